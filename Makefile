@@ -1,0 +1,59 @@
+# Everything runs from a virtual environment inside this clone; nothing outside it is touched.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.installed
+PEERS := $(VENV)/.peers-installed
+
+.PHONY: help demo test lint gpu bench bench-peers conformance torture clean
+
+help:
+	@echo "make demo         install, then train a real model under a memory budget that its batch does not fit in"
+	@echo "make test         install, then run the tests"
+	@echo "make lint         ruff and mypy --strict"
+	@echo "make bench        the loop's overhead against a loop by hand, and the command line's start"
+	@echo "make bench-peers  the probe against Lightning and Accelerate (installs them)"
+	@echo "make conformance  the correctness table, peers included (installs them)"
+	@echo "make torture      kills, injected out-of-memory errors and a soak, at full size"
+	@echo "make gpu          everything that needs a GPU; skips elsewhere and says why"
+
+$(SETUP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+$(PEERS): $(SETUP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group peers
+	@touch $@
+
+demo: $(SETUP)
+	$(BIN)/python examples/01_first_fit.py
+
+test: $(SETUP)
+	$(BIN)/python -m pytest tests
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gpu: $(SETUP)
+	$(BIN)/python -m tests.gpu
+
+bench: $(SETUP)
+	$(BIN)/python -m tests.benchmarks
+
+bench-peers: $(PEERS)
+	$(BIN)/python -m tests.benchmarks.peers
+
+conformance: $(PEERS)
+	$(BIN)/python -m tests.conformance --table
+
+torture: $(SETUP)
+	$(BIN)/python -m tests.torture
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,75 @@
+"""Finds the largest micro-batch that fits in memory, and trains with exactly the batch you asked for.
+
+```python
+import autoaccum
+
+autoaccum.fit(model, data, target_batch=256)
+```
+
+Everything is loaded on first use, so that `import autoaccum` and `autoaccum --help` cost nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from autoaccum import errors
+
+if TYPE_CHECKING:
+    from autoaccum.api import fit, prepare, probe, verify
+    from autoaccum.planning.plan import Plan, plan
+    from autoaccum.probing.report import ProbeReport, Trial
+    from autoaccum.training.loop import FitResult, TrainingLoop
+    from autoaccum.window.accumulate import Accumulator
+    from autoaccum.window.loss import Mean
+    from autoaccum.window.record import StepRecord
+    from autoaccum.window.verify import VerifyReport
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Accumulator": "autoaccum.window.accumulate",
+    "FitResult": "autoaccum.training.loop",
+    "Mean": "autoaccum.window.loss",
+    "Plan": "autoaccum.planning.plan",
+    "ProbeReport": "autoaccum.probing.report",
+    "StepRecord": "autoaccum.window.record",
+    "TrainingLoop": "autoaccum.training.loop",
+    "Trial": "autoaccum.probing.report",
+    "VerifyReport": "autoaccum.window.verify",
+    "fit": "autoaccum.api",
+    "plan": "autoaccum.planning.plan",
+    "prepare": "autoaccum.api",
+    "probe": "autoaccum.api",
+    "verify": "autoaccum.api",
+}
+
+__all__ = [
+    "Accumulator",
+    "FitResult",
+    "Mean",
+    "Plan",
+    "ProbeReport",
+    "StepRecord",
+    "TrainingLoop",
+    "Trial",
+    "VerifyReport",
+    "errors",
+    "fit",
+    "plan",
+    "prepare",
+    "probe",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first asked for (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'autoaccum' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

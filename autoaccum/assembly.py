@@ -1,0 +1,152 @@
+"""The user's arguments, checked and made into the parts that probing, verifying and training share."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
+
+from autoaccum.data import tree
+from autoaccum.data.source import Source, open_source
+from autoaccum.errors import SetupError
+from autoaccum.memory.device import Device, open_device
+from autoaccum.ranks import Ranks, here
+from autoaccum.window.loss import Objective
+from autoaccum.window.optimizer import build_optimizer, check_model
+from autoaccum.window.precision import Precision
+from autoaccum.window.snapshot import RandomState
+
+__all__ = ["Parts", "assemble"]
+
+
+@dataclass
+class Parts:
+    """What every entry point needs, on the device and checked."""
+
+    model: nn.Module
+    source: Source
+    device: Device
+    ranks: Ranks
+    objective: Objective
+    optimizer: Optimizer
+    precision: Precision
+    lr_given: bool
+    """Whether the learning rate is the user's own, so that a batch it was tuned at means something."""
+
+
+def assemble(
+    model: nn.Module,
+    data: Any,
+    *,
+    loss: Any = None,
+    step: Any = None,
+    reduction: Any = "auto",
+    optimizer: str | Optimizer | Callable[..., Optimizer] = "adamw",
+    lr: float | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    clip_norm: float | None = None,
+    shuffle: bool = True,
+    seed: int | None = None,
+    worst_case: Any = None,
+) -> Parts:
+    """Checks everything first, then puts the model on the device and makes the optimizer.
+
+    The model is untouched when this raises; a lazy module is materialised, and stays so.
+    """
+    model = unwrapped(model)
+    ranks = _join_ranks()
+    _check_rate(lr)
+    place = open_device(device if device is not None else _where(model, ranks))
+    source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case)
+    objective = Objective(model, loss=loss, step=step, reduction=reduction)
+    lazy = _is_lazy(model)
+    if not lazy:
+        check_model(model, loss=loss, clip_norm=clip_norm)
+        if isinstance(optimizer, Optimizer):
+            build_optimizer(optimizer, model, lr=lr, loss=loss)
+    format_ = Precision(precision, place.torch_device, model)
+    for module in (model, loss):
+        if isinstance(module, nn.Module):
+            module.to(place.torch_device)
+    if lazy:
+        _materialise(objective, source, place, format_)
+        check_model(model, loss=loss, clip_norm=clip_norm)
+    made = build_optimizer(optimizer, model, lr=lr, loss=loss)
+    _follow(made)
+    lr_given = lr is not None or isinstance(optimizer, Optimizer)
+    return Parts(model, source, place, ranks, objective, made, format_, lr_given)
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel: gradients are summed once a window here, not in each backward.
+
+    Raises:
+        SetupError: a DataParallel model, which splits each batch over GPUs by itself.
+    """
+    if isinstance(model, DataParallel):
+        raise SetupError(
+            "the model is wrapped in DataParallel, which splits every micro-batch over the GPUs of one process: "
+            "pass the model inside it, and start one process for each GPU with torchrun"
+        )
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _join_ranks() -> Ranks:
+    """This process among others; torchrun's environment counts as being asked to join them."""
+    distributed = torch.distributed
+    if distributed.is_available() and not distributed.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return here()
+
+
+def _where(model: Any, ranks: Ranks) -> torch.device | None:
+    """Where the model already is, if that is an accelerator; else the rank's own; else the best there is."""
+    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    if first is not None and first.device.type not in ("cpu", "meta"):
+        return first.device
+    if ranks.size > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks.rank % torch.cuda.device_count())))
+    return None
+
+
+def _check_rate(lr: Any) -> None:
+    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf")):
+        raise SetupError(f"lr={lr!r} is not a learning rate: give a number above 0, such as 1e-3")
+
+
+def _is_lazy(model: nn.Module) -> bool:
+    if not isinstance(model, nn.Module):
+        return False
+    tensors = (*model.parameters(), *model.buffers())
+    return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
+
+
+def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:
+    """Runs one small forward, so that lazy parameters take their shapes; statistics and generators stay as they are."""
+    model = objective.model
+    training = [module for module in model.modules() if module.training]
+    random = RandomState(device.torch_device)
+    model.eval()
+    try:
+        with torch.no_grad(), precision.autocast():
+            objective.outputs(tree.move(source.trial(2), device.torch_device))
+    finally:
+        random.restore()
+        for module in training:
+            module.training = True
+
+
+def _follow(optimizer: Optimizer) -> None:
+    """An optimizer that was used before the model moved keeps its state where the parameters are now."""
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
+                optimizer.load_state_dict(optimizer.state_dict())
+                return

@@ -1,0 +1,50 @@
+"""From TARGET and the options to a call of the library."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from autoaccum.cli.command import first_rank
+from autoaccum.cli.options import given
+from autoaccum.cli.target import Target, keywords_of
+
+__all__ = ["arguments_of", "call", "need_target_batch"]
+
+
+def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that TARGET returns, with the given options in it, for a call of `function`.
+
+    Trials in a child get TARGET itself, since the child has to build a model of its own. Progress is told unless
+    someone says otherwise: it goes to stderr, and is lines where there is no terminal.
+
+    Raises:
+        SetupError: what is wrong with TARGET; see target.py.
+        click.UsageError: an option that `function` does not take.
+    """
+    options = given(options)
+    known = keywords_of(function)
+    for name in options:
+        if known is not None and name not in known:
+            raise click.UsageError(f"--{name.replace('_', '-')}: {function.__name__} takes no {name!r}; leave it out")
+    factory = Target.parse(target, options)
+    arguments = factory()
+    if arguments.get("isolate") is True:
+        arguments["isolate"] = factory
+    return {"progress": first_rank(), **arguments}
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """`function(model, data, ...)` with those of fit's arguments that it takes: probe has no use for epochs."""
+    known = keywords_of(function)
+    rest = {name: value for name, value in arguments.items() if known is None or name in known}
+    return function(rest.pop("model"), rest.pop("data"), **rest)
+
+
+def need_target_batch(target: str, arguments: Mapping[str, Any], what: str) -> None:
+    """A usage error where neither the command line nor TARGET says how large a batch is wanted."""
+    if arguments.get("target_batch") is None and arguments.get("plan") is None:
+        raise click.UsageError(
+            f'{what} needs a target batch: give --target-batch N, or put "target_batch" into the dict that {target} '
+            "returns"
+        )

@@ -1,0 +1,133 @@
+"""What every command has: `--json`, `--debug`, a result on stdout alone, and an exit code.
+
+A command is a function that returns an `Answer`; it prints nothing itself. While it works, stdout leads to stderr, so
+that whatever the user's code or a library prints, down to a child process, cannot get between the lines of a result.
+
+Signals: Ctrl-C arrives as KeyboardInterrupt and ends in `Command.invoke` with 130. SIGTERM is left to the system, which
+ends the process at once; a shell reports 143.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autoaccum.cli.endings import INTERRUPTED, exit_code, one_line
+from autoaccum.cli.options import Switch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Answer", "Command", "first_rank"]
+
+SCHEMA = 1  # of what --json prints
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found: `values` for `--json`, drawn by `view` for people, and the exit code."""
+
+    values: Mapping[str, Any]
+    view: "Callable[[Mapping[str, Any]], RenderableType]"
+    code: int = 0
+
+
+class Command(click.Command):
+    """A command that returns an Answer."""
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.params += [
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON object."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Spell out the options that may stand without their value, then parse."""
+        switches = [param for param in self.params if isinstance(param, Switch)]
+        end = args.index("--") if "--" in args else len(args)
+        for switch in switches:
+            args = [switch.spelled_out(word) for word in args[:end]] + args[end:]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the command, print its answer and exit with its code."""
+        as_json, debug = ctx.params.pop("as_json"), ctx.params.pop("debug")
+        try:
+            with _stdout_to_stderr():
+                answer: Answer = super().invoke(ctx)
+            if first_rank():
+                _print(answer, as_json=as_json)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise  # click's own usage errors, which it reports well
+        except BrokenPipeError:
+            raise  # whoever read the result went away: click ends quietly
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(INTERRUPTED)
+        except (Exception, SystemExit) as error:  # the edge of the program: every error becomes one line and a code
+            if debug:
+                sys.excepthook(type(error), error, error.__traceback__)
+            click.echo(f"Error: {one_line(error)}", err=True)
+            ctx.exit(exit_code(error))
+        ctx.exit(answer.code)
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks: of several that a launcher such as torchrun started, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Lead what is printed to stderr: Python's stream, and below it the descriptor, which child processes inherit."""
+    with contextlib.ExitStack() as stack:
+        try:
+            out, err = sys.stdout.fileno(), sys.stderr.fileno()
+        except (AttributeError, OSError, ValueError):  # closed, or an object in memory
+            out = err = -1
+        if out >= 0:
+            sys.stdout.flush()
+            kept = os.dup(out)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, out)
+            stack.callback(sys.stdout.flush)  # what was printed around the redirection belongs to stderr as well
+            os.dup2(err, out)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def _print(answer: Answer, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(_plain({**answer.values, "schema": SCHEMA}), allow_nan=False))
+        return
+    from autoaccum.display.terminal import open_console
+
+    console = open_console(sys.stdout)
+    if console.is_terminal:
+        console.print(answer.view(answer.values))
+        return
+    with console.capture() as capture:
+        console.print(answer.view(answer.values))
+    # Without the blanks that fill a table's cells, so that a result can be pasted anywhere.
+    console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
+    console.file.flush()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can write it: what is not finite becomes null, what is no plain value its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    return str(value)

@@ -1,0 +1,55 @@
+"""How a command ends when something goes wrong: one line for a person, one number for a script."""
+
+import os
+import sysconfig
+import traceback
+from pathlib import Path
+
+from autoaccum.errors import AutoaccumError
+
+__all__ = ["FAILED", "INTERRUPTED", "NOT_SAVED", "exit_code", "one_line"]
+
+FAILED = 1
+NOT_SAVED = 5  # trained, but something could not be saved
+INTERRUPTED = 130
+
+_PATHS = sysconfig.get_paths()
+_NOT_THE_USERS = tuple(
+    os.path.join(os.path.realpath(folder), "")
+    for folder in (_PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], Path(__file__).parent.parent)
+)
+
+
+def exit_code(error: BaseException) -> int:
+    """What the process ends with: an error of ours knows its own, all others are a failure."""
+    return error.exit_code if isinstance(error, AutoaccumError) else FAILED
+
+
+def one_line(error: BaseException) -> str:
+    """The error in one line; one that is not ours with its type, and the line of the user's code it passed through."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, AutoaccumError):
+        return " ".join(lines)
+    if isinstance(error, SystemExit):
+        what = f"the code ended the program itself, with sys.exit({error.code!r})"
+        return f'{what}{_where(error)}: put what a script does below `if __name__ == "__main__":`'
+    text = lines[0] if lines else "no message"
+    if any("Traceback (most recent call last)" in line for line in lines):
+        text += f" {lines[-1]}"  # a DataLoader's worker failed: its own error stands at the end of its traceback
+    where = "" if isinstance(error, SyntaxError) else _where(error)  # a SyntaxError's text names file and line
+    return f"{type(error).__name__}: {text}{where}; --debug shows the traceback"
+
+
+def _where(error: BaseException) -> str:
+    """ " (train.py, line 12, in build)": the innermost line of the user's own code, else the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    theirs = [frame for frame in frames if not _is_a_librarys(frame.filename)]
+    frame = (theirs or list(frames))[-1]
+    path = os.path.relpath(frame.filename)
+    return f" ({frame.filename if path.startswith(os.pardir) else path}, line {frame.lineno}, in {frame.name})"
+
+
+def _is_a_librarys(filename: str) -> bool:
+    return filename.startswith("<") or os.path.realpath(filename).startswith(_NOT_THE_USERS)

@@ -1,0 +1,59 @@
+"""`autoaccum probe`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autoaccum.cli.calling import arguments_of, call, need_target_batch
+from autoaccum.cli.command import Answer, Command
+from autoaccum.cli.endings import FAILED
+from autoaccum.cli.options import new_file, takes, target_argument
+from autoaccum.cli.saving import saved
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["probe"]
+
+
+@click.command(cls=Command, short_help="Find the micro-batch that fits, and the plan for a target batch.")
+@target_argument
+@takes(
+    "target_batch", "memory", "device", "precision", "accumulate", "reduction", "optimizer", "lr", "lr_batch",
+    "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "isolate", "cache", "compile",
+    "seed",
+)  # fmt: skip
+@click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
+@new_file("save-plan", "Save the plan, for fit --plan FILE.")
+@new_file("plot", "Draw the forecast and the trials: .png, .svg or .pdf.")
+def probe(*, target: str, progress: bool | None, save_plan: Path | None, plot: Path | None, **options: Any) -> Answer:
+    """Find the largest micro-batch that fits, by running the real training step on small batches.
+
+    Without a target batch it looks for the largest that fits at all; with one, for the fewest even micro-batches.
+    """
+    import autoaccum
+
+    arguments = arguments_of(autoaccum.probe, target, options)
+    if save_plan is not None:
+        need_target_batch(target, arguments, "--save-plan")
+    if progress if progress is not None else arguments["progress"]:
+        from autoaccum.display.narrator import Narrator
+
+        arguments["callbacks"] = (*(arguments.get("callbacks") or ()), Narrator())
+    report = call(autoaccum.probe, arguments)
+    done = saved(plot, "the plot", report.plot)
+    done &= saved(save_plan, "the plan", lambda path: report.plan.save(path))  # noqa: PLW0108 (None without a target)
+    plan = report.plan.to_dict() if report.plan is not None else {}
+    return Answer({**plan, **report.to_dict()}, _view, 0 if done else FAILED)
+
+
+def _view(values: Mapping[str, Any]) -> "RenderableType":
+    from rich.console import Group
+    from rich.text import Text
+
+    from autoaccum.display.terminal import plan_view, report_view
+
+    report = report_view(values)
+    return Group(report, Text(), plan_view(values)) if values.get("target_batch") else report

@@ -1,0 +1,48 @@
+"""Files that a command writes when its work is done.
+
+The work may have taken days: what cannot be written then is told, the result is printed all the same, and the exit code
+says that something is missing.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from autoaccum.errors import AutoaccumError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["saved", "write_weights"]
+
+
+def saved(path: Path | None, what: str, write: Callable[[Path], object]) -> bool:
+    """Write one file, if it was asked for; False, and a line on stderr, where that fails."""
+    if path is None:
+        return True
+    try:
+        write(path)
+    except (AutoaccumError, OSError) as error:
+        click.echo(f"Error: {what} could not be saved to {str(path)!r}: {error}", err=True)
+        return False
+    click.echo(f"Saved {what} to {str(path)!r}.", err=True)
+    return True
+
+
+def write_weights(model: "nn.Module", path: Path) -> None:
+    """The model's `state_dict()` by `torch.save`: whole, or the file that was there before stays."""
+    import torch
+
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            torch.save(model.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,36 @@
+"""`autoaccum verify`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autoaccum.cli.calling import arguments_of, call
+from autoaccum.cli.command import Answer, Command
+from autoaccum.cli.endings import FAILED
+from autoaccum.cli.options import takes, target_argument
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["verify"]
+
+
+@click.command(cls=Command, short_help="Check that the accumulated gradient is the large batch's.")
+@target_argument
+@takes("device", "precision", "reduction", "seed")
+def verify(target: str, **options: Any) -> Answer:
+    """Check on your own model and data that the accumulated gradient is the large batch's gradient.
+
+    Ends with 1 where it is not, and with 0 where it is or where it cannot be told, which is then said.
+    """
+    import autoaccum
+
+    report = call(autoaccum.verify, arguments_of(autoaccum.verify, target, options))
+    return Answer(report.to_dict(), _view, 0 if report.ok or not report.verifiable else FAILED)
+
+
+def _view(values: Mapping[str, Any]) -> "RenderableType":
+    from autoaccum.display.terminal import verify_view
+
+    return verify_view(values)

@@ -1,0 +1,1 @@
+"""The user's data, made into batches of any size."""

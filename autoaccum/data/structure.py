@@ -1,0 +1,208 @@
+"""How a nested batch is opened, closed and read.
+
+Choices made here:
+
+- Own code rather than `torch.utils._pytree`, which takes a UserDict (a tokenizer's BatchEncoding) or a dataclass for a
+  single leaf. Mappings, dataclasses (frozen too), named tuples, lists and tuples are opened, and keep their class.
+- A list can be a container of leaves ([inputs, targets]) or hold one item a sample (file names, images of different
+  sizes). It is read as the second where its items are alike and as many as the samples, and only where the first
+  reading does not fit, or the items are records or hold no tensors. `Reading` decides.
+- What this code does not know (a graph batch, a packed sequence) is a leaf.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from autoaccum.errors import DataError
+
+__all__ = ["Reading", "alike", "children", "disagreement", "is_list", "labelled", "lists", "rebuild", "steps", "walk"]
+
+
+def children(node: Any) -> list[Any] | None:
+    """What a container holds, in order; None for a leaf."""
+    if isinstance(node, (Tensor, str, bytes, PackedSequence, torch.Size)):
+        return None
+    if isinstance(node, (list, tuple)):
+        return list(node)
+    if isinstance(node, Mapping):
+        return list(node.values())
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        return [getattr(node, field.name) for field in dataclasses.fields(node)]
+    return None
+
+
+def steps(node: Any) -> list[str]:
+    """How each of `children(node)` is written behind the node's own path."""
+    if isinstance(node, Mapping):
+        return [f"[{key!r}]" for key in node]
+    if isinstance(node, (list, tuple)):
+        names = getattr(node, "_fields", None)
+        return [f".{name}" for name in names] if names else [f"[{index}]" for index in range(len(node))]
+    return [f".{field.name}" for field in dataclasses.fields(node)]
+
+
+def rebuild(node: Any, inside: list[Any]) -> Any:
+    """A container like `node` that holds `inside` instead."""
+    kind = type(node)
+    if kind is tuple or kind is list:
+        return kind(inside)
+    if kind is dict:
+        return dict(zip(node, inside))
+    if isinstance(node, MutableMapping):
+        new: Any = copy.copy(node)  # keeps what a subclass carries beside its items
+        for key, child in zip(node, inside):
+            new[key] = child
+        return new
+    if isinstance(node, Mapping):
+        return kind(dict(zip(node, inside)))
+    if isinstance(node, (list, tuple)):
+        return kind._make(inside) if hasattr(kind, "_make") else kind(inside)
+    new = copy.copy(node)
+    for field, child in zip(dataclasses.fields(node), inside):
+        object.__setattr__(new, field.name, child)  # a frozen dataclass allows no other way
+    return new
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Each tensor below `node` with its path, in order."""
+    if isinstance(node, Tensor):
+        yield path, node
+        return
+    inside = children(node)
+    if inside:
+        for step, child in zip(steps(node), inside):
+            yield from walk(child, path + step)
+
+
+class Reading:
+    """A batch read as `size` samples: which of its leaves are cut, and which go to every part."""
+
+    def __init__(self, batch: Any, size: int) -> None:
+        self.batch, self.size = batch, size
+        # Where one list of tensors must hold one item a sample, others of that length do too: the images beside boxes.
+        self._sampled = False
+        self._sampled = any(self.listed(items) and _has_tensors(items) for items in lists(batch))
+
+    @property
+    def fits(self) -> bool:
+        """Whether every leaf can be read so."""
+        return self._fits(self.batch)
+
+    def checked(self) -> "Reading":
+        """Itself, where the batch can be read so.
+
+        Raises:
+            DataError: it cannot; a leaf is named.
+        """
+        sizes = {path: tensor.size(0) for path, tensor in walk(self.batch) if tensor.dim()}
+        if self.fits and (sizes or any(self.listed(items) for items in lists(self.batch))):
+            return self
+        if len(set(sizes.values())) > 1:
+            raise disagreement(sizes)
+        path, found = next(iter(sizes.items()), ("", "nothing"))
+        raise DataError(
+            f"a batch of {self.size} samples was expected, and {path or 'this one'} has {found} along dimension 0: "
+            "the sizes to cut it into must sum to its samples"
+        )
+
+    def listed(self, node: Any) -> bool:
+        """Whether `node` is a list with one item a sample."""
+        if not is_list(node) or len(node) != self.size or not alike(node):
+            return False
+        if _records(node) or not any(tensor.dim() for _, tensor in walk(node)):
+            return True
+        if self._sampled and all(isinstance(item, Tensor) for item in node):
+            return True
+        return not all(self._fits(child) for child in node)
+
+    def parts(self, node: Any, cut: Callable[[Any], list[Any]], count: int) -> list[Any]:
+        """`count` structures like `node`: `cut` gives the parts of each batched leaf, and the rest goes to all."""
+        if isinstance(node, Tensor):
+            return cut(node) if node.dim() else [node] * count
+        if self.listed(node) or _is_array(node, self.size):
+            return cut(node)
+        inside = children(node)
+        if inside is None:
+            return [node] * count
+        columns = [self.parts(child, cut, count) for child in inside]
+        return [rebuild(node, [column[index] for column in columns]) for index in range(count)]
+
+    def _fits(self, node: Any) -> bool:
+        if isinstance(node, Tensor):
+            return node.dim() == 0 or node.size(0) == self.size
+        inside = children(node)
+        return inside is None or all(self._fits(child) for child in inside) or self.listed(node)
+
+
+def is_list(node: Any) -> bool:
+    """Whether `node` is a list or a plain tuple, which may hold one item a sample."""
+    return isinstance(node, (list, tuple)) and not isinstance(node, torch.Size) and not hasattr(node, "_fields")
+
+
+def lists(node: Any) -> Iterator[Any]:
+    """Every list and plain tuple that is not empty, outer ones first."""
+    if is_list(node) and node:
+        yield node
+    for child in children(node) or ():
+        yield from lists(child)
+
+
+def labelled(items: Any) -> bool:
+    """Whether the items can be nothing but samples: alike, and each has a tensor beside a number or a scalar."""
+    inside = children(items[0])
+    return alike(items) and _has_tensors(items) and inside is not None and any(_is_single(item) for item in inside)
+
+
+def alike(items: Any) -> bool:
+    """Whether all items of a list are of one structure, as samples are; None stands for anything."""
+    return len({_signature(item) for item in items if item is not None}) <= 1
+
+
+def disagreement(sizes: Mapping[str, int]) -> DataError:
+    """The error for leaves, named by their paths, that have different sizes along dimension 0."""
+    (path, size), *others = sizes.items()
+    other, other_size = next((name, length) for name, length in others if length != size)
+    return DataError(
+        f"the parts of a batch disagree on its size: {path} has {size} along dimension 0, {other} has {other_size}; "
+        "samples must lie along dimension 0 of every tensor, and what is shared must have no dimensions"
+    )
+
+
+def _records(items: Any) -> bool:
+    """Whether the items may be samples by their looks: records of one kind, or whatever is `labelled`."""
+    if not items or not alike(items) or not _has_tensors(items):
+        return False
+    return labelled(items) or not (is_list(items[0]) or children(items[0]) is None)
+
+
+def _has_tensors(node: Any) -> bool:
+    return next(walk(node), None) is not None
+
+
+def _is_single(item: Any) -> bool:
+    """Whether `item` belongs to one sample as its label does: a number or a tensor without dimensions."""
+    return (isinstance(item, (int, float)) and not isinstance(item, bool)) or (isinstance(item, Tensor) and not item.dim())
+
+
+def _signature(node: Any) -> object:
+    if isinstance(node, Tensor):
+        return "tensor", node.dim(), node.dtype
+    if isinstance(node, (int, float)):
+        return "number"
+    inside = children(node)
+    if inside is None:
+        return type(node)
+    below = [_signature(child) for child in inside]
+    return (type(node), frozenset(below)) if is_list(node) else (type(node), tuple(steps(node)), tuple(below))
+
+
+def _is_array(node: Any, size: int) -> bool:
+    """Whether `node` is an array of another library with one row a sample."""
+    shape = getattr(node, "shape", None)
+    return isinstance(shape, tuple) and bool(shape) and shape[0] == size and hasattr(node, "__getitem__")

@@ -1,0 +1,230 @@
+"""Nested batches: walk them, measure them, cut them, join them, move them.
+
+The batch dimension is 0. A tensor without dimensions has none, and goes to every part, as do numbers and texts; a list
+with one item a sample is cut as a list. `structure.py` says what a batch may be made of, and which lists are such.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoaccum.data.structure import (
+    Reading,
+    alike,
+    children,
+    disagreement,
+    is_list,
+    labelled,
+    lists,
+    rebuild,
+    steps,
+    walk,
+)
+from autoaccum.errors import DataError
+
+__all__ = ["batch_size", "join", "map_tensors", "move", "nbytes", "repeat", "split", "tensors"]
+
+
+def tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its path, in order: "['input_ids']", "[0].image"; a lone tensor's path is ""."""
+    return walk(batch)
+
+
+def map_tensors(f: Callable[[Tensor], Any], batch: Any) -> Any:
+    """The same structure, each tensor replaced by `f(tensor)`; containers are new, other leaves the same objects."""
+    if isinstance(batch, Tensor):
+        return f(batch)
+    inside = children(batch)
+    return batch if inside is None else rebuild(batch, [map_tensors(f, child) for child in inside])
+
+
+def batch_size(batch: Any) -> int:
+    """Samples in the batch: the size of dimension 0 of its tensors, or the length of lists with one item a sample.
+
+    Raises:
+        DataError: leaves disagree (both are named), or nothing in the batch has a batch dimension.
+    """
+    size = _flat_size(batch)
+    if size is not None:
+        return size
+    for items in lists(batch):  # whatever the sizes of their tensors say: three channels are not three samples
+        if labelled(items) and Reading(batch, len(items)).fits:
+            return len(items)
+    sizes = {path: tensor.size(0) for path, tensor in walk(batch) if tensor.dim()}
+    if len(set(sizes.values())) == 1:
+        return next(iter(sizes.values()))
+    for items in lists(batch):
+        if alike(items) and Reading(batch, len(items)).fits:
+            return len(items)
+    if sizes:
+        raise disagreement(sizes)
+    raise DataError(
+        f"a batch of type {type(batch).__name__} has no batch dimension: it needs a tensor with samples along "
+        "dimension 0, or lists with one item a sample that are equally long"
+    )
+
+
+def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
+    """The batch cut along its batch dimension into parts of `sizes` samples; tensors are views, the rest is shared.
+
+    Raises:
+        DataError: the batch does not have sum(sizes) samples; the leaf is named.
+    """
+    if len(sizes) == 1 and _flat_size(batch) == sizes[0]:
+        return [batch]
+    reading = Reading(batch, sum(sizes)).checked()
+    stops = list(accumulate(sizes))
+    starts = [0, *stops[:-1]]
+
+    def cut(leaf: Any) -> list[Any]:
+        if not isinstance(leaf, Tensor):
+            return [leaf[start:stop] for start, stop in zip(starts, stops)]
+        if leaf.layout is torch.strided and not leaf.is_nested:
+            return [leaf.narrow(0, start, size) for start, size in zip(starts, sizes)]
+        return [_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
+
+    return reading.parts(batch, cut, len(sizes))
+
+
+def repeat(batch: Any, size: int) -> Any:
+    """`size` samples: those of the batch in order, from the first again where they run out. Tensors are copies.
+
+    Raises:
+        DataError: the batch is empty, or its leaves disagree.
+    """
+    length = batch_size(batch)
+    if length == 0:
+        raise DataError(f"a batch without samples cannot be repeated to {size}: give one with at least one sample")
+    rows = [position % length for position in range(size)]
+
+    def pick(leaf: Any) -> list[Any]:
+        if isinstance(leaf, Tensor):
+            return [_rows(leaf, rows)]
+        return [type(leaf)(leaf[row] for row in rows) if is_list(leaf) else leaf[rows]]
+
+    return Reading(batch, length).checked().parts(batch, pick, 1)[0]
+
+
+def join(batches: Sequence[Any]) -> Any:
+    """One batch that holds the samples of all, in order; what has no batch dimension is taken from the first.
+
+    Raises:
+        DataError: no batches, structures that differ, or tensors whose shapes do not match; the leaf is named.
+    """
+    if not batches:
+        raise DataError("no batches to join: give at least one")
+    if len(batches) == 1:
+        return batches[0]
+    return _join([Reading(batch, batch_size(batch)) for batch in batches], list(batches), "")
+
+
+def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
+    """The batch on `device`. Tensors that are there already are not copied; other objects move by their own `.to`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=non_blocking)
+    inside = children(batch)
+    if inside is not None:
+        return rebuild(batch, [move(child, device, non_blocking) for child in inside])
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
+def nbytes(batch: Any) -> int:
+    """Bytes that the tensors of the batch take, wherever they are."""
+    return sum(_tensor_bytes(tensor) for _, tensor in walk(batch))
+
+
+def _flat_size(batch: Any) -> int | None:
+    """The batch size of a tensor, or of a plain container of nothing but batched tensors; None for anything else.
+
+    Nearly every batch is one of these, and this is asked for every micro-batch.
+    """
+    if isinstance(batch, Tensor):
+        leaves: Any = (batch,)
+    elif type(batch) is dict:
+        leaves = batch.values()
+    elif type(batch) in (list, tuple):
+        leaves = batch
+    else:
+        return None
+    size: int | None = None
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or (size is not None and leaf.size(0) != size):
+            return None
+        size = leaf.size(0)
+    return size
+
+
+def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows of a tensor of any layout, copied."""
+    if tensor.is_nested:
+        chosen = tensor.unbind()
+        return torch.nested.as_nested_tensor([chosen[row] for row in rows], layout=tensor.layout)
+    index = torch.tensor(rows, dtype=torch.int64, device=tensor.device)
+    if tensor.layout in (torch.strided, torch.sparse_coo):
+        return tensor.index_select(0, index)
+    return _coordinates(tensor).index_select(0, index).to_sparse(layout=tensor.layout)
+
+
+def _coordinates(tensor: Tensor) -> Tensor:
+    """A compressed sparse tensor as coordinates, the one sparse layout whose rows can be taken and joined."""
+    return tensor.to_sparse(layout=torch.sparse_coo)
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    if tensor.is_nested:
+        return sum(part.nbytes for part in tensor.unbind())
+    if tensor.layout is torch.strided:
+        return tensor.nbytes
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    rows_first = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+    outer, inner = ("crow", "col") if rows_first else ("ccol", "row")
+    return sum(getattr(tensor, name)().nbytes for name in (f"{outer}_indices", f"{inner}_indices", "values"))
+
+
+def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
+    first = nodes[0]
+    if isinstance(first, Tensor):
+        return _concatenate(nodes, path) if first.dim() else first
+    full = all(is_list(node) and len(node) == reading.size for reading, node in zip(readings, nodes))
+    if full and any(reading.listed(node) for reading, node in zip(readings, nodes)):
+        return type(first)(item for node in nodes for item in node)
+    if children(first) is None:
+        return first
+    for node in nodes[1:]:
+        if type(node) is not type(first) or steps(node) != steps(first):
+            raise DataError(
+                f"batches of different structure cannot be joined: {path or 'the batch'} is {_describe(first)} in one "
+                f"and {_describe(node)} in another; give batches that hold the same parts"
+            )
+    columns = zip(*(children(node) or () for node in nodes))
+    return rebuild(first, [_join(readings, list(column), path + step) for step, column in zip(steps(first), columns)])
+
+
+def _concatenate(parts: list[Any], path: str) -> Tensor:
+    first = parts[0]
+    for part in parts[1:]:
+        if not isinstance(part, Tensor) or _row(part) != _row(first):
+            raise DataError(
+                f"batches cannot be joined: {path or 'the batch'} is {_describe(first)} in one and {_describe(part)} "
+                "in another; pad them to the same shape"
+            )
+    if first.is_nested:
+        return torch.nested.as_nested_tensor([row for part in parts for row in part.unbind()], layout=first.layout)
+    if first.layout in (torch.strided, torch.sparse_coo):
+        return torch.cat(parts)
+    return torch.cat([_coordinates(part) for part in parts]).to_sparse(layout=first.layout)
+
+
+def _row(tensor: Tensor) -> tuple[object, ...]:
+    """What tensors must have in common to be joined; the rows of a nested tensor differ in shape by right."""
+    return tensor.dtype, tensor.layout, tensor.dim() if tensor.is_nested else tensor.shape[1:]
+
+
+def _describe(node: Any) -> str:
+    if isinstance(node, Tensor):
+        return f"a tensor of shape {tuple(node.shape)} and {node.dtype}"
+    return type(node).__name__ if children(node) is None else f"a {type(node).__name__} with {', '.join(steps(node))}"

@@ -1,0 +1,1 @@
+"""What people see: views of results in a terminal, and plots in files."""

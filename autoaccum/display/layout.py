@@ -1,0 +1,100 @@
+"""What the views and the progress lines share: the console, the three columns, how numbers are written."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Bar", "Row", "facts", "lines", "number", "of_budget", "open_console", "outcome_style"]
+
+_BAR = 20  # cells of a full bar
+Row = tuple[str, object, str]  # what it is, its value, why
+
+_PLAIN = str.maketrans({
+    "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "…": "...", "’": "'",
+    "κ": "kappa", "β": "beta", "ε": "epsilon", "σ": "sigma", "Σ": "sum ", "′": "'", "√": "sqrt ", "²": "^2", "µ": "u",
+})  # fmt: skip
+
+
+class _Plain:
+    """A stream that cannot show every sign: the usual ones are spelled out, the rest become "?"."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        encoding = self._stream.encoding
+        self._stream.write(text.translate(_PLAIN).encode(encoding, errors="replace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def open_console(stream: TextIO | None = None, *, width: int | None = None) -> Console:
+    """A console on `stream` (None: stderr) that cannot fail over a sign the stream's encoding lacks.
+
+    Colours are rich's to decide: none where NO_COLOR is set or the stream is no terminal.
+    """
+    stream = sys.stderr if stream is None else stream
+    if not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf"):
+        stream = _Plain(stream)  # type: ignore[assignment]  # it has all that rich asks of a file
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def facts(rows: Iterable[Row]) -> RenderableType:
+    """Rows of what it is, its value and why."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="bold", max_width=34, overflow="fold")
+    table.add_column(overflow="fold")
+    for what, value, why in rows:
+        table.add_row(Text(what), Text("" if value is None else str(value)), Text(why))
+    return Padding(table, (0, 0, 0, 2), expand=False)
+
+
+def lines(rows: Iterable[tuple[str, Text]]) -> RenderableType:
+    """Rows of a name and a line that says value and reason in one."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in rows:
+        table.add_row(Text(name), line)
+    return Padding(table, (0, 0, 0, 2), expand=False)
+
+
+class Bar:
+    """A bar for a share from 0 to 1."""
+
+    def __init__(self, share: float) -> None:
+        self.cells = round(_BAR * share)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(_BAR, _BAR)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(("#" if options.ascii_only else "▪") * self.cells, style="cyan")
+
+
+def of_budget(peak: int, budget: int | None) -> str:
+    """ ", 81% of the budget", where there is one."""
+    return f", {peak / budget:.0%} of the budget" if budget else ""
+
+
+def number(value: object, digits: int = 6) -> str:
+    """`value` with its floats cut to `digits` digits."""
+    if isinstance(value, float):
+        return f"{value:.{digits}g}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(number(item, digits) for item in value)})"
+    return str(value)
+
+
+def outcome_style(outcome: object) -> str:
+    """The colour for a trial's outcome."""
+    return {"fits": "green", "over budget": "yellow"}.get(str(outcome), "red")

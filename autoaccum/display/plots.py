@@ -1,0 +1,135 @@
+"""Plots for files, with matplotlib, which is imported when one is drawn and not before.
+
+The figure is made without pyplot: nothing global is touched, no window opens, and a notebook's own settings stay. The
+colours are Okabe and Ito's, which colour-blind readers tell apart; line styles and markers differ as well.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from autoaccum.errors import MissingExtraError, SetupError
+from autoaccum.units import GIB, KIB, MIB, format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["probe_plot"]
+
+_CURVE, _CHOSEN, _BUDGET, _INK = "#0072B2", "#D55E00", "#000000", "#333333"
+_PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#D55E00")
+
+
+def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write the plot of a ProbeReport's `to_dict()` to `path`, whose suffix decides the format (.png, .svg, .pdf).
+
+    Left: the forecast peak over the batch size with the measured trials, the budget and the chosen micro-batch. Right,
+    where the report has a timeline: the memory in one window at the chosen size, stacked by part; `timeline["bytes"]`
+    has one row a part, in the order of `timeline["parts"]`, and one column a moment.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        SetupError: matplotlib cannot write that format.
+        OSError: the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "A plot") from error
+    timeline = report.get("timeline")
+    figure = Figure(figsize=(11.5, 4.8) if timeline else (6.4, 4.8), dpi=150, layout="constrained")
+    suffix = Path(path).suffix.lstrip(".").lower()
+    formats = figure.canvas.get_supported_filetypes()
+    if suffix not in formats:
+        raise SetupError(
+            f"{os.fspath(path)!r}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
+        )
+    frame = _frame(report)
+    panels = figure.subplots(1, 2 if timeline else 1, squeeze=False, sharey=True)[0]
+    _peaks(panels[0], report, frame)
+    if timeline:
+        _moments(panels[1], report, timeline, frame)
+    figure.savefig(path, format=suffix)
+
+
+class _Frame(NamedTuple):
+    """What both panels are drawn in, so that the budget is one line through both."""
+
+    curve: list[tuple[int, int]]  # (batch, bytes)
+    top: int  # bytes
+    unit: str
+    scale: int
+    budget: int | None  # bytes; None where it is unknown or far above all that is drawn
+
+
+def _frame(report: Mapping[str, Any]) -> _Frame:
+    curve = sorted((batch, size) for batch, size in report.get("curve") or ())
+    measured = [trial.get("peak_bytes") or 0 for trial in report.get("trials") or ()]
+    moments = [sum(column) for column in zip(*(report.get("timeline") or {}).get("bytes", ()), strict=True)]
+    budget: int | None = report.get("budget_bytes")
+    # A budget far above the curve would press it flat, and so would a curve that goes on far above the budget.
+    if budget is not None and budget > 2.5 * max([1, *measured, *(size for _, size in curve)]):
+        budget = None
+    if budget is not None:
+        curve = [pair for pair in curve if pair[1] <= 1.3 * budget] or curve[:1]
+    top = max([1, budget or 0, *measured, *moments, *(size for _, size in curve)])
+    unit, scale = next(
+        ((name, size) for name, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)) if top >= size), ("B", 1)
+    )
+    return _Frame(curve, top, unit, scale, budget)
+
+
+def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
+    """Peak over batch size."""
+    from matplotlib.ticker import MaxNLocator
+
+    scale, chosen, trials = frame.scale, report["micro_batch"], report.get("trials") or ()
+    if frame.curve:
+        panel.plot(*_columns(frame.curve, scale), color=_CURVE, linewidth=2, label="forecast")
+    fitted = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("outcome", "fits") == "fits"]
+    others = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("outcome", "fits") != "fits"]
+    for pairs, marker, label in ((fitted, "o", "measured"), (others, "X", "did not fit")):
+        if known := [pair for pair in pairs if pair[1]]:
+            batches, peaks = _columns(known, scale)
+            panel.plot(batches, peaks, marker, markersize=6, mfc="white", mec=_INK, label=label, zorder=3)
+    if frame.budget is not None:
+        label = f"budget {format_bytes(frame.budget)}"
+        panel.axhline(frame.budget / scale, color=_BUDGET, linestyle="--", linewidth=1.4, label=label)
+    panel.axvline(chosen, color=_CHOSEN, linestyle=":", linewidth=1.8, label=f"micro-batch {chosen}")
+    panel.set_ylim(0, 1.06 * frame.top / scale)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlabel("batch size")
+    panel.set_ylabel(f"memory ({frame.unit})")
+    budget = report.get("budget_bytes")
+    above = f" (budget {format_bytes(budget)}, far above)" if budget and frame.budget is None else ""
+    _dress(panel, f"Peak memory by batch size{above}")
+    # Below the panel: wherever it stood inside, a curve or the budget could run through its words.
+    panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+
+
+def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, Any], frame: _Frame) -> None:
+    """Memory over time, stacked by part."""
+    names = [str(name).replace("_", " ") for name in timeline["parts"]]
+    rows = [[size / frame.scale for size in row] for row in timeline["bytes"]]
+    colours = [_PARTS[index % len(_PARTS)] for index in range(len(names))]
+    panel.stackplot(range(len(rows[0])), rows, labels=names, colors=colours, ec="white", lw=0.4)
+    if frame.budget is not None:
+        panel.axhline(frame.budget / frame.scale, color=_BUDGET, linestyle="--", linewidth=1.4)
+    panel.set_xlim(0, max(len(rows[0]) - 1, 1))
+    panel.set_xticks([])
+    panel.set_xlabel("time, one window")
+    _dress(panel, f"One window at micro-batch {report['micro_batch']}")
+    panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=9)
+
+
+def _dress(panel: "Axes", title: str) -> None:
+    panel.set_title(title, fontsize=11, loc="left", color=_INK)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    panel.set_axisbelow(True)
+
+
+def _columns(pairs: Sequence[tuple[int, int]], scale: int) -> tuple[list[int], list[float]]:
+    return [batch for batch, _ in pairs], [size / scale for _, size in pairs]

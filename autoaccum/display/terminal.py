@@ -1,0 +1,232 @@
+"""Results as tables and a chart in a terminal, drawn from plain dicts (the `to_dict()`s of the results).
+
+Three columns throughout: what it is, its value, and why it has it, since every decision here carries its reason. Text
+is put together from `Text` objects and never from markup, so that a reason with square brackets in it stays as it is.
+What runs while a command works (lines, a bar) is in progress.py.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from autoaccum.display.chart import MemoryChart
+from autoaccum.display.layout import Bar, Row, facts, lines, number, of_budget, open_console, outcome_style
+from autoaccum.display.progress import TrainingProgress, TrialLines
+from autoaccum.units import format_bytes
+
+__all__ = [
+    "TrainingProgress",
+    "TrialLines",
+    "devices_view",
+    "fit_view",
+    "open_console",
+    "plan_view",
+    "report_view",
+    "search_view",
+    "verify_view",
+]
+
+
+_PLAN_ORDER = ("target_batch", "share", "micro_batch", "accumulation_steps", "lr", "lr_rule", "betas", "eps")
+_LABELS = {"lr": "learning rate", "lr_rule": "rule", "batch_norm": "BatchNorm", "bn_momentum": "BatchNorm momentum",
+           "tail": "short last window"}  # fmt: skip
+_LEADING_VALUE = re.compile(r"(\S{1,12}(?: [\w-]+)?)(?=:| = )")  # "pooled: ...", "0.4 = ..."
+
+
+def plan_view(plan: Mapping[str, Any]) -> RenderableType:
+    """A Plan's `to_dict()`: a line on every value, which is the value and its reason."""
+    title = Text.assemble(("Plan  ", "bold"), (str(plan["target_batch"]), "bold green"), " samples a step")
+    if plan.get("world_size", 1) > 1:
+        title.append(f" over {plan['world_size']} ranks; rank {plan.get('rank', 0)} has {_sum(plan['micro_batches'])}")
+    else:
+        title.append(f" = {_sum(plan['micro_batches'])}")
+    reasons = dict(plan.get("reasons") or {})
+    rows = []
+    for name in dict.fromkeys([*_PLAN_ORDER, *reasons]):
+        line = reasons.get(name) or (number(plan[name]) if plan.get(name) is not None else "")
+        if line:
+            value = _LEADING_VALUE.match(line)
+            text = Text(line)
+            text.stylize("bold", 0, value.end(1) if value else 0)
+            rows.append((_LABELS.get(name, name.replace("_", " ")), text))
+    return Group(title, lines(rows))
+
+
+def report_view(report: Mapping[str, Any]) -> RenderableType:
+    """A ProbeReport's `to_dict()`: the answer, its proof, the budget, what was run, what fills the memory, a chart."""
+    micro, budget = report["micro_batch"], report.get("budget_bytes")
+    curve = [(int(batch), int(size)) for batch, size in report.get("curve") or ()]
+    trials = list(report.get("trials") or ())
+    title = Text.assemble(
+        ("Probe  ", "bold"), "micro-batch ", (str(micro), "bold green"), f" fits on {report.get('device')}"
+    )
+    rows: list[Row] = []
+    peak = max((trial.get("peak_bytes") or 0 for trial in trials if trial["batch"] == micro), default=0)
+    if peak:
+        rows.append(("peak", format_bytes(peak), f"measured at {micro}{of_budget(peak, budget)}"))
+    rows.append(("limit", report.get("limit") or "not looked for", _proof(report, curve)))
+    if budget:
+        rows.append(("budget", format_bytes(budget), str(report.get("budget_reason") or "")))
+    if report.get("residual") is not None:
+        rows.append(("forecast error", f"{100 * report['residual']:.2g}%", "of a further trace that was not fitted"))
+    rows += [
+        ("throughput", f"{speed:,.1f} samples/s", f"at {batch}") for batch, speed in report.get("throughput") or ()
+    ]
+    rows += [("note", "", str(note)) for note in report.get("notes") or ()]
+    blocks: list[RenderableType] = [title, facts(rows)]
+    if trials:
+        blocks += [Text(), _trials(trials, budget, report.get("out_of_memory_count") or 0)]
+    if report.get("parts"):
+        blocks += [Text(), _parts(report["parts"], micro)]
+    if len(curve) > 1:
+        measured = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("peak_bytes")]
+        blocks += [Text(), MemoryChart(curve, measured=measured, budget=budget, chosen=micro)]
+    return Group(*blocks)
+
+
+def verify_view(report: Mapping[str, Any]) -> RenderableType:
+    """A VerifyReport's `to_dict()`."""
+    if not report.get("verifiable", True):
+        verdict = ("not verifiable", "yellow")
+    else:
+        verdict = ("passed", "bold green") if report["ok"] else ("failed", "bold red")
+    rows: list[Row] = []
+    if report.get("relative_error") is not None:
+        rows.append(("relative error", f"{report['relative_error']:.2g}", "of the accumulated gradient"))
+    if report.get("ratio") is not None:
+        rows.append(("ratio", f"{report['ratio']:.6g}", "accumulated gradient to whole-batch gradient"))
+    if report.get("cause"):
+        rows.append(("cause", report["cause"], ""))
+    if report.get("worst_parameter"):
+        rows.append(("worst parameter", report["worst_parameter"], ""))
+    title = Text.assemble(("Gradient check  ", "bold"), verdict)
+    return Group(title, *([Text(str(report["text"]))] if report.get("text") else []), facts(rows))
+
+
+def devices_view(devices: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What `autoaccum.memory.device.devices()` lists."""
+    blocks: list[RenderableType] = []
+    for device in devices:
+        blocks.append(Text.assemble((str(device["device"]), "bold green"), f"  {device.get('name') or ''}"))
+        rows: list[Row] = []
+        if device.get("total") is not None:
+            free = device.get("free")
+            rows.append(("memory", format_bytes(device["total"]), "" if free is None else f"{format_bytes(free)} free"))
+        for process in device.get("processes") or ():
+            size = process.get("bytes")
+            whose = f"pid {process['pid']} {process.get('name') or ''}"
+            rows.append(("in use by", "unknown" if size is None else format_bytes(size), whose.rstrip()))
+        if device.get("driver"):
+            rows.append(("driver", device["driver"], ""))
+        if device.get("note"):
+            rows.append(("note", "", str(device["note"])))
+        blocks.append(facts(rows))
+    return Group(*blocks) if blocks else Text("No devices.")
+
+
+def fit_view(result: Mapping[str, Any]) -> RenderableType:
+    """A FitResult's `to_dict()`: what was trained, how it ended, and how fast."""
+    history = list(result.get("history") or ())
+    rows: list[Row] = []
+    if history:
+        first, last = history[0], history[-1]
+        rows.append(("loss", number(last["loss"]), f"{number(first['loss'])} at step {first['step']}"))
+        rows.append(("learning rate", number(last.get("lr")), "at the last step"))
+        seconds = sum(record.get("seconds") or 0.0 for record in history)
+        samples = sum(record.get("samples") or 0 for record in history)
+        if seconds:
+            rows.append(("samples/s", f"{samples / seconds:,.1f}", f"{samples:,} samples in {seconds:,.1f} s of steps"))
+        peak = max(record.get("peak_bytes") or 0 for record in history)
+        if peak:
+            budget = (result.get("probe") or {}).get("budget_bytes")
+            rows.append(("peak memory", format_bytes(peak), of_budget(peak, budget).lstrip(", ")))
+    evaluations = list(result.get("evaluations") or ())
+    if evaluations:
+        values = dict(evaluations[-1])
+        when = f"held-out data, after step {values.pop('step', '?')}, epoch {values.pop('epoch', '?')}"
+        rows += [(str(name), number(value), when) for name, value in values.items()]
+    title = Text.assemble(("Trained  ", "bold"), (str(history[-1]["step"] if history else 0), "bold green"), " steps")
+    if result.get("plan"):
+        plan = result["plan"]
+        title.append(f" of {plan['target_batch']} samples = {_sum(plan.get('micro_batches') or ())}")
+    return Group(title, facts(rows))
+
+
+def search_view(result: Mapping[str, Any]) -> RenderableType:
+    """A SearchResult's `to_dict()`."""
+    trials = result.get("trials") or ()
+    count = trials if isinstance(trials, int) else len(trials)
+    title = Text.assemble(
+        ("Search  ", "bold"), "best value ", (number(result.get("best_value")), "bold green"), f" of {count} trials"
+    )
+    blocks = [title, facts([(key, number(value), "") for key, value in (result.get("best_params") or {}).items()])]
+    if result.get("best_plan"):
+        blocks += [Text(), plan_view(result["best_plan"])]
+    return Group(*blocks)
+
+
+def _trials(trials: Sequence[Mapping[str, Any]], budget: int | None, out_of_memory: int) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("batch", "peak", "of budget", "time"):
+        table.add_column(name, justify="right")
+    table.add_column("kind")
+    table.add_column("outcome")
+    for trial in trials:
+        peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
+        table.add_row(
+            str(trial["batch"]),
+            format_bytes(peak) if peak is not None else "",
+            f"{peak / budget:.0%}" if peak is not None and budget else "",
+            f"{seconds:.2f} s" if seconds is not None else "",
+            str(trial.get("kind", "")),
+            Text(str(trial.get("outcome", "")), style=outcome_style(trial.get("outcome"))),
+        )
+    runs = f"{len(trials)} runs" if len(trials) != 1 else "1 run"
+    title = Text.assemble(("Trials  ", "bold"), f"{runs}, {out_of_memory or 'none'} out of memory")
+    return Group(title, Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
+    """What fills the memory at the chosen size, the samples' part being `per_sample` times the micro-batch."""
+    sizes = {
+        name.replace("_", " "): int(size) for name, size in parts.items() if name != "per_sample" and size is not None
+    }
+    whys = dict.fromkeys(sizes, "")
+    if parts.get("per_sample"):
+        whys["samples"] = f"{micro} × {format_bytes(parts['per_sample'])}"
+        sizes["samples"] = micro * int(parts["per_sample"])
+    most = max(sizes.values(), default=0) or 1
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        table.add_row(name, format_bytes(size), Bar(size / most), whys[name])
+    return Group(Text("Memory by part", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
+    limit, proof = report.get("limit"), report.get("limit_proof")
+    if limit is None:
+        return "the target needs no larger size"
+    if proof == "forecast":
+        over = dict(curve).get(limit + 1)
+        return f"at {limit + 1} the forecast is {'over the budget' if over is None else format_bytes(over)}"
+    if proof == "out of memory":
+        return "the next larger size ran out of memory"
+    if proof == "cap":
+        return "the largest size that was allowed or that the data has; memory has room for more"
+    return ""
+
+
+def _sum(sizes: Sequence[int]) -> str:
+    """(86, 85, 85) as "86 + 2 × 85"."""
+    runs = [(size, len(list(group))) for size, group in groupby(sizes)]
+    return " + ".join(str(size) if count == 1 else f"{count} × {size}" for size, count in runs) or "nothing"

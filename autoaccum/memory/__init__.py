@@ -1,0 +1,1 @@
+"""What a device has, and what a training step uses of it."""

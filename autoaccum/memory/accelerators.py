@@ -1,0 +1,265 @@
+"""Devices with a memory of their own: CUDA (and ROCm) GPUs, XPU and what speaks alike, and Apple's MPS.
+
+What each backend counts in, and what a budget means, is told in `autoaccum.memory.device`.
+
+Choices:
+- XPU and others are asked through their own PyTorch module before `torch.accelerator`: it had most of these functions
+  earlier, and `torch.accelerator`'s fail an internal assertion on MPS (pytorch/pytorch#186430).
+- CUDA's own figures make the budget, for they are what the allocator will meet; NVML only says who else is there.
+- Under WSL and on Windows the driver serves an allocation from host memory when the GPU's is full. Every budget is a
+  hard one there: without a cap, a training that does not fit would crawl instead of failing.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from autoaccum.errors import DeviceError
+from autoaccum.memory.device import Budget, Device, less, plus
+from autoaccum.memory.host import host_memory
+from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
+from autoaccum.units import format_bytes
+
+__all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice"]
+
+
+class AcceleratorDevice(Device):
+    """A device whose PyTorch module speaks as `torch.cuda` does: XPU, and others through `torch.accelerator`.
+
+    Raises:
+        DeviceError: this PyTorch cannot tell the device's memory.
+    """
+
+    def __init__(self, torch_device: torch.device, api: Any = None) -> None:
+        self.torch_device = torch_device
+        self._api = getattr(torch, torch_device.type) if api is None else api
+        self._info = self._function("mem_get_info", "get_memory_info")
+        self._stats = self._function("memory_stats")
+        if self._info is None or self._stats is None:
+            raise DeviceError(
+                f"PyTorch {torch.__version__} cannot tell how much memory {torch_device} has: "
+                'install a newer PyTorch, or train with device="cpu"'
+            )
+        self.name = self._name()
+
+    def _function(self, *names: str) -> Any:
+        for module in (self._api, getattr(torch, "accelerator", None)):
+            for name in names:
+                if hasattr(module, name):
+                    return getattr(module, name)
+        return None
+
+    def _name(self) -> str:
+        named = self._function("get_device_name")
+        return str(named(self.torch_device)) if named else str(self.torch_device)
+
+    def _count(self, figure: str) -> int:
+        return int(self._stats(self.torch_device).get(figure, 0))
+
+    def total(self) -> int:
+        """The device's memory."""
+        return int(self._info(self.torch_device)[1])
+
+    def free(self) -> int:
+        """What no process has taken; the cache of this process's allocator counts as taken."""
+        return int(self._info(self.torch_device)[0])
+
+    def _room(self, headroom: int, held: int) -> Budget:
+        free, own = self.free(), self.reserved() or 0
+        size = max(0, free + own - headroom)
+        reason = f"{format_bytes(free)} free on {self.name}{plus(own)}{less(headroom)}"
+        cap = int(self._fraction() * self.total())  # of what the allocator reserves: headroom is for what it does not
+        if cap < size:
+            size, reason = cap, f"{reason}, but this process's memory fraction allows {format_bytes(cap)}"
+        return Budget(size, f"{format_bytes(size)}: {reason}", False, "torch")
+
+    def _fraction(self) -> float:
+        """The share of the device that this process's allocator may reserve; older PyTorch cannot tell, so all."""
+        get = self._function("get_per_process_memory_fraction")
+        return float(get(self.torch_device)) if get else 1.0
+
+    @contextlib.contextmanager
+    def limit(self, budget: Budget) -> Iterator[None]:
+        """Caps what the allocator reserves at a hard budget, so that an overrun raises OutOfMemoryError.
+
+        The cap from before is put back, and holds meanwhile where it is the smaller one. Context and libraries are not
+        counted by it.
+        """
+        cap = self._function("set_per_process_memory_fraction")
+        if not budget.hard or cap is None:
+            yield
+            return
+        self.release()  # a cache from before would be charged to the budget, and its release counted as a retry
+        before = self._fraction()
+        # Half a byte more, or the allocator's truncation could cost the last byte and with it a whole segment.
+        cap(min(before, (budget.bytes + 0.5) / self.total(), 1.0), self.torch_device)
+        try:
+            yield
+        finally:
+            cap(before, self.torch_device)
+
+    def reset_peak(self) -> None:
+        """Lets `peak` and `reserved_peak` start anew from what is allocated now."""
+        reset = self._function("reset_peak_memory_stats")
+        if reset:
+            reset(self.torch_device)
+
+    def peak(self) -> int | None:
+        """The most bytes in tensors since `reset_peak`."""
+        return self._count("allocated_bytes.all.peak")
+
+    def reserved_peak(self) -> int | None:
+        """The most bytes the allocator held since `reset_peak`."""
+        return self._count("reserved_bytes.all.peak")
+
+    def retries(self) -> int:
+        """How often, in this process, the allocator found no memory and tried again without its cache."""
+        return self._count("num_alloc_retries")
+
+    def allocated(self) -> int | None:
+        """Bytes in tensors now."""
+        return self._count("allocated_bytes.all.current")
+
+    def reserved(self) -> int | None:
+        """Bytes the allocator holds now."""
+        return self._count("reserved_bytes.all.current")
+
+    def release(self) -> None:
+        """Collects garbage, then returns the allocator's cache to the device."""
+        super().release()
+        self._function("empty_cache")()
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given."""
+        self._function("synchronize")(self.torch_device)
+
+
+class CudaDevice(AcceleratorDevice):
+    """An NVIDIA GPU, or an AMD one under ROCm, for which PyTorch uses the same names (but NVML does not answer).
+
+    `api` and `nvml` are the modules to ask, torch.cuda and pynvml unless others are given. `spills`: whether the driver
+    serves allocations from host memory instead of refusing them; found out unless given.
+    """
+
+    def __init__(
+        self, torch_device: torch.device, api: Any = None, *, nvml: Any = None, spills: bool | None = None
+    ) -> None:
+        super().__init__(torch_device, api)
+        self._nvml = nvml
+        self.spills = _spills() if spills is None else spills
+
+    def total(self) -> int:
+        """The device's memory: the number that the allocator takes its fraction of."""
+        return int(self._api.get_device_properties(self.torch_device).total_memory)
+
+    def free(self) -> int:
+        """What no process has taken. Raises DeviceError where CUDA does not answer, as on a GPU that is full."""
+        try:
+            return super().free()
+        except RuntimeError as error:
+            raise DeviceError(
+                f"{self.torch_device} ({self.name}) does not answer: {error}; {self._others()}"
+            ) from error
+
+    def _room(self, headroom: int, held: int) -> Budget:
+        budget = super()._room(headroom, held)
+        reason = f"{budget.reason}; {self._others()}"
+        if self.spills:
+            reason += "; a hard limit, for the driver here spills into host memory instead of refusing"
+        return replace(budget, reason=reason, hard=self.spills)
+
+    def _gpu(self) -> tuple[GpuInfo | None, str]:
+        uuid = getattr(self._api.get_device_properties(self.torch_device), "uuid", None)
+        return gpu_info(str(uuid), self._nvml) if uuid else (None, "this PyTorch does not tell the GPU's UUID")
+
+    def _others(self) -> str:
+        info, why = self._gpu()
+        if info is None:
+            return f"figures from CUDA alone: {why}"
+        ours = pids_are_ours()
+        others = [process for process in info.processes if not (ours and process.pid == os.getpid())]
+        if not others:
+            return "no other process uses it"
+        known = ", ".join(_holder(process) for process in others[:3])
+        whose = "other " if ours else ""
+        return f"{len(others)} {whose}process{'es' if len(others) > 1 else ''} on it ({known})"
+
+    def release(self) -> None:
+        """Collects garbage, drops cuBLAS's workspaces, then returns the allocator's cache to the device."""
+        clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        if clear:
+            clear()
+        super().release()
+
+    def describe(self) -> dict[str, Any]:
+        """One row of `autoaccum devices`; asks CUDA for the free memory, which costs a context, only without NVML."""
+        info, why = self._gpu()
+        row = {"device": str(self.torch_device), "type": self.type, "name": self.name, "total": self.total()}
+        if info is None:
+            return {**row, "free": self.free(), "processes": [], "driver": None, "note": f"without NVML: {why}"}
+        processes = [{"pid": p.pid, "name": p.name, "bytes": p.bytes} for p in info.processes]
+        return {**row, "free": info.free, "processes": processes, "driver": info.driver, "note": ""}
+
+
+class MpsDevice(Device):
+    """Apple's GPU, which shares the host's memory: Metal recommends how much of it to use.
+
+    PyTorch counts no peaks there, and its fraction cannot be read back, so a hard budget is compared, not enforced.
+    """
+
+    def __init__(self, api: Any = None) -> None:
+        self.torch_device = torch.device("mps")
+        self.name = f"Apple GPU ({platform.machine()})"
+        self._api = torch.mps if api is None else api
+        if not hasattr(self._api, "recommended_max_memory"):
+            raise DeviceError(
+                f"PyTorch {torch.__version__} cannot tell how much memory mps has: install PyTorch 2.5 or newer, "
+                'or train with device="cpu"'
+            )
+
+    def total(self) -> int:
+        """What Metal recommends as the most to use."""
+        return int(self._api.recommended_max_memory())
+
+    def free(self) -> int:
+        """What of that this process has not taken, or the host's available memory where that is less."""
+        return min(max(0, self.total() - (self.reserved() or 0)), host_memory().available)
+
+    def _room(self, headroom: int, held: int) -> Budget:
+        free, own = self.free(), self.reserved() or 0
+        size = max(0, free + own - headroom)
+        reason = f"{format_bytes(free)} of Metal's recommended {format_bytes(self.total())} is free{plus(own)}"
+        return Budget(size, f"{format_bytes(size)}: {reason}{less(headroom)}", False, "torch")
+
+    def allocated(self) -> int | None:
+        """Bytes in tensors now."""
+        return int(self._api.current_allocated_memory())
+
+    def reserved(self) -> int | None:
+        """Bytes that Metal's driver has given this process now."""
+        return int(self._api.driver_allocated_memory())
+
+    def release(self) -> None:
+        """Collects garbage, then returns the allocator's cache to the device."""
+        super().release()
+        self._api.empty_cache()
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that it was given."""
+        self._api.synchronize()
+
+
+def _holder(process: GpuProcess) -> str:
+    size = "unknown size" if process.bytes is None else format_bytes(process.bytes)
+    return f"{process.pid} {process.name}: {size}" if process.name else f"{process.pid}: {size}"
+
+
+def _spills() -> bool:
+    """WSL and Windows: the driver serves an allocation from host memory when the GPU's is full."""
+    return sys.platform == "win32" or "microsoft" in platform.release().lower()

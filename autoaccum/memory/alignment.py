@@ -1,0 +1,168 @@
+"""Which groups of several traces are the same operator call.
+
+At two batch sizes a step calls the same operators in the same order, almost always. Where it does not (a
+kernel of another algorithm, a Python loop over the samples), what agrees before and after is matched, and
+the stretch between becomes one cell of its own: its net and inside figures still follow the size, though
+more coarsely. How much was allocated in such stretches is handed back, not hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from autoaccum.memory.trace import Trace
+
+__all__ = ["Cell", "ForecastFailed", "align"]
+
+_MOST_DIFFERENCES = 1000  # the search for common groups takes this squared; beyond, traces have too little in common
+_MOST_UNALIGNED = 0.5  # of the bytes allocated; beyond, the fit would stand on stretches more than on operators
+_SHORTEST_RUN = 3  # fewer agreeing groups than this between two stretches may agree by chance: they join them
+
+
+class ForecastFailed(Exception):
+    """The traces do not carry a forecast; the caller moves to larger sizes or to the guarded bracket."""
+
+
+class Cell(NamedTuple):
+    """Groups [start, stop) of each trace that stand for the same thing. `matched`: one group in each."""
+
+    spans: tuple[tuple[int, int], ...]
+    matched: bool
+
+
+def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
+    """The cells in time order, and the largest share of a trace's allocated bytes that lies in unmatched ones.
+
+    Raises:
+        ForecastFailed: the traces have different phases, or too little in common.
+    """
+    names = [tuple(phase.name for phase in trace.phases) for trace in traces]
+    if len(set(names)) > 1:
+        raise ForecastFailed(f"the traces went through different phases: {' against '.join(map(str, set(names)))}")
+    cells: list[Cell] = []
+    for phase in range(len(names[0])):
+        bounds = [_bounds(trace, phase) for trace in traces]
+        keys = [
+            [(group.innermost, group.operator) for group in trace.groups[start:stop]]
+            for trace, (start, stop) in zip(traces, bounds)
+        ]
+        cells += _cells([start for start, _ in bounds], keys)
+    share = max(
+        _unmatched(trace, [cell.spans[at] for cell in cells if not cell.matched]) for at, trace in enumerate(traces)
+    )
+    if share > _MOST_UNALIGNED:
+        raise ForecastFailed(
+            f"{share:.0%} of what a step allocates could not be matched between the traced sizes "
+            f"(at most {_MOST_UNALIGNED:.0%} may be)"
+        )
+    return cells, share
+
+
+def _bounds(trace: Trace, phase: int) -> tuple[int, int]:
+    last = phase + 1 == len(trace.phases)
+    return trace.phases[phase].first_group, len(trace.groups) if last else trace.phases[phase + 1].first_group
+
+
+def _cells(starts: list[int], keys: list[list[tuple[str, str]]]) -> list[Cell]:
+    """One phase's cells. `keys`: each trace's groups by name; `starts`: the number of its first group."""
+    base = keys[0]
+    if all(other == base for other in keys[1:]):
+        return [Cell(tuple((start + at, start + at + 1) for start in starts), True) for at in range(len(base))]
+    partners = [dict(common(base, other)) for other in keys[1:]]
+    anchors = [
+        (at, *(partner[at] for partner in partners))
+        for at in range(len(base))
+        if all(at in partner for partner in partners)
+    ]
+    cells: list[Cell] = []
+    here = (0,) * len(keys)
+    for there in [*_long_runs(anchors, tuple(map(len, keys))), tuple(map(len, keys))]:
+        if there != here:
+            cells.append(Cell(tuple((s + a, s + b) for s, a, b in zip(starts, here, there)), False))
+        if there != tuple(map(len, keys)):
+            cells.append(Cell(tuple((s + at, s + at + 1) for s, at in zip(starts, there)), True))
+        here = tuple(at + 1 for at in there)
+    return cells
+
+
+def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The anchors without those in short runs; a run that touches the phase's start or end is never short."""
+    runs: list[list[tuple[int, ...]]] = []
+    for anchor in anchors:
+        if runs and all(at == before + 1 for at, before in zip(anchor, runs[-1][-1])):
+            runs[-1].append(anchor)
+        else:
+            runs.append([anchor])
+    kept: list[tuple[int, ...]] = []
+    for run in runs:
+        edge = not any(run[0]) or all(at + 1 == end for at, end in zip(run[-1], ends))
+        if edge or len(run) >= _SHORTEST_RUN:
+            kept += run
+    return kept
+
+
+def _unmatched(trace: Trace, spans: list[tuple[int, int]]) -> float:
+    inside = {group for start, stop in spans for group in range(start, stop)}
+    allocated = sum(event.bytes for event in trace.events if event.bytes > 0)
+    return sum(event.bytes for event in trace.events if event.bytes > 0 and event.group in inside) / max(1, allocated)
+
+
+def common(first: Sequence[object], second: Sequence[object]) -> list[tuple[int, int]]:
+    """Positions of a longest common subsequence of two sequences, in order.
+
+    Myers, "An O(ND) difference algorithm and its variations" (1986), after what agrees at both ends.
+
+    Raises:
+        ForecastFailed: more than 1000 items differ.
+    """
+    head = 0
+    while head < min(len(first), len(second)) and first[head] == second[head]:
+        head += 1
+    tail = 0
+    while tail < min(len(first), len(second)) - head and first[-1 - tail] == second[-1 - tail]:
+        tail += 1
+    middle = _myers(first[head : len(first) - tail], second[head : len(second) - tail])
+    return [
+        *((at, at) for at in range(head)),
+        *((head + a, head + b) for a, b in middle),
+        *((len(first) - tail + at, len(second) - tail + at) for at in range(tail)),
+    ]
+
+
+def _myers(first: Sequence[object], second: Sequence[object]) -> list[tuple[int, int]]:
+    # furthest[k]: the longest prefix of `first` reached on diagonal k (position in first minus in second).
+    furthest = {1: 0}
+    steps: list[dict[int, int]] = []
+    for differences in range(min(len(first) + len(second), _MOST_DIFFERENCES) + 1):
+        steps.append(dict(furthest))
+        for diagonal in range(-differences, differences + 1, 2):
+            a = _enter(furthest, diagonal, differences)
+            while a < len(first) and a - diagonal < len(second) and first[a] == second[a - diagonal]:
+                a += 1
+            furthest[diagonal] = a
+            if a >= len(first) and a - diagonal >= len(second):
+                return _walk_back(steps, len(first), diagonal)
+    raise ForecastFailed(f"the traces differ in more than {_MOST_DIFFERENCES} groups of one phase")
+
+
+def _enter(furthest: dict[int, int], diagonal: int, differences: int) -> int:
+    """Where the best path with one difference more enters a diagonal."""
+    down = diagonal == -differences or (diagonal != differences and furthest[diagonal - 1] < furthest[diagonal + 1])
+    return furthest[diagonal + 1] if down else furthest[diagonal - 1] + 1
+
+
+def _walk_back(steps: list[dict[int, int]], end: int, diagonal: int) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    a = end
+    for differences in range(len(steps) - 1, -1, -1):
+        before = steps[differences]
+        entered = _enter(before, diagonal, differences) if differences else 0
+        while a > entered:
+            a -= 1
+            pairs.append((a, a - diagonal))
+        if differences:
+            down = before.get(diagonal + 1, -1) == entered
+            diagonal += 1 if down else -1
+            a = entered if down else entered - 1
+    return pairs[::-1]

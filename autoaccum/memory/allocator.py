@@ -1,0 +1,377 @@
+"""PyTorch's CUDA caching allocator, simulated: a stream of requests -> the bytes it would reserve.
+
+What a training step needs and what the allocator takes from the device differ: it rounds, keeps two
+pools, splits blocks, and keeps what was freed. That difference (fragmentation) does not follow a
+line in the batch size, so it is not fitted: the forecast requests are played through this model of
+the allocator. The rules are those of `c10/cuda/CUDACachingAllocator.cpp` in torch 2.4 to 2.13:
+
+- a request is rounded up to a multiple of 512 B;
+- up to 1 MiB it is served from the small pool, whose segments are 2 MiB; above from the large pool,
+  whose segments are 20 MiB for requests under 10 MiB and else the request rounded up to 2 MiB;
+- the smallest cached block that fits is taken (lowest address among equals), and split where 512 B
+  or more remain (small pool, expandable segments) or more than 1 MiB (large pool);
+- a freed block joins its free neighbours in its segment;
+- where the limit would be passed, all whole cached segments go back to the device, and the request
+  is tried once more (torch counts a retry);
+- expandable segments: one long address range per stream and pool, mapped in pages of 2 MiB (small)
+  or 20 MiB (large); a free block before unmapped addresses grows in place.
+
+Assumed, since the driver decides it: a new segment lies at a higher address than the older ones.
+Not modelled, and refused by name in `unsupported`: `max_split_size_mb`, `roundup_power2_divisions`,
+`garbage_collection_threshold`, a changed large segment size, other backends, private pools of CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from autoaccum.units import MIB, format_bytes
+
+__all__ = ["Block", "CachingAllocator", "Segment", "SimulatedOutOfMemory", "rounded", "segment_size", "unsupported"]
+
+MIN_BLOCK = 512
+SMALL_REQUEST = MIB
+SMALL_SEGMENT = 2 * MIB
+LARGE_SEGMENT = 20 * MIB
+MIN_LARGE = 10 * MIB
+LARGE_ROUNDING = 2 * MIB
+_ADDRESS_SPACE = LARGE_SEGMENT * 2**24  # one segment's range, larger than any device; whole pages of both sizes
+
+
+class SimulatedOutOfMemory(Exception):
+    """The simulated allocator could not serve a request under its limit."""
+
+
+class Segment(NamedTuple):
+    """A stretch that the allocator holds at the start: its blocks in address order as (bytes, in use)."""
+
+    stream: int
+    small: bool
+    blocks: tuple[tuple[int, bool], ...]
+    expandable: bool = False
+
+
+@dataclass(eq=False)
+class Block:
+    """A stretch of one segment; `previous` and `next` are its neighbours there. `requested` is 0 when free."""
+
+    pool: _Pool
+    address: int
+    size: int
+    allocated: bool = False
+    mapped: bool = True
+    expandable: bool = False
+    previous: Block | None = None
+    next: Block | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether it is only a part of its segment."""
+        return self.previous is not None or self.next is not None
+
+    @property
+    def room(self) -> int:
+        """The size this free block could grow to without moving."""
+        return self.size + (self.next.size if self.next is not None and not self.next.mapped else 0)
+
+
+class _Pool:
+    """The cached (free, mapped) blocks of one stream and size class, and the unmapped stretches."""
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
+        self.unmapped: list[Block] = []  # by address
+        self._keys: list[tuple[int, int]] = []  # (size, address) of the cached blocks, sorted
+        self._blocks: dict[int, Block] = {}  # by address
+
+    def cached(self) -> list[Block]:
+        return [self._blocks[address] for _, address in self._keys]
+
+    def insert(self, block: Block) -> None:
+        insort(self._keys, (block.size, block.address))
+        self._blocks[block.address] = block
+
+    def remove(self, block: Block) -> None:
+        del self._keys[bisect_left(self._keys, (block.size, block.address))]
+        del self._blocks[block.address]
+
+    def insert_unmapped(self, block: Block) -> None:
+        insort(self.unmapped, block, key=lambda other: other.address)
+
+    def best_fit(self, size: int) -> Block | None:
+        """The smallest cached block of at least `size`; where blocks can grow, the one that could grow least."""
+        at = bisect_left(self._keys, (size, 0))
+        if at == len(self._keys):
+            return None
+        best = self._blocks[self._keys[at][1]]
+        while best.expandable and at + 1 < len(self._keys):
+            at += 1
+            following = self._blocks[self._keys[at][1]]
+            if following.room >= best.room:
+                break
+            best = following
+        return best
+
+
+class CachingAllocator:
+    """The allocator of one device. Sizes are bytes.
+
+    `limit` is the most it may reserve (what `set_per_process_memory_fraction` caps); None: no limit.
+    `reserved`, `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
+    """
+
+    def __init__(self, *, limit: int | None = None, expandable: bool = False) -> None:
+        self.limit = limit
+        self.expandable = expandable
+        self.reserved = self.allocated = 0
+        self.peak_reserved = self.peak_allocated = 0
+        self.retries = 0
+        self._pools: dict[tuple[int, bool], _Pool] = {}
+        self._next_address = _ADDRESS_SPACE
+
+    @classmethod
+    def holding(
+        cls, segments: Sequence[Segment], *, limit: int | None = None, expandable: bool = False
+    ) -> CachingAllocator:
+        """An allocator that already holds `segments`; their blocks in use stay so (nobody here can free them)."""
+        allocator = cls(limit=limit, expandable=expandable)
+        for segment in segments:
+            allocator._adopt(segment)
+        return allocator
+
+    def allocate(self, request: int, stream: int = 0) -> Block:
+        """A block for `request` bytes on `stream`.
+
+        Raises:
+            SimulatedOutOfMemory: it does not fit under the limit, even with all cached segments given back.
+        """
+        size = rounded(request)
+        pool = self._pool(stream, size <= SMALL_REQUEST)
+        block = pool.best_fit(size)
+        if block is not None:
+            pool.remove(block)
+        else:
+            block = self._new_block(pool, size)
+        remaining = block.size - size
+        if remaining >= MIN_BLOCK if pool.small or self.expandable else remaining > SMALL_REQUEST:
+            self._cut(block, size)
+        block.allocated = True
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a block back to its pool, joined with its free neighbours."""
+        block.allocated = False
+        self.allocated -= block.size
+        for neighbour in (block.previous, block.next):
+            self._join(block, neighbour)
+        block.pool.insert(block)
+
+    def release_cached(self) -> None:
+        """Give whole free segments (or free pages of expandable ones) back to the device: `empty_cache`."""
+        for pool in self._pools.values():
+            for block in pool.cached():
+                if block.expandable:
+                    self._unmap(block)
+                elif not block.split:
+                    pool.remove(block)
+                    self.reserved -= block.size
+
+    def _pool(self, stream: int, small: bool) -> _Pool:
+        pool = self._pools.get((stream, small))
+        if pool is None:
+            pool = self._pools[stream, small] = _Pool(small)
+        return pool
+
+    def _new_block(self, pool: _Pool, size: int) -> Block:
+        """A block that was not in the cache, of at least `size` bytes, in no pool's list."""
+        block = self._reserve(pool, size)
+        if block is None:
+            self.release_cached()
+            self.retries += 1
+            block = self._reserve(pool, size)
+        if block is None:
+            limit = format_bytes(self.limit or 0)
+            raise SimulatedOutOfMemory(
+                f"{format_bytes(size)} more do not fit: {format_bytes(self.reserved)} of {limit} are reserved"
+            )
+        return block
+
+    def _reserve(self, pool: _Pool, size: int) -> Block | None:
+        wanted = segment_size(size)
+        if self.limit is not None and self.reserved + wanted > self.limit:
+            return None
+        if self.expandable:
+            return self._expand(pool, size)
+        self._grow(wanted)
+        return Block(pool, self._fresh_address(), wanted)
+
+    def _grow(self, size: int) -> None:
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+    def _fresh_address(self) -> int:
+        self._next_address += _ADDRESS_SPACE
+        return self._next_address
+
+    def _cut(self, block: Block, size: int) -> None:
+        """Keep the first `size` bytes in `block`; the rest becomes a cached block of its own."""
+        rest = Block(block.pool, block.address + size, block.size - size, expandable=block.expandable)
+        block.size = size
+        _insert_after(block, rest)
+        block.pool.insert(rest)
+
+    def _join(self, block: Block, neighbour: Block | None) -> None:
+        """Take `neighbour` into `block` if it is free and of the same kind."""
+        if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
+            return
+        pool = block.pool
+        if neighbour.mapped:
+            pool.remove(neighbour)
+        else:
+            pool.unmapped.remove(neighbour)
+        if block.previous is neighbour:
+            block.address = neighbour.address
+            block.previous = neighbour.previous
+            if block.previous is not None:
+                block.previous.next = block
+        else:
+            block.next = neighbour.next
+            if block.next is not None:
+                block.next.previous = block
+        block.size += neighbour.size
+
+    def _expand(self, pool: _Pool, size: int) -> Block:
+        """Map pages until some free block before unmapped addresses has `size` bytes; returns it, out of the cache."""
+        block = self._expandable_start(pool, size)
+        if not block.mapped:
+            self._map(block, size)
+        while block.size < size:
+            grown = block.next
+            assert grown is not None, "the address range of a simulated segment has an end"
+            self._map(grown, size - block.size)
+            block = grown
+        pool.remove(block)
+        return block
+
+    def _expandable_start(self, pool: _Pool, size: int) -> Block:
+        for unmapped in pool.unmapped:  # lowest address first
+            before = unmapped.previous
+            start = before if before is not None and not before.allocated else unmapped
+            if _free_from(start) >= size:
+                return start
+        fresh = Block(pool, self._fresh_address(), _ADDRESS_SPACE // 2, mapped=False, expandable=True)
+        pool.insert_unmapped(fresh)
+        return fresh
+
+    def _map(self, block: Block, size: int) -> None:
+        """Back the first `size` bytes of an unmapped block with whole pages; it joins its free neighbours."""
+        pool = block.pool
+        mapped = min(_up(min(size, block.size), pool.page), block.size)
+        pool.unmapped.remove(block)
+        block.mapped = True
+        if mapped < block.size:
+            rest = Block(pool, block.address + mapped, block.size - mapped, mapped=False, expandable=True)
+            block.size = mapped
+            _insert_after(block, rest)
+            pool.insert_unmapped(rest)
+        for neighbour in (block.previous, block.next):
+            self._join(block, neighbour)
+        pool.insert(block)
+        self._grow(mapped)
+
+    def _unmap(self, block: Block) -> None:
+        """Give back the whole pages inside a free expandable block; its ends stay cached."""
+        pool = block.pool
+        first = _up(block.address, pool.page)
+        last = (block.address + block.size) // pool.page * pool.page
+        if first >= last:
+            return
+        pool.remove(block)
+        end = block.address + block.size
+        if block.address < first:
+            head = Block(pool, block.address, first - block.address, expandable=True)
+            head.previous, head.next = block.previous, block
+            if block.previous is not None:
+                block.previous.next = head
+            block.previous = head
+            pool.insert(head)
+        if last < end:
+            tail = Block(pool, last, end - last, expandable=True)
+            _insert_after(block, tail)
+            pool.insert(tail)
+        block.address, block.size, block.mapped = first, last - first, False
+        for neighbour in (block.previous, block.next):
+            self._join(block, neighbour)
+        pool.insert_unmapped(block)
+        self.reserved -= last - first
+
+    def _adopt(self, segment: Segment) -> None:
+        pool = self._pool(segment.stream, segment.small)
+        address = self._fresh_address()
+        before: Block | None = None
+        for size, allocated in segment.blocks:
+            block = Block(pool, address, size, allocated, expandable=segment.expandable)
+            if before is not None:
+                _insert_after(before, block)
+            if not allocated:
+                pool.insert(block)
+            before, address = block, address + size
+            self.allocated += size if allocated else 0
+            self._grow(size)
+        if segment.expandable and before is not None:
+            rest = Block(pool, address, _ADDRESS_SPACE // 2, mapped=False, expandable=True)
+            _insert_after(before, rest)
+            pool.insert_unmapped(rest)
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+
+
+def rounded(request: int) -> int:
+    """The bytes of the block that serves a request: the next multiple of 512, at least 512."""
+    return max(MIN_BLOCK, _up(request, MIN_BLOCK))
+
+
+def segment_size(size: int) -> int:
+    """The bytes asked from the device for a rounded request that no cached block can serve."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    return LARGE_SEGMENT if size < MIN_LARGE else _up(size, LARGE_ROUNDING)
+
+
+def unsupported(settings: Mapping[str, Any], backend: str = "native") -> str | None:
+    """What in the allocator's settings (`_snapshot()["allocator_settings"]`) is not simulated, or None."""
+    if backend != "native":
+        return f"the allocator backend {backend!r}"
+    if 0 < int(settings.get("max_split_size", -1)) < 2**60:  # unlimited is -1, or the largest size_t
+        return "max_split_size_mb"
+    if float(settings.get("garbage_collection_threshold", 0.0)) > 0:
+        return "garbage_collection_threshold"
+    if any(int(divisions) > 1 for divisions in (settings.get("roundup_power2_divisions") or {}).values()):
+        return "roundup_power2_divisions"
+    if "large_segment_size" in str(settings.get("PYTORCH_CUDA_ALLOC_CONF", "")):
+        return "large_segment_size_mb"
+    return None
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _insert_after(block: Block, new: Block) -> None:
+    new.previous, new.next = block, block.next
+    if block.next is not None:
+        block.next.previous = new
+    block.next = new
+
+
+def _free_from(block: Block | None) -> int:
+    """The bytes of the free blocks, mapped or not, that follow each other from `block` on."""
+    found = 0
+    while block is not None and not block.allocated:
+        found, block = found + block.size, block.next
+    return found

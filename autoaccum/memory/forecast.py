@@ -1,0 +1,342 @@
+"""A few small traces -> the peak memory of a window at any batch size, and any sequence length.
+
+What each operator call allocates is affine in the batch, though the peak, the largest of many sums of such
+figures, is not. So the rows of the aligned traces (replay.py) are fitted one by one and added up again at
+the size asked for: the peak is a maximum of affine functions, evaluated as one matrix product.
+
+Over a batch size B alone a row is a + b·B. Over a batch and a length L it is a sum of 1, B, L, BL, L², BL²:
+attention is quadratic in the length, and everything is affine in the batch.
+
+Choices:
+
+- The fit goes through the largest traces that determine it, where a kernel's choice of algorithm is nearest
+  to that of the sizes asked for; for sequences it is the least-squares fit of all traces.
+- The largest trace that the others can do without is held out once: how far the forecast from the others
+  misses its course, at any moment, relative to its peak, is `residual`.
+- Bytes are requested bytes. What CUDA's allocator makes of them is not fitted but simulated (`reserved`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autoaccum.memory.alignment import ForecastFailed, align
+from autoaccum.memory.allocator import Block, CachingAllocator, SimulatedOutOfMemory
+from autoaccum.memory.replay import FOREVER, Flow, Table, tabulate
+from autoaccum.memory.trace import Trace
+
+__all__ = ["Forecast", "ForecastFailed", "Reservation"]
+
+Resident = int | Mapping[str, int] | Sequence[Mapping[str, int]] | None
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A window played through the simulated allocator: peaks in bytes, and how often it had to empty its cache."""
+
+    reserved: int
+    allocated: int
+    retries: int
+
+
+class Forecast:
+    """The memory of a window at any size, made by `fit`. Sizes are bytes.
+
+    Attributes:
+        residual: the largest miss at a held-out trace, relative to its peak above the start; None where no
+            trace could be spared.
+        unaligned: the share of a step's allocated bytes that could not be matched between the traces.
+        requested: False where block sizes had to stand for requested sizes (see trace.Trace).
+    """
+
+    residual: float | None
+    unaligned: float
+    requested: bool
+
+    def __init__(self, table: Table, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
+        self._table = table
+        self._last = traces[max(range(len(traces)), key=lambda at: _volume(sizes[at]))]
+        self._lengths = {size[1] for size in sizes if len(size) > 1}
+        self._columns = _columns(sizes)
+        self._background = max(trace.background for trace in traces)
+
+    @classmethod
+    def fit(cls, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]], resident: Resident = None) -> Forecast:
+        """The forecast from traces at `sizes`: (batch,) each, or (batch, length) each.
+
+        Args:
+            resident: what was there before each trace: bytes, or bytes by part, or the latter for each trace
+                where it grows with the size (the batch on the device). `peak` includes it.
+
+        Raises:
+            ForecastFailed: fewer sizes than the fit needs (two batches; for sequences two batches × three
+                lengths), a trace that is empty or was cut short, or traces that have too little in common.
+        """
+        _check(traces, sizes)
+        cells, unaligned = align(traces)
+        table = tabulate(traces, cells)
+        forecast = cls(table, traces, sizes)
+        forecast.unaligned = unaligned
+        forecast.requested = all(trace.requested for trace in traces)
+        forecast._solve(table, sizes, _residents(resident, len(sizes)))
+        forecast.residual = _residual(table, sizes, forecast._columns)
+        return forecast
+
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The most in use at once, in requested bytes, what was there before included."""
+        point = self._point(batch, length)
+        return round(float((self._residents @ point).sum()) + self._above(point)) + self._background
+
+    def above(self, batch: int, length: int | None = None) -> int:
+        """The same above the start of the window; at least 0."""
+        return round(self._above(self._point(batch, length))) + self._background
+
+    def course(self, batch: int, length: int | None = None) -> list[tuple[str, int]]:
+        """(phase, bytes in use above the start) at each moment of the window, for a plot."""
+        levels = (self._levels[1:] @ self._point(batch, length)).round().tolist()
+        names = [phase.name for phase in self._last.phases]
+        return [(names[row.phase], int(level)) for row, level in zip(self._table.rows, levels)]
+
+    def parts(self, batch: int, length: int | None = None) -> dict[str, int]:
+        """What is in use at the peak, by part; the values add up to `peak`.
+
+        Parts of the window: "activations" (allocated in the forward pass, used after it), "gradients"
+        (allocated in the backward pass, kept after it), "optimizer_state", "batch", "temporary" (freed within
+        the phase), "released" (negative: freed, but older than the window), "other_threads"; and those of
+        `resident`. Gradients that were there before and those of the window are one part. The phases are
+        the marks "batch", "forward", "backward", "optimizer"; without marks all is activations or temporary.
+        """
+        point = self._point(batch, length)
+        found = self._at_peak(point, lambda flow: flow.part)
+        for part, value in zip(self._resident_names, self._residents @ point):
+            found[part] += float(value)
+        found["other_threads"] += self._background
+        return _whole(found, self.peak(batch, length), "temporary")
+
+    def operators(self, batch: int, length: int | None = None) -> dict[str, int]:
+        """What the window holds at its peak by the operator that allocated it, largest first; adds up to `above`."""
+        found = self._at_peak(self._point(batch, length), lambda flow: flow.operator)
+        found["other_threads"] += self._background
+        whole = _whole(found, self.above(batch, length), max(found, key=lambda name: found[name]))
+        return dict(sorted(whole.items(), key=lambda item: -item[1]))
+
+    def simulate(self, batch: int, length: int | None = None, *, limit: int | None = None) -> Reservation:
+        """The window at this size played through PyTorch's caching allocator, from its state before the traces.
+
+        Args:
+            limit: the most the allocator may reserve, in bytes.
+
+        Raises:
+            ForecastFailed: the allocator has a setting that is not simulated.
+            SimulatedOutOfMemory: the window does not fit under the limit.
+        """
+        if self._last.unsupported is not None:
+            raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
+        point = self._point(batch, length)
+        allocator = CachingAllocator.holding(self._last.segments, limit=limit, expandable=self._last.expandable)
+        sizes = (self._flows @ point).round().long().tolist()
+        inside = (self._deltas @ point).round().long().tolist()
+        births, deaths = self._agenda()
+        blocks: dict[int, Block] = {}
+        for at, row in enumerate(self._table.rows):
+            if row.coarse and inside[at] > 0:
+                allocator.free(allocator.allocate(inside[at]))
+            for flow in deaths.get(at, ()):
+                if flow in blocks:
+                    allocator.free(blocks.pop(flow))
+            for flow in births.get(at, ()):
+                if sizes[flow] > 0 and self._table.flows[flow].death > at:
+                    blocks[flow] = allocator.allocate(sizes[flow], self._table.flows[flow].stream)
+        return Reservation(allocator.peak_reserved, allocator.peak_allocated, allocator.retries)
+
+    def reserved(self, batch: int, length: int | None = None, *, limit: int | None = None) -> int:
+        """The most that PyTorch's caching allocator reserves: `simulate(...).reserved`, plus what other threads held."""
+        return self.simulate(batch, length, limit=limit).reserved + self._background
+
+    def largest(self, budget: int, ceiling: int, length: int | None = None, *, reserved: bool = False) -> int:
+        """The largest batch up to `ceiling` whose forecast is within `budget` bytes; 0 where not even 1 is.
+
+        Between a batch that fits and one that does not there is always an n that fits while n + 1 does not;
+        bisection finds it. A peak is a maximum of affine functions, thus convex in the batch: whatever is
+        beyond n + 1 does not fit either. That holds for requested bytes. With `reserved`, the forecast is the
+        simulated allocator's, which may rise and fall by a segment: then n and n + 1 are as said, no more.
+        """
+
+        def fits(batch: int) -> bool:
+            if not reserved:
+                return self.peak(batch, length) <= budget
+            try:
+                outcome = self.simulate(batch, length, limit=budget - self._background)
+            except SimulatedOutOfMemory:
+                return False
+            return outcome.retries == 0
+
+        if ceiling < 1 or not fits(1):
+            return 0
+        if fits(ceiling):
+            return ceiling
+        low, high = 1, ceiling
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
+
+    def _solve(self, table: Table, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
+        chosen = _nearest(sizes, self._columns)
+        weights = _weights([sizes[at] for at in chosen], self._columns)
+        self._deltas = table.deltas[:, chosen] @ weights
+        self._flows = table.sizes[:, chosen] @ weights
+        self._levels = _levels(self._deltas)
+        self._resident_names = list(residents)
+        held = torch.tensor(list(residents.values()), dtype=torch.float64).reshape(len(residents), len(sizes))
+        self._residents = held[:, chosen] @ weights
+
+    def _point(self, batch: int, length: int | None) -> torch.Tensor:
+        if not self._lengths:
+            return _basis((batch,), self._columns)
+        if length is None and len(self._lengths) == 1:
+            length = next(iter(self._lengths))
+        if length is None:
+            raise ForecastFailed("the traces are of sequences: a forecast needs a length beside the batch size")
+        if len(self._lengths) == 1 and length not in self._lengths:
+            raise ForecastFailed(
+                f"all traces have length {next(iter(self._lengths))}: nothing is known of length {length}; "
+                "trace two batch sizes at three lengths"
+            )
+        return _basis((batch, length), self._columns)
+
+    def _above(self, point: torch.Tensor) -> float:
+        return float((self._levels @ point).max())
+
+    def _at_peak(self, point: torch.Tensor, name: Callable[[Flow], str]) -> defaultdict[str, float]:
+        """What is in use at the peak row, above the start, by `name(flow)`."""
+        found: defaultdict[str, float] = defaultdict(float)
+        level, row = (self._levels @ point).max(0)
+        at = int(row) - 1  # the first row of the levels is the start
+        live = 0.0
+        for flow, size in zip(self._table.flows, (self._flows @ point).tolist()):
+            if flow.birth <= at < flow.death:
+                found[name(flow)] += size
+                live += size
+        if at >= 0:
+            here = self._table.rows[at]
+            # What a coarse cell holds inside has no flows of its own.
+            found[name(Flow(at, at, here.operator, "temporary", 0))] += float(level) - live
+        return found
+
+    def _agenda(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        births: dict[int, list[int]] = defaultdict(list)
+        deaths: dict[int, list[int]] = defaultdict(list)
+        for at, flow in enumerate(self._table.flows):
+            births[flow.birth].append(at)
+            if flow.death < FOREVER:
+                deaths[flow.death].append(at)
+        return births, deaths
+
+
+def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
+    if not traces or len(traces) != len(sizes) or len({len(size) for size in sizes}) != 1:
+        raise ForecastFailed(f"{len(traces)} traces and {len(sizes)} sizes: each trace needs one size, all of one kind")
+    for trace, size in zip(traces, sizes):
+        if not trace.complete:
+            raise ForecastFailed(f"the trace at {size} was cut short by an error")
+        if not trace.events:
+            raise ForecastFailed(
+                f"nothing was recorded at {size}: this device's allocator does not report to the profiler"
+            )
+
+
+def _columns(sizes: Sequence[tuple[int, ...]]) -> int:
+    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length).
+
+    Raises:
+        ForecastFailed: the sizes do not determine the fit.
+    """
+    batches = {size[0] for size in sizes}
+    lengths = {size[1] for size in sizes if len(size) > 1}
+    columns = 6 if len(lengths) > 1 else 2
+    design = torch.stack([_basis(size, columns) for size in sizes])
+    if int(torch.linalg.matrix_rank(design / design.abs().amax(0))) < columns:
+        raise ForecastFailed(
+            f"{len(batches)} batch sizes and {len(lengths)} lengths do not determine the fit: it takes two batch "
+            "sizes, for sequences each at the same three lengths"
+        )
+    return columns
+
+
+def _basis(size: tuple[int, ...], columns: int) -> torch.Tensor:
+    """1, B; or 1, B, L, BL, L², BL² in float64."""
+    batch = float(size[0])
+    if columns == 2:
+        return torch.tensor([1.0, batch], dtype=torch.float64)
+    length = float(size[1])
+    powers = [1.0, length, length * length]
+    return torch.tensor([factor * power for power in powers for factor in (1.0, batch)], dtype=torch.float64)
+
+
+def _weights(sizes: Sequence[tuple[int, ...]], columns: int) -> torch.Tensor:
+    """(sizes × columns): figures at the sizes times this are the fit's coefficients."""
+    design = torch.stack([_basis(size, columns) for size in sizes])
+    scale = design.abs().amax(0)
+    identity = torch.eye(len(sizes), dtype=torch.float64)
+    # gelsd needs no full row rank and is exact on a square system up to rounding.
+    solved = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution
+    return (solved / scale[:, None]).T
+
+
+def _volume(size: tuple[int, ...]) -> int:
+    return size[0] * (size[1] if len(size) > 1 else 1)
+
+
+def _nearest(sizes: Sequence[tuple[int, ...]], columns: int) -> list[int]:
+    """The traces that the fit goes through: the two largest batches, or all."""
+    if columns > 2:
+        return list(range(len(sizes)))
+    order = sorted(range(len(sizes)), key=lambda at: -sizes[at][0])
+    return [order[0], next(at for at in order if sizes[at][0] < sizes[order[0]][0])]
+
+
+def _levels(deltas: torch.Tensor) -> torch.Tensor:
+    """The running sums of the rows, from an empty start."""
+    return torch.cat([torch.zeros_like(deltas[:1]), deltas.cumsum(0)])
+
+
+def _residual(table: Table, sizes: Sequence[tuple[int, ...]], columns: int) -> float | None:
+    for held_out in sorted(range(len(sizes)), key=lambda at: -_volume(sizes[at])):
+        rest = [at for at in range(len(sizes)) if at != held_out]
+        try:
+            if not rest or _columns([sizes[at] for at in rest]) != columns:
+                continue
+        except ForecastFailed:
+            continue
+        chosen = [rest[at] for at in _nearest([sizes[at] for at in rest], columns)]
+        weights = _weights([sizes[at] for at in chosen], columns)
+        forecast = _levels(table.deltas[:, chosen] @ weights) @ _basis(sizes[held_out], columns)
+        measured = _levels(table.deltas[:, held_out : held_out + 1]).squeeze(1)
+        return float((forecast - measured).abs().max() / measured.max().clamp(min=1))
+    return None
+
+
+def _residents(resident: Resident, traces: int) -> dict[str, list[int]]:
+    """Each part's bytes at each trace."""
+    if resident is None:
+        return {}
+    if isinstance(resident, int):
+        return {"resident": [resident] * traces}
+    if isinstance(resident, Mapping):
+        return {part: [size] * traces for part, size in resident.items()}
+    if len(resident) != traces:
+        raise ForecastFailed(f"{len(resident)} sets of resident bytes for {traces} traces: one each, or one for all")
+    names = dict.fromkeys(part for parts in resident for part in parts)
+    return {name: [parts.get(name, 0) for parts in resident] for name in names}
+
+
+def _whole(found: Mapping[str, float], total: int, rest: str) -> dict[str, int]:
+    """Rounded to bytes so that they add up to `total`, the difference going to `rest`; zeros left out."""
+    whole = {name: round(value) for name, value in found.items()}
+    whole[rest] = whole.get(rest, 0) + total - sum(whole.values())
+    return {name: value for name, value in whole.items() if value}

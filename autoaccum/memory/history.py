@@ -1,0 +1,139 @@
+"""CUDA's own record of allocations: the requested sizes, joined to the profiler's operators.
+
+The profiler says which operator asked, but reports the block that was handed out, which is the request
+rounded up, or more where the rest was not worth splitting. The caching allocator's history says what was
+requested, but not by whom. Both tell of the same calls in the same order (each reports under the
+allocator's lock), so they are joined by address and order; what no profiled thread did is set apart.
+
+The history is switched on without stack traces, for the length of one recording. Where someone else has
+it on already, it is left as it is and read; where its entries do not cover the recording (a ring buffer
+that ran over), the block sizes stand for the requests, and the trace says so (`requested` False).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from autoaccum.memory.allocator import Segment, unsupported
+
+__all__ = ["NO_OPERATOR", "History", "RawEvent", "join", "segments_of"]
+
+NO_OPERATOR = "(no operator)"
+_DEFERRED = "(freed once another stream was done)"
+
+
+class RawEvent(NamedTuple):
+    """One allocation (bytes > 0) or free as the profiler or the history told it.
+
+    `call` is the same number for all events of one operator call, -1 outside any operator. `innermost`
+    is that operator, `operator` the one to show for it.
+    """
+
+    time_ns: int
+    bytes: int
+    address: int
+    call: int
+    innermost: str
+    operator: str
+    stream: int = 0
+
+
+class History:
+    """The allocator's history during one recording, and its state at the start."""
+
+    def __init__(self, where: torch.device) -> None:
+        self._index = torch.cuda.current_device() if where.index is None else where.index
+        self._ours = not torch._C._cuda_isHistoryEnabled()
+        if self._ours:
+            torch.cuda.memory._record_memory_history("all", context=None)
+        at_start = torch.cuda.memory._snapshot(self._index)
+        self._before = len(at_start["device_traces"][self._index])
+        self._segments = segments_of(at_start["segments"], self._index)
+        self._settings: Mapping[str, Any] = at_start.get("allocator_settings", {})
+
+    def finish(self, found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
+        """The profiler's events with requested sizes, and what else the trace wants to know."""
+        entries = torch.cuda.memory._snapshot(self._index)["device_traces"][self._index][self._before :]
+        joined = join(found, entries)
+        extra: dict[str, Any] = {
+            "segments": self._segments,
+            "expandable": bool(self._settings.get("expandable_segments", False)),
+            "unsupported": unsupported(self._settings, torch.cuda.memory.get_allocator_backend()),
+            "requested": joined is not None,
+        }
+        if joined is None:
+            return list(found), extra
+        events, extra["background"] = joined
+        return events, extra
+
+    def stop(self) -> None:
+        """Switch the history off again, if this recording switched it on."""
+        if self._ours:
+            torch.cuda.memory._record_memory_history(None)
+            self._ours = False
+
+
+def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tuple[list[RawEvent], int] | None:
+    """The history's events with the profiler's operators, and the most bytes that unprofiled threads held at once.
+
+    `found`: the profiler's events (block sizes) in time order. `entries`: the history, in order. A block
+    that another stream still used is freed when that is over ("free_completed"), not when it was asked for.
+    None where a profiled event is not in the history.
+    """
+    waiting: dict[tuple[int, bool], deque[RawEvent]] = defaultdict(deque)
+    for raw in found:
+        waiting[raw.address, raw.bytes > 0].append(raw)
+    events: list[RawEvent] = []
+    foreign: dict[int, int] = {}  # address -> bytes, of other threads' live allocations
+    asked: dict[int, tuple[RawEvent | None, int]] = {}  # address -> who asked to free it, events until then
+    background = held = 0
+    now = found[0].time_ns if found else 0
+    for entry in entries:
+        action, address, size = entry["action"], entry.get("addr", 0), entry["size"]
+        if action in ("alloc", "free_requested"):
+            queue = waiting[address, action == "alloc"]
+            # A block is never smaller than the request: if so, the entry is another thread's at the same address.
+            who = queue.popleft() if queue and abs(queue[0].bytes) >= size else None
+            now = now if who is None else max(now, who.time_ns)
+            if action == "free_requested":
+                asked[address] = (who, len(events))
+            elif who is not None:
+                events.append(who._replace(bytes=size, time_ns=now, stream=entry["stream"]))
+            else:
+                foreign[address] = size
+                held += size
+                background = max(background, held)
+        elif action == "free_completed":
+            who, then = asked.pop(address, (None, len(events)))
+            if address in foreign:
+                held -= foreign.pop(address)
+            elif who is not None and then == len(events):
+                events.append(who._replace(bytes=-size, time_ns=now, stream=entry["stream"]))
+            else:
+                name = NO_OPERATOR if then == len(events) else _DEFERRED
+                events.append(RawEvent(now, -size, address, -1, "", name, entry["stream"]))
+    if any(waiting.values()):
+        return None
+    return events, background
+
+
+def segments_of(segments: Sequence[Mapping[str, Any]], index: int) -> tuple[Segment, ...]:
+    """The default pool's segments of device `index` in a snapshot, by address."""
+    own = [
+        segment
+        for segment in segments
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
+    ]
+    return tuple(
+        Segment(
+            segment["stream"],
+            segment["segment_type"] == "small",
+            tuple((block["size"], block["state"] != "inactive") for block in segment["blocks"]),
+            bool(segment.get("is_expandable", False)),
+        )
+        for segment in sorted(own, key=lambda segment: segment["address"])
+    )

@@ -1,0 +1,169 @@
+"""Aligned traces as one table: a row for each moment of the window, a column for each trace.
+
+A cell whose allocations and frees agree one by one in all traces gives a row for each of them. Any other
+cell gives two rows: the most it held inside, and what it left behind. The sum of a column down to a row is
+the memory in use there, so whatever is fitted to the rows can be replayed by adding them up.
+
+A flow is a block, or several, that lives from one row to another: what is in use at a row is what was born
+at or before it and dies after it. Flows say whose the memory at the peak is, and they are what the
+simulated allocator is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from autoaccum.memory.alignment import Cell
+from autoaccum.memory.trace import Event, Trace
+
+__all__ = ["RELEASED", "Flow", "Row", "Table", "tabulate"]
+
+RELEASED = "released"
+FOREVER = 2**62
+
+
+@dataclass(frozen=True)
+class Row:
+    """A moment: the operator and phase it lies in. `coarse`: the row is a cell's "inside" figure."""
+
+    operator: str
+    phase: int
+    coarse: bool = False
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Memory that lives from row `birth` until row `death` (FOREVER: it was not freed), and what it is."""
+
+    birth: int
+    death: int
+    operator: str
+    part: str
+    stream: int
+
+
+@dataclass
+class Table:
+    """`deltas` (rows × traces) and `sizes` (flows × traces) are bytes in float64, exact below 2⁵³."""
+
+    rows: list[Row]
+    flows: list[Flow]
+    deltas: torch.Tensor
+    sizes: torch.Tensor
+
+
+@dataclass
+class _Column:
+    """One trace while it is tabulated: the row where each block was born, and where it died."""
+
+    trace: Trace
+    starts: list[int]  # the first event of each group, and one past the last
+    births: dict[int, int] = field(default_factory=dict)
+    deaths: dict[int, int] = field(default_factory=dict)
+    released: dict[int, int] = field(default_factory=dict)  # row -> bytes freed that are older than the trace
+
+    def events(self, span: tuple[int, int]) -> Sequence[Event]:
+        return self.trace.events[self.starts[span[0]] : self.starts[span[1]]]
+
+
+def tabulate(traces: Sequence[Trace], cells: Sequence[Cell]) -> Table:
+    """The table of traces that were aligned into `cells`."""
+    columns = [_Column(trace, _starts(trace)) for trace in traces]
+    rows: list[Row] = []
+    deltas: list[list[int]] = []
+    for cell in cells:
+        events = [column.events(span) for column, span in zip(columns, cell.spans)]
+        if not any(events):
+            continue
+        owner, at = next((column, span[0]) for column, span in zip(columns, cell.spans) if span[1] > span[0])
+        group = owner.trace.groups[at]
+        if _alike(columns, events, len(rows)):
+            for together in zip(*events):
+                deltas.append([event.bytes for event in together])
+                rows.append(Row(group.operator, group.phase))
+        else:
+            inside, net = zip(*(_figures(column, found, len(rows) + 1) for column, found in zip(columns, events)))
+            deltas += [list(inside), [after - most for most, after in zip(inside, net)]]
+            rows += [Row(group.operator, group.phase, True), Row(group.operator, group.phase)]
+    flows, sizes = _flows(columns, rows)
+    return Table(rows, flows, _matrix(deltas, len(traces)), _matrix(sizes, len(traces)))
+
+
+def _starts(trace: Trace) -> list[int]:
+    starts: list[int] = []
+    for at, event in enumerate(trace.events):
+        while len(starts) <= event.group:
+            starts.append(at)
+    return starts + [len(trace.events)] * (len(trace.groups) + 1 - len(starts))
+
+
+def _alike(columns: Sequence[_Column], events: Sequence[Sequence[Event]], row: int) -> bool:
+    """Whether all traces allocate and free alike here; if so, births and deaths are noted from `row` on."""
+    if len({len(found) for found in events}) > 1:
+        return False
+    born: list[dict[int, int]] = [{} for _ in columns]
+    for at, together in enumerate(zip(*events)):
+        origins = set()
+        for column, new, event in zip(columns, born, together):
+            if event.bytes > 0:
+                new[event.block] = row + at
+                origins.add(FOREVER)
+            else:
+                origins.add(new.get(event.block, column.births.get(event.block, -1)))
+        if len(origins) > 1:
+            return False
+    for column, new, found in zip(columns, born, events):
+        column.births.update(new)
+        for at, event in enumerate(found):
+            if event.bytes < 0 and event.block >= 0:
+                column.deaths[event.block] = row + at
+            elif event.bytes < 0:
+                column.released[row + at] = event.bytes
+    return True
+
+
+def _figures(column: _Column, events: Sequence[Event], row: int) -> tuple[int, int]:
+    """The most held inside a stretch and what it left behind; its births and deaths are noted at `row`."""
+    net = inside = 0
+    for event in events:
+        net += event.bytes
+        inside = max(inside, net)
+        if event.bytes > 0:
+            column.births[event.block] = row
+        elif event.block >= 0:
+            column.deaths[event.block] = row
+        else:
+            column.released[row] = column.released.get(row, 0) + event.bytes
+    return inside, net
+
+
+def _flows(columns: Sequence[_Column], rows: Sequence[Row]) -> tuple[list[Flow], list[list[int]]]:
+    found: dict[tuple[int, int, bool], tuple[list[int], int]] = {}
+    for at, column in enumerate(columns):
+        for event in column.trace.events:
+            if event.bytes > 0:
+                key = (column.births[event.block], column.deaths.get(event.block, FOREVER), False)
+                found.setdefault(key, ([0] * len(columns), event.stream))[0][at] += event.bytes
+        for row, size in column.released.items():
+            found.setdefault((row, FOREVER, True), ([0] * len(columns), 0))[0][at] += size
+    phases = [phase.name for phase in columns[0].trace.phases]
+    flows: list[Flow] = []
+    for (birth, death, released), (_, stream) in found.items():
+        last = rows[death].phase if death < FOREVER else len(phases)
+        part = RELEASED if released else _part(phases[rows[birth].phase], last > rows[birth].phase)
+        flows.append(Flow(birth, death, rows[birth].operator, part, stream))
+    return flows, [sizes for sizes, _ in found.values()]
+
+
+def _part(phase: str, outlives: bool) -> str:
+    """What memory is, told from the phase it was allocated in and whether it outlives it."""
+    if not outlives:
+        return "temporary"
+    return {"batch": "batch", "backward": "gradients", "optimizer": "optimizer_state"}.get(phase, "activations")
+
+
+def _matrix(values: list[list[int]], columns: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(len(values), columns)

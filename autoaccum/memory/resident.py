@@ -1,0 +1,107 @@
+"""The tensors that live before a trace: parameters, buffers, gradients, optimizer state, the batch.
+
+A trace tells what a window adds; what is there already is counted here, each storage once, however
+many tensors, tied weights or views share it, and in full, as that is what the device holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["resident_bytes", "resident_parts"]
+
+
+def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
+    """Bytes of the distinct storages that `objects` hold: modules (with gradients), optimizers, batches, tensors.
+
+    Args:
+        device: count only what lies there (any index where it has none); None: everywhere.
+    """
+    return _count(_all(objects), device, set())
+
+
+def resident_parts(
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    batch: Any = None,
+    *,
+    device: torch.device | None = None,
+) -> dict[str, int]:
+    """The same by part; a storage that several parts share counts in the first of them.
+
+    Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch"; their sum is
+    `resident_bytes(model, optimizer, batch, device=device)`.
+    """
+    parameters = [] if model is None else list(model.parameters())
+    held: dict[str, Iterable[Tensor]] = {
+        "parameters": parameters,
+        "buffers": [] if model is None else model.buffers(),
+        "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+        "optimizer_state": [] if optimizer is None else _all([optimizer]),
+        "batch": _all([batch]),
+    }
+    seen: set[tuple[torch.device, int]] = set()
+    return {part: _count(tensors, device, seen) for part, tensors in held.items()}
+
+
+def _all(objects: Iterable[Any]) -> Iterator[Tensor]:
+    """Every tensor in nested containers; a parameter's gradient follows it."""
+    pending = list(objects)
+    visited: dict[int, Any] = {}  # by id; the object too, so that no id is used again meanwhile
+    while pending:
+        thing = pending.pop()
+        if id(thing) in visited:
+            continue
+        visited[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            yield thing
+            if thing.is_leaf and thing.grad is not None:
+                yield thing.grad
+        elif isinstance(thing, nn.Module):
+            pending += [*thing.parameters(), *thing.buffers()]
+        elif isinstance(thing, torch.optim.Optimizer):
+            pending += [thing.state, *thing.param_groups]
+        elif isinstance(thing, Mapping):
+            pending += thing.values()
+        elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+            pending += [getattr(thing, field.name) for field in dataclasses.fields(thing)]
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            pending += thing
+
+
+def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tuple[torch.device, int]]) -> int:
+    total = 0
+    for tensor in tensors:
+        for dense in _dense(tensor):
+            if dense.device.type == "meta" or not _on(dense.device, device):
+                continue
+            storage = dense.untyped_storage()
+            key = (dense.device, storage.data_ptr())
+            if key not in seen:
+                seen.add(key)
+                total += storage.nbytes()
+    return total
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """The strided tensors that a tensor consists of."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_nested and tensor.layout == torch.jagged:
+        return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]  # torch.nested's own class has them
+    return [tensor]
+
+
+def _on(device: torch.device, wanted: torch.device | None) -> bool:
+    if wanted is None:
+        return True
+    return device.type == wanted.type and (wanted.index is None or device.type == "cpu" or device.index == wanted.index)

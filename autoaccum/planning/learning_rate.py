@@ -1,0 +1,337 @@
+"""The learning rate for another batch: one function a rule, each with its formula, its source and its reason.
+
+Choices made here:
+
+- The scale is κ = target_batch / lr_batch, the batch trained with over the batch that the LR was tuned at. The number
+  of micro-batches never enters: the same run on a larger device must train the same.
+- "auto" goes by the optimizer's family, read from its class's name and from its bases' names, so that a subclass of
+  AdamW is of Adam's family and a schedule-free AdamW is not. Where no rule is established, the LR is left alone, and
+  the reason says so.
+- All of an optimizer's parameter groups are scaled by the same factor. "adam-sde" changes each group's own betas and
+  eps.
+
+Sources. Goyal 2017: Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, §2.1 and §2.2. Krizhevsky 2014:
+"One weird trick for parallelizing convolutional neural networks", arXiv 1404.5997, §5. Malladi 2022: Malladi et al.,
+"On the SDEs and Scaling Rules for Adaptive Gradient Algorithms", arXiv 2205.10287, square root scaling rule for Adam.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from autoaccum.errors import PlanError
+
+__all__ = [
+    "RULES",
+    "Decision",
+    "Scaling",
+    "adam_sde",
+    "choose_rule",
+    "decide",
+    "family",
+    "group_settings",
+    "linear",
+    "number",
+    "optimizer_name",
+    "sqrt",
+    "unscaled",
+    "warmup_advice",
+]
+
+RULES = ("auto", "linear", "sqrt", "adam-sde", "none")
+_WARMUP_ABOVE = 8  # κ from which the linear rule is advised to be warmed up to
+
+_SGD = {"sgd", "sgdw"}
+_ADAM = {"adam", "adamw", "adamax", "nadam", "nadamw", "radam", "sparseadam"}
+# A class of these names has rules of its own, whatever it is derived from.
+_OTHERS = {"adafactor", "lamb", "lars", "lion", "muon"}
+# The same algorithm in another's kernels or storage: FusedAdam, DeepSpeedCPUAdam, PagedAdamW8bit.
+_WRAPPING = re.compile(r"^(paged|fused|deepspeedcpu|cpu)|((8|4|32)bit|fp8|legacy)$")
+
+
+class Scaling(NamedTuple):
+    """What a rule gives: the LR's factor, new values for other settings of the optimizer, and the rule's source."""
+
+    factor: float
+    overrides: dict[str, float | tuple[float, ...]]
+    reason: str
+
+
+def linear(target_batch: int, lr_batch: int) -> Scaling:
+    """η' = κη: κ small steps in nearly one direction are one step κ times as long (Goyal 2017, §2.1)."""
+    return Scaling(target_batch / lr_batch, {}, f"linear, Goyal 2017: κ = {target_batch}/{lr_batch}")
+
+
+def sqrt(target_batch: int, lr_batch: int) -> Scaling:
+    """η' = √κ η: keeps the variance of the updates (Krizhevsky 2014); for Adam, from its SDE (Malladi 2022)."""
+    source = f"sqrt, Krizhevsky 2014 and Malladi 2022: √κ, κ = {target_batch}/{lr_batch}"
+    return Scaling(math.sqrt(target_batch / lr_batch), {}, source)
+
+
+def adam_sde(target_batch: int, lr_batch: int, betas: Sequence[float], eps: float) -> Scaling:
+    """η' = √κ η, β' = 1 − κ(1 − β), ε' = ε/√κ (Malladi 2022): Adam follows the same SDE at the other batch size.
+
+    Where 1 − κ(1 − β) is not positive the formula has left its range, and β^κ is taken: the same for a β near 1, and
+    what κ steps of the small batch leave of the past.
+
+    Args:
+        target_batch: samples a step.
+        lr_batch: samples a step that the settings were tuned at.
+        betas: Adam's own, each in [0, 1).
+        eps: Adam's own.
+    """
+    kappa = target_batch / lr_batch
+    scaled = tuple(_scaled_beta(beta, kappa) for beta in betas)
+    source = f"adam-sde, Malladi 2022: √κ, κ = {target_batch}/{lr_batch}"
+    return Scaling(math.sqrt(kappa), {"betas": scaled, "eps": eps / math.sqrt(kappa)}, source)
+
+
+def unscaled(why: str) -> Scaling:
+    """η' = η, and why."""
+    return Scaling(1.0, {}, why)
+
+
+def _scaled_beta(beta: float, kappa: float) -> float:
+    scaled = 1 - kappa * (1 - beta)
+    return float(scaled if scaled > 0 else beta**kappa)
+
+
+# --- which rule ------------------------------------------------------------------------------------------------------
+
+
+def _lineage(optimizer: object) -> list[str]:
+    """The names that an optimizer goes by, the nearest first: of its class and all bases; of a factory, its own."""
+    while isinstance(optimizer, functools.partial):
+        optimizer = optimizer.func
+    if isinstance(optimizer, str):
+        return [optimizer]
+    if not isinstance(optimizer, type):
+        name = getattr(optimizer, "__name__", None)  # functions have one, instances of optimizers do not
+        if isinstance(name, str):
+            return [name]
+        optimizer = type(optimizer)
+    return [base.__name__ for base in optimizer.__mro__ if base is not object]
+
+
+def optimizer_name(optimizer: object) -> str:
+    """What to call the optimizer in a sentence: its class's, factory's or own name."""
+    return _lineage(optimizer)[0]
+
+
+def _ancestor(optimizer: object) -> tuple[str, str]:
+    """(family, the name in the lineage by which it is known)."""
+    lineage = _lineage(optimizer)
+    for name in lineage:
+        plain = _WRAPPING.sub("", _WRAPPING.sub("", re.sub(r"[^a-z0-9]", "", name.lower())))
+        if plain in _OTHERS or "schedulefree" in plain:
+            break
+        if plain in _SGD:
+            return "sgd", name
+        if plain in _ADAM:
+            return "adam", name
+    return "other", lineage[0]
+
+
+def family(optimizer: object) -> str:
+    """ "sgd", "adam" or "other".
+
+    Args:
+        optimizer: an optimizer, its class, a `functools.partial` of one, a factory, or a name.
+    """
+    return _ancestor(optimizer)[0]
+
+
+def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
+    """The rule to apply, never "auto", and one line on why it is that one.
+
+    Raises:
+        PlanError: `rule` is none of RULES, or "adam-sde" for an optimizer of SGD's family.
+    """
+    if rule not in RULES:
+        raise PlanError(f"lr_rule={rule!r} is not a rule: choose one of {', '.join(map(repr, RULES))}")
+    kind, known_by = _ancestor(optimizer)
+    name = optimizer_name(optimizer)
+    if rule == "adam-sde" and kind == "sgd":
+        raise PlanError(f'lr_rule="adam-sde" changes betas and eps, which {name} does not have: use "linear" or "auto"')
+    if rule != "auto":
+        return rule, f"{rule}: as asked for"
+    which = f"{name} is {known_by}'s subclass" if known_by != name else f"the optimizer is {name}"
+    if kind == "sgd":
+        return "linear", f"linear: auto, since {which}"
+    if kind == "adam":
+        return "sqrt", f"sqrt: auto, since {which}"
+    return "none", f'none: auto knows no established rule for {name}; "linear" and "sqrt" can be asked for'
+
+
+# --- the rule applied ------------------------------------------------------------------------------------------------
+
+
+class Decision(NamedTuple):
+    """The LR settings of a plan: `lr` is scaled already, `reasons` has a line for each value decided."""
+
+    lr: float | None
+    factor: float
+    rule: str
+    overrides: dict[str, float | tuple[float, ...]]
+    reasons: dict[str, str]
+
+
+def decide(
+    target_batch: int,
+    lr_batch: int | None,
+    *,
+    rule: str = "auto",
+    optimizer: object = "adamw",
+    lr: float | None = None,
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+    samples: int | None = None,
+) -> Decision:
+    """The LR for `target_batch`, where `lr` (or the optimizer's own) was tuned at `lr_batch`.
+
+    Args:
+        target_batch: samples a step.
+        lr_batch: samples a step that the LR was tuned at; None leaves it alone.
+        rule: one of RULES.
+        optimizer: as for `family`; one that has parameter groups gives its own lr, betas and eps where none are given.
+        lr: as tuned.
+        betas: Adam's, for "adam-sde"; PyTorch's defaults stand in for an optimizer of Adam's family.
+        eps: likewise.
+        samples: of an epoch, for the length of the warm-up advised.
+
+    Raises:
+        PlanError: a rule that is not one, or not for this optimizer; an LR, betas or eps out of range.
+    """
+    rule, why = choose_rule(rule, optimizer)
+    own = _own_rates(optimizer) if lr is None else [_rate("lr", lr)]
+    lr = own[0] if len(set(own)) == 1 else None
+    others: dict[str, str] = {}
+    if lr_batch is None:
+        rule, why = "none", "none: without an lr_batch there is nothing to scale from"
+        scaling = unscaled("no lr_batch says at which batch it was tuned")
+    elif rule == "none":
+        scaling = unscaled(why.removeprefix("none: ").split(";")[0])
+    elif rule == "adam-sde":
+        betas, eps = _adam_settings(optimizer, betas, eps)
+        scaling = adam_sde(target_batch, lr_batch, betas, eps)
+        others = _override_lines(target_batch / lr_batch, betas, eps)
+    else:
+        scaling = {"linear": linear, "sqrt": sqrt}[rule](target_batch, lr_batch)
+        if rule == "linear" and scaling.factor > _WARMUP_ABOVE:
+            others = {"warmup_steps": warmup_advice(scaling.factor, target_batch, samples)}
+    reasons = {"lr": _lr_line(lr, len(own), rule, scaling), "lr_rule": why, **others}
+    scaled = None if lr is None else lr * scaling.factor
+    return Decision(scaled, scaling.factor, rule, scaling.overrides, reasons)
+
+
+def group_settings(
+    group: Mapping[str, Any], rule: str, target_batch: int, lr_batch: int | None
+) -> dict[str, float | tuple[float, ...]]:
+    """New values for one parameter group: its own LR times the factor of all groups; by "adam-sde" also betas and eps.
+
+    Empty where nothing is scaled. `initial_lr`, from which schedules count, is scaled where it is there.
+    """
+    if rule == "none" or lr_batch is None:
+        return {}
+    scaling = linear(target_batch, lr_batch) if rule == "linear" else sqrt(target_batch, lr_batch)
+    settings = {key: group[key] * scaling.factor for key in ("lr", "initial_lr") if key in group}
+    if rule == "adam-sde":
+        betas = [float(beta) for beta in group.get("betas", ())]
+        overrides = adam_sde(target_batch, lr_batch, betas, float(group.get("eps", 0))).overrides
+        settings |= {key: value for key, value in overrides.items() if key in group}
+    return settings
+
+
+def warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:
+    """One line on the warm-up that a linear scale above 8 wants: 5 epochs from the unscaled LR (Goyal 2017, §2.2)."""
+    length = "the first 5 epochs"
+    if samples is not None:
+        length += f", here {5 * math.ceil(samples / target_batch)} steps"
+    why = f"κ = {number(kappa)} is above {_WARMUP_ABOVE}"
+    return f"a warm-up is advised, since {why}: Goyal 2017 climbs from the unscaled LR over {length}"
+
+
+def number(value: float) -> str:
+    """A figure for a sentence, six digits at most: 0.001, 4, 2.66667."""
+    return f"{value:.6g}"
+
+
+def _lr_line(lr: float | None, groups: int, rule: str, scaling: Scaling) -> str:
+    if rule == "none":
+        what = "as it is" if lr is None else number(lr)
+        return f"{what}, not scaled: {scaling.reason}"
+    product = f"{number(scaling.factor)} ({scaling.reason})"
+    if lr is None:
+        return f"{'each parameter group' if groups > 1 else 'the optimizer'}'s own × {product}"
+    return f"{number(lr * scaling.factor)} = {number(lr)} × {product}"
+
+
+def _override_lines(kappa: float, betas: Sequence[float], eps: float) -> dict[str, str]:
+    terms = []
+    for beta in betas:
+        formula = f"1 − κ(1 − {number(beta)})"
+        out = 1 - kappa * (1 - beta) <= 0
+        terms.append(
+            f"{number(_scaled_beta(beta, kappa))} = " + (f"{number(beta)}^κ, as {formula} ≤ 0" if out else formula)
+        )
+    divided = f"{number(eps / math.sqrt(kappa))} = {number(eps)} / √κ"
+    kappa_text = f"(adam-sde, Malladi 2022: κ = {number(kappa)})"
+    return {"betas": f"{'; '.join(terms)} {kappa_text}", "eps": f"{divided} {kappa_text}"}
+
+
+# --- what the user or the optimizer gives ----------------------------------------------------------------------------
+
+
+def _groups(optimizer: object) -> Sequence[Mapping[str, Any]]:
+    groups: Sequence[Mapping[str, Any]] = getattr(optimizer, "param_groups", ())
+    return groups
+
+
+def _own_rates(optimizer: object) -> list[float]:
+    """Each parameter group's LR as it was tuned, which a schedule that is attached already keeps as `initial_lr`."""
+    return [float(group.get("initial_lr", group["lr"])) for group in _groups(optimizer) if "lr" in group]
+
+
+def _own(optimizer: object, key: str) -> Any:
+    """A setting as the optimizer has it: in its first parameter group, or among a partial's keywords."""
+    if isinstance(optimizer, functools.partial):
+        return optimizer.keywords.get(key)
+    return next((group[key] for group in _groups(optimizer) if key in group), None)
+
+
+def _adam_settings(
+    optimizer: object, betas: Sequence[float] | None, eps: float | None
+) -> tuple[tuple[float, ...], float]:
+    defaults = ((0.9, 0.999), 1e-8) if family(optimizer) == "adam" else (None, None)  # PyTorch's, for all of the family
+    betas = next((b for b in (betas, _own(optimizer, "betas"), defaults[0]) if b is not None), None)
+    eps = next((e for e in (eps, _own(optimizer, "eps"), defaults[1]) if e is not None), None)
+    if betas is None or eps is None:
+        raise PlanError(
+            f'lr_rule="adam-sde" changes betas and eps, and those of {optimizer_name(optimizer)} are not known: '
+            "give betas=(0.9, 0.999) and eps=1e-8 as they were tuned, or another lr_rule"
+        )
+    betas = tuple(float(beta) for beta in betas)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise PlanError(f"betas={betas} are out of range: each is from 0 to less than 1, such as (0.9, 0.999)")
+    if not (eps >= 0 and math.isfinite(eps)):
+        raise PlanError(f"eps={eps} is out of range: give a small number such as 1e-8")
+    return betas, float(eps)
+
+
+def _rate(name: str, value: Any) -> float:
+    """`value` as a float above 0.
+
+    Raises:
+        PlanError: it is not a finite number above 0.
+    """
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        rate = float(value)
+    except (TypeError, ValueError):
+        raise PlanError(f"{name}={value!r} is a {type(value).__name__}: give a number such as 1e-3") from None
+    if not (rate > 0 and math.isfinite(rate)):
+        raise PlanError(f"{name}={rate} cannot be trained with: give a finite number above 0, such as 1e-3")
+    return rate

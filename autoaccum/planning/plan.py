@@ -1,0 +1,312 @@
+"""The Plan: what to train with, decided once, every value with its reason; to JSON and back.
+
+Choices made here:
+
+- A Plan is frozen and whole: it holds what was asked (target, limits, floor, rule), what follows (sizes, LR,
+  momentum), and one readable line on each. When the device turns out smaller, `with_limit` makes another Plan for the
+  same target.
+- It knows windows of any size, not only full ones: `share` and `split` cut a short last window as they cut the full
+  one, on every rank by the same arithmetic, so that no rank has to be told.
+- The file is plain JSON with a schema version; it is written whole or not at all, and reads back as the equal Plan.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoaccum.errors import PlanError
+from autoaccum.planning import learning_rate, split, stored
+from autoaccum.planning.bn_momentum import MODES
+from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
+from autoaccum.planning.reasons import batch_norm_lines, size_lines, tail_line
+from autoaccum.planning.stored import SCHEMA
+
+__all__ = ["SCHEMA", "Plan", "plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank trains with exactly `target_batch` samples a step. `plan` makes it; all sizes are in samples."""
+
+    target_batch: int
+    """Samples per optimizer step, over all ranks."""
+    world_size: int
+    rank: int
+    micro_batch: int
+    """The largest of this rank's sizes; 0 where the rank is idle."""
+    accumulation_steps: int
+    micro_batches: tuple[int, ...]
+    """This rank's sizes in a full window, larger ones first."""
+    lr: float | None
+    """The LR after scaling; None where none was given, or where the optimizer's groups have several."""
+    lr_scale: float
+    """What every parameter group's own LR is multiplied by."""
+    lr_rule: str
+    """The rule applied: "linear", "sqrt", "adam-sde" or "none"."""
+    lr_batch: int | None
+    """Samples a step that the LR was tuned at."""
+    optimizer_overrides: dict[str, float | tuple[float, ...]]
+    """New values of other settings, as `betas` and `eps` by "adam-sde"."""
+    bn_momentum: float | None
+    """The BatchNorm momentum for as many updates a window as it has micro-batches here."""
+    layer_momentum: float | None
+    """The BatchNorm layers' own momentum, for one update a window."""
+    batch_norm: str
+    """"pooled", "momentum" or "keep"."""
+    batch_norm_layers: int | None
+    """How many the model has; None where the model is not known."""
+    limits: tuple[int, ...]
+    """The largest micro-batch allowed on each rank."""
+    minimum: int
+    """The smallest micro-batch allowed."""
+    multiple_of: int
+    tail: str
+    """What becomes of a short last window: "step" or "drop"."""
+    samples: int | None
+    """Of an epoch, where known."""
+    reasons: dict[str, str]
+    """One line on each value: what it is, and why."""
+
+    def share(self, samples: int) -> tuple[int, int]:
+        """This rank's part [start, stop) of a window of `samples` samples; the parts of all ranks tile the window.
+
+        Raises:
+            PlanError: such a window cannot be shared; the nearest that can is named.
+        """
+        parts = split.shares(samples, self.limits, minimum=self.minimum)
+        start = sum(parts[: self.rank])
+        return start, start + parts[self.rank]
+
+    def split(self, samples: int) -> tuple[int, ...]:
+        """This rank's micro-batch sizes for its share of a window of `samples` samples; empty where it has none.
+
+        Raises:
+            PlanError: such a window cannot be shared; the nearest that can is named.
+        """
+        start, stop = self.share(samples)
+        return split.even_split(
+            stop - start, self.limits[self.rank], minimum=self.minimum, multiple_of=self.multiple_of
+        )
+
+    def window_sizes(self, length: int) -> Iterator[int]:
+        """The windows of an epoch of `length` samples over all ranks, in order; see `planning.split.window_sizes`."""
+        return split.window_sizes(
+            length, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
+        )
+
+    def next_window(self, ahead: int, *, ended: bool) -> int | None:
+        """The next window's samples with `ahead` known to lie ahead, for streams; see `planning.split.next_window`."""
+        return split.next_window(
+            ahead, self.target_batch, ended=ended, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
+        )
+
+    def group_settings(self, group: Mapping[str, Any]) -> dict[str, float | tuple[float, ...]]:
+        """New values for one of the optimizer's parameter groups, from those it holds: its own LR scaled, and so on."""
+        return learning_rate.group_settings(group, self.lr_rule, self.target_batch, self.lr_batch)
+
+    def with_limit(self, limit: int, reason: str) -> "Plan":
+        """The plan for the same target with at most `limit` samples at once, on every rank.
+
+        Roomier ranks come down to `limit`. Where all have less, the roomiest rise to it, and those that were smaller
+        than these stay as they are.
+
+        Args:
+            limit: the new limit.
+            reason: one line on it, kept under "limit".
+
+        Raises:
+            PlanError: the target cannot be cut so; the nearest that can is named.
+        """
+        limit = split.whole("limit", limit, 1)
+        roomiest = max(self.limits)
+        limits = tuple(limit if own == roomiest else min(own, limit) for own in self.limits)
+        return _arranged(dataclasses.replace(self, limits=limits, reasons={**self.reasons, "limit": reason}))
+
+    def on_rank(self, rank: int) -> "Plan":
+        """The same plan as another rank has it: what a plan read from one rank's file becomes on the others.
+
+        Raises:
+            PlanError: there is no such rank.
+        """
+        return _arranged(dataclasses.replace(self, rank=_rank(rank, self.world_size)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the schema's version; tuples become lists."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"schema": SCHEMA, **{name: stored.plain(value) for name, value in values.items()}}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
+        """The plan that `to_dict` wrote, also where it stands under "plan"; keys that are not a plan's are passed over.
+
+        Raises:
+            PlanError: another schema, a key that is missing or of another kind, or sizes that do not fit together.
+        """
+        found = cls(**stored.read_values(data))
+        _check(found)
+        return found
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON: whole, or not at all where something fails half-way.
+
+        Raises:
+            PlanError: it cannot be written there.
+        """
+        stored.write_file(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """The plan in a file that `save` wrote, or in one that holds it under "plan", as a search's result does.
+
+        Raises:
+            PlanError: the file is missing, damaged, not a plan, or of another schema; the path is named.
+        """
+        data = stored.read_file(Path(path))
+        try:
+            return cls.from_dict(data)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+
+def plan(
+    limit: int | Sequence[int],
+    target_batch: int,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    samples: int | None = None,
+    optimizer: object = "adamw",
+    lr: float | None = None,
+    lr_batch: int | None = None,
+    lr_rule: str = "auto",
+    betas: Sequence[float] | None = None,
+    eps: float | None = None,
+    bn_momentum: float | None = 0.1,
+    batch_norm: str = "pooled",
+    batch_norm_layers: int | None = None,
+    minimum: int = 1,
+    multiple_of: int = 1,
+    tail: str = "step",
+    reasons: Mapping[str, str] | None = None,
+) -> Plan:
+    """The plan for `target_batch` where at most `limit` samples fit at once: arithmetic only, nothing is run.
+
+    Args:
+        limit: the most samples in one micro-batch; a sequence has one for each rank.
+        target_batch: samples per optimizer step, over all ranks.
+        world_size: how many ranks train together.
+        rank: which of them the plan is for.
+        samples: of an epoch, to say what becomes of the last window.
+        optimizer: an optimizer, its class or its name, for the rule and for what it holds.
+        lr: the LR as tuned; None takes that of an optimizer with parameter groups.
+        lr_batch: samples a step that the LR was tuned at; None: the LR is not scaled.
+        lr_rule: "auto", "linear", "sqrt", "adam-sde" or "none".
+        betas: Adam's, which "adam-sde" changes; None takes the optimizer's, or PyTorch's defaults.
+        eps: likewise.
+        bn_momentum: the BatchNorm layers' own momentum; None is a cumulative average.
+        batch_norm: "pooled", "momentum" or "keep".
+        batch_norm_layers: how many the model has: with 0 the plan does not speak of BatchNorm; None is not known.
+        minimum: the fewest samples in a micro-batch: 2 where a BatchNorm sees a single value per channel and sample.
+        multiple_of: prefer such sizes where that does not raise the number of micro-batches.
+        tail: "step" or "drop" a short last window.
+        reasons: the caller's lines, such as where `limit` is from; under a name of the plan's own they replace that.
+
+    Raises:
+        PlanError: a value out of range, or a target that cannot be cut, with the nearest that can.
+    """
+    world_size = split.whole("world_size", world_size, 1)
+    target_batch = split.whole("target_batch", target_batch, 1)
+    lr_batch = None if lr_batch is None else split.whole("lr_batch", lr_batch, 1)
+    samples = None if samples is None else split.whole("samples", samples, 1)
+    layers = None if batch_norm_layers is None else split.whole("batch_norm_layers", batch_norm_layers, 0)
+    rates = learning_rate.decide(
+        target_batch, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
+    )
+    given = dict(reasons or {})
+    arranged = _arranged(
+        Plan(
+            target_batch=target_batch,
+            world_size=world_size,
+            rank=_rank(rank, world_size),
+            micro_batch=0,
+            accumulation_steps=0,
+            micro_batches=(),
+            lr=rates.lr,
+            lr_scale=rates.factor,
+            lr_rule=rates.rule,
+            lr_batch=lr_batch,
+            optimizer_overrides=rates.overrides,
+            bn_momentum=None,
+            layer_momentum=bn_momentum if layers != 0 else None,
+            batch_norm=_one_of("batch_norm", batch_norm, MODES),
+            batch_norm_layers=layers,
+            limits=_limits(limit, world_size),
+            minimum=split.whole("minimum", minimum, 1),
+            multiple_of=split.whole("multiple_of", multiple_of, 1),
+            tail=_one_of("tail", tail, split.TAILS),
+            samples=samples,
+            reasons={**rates.reasons, **given},
+        )
+    )
+    return dataclasses.replace(arranged, reasons={**arranged.reasons, **given})
+
+
+def _arranged(draft: Plan) -> Plan:
+    """The draft with what follows from its target, limits and rank: sizes, BatchNorm momentum, and their reasons."""
+    sizes = draft.split(draft.target_batch)
+    said = size_lines(draft, sizes) | {"tail": tail_line(draft)} | batch_norm_lines(draft, sizes)
+    others = {name: line for name, line in draft.reasons.items() if name not in said}
+    return dataclasses.replace(
+        draft,
+        micro_batch=max(sizes, default=0),
+        accumulation_steps=len(sizes),
+        micro_batches=sizes,
+        bn_momentum=bn_momentum_for(draft.layer_momentum, len(sizes)),
+        reasons={**said, **others},
+    )
+
+
+# --- what the caller gives -------------------------------------------------------------------------------------------
+
+
+def _limits(limit: int | Sequence[int], world_size: int) -> tuple[int, ...]:
+    if isinstance(limit, Sequence) and not isinstance(limit, str):
+        limits = tuple(split.whole(f"limit[{rank}]", own, 1) for rank, own in enumerate(limit))
+        if len(limits) != world_size:
+            raise PlanError(
+                f"{len(limits)} limits for world_size={world_size}: give one limit for each rank, or one int for all"
+            )
+        return limits
+    return (split.whole("limit", limit, 1),) * world_size
+
+
+def _rank(rank: int, world_size: int) -> int:
+    rank = split.whole("rank", rank, 0)
+    if rank >= world_size:
+        raise PlanError(f"rank={rank} is not one of {world_size}: ranks count from 0 to {world_size - 1}")
+    return rank
+
+
+def _one_of(name: str, value: str, values: tuple[str, ...]) -> str:
+    if value not in values:
+        raise PlanError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, values))}")
+    return value
+
+
+def _check(found: Plan) -> None:
+    """That the values of a plan that was read, perhaps edited by hand, belong together."""
+    split.whole("target_batch", found.target_batch, 1)
+    _rank(found.rank, split.whole("world_size", found.world_size, 1))
+    _limits(found.limits, found.world_size)
+    _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
+    _one_of("batch_norm", found.batch_norm, MODES)
+    _one_of("tail", found.tail, split.TAILS)
+    sizes = found.split(found.target_batch)
+    if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), len(sizes)):
+        raise PlanError(
+            f"this plan's micro-batches {found.micro_batches} are not those of a target of {found.target_batch} with "
+            f"limits {found.limits}, which are {sizes}: change a plan with Plan.with_limit, or make it anew"
+        )

@@ -1,0 +1,270 @@
+"""Samples into windows, windows over ranks, a rank's share into micro-batches. Integers only.
+
+Choices made here:
+
+- The number of micro-batches is chosen first and is the least that fits; the samples are then spread evenly over it.
+  256 samples with at most 100 at once are 86 + 85 + 85: no more passes than 100 + 100 + 56, and the least memory of
+  any three.
+- A layer may forbid small micro-batches (BatchNorm refuses a single value per channel), so sizes have a floor,
+  `minimum`. Not every batch can be cut then: k micro-batches hold from k * minimum to k * limit samples, and what lies
+  between two such ranges has no answer. The error names the nearest batch that has one.
+- Over ranks the most micro-batches that any rank runs is kept least, since that decides the time of a step. A rank may
+  be left without samples, never with fewer than the floor.
+- A short last window is a window. Only one that cannot be cut (a single sample before BatchNorm) is merged into the
+  window before it, and dropped where that is not possible either. On a stream this needs a look ahead, `look_ahead`
+  samples.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import count
+
+from autoaccum.errors import PlanError
+
+__all__ = [
+    "TAILS",
+    "can_split",
+    "even_split",
+    "look_ahead",
+    "nearest_targets",
+    "next_window",
+    "shares",
+    "whole",
+    "window_sizes",
+]
+
+TAILS = ("step", "drop")
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """`value` as an int of at least `least`; booleans, floats and texts are refused, however whole they look.
+
+    Raises:
+        PlanError: it is not an integer, or is less than `least`.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # NumPy's integers count, floats and texts do not
+    except TypeError:
+        kind = type(value).__name__
+        raise PlanError(
+            f"{name}={value!r} is a {kind}: it counts samples or ranks, so give an int such as 64"
+        ) from None
+    if number < least:
+        raise PlanError(f"{name}={number} is too small: it must be {least} or more")
+    return number
+
+
+# --- one share into micro-batches ------------------------------------------------------------------------------------
+
+
+def can_split(samples: int, limit: int, minimum: int = 1) -> bool:
+    """Whether `samples` can be cut into micro-batches of `minimum` to `limit` samples; none at all (0) can."""
+    return -(-samples // limit) * minimum <= samples
+
+
+def nearest_targets(samples: int, limit: int, minimum: int) -> tuple[int, ...]:
+    """The batch nearest to an uncuttable `samples` that can be cut; two, the smaller first, where both are as near."""
+    steps = -(-samples // limit)
+    below, above = (steps - 1) * limit, steps * minimum
+    if below == 0 or above - samples < samples - below:
+        return (above,)
+    return (below, above) if above - samples == samples - below else (below,)
+
+
+def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> tuple[int, ...]:
+    """The fewest micro-batches that hold `samples`, and their sizes: as even as can be, larger ones first.
+
+    Args:
+        samples: to hold, in sum, exactly.
+        limit: the most samples in one micro-batch.
+        minimum: the fewest in one.
+        multiple_of: sizes are multiples of it, all but one at most that takes the remainder, where this neither adds a
+            micro-batch nor leaves `minimum` to `limit`. Sizes then differ by up to `multiple_of`, else by up to one.
+
+    Returns:
+        The sizes; empty for no samples.
+
+    Raises:
+        PlanError: no number of micro-batches holds so many samples (the nearest that can be held is named), or an
+            argument is not a count.
+    """
+    samples, minimum = whole("samples", samples, 0), whole("minimum", minimum, 1)
+    multiple_of = whole("multiple_of", multiple_of, 1)
+    if samples == 0:
+        return ()
+    _require_split(samples, _at_least(minimum, whole("limit", limit, 1)), minimum)
+    steps = -(-samples // limit)
+    sizes = _spread(samples, steps, multiple_of)
+    if max(sizes) > limit or min(sizes) < minimum:
+        sizes = _spread(samples, steps, 1)
+    return sizes
+
+
+def _spread(samples: int, steps: int, unit: int) -> tuple[int, ...]:
+    """`samples` over `steps` sizes in whole units, what is left of a unit added to one of the smaller sizes."""
+    units, rest = divmod(samples, unit)
+    low, larger = divmod(units, steps)
+    return ((low + 1) * unit,) * larger + (low * unit + rest,) + (low * unit,) * (steps - larger - 1)
+
+
+def _at_least(minimum: int, limit: int, where: str = "") -> int:
+    if limit < minimum:
+        raise PlanError(
+            f"limit={limit}{where} is less than minimum={minimum}, which a micro-batch needs: "
+            "give the training more memory, or the model a layer without that minimum (GroupNorm for BatchNorm)"
+        )
+    return limit
+
+
+def _require_split(samples: int, limit: int, minimum: int) -> None:
+    if can_split(samples, limit, minimum):
+        return
+    steps = -(-samples // limit)
+    nearest = nearest_targets(samples, limit, minimum)
+    if steps == 1:
+        why = f"a micro-batch needs {minimum} or more (minimum={minimum})"
+    else:
+        hold = "holds" if steps == 2 else "hold"
+        why = f"{steps - 1} {hold} at most {(steps - 1) * limit} and {steps} hold {steps * minimum} or more"
+    plural = "target batch that can be cut is" if len(nearest) == 1 else "target batches that can be cut are"
+    raise PlanError(
+        f"a batch of {samples} cannot be cut into micro-batches of {minimum} to {limit} samples, since {why}: "
+        f"the nearest {plural} {' and '.join(map(str, nearest))}"
+    )
+
+
+# --- one window over ranks -------------------------------------------------------------------------------------------
+
+
+def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[int, ...]:
+    """How many of a window's samples each rank takes: even where the limits are equal, else in proportion to them.
+
+    Every share can be cut for its rank. A rank without samples has a share of 0, as happens with more ranks than
+    samples. The most micro-batches on any rank is the least possible.
+
+    Args:
+        samples: of the window, over all ranks.
+        limits: the most samples in one micro-batch on each rank.
+        minimum: the fewest in one, on every rank.
+
+    Raises:
+        PlanError: no way of sharing leaves every rank with what it can cut; the nearest window that can is named.
+    """
+    samples, minimum = whole("samples", samples, 0), whole("minimum", minimum, 1)
+    for rank, limit in enumerate(limits):
+        _at_least(minimum, whole("limit", limit, 1), f" on rank {rank}" if len(limits) > 1 else "")
+    _require_split(samples, max(limits), minimum)  # the roomiest rank alone can do all that the ranks can do together
+    proposal = _proportional(samples, limits)
+    if all(can_split(share, limit, minimum) for share, limit in zip(proposal, limits)):
+        return proposal
+    return _dealt(samples, limits, minimum)
+
+
+def _proportional(total: int, weights: Sequence[int]) -> tuple[int, ...]:
+    """`total` shared by weight, in whole numbers: all rounded down, the rest to the largest fractions, earlier first.
+
+    No part exceeds its exact share rounded up. With total <= sum(weights), no part exceeds its weight therefore; in
+    general a weight w gets at most ceil(total / sum(weights)) * w.
+    """
+    whole_weight = sum(weights)
+    if whole_weight == 0:
+        return (0,) * len(weights)
+    parts = [total * weight // whole_weight for weight in weights]
+    by_fraction = sorted(range(len(weights)), key=lambda i: -(total * weights[i] % whole_weight))
+    for index in by_fraction[: total - sum(parts)]:
+        parts[index] += 1
+    return tuple(parts)
+
+
+def _dealt(samples: int, limits: Sequence[int], minimum: int) -> tuple[int, ...]:
+    """Shares built of whole micro-batches, for windows so small or floors so high that plain proportion fails.
+
+    At most samples // minimum micro-batches can be had. They are dealt in rounds to the ranks, roomier ranks first and
+    evenly to those that are equally roomy, with as few rounds as will hold the samples; each starts at the floor, and
+    what is left goes in proportion to the room above it. So every share is a sum of sizes from minimum to limit.
+    """
+    for rounds in count(-(-samples // sum(limits))):  # ends: with enough rounds the roomiest rank is dealt all
+        dealt = _deal(samples // minimum, rounds, limits)
+        if sum(number * limit for number, limit in zip(dealt, limits)) >= samples:
+            break
+    room = [number * (limit - minimum) for number, limit in zip(dealt, limits)]
+    extra = _proportional(samples - sum(dealt) * minimum, room)
+    return tuple(number * minimum + more for number, more in zip(dealt, extra))
+
+
+def _deal(micro_batches: int, rounds: int, limits: Sequence[int]) -> list[int]:
+    """How many micro-batches each rank gets of at most `micro_batches`, none more than `rounds`, the roomiest first."""
+    dealt = [0] * len(limits)
+    for limit in sorted(set(limits), reverse=True):
+        alike = [rank for rank, own in enumerate(limits) if own == limit]
+        here = min(micro_batches, rounds * len(alike))
+        micro_batches -= here
+        for position, rank in enumerate(alike):
+            dealt[rank] = here // len(alike) + (position < here % len(alike))
+    return dealt
+
+
+# --- an epoch into windows -------------------------------------------------------------------------------------------
+
+
+def next_window(
+    ahead: int, target: int, *, ended: bool, tail: str = "step", minimum: int = 1, limit: int | None = None
+) -> int | None:
+    """How many samples the next window takes, with `ahead` samples known to lie ahead: one rule for lists and streams.
+
+    Args:
+        ahead: samples not yet in a window: all that are left of a list, or all that were drawn of a stream.
+        target: samples of a full window.
+        ended: no more than these `ahead` will come (always so for a list).
+        tail: "step": a short last window is a window; "drop": it is not.
+        minimum: the fewest samples in a micro-batch. A tail that cannot be cut because of it joins the window before.
+        limit: the most samples in a micro-batch, on the roomiest rank; None: a window fits however large.
+
+    Returns:
+        The samples of the next window; 0 where the epoch is over (what is still ahead is dropped); None where it
+        cannot be told yet: draw more of the stream, until `target + look_ahead(...)` are there or it ends.
+    """
+    limit = 2 * target + minimum if limit is None else limit  # more than any window can hold
+    if not ended:
+        needed = target + look_ahead(target, tail=tail, minimum=minimum, limit=limit)
+        return target if ahead >= needed else None
+    rest = ahead - target
+    if rest < 0:
+        return 0 if tail == "drop" else _largest_split(ahead, limit, minimum)
+    return ahead if tail == "step" and _joins(rest, target, limit, minimum) else target
+
+
+def _joins(rest: int, target: int, limit: int, minimum: int) -> bool:
+    """Whether a tail of `rest` samples belongs to the window before it: alone it cannot be cut, together they can."""
+    return 0 < rest < target and not can_split(rest, limit, minimum) and can_split(target + rest, limit, minimum)
+
+
+def _largest_split(samples: int, limit: int, minimum: int) -> int:
+    return samples if can_split(samples, limit, minimum) else (-(-samples // limit) - 1) * limit
+
+
+@lru_cache(maxsize=64)  # asked at every window, always the same
+def look_ahead(target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None) -> int:
+    """Samples to know of beyond a window before it is cut off a stream: one more than any tail that would join it.
+
+    0 where every tail stands for itself, as always with a minimum of 1; otherwise `minimum` as a rule.
+    """
+    limit = 2 * target + minimum if limit is None else limit
+    if tail == "drop" or limit <= minimum:  # with one size only, what cannot be cut alone cannot be cut with others
+        return 0
+    # From this many micro-batches on, the ranges k * minimum .. k * limit touch, and every larger tail can be cut.
+    touching = -(-(limit - 1) // (limit - minimum))
+    largest = min(target - 1, touching * minimum)
+    return next((rest + 1 for rest in range(largest, 0, -1) if _joins(rest, target, limit, minimum)), 0)
+
+
+def window_sizes(
+    length: int, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
+) -> Iterator[int]:
+    """The windows of `length` samples in order: `target` each, then what `next_window` makes of the rest."""
+    while window := next_window(length, target, ended=True, tail=tail, minimum=minimum, limit=limit):
+        yield window
+        length -= window

@@ -1,0 +1,159 @@
+"""A plan as plain JSON values and in a file: reading checks every value's kind, writing is whole or not at all."""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autoaccum.errors import PlanError
+
+__all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
+
+SCHEMA = 1
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: tuples become lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError("an integer")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TypeError("a finite number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text")
+    return value
+
+
+def _integers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError("a list of integers")
+    return tuple(_integer(part) for part in value)
+
+
+def _overrides(value: Any) -> dict[str, float | tuple[float, ...]]:
+    if not isinstance(value, Mapping):
+        raise TypeError("an object of settings")
+    listed = (list, tuple)
+    return {
+        _text(name): tuple(map(_number, part)) if isinstance(part, listed) else _number(part)
+        for name, part in value.items()
+    }
+
+
+def _lines(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise TypeError("an object of texts")
+    return {_text(name): _text(line) for name, line in value.items()}
+
+
+def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+# One reader a field, in the fields' order.
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "target_batch": _integer,
+    "world_size": _integer,
+    "rank": _integer,
+    "micro_batch": _integer,
+    "accumulation_steps": _integer,
+    "micro_batches": _integers,
+    "lr": _optional(_number),
+    "lr_scale": _number,
+    "lr_rule": _text,
+    "lr_batch": _optional(_integer),
+    "optimizer_overrides": _overrides,
+    "bn_momentum": _optional(_number),
+    "layer_momentum": _optional(_number),
+    "batch_norm": _text,
+    "batch_norm_layers": _optional(_integer),
+    "limits": _integers,
+    "minimum": _integer,
+    "multiple_of": _integer,
+    "tail": _text,
+    "samples": _optional(_integer),
+    "reasons": _lines,
+}
+
+
+def read_values(data: Any) -> dict[str, Any]:
+    """A plan's fields out of what was JSON; where an object holds the plan under "plan", out of that.
+
+    Raises:
+        PlanError: not an object, another schema, or a field that is missing or of another kind.
+    """
+    if isinstance(data, Mapping) and isinstance(data.get("plan"), Mapping):
+        data = data["plan"]
+    if not isinstance(data, Mapping):
+        raise PlanError(f"a plan is a JSON object, and this is a {type(data).__name__}: give what Plan.to_dict wrote")
+    if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
+        raise PlanError(
+            f"this plan has schema {data.get('schema')!r}, and this version of autoaccum reads schema {SCHEMA}: "
+            "make the plan anew, or use the version that wrote it"
+        )
+    missing = [name for name in _READERS if name not in data]
+    if missing:
+        raise PlanError(f"this plan lacks {', '.join(missing)}: make it anew with autoaccum.plan")
+    values = {}
+    for name, read in _READERS.items():
+        try:
+            values[name] = read(data[name])
+        except (TypeError, OverflowError) as error:
+            raise PlanError(f"this plan's {name} is {data[name]!r}, not {error}: make it anew") from None
+    return values
+
+
+def read_file(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        PlanError: the file cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise PlanError(f"the plan {path} cannot be read: {why}; give a file saved by Plan.save") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
+        raise PlanError(f"the plan {path} is damaged: {error}; make it anew and save it again") from error
+
+
+def write_file(path: Path, values: Mapping[str, Any]) -> None:
+    """The values as JSON in the file: written beside it, forced to the disk, then renamed, so nobody reads half of it.
+
+    Raises:
+        PlanError: it cannot be written there.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise PlanError(
+            f"the plan cannot be saved at {path}: {why}; choose a folder that exists and is writable"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # gone already where all went well
+            temporary.unlink()

@@ -1,0 +1,120 @@
+"""Each trial written down before it starts, so that a hard kill costs one trial and teaches the next run.
+
+One JSON line a trial, fsynced before the trial begins, with the process's id and start time; a second line when it
+ends. A line without its end and whose process is gone is a trial that killed its process: once may be chance, so it is
+tried again; twice means that the size does not fit.
+"""
+
+import json
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+__all__ = ["Journal", "cache_folder"]
+
+KILLS_BELIEVED = 2
+
+
+def cache_folder() -> Path:
+    """Where answers and journals are kept: $AUTOACCUM_CACHE, else the platform's cache folder."""
+    given = os.environ.get("AUTOACCUM_CACHE")
+    if given:
+        return Path(given)
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "autoaccum"
+
+
+class Journal:
+    """The trials of one training, over all the processes that tried it.
+
+    A journal that cannot be written or read costs a warning that names its path, never the probe.
+    """
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        """Opens the journal.
+
+        Args:
+            path: the file; None keeps no journal.
+            key: what decides the answer: trials of other trainings in the same file do not count.
+        """
+        self._path, self._key = path, key
+        self._owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+
+    def killed_sizes(self) -> set[int]:
+        """The sizes that killed their process twice."""
+        return {size for size, times in self._unfinished().items() if times >= KILLS_BELIEVED}
+
+    def killed_once(self) -> set[int]:
+        """The sizes that killed their process once: worth one more try."""
+        return {size for size, times in self._unfinished().items() if times < KILLS_BELIEVED}
+
+    def start(self, size: int, kind: str) -> None:
+        """Writes down that a trial begins; on disk before this returns."""
+        self._append({"event": "start", "size": size, "kind": kind})
+
+    def end(self, size: int, outcome: str) -> None:
+        """Writes down how the trial ended."""
+        self._append({"event": "end", "size": size, "outcome": outcome})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        line = json.dumps({"key": self._key, **self._owner, **entry}) + "\n"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            warnings.warn(f"the trial journal {self._path} cannot be written ({error}): going on without it", stacklevel=2)
+            self._path = None
+
+    def _unfinished(self) -> Counter[int]:
+        """How often each size was started by a process that died before its end."""
+        open_trials: Counter[tuple[int, float, int]] = Counter()
+        for entry in self._entries():
+            trial = (entry["pid"], entry["started"], entry["size"])
+            open_trials[trial] += 1 if entry["event"] == "start" else -1
+        counted: Counter[int] = Counter()
+        for (pid, started, size), times in open_trials.items():
+            if times > 0 and not _alive(pid, started):
+                counted[size] += times
+        return counted
+
+    def _entries(self) -> list[dict[str, Any]]:
+        if self._path is None or not self._path.exists():
+            return []
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            warnings.warn(f"the trial journal {self._path} cannot be read ({error}): going on without it", stacklevel=2)
+            return []
+        entries, damaged = [], 0
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # a kill can cut the last line short
+                damaged += 1
+                continue
+            if isinstance(entry, dict) and entry.get("key") == self._key and {"pid", "started", "size", "event"} <= entry.keys():
+                entries.append(entry)
+        if damaged > 1:
+            warnings.warn(f"{damaged} lines of the trial journal {self._path} are damaged and were passed over", stacklevel=2)
+        return entries
+
+
+def _alive(pid: int, started: float) -> bool:
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

@@ -1,0 +1,217 @@
+"""The probe on a real model: snapshot, floor, trials, report; everything put back."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.data import tree
+from autoaccum.data.source import Source
+from autoaccum.errors import NothingFitsError
+from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.forecast import resident_bytes
+from autoaccum.planning.split import can_split, even_split
+from autoaccum.probing.journal import Journal
+from autoaccum.probing.report import ProbeReport, Trial
+from autoaccum.probing.search import Answer, find
+from autoaccum.probing.trial import Bench
+from autoaccum.units import format_bytes
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.batch_norm import needs_two
+from autoaccum.window.loss import Objective
+from autoaccum.window.optimizer import trained_parameters
+from autoaccum.window.snapshot import Snapshot
+
+__all__ = ["Question", "run_probe"]
+
+# Without a target, no more samples are tried at once than run in about so many seconds: on a host with much memory the
+# largest micro-batch that fits would run for hours.
+PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the probe is asked.
+
+    Attributes:
+        share: samples of one optimizer step on this rank; None: the largest micro-batch is looked for.
+        memory: the budget as the user wrote it; None: what is free.
+        max_batch: no larger micro-batch is tried.
+        multiple_of: preferred multiples, as in the plan.
+        prefer: "fewest" micro-batches, or "fastest" by measured throughput.
+    """
+
+    share: int | None = None
+    memory: int | str | None = None
+    max_batch: int | None = None
+    multiple_of: int = 1
+    prefer: str = "fewest"
+
+
+def run_probe(
+    accumulator: Accumulator,
+    objective: Objective,
+    source: Source,
+    device: Device,
+    question: Question,
+    *,
+    journal: Journal | None = None,
+    listener: Callable[[Trial], None] | None = None,
+) -> ProbeReport:
+    """Finds the micro-batch, leaving no trace on model, optimizer, data and random generators.
+
+    Args:
+        accumulator: one of the probe's own, on a single rank: nobody else may be waited for in a trial.
+        objective: gives the loss of a batch.
+        source: gives real samples.
+        device: where it runs.
+        question: what is asked.
+        journal: where trials are written down before they start.
+        listener: told of each trial as it ends.
+
+    Raises:
+        NothingFitsError: the smallest micro-batch does not fit; says what fills the device and what would help.
+        StateNotRestoredError: something could not be put back.
+    """
+    model, optimizer = accumulator.model, accumulator.optimizer
+    held = resident_bytes(model, optimizer)
+    budget = device.budget(question.memory, held=held)
+    others = [other for other in (objective.loss,) if isinstance(other, nn.Module)]
+    with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device):
+        try:
+            was_training = model.training
+            model.train()
+            floor = _floor(objective, source, device, accumulator)
+            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener)
+            ceiling, reach = _ceilings(question, source, floor)
+            try:
+                answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach)
+            except NothingFitsError as error:
+                raise _nothing_fits(bench, accumulator, device, budget, floor) from error
+            throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
+            report = _report(bench, answer, device, budget, floor, source, throughput)
+            model.train(was_training)
+        finally:
+            accumulator.close()
+            accumulator.discard()
+    device.release()
+    return report
+
+
+def _floor(objective: Objective, source: Source, device: Device, accumulator: Accumulator) -> int:
+    """The smallest micro-batch the model takes: 2 where a BatchNorm would see one value a channel in a single sample."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.model.modules()):
+        return 1
+    batch = tree.move(source.trial(1), device.torch_device)
+    try:
+        with torch.no_grad(), accumulator.precision.autocast():
+            objective.outputs(batch)
+    except ValueError as error:
+        if not needs_two(error):
+            raise
+        return 2
+    return 1
+
+
+def _ceilings(question: Question, source: Source, floor: int) -> tuple[int, int]:
+    """(the most samples that may be run at once, how far the limit is looked for by forecast)."""
+    most = question.max_batch if question.max_batch is not None else None
+    share = question.share
+    if source.length is not None and share is not None:
+        share = min(share, max(source.length, floor))
+    ceiling = share if share is not None else source.length if source.length is not None else 65536
+    if most is not None:
+        ceiling = min(ceiling, most)
+    reach = most if most is not None else max(ceiling, source.length or 0, 4096)
+    return max(ceiling, floor), reach
+
+
+def _wanted(question: Question, floor: int) -> Callable[[int], int] | None:
+    share = question.share
+    if share is None:
+        return None
+
+    def micro_batch(limit: int) -> int:
+        if limit < floor or not can_split(share, limit, floor):
+            return min(limit, share)  # the plan will say which targets can be cut
+        return even_split(share, limit, minimum=floor, multiple_of=question.multiple_of)[0]
+
+    return micro_batch
+
+
+def _throughput(bench: Bench, question: Question, answer: Answer, floor: int) -> tuple[tuple[int, float], ...]:
+    """Samples per second at the answer and at what two, four and eight times as many micro-batches would take."""
+    sizes, share = [answer.micro_batch], question.share or answer.micro_batch
+    for times in (2, 4, 8):
+        steps = -(-share // answer.micro_batch) * times
+        size = -(-share // steps)
+        if size >= max(floor, 2) and size < sizes[-1]:
+            sizes.append(size)
+    measured: dict[int, list[float]] = {size: [] for size in sizes}
+    for _ in range(3):  # interleaved, so that a machine that slows down slows all alike
+        for size in sizes:
+            measured[size].append(bench.time(size))
+    return tuple((size, sorted(rates)[1]) for size, rates in measured.items())
+
+
+def fastest(throughput: Sequence[tuple[int, float]]) -> int:
+    """The size with the most samples per second; among those within 2% of it, which is noise, the largest."""
+    best = max(rate for _, rate in throughput)
+    return max(size for size, rate in throughput if rate >= 0.98 * best)
+
+
+def _report(
+    bench: Bench,
+    answer: Answer,
+    device: Device,
+    budget: Budget,
+    floor: int,
+    source: Source,
+    throughput: tuple[tuple[int, float], ...],
+) -> ProbeReport:
+    forecast = bench.forecast()
+    notes = [source.varies] if source.varies else []
+    if forecast is None:
+        notes.append("the traces did not line up, so sizes were searched for by running them")
+    return ProbeReport(
+        micro_batch=fastest(throughput) if throughput else answer.micro_batch,
+        limit=answer.limit,
+        limit_proof=answer.proof,
+        budget_bytes=bench.budget,
+        budget_reason=bench.budget_reason,
+        device=device.name,
+        trials=tuple(bench.trials),
+        residual=None if forecast is None else forecast.residual,
+        parts=bench.parts(answer.micro_batch),
+        notes=tuple(notes),
+        throughput=throughput,
+        floor=floor,
+        forecaster=forecast,
+    )
+
+
+def _nothing_fits(
+    bench: Bench, accumulator: Accumulator, device: Device, budget: Budget, floor: int
+) -> NothingFitsError:
+    model = accumulator.model
+    parameters = resident_bytes(list(model.parameters()))
+    gradients = sum(p.numel() * p.element_size() for p in trained_parameters(model))
+    state = resident_bytes(accumulator.optimizer) - resident_bytes([p for p in _held(accumulator)])
+    parts = {"parameters": parameters, "gradients": gradients, "optimizer state": max(0, state)}
+    needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
+    samples = "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
+    peaks = [trial.peak_bytes for trial in bench.trials if trial.peak_bytes is not None]
+    measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
+    others = device.describe()["processes"]
+    beside = f" Beside it run {', '.join(str(process) for process in others)}." if others else ""
+    return NothingFitsError(
+        f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): "
+        f"{needs}; the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
+        'precision="bf16", activation checkpointing in the model, an optimizer with less state (SGD), or smaller samples'
+    )
+
+
+def _held(accumulator: Accumulator) -> list[Tensor]:
+    return [parameter for group in accumulator.optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,143 @@
+"""What the probe found out, as plain values."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoaccum.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from autoaccum.memory.forecast import Forecast
+
+__all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "ProbeReport", "Trial"]
+
+FITS, OUT_OF_MEMORY, OVER_BUDGET, KILLED = "fits", "out of memory", "over budget", "killed"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One real step, run to see whether a size fits.
+
+    Attributes:
+        batch: samples.
+        kind: "trace" (its allocations were recorded), "verify", "search" or "throughput".
+        peak_bytes: the most bytes in use during it; None where it did not come to its end.
+        reserved_bytes: the most bytes the caching allocator held; None on the CPU, which has none.
+        seconds: how long it took.
+        outcome: "fits", "out of memory", "over budget" or "killed".
+    """
+
+    batch: int
+    kind: str
+    peak_bytes: int | None
+    reserved_bytes: int | None
+    seconds: float
+    outcome: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the size fits in the budget."""
+        return self.outcome == FITS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """The answer of a probe and what it rests on.
+
+    Attributes:
+        micro_batch: was run, fits, use it.
+        limit: the largest that fits; None when it was not looked for.
+        limit_proof: "forecast" (limit + 1 is forecast to overrun the budget), "out of memory" (limit + 1 did), "cap"
+            (nothing larger was allowed), or None.
+        budget_bytes: what the training may use.
+        budget_reason: where that figure comes from, in one line.
+        device: its name.
+        trials: in the order they ran.
+        residual: relative error of the forecast at the trace that checks it; None without a forecast.
+        parts: bytes of parameters, buffers, gradients, optimizer_state, and per_sample (what one more sample costs).
+        notes: what a person should know: shapes that vary, operators that could not be aligned, a cached answer.
+        plan: the plan for the target batch; None without a target.
+        throughput: (micro-batch, samples per second), where prefer="fastest" measured it.
+        floor: the smallest micro-batch the model takes: 2 where BatchNorm sees one value a channel.
+    """
+
+    micro_batch: int
+    limit: int | None
+    limit_proof: str | None
+    budget_bytes: int
+    budget_reason: str
+    device: str
+    trials: tuple[Trial, ...]
+    residual: float | None
+    parts: dict[str, int]
+    notes: tuple[str, ...] = ()
+    plan: Plan | None = None
+    throughput: tuple[tuple[int, float], ...] = ()
+    floor: int = 1
+    forecaster: "Forecast | None" = field(default=None, repr=False, compare=False)
+
+    @property
+    def out_of_memory_count(self) -> int:
+        """Trials that ran out of memory or were killed for it."""
+        return sum(trial.outcome in (OUT_OF_MEMORY, KILLED) for trial in self.trials)
+
+    def forecast(self, batch: int, length: int | None = None) -> int:
+        """The peak in bytes at `batch` samples (of `length`, where it was traced over lengths), run or not.
+
+        Raises:
+            ProbeError: the probe had to measure instead: it has no forecast.
+        """
+        from autoaccum.errors import ProbeError
+
+        if self.forecaster is None:
+            raise ProbeError(
+                "this report has no forecast: the answer came from the cache, a given micro-batch or plain search; "
+                "probe again with cache=False"
+            )
+        return self.forecaster.peak(batch, length)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""
+        return {
+            "micro_batch": self.micro_batch,
+            "limit": self.limit,
+            "limit_proof": self.limit_proof,
+            "budget_bytes": self.budget_bytes,
+            "budget_reason": self.budget_reason,
+            "device": self.device,
+            "trials": [trial.to_dict() for trial in self.trials],
+            "out_of_memory_count": self.out_of_memory_count,
+            "residual": self.residual,
+            "parts": dict(self.parts),
+            "notes": list(self.notes),
+            "throughput": [list(point) for point in self.throughput],
+            "floor": self.floor,
+            "curve": self._curve(),
+            "timeline": self._timeline(),
+        }
+
+    def _curve(self) -> list[list[int]]:
+        if self.forecaster is None:
+            return []
+        top = max(self.micro_batch, self.limit or 0) * 5 // 4 + 2
+        sizes = sorted({max(1, round(top * i / 48)) for i in range(49)} | {self.micro_batch})
+        return [[size, self.forecaster.peak(size)] for size in sizes]
+
+    def _timeline(self) -> dict[str, Any] | None:
+        timeline: Callable[[int], dict[str, Any]] | None = getattr(self.forecaster, "timeline", None)
+        return timeline(self.micro_batch) if timeline is not None else None
+
+    def plot(self, path: str | Path) -> None:
+        """Draws forecast, trials and budget, and the memory over one window, into an image file.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from autoaccum.display.plots import probe_plot
+
+        probe_plot(self.to_dict(), path)

@@ -1,0 +1,216 @@
+"""Pure: from a few traced steps to the answer. Forecast, jump there, run it once.
+
+Everything real is behind `Machine`: what runs a step, and what fits a forecast to the steps that were traced. Two or
+three small traces give the peak at any size; the size wanted is run once to be sure. A surprise moves the forecast to
+what was measured; without a forecast the guarded bracket grows and bisects. Out of memory is never the way to learn
+where the limit is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from autoaccum.errors import NothingFitsError, ProbeError
+from autoaccum.probing.bracket import Bracket
+from autoaccum.probing.report import Trial
+
+__all__ = ["Answer", "Forecaster", "Machine", "find"]
+
+THIRD_TRACE = 16  # samples at most: enough to show another kernel, cheap beside the step that is looked for
+MOST_TRACES, MOST_RUNS = 4, 12
+
+
+class Forecaster(Protocol):
+    """Tells the peak at sizes that were not run."""
+
+    @property
+    def residual(self) -> float | None:
+        """Relative error at a trace that the fit did not use; None where there was none."""
+
+    def reserved(self, batch: int) -> int:
+        """The peak at `batch` samples, in the bytes that the budget counts."""
+
+
+class Machine(Protocol):
+    """Runs steps and fits forecasts: the real one on a device, a fake one in tests."""
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a step may use."""
+
+    def run(self, size: int, kind: str) -> Trial:
+        """One step at `size` samples."""
+
+    def forecast(self) -> Forecaster | None:
+        """From all the traces so far; None where they do not line up."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found: `micro_batch` was run, or a larger one was, and fits."""
+
+    micro_batch: int
+    limit: int | None
+    proof: str | None
+    forecast: Forecaster | None
+
+
+def find(
+    machine: Machine, *, floor: int, ceiling: int, wanted: Callable[[int], int] | None = None, reach: int | None = None
+) -> Answer:
+    """The largest micro-batch that fits, or the one that a target needs.
+
+    Args:
+        machine: runs the steps.
+        floor: the smallest size worth running.
+        ceiling: the largest size that may be run.
+        wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
+        reach: how far the limit is looked for by forecast alone; None: up to the ceiling.
+
+    Raises:
+        NothingFitsError: the floor does not fit.
+        ProbeError: memory is so erratic that no size can be relied on.
+    """
+    return _Search(machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None).run()
+
+
+class _Search:
+    def __init__(
+        self, machine: Machine, floor: int, ceiling: int, wanted: Callable[[int], int], reach: int, exact: bool
+    ) -> None:
+        self._machine, self._floor, self._wanted, self._reach, self._exact = machine, floor, wanted, reach, exact
+        self._bracket = Bracket(floor, ceiling, machine.budget)
+        self._forecast: Forecaster | None = None
+        self._scale = 1.0  # measured over forecast, where a surprise showed that they differ
+        self._last_high: Trial | None = None
+
+    def run(self) -> Answer:
+        self._trace()
+        for _ in range(MOST_RUNS):
+            size = self._next()
+            if size is None:
+                return self._answer()
+            self._try(size, "verify" if self._forecast is not None else "search")
+        if self._bracket.low == 0:
+            raise ProbeError(
+                f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; "
+                "give memory= a fixed budget, or micro_batch= a size"
+            )
+        return self._answer()
+
+    # --- traces
+
+    def _trace(self) -> None:
+        """Two or three small steps, none larger than what is certain to fit by those before."""
+        first = min(max(2, self._floor), self._bracket.ceiling)
+        if not self._try(first, "trace").fits:
+            if first == self._floor or not self._try(self._floor, "trace").fits:
+                raise NothingFitsError(f"a micro-batch of {self._floor} does not fit")
+            return
+        for _ in range(MOST_TRACES - 1):
+            size = self._next_trace()
+            if size is None or not self._try(size, "trace").fits:
+                return
+            self._forecast = self._machine.forecast()
+            if self._forecast is not None and self._forecast.residual is not None:
+                return
+
+    def _next_trace(self) -> int | None:
+        run = sorted(self._bracket.peaks)
+        if self._forecast is None:
+            for size in (2 * run[-1], run[-1] + 1):
+                if size < self._bracket.high and self._bound(size) <= self._machine.budget:
+                    return size
+            smaller = run[0] - 1
+            return smaller if smaller >= self._floor else None
+        third = min(THIRD_TRACE, self._limit(self._bracket.ceiling) // 4)
+        return third if third > run[-1] else None
+
+    def _bound(self, size: int) -> int:
+        """An upper bound on the peak: memory that does not shrink with the batch grows at most in proportion to it."""
+        largest = max(self._bracket.peaks)
+        return self._bracket.peaks[largest] * size // largest
+
+    # --- the size wanted
+
+    def _next(self) -> int | None:
+        """The size to run next; None where the size wanted is known to fit."""
+        bracket = self._bracket
+        if bracket.closed or self._wanted(bracket.high - 1) <= bracket.low:
+            return None
+        if self._forecast is None:
+            return self._useful(bracket.next() or bracket.low + 1)
+        size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
+        if size > bracket.low:
+            return size
+        return bracket.low + 1 if self._exact and self._uncertain(bracket.low + 1) else None
+
+    def _useful(self, proposal: int) -> int:
+        """The wanted size nearest to the bracket's proposal that is not known to fit already."""
+        size = proposal
+        while self._wanted(size) <= self._bracket.low and size < self._bracket.high - 1:
+            size += 1
+        return self._wanted(size)
+
+    def _uncertain(self, size: int) -> bool:
+        """Whether the forecast at `size` is over the budget by less than it has been wrong."""
+        forecast, budget = self._forecast, self._machine.budget
+        if forecast is None or size >= self._bracket.high:
+            return False
+        return self._scaled(size) - budget < 2 * (forecast.residual or 0.0) * budget
+
+    def _limit(self, ceiling: int) -> int:
+        """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
+        low, high = 0, ceiling + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._scaled(middle) <= self._machine.budget else (low, middle)
+        return low
+
+    def _scaled(self, size: int) -> float:
+        assert self._forecast is not None
+        return self._forecast.reserved(size) * self._scale
+
+    # --- what a trial shows
+
+    def _try(self, size: int, kind: str) -> Trial:
+        trial = self._machine.run(size, kind)
+        self._bracket.budget = self._machine.budget
+        measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
+        if trial.fits:
+            self._bracket.fits(size, measured)
+        else:
+            self._bracket.fails(size, measured)
+            self._last_high = trial
+        if kind != "trace" and self._forecast is not None:
+            self._correct(size, measured)
+        return trial
+
+    def _correct(self, size: int, measured: int | None) -> None:
+        """Moves the forecast to what was measured; an overrun without a measure moves it to just above the budget."""
+        self._forecast = self._machine.forecast() or self._forecast
+        expected = self._forecast.reserved(size)
+        if measured is not None:
+            self._scale = measured / expected
+        else:
+            self._scale = max(self._scale * 1.03, 1.02 * self._machine.budget / expected)
+
+    def _answer(self) -> Answer:
+        bracket = self._bracket
+        if self._forecast is None:
+            limit = bracket.low if self._exact or bracket.closed else None
+            return Answer(self._sure(bracket.high - 1), limit, None if limit is None else self._proof(limit), None)
+        reached = self._limit(self._reach if self._last_high is None else bracket.high - 1)
+        limit = max(reached, bracket.low)
+        return Answer(self._sure(limit), limit, self._proof(limit), self._forecast)
+
+    def _sure(self, limit: int) -> int:
+        """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""
+        size = self._wanted(max(limit, self._floor))
+        return size if size <= self._bracket.low else self._wanted(self._bracket.low)
+
+    def _proof(self, limit: int) -> str:
+        failed = self._last_high is not None and limit + 1 == self._bracket.high
+        if failed and self._last_high is not None and self._last_high.peak_bytes is None:
+            return "out of memory"
+        return "cap" if limit >= self._reach and not failed else "forecast"

@@ -1,0 +1,174 @@
+"""One real step at a chosen size: what the window's code does, no rehearsal of it.
+
+A trial runs one micro-batch with the gradients already there, as every micro-batch but a window's first finds them,
+then the optimizer step: it shows a window's peak at half of its cost. Learning rates are 0 meanwhile, so that many
+steps on the same samples cannot diverge; what moves all the same is put back by the snapshot around the probe.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from autoaccum.data.source import Source
+from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.forecast import resident_bytes
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.memory.trace import Trace, record
+from autoaccum.memory.watch import ProcessGrowth
+from autoaccum.probing.journal import Journal
+from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.window.accumulate import Accumulator
+
+__all__ = ["Bench"]
+
+
+class Bench:
+    """Where trials run: the model, its optimizer and the device, with what they showed so far.
+
+    Attributes:
+        trials: in order.
+        traces: the recorded allocations by size, the optimizer's state present.
+        resident: bytes that live before a traced step begins, by size: parameters, buffers, state, gradients, batch.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        source: Source,
+        device: Device,
+        budget: Budget,
+        journal: Journal,
+        listener: Callable[[Trial], None] | None = None,
+    ) -> None:
+        """Sets learning rates to 0; the caller's snapshot puts them back."""
+        self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
+        self._journal, self._listener = journal, listener
+        self._killed = journal.killed_sizes()
+        self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
+        self._overhead = 0.0  # bytes of the process for each byte of PyTorch's, less 1
+        self.trials: list[Trial] = []
+        self.traces: dict[int, Trace] = {}
+        self.resident: dict[int, int] = {}
+        for group in accumulator.optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+
+    @property
+    def budget(self) -> int:
+        """Bytes that PyTorch may have in use, by what the trials showed of the process's own overhead."""
+        if self._budget.kind == "torch":
+            return self._budget.bytes
+        held = min(self.resident.values(), default=0)
+        return held + int((self._budget.bytes - held) / (1.0 + self._overhead))
+
+    def run(self, size: int, kind: str) -> Trial:
+        """Runs `size` samples and says how it went.
+
+        Raises:
+            Exception: whatever the step raises that is not for want of memory, as it is.
+        """
+        if size in self._killed:
+            return self._note(Trial(size, kind, None, None, 0.0, KILLED))
+        batch = self._source.trial(size)
+        self._journal.start(size, kind)
+        started = time.perf_counter()
+        retries = self._device.retries()
+        try:
+            peak = self._step(size, batch, kind)
+        except Exception as error:
+            if not self._for_want_of_memory(error, size):
+                raise
+            peak = None
+        # From here on nothing holds what the failed step held: the traceback went with the except block.
+        seconds = time.perf_counter() - started
+        reserved = self._device.reserved_peak()
+        if peak is None:
+            self._recover()
+            outcome = OUT_OF_MEMORY
+        else:
+            strained = self._device.retries() > retries
+            outcome = OVER_BUDGET if strained or (reserved or peak) > self.budget else FITS
+        self._journal.end(size, outcome)
+        return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome))
+
+    def time(self, size: int) -> float:
+        """Samples per second of one micro-batch at `size`, which has fitted before; nothing is recorded."""
+        batch = self._source.trial(size)
+        self._journal.start(size, "throughput")
+        self._device.synchronize()
+        started = time.perf_counter()
+        self._window(batch)
+        self._device.synchronize()
+        seconds = time.perf_counter() - started
+        self._journal.end(size, FITS)
+        self._note(Trial(size, "throughput", None, None, seconds, FITS))
+        return size / seconds
+
+    def _step(self, size: int, batch: Any, kind: str) -> int:
+        """The peak in bytes."""
+        accumulator = self._accumulator
+        counted = self._device.type != "cpu" and kind != "trace"
+        if self._used is None:
+            self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
+        if counted:
+            self._device.reset_peak()
+            self._window(batch)
+            self._device.synchronize()
+            return int(self._device.peak() or 0)
+        accumulator.open([batch])
+        self._allocate_gradients()
+        held = self._held(batch)
+        with ProcessGrowth(self._budget.kind) as growth, record(self._device) as recording:
+            accumulator.run([batch])
+            recording.mark("optimizer")
+            accumulator.finish()
+        trace = recording.trace
+        self.traces[size], self.resident[size] = trace, held
+        if growth.bytes is not None and trace.peak > 0:
+            self._overhead = max(self._overhead, growth.bytes / trace.peak - 1.0)
+        return held + trace.peak
+
+    def _window(self, batch: Any) -> None:
+        accumulator = self._accumulator
+        accumulator.open([batch])
+        self._allocate_gradients()
+        accumulator.run([batch])
+        if self._used is None:
+            # Sparse gradients are not made beforehand: torch would turn them dense.
+            found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
+            self._used = [parameter for parameter, g in found if g is not None and not g.is_sparse]
+        accumulator.finish()
+
+    def _allocate_gradients(self) -> None:
+        for parameter in self._used or ():
+            self._accumulator.allocate_gradient(parameter)
+
+    def _held(self, batch: Any) -> int:
+        """Bytes in use before a step: on an accelerator as its allocator counts, on the CPU by adding up."""
+        allocated = self._device.allocated()
+        if allocated is not None:
+            return allocated
+        accumulator = self._accumulator
+        gradients = [accumulator.gradient(parameter) for parameter in self._used or ()]
+        return resident_bytes(accumulator.model, accumulator.optimizer, gradients, batch)
+
+    def _for_want_of_memory(self, error: BaseException, size: int) -> bool:
+        verdict = out_of_memory(error)
+        if verdict is Verdict.PERHAPS:
+            # Libraries report faults of other kinds in the same words: believe them only near the budget.
+            fitted = max((t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None)
+            near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
+            return near and fitted is not None and fitted.batch < size
+        return verdict in (Verdict.SURELY, Verdict.GRID)
+
+    def _recover(self) -> None:
+        self._accumulator.discard()
+        self._device.release()
+
+    def _note(self, trial: Trial) -> Trial:
+        self.trials.append(trial)
+        if self._listener is not None:
+            self._listener(trial)
+        return trial
+

@@ -1,0 +1,1 @@
+"""Many windows: the loop, what it tells the world, what it survives."""

@@ -1,0 +1,129 @@
+"""The loss and the metrics over held-out data, as means over all of it: Σ numerators / Σ denominators.
+
+Validation has a micro-batch of its own: running out of memory here halves it and leaves the training's plan alone.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoaccum.data import tree
+from autoaccum.data.source import Source
+from autoaccum.data.windows import windows
+from autoaccum.errors import DataError, NothingFitsError
+from autoaccum.memory.device import Device
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.planning.plan import plan
+from autoaccum.ranks import Ranks
+from autoaccum.window.loss import Mean, Objective
+from autoaccum.window.precision import Precision
+
+__all__ = ["Evaluator"]
+
+Metric = Callable[[Any, Any], Mean]
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a model in micro-batches of its own.
+
+    Attributes:
+        objective: gives the loss's terms, and the outputs and targets that metrics see.
+        micro_batch: samples a forward pass, halved when memory runs out.
+        metrics: `f(outputs, targets) -> Mean` by name.
+    """
+
+    objective: Objective
+    device: Device
+    precision: Precision
+    ranks: Ranks
+    micro_batch: int
+    source: Source | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is validation data."""
+        return self.source is not None
+
+    def evaluate(self, source: Source | None = None) -> dict[str, float]:
+        """{"loss": ..., and each metric}, over `source` or the validation data.
+
+        Raises:
+            DataError: no data, or a metric that returns something other than a Mean.
+            NothingFitsError: out of memory with a single sample.
+        """
+        chosen = source if source is not None else self.source
+        if chosen is None:
+            raise DataError("there is no data to evaluate: pass some, or give val_data")
+        model = self.objective.model
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            return self._means(chosen)
+        finally:
+            for module in training:
+                module.training = True
+
+    def _means(self, source: Source) -> dict[str, float]:
+        sums: dict[str, list[float | Tensor]] = {}
+        for batch in self._batches(source):
+            for name, mean in self._run(batch).items():
+                numerator, denominator = sums.setdefault(name, [0.0, 0.0])
+                sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
+        names = sorted({"loss", *self.metrics, *sums})
+        pairs = [sums.get(name, [0.0, 0.0]) for name in names]
+        totals = self.ranks.tally([float(value) for pair in pairs for value in pair])
+        means = dict(zip(names, zip(totals[::2], totals[1::2], strict=True), strict=True))
+        return {name: top / bottom if bottom else float("nan") for name, (top, bottom) in means.items()}
+
+    def _batches(self, source: Source) -> Iterator[Any]:
+        target = self.micro_batch * self.ranks.size
+        cut = plan(self.micro_batch, target, world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
+        for window in windows(source, lambda: cut, 0):
+            yield from window.batches
+
+    def _run(self, batch: Any) -> dict[str, Mean]:
+        """The means of one batch; a batch that does not fit is cut in half until it does."""
+        if tree.batch_size(batch) > self.micro_batch:
+            return self._in_pieces(batch)
+        try:
+            return self._forward(batch)
+        except Exception as error:
+            if out_of_memory(error) is not Verdict.SURELY:
+                raise
+        self.device.release()
+        if self.micro_batch == 1:
+            raise NothingFitsError("validation ran out of memory with a single sample; the training's plan is untouched")
+        self.micro_batch = (self.micro_batch + 1) // 2
+        return self._in_pieces(batch)
+
+    def _in_pieces(self, batch: Any) -> dict[str, Mean]:
+        size, most = tree.batch_size(batch), self.micro_batch
+        sizes = [most] * (size // most) + ([size % most] if size % most else [])
+        parts = [self._run(piece) for piece in tree.split(batch, sizes)]
+        return {
+            name: Mean(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts)) for name in parts[0]
+        }
+
+    @torch.no_grad()
+    def _forward(self, batch: Any) -> dict[str, Mean]:
+        placed = tree.move(batch, self.device.torch_device)
+        with self.precision.autocast():
+            terms, outputs, targets = self.objective.evaluate(placed)
+            means = {"loss": terms} if isinstance(terms, Mean) else dict(terms)
+            for name, metric in self.metrics.items():
+                means[name] = _checked(name, metric(outputs, targets))
+        return means
+
+
+def _checked(name: str, value: Any) -> Mean:
+    if not isinstance(value, Mean):
+        raise DataError(
+            f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such as "
+            "Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
+        )
+    return value

@@ -1,0 +1,213 @@
+"""What the loop tells the world. It prints nothing itself: display, sinks and callbacks listen.
+
+A listener is a function of one event. A sink is a listener with `close()`. What a listener raises is the user's error
+and reaches them as it is.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from autoaccum.window.record import StepRecord
+
+__all__ = [
+    "CheckpointSaved",
+    "EpochEnded",
+    "Event",
+    "Events",
+    "JsonlSink",
+    "Listener",
+    "Noted",
+    "Sink",
+    "StepTaken",
+    "TensorBoardSink",
+    "TrainingEnded",
+    "TrainingStarted",
+    "TrialRan",
+    "WindowReplayed",
+    "WindowSkipped",
+]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; `name` says what."""
+
+    name: ClassVar[str] = "event"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the name under "event"."""
+        return {"event": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class TrialRan(Event):
+    """A trial of the probe ended."""
+
+    name: ClassVar[str] = "trial"
+    trial: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingStarted(Event):
+    """The first window is about to run; `total_steps` is None for a stream without a length."""
+
+    name: ClassVar[str] = "start"
+    plan: dict[str, Any]
+    total_steps: int | None
+    resumed_at: int
+    budget_bytes: int | None
+
+
+@dataclass(frozen=True)
+class StepTaken(Event):
+    """A window ended in an optimizer step."""
+
+    name: ClassVar[str] = "step"
+    record: StepRecord
+
+
+@dataclass(frozen=True)
+class WindowSkipped(Event):
+    """A window ended without a step."""
+
+    name: ClassVar[str] = "skip"
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class WindowReplayed(Event):
+    """A window ran out of memory and runs again, the same samples in more micro-batches."""
+
+    name: ClassVar[str] = "replay"
+    step: int
+    micro_batch: int
+    accumulation_steps: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EpochEnded(Event):
+    """An epoch ended; `evaluation` holds the validation metrics where there is validation data."""
+
+    name: ClassVar[str] = "epoch"
+    epoch: int
+    step: int
+    evaluation: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint is on disk."""
+
+    name: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Noted(Event):
+    """Something a person should know, in one line."""
+
+    name: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class TrainingEnded(Event):
+    """The last window ran."""
+
+    name: ClassVar[str] = "end"
+    steps: int
+    seconds: float
+
+
+Listener = Callable[[Event], None]
+
+
+class Sink(Protocol):
+    """A listener that holds something open."""
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event."""
+
+    def close(self) -> None:
+        """Lets go of what is open."""
+
+
+class Events:
+    """Hands each event to every listener, in the order they were given."""
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self._listeners = list(listeners)
+
+    def add(self, listener: Listener) -> None:
+        """Adds a listener at the end."""
+        self._listeners.append(listener)
+
+    def tell(self, event: Event) -> None:
+        """Tells all; what one raises ends the telling."""
+        for listener in self._listeners:
+            listener(event)
+
+    def close(self) -> None:
+        """Closes the sinks among the listeners."""
+        for listener in self._listeners:
+            close = getattr(listener, "close", None)
+            if close is not None:
+                close()
+
+
+class JsonlSink:
+    """Every event as a JSON line in a file; a resumed run appends."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Opens the file, making its folder."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (held open until close)
+
+    def __call__(self, event: Event) -> None:
+        """Writes one line."""
+        self._file.write(json.dumps(event.to_dict()) + "\n")
+        if not isinstance(event, StepTaken):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Loss, LR, throughput and evaluations as TensorBoard scalars over optimizer steps."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Opens a writer.
+
+        Raises:
+            MissingExtraError: tensorboard is not installed.
+        """
+        from autoaccum.errors import MissingExtraError
+
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError("tensorboard", "tensorboard", "TensorBoardSink") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def __call__(self, event: Event) -> None:
+        """Writes what has a value over steps."""
+        if isinstance(event, StepTaken):
+            for name in ("loss", "lr", "grad_norm", "samples_per_second", "peak_bytes", "noise_scale"):
+                value = getattr(event.record, name)
+                if value is not None:
+                    self._writer.add_scalar(f"train/{name}", value, event.record.step)
+        elif isinstance(event, EpochEnded) and event.evaluation:
+            for name, value in event.evaluation.items():
+                self._writer.add_scalar(f"validation/{name}", value, event.step)
+
+    def close(self) -> None:
+        """Closes the writer."""
+        self._writer.close()

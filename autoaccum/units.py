@@ -1,0 +1,48 @@
+"""Bytes as people write them: "23.6 GiB" to and from an integer."""
+
+import re
+
+from autoaccum.errors import SetupError
+
+__all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes"]
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": KIB, "kib": KIB, "kb": 10**3,
+    "m": MIB, "mib": MIB, "mb": 10**6,
+    "g": GIB, "gib": GIB, "gb": 10**9,
+    "t": TIB, "tib": TIB, "tb": 10**12,
+}  # fmt: skip
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """The bytes that `text` names: "8GiB" and "8G" are powers of two, "8GB" is a power of ten, "512" is bytes.
+
+    Raises:
+        SetupError: not a number with one of the known units, or less than one byte.
+    """
+    if isinstance(text, bool) or not isinstance(text, (int, str)):
+        raise SetupError(f'{text!r} is not a memory size: give bytes as an int, or a text such as "8GiB" or "512MiB"')
+    if isinstance(text, int):
+        size = text
+    else:
+        match = _PATTERN.fullmatch(text)
+        factor = _UNITS.get(match.group(2).lower()) if match else None
+        if match is None or factor is None:
+            raise SetupError(f'{text!r} is not a memory size: write a number with KiB, MiB, GiB or TiB, such as "8GiB"')
+        size = int(float(match.group(1)) * factor)
+    if size < 1:
+        raise SetupError(f'{text!r} is not a memory size: it must be at least one byte, such as "8GiB"')
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """`size` bytes in the largest unit that keeps the number at 1 or more: 25_340_000_000 -> "23.6 GiB"."""
+    magnitude = abs(size)
+    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if magnitude >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} B"

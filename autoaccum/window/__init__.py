@@ -1,0 +1,1 @@
+"""One window, exactly right: calls, denominators, BatchNorm, precision, snapshots and the accumulation itself."""

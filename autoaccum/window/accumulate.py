@@ -1,0 +1,334 @@
+"""One window: the micro-batches of one optimizer step, giving exactly the gradient of the whole batch.
+
+The one rule: loss = Σ numerators / Σ denominators, over the window and all ranks. The window's batches wait on the
+host, so where the denominators follow from the batches they are known before the first backward, and each
+micro-batch's mean is weighted by its share of them. No rank talks to another while micro-batches run: then one vote,
+one sum of the gradients, one clip, one step.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from autoaccum.data import tree
+from autoaccum.errors import LossError, SetupError
+from autoaccum.memory.device import open_device
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split
+from autoaccum.ranks import Ranks, here
+from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.window.ledger import Ledger
+from autoaccum.window.loss import Mean, Objective
+from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
+from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
+from autoaccum.window.record import StepRecord
+
+__all__ = ["Accumulator"]
+
+
+class Accumulator:
+    """Turns the micro-batches of a window into one optimizer step, for people who keep their own loop.
+
+    ```python
+    accumulator = autoaccum.Accumulator(model, optimizer, plan)
+    for images, target in loader:                                    # the target batch, on the host
+        for images, target in accumulator.window((images, target)):  # micro-batches, on the device
+            accumulator.backward(loss(model(images), target))
+    ```
+
+    Leaving the inner loop divides, clips, steps, zeroes, commits BatchNorm's statistics and advances the scheduler.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        plan: Plan,
+        *,
+        objective: Objective | None = None,
+        scheduler: Any = None,
+        precision: str = "auto",
+        accumulate: str = "fp32",
+        clip_norm: float | None = None,
+        log_grad_norm: bool = False,
+        batch_norm: str | None = None,
+        on_nonfinite: str = "raise",
+        device: torch.device | str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Prepares hooks and buffers; nothing is trained.
+
+        Args:
+            model: what is trained, on `device` already.
+            optimizer: stepped once a window.
+            plan: its sizes cut the batches given to `window`.
+            objective: where given, denominators come from the batches; else `backward` is told them.
+            scheduler: stepped once for each optimizer step.
+            precision, accumulate, clip_norm, log_grad_norm, batch_norm, on_nonfinite: as in `fit`.
+            device: where micro-batches go; None: where the model's first parameter is.
+            ranks: this process among others; None: the default process group, where there is one.
+
+        Raises:
+            SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
+        """
+        check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm)
+        check_optimizer(optimizer, model, getattr(objective, "loss", None))
+        _choose("accumulate", accumulate, ("fp32", "native"))
+        _choose("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        if clip_norm is not None and not clip_norm > 0:
+            raise SetupError(f"clip_norm={clip_norm!r}: give a norm above 0, or None to leave gradients as they are")
+        self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
+        self.last: StepRecord | None = None
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.precision = Precision(precision, self.device, model)
+        self.ranks = ranks if ranks is not None else here()
+        self.epoch, self.step, self.skipped_windows = 0, 0, 0
+        self._objective = objective
+        self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
+        self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
+        self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
+        self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
+        self._ledger: Ledger | None = None
+        self._memory = open_device(self.device)
+
+    def window(self, batches: Any) -> Iterator[Any]:
+        """Yields the micro-batches of one window, on the device; the step follows the last one.
+
+        Args:
+            batches: one batch on the host, which is cut by the plan; or a list of micro-batches that are cut already.
+
+        Yields:
+            Micro-batches of the same structure. Call `backward` once for each.
+
+        Raises:
+            LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
+        """
+        pieces = self._pieces(batches)
+        ledger = self.open(pieces)
+        finished = False
+        try:
+            for piece in pieces:
+                before = ledger.done
+                with self.precision.autocast(), self._without_synchronisation():
+                    yield tree.move(piece, self.device)
+                if ledger.done != before + 1:
+                    raise LossError(
+                        f"backward was called {ledger.done - before} times for one micro-batch: "
+                        "call accumulator.backward(loss) exactly once for each"
+                    )
+            finished = True
+        finally:
+            if not finished:  # left early: part of a window is no step
+                self.discard()
+        self.finish()
+
+    def backward(self, loss: Tensor | Mean, denominator: float | Tensor | None = None) -> None:
+        """Adds one micro-batch's gradient.
+
+        Args:
+            loss: its mean loss, a scalar with a graph; or a Mean.
+            denominator: what that mean was divided by (tokens, a sum of weights). None: the micro-batch's samples.
+
+        Raises:
+            LossError: not a scalar, or without a graph.
+        """
+        ledger = self._running()
+        if not isinstance(loss, Mean):
+            _expect_scalar(loss)
+            loss = Mean.of(loss, ledger.samples[ledger.done] if denominator is None else denominator)
+        self._add({"loss": loss})
+
+    # The same in parts, for the training loop, which may have to replay a window.
+
+    def open(self, batches: Sequence[Any]) -> Ledger:
+        """Opens a window over this rank's micro-batches, which wait on the host; none where the rank idles."""
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                raise SetupError(
+                    "a gradient stands before the window's first backward, and would enter its sum: "
+                    "call optimizer.zero_grad(set_to_none=True) before the window"
+                )
+        self._memory.reset_peak()
+        samples = [tree.batch_size(batch) for batch in batches]
+        objective = self._objective
+        denominators = None if objective is None else objective.window_denominators(batches)
+        self._ledger = Ledger(samples, denominators, objective.names if objective is not None else (), self.ranks)
+        self._statistics.begin()
+        return self._ledger
+
+    def run(self, batches: Iterable[Any]) -> None:
+        """Forward and backward of each micro-batch in turn, as the objective says."""
+        ledger, objective = self._running(), self._objective
+        assert objective is not None
+        for batch in batches:
+            placed = tree.move(batch, self.device)
+            with self.precision.autocast(), torch.set_grad_enabled(ledger.counts):
+                # Where nothing counts the forward still runs: statistics and random generators move as they would.
+                terms = objective.terms(placed, ledger.denominators and ledger.denominators[ledger.done])
+            self._add(terms)
+
+    def _add(self, terms: Mapping[str, Mean]) -> None:
+        ledger = self._running()
+        share = ledger.share(terms)
+        if share is not None:
+            with self.precision.outside():
+                self.precision.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            self._side.collect()
+        ledger.enter(share)
+
+    def finish(self) -> StepRecord:
+        """Sums over the ranks, corrects, clips, steps and zeroes; commits statistics; advances the scheduler.
+
+        Raises:
+            LossError: the loss, or a gradient norm that was asked for, is not finite; nothing was stepped.
+        """
+        ledger = self._running()
+        loss, correction = ledger.close(self.ranks)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        norm: float | None = None
+        if correction == 0:
+            skipped: str | None = "every target of the window is ignored: its denominator is 0"
+        elif not math.isfinite(loss):
+            skipped = self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
+        else:
+            norm, skipped = self._update(correction)
+        self.step += skipped is None
+        self.skipped_windows += skipped is not None
+        self._statistics.commit(self.ranks)
+        self._zero()
+        self._ledger = None
+        seconds = time.perf_counter() - ledger.started
+        self.last = StepRecord(
+            step=self.step,
+            epoch=self.epoch,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            samples=ledger.total_samples,
+            micro_batches=len(ledger.samples),
+            seconds=seconds,
+            samples_per_second=ledger.total_samples / seconds,
+            peak_bytes=self._memory.peak(),
+            skipped=skipped,
+        )
+        return self.last
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that a window gives gradients to: the model's parameters and the optimizer's, each once."""
+        return self._parameters
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The open window's gradient of `parameter` so far, in the format it is summed in."""
+        return self._side.gradient(parameter)
+
+    def allocate_gradient(self, parameter: nn.Parameter) -> None:
+        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one."""
+        self._side.put(parameter, torch.zeros_like(parameter, dtype=self._side.dtype(parameter)))
+
+    def discard(self) -> None:
+        """Drops the window's gradients and statistics, as if it had not been opened."""
+        self._zero()
+        self._statistics.discard()
+        self._ledger = None
+
+    def close(self) -> None:
+        """Takes the hooks off the model."""
+        self._statistics.close()
+
+    def _update(self, correction: float) -> tuple[float | None, str | None]:
+        """The one step: (gradient norm, why it was skipped)."""
+        scaler = self.precision.scaler
+        self._sum_over_ranks()
+        if scaler.is_enabled():
+            scaler.unscale_(self.optimizer)
+        gradients = [g for g in map(self._side.gradient, self._parameters) if g is not None]
+        if correction != 1.0:
+            for gradient in gradients:
+                gradient.mul_(correction)
+        norm = None
+        if gradients and (self._clip_norm is not None or self._log_grad_norm):
+            measured = global_norm(gradients)
+            if self._clip_norm is not None:
+                clip_by_norm(gradients, measured, self._clip_norm)
+            norm = float(measured)
+            if not math.isfinite(norm) and not scaler.is_enabled():
+                return norm, self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
+        self._side.give_back()
+        scale = scaler.get_scale()
+        scaler.step(self.optimizer)
+        scaler.update()
+        if scaler.get_scale() < scale:
+            return norm, f"fp16 gradients overflowed at the loss scale {scale:g}, which is now {scaler.get_scale():g}"
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return norm, None
+
+    def _nonfinite(self, what: str) -> str:
+        if self._on_nonfinite == "skip":
+            return what
+        self.discard()
+        raise LossError(
+            f"{what}, and no step was taken: lower the learning rate, look at the data of this window, "
+            'or pass on_nonfinite="skip" to leave such windows out'
+        )
+
+    def _sum_over_ranks(self) -> None:
+        if self.ranks.size == 1:
+            return
+        # A branch that no rank used keeps no gradient, so that the optimizer leaves it alone as it would on one rank.
+        used = self.ranks.tally([float(self._side.gradient(p) is not None) for p in self._parameters])
+        summed = []
+        for parameter, count in zip(self._parameters, used, strict=True):
+            gradient = self._side.gradient(parameter)
+            if count and gradient is None:
+                self.allocate_gradient(parameter)
+                gradient = self._side.gradient(parameter)
+            if count and gradient is not None:
+                summed.append(gradient)
+        self.ranks.sum_gradients(summed)
+
+    def _pieces(self, batches: Any) -> list[Any]:
+        if isinstance(batches, list) and batches and not isinstance(batches[0], Tensor):
+            return batches
+        return tree.split(
+            batches, even_split(tree.batch_size(batches), self.plan.micro_batch, minimum=self.plan.minimum)
+        )
+
+    def _running(self) -> Ledger:
+        if self._ledger is None:
+            raise SetupError("no window is open: call backward inside `for micro in accumulator.window(batch):`")
+        return self._ledger
+
+    def _without_synchronisation(self) -> AbstractContextManager[Any]:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _zero(self) -> None:
+        self._side.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise SetupError(f"{name}={value!r}: choose {' or '.join(map(repr, choices))}")
+
+
+def _expect_scalar(loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = (
+            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"
+        )
+        graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise LossError(f"the loss is {what}{graph}: pass the micro-batch's mean loss, a scalar tensor with a graph")

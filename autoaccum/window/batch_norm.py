@@ -1,0 +1,268 @@
+"""BatchNorm over a window: running statistics as one update with the whole batch would leave them.
+
+A layer that sees k micro-batches updates its running mean and variance k times, each time from a part of the batch.
+Here the k updates become one. While a window is open each layer's momentum is 1, so that its running buffers hold
+exactly the last call's mean and unbiased variance; hooks collect these (norm_layer.py), they are pooled (pooling.py),
+and the pool is committed once, with the layer's own momentum.
+
+Choices:
+
+- Momentum is 1 only between `begin` and `commit` or `discard`. Outside windows a layer shows its own momentum and its
+  own statistics, so that evaluation, checkpoints, exports, copies and a schedule of the momentum see nothing of this;
+  a compiled model then has a graph for training and one for evaluation, which it has anyway.
+- The hooks stay from construction to `close`, because torch.compile does not guard hooks, and might not see later ones.
+- All layers are pooled together once a micro-batch, when the model's forward ends; sooner only if a layer is called a
+  second time. A layer that is used twice counts twice, and is still updated once.
+- Which layers count is decided at each call: one in eval mode then, or without running statistics, is left alone.
+- Over ranks the pools are summed, SyncBatchNorm's among them: each rank brings its own elements, so none counts twice.
+- Buffers in bfloat16 or half are pooled in float32; what a call left in them was rounded to their type by torch.
+- Mode "momentum" lets each micro-batch update with 1 − (1 − m)^(1/k), and counts one batch a window; with momentum None
+  the average is kept over windows of k. Over ranks the buffers are averaged. Mode "keep" touches nothing.
+"""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from autoaccum.errors import SetupError
+from autoaccum.planning.bn_momentum import MODES
+from autoaccum.ranks import Ranks, here
+from autoaccum.window.norm_layer import NormLayer, has_running_statistics, sharers
+from autoaccum.window.pooling import Pool, wide
+
+__all__ = ["PooledStatistics", "needs_two"]
+
+
+class PooledStatistics:
+    """The running statistics of a model's normalisation layers, updated once a window.
+
+    ```python
+    with PooledStatistics(model) as statistics:
+        for window in windows:
+            statistics.begin()
+            for micro in window:
+                loss(model(micro)).backward()
+            statistics.commit()
+    ```
+
+    Attributes:
+        layers: name and module of each BatchNorm, SyncBatchNorm and InstanceNorm layer with running statistics.
+        k: micro-batches in a window, for mode "momentum".
+        is_open: whether a window is.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "pooled", k: int = 1) -> None:
+        """Registers the hooks; momentum and buffers are untouched until `begin`.
+
+        Args:
+            model: searched for layers, lazy ones too. If it is compiled, best before its first compiled call.
+            mode: "pooled", "momentum" or "keep".
+            k: micro-batches in a window; `begin` may change it.
+
+        Raises:
+            SetupError: an unknown mode.
+        """
+        if mode not in MODES:
+            raise SetupError(f"batch_norm={mode!r} is not known: give one of {', '.join(map(repr, MODES))}")
+        self.mode, self.k, self.is_open = mode, k, False
+        self.layers: list[tuple[str, nn.Module]] = [
+            (name, module) for name, module in model.named_modules() if has_running_statistics(module)
+        ]
+        self.waiting: list[NormLayer] = []
+        hooked = [] if mode == "keep" else self.layers
+        self._layers = [NormLayer(self, index, name, module) for index, (name, module) in enumerate(hooked)]
+        self._groups: list[tuple[Pool, list[NormLayer]]] = []
+        self._pooled_buffers: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._hooks: list[Any] = []
+        for layer in self._layers:
+            self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
+            self._hooks.append(layer.module.register_forward_hook(layer.after))
+        if self._layers:
+            self._hooks.append(model.register_forward_hook(self._layers[0].after_model))
+
+    @property
+    def synchronised(self) -> bool:
+        """Whether a layer talks to other ranks in its forward (SyncBatchNorm): then all ranks need the same k."""
+        return any(sharers(module) > 1 for _, module in self.layers)
+
+    def begin(self, k: int | None = None) -> None:
+        """Opens a window; one that is still open is discarded first. `k`, where given, replaces the one before."""
+        self.discard()
+        self.k = self.k if k is None else k
+        self._regroup()
+        for pool, _ in self._groups:
+            pool.begin()
+        for layer in self._layers:
+            layer.open(self.mode, self.k)
+        self.is_open = True
+        for pool, layers in self._groups:
+            self._count_in_micro_batches(pool, layers)
+
+    def commit(self, ranks: Ranks | None = None) -> None:
+        """Closes the window: one update of each layer that was called, on this rank or another.
+
+        Args:
+            ranks: pooled over these; None: the default process group, where there is one. All ranks must call this.
+
+        Raises:
+            SetupError: no window is open; or a layer's calls cannot be pooled. The window can be discarded then.
+        """
+        if not self.is_open:
+            raise SetupError("there are no statistics to commit: call begin() before the window's first micro-batch")
+        if self._layers:
+            self.collect()
+            ranks = ranks if ranks is not None else here()
+            totals = self._totals(ranks)
+            for pool, layers in self._groups:
+                self._commit(pool, layers, [totals[layer.index] for layer in layers], ranks)
+        self._end()
+
+    def discard(self) -> None:
+        """Puts back, bit for bit, what the buffers held at `begin`, and each momentum. Does nothing between windows."""
+        if self.is_open:
+            for pool, _ in self._groups:
+                pool.put_back()
+            self._end()
+
+    def close(self) -> None:
+        """Discards an open window and removes every hook."""
+        self.discard()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> "PooledStatistics":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # For the layers' hooks.
+
+    def collect(self) -> None:
+        """Pools the calls whose statistics still rest in the layers' buffers."""
+        # Taken at once: with checkpointing on two devices, two backward threads may come here.
+        waiting, self.waiting = self.waiting, []
+        if waiting:
+            for pool, layers in self._groups:
+                calls = {place: layer.call for place, layer in enumerate(layers) if layer.call is not None}
+                if calls:
+                    pool.add(calls)
+        for layer in waiting:
+            layer.call = None
+
+    def adopt(self, layer: NormLayer) -> None:
+        """Keeps the buffers of a lazy layer that has just found its shape."""
+        pool = self._group([layer])
+        pool.begin()
+        self._count_in_micro_batches(pool, [layer])
+
+    def put_back(self, layer: NormLayer) -> None:
+        """Gives one layer the running statistics that it had at `begin`, for a call in eval mode."""
+        for pool, layers in self._groups:
+            if layer in layers:
+                pool.put_back_one(layers.index(layer))
+        layer.dirty = False
+
+    # Parts.
+
+    def _regroup(self) -> None:
+        """Lays the layers' sums end to end, unless they lie so already for these very buffers."""
+        ready = [layer for layer in self._layers if not is_lazy(layer.buffers[0])]
+        buffers = [layer.buffers for layer in ready]
+        same = len(buffers) == len(self._pooled_buffers) and all(
+            new is old for now, then in zip(buffers, self._pooled_buffers) for new, old in zip(now, then)
+        )
+        if same:
+            return
+        self._groups, self._pooled_buffers = [], buffers
+        alike: dict[tuple[torch.device, torch.dtype], list[NormLayer]] = {}
+        for layer in ready:
+            mean = layer.buffers[0]
+            alike.setdefault((mean.device, wide(mean.dtype)), []).append(layer)
+        for layers in alike.values():
+            self._group(layers)
+
+    def _group(self, layers: list[NormLayer]) -> Pool:
+        pool = Pool(*zip(*(layer.buffers for layer in layers)))
+        for layer in layers:
+            layer.channels = layer.buffers[0].numel()
+        self._groups.append((pool, layers))
+        # Ranks sum group by group, so their order must not follow from which lazy layer was called first.
+        self._groups.sort(key=lambda group: group[1][0].index)
+        return pool
+
+    def _count_in_micro_batches(self, pool: Pool, layers: list[NormLayer]) -> None:
+        """Mode "momentum" with a cumulative average: call i of the window after w windows gets 1 / (k·w + i)."""
+        if self.mode == "momentum":
+            pool.scale_batches(
+                self.k, [place for place, layer in enumerate(layers) if layer.momentum is None and layer.counts_batches]
+            )
+
+    def _totals(self, ranks: Ranks) -> list[int]:
+        """For each layer, the elements of the window over all ranks, checked to be all there are."""
+        elements, unseen, shapeless = [0] * len(self._layers), [0] * len(self._layers), [1] * len(self._layers)
+        for pool, layers in self._groups:
+            for place, layer in enumerate(layers):
+                shapeless[layer.index] = 0
+                elements[layer.index] = pool.elements[place]
+                # Asks the device, so only where there is something odd: training mode, and not called.
+                odd = pool.elements[place] == 0 and layer.module.training and layer.counts_batches
+                unseen[layer.index] = int(odd and pool.counted(place))
+        if ranks.size > 1:
+            sums = torch.tensor([elements, unseen, shapeless], device=self._layers[0].buffers[0].device)
+            ranks.sum_gradients([sums])
+            elements, unseen, shapeless = sums.tolist()
+        for layer, total, odd, absent in zip(self._layers, elements, unseen, shapeless):
+            if odd:
+                raise SetupError(
+                    f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
+                    "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
+                    "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
+                    'choose batch_norm="keep"'
+                )
+            if total and absent:
+                raise SetupError(
+                    f"layer {layer.name!r} has no channels yet on {absent} of {ranks.size} ranks: run one batch "
+                    "through the model before training, so that its lazy layers find their shapes on every rank"
+                )
+        return elements
+
+    def _commit(self, pool: Pool, layers: list[NormLayer], totals: list[int], ranks: Ranks) -> None:
+        if self.mode == "momentum":
+            if ranks.size > 1:
+                pool.average(ranks, totals)
+            pool.put_back_batches()
+        else:
+            if ranks.size > 1:
+                ranks.sum_gradients(pool.weigh(totals))
+                ranks.sum_gradients([pool.spread()])
+            pool.put_back()
+            pool.update(
+                totals,
+                momenta=[layer.effective_momentum for layer in layers],
+                instances=[layer.per_instance for layer in layers],
+                corrections=[1.0 / sharers(layer.module) for layer in layers],
+            )
+        pool.count_batch([place for place, total in enumerate(totals) if total and layers[place].counts_batches])
+
+    def _end(self) -> None:
+        for layer in self._layers:
+            layer.end()
+        self.waiting.clear()
+        self.is_open = False
+
+
+def needs_two(error: BaseException) -> bool:
+    """Whether `error` is a BatchNorm layer's refusal of one value per channel: a micro-batch of 2 may pass then."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if "Expected more than 1 value per channel" in str(seen):
+            return True
+        seen = seen.__cause__
+    return False

@@ -1,0 +1,170 @@
+"""A batch, and the calls it stands for: the model's, and the loss's.
+
+Choices: a mapping is the model's keyword arguments and its targets go by one of four names; of a tuple or a list the
+last element is the target; any other object is the model's one argument. Nothing is guessed beyond that: a batch that
+does not fit gets an error which asks for `step=`. The user's batch is never changed.
+"""
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoaccum.errors import DataError, LossError
+
+__all__ = ["TARGET_KEYS", "Call", "arrange", "relabelled", "returned_loss", "scalar", "targets_in"]
+
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+_STEP = "or own the call with step=f(model, batch)"
+
+
+class Call(NamedTuple):
+    """The model's arguments, and what its outputs are compared with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: Any
+
+
+def arrange(batch: Any, *, apart: bool) -> Call:
+    """The calls that `batch` stands for.
+
+    Args:
+        batch: a mapping, a tuple, a list, or one object.
+        apart: whether the targets are kept from the model (there is a `loss`), or go with the rest (the model returns
+            its own loss).
+
+    Raises:
+        DataError: `apart`, and the batch does not say which part is the target.
+    """
+    if isinstance(batch, Mapping):
+        return _arrange_mapping(batch, apart)
+    if isinstance(batch, (tuple, list)):
+        if not apart:
+            return Call(tuple(batch), {}, None)
+        if len(batch) < 2:
+            raise DataError(
+                f"the batch is a {type(batch).__name__} of {len(batch)}, and a loss needs inputs and a target: "
+                f"make each sample (input, target), {_STEP}"
+            )
+        return Call(tuple(batch[:-1]), {}, batch[-1])
+    if apart:
+        raise DataError(
+            f"the batch is one {type(batch).__name__}, and a loss needs a target beside it: make each sample "
+            f"(input, target), {_STEP}"
+        )
+    return Call((batch,), {}, None)
+
+
+def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
+    for key in batch:
+        if not isinstance(key, str):
+            raise DataError(
+                f"the batch has the key {key!r}, a {type(key).__name__}: the model is called with keyword arguments, "
+                f"so make the keys texts, {_STEP}"
+            )
+    if not apart:
+        return Call((), dict(batch), targets_in(batch, apart=False))
+    found = [key for key in TARGET_KEYS if key in batch]
+    if len(found) != 1:
+        has = f"both {found[0]!r} and {found[1]!r}" if found else "none of them"
+        raise DataError(
+            f"the batch's keys are {', '.join(map(repr, batch))}: a loss takes its targets from exactly one of "
+            f"{', '.join(map(repr, TARGET_KEYS))}, and there is {has}: rename a key, {_STEP}"
+        )
+    rest = {key: value for key, value in batch.items() if key != found[0]}
+    if not rest:
+        raise DataError(f"the batch has nothing but {found[0]!r}, so nothing is left for the model: add its inputs")
+    return Call((), rest, batch[found[0]])
+
+
+def targets_in(batch: Any, *, apart: bool) -> Any:
+    """The batch's targets, where it is clear which they are; else None.
+
+    Args:
+        batch: as for `arrange`.
+        apart: False: only a mapping's labels count, as a tuple's last element may be one more input.
+    """
+    if isinstance(batch, Mapping):
+        key = _own_key(batch)
+        return None if key is None else batch[key]
+    if apart and isinstance(batch, (tuple, list)) and len(batch) > 1:
+        return batch[-1]
+    return None
+
+
+def relabelled(batch: Any, targets: Any) -> Any:
+    """A batch of the same kind with other targets, where `targets_in` finds them; `batch` itself is left alone."""
+    if isinstance(batch, Mapping):
+        changed = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
+        changed[_own_key(batch)] = targets
+        return changed
+    parts = [*batch[:-1], targets]
+    return batch._make(parts) if hasattr(batch, "_make") else type(batch)(parts)
+
+
+def _own_key(batch: Mapping[Any, Any]) -> str | None:
+    # "labels", which Transformers' heads know, wins where several are there.
+    found = [key for key in TARGET_KEYS if key in batch]
+    return "labels" if "labels" in found else found[0] if len(found) == 1 else None
+
+
+def returned_loss(outputs: Any) -> Any:
+    """The loss in what a model returned: itself, `["loss"]`, `.loss`, or the first of a tuple.
+
+    Raises:
+        LossError: there is none.
+    """
+    if isinstance(outputs, (Tensor, int, float)):
+        return outputs
+    if isinstance(outputs, Mapping) and "loss" in outputs:
+        loss = outputs["loss"]
+    elif hasattr(outputs, "loss"):
+        loss = outputs.loss
+    elif isinstance(outputs, (tuple, list)) and len(outputs):
+        loss = outputs[0]
+    else:
+        keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
+        raise LossError(
+            f"the model returned a {type(outputs).__name__}{keys}, which holds no loss: return a scalar, or something "
+            'with .loss or ["loss"]; or pass loss=f(outputs, targets) or step=f(model, batch)'
+        )
+    if loss is None:
+        raise LossError(
+            f"the model returned a {type(outputs).__name__} whose loss is None: give it labels in the batch, "
+            "or pass loss=f(outputs, targets) or step=f(model, batch)"
+        )
+    return loss
+
+
+def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
+    """`loss` as a tensor of shape ().
+
+    Args:
+        loss: what was returned.
+        source: who returned it, for the message: "the step".
+        graph: whether a graph is asked for, where gradients are enabled.
+
+    Raises:
+        LossError: not a tensor, not one element, or without a graph.
+    """
+    if not isinstance(loss, Tensor):
+        what = f"the number {loss!r}" if isinstance(loss, (int, float)) else f"a {type(loss).__name__}"
+        raise LossError(
+            f"{source} returned {what} as its loss, which has no graph, so nothing can be learned from it: return the "
+            "loss tensor itself, without .item() or float()"
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"{source} returned a loss of shape {tuple(loss.shape)}, and a gradient needs a scalar: average it "
+            "(loss.mean(), or reduction='mean'), or pick the scalar out with step=f(model, batch)"
+        )
+    if graph and not loss.requires_grad and torch.is_grad_enabled():
+        raise LossError(
+            f"{source} returned a loss of {loss.item():.6g} without a graph, so nothing can be learned from it: take "
+            "away .detach(), .item() or no_grad on its way, and see that some parameter requires a gradient"
+        )
+    return loss.reshape(()) if loss.dim() else loss

@@ -1,0 +1,111 @@
+"""The sums of an open window: its samples, its denominators, its loss so far.
+
+Denominators that follow from the batches are summed before the first backward, so that each micro-batch's loss enters
+with its true weight. One that is only known afterwards enters divided by the window's samples (raw sums would
+overflow in fp16) and is put right once, at the end.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from autoaccum.errors import LossError
+from autoaccum.ranks import Ranks
+from autoaccum.window.loss import Mean
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """What is known of one window while it runs.
+
+    Attributes:
+        samples: of each micro-batch on this rank.
+        total_samples: over the window and all ranks.
+        denominators: of each micro-batch by term; None where they are only known afterwards.
+        totals: the same, summed over the window and all ranks.
+        done: micro-batches run so far.
+        started: the clock at the window's opening, in seconds.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[int],
+        denominators: Sequence[Mapping[str, float]] | None,
+        names: Sequence[str],
+        ranks: Ranks,
+    ) -> None:
+        """Sums over the micro-batches and the ranks.
+
+        Args:
+            samples: of each micro-batch; none on a rank that idles.
+            denominators: of each micro-batch, by term; None: only known afterwards.
+            names: the terms, the same on every rank.
+            ranks: asked for the sums over all ranks, once.
+        """
+        self.started = time.perf_counter()
+        self.samples = samples
+        self.denominators = denominators
+        self.done = 0
+        own = [float(sum(samples))]
+        if denominators is not None:
+            own += [math.fsum(micro[name] for micro in denominators) for name in names]
+        total, *sums = ranks.tally(own)
+        self.total_samples = int(total)
+        self.totals = None if denominators is None else dict(zip(names, sums, strict=True))
+        self._loss: Tensor | float = 0.0
+        self._late: Tensor | float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything in the next micro-batch counts: where all its targets are ignored, there is no gradient."""
+        return self.denominators is None or any(self.denominators[self.done].values())
+
+    @property
+    def empty(self) -> bool:
+        """No target counts in the whole window, on any rank."""
+        return self.totals is not None and not any(self.totals.values())
+
+    def share(self, terms: Mapping[str, Mean]) -> Tensor | None:
+        """The next micro-batch's share of the window's loss, a scalar; None where nothing in it counts.
+
+        Raises:
+            LossError: several terms whose denominators are only known afterwards.
+        """
+        totals, own = self.totals, self.denominators[self.done] if self.denominators is not None else None
+        if totals is None or own is None:
+            return self._provisional(terms)
+        shares = [term.over(totals[name]) for name, term in terms.items() if own[name]]
+        return sum(shares[1:], start=shares[0]) if shares else None
+
+    def _provisional(self, terms: Mapping[str, Mean]) -> Tensor | None:
+        if len(terms) != 1:
+            declare = ", ".join(f"{name!r}: f(batch)" for name in terms)
+            raise LossError(
+                f"the step returned {len(terms)} terms ({', '.join(terms)}) whose denominators are only known afterwards, "
+                f"and one gradient cannot be corrected for each: declare them with reduction={{{declare}}}"
+            )
+        (term,) = terms.values()
+        denominator = term.denominator
+        if isinstance(denominator, Tensor):
+            denominator = denominator.detach()
+        elif denominator == 0:
+            return None
+        self._late = self._late + denominator
+        return term.over(self.total_samples)
+
+    def enter(self, share: Tensor | None) -> None:
+        """Counts one micro-batch as done, with its share of the loss."""
+        if share is not None:
+            self._loss = self._loss + share.detach()
+        self.done += 1
+
+    def close(self, ranks: Ranks) -> tuple[float, float]:
+        """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts)."""
+        loss, late = ranks.tally([float(self._loss), float(self._late)])
+        if self.totals is not None:
+            return loss, 0.0 if self.empty else 1.0
+        correction = self.total_samples / late if late else 0.0
+        return loss * correction, correction

@@ -1,0 +1,347 @@
+"""The loss of a micro-batch, kept as numerator and denominator, so that a window can add it up exactly.
+
+Loss = Σ numerators / Σ denominators, over the window and all ranks. The objective says what a batch's denominators
+are, before the model has run where that can be known, and runs the model and the loss. Where only a mean is at hand
+(torch's losses, a model's own loss) it enters as mean × (its denominator / the sum of all): no raw sum is formed, which
+could overflow in half precision, and a mean over nothing (NaN) never enters at all.
+
+A loss with reduction="sum" is a term that is added up and never divided. One with reduction="none" is taken as the
+mean of its elements, as `.mean()` by hand would give; with a declared denominator, as their sum over that.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from autoaccum.data import tree
+from autoaccum.errors import LossError, SetupError
+from autoaccum.window.call import arrange, returned_loss, scalar, targets_in
+from autoaccum.window.counting import as_denominator, holds_indices
+from autoaccum.window.heads import measure
+from autoaccum.window.reduction import Reduction, name_of
+
+__all__ = ["Mean", "Objective", "Sum"]
+
+
+class Mean:
+    """A mean kept as its two parts: what a step returns when it owns its denominator.
+
+    ```python
+    def step(model, batch):
+        losses = cross_entropy(model(batch["x"]), batch["y"], reduction="none")
+        return autoaccum.Mean((losses * batch["mask"]).sum(), batch["mask"].sum())
+    ```
+
+    Attributes:
+        denominator: a float, or a tensor of shape () where it lies on a device, which is then not waited for.
+    """
+
+    __slots__ = ("_mean", "_numerator", "denominator")
+
+    def __init__(self, numerator: Tensor | float, denominator: float | Tensor) -> None:
+        """Takes the parts.
+
+        Args:
+            numerator: the sum of the losses, one element.
+            denominator: what it is divided by, one element; 0 where nothing counts.
+
+        Raises:
+            LossError: a part that is not one number, or a denominator that is negative or not finite.
+        """
+        if not isinstance(numerator, Tensor):
+            numerator = torch.tensor(as_number(numerator), dtype=torch.float64)  # a metric's count; no graph
+        self._numerator: Tensor | None = scalar(numerator, "Mean(numerator, denominator)", graph=False)
+        self._mean: Tensor | None = None
+        self.denominator = _denominator(denominator)
+
+    @classmethod
+    def of(cls, mean: Tensor, denominator: float | Tensor) -> "Mean":
+        """Where only the mean is at hand, and what it was divided by."""
+        made = cls.__new__(cls)
+        made._mean, made._numerator, made.denominator = mean, None, _denominator(denominator)
+        return made
+
+    @property
+    def numerator(self) -> Tensor:
+        """The sum, shape (); with its graph."""
+        if self._numerator is not None:
+            return self._numerator
+        mean = self._graph()
+        if isinstance(self.denominator, float) and self.denominator == 0:
+            return mean.new_zeros(())
+        return (mean.float() if mean.dtype.itemsize == 2 else mean) * self.denominator
+
+    @property
+    def value(self) -> Tensor:
+        """The mean itself, shape (), detached; NaN where nothing counts."""
+        if self._mean is not None:
+            return self._mean.detach()
+        return self._graph().detach() / self.denominator
+
+    def over(self, total: float) -> Tensor:
+        """This part's share of a mean over `total`, shape (); a zero without a graph where nothing counts."""
+        known = isinstance(self.denominator, float)
+        if known and self.denominator == 0:
+            return self._graph().new_zeros(())
+        if self._mean is None:
+            return self._graph() / total
+        if known:
+            return self._mean if self.denominator == total else self._mean * (self.denominator / total)
+        share = torch.as_tensor(self.denominator / total)
+        return torch.where(share > 0, self._mean * share, self._mean.new_zeros(()))
+
+    def _graph(self) -> Tensor:
+        tensor = self._mean if self._numerator is None else self._numerator
+        assert tensor is not None
+        return tensor
+
+    def __repr__(self) -> str:
+        return f"Mean(numerator={self.numerator!r}, denominator={self.denominator!r})"
+
+
+class Sum(Mean):
+    """A term that is added up and never divided; its denominator only says whether anything counts."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> Tensor:
+        """The sum, shape (), detached."""
+        return self.numerator.detach()
+
+    def over(self, total: float) -> Tensor:
+        """The sum itself."""
+        return self.numerator
+
+
+def as_number(value: Any) -> float:
+    """A number that a Mean's numerator was given as.
+
+    Raises:
+        LossError: it is none.
+    """
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise LossError(
+            f"Mean got the numerator {value!r}, a {type(value).__name__}: give the sum of the losses, a tensor"
+        )
+    return float(value)
+
+
+def _denominator(value: Any) -> float | Tensor:
+    if isinstance(value, float) and 0 <= value < float("inf"):
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "cpu":
+        return value.detach().reshape(())
+    return as_denominator(value, "Mean(numerator, denominator)")
+
+
+class Objective:
+    """What is minimised: how a batch becomes a loss, and what that loss was divided by.
+
+    Attributes:
+        model: what is called; may be replaced by a wrapper of itself.
+        loss, step: as the user gave them.
+        names: the terms whose denominators are known from the batch, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss: Callable[[Any, Any], Any] | None = None,
+        step: Callable[[Any, Any], Any] | None = None,
+        reduction: Any = "auto",
+    ) -> None:
+        """Checks the settings; runs nothing.
+
+        Args:
+            model: called as the batch says (call.py).
+            loss: f(outputs, targets), where the model does not return its loss.
+            step: f(model, batch) -> Tensor, Mean or dict[str, Mean], instead of `loss`.
+            reduction: what the loss is a mean over; a dict of those for a step with several terms.
+
+        Raises:
+            SetupError: settings that are unknown, or that contradict each other.
+        """
+        self._reduction = Reduction(loss, step, reduction)
+        self.model, self.loss, self.step = model, loss, step
+        self.names = self._reduction.names
+
+    @property
+    def reason(self) -> str:
+        """One line: the denominator, and why it is that. Says more once measured."""
+        return self._reduction.reason
+
+    # What is known before the model runs.
+
+    def denominators(self, batch: Any) -> dict[str, float] | None:
+        """What each term's mean over `batch` was divided by; None where only the step knows, once it ran.
+
+        Args:
+            batch: best on the host, where counting waits for no device.
+
+        Raises:
+            DataError: the batch does not hold what is counted.
+            LossError: a declared f(batch) gave no denominator.
+        """
+        if self._reduction.late:
+            return None
+        if self._reduction.wants_head:
+            self.measure(batch)
+        return self._reduction.count(batch)
+
+    def window_denominators(self, batches: Sequence[Any]) -> list[dict[str, float]] | None:
+        """The denominators of each micro-batch of a window, none for a rank that idles.
+
+        None where only the step knows them; that is so on all ranks or on none.
+        """
+        if self._reduction.late:
+            return None
+        return [self.denominators(batch) or {} for batch in batches]
+
+    def measure(self, batch: Any) -> None:
+        """Finds out, where nothing else tells, how the loss counts its labels: shifted, ignored, weighted, added up.
+
+        Runs the loss a few times on two samples of `batch`, which lies on the host, once: later calls return at once.
+        The model is left as it was. The first count asks for it where nobody did.
+
+        Raises:
+            LossError: the loss is not a scalar tensor.
+        """
+        labels = targets_in(batch, apart=self._reduction.apart)
+        if not self._reduction.wants_head or not holds_indices(labels):
+            return
+        model = _inner(self.model)
+
+        def evaluate(small: Any) -> Tensor:
+            if self.step is not None:  # may differentiate inside: the grad mode stays as it is
+                (term,) = self._late_terms(self.step(model, small), small).values()
+                return term.value
+            with torch.no_grad():
+                loss, source, _, _ = self._loss_of(model, small)
+            return scalar(loss, source, graph=False)
+
+        reduction = self._reduction
+        reduction.head = measure(model, batch, evaluate, apart=reduction.apart, ignore_index=reduction.ignore_index)
+
+    # The forward.
+
+    def terms(self, batch: Any, denominators: Mapping[str, float] | None = None) -> dict[str, Mean]:
+        """Runs the forward, and gives the loss as its terms.
+
+        Args:
+            batch: on the model's device.
+            denominators: of this batch, where they were counted before it was moved; else they are counted here.
+
+        Raises:
+            LossError: not a scalar, no graph, or terms other than declared.
+            DataError: the batch does not fit the model's call or the loss's.
+        """
+        return self.evaluate(batch, denominators)[0]
+
+    def evaluate(self, batch: Any, denominators: Mapping[str, float] | None = None) -> tuple[dict[str, Mean], Any, Any]:
+        """(terms, outputs, targets) of one forward; a `step` keeps outputs and targets to itself: None."""
+        if denominators is None:
+            denominators = self.denominators(batch)
+        if self.step is not None:
+            return self._step_terms(self.step(self.model, batch), batch, denominators), None, None
+        loss, source, outputs, targets = self._loss_of(self.model, batch)
+        assert denominators is not None  # late only with a step
+        ((name, denominator),) = denominators.items()
+        return {name: self._term(loss, denominator, name, source)}, outputs, targets
+
+    def outputs(self, batch: Any) -> tuple[Any, Any]:
+        """(outputs, targets) for metrics; targets are None where the batch does not say which they are.
+
+        Raises:
+            SetupError: a `step` owns the model's call.
+        """
+        if self.step is not None:
+            raise SetupError(
+                "metrics are given the model's outputs, and step= keeps them to itself: pass loss=f(outputs, targets) "
+                "instead of step, or take metrics away"
+            )
+        call = arrange(batch, apart=self.loss is not None)
+        return self.model(*call.args, **call.kwargs), call.targets
+
+    def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Any, str, Any, Any]:
+        """(loss, who returned it, outputs, targets)."""
+        call = arrange(batch, apart=self.loss is not None)
+        outputs = model(*call.args, **call.kwargs)
+        if self.loss is None:
+            return returned_loss(outputs), "the model", outputs, call.targets
+        torch_loss = self._reduction.torch
+        arguments = (outputs, call.targets) if torch_loss is None else torch_loss.arguments(outputs, call.targets)
+        loss = self.loss(*arguments)
+        if torch_loss is not None and torch_loss.reduction == "none" and isinstance(loss, Tensor) and loss.dim():
+            loss = loss.sum() if self._reduction.takes_sums else loss.mean()
+        return loss, f"loss={name_of(self.loss)}", outputs, call.targets
+
+    def _term(self, loss: Any, denominator: float, name: str, source: str) -> Mean:
+        loss = scalar(loss, source, graph=denominator > 0)
+        if self._reduction.adds_up(name):
+            return Sum(loss, denominator)
+        return Mean(loss, denominator) if self._reduction.takes_sums else Mean.of(loss, denominator)
+
+    def _step_terms(self, result: Any, batch: Any, denominators: Mapping[str, float] | None) -> dict[str, Mean]:
+        if denominators is None:
+            return self._late_terms(result, batch)
+        if not isinstance(result, Mapping):
+            result = {"loss": result}
+        elif len(result) == 1 and self.names == ("loss",):
+            result = {"loss": next(iter(result.values()))}
+        if set(result) != set(denominators):
+            raise LossError(
+                f"the step returned the terms {', '.join(map(repr, result))}, and reduction declares "
+                f"{', '.join(map(repr, denominators))}: declare each term, as reduction={_remedy(result)}"
+            )
+        return {name: self._declared_term(name, result[name], denominators[name]) for name in denominators}
+
+    def _declared_term(self, name: str, value: Any, denominator: float) -> Mean:
+        if not isinstance(value, Mean):
+            return self._term(value, denominator, name, "the step")
+        own = value.denominator
+        if isinstance(own, float) and not math.isclose(own, denominator, rel_tol=1e-6):
+            raise LossError(
+                f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
+                f"{denominator:g} for the same batch: let both count the same, or declare none"
+            )
+        if self._reduction.adds_up(name):
+            raise LossError(
+                f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
+            )
+        return Mean(scalar(value.numerator, "the step's Mean", graph=denominator > 0), denominator)
+
+    def _late_terms(self, result: Any, batch: Any) -> dict[str, Mean]:
+        """One term at most: several whose denominators come late cannot share one gradient."""
+        if not isinstance(result, Mapping):
+            result = {"loss": result}
+        if len(result) != 1:
+            raise LossError(
+                f"the step returned {len(result)} terms ({', '.join(map(repr, result))}) whose denominators are only "
+                f"known once it ran, and one gradient cannot be corrected for each: declare them, as "
+                f"reduction={_remedy(result)}"
+            )
+        ((name, value),) = result.items()
+        if not isinstance(value, Mean):
+            return {name: Mean.of(scalar(value, "the step"), float(tree.batch_size(batch)))}
+        # A tensor on a device is not waited for; where it is 0 there may be no graph either.
+        counts = isinstance(value.denominator, Tensor) or value.denominator > 0
+        scalar(value.numerator, "the step's Mean", graph=counts)
+        return {name: value}
+
+
+def _remedy(terms: Iterable[Any]) -> str:
+    return "{" + ", ".join(f"{name!r}: f(batch)" for name in terms) + "}"
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model without wrappers that communicate or compile: it is asked a few questions on its own."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner

@@ -1,0 +1,190 @@
+"""One normalisation layer and its hooks: which of its calls count, and with how many elements.
+
+Choices:
+
+- A forward that runs while a backward pass does is a recomputation (activation checkpointing, of both kinds), and
+  does not count. What it writes to the buffers vanishes, as a window's update starts from what they held before.
+- A call's statistics rest in the layer's own buffers, uncopied, until the owner collects them: before the layer's
+  next call at the latest.
+- A compiled graph cannot call Python, but it can call an operator that does. It names the layer's module by a number
+  of its own, so that a graph compiled for one owner serves the next owner of the same model.
+"""
+
+import itertools
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from autoaccum.planning.bn_momentum import bn_momentum
+
+__all__ = ["NormLayer", "Owner", "has_running_statistics", "sharers"]
+
+
+class Owner(Protocol):
+    """What a layer asks of the statistics that it belongs to."""
+
+    mode: str
+    is_open: bool
+    waiting: list["NormLayer"]
+
+    def collect(self) -> None:
+        """Pools the calls of all waiting layers."""
+
+    def adopt(self, layer: "NormLayer") -> None:
+        """Keeps the buffers of a lazy layer that has just found its shape."""
+
+    def put_back(self, layer: "NormLayer") -> None:
+        """Gives a layer the running statistics that it had when the window opened."""
+
+
+class NormLayer:
+    """One layer: its last call, and how it is set up.
+
+    Its methods are hooks, so a model that is pickled or deep-copied takes it along. A copy of it is an empty one, whose
+    hooks do nothing: an averaged copy of a model must not feed this model's statistics.
+    """
+
+    owner: Owner
+    module: Any
+    call: tuple[int, Tensor, Tensor] | None  # elements, mean and variance of a call that is not pooled yet
+    channels: int  # 0: a lazy layer without a shape yet
+    momentum: float | None  # the layer's own, while a window has set another
+    dirty: bool  # the buffers hold a micro-batch's statistics, not running ones
+
+    def __init__(
+        self, owner: Owner | None = None, index: int = 0, name: str = "", module: nn.Module | None = None
+    ) -> None:
+        self.index, self.name, self.module = index, name, module
+        self.call, self.channels, self.momentum, self.dirty, self._small = None, 0, None, False, None
+        if owner is not None and module is not None:
+            self.owner = owner
+            self.per_instance = isinstance(module, _InstanceNorm)
+            self._key = _KEYS.setdefault(module, next(_COUNTER))
+
+    def __reduce__(self) -> tuple[type["NormLayer"], tuple[()]]:
+        return (NormLayer, ())
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The running mean, the running variance, the batches tracked."""
+        held = self.module._buffers  # a plain look-up: getattr on a module costs more than all the rest of the hook
+        return held["running_mean"], held["running_var"], held["num_batches_tracked"]
+
+    @property
+    def counts_batches(self) -> bool:
+        """Whether torch counts this layer's batches; it does not for InstanceNorm, which has the counter."""
+        return not self.per_instance and self.buffers[2] is not None
+
+    @property
+    def effective_momentum(self) -> float | None:
+        """The layer's momentum as torch uses it: None where torch cannot average is 0."""
+        return self.momentum if self.momentum is not None or self.counts_batches else 0.0
+
+    def open(self, mode: str, k: int) -> None:
+        """Sets the momentum for a window: 1, or in mode "momentum" what each of `k` micro-batches updates with."""
+        _OPEN[self._key] = self
+        self.momentum = self.module.momentum
+        self._small = bn_momentum(self.momentum, k) if mode == "momentum" else 1.0
+        self.module.momentum = self._small
+
+    def end(self) -> None:
+        """Gives the layer its own momentum."""
+        self.module.momentum = self.momentum
+        self.call, self.dirty = None, False
+
+    # Hooks.
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Makes room for another call."""
+        if torch.compiler.is_compiling() or module is not self.module or not self.owner.is_open:
+            return
+        if self.call is not None:
+            self.owner.collect()
+        if not self.channels:
+            self.owner.adopt(self)
+        if self.owner.mode == "momentum":
+            self._repeat_nothing()
+        elif self.dirty and not module.training:
+            self.owner.put_back(self)  # evaluation inside a window normalises with the running statistics
+
+    def after(self, module: Any, args: Any, output: Any) -> None:
+        """Notes a call in training mode."""
+        if module is not self.module or not (module.training and module.track_running_stats):
+            return
+        if torch.compiler.is_compiling():
+            mean, variance = module.running_mean, module.running_var
+            _captured(_TOKEN, mean, variance, self._elements(args[0] if args else output, mean.numel()), self._key)
+        elif self.owner.is_open:
+            mean, variance, _ = self.buffers
+            self.note(self._elements(args[0] if args else output, self.channels), mean, variance)
+
+    def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Pools what the model's forward left behind, before anyone else writes to its buffers (as DDP may)."""
+        if not torch.compiler.is_compiling() and self.module is not None and self.owner.is_open:
+            self.owner.collect()
+
+    def note(self, elements: int, mean: Tensor, variance: Tensor) -> None:
+        """Enters one call; `mean` and `variance` must hold until the owner collects."""
+        self.dirty = True
+        if not _recomputing():
+            self.call = (elements, mean, variance)
+            self.owner.waiting.append(self)
+
+    def _elements(self, batch: Tensor, channels: int) -> int:
+        """What one call counts: elements per channel; instances, where statistics are averaged over these."""
+        if self.per_instance:
+            return batch.shape[0] if batch.dim() > self.module._get_no_batch_dim() else 1
+        return batch.numel() // channels
+
+    def _repeat_nothing(self) -> None:
+        """Mode "momentum": a recomputed forward must not move the buffers a second time."""
+        again = self.module.training and _recomputing()
+        self.module.momentum = 0.0 if again else self._small
+        if again and self.counts_batches:
+            self.module.num_batches_tracked.sub_(1)
+
+
+_COUNTER = itertools.count()
+_KEYS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_OPEN: WeakValueDictionary[int, NormLayer] = WeakValueDictionary()
+_TOKEN = torch.zeros(())
+
+
+def _run_captured(token: Tensor, mean: Tensor, variance: Tensor, elements: int, key: int) -> None:
+    layer = _OPEN.get(key)
+    if layer is not None and layer.owner.is_open:
+        if layer.call is not None:
+            layer.owner.collect()
+        layer.note(elements, mean.clone(), variance.clone())
+
+
+# An operator that changes nothing would be removed as useless, hence the token; one that changed the buffers would
+# spoil the backward pass, which has saved them. Replaying a CUDA graph would not run it, hence the tag.
+_captured = torch.library.custom_op(
+    "autoaccum::batch_norm_called",
+    _run_captured,
+    mutates_args=("token",),
+    **({"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}),
+)
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running on this thread: a forward inside one is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether `module` is a BatchNorm, SyncBatchNorm or InstanceNorm layer that keeps running statistics."""
+    return isinstance(module, (_BatchNorm, _InstanceNorm)) and module.running_mean is not None
+
+
+def sharers(module: nn.Module) -> int:
+    """How many ranks share the statistics of one call of `module`."""
+    if isinstance(module, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        return dist.get_world_size(module.process_group)
+    return 1

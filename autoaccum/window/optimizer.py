@@ -1,0 +1,150 @@
+"""The optimizer the user named, made and checked before anything runs.
+
+What cannot be trained by accumulating gradients is refused here, with the reason, while the model is untouched.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.optim import Optimizer
+
+from autoaccum.errors import SetupError
+
+__all__ = ["build_optimizer", "check_model", "check_optimizer", "optimizer_parameters", "trained_parameters"]
+
+_NAMED = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
+}
+_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def build_optimizer(
+    optimizer: str | Optimizer | Callable[..., Optimizer], model: nn.Module, *, lr: float | None, loss: Any = None
+) -> Optimizer:
+    """The optimizer for `model`: an instance as it is, a class or factory called as `f(params, lr=lr)`, a torch name.
+
+    Args:
+        optimizer: an instance, a class, a factory, or a name in `torch.optim` in any case ("adamw").
+        model: what is trained.
+        lr: the learning rate; None beside an instance, whose own count.
+        loss: the loss; where it is a module, its parameters are trained as well.
+
+    Raises:
+        SetupError: an unknown name, several optimizers, one that needs a closure, one that holds foreign parameters.
+    """
+    if isinstance(optimizer, Optimizer):
+        if lr is not None:
+            raise SetupError(f"lr={lr!r} was given beside an Optimizer instance, whose own rates count: give only one")
+        made = optimizer
+    elif isinstance(optimizer, (list, tuple, dict)):
+        raise SetupError(
+            f"{len(optimizer)} optimizers were given: autoaccum trains with one; "
+            "use parameter groups of a single optimizer, or the Accumulator once per optimizer"
+        )
+    else:
+        made = _make(optimizer, trained_parameters(model, loss), 1e-3 if lr is None else lr)
+    check_optimizer(made, model, loss)
+    return made
+
+
+def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Parameter], lr: float) -> Optimizer:
+    factory: Any = optimizer
+    if isinstance(optimizer, str):
+        factory = _NAMED.get(optimizer.lower())
+        if factory is None:
+            raise SetupError(
+                f"optimizer={optimizer!r} is not in torch.optim: choose one of {', '.join(sorted(_NAMED))}"
+            )
+    if not callable(factory):
+        raise SetupError(f"optimizer={optimizer!r} is not an Optimizer, a factory f(params, lr=lr) or a torch name")
+    _refuse_closure(factory)
+    made = factory(parameters, lr=lr)
+    if not isinstance(made, Optimizer):
+        raise SetupError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer")
+    return made
+
+
+def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]:
+    """The parameters that require gradients, of the model and of a loss that is a module."""
+    modules = [model, loss] if isinstance(loss, nn.Module) else [model]
+    return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The optimizer's parameters over all its groups, in order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_model(model: nn.Module, *, loss: Any = None, clip_norm: float | None = None) -> None:
+    """Refuses a model that cannot be trained here.
+
+    Raises:
+        SetupError: not a module, nothing to train, sharded parameters, sparse gradients beside clipping.
+    """
+    if not isinstance(model, nn.Module):
+        raise SetupError(f"model is {type(model).__name__}, not a torch.nn.Module: pass the module itself")
+    parameters = trained_parameters(model, loss)
+    if not parameters:
+        raise SetupError(
+            f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train: "
+            "unfreeze what should learn with parameter.requires_grad_(True)"
+        )
+    _refuse_sharded(model, parameters)
+    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
+    if sparse and clip_norm is not None:
+        raise SetupError(
+            f"clip_norm={clip_norm} beside sparse gradients (of {', '.join(sparse)}): torch cannot take their norm; "
+            "make those embeddings with sparse=False, or leave clip_norm out"
+        )
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) -> None:
+    """Refuses an optimizer that cannot be stepped once a window, or that trains something else.
+
+    Raises:
+        SetupError: it needs a closure, or holds parameters that are not the model's.
+    """
+    _refuse_closure(type(optimizer))
+    known = {
+        id(parameter) for module in (model, loss) if isinstance(module, nn.Module) for parameter in module.parameters()
+    }
+    held = optimizer_parameters(optimizer)
+    foreign = sum(id(parameter) not in known for parameter in held)
+    if foreign:
+        raise SetupError(
+            f"{foreign} of the optimizer's {len(held)} parameters are not the model's: it was made for another model "
+            "or before the model was copied; make it from model.parameters()"
+        )
+    if not any(parameter.requires_grad for parameter in held):
+        raise SetupError(
+            f"none of the optimizer's {len(held)} parameters requires a gradient: there is nothing to train"
+        )
+
+
+def _refuse_closure(kind: Any) -> None:
+    step = getattr(kind, "step", None)
+    if step is None:
+        return
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise SetupError(
+            f"{kind.__name__} needs a closure that evaluates the whole batch several times a step, which accumulation "
+            "cannot give it: use a first-order optimizer such as AdamW or SGD"
+        )
+
+
+def _refuse_sharded(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    kinds |= {type(parameter).__name__ for parameter in parameters if not isinstance(parameter, UninitializedParameter)}
+    found = sorted(kinds.intersection((*_SHARDED, "DTensor")))
+    if found:
+        raise SetupError(
+            f"the model's parameters are sharded ({', '.join(found)}), which autoaccum does not support yet: "
+            "train it unsharded, or on several ranks with a whole model on each"
+        )

@@ -1,0 +1,145 @@
+"""The number formats of a window: autocast, the fp16 loss scaler, fp32 sums of 16-bit gradients, one clip.
+
+Known: bf16 needs no scaler; fp16 gradients underflow without one; a window is one update, so that the scale stays
+constant inside it and gradients are unscaled and clipped once, at its end (changing the scale in mid-window leaves a
+gradient that is off by 0.8, clipping each micro-batch by 1.0).
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.errors import SetupError
+
+__all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Which format the forward pass runs in, and why.
+
+    Attributes:
+        name: "fp32" (no autocast: the model's own dtype), "bf16" or "fp16".
+        reason: one line.
+        scaler: the loss scaler; disabled unless fp16.
+    """
+
+    def __init__(self, precision: str, device: torch.device, model: nn.Module) -> None:
+        """Decides.
+
+        Raises:
+            SetupError: an unknown name, or fp16 for parameters that are 16-bit themselves.
+        """
+        if precision not in ("auto", "fp32", "bf16", "fp16"):
+            raise SetupError(f'precision={precision!r}: choose "auto", "fp32", "bf16" or "fp16"')
+        self.name, self.reason = _decide(precision, device)
+        half = {p.dtype for p in model.parameters()} & set(_HALF)
+        if self.name == "fp16" and half:
+            raise SetupError(
+                'precision="fp16" scales the loss, and gradients of 16-bit parameters cannot be unscaled: '
+                'keep the parameters in fp32 (model.float()), or train in their own dtype with precision="fp32"'
+            )
+        self._device_type = device.type
+        self._dtype = _AUTOCAST.get(self.name)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass runs inside this."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device_type, dtype=self._dtype)
+
+    def outside(self) -> AbstractContextManager[Any]:
+        """The backward pass runs inside this: autocast off, as torch asks."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._device_type, enabled=False)
+
+
+def _decide(precision: str, device: torch.device) -> tuple[str, str]:
+    if precision != "auto":
+        return precision, f"{precision}: as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16", f"bf16 autocast: {torch.cuda.get_device_name(device)} computes it natively"
+    return "fp32", f"fp32: {device.type} has no native bf16 that would be faster"
+
+
+class SideBuffers:
+    """fp32 sums for the gradients of bf16 and fp16 parameters.
+
+    Summing k gradients in bf16 loses what is smaller than 1/256 of the sum: 3% of the gradient at k = 1024.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._half = [parameter for parameter in parameters if parameter.dtype in _HALF]
+        self._summed = {id(parameter) for parameter in self._half}
+        self._sums: dict[int, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffers take while a window runs: 4 bytes an element."""
+        return sum(4 * parameter.numel() for parameter in self._half)
+
+    def collect(self) -> None:
+        """Adds the gradients of one micro-batch to the sums and empties them."""
+        for parameter in self._half:
+            if parameter.grad is None:
+                continue
+            total = self._sums.get(id(parameter))
+            if total is None:
+                self._sums[id(parameter)] = parameter.grad.float()
+            else:
+                total.add_(parameter.grad)
+            parameter.grad = None
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The window's gradient of `parameter` so far, wherever it stands."""
+        return self._sums.get(id(parameter), parameter.grad)
+
+    def put(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Sets the window's gradient of `parameter`, for one that has none here."""
+        if id(parameter) in self._summed:
+            self._sums[id(parameter)] = gradient
+        else:
+            parameter.grad = gradient
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """The format that the window's gradient of `parameter` is summed in."""
+        return torch.float32 if id(parameter) in self._summed else parameter.dtype
+
+    def give_back(self) -> None:
+        """Casts each sum once into its parameter's gradient."""
+        for parameter in self._half:
+            total = self._sums.pop(id(parameter), None)
+            if total is not None:
+                parameter.grad = total.to(parameter.dtype)
+
+    def clear(self) -> None:
+        """Forgets the sums."""
+        self._sums.clear()
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm over all `gradients` together, a scalar on the first one's device.
+
+    Raises:
+        SetupError: a gradient is sparse.
+    """
+    if any(gradient.is_sparse for gradient in gradients):
+        raise SetupError(
+            "the norm of sparse gradients cannot be taken: make the embedding with sparse=False, or do not clip"
+        )
+    norms = torch._foreach_norm([gradient.detach() for gradient in gradients])
+    first = norms[0].device
+    return torch.linalg.vector_norm(torch.stack([norm.to(first, non_blocking=True) for norm in norms]))
+
+
+def clip_by_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scales `gradients` in place by min(1, limit / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ does."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))

@@ -1,0 +1,43 @@
+"""What one optimizer step did, as plain values."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["StepRecord"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did.
+
+    Attributes:
+        step: optimizer steps taken, this one included; counts from 1.
+        epoch: counts from 0.
+        loss: Σ numerators / Σ denominators of the window, over all ranks.
+        lr: the learning rate of the first parameter group that this step used.
+        grad_norm: the L2 norm of the window's gradient before clipping; None unless clipped or asked for.
+        samples: over all ranks.
+        micro_batches: forward and backward passes on this rank.
+        seconds: from the window's opening to the end of the step.
+        samples_per_second: over all ranks.
+        peak_bytes: the most bytes in use on the device during the window; None where the backend keeps no count (CPU).
+        noise_scale: the gradient noise scale in samples, smoothed; None where it was not measured.
+        skipped: why the optimizer was not stepped; None where it was.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float | None
+    samples: int
+    micro_batches: int
+    seconds: float
+    samples_per_second: float
+    peak_bytes: int | None = None
+    noise_scale: float | None = None
+    skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)

@@ -1,0 +1,262 @@
+"""What a loss is divided by, decided from the settings: one counter a term, and the reason in words.
+
+Choices: torch's losses know themselves; a model's own loss is measured (heads.py); of anything else the samples are
+counted, and verification tells whether that was right. A declared reduction says what the loss's mean runs over,
+whatever the loss is. Settings that contradict each other are refused here, before anything runs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from autoaccum.data import tree
+from autoaccum.errors import DataError, SetupError
+from autoaccum.window.call import TARGET_KEYS, arrange, targets_in
+from autoaccum.window.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices
+from autoaccum.window.heads import Head
+from autoaccum.window.torch_losses import TorchLoss
+
+__all__ = ["Reduction", "name_of"]
+
+_NAMED = ("auto", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
+_CHOICES = f"choose {', '.join(map(repr, _NAMED))}, or declare f(batch) -> float"
+
+Counter = Callable[[Any], float]
+
+
+class Reduction:
+    """What each term is divided by.
+
+    Attributes:
+        names: the terms, the same on every rank.
+        late: only the step knows, after it ran.
+        torch: the loss as one of torch's, or None.
+        head: how the loss counts its labels, once measured.
+    """
+
+    def __init__(self, loss: Any, step: Any, declared: Any) -> None:
+        """Checks the settings.
+
+        Raises:
+            SetupError: settings that are unknown, or that contradict each other.
+        """
+        _check_callables(loss, step)
+        _check_declared(declared, step)
+        self._loss, self._step, self._declared = loss, step, declared
+        self.torch = TorchLoss.recognise(loss) if loss is not None else None
+        self.head: Head | None = None
+        self._weights = ClassWeights()
+        terms: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {"loss": declared}
+        self.names: tuple[str, ...] = tuple(terms)
+        self.late = step is not None and isinstance(declared, str) and declared == "auto"
+        self.apart = loss is not None or step is not None  # whether a tuple's last element is the target
+        self._counters: Sequence[tuple[str, Counter]] = [(name, self._counter(how)) for name, how in terms.items()]
+        if self.torch is not None and declared == "sum" and self.torch.reduction in ("mean", "batchmean"):
+            raise SetupError(
+                f"reduction='sum' and a loss that averages ({self.torch.name}) contradict each other: give the loss "
+                "reduction='sum', or leave reduction='auto'"
+            )
+        if "weighted_mean" in terms.values() and self._class_weights() is None:
+            raise SetupError(
+                "reduction='weighted_mean' sums class weights, and the loss has none: pass a loss such as "
+                "nn.CrossEntropyLoss(weight=...), or declare reduction=f(batch)"
+            )
+
+    def count(self, batch: Any) -> dict[str, float]:
+        """The denominator of each term's mean over `batch`.
+
+        Raises:
+            DataError: the batch does not hold what is counted.
+            LossError: a declared f(batch) gave no denominator.
+        """
+        return {name: counter(batch) for name, counter in self._counters}
+
+    def of(self, name: str) -> Any:
+        """The declared reduction of a term."""
+        return self._declared[name] if isinstance(self._declared, Mapping) else self._declared
+
+    def adds_up(self, name: str) -> bool:
+        """Whether the term is a sum, which is never divided."""
+        how = self.of(name)
+        if how != "auto":
+            return bool(how == "sum")
+        if self.torch is not None:
+            return self.torch.reduction == "sum"
+        return self._loss is None and self.head is not None and self.head.adds_up
+
+    @property
+    def takes_sums(self) -> bool:
+        """Whether what the loss gives is a numerator already: a sum or single elements, with a declared denominator."""
+        return self.torch is not None and self._declared != "auto" and self.torch.reduction in ("sum", "none")
+
+    @property
+    def wants_head(self) -> bool:
+        """Whether the loss must be measured before its labels can be counted."""
+        if self.head is not None or isinstance(self._declared, Mapping):
+            return False
+        if self.torch is not None and self.torch.plain:
+            return False
+        if self._declared == "auto":
+            return self._step is None and (self._loss is None or (self.torch is not None and self.torch.over_classes))
+        return self._declared in ("token_mean", "weighted_mean")
+
+    @property
+    def ignore_index(self) -> int:
+        """The index that the loss says it ignores."""
+        return self.torch.ignore_index if self.torch is not None else int(getattr(self._loss, "ignore_index", IGNORED))
+
+    # Counting.
+
+    def _counter(self, how: Any) -> Counter:
+        if callable(how):
+            return lambda batch: as_denominator(how(batch), f"reduction={name_of(how)}")
+        counters: Mapping[str, Counter] = {
+            "auto": self._torch if self.torch is not None else self._own if self._loss is None else _samples,
+            "sample_mean": _samples,
+            "token_mean": self._tokens,
+            "weighted_mean": self._weighted,
+            "element_mean": lambda batch: elements(self._targets(batch, "element_mean")),
+            "sum": _samples,
+        }
+        return counters[how]
+
+    def _torch(self, batch: Any) -> float:
+        assert self.torch is not None
+        targets = arrange(batch, apart=True).targets
+        if self.head is not None and holds_indices(targets) and self.torch.reduction != "none":
+            return self._indices(batch, "token_mean", self.torch.weights)
+        return self.torch.denominator(targets, lambda: _samples(batch))
+
+    def _own(self, batch: Any) -> float:
+        labels = targets_in(batch, apart=False)
+        if not isinstance(labels, Tensor) or (self.head is not None and self.head.over == "samples"):
+            return _samples(batch)
+        if holds_indices(labels):
+            return (self.head or Head()).count(labels)
+        return elements(labels)
+
+    def _tokens(self, batch: Any) -> float:
+        return self._indices(batch, "token_mean", None)
+
+    def _weighted(self, batch: Any) -> float:
+        return self._indices(batch, "weighted_mean", self._class_weights())
+
+    def _indices(self, batch: Any, how: str, weights: Tensor | None) -> float:
+        targets = self._targets(batch, how)
+        if not holds_indices(targets):
+            kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+            raise DataError(
+                f"reduction={how!r} counts targets that are integers, and these are {kind}: "
+                "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
+            )
+        head = self.head or Head(self.ignore_index)
+        if weights is not None:
+            return self._weights.total(head.counted(targets), weights, head.ignore_index)
+        return head.tokens(targets)
+
+    def _targets(self, batch: Any, how: str) -> Any:
+        targets = targets_in(batch, apart=self.apart)
+        if targets is None:
+            raise DataError(
+                f"reduction={how!r} counts the batch's targets, and a {type(batch).__name__} does not say which they "
+                f"are: name one of {', '.join(map(repr, TARGET_KEYS))} in a mapping, or declare reduction=f(batch)"
+            )
+        return targets
+
+    def _class_weights(self) -> Tensor | None:
+        weights = self.torch.weights if self.torch is not None else getattr(self._loss, "weight", None)
+        return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
+
+    # Words.
+
+    @property
+    def reason(self) -> str:
+        """One line: the denominator, and why it is that."""
+        if isinstance(self._declared, Mapping):
+            return "; ".join(f"{name} {self._reason(how)}" for name, how in self._declared.items())
+        return self._reason(self._declared)
+
+    def _reason(self, how: Any) -> str:
+        if callable(how):
+            return f"divides by {name_of(how)}(batch), as declared"
+        if how != "auto":
+            return self._declared_reason(how)
+        if self._step is not None:
+            return "divides by what the step's Mean says, or by the samples where it returns a tensor"
+        if self._loss is None:
+            return self._own_reason()
+        if self.torch is None:
+            return (
+                f"divides by the samples, as nothing is known of {name_of(self._loss)}: reduction= declares another "
+                "denominator"
+            )
+        by = self.head.divides_by if self.head is not None else self.torch.divides_by
+        does = "adds up" if self.torch.reduction == "sum" else f"divides by {by}"
+        return f"{does}, as {self.torch.name} does"
+
+    def _declared_reason(self, how: str) -> str:
+        if how == "sum":
+            return "adds up, as declared by reduction='sum'"
+        head = self.head or Head(self.ignore_index)
+        by = {
+            "sample_mean": "the samples",
+            "token_mean": head.divides_by,
+            "weighted_mean": f"the class weights of {head.divides_by}",
+            "element_mean": "the elements of the targets",
+        }[how]
+        return f"divides by {by}, as declared by reduction={how!r}"
+
+    def _own_reason(self) -> str:
+        if self.head is None:
+            return "divides by the labels that count, or by the samples where a batch has none: the model's own loss"
+        if self.head.adds_up:
+            return f"adds up, as the model's own loss does ({self.head.found})"
+        return f"divides by {self.head.divides_by}, as the model's own loss does ({self.head.found})"
+
+
+def name_of(f: Any) -> str:
+    """A callable's name, for messages."""
+    return getattr(f, "__qualname__", None) or type(f).__name__
+
+
+def _samples(batch: Any) -> float:
+    return float(tree.batch_size(batch))
+
+
+def _check_callables(loss: Any, step: Any) -> None:
+    if loss is not None and step is not None:
+        raise SetupError(
+            "loss and step are both given: step=f(model, batch) calls the model and computes the loss itself, so pass "
+            "one of them"
+        )
+    for name, given, example in (
+        ("loss", loss, "torch.nn.functional.cross_entropy or nn.CrossEntropyLoss()"),
+        ("step", step, "f(model, batch) -> Tensor"),
+    ):
+        if given is not None and not callable(given):
+            raise SetupError(f"{name}={given!r} is a {type(given).__name__}, not a function: pass {example}")
+        if isinstance(given, type) and issubclass(given, nn.Module):
+            raise SetupError(f"{name}={given.__name__} is a class: pass an instance, {given.__name__}()")
+
+
+def _check_declared(declared: Any, step: Any) -> None:
+    if isinstance(declared, Mapping):
+        if step is None:
+            raise SetupError(
+                f"reduction is a dict of {len(declared)} terms, and only a step returns several: pass "
+                f"step=f(model, batch) -> dict[str, Mean]; without one, {_CHOICES}"
+            )
+        if not declared:
+            raise SetupError("reduction={} names no term: give {name: f(batch)} for each that the step returns")
+        for name, how in declared.items():
+            if not isinstance(name, str) or how == "auto" or not (callable(how) or _is_named(how)):
+                raise SetupError(
+                    f"reduction[{name!r}]={how!r} declares nothing: {_CHOICES.replace(repr('auto') + ', ', '')}"
+                )
+    elif not (callable(declared) or _is_named(declared)):
+        raise SetupError(f"reduction={declared!r} is not known: {_CHOICES}")
+
+
+def _is_named(how: Any) -> bool:
+    return isinstance(how, str) and how in _NAMED

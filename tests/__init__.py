@@ -1,0 +1,1 @@
+"""The tests; test_<room>_<file>.py."""

@@ -1,0 +1,641 @@
+"""Weighted as the objective says, ragged micro-batches give the whole batch's gradient, for every loss."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from autoaccum.data import tree
+from autoaccum.errors import DataError, LossError, SetupError
+from autoaccum.window.loss import Mean, Objective, Sum
+from autoaccum.window.torch_losses import TorchLoss
+
+N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features
+SIZES = (4, 1, 3, 1)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def classes(*shape, ignored=-100, seed=1):
+    """Class indices, unevenly ignored: none in the first samples, all of the fifth's, some elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(C, shape, generator=generator)
+    targets[4:] = torch.where(torch.rand(targets[4:].shape, generator=generator) < 0.4, ignored, targets[4:])
+    targets[4] = ignored
+    return targets
+
+
+class Net(nn.Module):
+    """x (samples, D) -> outputs of any shape, through one weight that needs all of them."""
+
+    def __init__(self, *shape, after=lambda outputs: outputs):
+        super().__init__()
+        self.shape, self.after = shape, after
+        self.weight = nn.Parameter(tensor(D, max(1, torch.Size(shape).numel()), seed=7) / 2)
+
+    def forward(self, x):
+        return self.after((x @ self.weight).reshape(len(x), *self.shape))
+
+
+def gradient(model):
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+
+
+def whole(model, loss):
+    model.zero_grad()
+    loss().backward()
+    return gradient(model)
+
+
+def accumulated(objective, batch, sizes=SIZES):
+    """As a window does: denominators first, then each share; a micro-batch where nothing counts runs forward only."""
+    objective.model.zero_grad()
+    micros = tree.split(batch, sizes)
+    known = objective.window_denominators(micros)
+    late = 0.0
+    for number, micro in enumerate(micros):
+        terms = objective.terms(micro, known and known[number])
+        if known is None:
+            (term,) = terms.values()
+            late = late + term.denominator
+            share = term.over(sum(sizes))
+        else:
+            counted = [term.over(sum(d[name] for d in known)) for name, term in terms.items() if known[number][name]]
+            share = sum(counted) if counted else None
+        if share is not None and share.requires_grad:
+            share.backward()
+    result = gradient(objective.model)
+    return result * (sum(sizes) / late) if known is None else result
+
+
+def error(objective, batch, reference, sizes=SIZES):
+    reference = whole(objective.model, reference)
+    return float((accumulated(objective, batch, sizes) - reference).norm() / reference.norm())
+
+
+def probabilities(*shape, dim=1):
+    return tensor(*shape, seed=3).softmax(dim)
+
+
+def signs(*shape):
+    return torch.where(tensor(*shape, seed=4) > 0, 1.0, -1.0).double()
+
+
+WEIGHT = torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0], dtype=torch.float64)
+X = tensor(N, D, seed=5)
+log = functools.partial(torch.log_softmax, dim=1)
+
+# name: (module, its settings, targets, the model). Targets of several parts are a tuple.
+TABLE = {
+    "CrossEntropy": (nn.CrossEntropyLoss, {}, classes(N, T), Net(C, T)),
+    "CrossEntropy, ignore_index": (nn.CrossEntropyLoss, {"ignore_index": 2}, classes(N, T, ignored=2), Net(C, T)),
+    "CrossEntropy, weight": (nn.CrossEntropyLoss, {"weight": WEIGHT}, classes(N, T), Net(C, T)),
+    "CrossEntropy, weight, one a sample": (nn.CrossEntropyLoss, {"weight": WEIGHT}, classes(N), Net(C)),
+    "CrossEntropy, smoothing": (nn.CrossEntropyLoss, {"label_smoothing": 0.1}, classes(N, T), Net(C, T)),
+    "CrossEntropy, smoothing, weight, ignore_index": (
+        nn.CrossEntropyLoss,
+        {"label_smoothing": 0.2, "weight": WEIGHT, "ignore_index": 3},
+        classes(N, T, ignored=3),
+        Net(C, T),
+    ),
+    "CrossEntropy, probabilities": (nn.CrossEntropyLoss, {}, probabilities(N, C, T), Net(C, T)),
+    "CrossEntropy, probabilities, weight": (nn.CrossEntropyLoss, {"weight": WEIGHT}, probabilities(N, C), Net(C)),
+    "CrossEntropy, probabilities, places, weight, smoothing": (
+        nn.CrossEntropyLoss,
+        {"weight": WEIGHT, "label_smoothing": 0.1},
+        probabilities(N, C, T),
+        Net(C, T),
+    ),
+    "NLL": (nn.NLLLoss, {}, classes(N, T), Net(C, T, after=log)),
+    "NLL, weight, ignore_index": (
+        nn.NLLLoss,
+        {"weight": WEIGHT, "ignore_index": 1},
+        classes(N, 2, 2, ignored=1),
+        Net(C, 2, 2, after=log),
+    ),
+    "MSE": (nn.MSELoss, {}, tensor(N, T), Net(T)),
+    "L1": (nn.L1Loss, {}, tensor(N, T), Net(T)),
+    "SmoothL1": (nn.SmoothL1Loss, {"beta": 0.5}, tensor(N, T), Net(T)),
+    "Huber": (nn.HuberLoss, {"delta": 0.5}, tensor(N, T), Net(T)),
+    "BCE": (nn.BCELoss, {}, tensor(N, T).sigmoid(), Net(T, after=torch.sigmoid)),
+    "BCE, weight": (nn.BCELoss, {"weight": WEIGHT[:T]}, tensor(N, T).sigmoid(), Net(T, after=torch.sigmoid)),
+    "BCEWithLogits": (nn.BCEWithLogitsLoss, {}, tensor(N, T).sigmoid(), Net(T)),
+    "BCEWithLogits, weight, pos_weight": (
+        nn.BCEWithLogitsLoss,
+        {"weight": WEIGHT[:T], "pos_weight": WEIGHT[1:]},
+        tensor(N, T).sigmoid(),
+        Net(T),
+    ),
+    "PoissonNLL": (nn.PoissonNLLLoss, {"full": True}, tensor(N, T).exp().round(), Net(T)),
+    "GaussianNLL": (nn.GaussianNLLLoss, {}, tensor(N, T), Net(2, T, after=lambda o: (o[:, 0], o[:, 1].exp()))),
+    "SoftMargin": (nn.SoftMarginLoss, {}, signs(N, T), Net(T)),
+    "HingeEmbedding": (nn.HingeEmbeddingLoss, {"margin": 2.0}, signs(N, T), Net(T)),
+    "KLDiv": (nn.KLDivLoss, {}, probabilities(N, C), Net(C, after=log)),
+    "KLDiv, log_target": (nn.KLDivLoss, {"log_target": True}, probabilities(N, C).log(), Net(C, after=log)),
+    "CTC": (
+        nn.CTCLoss,
+        {},
+        (
+            torch.randint(1, C, (N, 3), generator=torch.Generator().manual_seed(2)),
+            torch.tensor([8, 8, 7, 8, 6, 8, 8, 7, 8]),
+            torch.tensor([3, 1, 2, 3, 1, 2, 3, 1, 1]),
+        ),
+        Net(8, C, after=lambda o: o.log_softmax(2).transpose(0, 1)),
+    ),
+    "MultiMargin": (nn.MultiMarginLoss, {}, classes(N, ignored=0), Net(C)),
+    "MultiMargin, weight": (nn.MultiMarginLoss, {"weight": WEIGHT, "p": 2}, classes(N, ignored=0), Net(C)),
+    "MultiLabelMargin": (
+        nn.MultiLabelMarginLoss,
+        {},
+        torch.tensor([[3, 0, -1, 1, 2], [1, -1, 0, 2, 3], [-1, 0, 1, 2, 3]]).repeat(3, 1),
+        Net(C),
+    ),
+    "MultiLabelSoftMargin": (nn.MultiLabelSoftMarginLoss, {}, (signs(N, C) + 1) / 2, Net(C)),
+    "MultiLabelSoftMargin, weight": (
+        nn.MultiLabelSoftMarginLoss,
+        {"weight": WEIGHT},
+        (signs(N, C) + 1) / 2,
+        Net(C),
+    ),
+    "CosineEmbedding": (
+        nn.CosineEmbeddingLoss,
+        {"margin": 0.1},
+        signs(N),
+        Net(2, C, after=lambda o: (o[:, 0], o[:, 1])),
+    ),
+    "MarginRanking": (
+        nn.MarginRankingLoss,
+        {"margin": 1.0},
+        signs(N, T),
+        Net(2, T, after=lambda o: (o[:, 0], o[:, 1])),
+    ),
+    "TripletMargin": (nn.TripletMarginLoss, {"margin": 3.0}, torch.zeros(N), Net(3, T, after=lambda o: o.unbind(1))),
+    "TripletMarginWithDistance": (
+        nn.TripletMarginWithDistanceLoss,
+        {"margin": 3.0, "distance_function": lambda a, b: (a - b).abs().sum(-1)},
+        torch.zeros(N),
+        Net(3, T, after=lambda o: o.unbind(1)),
+    ),
+}
+
+# How the losses that take more than (outputs, targets) are called by hand.
+BY_HAND = {
+    "GaussianNLL": lambda loss, o, y: loss(o[0], y, o[1]),
+    "CTC": lambda loss, o, y: loss(o, *y),
+    "CosineEmbedding": lambda loss, o, y: loss(o[0], o[1], y),
+    "MarginRanking": lambda loss, o, y: loss(o[0], o[1], y),
+    "TripletMargin": lambda loss, o, y: loss(*o),
+    "TripletMarginWithDistance": lambda loss, o, y: loss(*o),
+}
+
+FUNCTIONS = {
+    nn.CrossEntropyLoss: functional.cross_entropy,
+    nn.NLLLoss: functional.nll_loss,
+    nn.MSELoss: functional.mse_loss,
+    nn.L1Loss: functional.l1_loss,
+    nn.SmoothL1Loss: functional.smooth_l1_loss,
+    nn.HuberLoss: functional.huber_loss,
+    nn.BCELoss: functional.binary_cross_entropy,
+    nn.BCEWithLogitsLoss: functional.binary_cross_entropy_with_logits,
+    nn.PoissonNLLLoss: functional.poisson_nll_loss,
+    nn.GaussianNLLLoss: functional.gaussian_nll_loss,
+    nn.SoftMarginLoss: functional.soft_margin_loss,
+    nn.HingeEmbeddingLoss: functional.hinge_embedding_loss,
+    nn.KLDivLoss: functional.kl_div,
+    nn.CTCLoss: functional.ctc_loss,
+    nn.MultiMarginLoss: functional.multi_margin_loss,
+    nn.MultiLabelMarginLoss: functional.multilabel_margin_loss,
+    nn.MultiLabelSoftMarginLoss: functional.multilabel_soft_margin_loss,
+    nn.CosineEmbeddingLoss: functional.cosine_embedding_loss,
+    nn.MarginRankingLoss: functional.margin_ranking_loss,
+    nn.TripletMarginLoss: functional.triplet_margin_loss,
+    nn.TripletMarginWithDistanceLoss: functional.triplet_margin_with_distance_loss,
+}
+
+
+def test_every_loss_of_torch_is_in_the_table():
+    ours = {kind for kind, _, _, _ in TABLE.values()}
+    theirs = {getattr(nn, name) for name in dir(nn) if name.endswith("Loss")}
+    # Apart: one returns a pair, the other is newer than the oldest torch and has a test of its own.
+    apart = {nn.AdaptiveLogSoftmaxWithLoss, getattr(nn, "LinearCrossEntropyLoss", None)}
+    assert theirs - ours - apart == set()
+
+
+def by_hand(name, loss, model, targets):
+    call = BY_HAND.get(name, lambda loss, o, y: loss(o, y))
+    result = call(loss, model(X), targets)
+    return result.mean() if result.dim() else result
+
+
+CASES = [(name, reduction) for name in TABLE for reduction in (*REDUCTIONS, *["batchmean"] * name.startswith("KLDiv"))]
+
+
+@pytest.mark.parametrize(("name", "reduction"), CASES, ids=[f"{n}, {r}" for n, r in CASES])
+@pytest.mark.parametrize("form", ["module", "function", "subclass"])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides:UserWarning")
+def test_weighted_shares_of_ragged_micro_batches_are_the_whole_batchs_gradient(name, reduction, form):
+    kind, settings, targets, model = TABLE[name]
+    settings = {**settings, "reduction": reduction}
+    if form == "function":
+        loss = functools.partial(FUNCTIONS[kind], **settings)
+    else:
+        loss = (kind if form == "module" else type(f"My{kind.__name__}", (kind,), {}))(**settings)
+    objective = Objective(model, loss=loss)
+    assert error(objective, (X, targets), lambda: by_hand(name, loss, model, targets)) <= 1e-10
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="this torch has no LinearCrossEntropyLoss")
+@pytest.mark.parametrize("weight", [None, WEIGHT])
+def test_linear_cross_entropy_counts_as_cross_entropy_does(weight):
+    loss = nn.LinearCrossEntropyLoss(D, C, weight=weight, dtype=torch.float64)
+    model, y = Net(D), classes(N)
+    objective = Objective(model, loss=loss)
+    assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
+
+
+def test_a_plain_function_a_compiled_one_and_a_compiled_module_are_recognised_as_what_they_are():
+    module = nn.CrossEntropyLoss(ignore_index=2)
+    found = [
+        functional.cross_entropy,
+        functools.partial(functools.partial(functional.cross_entropy, ignore_index=2), label_smoothing=0.1),
+        torch.compile(module),
+        torch.compile(functional.cross_entropy),
+        module,
+    ]
+    assert [TorchLoss.recognise(loss).ignore_index for loss in found] == [-100, 2, 2, -100, 2]
+    for loss in (lambda o, y: 0, functools.partial(functional.cross_entropy, X), SimpleNamespace(), print):
+        assert TorchLoss.recognise(loss) is None
+
+
+def test_a_reduction_hidden_in_deprecated_settings_is_refused():
+    with pytest.raises(SetupError, match=r"size_average=False is deprecated.*reduction='mean'"):
+        Objective(Net(C), loss=functools.partial(functional.mse_loss, size_average=False))
+    assert TorchLoss.recognise(nn.MSELoss(size_average=False)).reduction == "sum"
+
+
+def test_settings_are_read_at_each_call_class_weights_too():
+    loss = nn.CrossEntropyLoss(weight=WEIGHT.clone())
+    objective, batch = Objective(Net(C), loss=loss), (X[:2], torch.tensor([0, 2]))
+    assert objective.denominators(batch) == {"loss": pytest.approx(3.2)}
+    loss.weight[2] = 5.0
+    assert objective.denominators(batch) == {"loss": pytest.approx(5.2)}
+    loss.ignore_index = 2
+    assert objective.denominators(batch) == {"loss": pytest.approx(0.2)}
+
+
+def test_a_micro_batch_in_which_every_target_is_ignored_contributes_nothing():
+    model, y = Net(C, T), classes(N, T)
+    objective = Objective(model, loss=nn.CrossEntropyLoss())
+    nothing = (X[4:5], y[4:5])
+    assert objective.denominators(nothing) == {"loss": 0.0}
+    term = objective.terms(nothing)["loss"]
+    assert torch.isnan(term.value)
+    assert term.over(7.0) == 0
+    assert not term.over(7.0).requires_grad
+    assert term.numerator == 0
+
+
+def test_an_all_ignored_term_adds_nothing_to_a_term_that_counts():
+    model, y = Net(C, T), classes(N, T)
+
+    def step(model, batch):
+        outputs = model(batch["x"])
+        return {"main": functional.cross_entropy(outputs, batch["y"]), "penalty": outputs.square().mean()}
+
+    objective = Objective(
+        model, step=step, reduction={"main": lambda b: (b["y"] != -100).sum(), "penalty": "sample_mean"}
+    )
+
+    def reference():
+        outputs = model(X)
+        return functional.cross_entropy(outputs, y) + outputs.square().mean()
+
+    assert error(objective, {"x": X, "y": y}, reference) <= 1e-10
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_measured_for_a_shift():
+    class Shifted(nn.CrossEntropyLoss):
+        def forward(self, outputs, targets):
+            return super().forward(outputs[..., :-1], targets[:, 1:])
+
+    model, y = Net(C, T), classes(N, T, ignored=3)
+    loss = Shifted(ignore_index=3, weight=WEIGHT)
+    objective = Objective(model, loss=loss)
+    assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
+    assert "without the first 1" in objective.reason
+
+
+def test_a_loss_that_is_not_torchs_is_taken_as_a_mean_over_samples():
+    def loss(outputs, targets):
+        return (outputs - targets).abs().sum(1).sqrt().mean()
+
+    model, y = Net(T), tensor(N, T)
+    objective = Objective(model, loss=loss)
+    assert objective.denominators((X, y)) == {"loss": float(N)}
+    assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
+    assert "samples" in objective.reason
+    assert "loss" in objective.reason
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_declared_token_mean_finds_out_whether_the_loss_shifts(shifted):
+    def loss(outputs, targets):
+        if shifted:
+            outputs, targets = outputs[..., :-1], targets[:, 1:]
+        return functional.cross_entropy(outputs, targets)
+
+    model, y = Net(C, T), classes(N, T)
+    objective = Objective(model, loss=loss, reduction="token_mean")
+    assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
+
+
+def test_each_named_reduction_counts_what_it_says():
+    y = torch.tensor([[0, 1, -100], [2, -100, -100]])
+    batch = (X[:2], y)
+
+    def count(reduction, loss=functional.cross_entropy):
+        return Objective(Net(C, 3), loss=loss, reduction=reduction).denominators(batch)["loss"]
+
+    assert count("sample_mean") == 2
+    assert count("token_mean") == 3
+    assert count("element_mean") == 6
+    assert count("weighted_mean", nn.CrossEntropyLoss(weight=WEIGHT)) == pytest.approx(4.2)
+    assert count(lambda b: len(b[0]) * 10) == 20
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_sum_or_single_elements_with_a_declared_denominator_are_summed_over_it(reduction):
+    model, y = Net(C, T), classes(N, T)
+    objective = Objective(model, loss=nn.CrossEntropyLoss(reduction=reduction), reduction="token_mean")
+    assert error(objective, (X, y), lambda: functional.cross_entropy(model(X), y)) <= 1e-10
+
+
+@pytest.mark.parametrize("value", [0, 2, 2.5, torch.tensor(3), torch.tensor([3.0]), True])
+def test_what_a_declared_denominator_may_be(value):
+    objective = Objective(Net(C), loss=functional.mse_loss, reduction=lambda batch: value)
+    if value is True:
+        with pytest.raises(LossError, match="bool"):
+            objective.denominators((X, X))
+    else:
+        assert objective.denominators((X, X)) == {"loss": float(value)}
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        (-1, "-1"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        ("3", "str"),
+        (None, "NoneType"),
+        (torch.ones(2), r"\(2,\)"),
+    ],
+)
+def test_a_declared_denominator_that_is_none_is_refused_with_its_value(value, word):
+    objective = Objective(Net(C), loss=functional.mse_loss, reduction=lambda batch: value)
+    with pytest.raises(LossError, match=f"(?s){word}.*denominator"):
+        objective.denominators((X, X))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"loss": "cross_entropy"}, "loss='cross_entropy' is a str.*torch.nn.functional.cross_entropy"),
+        ({"loss": nn.CrossEntropyLoss}, "is a class.*CrossEntropyLoss\\(\\)"),
+        ({"step": 3}, "step=3 is a int.*f\\(model, batch\\)"),
+        ({"loss": print, "step": print}, "both given"),
+        ({"reduction": "mean"}, "'mean' is not known: choose 'auto', 'sample_mean', 'token_mean', 'weighted_mean'"),
+        ({"reduction": 3}, "reduction=3 is not known"),
+        ({"reduction": {"a": "sum"}}, "only a step returns several"),
+        ({"step": print, "reduction": {}}, "names no term"),
+        ({"step": print, "reduction": {"a": "auto"}}, "'a'.*declares nothing"),
+        ({"step": print, "reduction": {"a": 3}}, "'a'.*=3 declares nothing"),
+        ({"loss": nn.MSELoss(), "reduction": "sum"}, "contradict"),
+        ({"loss": nn.MSELoss(), "reduction": "weighted_mean"}, "needs|sums class weights"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_with_what_to_pass(settings, words):
+    with pytest.raises(SetupError, match=words):
+        Objective(Net(C), **settings)
+
+
+def test_targets_that_cannot_be_counted_are_refused_with_the_remedy():
+    with pytest.raises(DataError, match=r"class indices.*long"):
+        Objective(Net(C), loss=functional.cross_entropy).denominators((X, torch.zeros(N)))
+    with pytest.raises(DataError, match=r"are a list.*reduction=f"):
+        Objective(Net(C), loss=functional.mse_loss).denominators((X, [1.0] * N))
+    with pytest.raises(DataError, match=r"torch.float64.*element_mean"):
+        Objective(Net(C), loss=lambda o, y: 0, reduction="token_mean").denominators((X, X))
+    with pytest.raises(DataError, match=r"'token_mean'.*does not say"):
+        Objective(Net(C), step=lambda m, b: 0, reduction="token_mean").denominators(X)
+
+
+# Steps.
+
+
+def masked(model, batch):
+    losses = functional.cross_entropy(model(batch["x"]), batch["labels"], reduction="none")
+    return Mean(losses.sum(), (batch["labels"] != -100).sum())
+
+
+def test_a_steps_own_mean_is_corrected_once_its_denominator_is_known():
+    model, y = Net(C, T), classes(N, T)
+    objective = Objective(model, step=masked)
+    batch = {"x": X, "labels": y}
+    assert objective.denominators(batch) is None
+    assert objective.window_denominators([]) is None
+    assert error(objective, batch, lambda: functional.cross_entropy(model(X), y)) <= 1e-10
+
+
+def test_a_steps_tensor_is_a_mean_over_samples():
+    model, y = Net(T), tensor(N, T)
+    objective = Objective(model, step=lambda model, batch: functional.mse_loss(model(batch[0]), batch[1]))
+    assert error(objective, (X, y), lambda: functional.mse_loss(model(X), y)) <= 1e-10
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", lambda batch: (batch["labels"] != -100).sum()])
+@pytest.mark.parametrize("as_mean", [False, True])
+def test_a_steps_denominator_can_be_declared(reduction, as_mean):
+    def step(model, batch):
+        return masked(model, batch) if as_mean else functional.cross_entropy(model(batch["x"]), batch["labels"])
+
+    model, y = Net(C, T), classes(N, T)
+    objective = Objective(model, step=step, reduction=reduction)
+    assert error(objective, {"x": X, "labels": y}, lambda: functional.cross_entropy(model(X), y)) <= 1e-10
+
+
+def test_several_terms_each_have_their_own_declared_denominator():
+    model, y = Net(C, T), classes(N, T)
+
+    def step(model, batch):
+        outputs = model(batch["x"])
+        return {
+            "main": masked(model, batch),
+            "auxiliary": Mean(outputs.square().sum(), outputs.numel()),
+            "added": outputs.abs().sum(),
+        }
+
+    declared = {
+        "main": lambda b: (b["labels"] != -100).sum(),
+        "auxiliary": lambda b: len(b["x"]) * C * T,
+        "added": "sum",
+    }
+    objective = Objective(model, step=step, reduction=declared)
+    assert objective.names == ("main", "auxiliary", "added")
+
+    def reference():
+        outputs = model(X)
+        return functional.cross_entropy(outputs, y) + outputs.square().mean() + outputs.abs().sum()
+
+    assert error(objective, {"x": X, "labels": y}, reference) <= 1e-10
+    assert "adds up" in objective.reason
+
+
+def test_several_terms_without_declared_denominators_are_refused_with_the_dict_to_write():
+    objective = Objective(Net(C), step=lambda m, b: {"main": Mean(m(b).sum(), 3), "auxiliary": Mean(m(b).sum(), 4)})
+    with pytest.raises(
+        LossError, match=r"2 terms \('main', 'auxiliary'\).*reduction=\{'main': f\(batch\), 'auxiliary'"
+    ):
+        objective.terms(X)
+    one = Objective(Net(C), step=lambda m, b: {"main": Mean(m(b).sum(), 3)})
+    assert one.terms(X)["main"].denominator == 3
+
+
+def test_terms_other_than_declared_are_refused_with_both_lists():
+    objective = Objective(Net(C), step=lambda m, b: {"a": m(b).sum()}, reduction={"a": "sum", "b": "sum"})
+    with pytest.raises(LossError, match=r"the terms 'a', and reduction declares 'a', 'b'"):
+        objective.terms(X)
+
+
+def test_a_mean_that_contradicts_its_declared_denominator_is_refused_with_both_numbers():
+    objective = Objective(Net(C), step=lambda m, b: Mean(m(b).sum(), 7), reduction="sample_mean")
+    with pytest.raises(LossError, match="divided by 7, and its declared reduction gives 9"):
+        objective.terms(X)
+    objective = Objective(Net(C), step=lambda m, b: Mean(m(b).sum(), 9), reduction="sum")
+    with pytest.raises(LossError, match="return the sum"):
+        objective.terms(X)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda loss: loss.item(), "the number .*no graph"),
+        (lambda loss: loss.detach(), "without a graph"),
+        (lambda loss: loss.repeat(3), r"shape \(3,\)"),
+        (lambda loss: None, "NoneType"),
+        (lambda loss: Mean(loss.detach(), 3), "without a graph"),
+        (lambda loss: Mean(3.0, 3), "without a graph"),
+    ],
+)
+@pytest.mark.parametrize("reduction", ["auto", "sample_mean", lambda batch: 3])
+def test_a_step_whose_result_cannot_be_learned_from_is_refused(returned, words, reduction):
+    def step(model, batch):
+        return returned(model(batch[:3]).mean())
+
+    objective = Objective(Net(C), step=step, reduction=reduction)
+    with pytest.raises(LossError, match=words):
+        objective.terms(X[:3])
+
+
+def test_a_loss_without_a_graph_is_all_right_where_nothing_counts_or_gradients_are_off():
+    step = lambda m, b: Mean(torch.zeros(()), 0)  # noqa: E731
+    (term,) = Objective(Net(C), step=step).terms(X).values()
+    assert term.over(9.0) == 0
+    objective = Objective(Net(C), step=step, reduction=lambda batch: 0)
+    assert objective.terms(X)["loss"].denominator == 0
+    with torch.no_grad():
+        assert Objective(Net(C), loss=functional.mse_loss).terms((X, tensor(N, C)))["loss"].value > 0
+
+
+# Means.
+
+
+def test_a_mean_keeps_its_parts_and_gives_its_share():
+    mean = Mean(torch.tensor(6.0), 3)
+    assert (mean.numerator, mean.denominator, mean.value, mean.over(12)) == (6, 3.0, 2, 0.5)
+    mean = Mean.of(torch.tensor(2.0), 3)
+    assert (mean.numerator, mean.denominator, mean.value, mean.over(12)) == (6, 3.0, 2, 0.5)
+    added = Sum(torch.tensor(6.0), 3)
+    assert (added.numerator, added.value, added.over(12)) == (6, 6, 6)
+    assert Mean(2, 4).value == 0.5
+    assert "Mean(" in repr(mean)
+
+
+def test_a_mean_in_half_precision_forms_no_raw_sum_in_it():
+    mean = Mean.of(torch.tensor(9.0, dtype=torch.float16), 65536)
+    assert mean.over(131072) == 4.5
+    assert mean.numerator == 9 * 65536
+
+
+def test_a_denominator_on_a_device_stays_there_and_carries_no_graph():
+    loss = torch.ones((), device="meta", requires_grad=True)
+    mean = Mean(loss, torch.ones(1, device="meta", requires_grad=True) * 3)
+    assert mean.denominator.shape == ()
+    assert not mean.denominator.requires_grad
+    assert mean.over(9.0).requires_grad
+
+
+def test_a_mean_over_nothing_known_only_to_the_device_adds_nothing():
+    mean = Mean.of(torch.tensor(float("nan"), requires_grad=True), 0)
+    mean.denominator = torch.tensor(0)  # as on a device, where it is not read
+    assert mean.over(5.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("numerator", "denominator", "words"),
+    [
+        ("3", 1, "str"),
+        (torch.ones(2), 1, r"\(2,\)"),
+        (torch.ones(()), -1, "-1"),
+        (torch.ones(()), float("nan"), "nan"),
+        (torch.ones(()), torch.ones(2), r"\(2,\)"),
+        (torch.ones(()), "1", "str"),
+    ],
+)
+def test_a_mean_of_parts_that_are_no_numbers_is_refused(numerator, denominator, words):
+    with pytest.raises(LossError, match=words):
+        Mean(numerator, denominator)
+
+
+# What the objective gives besides.
+
+
+def test_outputs_and_targets_are_given_to_metrics_in_the_models_own_call():
+    model, y = Net(C), classes(N)
+    outputs, targets = Objective(model, loss=functional.cross_entropy).outputs({"x": X, "label": y})
+    assert torch.equal(outputs, model(X))
+    assert targets is y
+    terms, again, targets = Objective(model, loss=functional.cross_entropy).evaluate((X, y))
+    assert torch.equal(outputs, again)
+    assert targets is y
+    assert terms["loss"].value == functional.cross_entropy(outputs, y)
+    with pytest.raises(SetupError, match="step= keeps them"):
+        Objective(model, step=print).outputs((X, y))
+
+
+def test_known_denominators_are_not_counted_again():
+    counted = []
+    objective = Objective(Net(C), loss=functional.mse_loss, reduction=lambda batch: counted.append(1) or 3)
+    objective.terms((X, tensor(N, C)), {"loss": 3.0})
+    assert counted == []
+
+
+def test_the_reason_is_one_line_that_names_the_denominator_and_the_loss():
+    def reason(**settings):
+        text = Objective(Net(C), **settings).reason
+        assert "\n" not in text
+        return text
+
+    assert reason(loss=nn.CrossEntropyLoss()) == "divides by the targets other than -100, as CrossEntropyLoss does"
+    assert "class weights of the targets other than 0" in reason(loss=nn.NLLLoss(WEIGHT, ignore_index=0))
+    assert "adds up, as mse_loss" in reason(loss=functools.partial(functional.mse_loss, reduction="sum"))
+    assert reason(loss=nn.KLDivLoss(reduction="batchmean")).startswith("divides by the samples")
+    assert "as declared by reduction='element_mean'" in reason(loss=print, reduction="element_mean")
+    assert "step's Mean" in reason(step=print)
+    assert "divides by print(batch), as declared" in reason(loss=nn.MSELoss(), reduction=print)
