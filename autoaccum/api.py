@@ -67,12 +67,13 @@ def probe(
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
     _check_counts(target_batch=target_batch, max_batch=max_batch)
+    _choose("prefer", prefer, ("fewest", "fastest"))
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
     )  # fmt: skip
     share = None if target_batch is None else _share(target_batch, parts.ranks)
-    question = Question(share, memory, max_batch, multiple_of, _prefer(prefer))
+    question = Question(share, memory, max_batch, multiple_of, prefer)
     events = Events(callbacks)
     report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
     if target_batch is None:
@@ -176,6 +177,7 @@ def prepare(
     target_batch = _target(given, target_batch)
     _check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps)
     _choose("check", check, (True, False, "warn"))
+    _choose("prefer", prefer, ("fewest", "fastest"))
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
     parts = assemble(
@@ -189,7 +191,7 @@ def prepare(
 
     report: ProbeReport | None = None
     if given is None and micro_batch is None:
-        question = Question(_share(target_batch, parts.ranks), memory, max_batch, multiple_of, _prefer(prefer))
+        question = Question(_share(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
     if given is None:
         size = report.micro_batch if report is not None else micro_batch or 1
@@ -207,7 +209,13 @@ def prepare(
         on_nonfinite=on_nonfinite, device=parts.device.torch_device, ranks=parts.ranks,
     )  # fmt: skip
     evaluator = Evaluator(
-        parts.objective, parts.device, accumulator.precision, parts.ranks, max(given.micro_batch, 1), val_source, metrics or {}
+        parts.objective,
+        parts.device,
+        accumulator.precision,
+        parts.ranks,
+        max(given.micro_batch, 1),
+        val_source,
+        metrics or {},
     )
     return TrainingLoop(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
@@ -261,7 +269,11 @@ def verify(
 def _verified(parts: Parts) -> VerifyReport:
     size = 8 if parts.source.length is None else min(8, parts.source.length)
     return verify_gradient(
-        parts.model, parts.objective, parts.source.trial(size), device=parts.device.torch_device, precision=parts.precision
+        parts.model,
+        parts.objective,
+        parts.source.trial(size),
+        device=parts.device.torch_device,
+        precision=parts.precision,
     )
 
 
@@ -298,7 +310,10 @@ def _plan(parts: Parts, micro_batch: int, target_batch: int, reasons: Mapping[st
     if tuned_at is None and parts.lr_given:
         tuned_at = parts.source.loader_batch
         if tuned_at is not None:
-            reasons = {**reasons, "lr_batch": f"{tuned_at}: the DataLoader's batch_size, which the given rate was tuned at"}
+            reasons = {
+                **reasons,
+                "lr_batch": f"{tuned_at}: the DataLoader's batch_size, which the given rate was tuned at",
+            }
     return plan(
         parts.ranks.gather(micro_batch), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
         samples=parts.source.length, optimizer=parts.optimizer, lr_batch=tuned_at, batch_norm_layers=len(layers),
@@ -313,7 +328,9 @@ def _reasons(parts: Parts, report: ProbeReport) -> dict[str, str]:
         "cap": "nothing larger was looked for",
         None: "the next size that would lower the number of micro-batches does not fit",
     }[report.limit_proof]
-    limit = f"{report.limit} samples fit at once, {proof}" if report.limit else f"{report.micro_batch} samples fit; {proof}"
+    limit = (
+        f"{report.limit} samples fit at once, {proof}" if report.limit else f"{report.micro_batch} samples fit; {proof}"
+    )
     return {
         "budget": report.budget_reason,
         "limit": limit,
@@ -340,7 +357,9 @@ def _target(given: Plan | None, target_batch: int | None) -> int:
 
 def _for_ranks(given: Plan, ranks: Ranks) -> Plan:
     if given.world_size != ranks.size:
-        raise PlanError(f"the plan given is for {given.world_size} ranks, and there are {ranks.size}: make one for these")
+        raise PlanError(
+            f"the plan given is for {given.world_size} ranks, and there are {ranks.size}: make one for these"
+        )
     return given.on_rank(ranks.rank)
 
 

@@ -10,6 +10,7 @@ Choices:
   reduces no sparse tensors), and costs what is non-zero instead of the whole table.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,13 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    _stopped: bool = False
+
+    def fail(self) -> None:
+        """Lets the other ranks stop in their next exchange, once; nothing where another rank made this one stop."""
+        if not self._stopped:
+            self._stopped = True
+            self.tally(failed=True)
 
     def tally(self, values: Sequence[float] = (), *, failed: bool = False) -> list[float]:
         """The sums of each of `values` over all ranks, in float64; every rank gives equally many.
@@ -95,6 +103,7 @@ class _Group(Ranks):
         answer: list[float] = packet.tolist()
         dead = [rank for rank, flag in enumerate(answer[self.size + _SLOTS :]) if flag]
         if dead and not failed:
+            self._stopped = True
             raise AutoaccumError(
                 f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {self.size} failed, so rank "
                 f"{self.rank} stops as well: the cause is in the error that {'they' if len(dead) > 1 else 'it'} raised"
@@ -151,8 +160,8 @@ class _Group(Ranks):
 def here(device: torch.device | None = None) -> Ranks:
     """This process among those of the initialised default process group; without one, a single process.
 
-    `device` is where this process trains: a backend without CPU tensors (NCCL) talks through it, or through the
-    current device where none is given.
+    `device` is where this process trains: a backend without CPU tensors (NCCL) talks through it. Where none is given,
+    it is the current device, or under torchrun the one of the local rank.
     """
     if not dist.is_available() or not dist.is_initialized():
         return Ranks()
@@ -166,7 +175,9 @@ def _meeting_place(backends: str, device: torch.device | None) -> torch.device:
         return torch.device("cpu")
     if device is not None and device.type in kinds:
         return device
-    return torch.device(kinds[0], getattr(torch, kinds[0]).current_device())
+    # Where nobody has made a device current, all ranks of a host would meet on its first one: NCCL hangs there.
+    api, local = getattr(torch, kinds[0]), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(kinds[0], api.current_device() or (local if local < api.device_count() else 0))
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -35,7 +35,12 @@ def net() -> nn.Module:
     layers: list[nn.Module] = []
     channels = 1
     for width in (32, 64):
-        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
         channels = width
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels * 16, 10))
 
@@ -73,11 +78,15 @@ def main() -> None:
     training = sum(record.seconds for record in result.history)
     probing = sum(trial.seconds for trial in result.probe.trials)
     final = result.evaluations[-1]
-    print(f"{len(result.history)} windows, all of {TARGET_BATCH} samples but the last of each epoch, "
-          f"in {result.plan.accumulation_steps} micro-batches of at most {result.plan.micro_batch}")
+    print(
+        f"{len(result.history)} windows, all of {TARGET_BATCH} samples but the last of each epoch, "
+        f"in {result.plan.accumulation_steps} micro-batches of at most {result.plan.micro_batch}"
+    )
     print(f"held-out accuracy {final['accuracy']:.1%}, loss {final['loss']:.3f}")
-    print(f"{seconds:.1f} s: {probing:.1f} s in the probe's {len(result.probe.trials)} trials, {training:.1f} s in training, "
-          f"{seconds - probing - training:.1f} s in the gradient check, validation and the rest")
+    print(
+        f"{seconds:.1f} s: {probing:.1f} s in the probe's {len(result.probe.trials)} trials, {training:.1f} s in training, "
+        f"{seconds - probing - training:.1f} s in the gradient check, validation and the rest"
+    )
 
 
 if __name__ == "__main__":

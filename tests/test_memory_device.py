@@ -15,7 +15,7 @@ from autoaccum.memory.device import Budget, CpuDevice, devices, open_device
 from autoaccum.memory.host import HostMemory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 NO_GPU = pytest.mark.skipif(
     torch.cuda.is_available() or device._accelerator() is not None, reason="for machines without an accelerator"
 )
@@ -287,13 +287,17 @@ def test_an_older_pytorch_that_cannot_tell_its_fraction_gets_all_back(gpu, monke
     assert api.fraction == 1.0
 
 
-@given(total=st.integers(2**28, 2**40), share=st.floats(0.001, 1))
+@given(total=st.integers(2**28, 2**42), share=st.floats(0, 1))
 def test_the_cap_is_the_budget_to_the_byte(total, share):
-    api = FakeCuda(total=total)
-    cuda = CudaDevice(torch.device("cuda", 0), api, spills=False)
-    budget = Budget(int(total * share), "", True, "torch")
-    with cuda.limit(budget):
-        assert int(api.fraction * total) == budget.bytes
+    size = int(total * share)
+    assert int(accelerators.fraction(size, total) * total) == size
+
+
+def test_the_cap_never_costs_a_segment_on_a_real_cards_total():
+    total = 25_438_126_080  # an A10 as CUDA reports it
+    plain = [size for size in range(0, total, 2 * MIB) if int(size / total * total) != size]
+    assert plain  # why the half byte is there
+    assert all(int(accelerators.fraction(size, total) * total) == size for size in plain)
 
 
 def test_a_gpus_counters_are_the_allocators(gpu):

@@ -18,7 +18,7 @@ from autoaccum.planning.split import (
     whole,
     window_sizes,
 )
-from tests.strategies import limits, minimums, multiples, rank_limits, tails, targets, world_sizes
+from tests.strategies import limits, minimums, rank_limits, tails, targets, world_sizes
 
 small = st.integers(0, 60)
 
@@ -233,7 +233,7 @@ def test_an_epoch_under_the_target_is_one_short_window():
 
 
 def cut_a_stream(length, chunk, target, **settings):
-    """The windows cut from a stream that is drawn `chunk` samples at a time and ends after `length`; the most it held."""
+    """The windows cut from a stream of `length` samples that comes `chunk` at a time, and the most it held."""
     drawn = held = most = 0
     windows = []
     while True:
@@ -253,7 +253,7 @@ def cut_a_stream(length, chunk, target, **settings):
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 30), tails, minimums, st.none() | st.integers(1, 20))
 @example(9, 1, 4, "step", 2, None)
-def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, target, tail, minimum, limit):
+def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, target, tail, minimum, limit):  # noqa: PLR0917 - hypothesis fills them by position
     assume(can_split(target, limit or 10**6, minimum) and (limit is None or limit >= minimum))
     settings = {"tail": tail, "minimum": minimum, "limit": limit}
     windows, most = cut_a_stream(length, chunk, target, **settings)

@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,14 @@ def gradients_of(rank: int) -> list[Tensor]:
     """Gradients that try what sum_gradients must manage; each is a known function of the rank."""
     generator = torch.Generator().manual_seed(rank)
     random = lambda *shape, dtype=torch.float64: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
-    dense = [random(3, 4), random(5), random(2, 2, dtype=torch.float32), random(6, 2).T, random(0), random(())]
+    dense = [
+        random(3, 4),
+        random(5),
+        random(2, 2, dtype=torch.float32),
+        random(10, 2).T if rank else random(2, 10),
+        random(0),
+        random(()),
+    ]
     dense.append(random(300))  # larger than the bucket that the test sets
     halves = [random(4).bfloat16() for _ in range(2)]
 
@@ -176,6 +184,17 @@ def test_small_messages_go_where_the_backend_takes_them():
     assert ranks._meeting_place("cpu:gloo,cuda:gloo", None) == torch.device("cpu")
     assert ranks._meeting_place("cpu:gloo,cuda:nccl", torch.device("cuda", 1)) == torch.device("cpu")
     assert ranks._meeting_place("cuda:nccl", torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def test_without_a_word_nccl_meets_on_the_current_gpu_or_the_local_ranks(monkeypatch):
+    gpus = SimpleNamespace(current_device=lambda: 0, device_count=lambda: 4)
+    monkeypatch.setattr(torch, "cuda", gpus)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 3)
+    gpus.current_device = lambda: 2
+    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 2)
+    gpus.current_device, gpus.device_count = lambda: 0, lambda: 1  # each process is shown its own GPU only
+    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 0)
 
 
 def test_buckets_hold_up_to_their_size_and_at_least_one_gradient():

@@ -187,7 +187,9 @@ def _has_tensors(node: Any) -> bool:
 
 def _is_single(item: Any) -> bool:
     """Whether `item` belongs to one sample as its label does: a number or a tensor without dimensions."""
-    return (isinstance(item, (int, float)) and not isinstance(item, bool)) or (isinstance(item, Tensor) and not item.dim())
+    return (isinstance(item, (int, float)) and not isinstance(item, bool)) or (
+        isinstance(item, Tensor) and not item.dim()
+    )
 
 
 def _signature(node: Any) -> object:

@@ -25,7 +25,7 @@ from autoaccum.data.structure import (
 )
 from autoaccum.errors import DataError
 
-__all__ = ["batch_size", "join", "map_tensors", "move", "nbytes", "repeat", "split", "tensors"]
+__all__ = ["batch_size", "join", "map_tensors", "move", "nbytes", "repeat", "split", "take_rows", "tensors"]
 
 
 def tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
@@ -84,7 +84,7 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
             return [leaf[start:stop] for start, stop in zip(starts, stops)]
         if leaf.layout is torch.strided and not leaf.is_nested:
             return [leaf.narrow(0, start, size) for start, size in zip(starts, sizes)]
-        return [_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
+        return [take_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
 
     return reading.parts(batch, cut, len(sizes))
 
@@ -102,7 +102,7 @@ def repeat(batch: Any, size: int) -> Any:
 
     def pick(leaf: Any) -> list[Any]:
         if isinstance(leaf, Tensor):
-            return [_rows(leaf, rows)]
+            return [take_rows(leaf, rows)]
         return [type(leaf)(leaf[row] for row in rows) if is_list(leaf) else leaf[rows]]
 
     return Reading(batch, length).checked().parts(batch, pick, 1)[0]
@@ -136,6 +136,17 @@ def nbytes(batch: Any) -> int:
     return sum(_tensor_bytes(tensor) for _, tensor in walk(batch))
 
 
+def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows of a tensor of any layout, copied."""
+    if tensor.is_nested:
+        chosen = tensor.unbind()
+        return torch.nested.as_nested_tensor([chosen[row] for row in rows], layout=tensor.layout)
+    index = torch.tensor(rows, dtype=torch.int64, device=tensor.device)
+    if tensor.layout in (torch.strided, torch.sparse_coo):
+        return tensor.index_select(0, index)
+    return _coordinates(tensor).index_select(0, index).to_sparse(layout=tensor.layout)
+
+
 def _flat_size(batch: Any) -> int | None:
     """The batch size of a tensor, or of a plain container of nothing but batched tensors; None for anything else.
 
@@ -155,17 +166,6 @@ def _flat_size(batch: Any) -> int | None:
             return None
         size = leaf.size(0)
     return size
-
-
-def _rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of a tensor of any layout, copied."""
-    if tensor.is_nested:
-        chosen = tensor.unbind()
-        return torch.nested.as_nested_tensor([chosen[row] for row in rows], layout=tensor.layout)
-    index = torch.tensor(rows, dtype=torch.int64, device=tensor.device)
-    if tensor.layout in (torch.strided, torch.sparse_coo):
-        return tensor.index_select(0, index)
-    return _coordinates(tensor).index_select(0, index).to_sparse(layout=tensor.layout)
 
 
 def _coordinates(tensor: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class Narrator:
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self._console.print(plan_view(event["plan"]))
-        self._progress = TrainingProgress(self._console, event["total_steps"], event["budget_bytes"])
+        self._progress = TrainingProgress(
+            self._console, event["total_steps"], event["budget_bytes"], resumed_at=event["resumed_at"]
+        )
         self._progress.__enter__()
 
     def _replay(self, event: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Left: the forecast peak over the batch size with the measured trials, the budget and the chosen micro-batch. Right,
     where the report has a timeline: the memory in one window at the chosen size, stacked by part; `timeline["bytes"]`
-    has one row a part, in the order of `timeline["parts"]`, and one column a moment.
+    has one row a part, in the order of `timeline["parts"]`, and one column a moment; `timeline["phases"]`, which may be
+    missing, has [name, first moment] of each phase.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -118,10 +119,22 @@ def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, An
     if frame.budget is not None:
         panel.axhline(frame.budget / frame.scale, color=_BUDGET, linestyle="--", linewidth=1.4)
     panel.set_xlim(0, max(len(rows[0]) - 1, 1))
-    panel.set_xticks([])
-    panel.set_xlabel("time, one window")
+    _name_phases(panel, timeline.get("phases") or (), len(rows[0]))
+    panel.set_xlabel("time, one window", labelpad=16)  # below the names of the phases
     _dress(panel, f"One window at micro-batch {report['micro_batch']}")
     panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, fontsize=9)
+
+
+def _name_phases(panel: "Axes", phases: Sequence[tuple[str, int]], moments: int) -> None:
+    """A mark on the axis where each phase of the window begins, and its name below where there is room for it."""
+    panel.set_xticks([start for _, start in phases], labels=[])
+    panel.set_xticks([], minor=True)
+    ends = [*(start for _, start in phases[1:]), moments - 1]
+    for (name, start), end in zip(phases, ends, strict=True):
+        if (end - start) / moments > 0.016 * len(name):
+            middle = (start + end) / 2
+            panel.annotate(name.replace("_", " "), (middle, 0), (0, -5), xycoords=("data", "axes fraction"),
+                           textcoords="offset points", ha="center", va="top", fontsize=8, color=_INK)  # fmt: skip
 
 
 def _dress(panel: "Axes", title: str) -> None:

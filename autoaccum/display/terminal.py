@@ -34,8 +34,14 @@ __all__ = [
 
 
 _PLAN_ORDER = ("target_batch", "share", "micro_batch", "accumulation_steps", "lr", "lr_rule", "betas", "eps")
-_LABELS = {"lr": "learning rate", "lr_rule": "rule", "batch_norm": "BatchNorm", "bn_momentum": "BatchNorm momentum",
-           "tail": "short last window"}  # fmt: skip
+_LABELS = {
+    "micro_batch": "micro-batch",
+    "lr": "learning rate",
+    "lr_rule": "rule",
+    "batch_norm": "BatchNorm",
+    "bn_momentum": "BatchNorm momentum",
+    "tail": "short last window",
+}
 _LEADING_VALUE = re.compile(r"(\S{1,12}(?: [\w-]+)?)(?=:| = )")  # "pooled: ...", "0.4 = ..."
 
 

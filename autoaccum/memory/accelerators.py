@@ -26,7 +26,7 @@ from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
 from autoaccum.units import format_bytes
 
-__all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice"]
+__all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice", "fraction"]
 
 
 class AcceleratorDevice(Device):
@@ -97,8 +97,7 @@ class AcceleratorDevice(Device):
             return
         self.release()  # a cache from before would be charged to the budget, and its release counted as a retry
         before = self._fraction()
-        # Half a byte more, or the allocator's truncation could cost the last byte and with it a whole segment.
-        cap(min(before, (budget.bytes + 0.5) / self.total(), 1.0), self.torch_device)
+        cap(min(before, fraction(budget.bytes, self.total())), self.torch_device)
         try:
             yield
         finally:
@@ -253,6 +252,14 @@ class MpsDevice(Device):
     def synchronize(self) -> None:
         """Waits until the device has done all that it was given."""
         self._api.synchronize()
+
+
+def fraction(size: int, total: int) -> float:
+    """The fraction of `total` bytes that PyTorch, which multiplies and truncates, takes for exactly `size` bytes.
+
+    Half a byte more than size / total: the truncation could otherwise cost the last byte, and with it a segment.
+    """
+    return min(1.0, (size + 0.5) / total)
 
 
 def _holder(process: GpuProcess) -> str:

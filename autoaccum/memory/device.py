@@ -295,11 +295,11 @@ def _listed(there: list[torch.device]) -> str:
 
 
 def _why_not(kind: str) -> str:
-    if kind == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+    if kind != "cuda" or _cuda():
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
         return ": this PyTorch is built without CUDA"
-    if kind == "cuda" and not _cuda():
-        return ": no GPU can be seen (check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES)"
-    return ""
+    return ": no GPU can be seen (check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES)"
 
 
 def _asked(memory: int | str, total: int) -> tuple[int, str]:

@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
 
-Resident = int | Mapping[str, int] | Sequence[Mapping[str, int]] | None
+Resident = int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Forecast:
         """The forecast from traces at `sizes`: (batch,) each, or (batch, length) each.
 
         Args:
-            resident: what was there before each trace: bytes, or bytes by part, or the latter for each trace
-                where it grows with the size (the batch on the device). `peak` includes it.
+            resident: what was there before the traces: bytes, or bytes by part; a sequence of either, one for
+                each trace, where it grows with the size (the batch on the device). `peak` includes it.
 
         Raises:
             ForecastFailed: fewer sizes than the fit needs (two batches; for sequences two batches × three
@@ -95,11 +97,40 @@ class Forecast:
         """The same above the start of the window; at least 0."""
         return round(self._above(self._point(batch, length))) + self._background
 
-    def course(self, batch: int, length: int | None = None) -> list[tuple[str, int]]:
-        """(phase, bytes in use above the start) at each moment of the window, for a plot."""
-        levels = (self._levels[1:] @ self._point(batch, length)).round().tolist()
-        names = [phase.name for phase in self._last.phases]
-        return [(names[row.phase], int(level)) for row, level in zip(self._table.rows, levels)]
+    def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
+        """Memory over the window by part, for a plot.
+
+        Returns:
+            "parts": names; "bytes": for each part, what it holds at each moment (what was there before included);
+            "phases": [name, its first moment]. Of a longer window the fullest rows of `moments` stretches are
+            kept, so that the peak is among them.
+        """
+        point = self._point(batch, length)
+        names = list(dict.fromkeys([*self._resident_names, *(flow.part for flow in self._table.flows), "temporary"]))
+        held = torch.zeros(len(names), len(self._table.rows) + 1, dtype=torch.float64)
+        for name, value in zip(self._resident_names, self._residents @ point):
+            held[names.index(name), 0] += value
+        part = torch.tensor([names.index(flow.part) for flow in self._table.flows], dtype=torch.long)
+        births = torch.tensor([flow.birth for flow in self._table.flows], dtype=torch.long) + 1
+        deaths = torch.tensor([min(flow.death, len(self._table.rows)) for flow in self._table.flows]) + 1
+        sizes = self._flows @ point
+        held.index_put_((part, births), sizes, accumulate=True)
+        ends = deaths < held.shape[1]
+        held.index_put_((part[ends], deaths[ends]), -sizes[ends], accumulate=True)
+        held = held.cumsum(1)
+        levels = self._levels @ point
+        before = (self._residents @ point).sum()
+        held[names.index("temporary")] += levels + before - held.sum(0)  # what coarse cells hold inside
+        kept = [start + int(levels[start:stop].argmax()) for start, stop in _stretches(len(levels), moments)]
+        phases = [0, *(row.phase for row in self._table.rows)]
+        begins: dict[int, int] = {}
+        for moment, row in enumerate(kept):
+            begins.setdefault(phases[row], moment)
+        return {
+            "parts": names,
+            "bytes": held[:, kept].round().long().tolist(),
+            "phases": [[self._last.phases[phase].name, moment] for phase, moment in begins.items()],
+        }
 
     def parts(self, batch: int, length: int | None = None) -> dict[str, int]:
         """What is in use at the peak, by part; the values add up to `peak`.
@@ -154,7 +185,12 @@ class Forecast:
         return Reservation(allocator.peak_reserved, allocator.peak_allocated, allocator.retries)
 
     def reserved(self, batch: int, length: int | None = None, *, limit: int | None = None) -> int:
-        """The most that PyTorch's caching allocator reserves: `simulate(...).reserved`, plus what other threads held."""
+        """The most that the device's allocator takes: simulated where it caches (CUDA), else it is `peak`.
+
+        Raises: as `simulate`.
+        """
+        if not self._last.caching:
+            return self.peak(batch, length)
         return self.simulate(batch, length, limit=limit).reserved + self._background
 
     def largest(self, budget: int, ceiling: int, length: int | None = None, *, reserved: bool = False) -> int:
@@ -284,7 +320,7 @@ def _weights(sizes: Sequence[tuple[int, ...]], columns: int) -> torch.Tensor:
     scale = design.abs().amax(0)
     identity = torch.eye(len(sizes), dtype=torch.float64)
     # gelsd needs no full row rank and is exact on a square system up to rounding.
-    solved = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution
+    solved: torch.Tensor = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution
     return (solved / scale[:, None]).T
 
 
@@ -323,16 +359,12 @@ def _residual(table: Table, sizes: Sequence[tuple[int, ...]], columns: int) -> f
 
 def _residents(resident: Resident, traces: int) -> dict[str, list[int]]:
     """Each part's bytes at each trace."""
-    if resident is None:
-        return {}
-    if isinstance(resident, int):
-        return {"resident": [resident] * traces}
-    if isinstance(resident, Mapping):
-        return {part: [size] * traces for part, size in resident.items()}
-    if len(resident) != traces:
-        raise ForecastFailed(f"{len(resident)} sets of resident bytes for {traces} traces: one each, or one for all")
-    names = dict.fromkeys(part for parts in resident for part in parts)
-    return {name: [parts.get(name, 0) for parts in resident] for name in names}
+    each = [resident or 0] * traces if resident is None or isinstance(resident, (int, Mapping)) else list(resident)
+    if len(each) != traces:
+        raise ForecastFailed(f"{len(each)} sets of resident bytes for {traces} traces: one each, or one for all")
+    named = [{"resident": held} if isinstance(held, int) else held for held in each]
+    names = dict.fromkeys(name for parts in named for name in parts)
+    return {name: [parts.get(name, 0) for parts in named] for name in names}
 
 
 def _whole(found: Mapping[str, float], total: int, rest: str) -> dict[str, int]:
@@ -340,3 +372,10 @@ def _whole(found: Mapping[str, float], total: int, rest: str) -> dict[str, int]:
     whole = {name: round(value) for name, value in found.items()}
     whole[rest] = whole.get(rest, 0) + total - sum(whole.values())
     return {name: value for name, value in whole.items() if value}
+
+
+def _stretches(rows: int, most: int) -> list[tuple[int, int]]:
+    """`rows` cut into at most `most` stretches of about equal length."""
+    count = min(rows, most)
+    cuts = [rows * at // count for at in range(count + 1)]
+    return list(pairwise(cuts))

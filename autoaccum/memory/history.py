@@ -30,7 +30,7 @@ class RawEvent(NamedTuple):
     """One allocation (bytes > 0) or free as the profiler or the history told it.
 
     `call` is the same number for all events of one operator call, -1 outside any operator. `innermost`
-    is that operator, `operator` the one to show for it.
+    is that operator, `operator` the one to show for it; `backward`: autograd's engine called it.
     """
 
     time_ns: int
@@ -39,6 +39,7 @@ class RawEvent(NamedTuple):
     call: int
     innermost: str
     operator: str
+    backward: bool = False
     stream: int = 0
 
 
@@ -115,7 +116,7 @@ def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tup
                 events.append(who._replace(bytes=-size, time_ns=now, stream=entry["stream"]))
             else:
                 name = NO_OPERATOR if then == len(events) else _DEFERRED
-                events.append(RawEvent(now, -size, address, -1, "", name, entry["stream"]))
+                events.append(RawEvent(now, -size, address, -1, "", name, stream=entry["stream"]))
     if any(waiting.values()):
         return None
     return events, background

@@ -5,7 +5,6 @@ never by an index. The library can be missing (no driver, ROCm, WSL without it) 
 right, vGPU): then the answer is why, and PyTorch's own figures serve.
 """
 
-import importlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,11 +50,10 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
 
     `nvml` is the module to ask, `pynvml` unless another is given.
     """
-    if nvml is None:
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError as error:
-            return None, f"nvidia-ml-py cannot be imported ({error})"
+    try:
+        nvml = _library() if nvml is None else nvml
+    except ImportError as error:
+        return None, f"nvidia-ml-py cannot be imported ({error})"
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -66,6 +64,12 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
         return None, f"NVML does not answer for GPU {uuid} ({error})"
     finally:
         nvml.nvmlShutdown()
+
+
+def _library() -> Any:
+    import pynvml
+
+    return pynvml
 
 
 def _ask(nvml: Any, uuid: str) -> GpuInfo:

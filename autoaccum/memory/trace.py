@@ -1,8 +1,8 @@
 """Every allocation and free of what runs inside `record`, with the operator that asked for it.
 
     with record(device) as recording:
-        recording.mark("forward"); loss = step(batch)
-        recording.mark("backward"); loss.backward()
+        loss = model(inputs)
+        loss.backward()
         recording.mark("optimizer"); optimizer.step()
         recording.mark("zero_grad"); optimizer.zero_grad()
     recording.trace.peak  # bytes above the start
@@ -21,6 +21,7 @@ Choices:
   (`freed_before` keeps their sum). On CUDA the history reports all of them: they count.
 - Other threads: the CPU profiler follows the calling thread (and autograd's), so a DataLoader's threads
   are not in the trace. CUDA's history is of the device: what others did is `background`, one figure.
+- Phases begin at the marks; forward and backward need none, since what autograd's engine calls is known.
 - Python's cycle collector is off while recording: it would free tensors at places that differ between
   traces. Reference counting frees everything that is not in a cycle, as in training.
 """
@@ -30,7 +31,6 @@ from __future__ import annotations
 import gc
 import os
 import time
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ from autoaccum.memory.resident import resident_bytes, resident_parts
 __all__ = ["Event", "Group", "Phase", "Recording", "Trace", "assemble", "record", "resident_bytes", "resident_parts"]
 
 _MARK = "autoaccum: "
+_WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
 _EVALUATE = "autograd::engine::evaluate_function: "
 
 # Operators that only make a tensor for another one: a group of theirs is named after who called them.
@@ -110,7 +111,9 @@ class Trace:
     Attributes:
         groups: by operator call, in time order.
         events: each allocation and free in time order; on the CPU exactly the bytes asked for.
-        phases: the marks, in time order; what came before the first mark is a phase named "".
+        phases: in time order. The marks, and before the first mark "forward". Such a phase, or one under a name
+            of the caller's own, is followed by "backward" where autograd's engine takes over, and by "forward"
+            where it has ended.
         peak: the most in use above the start; at least 0.
         freed_before: bytes freed that were allocated before the recording (0 or more).
         anonymous: bytes allocated outside any operator.
@@ -118,7 +121,8 @@ class Trace:
         requested: False where block sizes had to stand for requested sizes (CUDA, history not to be had).
         complete: False where the body raised.
         seconds: how long the body took, profiler included.
-        segments, expandable, unsupported: the allocator at the start, for allocator.py (CUDA).
+        caching: whether the device's allocator caches (CUDA); `segments`, `expandable` and `unsupported` then
+            describe it at the start, for allocator.py.
     """
 
     groups: tuple[Group, ...]
@@ -131,6 +135,7 @@ class Trace:
     requested: bool = True
     complete: bool = True
     seconds: float = 0.0
+    caching: bool = False
     segments: tuple[Segment, ...] = ()
     expandable: bool = False
     unsupported: str | None = None
@@ -162,7 +167,7 @@ class Recording:
         return self._trace
 
     def mark(self, name: str) -> None:
-        """A new phase begins: "batch", "forward", "backward", "optimizer", "zero_grad", or any other name."""
+        """A new phase begins: "batch" (its move to the device), "forward", "optimizer", "zero_grad", or any name."""
         # An empty profiler range carries the name and the profiler's own clock.
         with record_function(_MARK + name):
             pass
@@ -201,7 +206,7 @@ def record(device: Where) -> Iterator[Recording]:
             result = _disable_profiler()
             found, marks = _memory_events(result.experimental_event_tree(), where)
             del result
-            extra: dict[str, Any] = {"complete": complete, "seconds": seconds}
+            extra: dict[str, Any] = {"complete": complete, "seconds": seconds, "caching": history is not None}
             if history is not None:
                 found, more = history.finish(found)
                 extra |= more
@@ -220,62 +225,73 @@ def assemble(found: Sequence[RawEvent], marks: Sequence[tuple[int, str]], *, ear
     An allocation where a block is thought to be still in use means that its free went unseen (another
     thread did it): it is freed just before.
     """
-    marks = sorted(marks)
-    times = [when for when, _ in marks]
-    groups: list[list[Any]] = []
-    events: list[Event] = []
-    first_groups: dict[int, int] = {}
-    live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
-    blocks = freed_before = anonymous = level = peak = 0
-    previous: tuple[int, int] | None = None
-
-    def add(size: int, block: int, raw: RawEvent) -> None:
-        nonlocal level, peak
-        group = groups[-1]
-        group[1] += size
-        group[2] = max(group[2], group[1])
-        level += size
-        peak = max(peak, level)
-        events.append(Event(size, block, len(groups) - 1, raw.time_ns, raw.stream))
-
+    builder = _Builder(sorted(marks))
     for raw in found:
-        known = live.get(raw.address)
-        if raw.bytes < 0 and known is None and not earlier:
-            freed_before -= raw.bytes
-            continue
-        phase = bisect_right(times, raw.time_ns)
-        if previous != (raw.call, phase):
-            groups.append([raw.operator, 0, 0, phase, raw.innermost])
-            first_groups.setdefault(phase, len(groups) - 1)
-            previous = (raw.call, phase)
+        builder.take(raw, earlier)
+    return builder.trace(**extra)
+
+
+class _Builder:
+    """Phases, groups and figures, while the events come in."""
+
+    def __init__(self, marks: Sequence[tuple[int, str]]) -> None:
+        self._marks = list(reversed(marks))  # those not reached yet, the next one last
+        self._phases = [Phase("forward", 0, 0)]
+        self._whole = False  # whether the marked phase is taken as it is
+        self._groups: list[Group] = []
+        self._events: list[Event] = []
+        self._open: tuple[int, int] | None = None  # call and phase of the last group
+        self._live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
+        self._blocks = self._level = self._peak = self._freed_before = self._anonymous = 0
+
+    def take(self, raw: RawEvent, earlier: bool) -> None:
+        known = self._live.pop(raw.address, None)
+        if raw.bytes < 0 and known is None:
+            self._freed_before -= raw.bytes
+            if not earlier:
+                return
+        self._reach(raw.time_ns)
+        if raw.call >= 0 and not self._whole and raw.backward != (self._phases[-1].name == "backward"):
+            self._phases.append(Phase("backward" if raw.backward else "forward", raw.time_ns, len(self._groups)))
+        if self._open != (raw.call, len(self._phases)):
+            self._open = (raw.call, len(self._phases))
+            self._groups.append(Group(raw.operator, 0, 0, len(self._phases) - 1, raw.innermost))
+        if known is not None:
+            self._add(-known[1], known[0], raw)
         if raw.bytes > 0:
-            if known is not None:
-                add(-known[1], known[0], raw)
-            live[raw.address] = (blocks, raw.bytes)
-            anonymous += raw.bytes if raw.call < 0 else 0
-            add(raw.bytes, blocks, raw)
-            blocks += 1
-        elif known is not None:
-            del live[raw.address]
-            add(-known[1], known[0], raw)
-        else:
-            freed_before -= raw.bytes
-            add(raw.bytes, -1, raw)
-    begun = [(times[0] if times else 0, ""), *marks]
-    following = len(groups)
-    phases: list[Phase] = []
-    for index in reversed(range(len(begun))):
-        following = first_groups.get(index, following)
-        phases.append(Phase(begun[index][1], begun[index][0], following))
-    return Trace(
-        tuple(Group(*group) for group in groups),
-        tuple(events),
-        tuple(reversed(phases)),
-        peak,
-        freed_before=freed_before,
-        anonymous=anonymous,
-        **extra,
-    )
+            self._live[raw.address] = (self._blocks, raw.bytes)
+            self._anonymous += raw.bytes if raw.call < 0 else 0
+            self._add(raw.bytes, self._blocks, raw)
+            self._blocks += 1
+        elif known is None:
+            self._add(raw.bytes, -1, raw)
+
+    def trace(self, **extra: Any) -> Trace:
+        self._reach(2**63)
+        return Trace(
+            tuple(self._groups),
+            tuple(self._events),
+            tuple(self._phases),
+            self._peak,
+            freed_before=self._freed_before,
+            anonymous=self._anonymous,
+            **extra,
+        )
+
+    def _reach(self, time_ns: int) -> None:
+        """Begin the phases marked up to this time."""
+        while self._marks and self._marks[-1][0] <= time_ns:
+            when, name = self._marks.pop()
+            self._phases.append(Phase(name, when, len(self._groups)))
+            self._whole = name in _WHOLE
+
+    def _add(self, size: int, block: int, raw: RawEvent) -> None:
+        group = self._groups[-1]
+        net = group.net + size
+        self._groups[-1] = group._replace(net=net, inside=max(group.inside, net))
+        self._level += size
+        self._peak = max(self._peak, self._level)
+        self._events.append(Event(size, block, len(self._groups) - 1, raw.time_ns, raw.stream))
 
 
 def _start() -> None:
@@ -298,10 +314,10 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
     """The memory events on `where` in time order with their operators, and the marks."""
     found: list[RawEvent] = []
     marks: list[tuple[int, str]] = []
-    pending: list[tuple[Any, int, str, str]] = [(event, -1, "", NO_OPERATOR) for event in reversed(tree)]
+    pending: list[tuple[Any, int, str, str, bool]] = [(event, -1, "", NO_OPERATOR, False) for event in reversed(tree)]
     calls = 0
     while pending:
-        event, call, innermost, operator = pending.pop()
+        event, call, innermost, operator, backward = pending.pop()
         name = event.name
         if name == "[memory]":
             fields = event.extra_fields
@@ -315,7 +331,8 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         if children:
             calls += 1
             shown = operator if name in _FACTORIES and call >= 0 else name.removeprefix(_EVALUATE)
-            pending.extend((child, calls, name, shown) for child in reversed(children))
+            inside = backward or name.startswith(_EVALUATE)
+            pending.extend((child, calls, name, shown, inside) for child in reversed(children))
     found.sort(key=lambda raw: raw.time_ns)
     return found, marks
 

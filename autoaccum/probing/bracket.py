@@ -84,7 +84,9 @@ class Bracket:
         """The middle, or nearer to where a line through the two largest measured peaks meets the budget."""
         middle = (self.low + self.high) // 2
         line = self._line()
-        return middle if line is None else min(max(line, (self.low * 7 + self.high) // 8), (self.low + self.high * 7) // 8)
+        return (
+            middle if line is None else min(max(line, (self.low * 7 + self.high) // 8), (self.low + self.high * 7) // 8)
+        )
 
     def _line(self) -> int | None:
         """Where a line through the two largest measured sizes meets the budget."""

@@ -74,7 +74,9 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            warnings.warn(f"the trial journal {self._path} cannot be written ({error}): going on without it", stacklevel=2)
+            warnings.warn(
+                f"the trial journal {self._path} cannot be written ({error}): going on without it", stacklevel=2
+            )
             self._path = None
 
     def _unfinished(self) -> Counter[int]:
@@ -104,10 +106,16 @@ class Journal:
             except json.JSONDecodeError:  # a kill can cut the last line short
                 damaged += 1
                 continue
-            if isinstance(entry, dict) and entry.get("key") == self._key and {"pid", "started", "size", "event"} <= entry.keys():
+            if (
+                isinstance(entry, dict)
+                and entry.get("key") == self._key
+                and {"pid", "started", "size", "event"} <= entry.keys()
+            ):
                 entries.append(entry)
         if damaged > 1:
-            warnings.warn(f"{damaged} lines of the trial journal {self._path} are damaged and were passed over", stacklevel=2)
+            warnings.warn(
+                f"{damaged} lines of the trial journal {self._path} are damaged and were passed over", stacklevel=2
+            )
         return entries
 
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError
 from autoaccum.memory.device import Budget, Device
-from autoaccum.memory.forecast import resident_bytes
+from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.planning.split import can_split, even_split
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.report import ProbeReport, Trial
@@ -188,7 +187,7 @@ def _report(
         notes=tuple(notes),
         throughput=throughput,
         floor=floor,
-        forecaster=forecast,
+        forecaster=None if forecast is None else forecast.whole,
     )
 
 
@@ -196,12 +195,14 @@ def _nothing_fits(
     bench: Bench, accumulator: Accumulator, device: Device, budget: Budget, floor: int
 ) -> NothingFitsError:
     model = accumulator.model
-    parameters = resident_bytes(list(model.parameters()))
-    gradients = sum(p.numel() * p.element_size() for p in trained_parameters(model))
-    state = resident_bytes(accumulator.optimizer) - resident_bytes([p for p in _held(accumulator)])
-    parts = {"parameters": parameters, "gradients": gradients, "optimizer state": max(0, state)}
-    needs = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-    samples = "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
+    parts = resident_parts(model, accumulator.optimizer)
+    parts["gradients"] = sum(p.numel() * p.element_size() for p in trained_parameters(model))
+    needs = ", ".join(
+        f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts.items() if name != "batch"
+    )
+    samples = (
+        "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
+    )
     peaks = [trial.peak_bytes for trial in bench.trials if trial.peak_bytes is not None]
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
     others = device.describe()["processes"]
@@ -211,7 +212,3 @@ def _nothing_fits(
         f"{needs}; the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
         'precision="bf16", activation checkpointing in the model, an optimizer with less state (SGD), or smaller samples'
     )
-
-
-def _held(accumulator: Accumulator) -> list[Tensor]:
-    return [parameter for group in accumulator.optimizer.param_groups for parameter in group["params"]]

@@ -16,8 +16,11 @@ from autoaccum.probing.report import Trial
 
 __all__ = ["Answer", "Forecaster", "Machine", "find"]
 
-THIRD_TRACE = 16  # samples at most: enough to show another kernel, cheap beside the step that is looked for
+THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that change, at a quarter of that step's cost
 MOST_TRACES, MOST_RUNS = 4, 12
+ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
+# By how much the growth forecast above a size that was measured is taken to be too small, after each overrun.
+OVERRUNS = (1.04, 1.25, 2.0, 4.0)
 
 
 class Forecaster(Protocol):
@@ -71,7 +74,9 @@ def find(
         NothingFitsError: the floor does not fit.
         ProbeError: memory is so erratic that no size can be relied on.
     """
-    return _Search(machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None).run()
+    return _Search(
+        machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None
+    ).run()
 
 
 class _Search:
@@ -81,8 +86,11 @@ class _Search:
         self._machine, self._floor, self._wanted, self._reach, self._exact = machine, floor, wanted, reach, exact
         self._bracket = Bracket(floor, ceiling, machine.budget)
         self._forecast: Forecaster | None = None
-        self._scale = 1.0  # measured over forecast, where a surprise showed that they differ
+        self._anchor: tuple[int, int] | None = None  # (size, measured peak): beyond it the forecast tells the growth
+        self._growth = 1.0  # measured over forecast growth, where a surprise showed that they differ
         self._last_high: Trial | None = None
+        self._runs = self._overruns = 0
+        self._traced: list[int] = []
 
     def run(self) -> Answer:
         self._trace()
@@ -90,6 +98,7 @@ class _Search:
             size = self._next()
             if size is None:
                 return self._answer()
+            self._runs += 1
             self._try(size, "verify" if self._forecast is not None else "search")
         if self._bracket.low == 0:
             raise ProbeError(
@@ -123,7 +132,7 @@ class _Search:
                     return size
             smaller = run[0] - 1
             return smaller if smaller >= self._floor else None
-        third = min(THIRD_TRACE, self._limit(self._bracket.ceiling) // 4)
+        third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // THIRD_TRACE
         return third if third > run[-1] else None
 
     def _bound(self, size: int) -> int:
@@ -140,6 +149,8 @@ class _Search:
             return None
         if self._forecast is None:
             return self._useful(bracket.next() or bracket.low + 1)
+        if self._runs >= ENOUGH_RUNS and bracket.low > max(self._traced, default=0):
+            return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
         if size > bracket.low:
             return size
@@ -168,13 +179,23 @@ class _Search:
         return low
 
     def _scaled(self, size: int) -> float:
+        """The forecast at `size`, moved to what was measured."""
         assert self._forecast is not None
-        return self._forecast.reserved(size) * self._scale
+        here = self._forecast.reserved(size)
+        if self._anchor is None:  # nothing near was measured: as wrong as it was at the third trace, it may be here
+            return here * (1.0 + (self._forecast.residual or 0.0))
+        at, measured = self._anchor
+        anchored = self._forecast.reserved(at)
+        if size <= at:
+            return here * measured / anchored
+        return measured + self._growth * (here - anchored)
 
     # --- what a trial shows
 
     def _try(self, size: int, kind: str) -> Trial:
         trial = self._machine.run(size, kind)
+        if kind == "trace":
+            self._traced.append(size)
         self._bracket.budget = self._machine.budget
         measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
         if trial.fits:
@@ -187,13 +208,19 @@ class _Search:
         return trial
 
     def _correct(self, size: int, measured: int | None) -> None:
-        """Moves the forecast to what was measured; an overrun without a measure moves it to just above the budget."""
+        """Moves the forecast to what was measured; an overrun without a measure makes it grow faster."""
         self._forecast = self._machine.forecast() or self._forecast
-        expected = self._forecast.reserved(size)
         if measured is not None:
-            self._scale = measured / expected
-        else:
-            self._scale = max(self._scale * 1.03, 1.02 * self._machine.budget / expected)
+            self._anchor = (size, measured)
+            return
+        at = max((s for s in self._bracket.peaks if s < size), default=None)
+        if at is None:
+            return
+        self._anchor = (at, self._bracket.peaks[at])
+        expected = self._forecast.reserved(size) - self._forecast.reserved(at)
+        needed = (self._machine.budget - self._bracket.peaks[at]) / expected if expected > 0 else 1.0
+        self._growth = max(self._growth, needed) * OVERRUNS[min(self._overruns, len(OVERRUNS) - 1)]
+        self._overruns += 1
 
     def _answer(self) -> Answer:
         bracket = self._bracket
@@ -201,7 +228,7 @@ class _Search:
             limit = bracket.low if self._exact or bracket.closed else None
             return Answer(self._sure(bracket.high - 1), limit, None if limit is None else self._proof(limit), None)
         reached = self._limit(self._reach if self._last_high is None else bracket.high - 1)
-        limit = max(reached, bracket.low)
+        limit = bracket.low if self._exact else max(reached, bracket.low)
         return Answer(self._sure(limit), limit, self._proof(limit), self._forecast)
 
     def _sure(self, limit: int) -> int:

@@ -7,21 +7,24 @@ steps on the same samples cannot diverge; what moves all the same is put back by
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autoaccum.data.source import Source
 from autoaccum.memory.device import Budget, Device
-from autoaccum.memory.forecast import resident_bytes
+from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
-from autoaccum.window.accumulate import Accumulator
+from autoaccum.units import format_bytes
+from autoaccum.window.accumulate import Accumulator, ignore
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "Counted"]
 
 
 class Bench:
@@ -30,7 +33,7 @@ class Bench:
     Attributes:
         trials: in order.
         traces: the recorded allocations by size, the optimizer's state present.
-        resident: bytes that live before a traced step begins, by size: parameters, buffers, state, gradients, batch.
+        resident: bytes by part that live before the traced step begins, by size.
     """
 
     def __init__(
@@ -50,17 +53,53 @@ class Bench:
         self._overhead = 0.0  # bytes of the process for each byte of PyTorch's, less 1
         self.trials: list[Trial] = []
         self.traces: dict[int, Trace] = {}
-        self.resident: dict[int, int] = {}
+        self.resident: dict[int, dict[str, int]] = {}
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
 
     @property
     def budget(self) -> int:
         """Bytes that PyTorch may have in use, by what the trials showed of the process's own overhead."""
-        if self._budget.kind == "torch":
+        if self._budget.kind == "torch" or not self._overhead:
             return self._budget.bytes
-        held = min(self.resident.values(), default=0)
+        held = min(sum(parts.values()) for parts in self.resident.values())
         return held + int((self._budget.bytes - held) / (1.0 + self._overhead))
+
+    @property
+    def budget_reason(self) -> str:
+        """Where the budget comes from, in one line."""
+        if self.budget == self._budget.bytes:
+            return self._budget.reason
+        return (
+            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process needs "
+            f"{self._overhead:.1%} more than PyTorch counts (measured in the trials)"
+        )
+
+    def forecast(self) -> "Counted | None":
+        """From all traces so far; None where they do not line up."""
+        sizes = sorted(self.traces)
+        try:
+            fitted = Forecast.fit(
+                [self.traces[size] for size in sizes],
+                [(size,) for size in sizes],
+                [self.resident[size] for size in sizes],
+            )
+        except ForecastFailed:
+            return None
+        return Counted(fitted, reserves=self._device.reserved() is not None)
+
+    def parts(self, size: int) -> dict[str, int]:
+        """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
+        held = self.resident[max(self.resident)]
+        parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
+        forecast = self.forecast()
+        peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
+        if forecast is not None:
+            parts["per_sample"] = forecast.whole.peak(size + 1) - forecast.whole.peak(size)
+        elif len(peaks) > 1:
+            (a, at_a), (b, at_b) = peaks[-2:]
+            parts["per_sample"] = (at_b - at_a) // max(b - a, 1)
+        return parts
 
     def run(self, size: int, kind: str) -> Trial:
         """Runs `size` samples and says how it went.
@@ -120,14 +159,15 @@ class Bench:
         self._allocate_gradients()
         held = self._held(batch)
         with ProcessGrowth(self._budget.kind) as growth, record(self._device) as recording:
+            accumulator.on_phase = recording.mark
             accumulator.run([batch])
-            recording.mark("optimizer")
             accumulator.finish()
+        accumulator.on_phase = ignore
         trace = recording.trace
         self.traces[size], self.resident[size] = trace, held
         if growth.bytes is not None and trace.peak > 0:
             self._overhead = max(self._overhead, growth.bytes / trace.peak - 1.0)
-        return held + trace.peak
+        return sum(held.values()) + trace.peak
 
     def _window(self, batch: Any) -> None:
         accumulator = self._accumulator
@@ -144,20 +184,25 @@ class Bench:
         for parameter in self._used or ():
             self._accumulator.allocate_gradient(parameter)
 
-    def _held(self, batch: Any) -> int:
-        """Bytes in use before a step: on an accelerator as its allocator counts, on the CPU by adding up."""
+    def _held(self, batch: Any) -> dict[str, int]:
+        """Bytes in use before a step, by part; on an accelerator also what else of this process lies there."""
+        accumulator = self._accumulator
+        on_device = batch if self._device.type == "cpu" else None  # elsewhere the batch moves inside the step
+        parts = resident_parts(accumulator.model, accumulator.optimizer, on_device, device=self._device.torch_device)
+        sums = [accumulator.gradient(p) for p in self._used or () if accumulator.gradient(p) is not p.grad]
+        parts["gradients"] += resident_bytes(sums)
         allocated = self._device.allocated()
         if allocated is not None:
-            return allocated
-        accumulator = self._accumulator
-        gradients = [accumulator.gradient(parameter) for parameter in self._used or ()]
-        return resident_bytes(accumulator.model, accumulator.optimizer, gradients, batch)
+            parts["other"] = max(0, allocated - sum(parts.values()))
+        return parts
 
     def _for_want_of_memory(self, error: BaseException, size: int) -> bool:
         verdict = out_of_memory(error)
         if verdict is Verdict.PERHAPS:
             # Libraries report faults of other kinds in the same words: believe them only near the budget.
-            fitted = max((t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None)
+            fitted = max(
+                (t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None
+            )
             near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
             return near and fitted is not None and fitted.batch < size
         return verdict in (Verdict.SURELY, Verdict.GRID)
@@ -172,3 +217,19 @@ class Bench:
             self._listener(trial)
         return trial
 
+
+@dataclass(frozen=True)
+class Counted:
+    """A forecast in the bytes that the budget counts: those reserved where an allocator reserves, else those in use."""
+
+    whole: Forecast
+    reserves: bool
+
+    @property
+    def residual(self) -> float | None:
+        """Relative error at a trace that the fit did not use."""
+        return self.whole.residual
+
+    def reserved(self, batch: int) -> int:
+        """The peak at `batch` samples."""
+        return self.whole.reserved(batch) if self.reserves else self.whole.peak(batch)

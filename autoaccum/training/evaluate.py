@@ -97,7 +97,9 @@ class Evaluator:
                 raise
         self.device.release()
         if self.micro_batch == 1:
-            raise NothingFitsError("validation ran out of memory with a single sample; the training's plan is untouched")
+            raise NothingFitsError(
+                "validation ran out of memory with a single sample; the training's plan is untouched"
+            )
         self.micro_batch = (self.micro_batch + 1) // 2
         return self._in_pieces(batch)
 
@@ -106,7 +108,8 @@ class Evaluator:
         sizes = [most] * (size // most) + ([size % most] if size % most else [])
         parts = [self._run(piece) for piece in tree.split(batch, sizes)]
         return {
-            name: Mean(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts)) for name in parts[0]
+            name: Mean(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts))
+            for name in parts[0]
         }
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import IO, Any, ClassVar, Protocol
 
 from autoaccum.window.record import StepRecord
 
@@ -165,19 +165,24 @@ class JsonlSink:
     """Every event as a JSON line in a file; a resumed run appends."""
 
     def __init__(self, path: str | Path) -> None:
-        """Opens the file, making its folder."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 (held open until close)
+        """Makes the file's folder; the file is opened at the first event, and again at one after `close`."""
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[str] | None = None
 
     def __call__(self, event: Event) -> None:
         """Writes one line."""
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps(event.to_dict()) + "\n")
         if not isinstance(event, StepTaken):
             self._file.flush()
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class TensorBoardSink:

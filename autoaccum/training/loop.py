@@ -4,18 +4,21 @@ Nothing but iteration trains. Leaving the loop and iterating again goes on where
 it tells events.
 """
 
+import random
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from autoaccum.data import tree
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, windows
-from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError
+from autoaccum.errors import DataError, LossError, NothingFitsError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import Plan
@@ -24,6 +27,7 @@ from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import (
     EpochEnded,
     Events,
+    Noted,
     StepTaken,
     TrainingEnded,
     TrainingStarted,
@@ -32,7 +36,6 @@ from autoaccum.training.events import (
 )
 from autoaccum.training.recover import WindowStart, cut_smaller
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.loss import Mean
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
 
@@ -105,6 +108,7 @@ class TrainingLoop:
         probe: ProbeReport | None = None,
         verify: VerifyReport | None = None,
         regrow_after: int | None = None,
+        seed: int | None = None,
     ) -> None:
         """Wires the parts; trains nothing."""
         self.model, self.optimizer = accumulator.model, accumulator.optimizer
@@ -119,8 +123,9 @@ class TrainingLoop:
         self._evaluator = evaluator
         self._window_index = 0
         self._start = WindowStart(self.model, device)
-        self._regrow = _Regrow(regrow_after, self.plan)
-        self._running = False
+        self._regrow_after, self._undisturbed = regrow_after, 0
+        self._before_replays: Plan | None = None  # what to go back to when memory has come back
+        self._seed = seed
 
     @property
     def step(self) -> int:
@@ -141,16 +146,22 @@ class TrainingLoop:
             DataError: an epoch gave no window.
         """
         began = time.perf_counter()
+        if self._seed is not None and not self.history:
+            seed_everything(self._seed)
         self._tell_start()
         was_training = self.model.training
         self.model.train()
         try:
-            with self._device.limit(self._budget):
+            with self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 while not self._done():
                     yield from self._rest_of_epoch()
+            self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
+        except Exception:
+            self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
+            raise
         finally:
             self.model.train(was_training)
-        self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
+            self._events.close()
 
     def run(self) -> FitResult:
         """Trains to the end."""
@@ -192,7 +203,9 @@ class TrainingLoop:
                 'and tail="drop" leaves short ones out; lower target_batch or use tail="step"'
             )
         if not stepped and self._max_steps is not None:
-            raise LossError(f"no window of epoch {self.epoch} took a step, so max_steps={self._max_steps} is never reached")
+            raise LossError(
+                f"no window of epoch {self.epoch} took a step, so max_steps={self._max_steps} is never reached"
+            )
         self.epoch += 1
         self._window_index = 0
         self._evaluate_now()
@@ -213,7 +226,7 @@ class TrainingLoop:
             limit = self._smaller(limit)
             pieces = cut_smaller(window.batches, limit, self.plan.minimum)
         record = accumulator.finish()
-        self._regrow.undisturbed(self)
+        self._regrow()
         return record
 
     def _attempt(self, pieces: list[Any]) -> bool:
@@ -223,30 +236,46 @@ class TrainingLoop:
             accumulator.open(pieces)
             accumulator.run(pieces)
         except Exception as error:
-            if out_of_memory(error) is not Verdict.SURELY:
-                accumulator.discard()
-                accumulator.ranks.fail()
-                raise
-            return True
+            # What may be for want of memory is tried smaller too; if that was not it, it fails again and is raised.
+            smallest = max(map(tree.batch_size, pieces), default=0) <= self.plan.minimum
+            verdict = out_of_memory(error)
+            if verdict is Verdict.SURELY or (verdict is Verdict.PERHAPS and not smallest):
+                return True
+            accumulator.discard()
+            raise
         return False
 
     def _smaller(self, limit: int) -> int:
         """Halves the micro-batch, for this window and those to come."""
-        plan = self.plan
-        smaller = (min(limit, plan.micro_batch) + 1) // 2
-        if smaller < plan.minimum or smaller == limit:
+        limit = max(limit, 1)
+        smaller = max((limit + 1) // 2, self.plan.minimum)
+        if smaller >= limit:
             raise NothingFitsError(
                 f"step {self.step + 1} ran out of memory at a micro-batch of {limit}, the smallest there is: something else "
-                "has taken the memory, or one sample is larger than those probed; free memory or train a smaller model"
+                "has taken the memory, or a sample is larger than those probed; free memory, or train a smaller model"
             )
         text = (
             f"out of memory in step {self.step + 1} at a micro-batch of {limit}: the same samples run again in micro-batches "
-            f"of at most {smaller}, and so do later windows; the batch stays {plan.target_batch}"
+            f"of at most {smaller}, and so do later windows; the batch stays {self.plan.target_batch}"
         )
-        self.plan = self._accumulator.plan = plan.with_limit(smaller, text)
-        self._regrow.disturbed(plan)
+        self._before_replays = self._before_replays or self.plan
+        self._undisturbed = 0
+        self._use(self.plan.with_limit(smaller, text))
         self._events.tell(WindowReplayed(self.step + 1, smaller, self.plan.accumulation_steps, text))
         return smaller
+
+    def _regrow(self) -> None:
+        """After enough undisturbed windows, back to the micro-batch from before; it is halved again if that was too soon."""
+        self._undisturbed += 1
+        if self._regrow_after is None or self._before_replays is None or self._undisturbed < self._regrow_after:
+            return
+        self._use(self._before_replays)
+        self._before_replays = None
+        text = f"{self._undisturbed} windows ran undisturbed: micro-batches of {self.plan.micro_batch} are tried again"
+        self._events.tell(Noted(text))
+
+    def _use(self, plan: Plan) -> None:
+        self.plan = self._accumulator.plan = plan
 
     def _evaluate_now(self) -> None:
         results = None
@@ -264,3 +293,12 @@ class TrainingLoop:
             self._events.tell(StepTaken(record))
         else:
             self._events.tell(WindowSkipped(record.step, record.skipped))
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch on every device, Python, and numpy where it is loaded."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and hasattr(numpy, "random"):
+        numpy.random.seed(seed % 2**32)

@@ -30,14 +30,18 @@ def build_schedule(
         raise SetupError(f"warmup_steps={warmup_steps!r}: give a whole number of optimizer steps, 0 or more")
     if callable(schedule):
         if warmup_steps:
-            raise SetupError(f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule")
+            raise SetupError(
+                f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule"
+            )
         return schedule(optimizer)
     if schedule not in ("constant", "linear", "cosine"):
         raise SetupError(f'schedule={schedule!r}: choose "constant", "linear", "cosine" or a function of the optimizer')
     if schedule == "constant" and warmup_steps == 0:
         return None
     if schedule != "constant" and total_steps is None:
-        raise SetupError(f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps")
+        raise SetupError(
+            f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps"
+        )
     return LambdaLR(optimizer, _Factor(schedule, warmup_steps, total_steps or 0))
 
 

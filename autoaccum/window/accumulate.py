@@ -8,7 +8,7 @@ one sum of the gradients, one clip, one step.
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +30,7 @@ from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_p
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.record import StepRecord
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "ignore"]
 
 
 class Accumulator:
@@ -63,7 +63,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Prepares hooks and buffers; nothing is trained.
+        """Prepares hooks and buffers; nothing is trained. `on_phase` is told "batch", "forward", "backward", "optimizer".
 
         Args:
             model: what is trained, on `device` already.
@@ -97,6 +97,7 @@ class Accumulator:
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
         self._ledger: Ledger | None = None
         self._memory = open_device(self.device)
+        self.on_phase: Callable[[str], None] = ignore
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -168,7 +169,9 @@ class Accumulator:
         ledger, objective = self._running(), self._objective
         assert objective is not None
         for batch in batches:
+            self.on_phase("batch")
             placed = tree.move(batch, self.device)
+            self.on_phase("forward")
             with self.precision.autocast(), torch.set_grad_enabled(ledger.counts):
                 # Where nothing counts the forward still runs: statistics and random generators move as they would.
                 terms = objective.terms(placed, ledger.denominators and ledger.denominators[ledger.done])
@@ -178,6 +181,7 @@ class Accumulator:
         ledger = self._running()
         share = ledger.share(terms)
         if share is not None:
+            self.on_phase("backward")
             with self.precision.outside():
                 self.precision.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             self._side.collect()
@@ -246,6 +250,7 @@ class Accumulator:
     def _update(self, correction: float) -> tuple[float | None, str | None]:
         """The one step: (gradient norm, why it was skipped)."""
         scaler = self.precision.scaler
+        self.on_phase("optimizer")
         self._sum_over_ranks()
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
@@ -284,9 +289,10 @@ class Accumulator:
         if self.ranks.size == 1:
             return
         # A branch that no rank used keeps no gradient, so that the optimizer leaves it alone as it would on one rank.
-        used = self.ranks.tally([float(self._side.gradient(p) is not None) for p in self._parameters])
+        used = torch.tensor([float(self._side.gradient(p) is not None) for p in self._parameters], device=self.device)
+        self.ranks.sum_gradients([used])
         summed = []
-        for parameter, count in zip(self._parameters, used, strict=True):
+        for parameter, count in zip(self._parameters, used.tolist(), strict=True):
             gradient = self._side.gradient(parameter)
             if count and gradient is None:
                 self.allocate_gradient(parameter)
@@ -298,9 +304,8 @@ class Accumulator:
     def _pieces(self, batches: Any) -> list[Any]:
         if isinstance(batches, list) and batches and not isinstance(batches[0], Tensor):
             return batches
-        return tree.split(
-            batches, even_split(tree.batch_size(batches), self.plan.micro_batch, minimum=self.plan.minimum)
-        )
+        limit = self.plan.limits[self.plan.rank]
+        return tree.split(batches, even_split(tree.batch_size(batches), limit, minimum=self.plan.minimum))
 
     def _running(self) -> Ledger:
         if self._ledger is None:
@@ -314,6 +319,10 @@ class Accumulator:
         self._side.clear()
         for parameter in self._parameters:
             parameter.grad = None
+
+
+def ignore(phase: str) -> None:
+    """Takes no notice of a window's phases; a trace puts something that does in `on_phase`."""
 
 
 def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -67,11 +67,10 @@ class PooledStatistics:
         """
         if mode not in MODES:
             raise SetupError(f"batch_norm={mode!r} is not known: give one of {', '.join(map(repr, MODES))}")
-        self.mode, self.k, self.is_open = mode, k, False
+        self.mode, self.k, self.is_open, self.pending = mode, k, False, False
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)
         ]
-        self.waiting: list[NormLayer] = []
         hooked = [] if mode == "keep" else self.layers
         self._layers = [NormLayer(self, index, name, module) for index, (name, module) in enumerate(hooked)]
         self._groups: list[tuple[Pool, list[NormLayer]]] = []
@@ -146,15 +145,17 @@ class PooledStatistics:
 
     def collect(self) -> None:
         """Pools the calls whose statistics still rest in the layers' buffers."""
-        # Taken at once: with checkpointing on two devices, two backward threads may come here.
-        waiting, self.waiting = self.waiting, []
-        if waiting:
-            for pool, layers in self._groups:
-                calls = {place: layer.call for place, layer in enumerate(layers) if layer.call is not None}
-                if calls:
-                    pool.add(calls)
-        for layer in waiting:
-            layer.call = None
+        if not self.pending:
+            return
+        self.pending = False
+        for pool, layers in self._groups:
+            calls = {place: layer.call for place, layer in enumerate(layers) if layer.call is not None}
+            if self.mode == "pooled" and calls:
+                pool.add(calls)
+            for place in calls:
+                if self.mode == "momentum":
+                    pool.elements[place] += calls[place][0]
+                layers[place].call = None
 
     def adopt(self, layer: NormLayer) -> None:
         """Keeps the buffers of a lazy layer that has just found its shape."""
@@ -208,12 +209,12 @@ class PooledStatistics:
         """For each layer, the elements of the window over all ranks, checked to be all there are."""
         elements, unseen, shapeless = [0] * len(self._layers), [0] * len(self._layers), [1] * len(self._layers)
         for pool, layers in self._groups:
+            silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
+            # Asks the device, so only where there is something odd: in training mode, and not called.
+            ran = silent.intersection(pool.counted()) if silent else set()
             for place, layer in enumerate(layers):
+                elements[layer.index], unseen[layer.index] = pool.elements[place], int(place in ran)
                 shapeless[layer.index] = 0
-                elements[layer.index] = pool.elements[place]
-                # Asks the device, so only where there is something odd: training mode, and not called.
-                odd = pool.elements[place] == 0 and layer.module.training and layer.counts_batches
-                unseen[layer.index] = int(odd and pool.counted(place))
         if ranks.size > 1:
             sums = torch.tensor([elements, unseen, shapeless], device=self._layers[0].buffers[0].device)
             ranks.sum_gradients([sums])
@@ -237,25 +238,22 @@ class PooledStatistics:
         if self.mode == "momentum":
             if ranks.size > 1:
                 pool.average(ranks, totals)
-            pool.put_back_batches()
         else:
             if ranks.size > 1:
                 ranks.sum_gradients(pool.weigh(totals))
                 ranks.sum_gradients([pool.spread()])
-            pool.put_back()
             pool.update(
                 totals,
                 momenta=[layer.effective_momentum for layer in layers],
                 instances=[layer.per_instance for layer in layers],
                 corrections=[1.0 / sharers(layer.module) for layer in layers],
             )
-        pool.count_batch([place for place, total in enumerate(totals) if total and layers[place].counts_batches])
+        pool.put_back_batches({place for place, layer in enumerate(layers) if totals[place] and layer.counts_batches})
 
     def _end(self) -> None:
         for layer in self._layers:
             layer.end()
-        self.waiting.clear()
-        self.is_open = False
+        self.is_open = self.pending = False
 
 
 def needs_two(error: BaseException) -> bool:

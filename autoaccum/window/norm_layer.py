@@ -12,7 +12,7 @@ Choices:
 
 import itertools
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,10 @@ class Owner(Protocol):
 
     mode: str
     is_open: bool
-    waiting: list["NormLayer"]
+    pending: bool  # whether a layer holds a call that is not pooled yet
 
     def collect(self) -> None:
-        """Pools the calls of all waiting layers."""
+        """Pools the calls that layers hold."""
 
     def adopt(self, layer: "NormLayer") -> None:
         """Keeps the buffers of a lazy layer that has just found its shape."""
@@ -60,7 +60,8 @@ class NormLayer:
         self, owner: Owner | None = None, index: int = 0, name: str = "", module: nn.Module | None = None
     ) -> None:
         self.index, self.name, self.module = index, name, module
-        self.call, self.channels, self.momentum, self.dirty, self._small = None, 0, None, False, None
+        self.call, self.channels, self.momentum, self.dirty = None, 0, None, False
+        self._small: float | None = None  # what a micro-batch updates with
         if owner is not None and module is not None:
             self.owner = owner
             self.per_instance = isinstance(module, _InstanceNorm)
@@ -90,11 +91,12 @@ class NormLayer:
         _OPEN[self._key] = self
         self.momentum = self.module.momentum
         self._small = bn_momentum(self.momentum, k) if mode == "momentum" else 1.0
-        self.module.momentum = self._small
+        self._set_momentum(self._small)
 
     def end(self) -> None:
         """Gives the layer its own momentum."""
-        self.module.momentum = self.momentum
+        _OPEN.pop(self._key, None)
+        self._set_momentum(self.momentum)
         self.call, self.dirty = None, False
 
     # Hooks.
@@ -132,8 +134,7 @@ class NormLayer:
         """Enters one call; `mean` and `variance` must hold until the owner collects."""
         self.dirty = True
         if not _recomputing():
-            self.call = (elements, mean, variance)
-            self.owner.waiting.append(self)
+            self.call, self.owner.pending = (elements, mean, variance), True
 
     def _elements(self, batch: Tensor, channels: int) -> int:
         """What one call counts: elements per channel; instances, where statistics are averaged over these."""
@@ -141,17 +142,21 @@ class NormLayer:
             return batch.shape[0] if batch.dim() > self.module._get_no_batch_dim() else 1
         return batch.numel() // channels
 
+    def _set_momentum(self, momentum: float | None) -> None:
+        # Module's own __setattr__ first looks among parameters, buffers and modules, ten times the cost of this.
+        object.__setattr__(self.module, "momentum", momentum)
+
     def _repeat_nothing(self) -> None:
         """Mode "momentum": a recomputed forward must not move the buffers a second time."""
         again = self.module.training and _recomputing()
-        self.module.momentum = 0.0 if again else self._small
+        self._set_momentum(0.0 if again else self._small)
         if again and self.counts_batches:
             self.module.num_batches_tracked.sub_(1)
 
 
 _COUNTER = itertools.count()
 _KEYS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-_OPEN: WeakValueDictionary[int, NormLayer] = WeakValueDictionary()
+_OPEN: dict[int, NormLayer] = {}
 _TOKEN = torch.zeros(())
 
 
@@ -165,12 +170,8 @@ def _run_captured(token: Tensor, mean: Tensor, variance: Tensor, elements: int, 
 
 # An operator that changes nothing would be removed as useless, hence the token; one that changed the buffers would
 # spoil the backward pass, which has saved them. Replaying a CUDA graph would not run it, hence the tag.
-_captured = torch.library.custom_op(
-    "autoaccum::batch_norm_called",
-    _run_captured,
-    mutates_args=("token",),
-    **({"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}),
-)
+_TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_captured = torch.library.custom_op("autoaccum::batch_norm_called", _run_captured, mutates_args=("token",), **_TAGS)
 
 
 def _recomputing() -> bool:

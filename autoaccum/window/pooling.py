@@ -23,7 +23,7 @@ A window's micro-batches weigh the same in every layer (n_j / N), as a rule, so 
 numbers serves all layers; where layers differ, the numbers are expanded to a tensor, which is kept for the next time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -38,92 +38,91 @@ _KEPT_FACTORS = 64
 class Pool:
     """The statistics of layers whose buffers are on one device and of one type when widened to float32 at least.
 
-    Layers are named by their place, 0 to n − 1. All tensors are [total channels], each layer's channels in turn.
+    Layers are named by their place, 0 to n − 1. Tensors are [..., total channels], each layer's channels in turn.
     """
 
     def __init__(self, means: Sequence[Tensor], variances: Sequence[Tensor], batches: Sequence[Tensor | None]) -> None:
         """Takes the layers' running buffers: each [channels], and `num_batches_tracked` where there is one."""
         self.means, self.variances = list(means), list(variances)
-        self.batches = [count for count in batches if count is not None]
-        self._count_at = [place for place, count in enumerate(batches) if count is not None]
+        self.batches = {place: count for place, count in enumerate(batches) if count is not None}
         self.sizes = [buffer.numel() for buffer in self.means]
-        self._device = self.means[0].device
-        self._dtype = wide(self.means[0].dtype)
-        self._sums = torch.zeros(4, sum(self.sizes), dtype=self._dtype, device=self._device)
+        self.elements = [0] * len(self.sizes)
+        first = self.means[0]
+        self._sums = torch.zeros(4, sum(self.sizes), dtype=wide(first.dtype), device=first.device)
         self._mean, self._within, self._between, self._unit = self._sums.unbind()
-        self.elements = [0] * len(self.means)
         self._factors: dict[tuple[float, ...], Tensor] = {}
 
     # Around a window.
 
     def begin(self) -> None:
         """Keeps what the buffers hold, and empties the sums."""
-        self._start_mean = self._flat(self.means)
-        self._start_variance = self._flat(self.variances)
+        self._start = self._flat(self.means, self.variances)
         if self.batches:
-            self._start_batches = torch.stack(self.batches)
+            self._start_batches = torch.stack(list(self.batches.values()))
         self._sums.zero_()
-        self.elements = [0] * len(self.means)
+        self.elements = [0] * len(self.sizes)
 
     def put_back(self) -> None:
         """Gives the buffers what they held at `begin`, bit for bit."""
-        self._write(self._start_mean, self._start_variance, range(len(self.sizes)))
+        self._write(self._start, range(len(self.sizes)))
         self.put_back_batches()
 
     def put_back_one(self, place: int) -> None:
         """The same for one layer's mean and variance."""
-        self._write(self._start_mean, self._start_variance, (place,))
+        self._write(self._start, (place,))
 
-    def put_back_batches(self) -> None:
-        """The same for `num_batches_tracked` alone."""
+    def put_back_batches(self, plus_one: Container[int] = ()) -> None:
+        """The same for `num_batches_tracked` alone, and one batch more for some layers."""
         if self.batches:
-            torch._foreach_copy_([count.data for count in self.batches], list(self._start_batches.unbind()))
+            more = [int(place in plus_one) for place in self.batches]
+            counts = self._start_batches + 1 if all(more) else self._start_batches
+            torch._foreach_copy_([count.data for count in self.batches.values()], list(counts.unbind()))
+            if any(more) and not all(more):
+                torch._foreach_add_([count.data for place, count in self.batches.items() if place in plus_one], 1)
 
-    def counted(self, place: int) -> bool:
-        """Whether a layer's `num_batches_tracked` has moved since `begin`. Waits for the device."""
-        if place not in self._count_at:
-            return False
-        at = self._count_at.index(place)
-        return not torch.equal(self.batches[at], self._start_batches[at])
+    def scale_batches(self, factor: int, places: Container[int]) -> None:
+        """Multiplies the batches that some layers have counted, until they are put back."""
+        for place, count in self.batches.items():
+            if place in places:
+                count.data.mul_(factor)
 
-    def count_batch(self, places: Sequence[int]) -> None:
-        """Counts one batch for each of these layers."""
-        wanted = set(places)
-        batches = [count.data for place, count in zip(self._count_at, self.batches, strict=True) if place in wanted]
-        if batches:
-            torch._foreach_add_(batches, 1)
+    def counted(self) -> list[int]:
+        """The layers whose `num_batches_tracked` has moved since `begin`. Waits for the device."""
+        if not self.batches:
+            return []
+        moved = (torch.stack(list(self.batches.values())) != self._start_batches).tolist()
+        return [place for place, odd in zip(self.batches, moved, strict=True) if odd]
 
     # In a window.
 
-    def add(self, calls: dict[int, tuple[int, Tensor, Tensor]]) -> None:
+    def add(self, calls: Mapping[int, tuple[int, Tensor, Tensor]]) -> None:
         """Enters one call for each of some layers: place -> (elements, mean, unbiased variance)."""
-        if len(calls) == len(self.sizes):
-            means, variances = ([calls[place][part] for place in range(len(calls))] for part in (1, 2))
+        every = len(calls) == len(self.sizes)
+        if every:
+            means = [calls[place][1] for place in range(len(calls))]
+            variances = [calls[place][2] for place in range(len(calls))]
         else:  # a layer that was not called weighs 0, with its own sums for data
-            means, variances = list(self._mean.split(self.sizes)), list(self._within.split(self.sizes))
+            means, variances = self._parts(self._mean), self._parts(self._within)
             for place, (_, mean, variance) in calls.items():
                 means[place], variances[place] = mean, variance
         weights = [0.0] * len(self.sizes)
         for place, (elements, _, _) in calls.items():
             self.elements[place] += elements
-            if elements:
-                weights[place] = elements / self.elements[place]
+            weights[place] = elements / (self.elements[place] or 1)
         weight = self._factor(weights)
-        called = self._factor([float(place in calls) for place in range(len(self.sizes))])
-        variance = self._flat(variances)
-        away = self._flat(means) - self._mean
-        self._mean += away * weight
-        self._between += away.square_().mul_(weight)
-        self._between *= 1.0 - weight
-        self._within += (variance - self._within) * weight
-        self._unit += variance * called
+        called = 1.0 if every else self._factor([float(place in calls) for place in range(len(self.sizes))])
+        new = self._flat(means, variances)
+        away = new[0] - self._mean
+        self._between.addcmul_(away * weight, away).mul_(1.0 - weight)
+        self._sums[:2].lerp_(new, weight)
+        _add(self._unit, new[1], called)
 
     # At a window's end.
 
     def weigh(self, totals: Sequence[int]) -> list[Tensor]:
         """Weighs this rank's sums by its share of all ranks' elements; what is returned is to be summed over ranks."""
         self._own_mean = self._mean.clone()
-        self._share = self._factor([own / total if total else 0.0 for own, total in zip(self.elements, totals)])
+        self._share = self._shares(totals)
         self._sums[:3] *= self._share
         return [self._mean, self._within, self._unit]
 
@@ -139,80 +138,87 @@ class Pool:
         instances: Sequence[bool],
         corrections: Sequence[float],
     ) -> None:
-        """running ← (1 − m)·running + m·pooled, from what the buffers held at `begin`; None: their average so far.
+        """running ← (1 − m)·running + m·pooled, from what the buffers held at `begin`. Ends the window's sums.
 
         Args:
-            totals: each layer's elements over the window and all ranks; a layer with 0 is left as it is.
-            momenta: each layer's own. None takes 1 / (batches counted so far + 1).
+            totals: each layer's elements over the window and all ranks; a layer with 0 is put back.
+            momenta: each layer's own. None is the average so far: 1 / (batches counted at `begin` + 1).
             instances: whether a layer's statistics are averages over instances.
             corrections: what a call's "− 1" is on one rank (1/g where g ranks share a call's statistics).
         """
-        divisors = [max(total - 1, 1) for total in totals]
-        whole = [1.0 if average else total / divisor for total, divisor, average in zip(totals, divisors, instances)]
-        between = [0.0 if average else factor for factor, average in zip(whole, instances)]
-        unit = [
-            0.0 if average else correction / divisor
-            for correction, divisor, average in zip(corrections, divisors, instances)
-        ]
-        variance = self._within * self._factor(whole)
-        variance += self._between * self._factor(between)
-        variance -= self._unit * self._factor(unit)
-        momentum = self._momentum(momenta)
-        rest = 1.0 - momentum
-        self._write(
-            self._mean * momentum + self._start_mean * rest,
-            variance * momentum + self._start_variance * rest,
-            [place for place, total in enumerate(totals) if total],
-        )
+        whole, between, unit = [], [], []
+        for total, average, correction in zip(totals, instances, corrections, strict=True):
+            divisor = max(total - 1, 1)
+            whole.append(1.0 if average else total / divisor)
+            between.append(0.0 if average else total / divisor)
+            unit.append(0.0 if average else -correction / divisor)
+        self._within.mul_(self._factor(whole))
+        _add(self._within, self._between, self._factor(between))
+        _add(self._within, self._unit, self._factor(unit))
+        self._write(torch.lerp(self._start, self._sums[:2], self._momentum(momenta)), _where(totals))
+        self._write(self._start, [place for place, total in enumerate(totals) if not total])
 
     def average(self, ranks: Ranks, totals: Sequence[int]) -> None:
         """Averages the buffers themselves over the ranks, by the elements that each of them saw."""
-        share = self._factor([own / total if total else 0.0 for own, total in zip(self.elements, totals)])
-        means, variances = self._flat(self.means) * share, self._flat(self.variances) * share
-        ranks.sum_gradients([means, variances])
-        self._write(means, variances, [place for place, total in enumerate(totals) if total])
+        buffers = self._flat(self.means, self.variances) * self._shares(totals)
+        ranks.sum_gradients([buffers])
+        self._write(buffers, _where(totals))
 
-    def scale_batches(self, k: int, places: Sequence[int]) -> None:
-        """Multiplies the batches that some layers have counted."""
-        for place, count in zip(self._count_at, self.batches, strict=True):
-            if place in places:
-                count.data.mul_(k)
+    # Parts.
+
+    def _shares(self, totals: Sequence[int]) -> float | Tensor:
+        return self._factor([own / (total or 1) for own, total in zip(self.elements, totals, strict=True)])
 
     def _momentum(self, momenta: Sequence[float | None]) -> float | Tensor:
         factor = self._factor([0.0 if momentum is None else momentum for momentum in momenta])
         if None not in momenta:
             return factor
         expanded = torch.zeros_like(self._mean) + factor
-        parts = expanded.split(self.sizes)
-        for at, place in enumerate(self._count_at):
+        parts = self._parts(expanded)
+        for place, start in zip(self.batches, self._start_batches.unbind(), strict=True):
             if momenta[place] is None:
-                parts[place].copy_((self._start_batches[at] + 1).to(self._dtype).reciprocal())
+                parts[place].copy_((start + 1).to(expanded.dtype).reciprocal())
         return expanded
 
-    def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts)).to(self._dtype)
+    def _flat(self, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
+        return torch.cat([*means, *variances]).to(self._sums.dtype).view(2, -1)
 
-    def _write(self, means: Tensor, variances: Tensor, places: Sequence[int]) -> None:
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        return list(torch.split_with_sizes(flat, self.sizes, -1))
+
+    def _write(self, flat: Tensor, places: Sequence[int]) -> None:
+        """Writes [mean, variance] to the buffers of some layers."""
         # Through `.data`: a graph that waits for its backward has saved the buffers, though in training mode it only
         # uses the batch's statistics, and would refuse them after a change that it can see. torch's update is unseen.
         if places:
-            new_means, new_variances = means.split(self.sizes), variances.split(self.sizes)
+            means, variances = self._parts(flat[0]), self._parts(flat[1])
             torch._foreach_copy_(
                 [self.means[place].data for place in places] + [self.variances[place].data for place in places],
-                [new_means[place] for place in places] + [new_variances[place] for place in places],
+                [means[place] for place in places] + [variances[place] for place in places],
             )
 
     def _factor(self, values: Sequence[float]) -> float | Tensor:
         """A number for each layer, as what a tensor of all channels can be multiplied with."""
-        if len(set(values)) == 1:
-            return values[0]
         key = tuple(values)
+        if len(set(key)) == 1:
+            return key[0]
         if key not in self._factors:
             if len(self._factors) >= _KEPT_FACTORS:
                 self._factors.clear()
-            each = torch.tensor(key, dtype=self._dtype)
-            self._factors[key] = each.repeat_interleave(torch.tensor(self.sizes)).to(self._device)
+            each = torch.tensor(key, dtype=self._sums.dtype)
+            self._factors[key] = each.repeat_interleave(torch.tensor(self.sizes)).to(self._sums.device)
         return self._factors[key]
+
+
+def _add(into: Tensor, other: Tensor, factor: float | Tensor) -> None:
+    if isinstance(factor, Tensor):
+        into.addcmul_(other, factor)
+    else:
+        into.add_(other, alpha=factor)
+
+
+def _where(totals: Sequence[int]) -> list[int]:
+    return [place for place, total in enumerate(totals) if total]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

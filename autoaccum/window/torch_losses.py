@@ -1,7 +1,7 @@
 """torch's losses, and what each divides by.
 
 One row a loss: its module, its function, what its mean runs over, and how it takes what the model returned. Modules,
-subclasses, functions, `functools.partial` of functions and compiled ones are recognised. Settings are read at each
+subclasses, compiled modules, functions and `functools.partial` of functions are recognised. Settings are read at each
 call, as a module's attributes may change. The rows were found by experiment: for each, the tests hold that ragged
 micro-batches so weighted give the whole batch's gradient.
 """
@@ -85,7 +85,7 @@ class TorchLoss:
         Raises:
             SetupError: settings that torch has deprecated hide the reduction.
         """
-        loss = getattr(loss, "_orig_mod", getattr(loss, "_torchdynamo_orig_callable", loss))  # torch.compile
+        loss = getattr(loss, "_orig_mod", loss)  # torch.compile
         settings: Mapping[str, Any] = {}
         if isinstance(loss, functools.partial):
             if loss.args:  # the outputs or the targets are fixed beforehand: not a loss of (outputs, targets)

@@ -1,0 +1,159 @@
+"""What every source of samples has in common: what is known of it, trials, and an epoch's base.
+
+Choices made here:
+
+- A source draws nothing when it is opened or tried, so that probing leaves the generators alone. Each epoch draws one
+  number when it begins, and nothing where nothing depends on it.
+- The state that makes an epoch repeatable is that of the generators it drew from, at its start. It is kept for the
+  epoch in progress and goes into checkpoints; an epoch that is entered again in the middle (`start > 0`) begins from it
+  and leaves the global generators as they are.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoaccum.data import tree
+from autoaccum.data.cuts import Cutter
+from autoaccum.data.draws import draw, mix, preserved
+from autoaccum.errors import CheckpointError, DataError
+from autoaccum.ranks import Ranks
+
+__all__ = ["Read", "Source"]
+
+Read = tuple[int, tuple[int, ...], list[Any]]
+"""A window as a source reads it: samples over all ranks, this rank's sizes, this rank's micro-batches."""
+
+
+class Source(ABC):
+    """The user's data. `open_source` makes it; `windows` reads it.
+
+    Attributes:
+        kind: what it was made from, in a word.
+        length: samples in an epoch; None where it has no known end.
+        loader_batch: the DataLoader's batch size, where there is one.
+        drop_last: the DataLoader drops a short last batch.
+        one_shot: it can be read only once.
+        varies: one line on samples that differ in size, once a trial has looked at some; None where they do not.
+    """
+
+    kind: str
+    length: int | None = None
+    loader_batch: int | None = None
+    drop_last: bool = False
+    one_shot: bool = False
+    varies: str | None = None
+
+    def __init__(self, *, seed: int | None, ranks: Ranks, worst_case: Any) -> None:
+        self._seed, self._ranks, self._worst_case = seed, ranks, worst_case
+        self._epoch: int | None = None
+        self._starts: list[Tensor] = []
+
+    def trial(self, size: int) -> Any:
+        """`size` real samples as one batch on the host; where there are fewer, they are repeated.
+
+        Nothing is used up, and no generator is changed. Where samples differ in size, the largest of those looked at
+        are taken. `worst_case` is taken instead, where it was given.
+
+        Raises:
+            DataError: there are no samples, or they cannot be read or collated.
+        """
+        if size < 1:
+            raise DataError(f"a trial of {size} samples: it needs at least one")
+        if self._worst_case is None:
+            return self._trial(size)
+        if not callable(self._worst_case):
+            return tree.repeat(self._worst_case, size)
+        batch = self._worst_case(size)
+        found = tree.batch_size(batch)
+        if found != size:
+            raise DataError(
+                f"worst_case({size}) returned a batch of {found} samples: it must have as many as asked for"
+            )
+        return batch
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data, for checkpoints and caches: plain values."""
+        return {"kind": self.kind, "length": self.length}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes the epoch in progress repeatable: its number, and generators' states as byte tensors."""
+        return {
+            "epoch": self._epoch,
+            "starts": list(self._starts),
+            "generators": [generator.get_state() for generator in self._own_generators()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on as the source that gave `state` would have.
+
+        Raises:
+            CheckpointError: that source drew from other generators.
+        """
+        own, starts = self._own_generators(), list(state["starts"])
+        expected = len(self._generators())
+        if len(own) != len(state["generators"]) or (state["epoch"] is not None and len(starts) not in (0, expected)):
+            raise CheckpointError(
+                f"the checkpoint's data drew from {len(starts)} random generators and this data draws from {expected}: "
+                "give the same data, with the same seed and generators, or start a training of its own"
+            )
+        for generator, kept in zip(own, state["generators"]):
+            generator.set_state(kept)
+        self._epoch, self._starts = state["epoch"], starts
+
+    def expect_ranks(self, rank: int, world_size: int) -> None:
+        """Checks that a plan for one of several ranks is for this one.
+
+        Raises:
+            DataError: it is for another, so that samples would be lost or seen twice.
+        """
+        here = (self._ranks.rank, self._ranks.size)
+        if here != (rank, world_size):
+            raise DataError(
+                f"the plan is for rank {rank} of {world_size} and the data is read by rank {here[0]} of {here[1]}: make "
+                f"the plan with rank={here[0]} and world_size={here[1]}"
+            )
+
+    @abstractmethod
+    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
+        """The epoch's windows from the one numbered `start`; those before it are passed over."""
+
+    @abstractmethod
+    def _trial(self, size: int) -> Any:
+        """`size` samples of the data as one batch."""
+
+    # --- an epoch's base ---
+
+    def _own_generators(self) -> list[torch.Generator]:
+        """Generators of the user's that reading the data draws from."""
+        return []
+
+    def _base_generator(self) -> torch.Generator | None:
+        """What a base is drawn from; None: it follows from the seed."""
+        return torch.default_generator if self._seed is None else None
+
+    def _generators(self) -> list[torch.Generator]:
+        found = [*self._own_generators(), self._base_generator()]
+        return list({id(generator): generator for generator in found if generator is not None}.values())
+
+    def _beginning(self, again: bool) -> AbstractContextManager[None]:
+        """Where an epoch is begun: the second time without a trace in the global generators."""
+        return preserved() if again else nullcontext()
+
+    def _begin(self, epoch: int, again: bool) -> int:
+        """The epoch's base; `again` where its windows up to some were read before."""
+        generators = self._generators()
+        if again and epoch == self._epoch and len(self._starts) == len(generators):
+            for generator, state in zip(generators, self._starts):
+                generator.set_state(state)
+        else:
+            self._epoch, self._starts = epoch, [generator.get_state() for generator in generators]
+        source = self._base_generator()
+        base = mix(self._seed or 0, epoch) if source is None else draw(source)
+        if self._ranks.size > 1:
+            base = int(self._ranks.broadcast(torch.tensor(base, dtype=torch.int64)))
+        return base

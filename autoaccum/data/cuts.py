@@ -1,0 +1,116 @@
+"""How the plan cuts what lies ahead: a window's samples, this rank's part of them, its micro-batches.
+
+The plan is asked for each window anew, since it changes when memory runs out. Sources ask here and never look into a
+plan themselves; the arithmetic is `planning.split`'s.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autoaccum.data import tree
+from autoaccum.errors import DataError, PlanError
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split, look_ahead, next_window
+
+__all__ = ["Cut", "Cutter", "Look"]
+
+Look = Callable[[int], tuple[int, bool]]
+"""How many samples lie ahead, looked for up to so many, and whether there will be no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A window of `total` samples over all ranks: this rank has [start, stop) of them, in micro-batches of `sizes`."""
+
+    total: int
+    start: int
+    stop: int
+    sizes: tuple[int, ...]
+
+
+class Cutter:
+    """Cuts windows by whatever `plan()` says at the time."""
+
+    def __init__(self, plan: Callable[[], Plan], drop_last: bool) -> None:
+        self._ask, self._drop_last = plan, drop_last
+        self._known: Plan | None = None
+        self._cuts: dict[int, Cut] = {}
+        self._refresh()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is now."""
+        return self._refresh()
+
+    def total(self, look: Look) -> int:
+        """Samples of the next window over all ranks; 0 where the epoch is over.
+
+        A tail that is too small to be cut (see `planning.split.next_window`) is part of the window before it.
+        """
+        plan = self._refresh()
+        ahead, ended = look(self._needed)
+        if ahead > 2 * self._needed:
+            return plan.target_batch
+        total = next_window(
+            ahead, plan.target_batch, ended=ended, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
+        )
+        assert total is not None  # as much was looked for as the answer needs
+        return total
+
+    def cut(self, total: int) -> Cut:
+        """This rank's part of a window of `total` samples.
+
+        Raises:
+            PlanError: the plan cannot cut such a window.
+        """
+        plan = self._refresh()
+        if total not in self._cuts:
+            self._cuts[total] = Cut(total, *plan.share(total), plan.split(total))
+        return self._cuts[total]
+
+    def pieces(self, portions: Sequence[Any]) -> list[Any]:
+        """Ready batches, or what a window takes of them, each cut evenly into micro-batches.
+
+        One that is below the plan's minimum joins its neighbour.
+
+        Raises:
+            DataError: a portion can be neither cut nor joined.
+        """
+        plan = self._refresh()
+        limit = plan.limits[plan.rank]
+        pieces = []
+        for portion in _joined(portions, plan.minimum):
+            samples = tree.batch_size(portion)
+            try:
+                sizes = even_split(samples, limit, minimum=plan.minimum, multiple_of=plan.multiple_of)
+            except PlanError as error:
+                raise DataError(
+                    f"{samples} samples of a ready batch fall into one window, and cannot be cut into micro-batches of "
+                    f"{plan.minimum} to {limit}: choose a target batch that is a multiple of the loader's batches, or "
+                    "give a loader with batch_size=, whose batching can be redone"
+                ) from error
+            pieces += tree.split(portion, sizes)
+        return pieces
+
+    def _refresh(self) -> Plan:
+        plan = self._ask()
+        if plan is not self._known:
+            self._known, self._cuts = plan, {}
+            self._tail = "drop" if self._drop_last else plan.tail
+            self._roomiest = max(plan.limits)
+            self._needed = plan.target_batch + look_ahead(
+                plan.target_batch, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
+            )
+        return plan
+
+
+def _joined(portions: Sequence[Any], minimum: int) -> list[Any]:
+    """The portions, each below `minimum` samples joined to the one before it; the first to the one behind it."""
+    result: list[Any] = []
+    for portion in portions:
+        if result and min(tree.batch_size(portion), tree.batch_size(result[-1])) < minimum:
+            result[-1] = tree.join([result[-1], portion])
+        else:
+            result.append(portion)
+    return result

@@ -1,0 +1,147 @@
+"""Random numbers for the data: whose generator is used when, and how it comes back.
+
+Choices made here:
+
+- What an epoch draws follows from one number, its base. With a seed the base is a function of (seed, epoch); without
+  one it is drawn as `iter(DataLoader)` draws it, from the loader's generator or else from torch's, so that a loader
+  shows its samples in the order that a loop by hand would have seen.
+- Code of the user's that draws from the global generators while data is read (samplers, streams) draws from a `Lane`
+  instead: the global generators as they would be if only the data used them. So dropout does not change the order of
+  the data, nor the data the dropout, and reading an epoch again gives what it gave before.
+- Samples that workers fetch are seeded one by one from (base, position in the epoch): neither the number of
+  micro-batches, nor of workers, nor a restart changes an augmentation. The position rather than the index, because a
+  sampler with replacement may show an index twice in an epoch, and should see it augmented in two ways.
+- numpy is never imported, only looked up.
+"""
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Lane", "draw", "mix", "preserved", "seed_sample"]
+
+_MASK = 2**64 - 1
+
+
+def mix(*numbers: int) -> int:
+    """One number below 2**63 from several; any change of any of them changes it at random.
+
+    The finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied after each number.
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def draw(generator: torch.Generator) -> int:
+    """A number below 2**63, drawn as `iter(DataLoader)` draws its base seed."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+
+
+def seed_sample(seed: int) -> None:
+    """Seeds torch (on the CPU), Python and, where it is loaded, numpy."""
+    # torch.manual_seed would seed every accelerator too, which a worker must not touch.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.seed(seed & 0xFFFFFFFF)
+
+
+class _Globals:
+    """The state of the global generators at one moment."""
+
+    def __init__(self) -> None:
+        numpy = _numpy()
+        self.torch: Tensor = torch.get_rng_state()
+        self.python = random.getstate()
+        self.numpy = numpy.get_state() if numpy is not None else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        numpy = _numpy()
+        if numpy is not None and self.numpy is not None:
+            numpy.set_state(self.numpy)
+
+
+class Lane:
+    """Inside `with lane:` the global generators are the lane's own, and go on where its last use left them."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._inside: _Globals | None = None
+        self._outside: _Globals | None = None
+
+    def __enter__(self) -> None:
+        self._outside = _Globals()
+        if self._inside is None or (self._inside.numpy is None and _numpy() is not None):
+            seed_sample(self._seed)
+        if self._inside is not None:
+            self._inside.restore()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._inside = _Globals()
+        if self._outside is not None:
+            self._outside.restore()
+
+
+@contextmanager
+def preserved(*owners: Any) -> Iterator[None]:
+    """Leaves every generator as it was: the global ones, and those that `owners` (datasets, samplers) hold."""
+    before = _Globals()
+    held = [(generator, _state(generator)) for owner in owners for generator in _held_by(owner)]
+    try:
+        yield
+    finally:
+        before.restore()
+        for generator, state in held:
+            _set_state(generator, state)
+
+
+def _held_by(owner: Any, depth: int = 3) -> Iterator[Any]:
+    """Generators among the attributes of `owner`, and of the dataset that it wraps, as a Subset does."""
+    for value in getattr(owner, "__dict__", {}).values():
+        if _state(value) is not None:
+            yield value
+    inner = getattr(owner, "dataset", None)
+    if inner is not None and depth:
+        yield from _held_by(inner, depth - 1)
+
+
+def _state(value: Any) -> Any:
+    """The state of a generator of torch, Python or numpy; None for any other object."""
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy = _numpy()
+    if numpy is not None and isinstance(value, numpy.Generator):
+        return value.bit_generator.state
+    if numpy is not None and isinstance(value, numpy.RandomState):
+        return value.get_state()
+    return None
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, (torch.Generator,)) or hasattr(generator, "set_state"):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _numpy() -> Any:
+    """numpy.random, where something has loaded it."""
+    return sys.modules.get("numpy.random")

@@ -1,0 +1,158 @@
+"""Samples by their indices, fetched and collated into one micro-batch: in workers or in this process.
+
+An error of the dataset or of its collate function becomes a DataError that names the index, with the original as its
+cause. From a worker it travels as a value, since torch would rebuild a raised one from its text and lose the cause.
+"""
+
+import pickle
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from autoaccum.data.draws import mix, seed_sample
+from autoaccum.errors import DataError
+
+__all__ = ["Ask", "Failure", "Fetcher"]
+
+
+class Ask(NamedTuple):
+    """One micro-batch that is wanted."""
+
+    indices: Sequence[Any]
+    position: int
+    """Of the first index in the epoch's order."""
+    base: int | None
+    """The epoch's base, where every sample is to be seeded from it."""
+
+
+class WorkerTraceback(Exception):
+    """The text of a traceback in another process, which is all that survives the way."""
+
+    def __str__(self) -> str:
+        return "\n" + str(self.args[0])
+
+
+class Failure:
+    """An error on its way out of a worker."""
+
+    def __init__(self, message: str, error: Exception) -> None:
+        self.message = message
+        self.text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        self.error = error if _survives(error) else RuntimeError(f"{type(error).__name__}: {error}")
+
+    def raise_here(self) -> None:
+        """Raises it as a DataError in this process."""
+        self.error.__cause__ = WorkerTraceback(self.text)
+        raise DataError(self.message) from self.error
+
+
+class Fetcher:
+    """A dataset and its collate function; as a dataset of a DataLoader it answers each Ask with a whole batch.
+
+    Other attributes are the dataset's own, so that a `worker_init_fn` finds and sets them where it always did.
+    """
+
+    _dataset: Any
+    _collate: Callable[[list[Any]], Any]
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        vars(self).update(_dataset=dataset, _collate=collate)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_dataset"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_dataset"], name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Fetcher, (self._dataset, self._collate)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, ask: Ask) -> Any:
+        """The batch that a worker was asked for, or its Failure."""
+        try:
+            return self.batch(ask)
+        except DataError as error:
+            cause = error.__cause__
+            return Failure(str(error), cause if isinstance(cause, Exception) else error)
+
+    def batch(self, ask: Ask) -> Any:
+        """The micro-batch.
+
+        Raises:
+            DataError: the dataset or the collate function failed.
+        """
+        samples = self._samples(ask)
+        if ask.base is not None:
+            seed_sample(mix(ask.base, ask.position, 1))  # a collate function may draw too, as for masked words
+        return self.collated(samples, ask.indices)
+
+    def sample(self, index: Any) -> Any:
+        """One sample.
+
+        Raises:
+            DataError: the dataset failed; the index is named.
+        """
+        try:
+            return self._dataset[index]
+        except Exception as error:
+            raise DataError(
+                f"sample {index!r} of the dataset ({type(self._dataset).__name__}) could not be read: "
+                f"{type(error).__name__}: {error}; repair it, or leave its index out with a Subset"
+            ) from error
+
+    def collated(self, samples: list[Any], indices: Sequence[Any] | None = None) -> Any:
+        """The samples as one batch.
+
+        Raises:
+            DataError: the collate function failed.
+        """
+        try:
+            return self._collate(samples)
+        except Exception as error:
+            which = f"samples {', '.join(map(repr, indices[:8]))}" if indices else f"{len(samples)} samples"
+            which += ", ..." if indices and len(indices) > 8 else ""
+            raise DataError(
+                f"{which} could not be made into one batch: {type(error).__name__}: {error}; give a DataLoader with a "
+                "collate_fn that pads them (a list is read as a dataset of samples; tensors that belong together go "
+                "into a tuple or a dict)"
+            ) from error
+
+    def _samples(self, ask: Ask) -> list[Any]:
+        fetch_all = getattr(self._dataset, "__getitems__", None)
+        if callable(fetch_all) and (ask.base is None or not _draws(self._dataset)):
+            return self._together(fetch_all, list(ask.indices))
+        if ask.base is None:
+            return [self.sample(index) for index in ask.indices]
+        samples = []
+        for offset, index in enumerate(ask.indices):
+            seed_sample(mix(ask.base, ask.position + offset))
+            samples.append(self.sample(index))
+        return samples
+
+    def _together(self, fetch_all: Callable[[list[Any]], Any], indices: list[Any]) -> list[Any]:
+        try:
+            return list(fetch_all(indices))
+        except Exception as error:
+            for index in indices:  # the one at fault fails again, and is named
+                self.sample(index)
+            raise DataError(
+                f"samples {indices[0]!r} to {indices[-1]!r} of the dataset ({type(self._dataset).__name__}) could not "
+                f"be read together: {type(error).__name__}: {error}; repair its __getitems__"
+            ) from error
+
+
+def _draws(dataset: Any) -> bool:
+    """Whether fetching may draw random numbers; a Hugging Face dataset does only where it has a transform."""
+    form = getattr(dataset, "format", None)
+    return not isinstance(form, dict) or form.get("type") == "custom"
+
+
+def _survives(error: Exception) -> bool:
+    """Whether the error comes out of pickling as it went in."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except (pickle.PickleError, TypeError, AttributeError, ValueError, LookupError, ImportError, OSError, RuntimeError):
+        return False

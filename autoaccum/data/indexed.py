@@ -1,0 +1,158 @@
+"""Data whose samples have indices: which are read in what order, and tensors, whose rows need no loader.
+
+A window's rows of a tensor are gathered once and handed out as views of that copy. So a micro-batch costs a few
+microseconds, and nothing that a model does to its input in place reaches the user's tensors.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from autoaccum.data import tree
+from autoaccum.data.base import Read, Source
+from autoaccum.data.cuts import Cutter
+from autoaccum.data.orders import (
+    Order,
+    Permutation,
+    SamplerOrder,
+    length_of,
+    possible_indices,
+    shared_order,
+    undistributed,
+)
+from autoaccum.data.structure import children
+from autoaccum.errors import DataError
+from autoaccum.ranks import Ranks
+
+__all__ = ["IndexedSource", "TensorSource"]
+
+
+class IndexedSource(Source):
+    """Samples by their indices, in an order of our own or that of a DataLoader's sampler.
+
+    Args:
+        length: of the dataset.
+        loader: whose sampler, generator, batch size and drop_last are kept; None: `shuffle` decides the order.
+    """
+
+    def __init__(
+        self,
+        length: int | None,
+        loader: DataLoader[Any] | None,
+        *,
+        shuffle: bool,
+        seed: int | None,
+        ranks: Ranks,
+        worst_case: Any,
+    ) -> None:
+        super().__init__(seed=seed, ranks=ranks, worst_case=worst_case)
+        self._loader, self._shuffle = loader, shuffle
+        self._sampler = undistributed(loader.sampler) if loader is not None else None
+        self._rows = length
+        self.length = length if self._sampler is None else length_of(self._sampler)
+        if loader is not None:
+            self.loader_batch, self.drop_last = loader.batch_size, loader.drop_last
+        if length == 0 or self.length == 0:
+            raise DataError(f"the data is empty: its {self.kind} hold no samples, and training needs at least one")
+
+    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
+        """The epoch's windows from the one numbered `start`; of those before it only indices are read."""
+        order, base = self._order(epoch, again=start > 0)
+        position = 0
+        for _ in range(start):
+            total = cutter.total(order.look)
+            order.take(total)
+            position += total
+        return self._windows(order, cutter, base, position)
+
+    @abstractmethod
+    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+        """The windows of what is left of `order`, `position` samples into the epoch."""
+
+    def _order(self, epoch: int, again: bool) -> tuple[Order, int]:
+        """The order of the epoch, and its base."""
+        sampler = self._sampler
+        if sampler is None and not self._shuffle:
+            return Permutation(self._rows or 0, None), 0
+        with self._beginning(again):
+            base = self._begin(epoch, again)
+            if sampler is None:
+                return Permutation(self._rows or 0, base), base
+            if callable(getattr(sampler, "set_epoch", None)):
+                sampler.set_epoch(epoch)
+            make = partial(SamplerOrder, sampler, base, follow_global=self._seed is None)
+            return (make() if self._ranks.size == 1 else shared_order(make, self.length, self._ranks)), base
+
+    def _own_generators(self) -> list[torch.Generator]:
+        found = [getattr(owner, "generator", None) for owner in (self._loader, self._sampler)]
+        return [generator for generator in found if generator is not None]
+
+    def _base_generator(self) -> torch.Generator | None:
+        own = self._loader.generator if self._loader is not None else None
+        return own if own is not None else super()._base_generator()
+
+
+class TensorSource(IndexedSource):
+    """A tensor, or a tuple, dict or other structure of equally long tensors; micro-batches have the same structure."""
+
+    kind = "tensors"
+
+    def __init__(self, data: Any, loader: DataLoader[Any] | None = None, **common: Any) -> None:
+        super().__init__(tree.batch_size(data), loader, **common)
+        self._data = data
+        self._tensors = [tensor for _, tensor in tree.tensors(data)]
+        self._flat = all(isinstance(child, Tensor) for child in children(data) or ())
+        self._strided = all(t.layout is torch.strided and not t.is_nested for t in self._tensors)
+
+    def _trial(self, size: int) -> Any:
+        candidates = possible_indices(self._sampler, self._rows)
+        rows = torch.tensor([candidates[number % len(candidates)] for number in range(size)], dtype=torch.int64)
+        return self._like(self._gather(rows))
+
+    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+        while total := cutter.total(order.look):
+            cut = cutter.cut(total)
+            rows = order.rows(total)
+            if cut.stop - cut.start != total:
+                rows = _part(rows, cut.start, cut.stop)
+            sizes = cut.sizes
+            if not sizes:
+                yield total, sizes, []
+                continue
+            window = self._gather(rows)
+            if len(sizes) == 1:
+                yield total, sizes, [self._like(window)]
+            elif self._strided:
+                pieces = [tensor.split(sizes) for tensor in window]  # type: ignore[no-untyped-call]
+                yield total, sizes, [self._like(parts) for parts in zip(*pieces)]
+            else:
+                yield total, sizes, tree.split(self._like(window), sizes)
+
+    def _gather(self, rows: Tensor | slice) -> list[Tensor]:
+        if not self._strided:
+            numbers = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+            return [tree.take_rows(tensor, numbers) for tensor in self._tensors]
+        if isinstance(rows, slice):
+            return [tensor[rows].clone() for tensor in self._tensors]
+        return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors]
+
+    def _like(self, parts: Sequence[Tensor]) -> Any:
+        """The parts in the structure of the data."""
+        kind = type(self._data)
+        if self._flat and kind is dict:
+            return dict(zip(self._data, parts))
+        if self._flat and kind in (tuple, list):
+            return kind(parts)
+        remaining = iter(parts)
+        return tree.map_tensors(lambda _: next(remaining), self._data)
+
+
+def _part(rows: Tensor | slice, start: int, stop: int) -> Tensor | slice:
+    if isinstance(rows, slice):
+        return slice(rows.start + start, rows.start + stop)
+    return rows[start:stop]

@@ -1,0 +1,206 @@
+"""Datasets with indices, read as micro-batches: in this process, or by a DataLoader's workers.
+
+Choices made here:
+
+- The collate function sees one micro-batch, never a larger one: what it pads, it pads for what runs together.
+- Workers get a DataLoader of our own whose batch sampler names the samples of each micro-batch. They fetch ahead under
+  the plan of the moment. When the plan changes, what was fetched ahead is let go and asked for again in the new sizes,
+  so that a window is collated as it will be after a restart.
+- In this process samples are fetched when their window is due, with the generators as they are: a checkpoint at a
+  window boundary has them. Workers are seeded for each sample (see `draws.py`).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from autoaccum.data import tree
+from autoaccum.data.base import Read
+from autoaccum.data.cuts import Cut, Cutter
+from autoaccum.data.draws import mix, preserved
+from autoaccum.data.fetch import Ask, Failure, Fetcher
+from autoaccum.data.indexed import IndexedSource
+from autoaccum.data.orders import Order, length_of, possible_indices
+from autoaccum.data.pool import Pool, spread
+
+__all__ = ["MapSource", "as_is", "kept_settings"]
+
+
+class MapSource(IndexedSource):
+    """A dataset with `__getitem__`: by itself, or of a DataLoader whose settings are kept.
+
+    Args:
+        dataset: the samples.
+        collate: a list of samples -> a batch.
+        loader: the DataLoader, if any.
+    """
+
+    kind = "dataset"
+
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Any], loader: DataLoader[Any] | None = None, **common: Any
+    ) -> None:
+        super().__init__(length_of(dataset), loader, **common)
+        self._fetcher, self._dataset = Fetcher(dataset, collate), dataset
+        self._pool = Pool(self._samples_from, dataset)
+        self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
+        self._workers = _Workers(self._fetcher, loader) if loader is not None and loader.num_workers else None
+
+    def _trial(self, size: int) -> Any:
+        samples, self.varies = self._pool.choose(size)
+        with preserved(self._dataset):
+            return self._fetcher.collated(samples)
+
+    def _samples_from(self, start: int) -> Iterator[Any]:
+        candidates = possible_indices(self._sampler, self._rows)
+        return (self._fetcher.sample(candidates[number]) for number in spread(len(candidates), start))
+
+    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+        self._pool.close()
+        schedule = _Schedule(order, cutter, position)
+        if self._workers is not None:
+            return self._workers.windows(schedule, base)
+        return self._in_this_process(schedule)
+
+    def _in_this_process(self, schedule: "_Schedule") -> Iterator[Read]:
+        while entry := schedule.next():
+            batches = [self._fetcher.batch(ask) for ask in entry.asks(None)]
+            if self._pin:
+                batches = [tree.map_tensors(lambda tensor: tensor.pin_memory(), batch) for batch in batches]
+            yield entry.cut.total, entry.cut.sizes, batches
+
+
+class _Entry(NamedTuple):
+    """One window that is to be fetched: how it is cut, the indices of all ranks, and where in the epoch it begins."""
+
+    cut: Cut
+    indices: Sequence[Any]
+    position: int
+
+    def asks(self, base: int | None) -> Iterator[Ask]:
+        """This rank's micro-batches."""
+        start = self.cut.start
+        for size in self.cut.sizes:
+            yield Ask(self.indices[start : start + size], self.position + start, base)
+            start += size
+
+
+class _Schedule:
+    """The windows of an epoch, one after another, cut by the plan of the moment."""
+
+    def __init__(self, order: Order, cutter: Cutter, position: int) -> None:
+        self._order, self._cutter, self._position = order, cutter, position
+
+    def next(self) -> _Entry | None:
+        """The next window; None at the epoch's end."""
+        total = self._cutter.total(self._order.look)
+        if not total:
+            return None
+        entry = _Entry(self._cutter.cut(total), self._order.take(total), self._position)
+        self._position += total
+        return entry
+
+    def recut(self, entry: _Entry) -> _Entry:
+        """The window cut by the plan as it is now: the same entry, where that changes nothing."""
+        cut = self._cutter.cut(entry.cut.total)
+        return entry if cut == entry.cut else entry._replace(cut=cut)
+
+
+class _Workers:
+    """A DataLoader's worker processes, fetching micro-batches ahead."""
+
+    def __init__(self, fetcher: Fetcher, loader: DataLoader[Any]) -> None:
+        self._asks = _Asks()
+        self._seeds = torch.Generator()
+        self._loader: DataLoader[Any] = DataLoader(
+            fetcher,  # type: ignore[arg-type]  # a dataset by its methods
+            batch_sampler=self._asks,  # type: ignore[arg-type]  # the fetcher understands an Ask
+            collate_fn=as_is,
+            generator=self._seeds,
+            **kept_settings(loader),
+        )
+
+    def windows(self, schedule: _Schedule, base: int) -> Iterator[Read]:
+        """The windows of the schedule."""
+        asks = self._asks
+        asks.begin(schedule, base)
+        batches: Iterator[Any] | None = None
+        while entry := asks.due():
+            wanted = schedule.recut(entry)
+            if wanted is not entry:
+                asks.again()
+                batches, entry = None, wanted
+            if batches is None and entry.cut.sizes:
+                self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
+                batches = iter(self._loader)
+            fetched = [_checked(next(batches)) for _ in entry.cut.sizes] if batches is not None else []
+            asks.done()
+            yield entry.cut.total, entry.cut.sizes, fetched
+
+
+class _Asks:
+    """The batch sampler of the workers' DataLoader: windows that are due, and as many more as it fetches ahead."""
+
+    def __init__(self) -> None:
+        self._due: deque[_Entry] = deque()
+        self._unasked: deque[_Entry] = deque()
+
+    def begin(self, schedule: _Schedule, base: int) -> None:
+        self._schedule, self._base = schedule, base
+        self._due.clear()
+        self._unasked.clear()
+
+    def due(self) -> _Entry | None:
+        """The window that is wanted next."""
+        return self._due[0] if self._due or self._more() else None
+
+    def done(self) -> None:
+        """It was fetched."""
+        self._due.popleft()
+
+    def again(self) -> None:
+        """Everything not yet done is to be asked for again, cut by the plan as it is now."""
+        self._due = deque(map(self._schedule.recut, self._due))
+        self._unasked = deque(self._due)
+
+    def _more(self) -> bool:
+        entry = self._schedule.next()
+        if entry is None:
+            return False
+        self._due.append(entry)
+        self._unasked.append(entry)
+        return True
+
+    def __iter__(self) -> Iterator[Ask]:
+        while self._unasked or self._more():
+            yield from self._unasked.popleft().asks(self._base)
+
+
+def _checked(batch: Any) -> Any:
+    if isinstance(batch, Failure):
+        batch.raise_here()
+    return batch
+
+
+def kept_settings(loader: DataLoader[Any]) -> dict[str, Any]:
+    """What a DataLoader of our own takes over from the user's: how it works, not what it batches."""
+    settings: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "prefetch_factor": loader.prefetch_factor,
+        "persistent_workers": loader.persistent_workers,
+    }
+    if loader.pin_memory_device:  # deprecated where torch no longer needs it: passed on only where it was given
+        settings["pin_memory_device"] = loader.pin_memory_device
+    return settings
+
+
+def as_is(batch: Any) -> Any:
+    """The collate function of a loader whose dataset gives whole batches."""
+    return batch

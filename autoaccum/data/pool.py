@@ -1,0 +1,129 @@
+"""The samples that trials are made of: real ones, looked at once, the largest first.
+
+Choices made here:
+
+- A trial must not be smaller than what training will meet. So 16 samples are looked at, and 64 where those differ in
+  size; the largest come first, so that every trial holds the largest one, and padded batches of different numbers of
+  samples have the same length.
+- What was read is kept for the next trial, up to a bound: a probe asks for a few small sizes and one large one.
+- Reading leaves every generator as it was, the dataset's own included.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from typing import Any
+
+from torch import Tensor
+
+from autoaccum.data import tree
+from autoaccum.data.draws import preserved
+from autoaccum.data.structure import children
+from autoaccum.errors import DataError
+from autoaccum.units import MIB, format_bytes
+
+__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "pick", "spread", "weight"]
+
+LOOKED_AT = 64
+_FIRST_LOOK = 16
+KEPT_BYTES = 256 * MIB
+
+
+class Pool:
+    """Samples for trials.
+
+    Args:
+        samples_from: gives the samples from a number on, the same ones each time.
+        owners: objects whose generators reading may change.
+    """
+
+    def __init__(self, samples_from: Callable[[int], Iterator[Any]], *owners: Any) -> None:
+        self._samples_from, self._owners = samples_from, owners
+        self._kept: list[Any] = []
+        self._reader: Iterator[Any] | None = None
+
+    def choose(self, size: int) -> tuple[list[Any], str | None]:
+        """`size` samples, distinct as far as there are so many, and a line on how their sizes vary.
+
+        Raises:
+            DataError: there are none, or reading them failed.
+        """
+        with preserved(*self._owners):
+            samples = self._first(max(size, _FIRST_LOOK))
+            if len({weight(sample) for sample in samples}) > 1:
+                samples = self._first(max(size, LOOKED_AT))
+        chosen, varies = pick(samples, size)
+        self._let_go()
+        return chosen, varies
+
+    def close(self) -> None:
+        """Lets everything go that was kept."""
+        self._kept, self._reader = [], None
+
+    def _first(self, count: int) -> list[Any]:
+        if len(self._kept) < count and self._reader is None:
+            self._reader = self._samples_from(len(self._kept))
+        while len(self._kept) < count and self._reader is not None:
+            try:
+                self._kept.append(next(self._reader))
+            except StopIteration:
+                break
+        return self._kept[:count]
+
+    def _let_go(self) -> None:
+        """Keeps no more than the bound; what is let go is read again when it is asked for."""
+        room = KEPT_BYTES
+        for number, sample in enumerate(self._kept):
+            room -= weight(sample)
+            if room < 0:
+                del self._kept[number:]
+                self._reader = None
+                return
+
+
+def pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
+    """`size` of the samples, the largest first where they differ, repeated where there are fewer; and how they differ.
+
+    Raises:
+        DataError: there are no samples.
+    """
+    if not samples:
+        raise DataError("the data is empty: it gave no samples, and training needs at least one")
+    weights = [weight(sample) for sample in samples]
+    varies = None
+    if min(weights) != max(weights):
+        samples = [samples[number] for number in sorted(range(len(samples)), key=lambda number: -weights[number])]
+        varies = (
+            f"samples differ in size: of {len(samples)} looked at, the smallest has {format_bytes(min(weights))}, the "
+            f"largest {format_bytes(max(weights))}; trials take the largest, and worst_case= can name a larger one"
+        )
+    # A collate function may take samples apart; it gets containers of its own.
+    return [tree.map_tensors(_itself, samples[number % len(samples)]) for number in range(size)], varies
+
+
+def weight(sample: Any) -> int:
+    """How large a sample is, in bytes or as near as can be told: only a comparison is wanted."""
+    if isinstance(sample, Tensor):
+        return tree.nbytes(sample)
+    if isinstance(sample, (str, bytes)):
+        return len(sample)
+    inside = children(sample)
+    if inside is not None:
+        return sum(map(weight, inside))
+    size = getattr(sample, "nbytes", None) or getattr(sample, "size", None)  # an array; an image's width and height
+    if isinstance(size, tuple) and len(size) == 2:
+        return int(size[0]) * int(size[1])
+    return size if isinstance(size, int) else 8
+
+
+def spread(count: int, start: int = 0) -> Iterator[int]:
+    """The numbers below `count`, from the `start`-th on: some from all over first, as datasets come sorted, then others."""
+    if count <= LOOKED_AT:
+        return iter(range(start, count))
+    places = [number * count // LOOKED_AT for number in range(LOOKED_AT)]
+    first = [place for offset in (0, 2, 1, 3) for place in places[offset::4]]
+    known = set(places)
+    return islice(chain(first, (number for number in range(count) if number not in known)), start, None)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

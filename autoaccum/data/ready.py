@@ -1,0 +1,216 @@
+"""Loaders that yield ready batches: `batch_sampler=`, `batch_size=None`, or a way of iterating of their own.
+
+Choices made here:
+
+- The batches stay as they were made, since how they were made has a reason (lengths that go together, say). A window
+  takes them in order until it has its samples; what is over begins the next window. A batch is cut only along its batch
+  dimension: where a window ends, where a rank's share ends, and evenly where it does not fit.
+- Trials of a loader with a batch sampler collate samples of the dataset, as many as asked for. Of other loaders, ready
+  batches are looked at, and the one with the most bytes a sample comes first.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from autoaccum.data import tree
+from autoaccum.data.cuts import Cutter
+from autoaccum.data.draws import preserved
+from autoaccum.data.fetch import Fetcher
+from autoaccum.data.mapped import kept_settings
+from autoaccum.data.orders import length_of, possible_indices, undistributed
+from autoaccum.data.pool import KEPT_BYTES, Pool, spread
+from autoaccum.data.stream import Reader, StreamSource, reads_once
+from autoaccum.errors import DataError
+from autoaccum.units import format_bytes
+
+__all__ = ["BatchSource", "iterates_by_itself"]
+
+_LOOKED_AT = 8
+_TARGET_KEYS = ("labels", "label", "targets", "target")
+
+
+class BatchSource(StreamSource):
+    """A DataLoader that yields ready batches."""
+
+    kind = "ready batches"
+
+    def __init__(self, loader: DataLoader[Any], **common: Any) -> None:
+        loader = _of_one_process(loader)
+        dataset: Any = loader.dataset
+        streams = isinstance(dataset, IterableDataset)
+        super().__init__(loader, streams and not loader.num_workers and reads_once(dataset), **common)
+        if not streams and length_of(dataset) == 0:
+            raise DataError("the data is empty: the DataLoader's dataset holds no samples, and training needs some")
+        batch = getattr(loader.batch_sampler, "batch_size", None)
+        self.loader_batch = batch if isinstance(batch, int) else None
+        self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
+        inner = getattr(loader.batch_sampler, "sampler", None)
+        self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
+        of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
+        self._pool = Pool(self._samples_from, dataset) if of_samples else None
+        self._looked_at: list[Any] = []
+
+    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Any]:
+        """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
+        self._looked_at = []
+        if self._pool is not None:
+            self._pool.close()
+        return super().read(epoch, cutter, start)
+
+    # --- windows ---
+
+    def _samples_in(self, item: Any) -> int:
+        return _checked_size(item)
+
+    def _take(self, reader: Reader, samples: int) -> list[Any]:
+        taken = []
+        while samples:
+            batch = reader.drawn.popleft()
+            size = tree.batch_size(batch)
+            if size > samples:
+                batch, rest = tree.split(batch, (samples, size - samples))
+                reader.drawn.appendleft(rest)
+                size = samples
+            reader.ahead -= size
+            samples -= size
+            taken.append(batch)
+        return taken
+
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
+        cut = cutter.cut(total)
+        pieces = cutter.pieces(_between(drawn, cut.start, cut.stop))
+        return tuple(map(tree.batch_size, pieces)), pieces
+
+    def _own_generators(self) -> list[torch.Generator]:
+        found = [getattr(owner, "generator", None) for owner in (self._loader, *self._samplers)]
+        return list({id(generator): generator for generator in found if generator is not None}.values())
+
+    # --- trials ---
+
+    def _trial(self, size: int) -> Any:
+        if self._pool is not None:
+            samples, self.varies = self._pool.choose(size)
+            with preserved(self._loader.dataset):
+                return self._fetcher.collated(samples)
+        batches = self._some_batches(size)
+        if not batches:
+            raise DataError("the data is empty: the DataLoader gave no batches, and training needs at least one")
+        each = [-(-tree.nbytes(batch) // tree.batch_size(batch)) for batch in batches]
+        if min(each) != max(each):
+            self.varies = (
+                f"samples differ in size: of {len(batches)} ready batches looked at, the smallest have "
+                f"{format_bytes(min(each))} a sample, the largest {format_bytes(max(each))}; trials take the largest, "
+                "and worst_case= can name a larger one"
+            )
+        order = sorted(range(len(batches)), key=lambda number: -each[number])
+        return tree.repeat(_joined([batches[number] for number in order], size), size)
+
+    def _samples_from(self, start: int) -> Iterator[Any]:
+        indices = possible_indices(self._inner_sampler(), length_of(self._loader.dataset))
+        return (self._fetcher.sample(indices[number]) for number in spread(len(indices), start))
+
+    def _inner_sampler(self) -> Any:
+        return getattr(self._loader.batch_sampler, "sampler", None) or self._loader.sampler
+
+    def _some_batches(self, size: int) -> list[Any]:
+        """A few ready batches, and more until they have `size` samples."""
+        if self.one_shot:
+            reader = self._only_reader()
+            reader.look(size)
+            return list(reader.drawn)
+        looked_at = self._looked_at
+        if sum(map(_checked_size, looked_at)) < size:
+            with preserved(self._loader, *self._samplers):
+                looked_at = []
+                samples = 0
+                for batch in self._batches_for_trials():
+                    looked_at.append(batch)
+                    samples += _checked_size(batch)
+                    if samples >= size and len(looked_at) >= _LOOKED_AT:
+                        break
+            self._looked_at = looked_at if tree.nbytes(looked_at) <= KEPT_BYTES else []
+        return [batch for batch in looked_at if _checked_size(batch)]
+
+    def _batches_for_trials(self) -> Iterable[Any]:
+        """Ready batches from the beginning, without asking the sampler where the dataset makes them."""
+        if iterates_by_itself(self._loader):
+            return self._loader
+        dataset: Any = self._loader.dataset
+        if isinstance(dataset, IterableDataset):
+            return self._loader if reads_once(dataset) else map(self._loader.collate_fn, dataset)
+        indices = possible_indices(self._loader.sampler, length_of(dataset))
+        return (self._loader.collate_fn(self._fetcher.sample(indices[number])) for number in spread(len(indices)))
+
+
+def iterates_by_itself(loader: DataLoader[Any]) -> bool:
+    """Whether the loader is of a class with an `__iter__` of its own, so that only it knows what it yields."""
+    return type(loader).__iter__ is not DataLoader.__iter__
+
+
+def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The loader without its DistributedSampler's sharding, which ours replaces; most are as they should be."""
+    batches: Any = loader.batch_sampler
+    outer, inner = undistributed(loader.sampler), undistributed(getattr(batches, "sampler", None))
+    settings = {"collate_fn": loader.collate_fn, "generator": loader.generator, **kept_settings(loader)}
+    if batches is None and outer is not loader.sampler:
+        return DataLoader(loader.dataset, batch_size=None, sampler=outer, **settings)
+    if batches is not None and inner is not getattr(batches, "sampler", None):
+        batches = copy.copy(batches)
+        batches.sampler = inner
+        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
+    return loader
+
+
+def _checked_size(batch: Any) -> int:
+    """Samples in a ready batch.
+
+    Raises:
+        DataError: it is a single sample, or its leaves disagree.
+    """
+    hint = (
+        "The DataLoader has batch_size=None or batches of its own, so each item it yields must be a ready batch; give "
+        "it batch_size= where its dataset holds single samples"
+    )
+    target: Any = None
+    if isinstance(batch, Mapping):
+        target = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        target = batch[-1]
+    if isinstance(target, (int, float)) or (isinstance(target, Tensor) and target.dim() == 0):
+        raise DataError(f"an item with the target {target!r} is a single sample and no batch. {hint}")
+    try:
+        return tree.batch_size(batch)
+    except DataError as error:
+        raise DataError(f"{error}. {hint}") from error
+
+
+def _between(batches: Sequence[Any], start: int, stop: int) -> list[Any]:
+    """The samples [start, stop) of batches in a row, without joining any."""
+    parts, first = [], 0
+    for batch in batches:
+        size = tree.batch_size(batch)
+        low, high = max(start - first, 0), min(stop - first, size)
+        if (low, high) == (0, size):
+            parts.append(batch)
+        elif low < high:
+            cuts = [low, high - low, size - high]
+            parts.append(tree.split(batch, [cut for cut in cuts if cut])[1 if low else 0])
+        first += size
+    return parts
+
+
+def _joined(batches: Sequence[Any], size: int) -> Any:
+    """As many of the batches in one as hold `size` samples, where their shapes allow; else the first."""
+    enough, samples = 0, 0
+    while samples < size and enough < len(batches):
+        samples += tree.batch_size(batches[enough])
+        enough += 1
+    try:
+        return tree.join(batches[:enough])
+    except DataError:
+        return batches[0]

@@ -1,0 +1,130 @@
+"""Whatever the user calls data, as one Source.
+
+    DataLoader of a dataset           its sampler, collate_fn and workers; our batching       MapSource
+    Dataset, list, Hugging Face       our order, default_collate                              MapSource
+    tensor, tuple or dict of tensors  rows taken directly                                     TensorSource
+    IterableDataset, iterable         read on, collated here                                  SampleSource
+    DataLoader of ready batches       cut along the batch dimension                           BatchSource
+
+A DataLoader over a TensorDataset that collates as torch does needs no loader: its rows are taken directly too.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+
+from autoaccum.data import tree
+from autoaccum.data.base import Source
+from autoaccum.data.indexed import TensorSource
+from autoaccum.data.mapped import MapSource
+from autoaccum.data.ready import BatchSource, iterates_by_itself
+from autoaccum.data.stream import SampleSource
+from autoaccum.data.structure import children, steps
+from autoaccum.errors import DataError
+from autoaccum.ranks import Ranks, here
+
+__all__ = ["Source", "open_source"]
+
+
+def open_source(
+    data: Any, *, shuffle: bool = True, seed: int | None = None, worst_case: Any = None, ranks: Ranks | None = None
+) -> Source:
+    """The data as a Source; nothing is read and nothing is drawn yet.
+
+    Args:
+        data: a DataLoader, a map Dataset or list, an IterableDataset or another iterable of samples, a tensor, a tuple
+            or dict of equally long tensors, or a Hugging Face dataset.
+        shuffle: for datasets and tensors; a DataLoader keeps its own sampler, a stream its order.
+        seed: makes every order, and every sample that a worker augments, a function of (seed, epoch). None: each epoch
+            draws from the loader's generator, or from torch's.
+        worst_case: a batch, or `f(n) -> batch`, that trials use instead of real samples.
+        ranks: this process among others; None: the default process group, where there is one.
+
+    Raises:
+        DataError: the data is empty, of an unknown kind, or its tensors differ in length.
+    """
+    if isinstance(data, Source):
+        return data
+    common: dict[str, Any] = {"seed": seed, "ranks": here() if ranks is None else ranks, "worst_case": worst_case}
+    if isinstance(data, DataLoader):
+        return _of_loader(data, {"shuffle": shuffle, **common}, common)
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    if _is_tensors(data):
+        return TensorSource(data, shuffle=shuffle, **common)
+    if isinstance(data, (str, bytes)):
+        raise _unknown(data)
+    data = _with_tensors(data)
+    if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        return MapSource(data, default_collate, shuffle=shuffle, **common)
+    if isinstance(data, Iterable):
+        return SampleSource(data, default_collate, **common)
+    raise _unknown(data)
+
+
+def _of_loader(loader: DataLoader[Any], indexed: dict[str, Any], common: dict[str, Any]) -> Source:
+    dataset: Any = loader.dataset
+    if loader.batch_size is None or iterates_by_itself(loader):
+        return BatchSource(loader, **common)
+    if isinstance(dataset, IterableDataset):
+        return SampleSource(dataset, loader.collate_fn, loader, **common)
+    plain = type(dataset) is TensorDataset and loader.collate_fn is default_collate
+    if plain and not loader.num_workers and not loader.pin_memory:
+        return TensorSource(list(dataset.tensors), loader, **indexed)
+    return MapSource(dataset, loader.collate_fn, loader, **indexed)
+
+
+def _is_tensors(data: Any) -> bool:
+    """Whether the data is a structure of tensors with one row a sample.
+
+    Raises:
+        DataError: it is a tuple or mapping, and holds something else, or tensors of different lengths.
+    """
+    if isinstance(data, Tensor):
+        if data.dim() == 0:
+            raise DataError(
+                f"the data is the tensor {data!r}, which has no dimensions: samples must lie along the first"
+            )
+        return True
+    if not isinstance(data, (tuple, Mapping)):
+        return False
+    kind = type(data).__name__
+    if not data:
+        raise DataError(f"the data is an empty {kind}: give one of equally long tensors")
+    for path, leaf in _leaves(data, ""):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            what = f"a tensor without dimensions ({leaf!r})" if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise DataError(
+                f"the data is a {kind}, which must hold equally long tensors, and {path} is {what}: make it a tensor "
+                "with one row a sample, give a list of samples, or choose one dataset of several"
+            )
+    tree.batch_size(data)
+    return True
+
+
+def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
+    inside = children(node)
+    if inside is None:
+        yield path, node
+    else:
+        for step, child in zip(steps(node), inside):
+            yield from _leaves(child, path + step)
+
+
+def _with_tensors(data: Any) -> Any:
+    """A Hugging Face dataset that still gives Python lists, so that it gives tensors; anything else as it is."""
+    give = getattr(data, "with_format", None)
+    form = getattr(data, "format", None)
+    if callable(give) and isinstance(form, dict) and form.get("type", "") is None:
+        return give("torch")
+    return data
+
+
+def _unknown(data: Any) -> DataError:
+    hint = "; call it, and pass what it returns" if callable(data) else ""
+    return DataError(
+        f"data of type {type(data).__name__} cannot be read{hint}: give a DataLoader, a Dataset, a list of samples, an "
+        "iterable of samples, a tensor, or a tuple or dict of equally long tensors"
+    )

@@ -1,0 +1,250 @@
+"""Data without indices: it can only be read on, from its beginning.
+
+Choices made here:
+
+- Every rank reads the whole stream and keeps its share of each window: no rank runs dry before another, nothing is
+  padded, nothing is seen twice.
+- Reading in this process happens in a lane of the epoch's (see `draws.py`), so that a stream which shuffles with the
+  global generators does so alike on all ranks, and again after a restart. The windows before a restart are read and
+  passed over, since there is no other way.
+- A stream stays open between two readings of one epoch: a loop that is left and entered again goes on where it was.
+- What can be read only once is opened once, by the first trial or the first window. Trials draw into its buffer, and
+  windows take from there first.
+"""
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from autoaccum.data import tree
+from autoaccum.data.base import Read, Source
+from autoaccum.data.cuts import Cutter
+from autoaccum.data.draws import Lane, mix, preserved
+from autoaccum.data.fetch import Fetcher
+from autoaccum.data.mapped import as_is, kept_settings
+from autoaccum.data.pool import LOOKED_AT, Pool, pick
+from autoaccum.errors import DataError
+
+__all__ = ["Reader", "SampleSource", "StreamSource", "reads_once"]
+
+
+class Reader:
+    """One epoch's reading: what was drawn and not yet taken, and what comes after it.
+
+    Args:
+        items: opened when the first one is wanted.
+        lane: what the items draw from while they are read.
+        samples_in: how many samples an item is.
+
+    Attributes:
+        drawn: items that were read and not yet taken.
+        ahead: samples in them.
+        epoch, index: the epoch that is being read, None before one is, and the windows taken of it.
+    """
+
+    def __init__(self, items: Iterable[Any], lane: Lane, samples_in: Callable[[Any], int]) -> None:
+        self._items, self._lane, self._samples_in = items, lane, samples_in
+        self._iterator: Iterator[Any] | None = None
+        self._count = 0
+        self._ended = False
+        self.drawn: deque[Any] = deque()
+        self.ahead = 0
+        self.epoch: int | None = None
+        self.index = 0
+
+    def look(self, count: int) -> tuple[int, bool]:
+        """Draws until `count` samples lie ahead."""
+        if self.ahead < count and not self._ended:
+            with self._lane:
+                while self.ahead < count and not self._ended:
+                    self._draw()
+        return self.ahead, self._ended
+
+    def _draw(self) -> None:
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._items)
+            item = next(self._iterator)
+        except StopIteration:
+            self._ended, self._iterator = True, None
+            return
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the data could not be read on after {self._count} items: {type(error).__name__}: {error}; repair it, "
+                "or let it pass over what it cannot read"
+            ) from error
+        self._count += 1
+        self.put(item, self._samples_in(item))
+
+    def put(self, item: Any, samples: int) -> None:
+        """Adds an item at the end."""
+        if samples:
+            self.drawn.append(item)
+            self.ahead += samples
+
+
+class StreamSource(Source):
+    """Data that can only be read on.
+
+    Args:
+        items: gives what is read; iterated once for each epoch.
+        once: it can be iterated only once.
+    """
+
+    def __init__(self, items: Iterable[Any], once: bool, **common: Any) -> None:
+        super().__init__(**common)
+        self._items, self.one_shot = items, once
+        self._reader: Reader | None = None
+
+    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
+        """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
+        reader = self._reader
+        if reader is None or not start or (reader.epoch, reader.index) != (epoch, start):
+            reader = self._open(epoch, start)
+            for _ in range(start):
+                self._take(reader, cutter.total(reader.look))
+                reader.index += 1
+        if reader.index == 0 and not reader.look(1)[0]:
+            raise DataError("the data is empty: it gave no samples, and training needs at least one")
+        return self._windows(reader, cutter)
+
+    def _windows(self, reader: Reader, cutter: Cutter) -> Iterator[Read]:
+        while total := cutter.total(reader.look):
+            drawn = self._take(reader, total)
+            reader.index += 1
+            sizes, batches = self._micro_batches(drawn, cutter, total)
+            yield total, sizes, batches
+
+    @abstractmethod
+    def _take(self, reader: Reader, samples: int) -> list[Any]:
+        """The next `samples` samples, out of the reader."""
+
+    @abstractmethod
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
+        """This rank's micro-batches of a window of `total` samples, and their sizes."""
+
+    @abstractmethod
+    def _samples_in(self, item: Any) -> int:
+        """How many samples an item is."""
+
+    def _open(self, epoch: int, start: int) -> Reader:
+        """A reader at the beginning of `epoch`."""
+        if self.one_shot:
+            reader = self._only_reader()
+            if reader.epoch is not None:
+                raise DataError(
+                    f"the data can be read only once: window {start} of epoch {epoch} is wanted, and {reader.index} "
+                    f"windows of epoch {reader.epoch} are gone; give a list, a Dataset or a DataLoader, or set epochs=1"
+                )
+            reader.epoch = epoch
+            return reader
+        for owner in (self._items, getattr(self._items, "dataset", None)):
+            if callable(getattr(owner, "set_epoch", None)):
+                owner.set_epoch(epoch)  # type: ignore[union-attr]
+        with self._beginning(again=start > 0):
+            base = self._begin(epoch, again=start > 0)
+        self._reader = reader = Reader(self._items, Lane(base), self._samples_in)
+        reader.epoch = epoch
+        return reader
+
+    def _only_reader(self) -> Reader:
+        """The reader of data that can be read only once. A trial may open it, so its lane cannot wait for the epoch."""
+        if self._reader is None:
+            seed = torch.initial_seed() if self._seed is None else self._seed
+            self._reader = Reader(self._items, Lane(mix(seed)), self._samples_in)
+        return self._reader
+
+    def _begin(self, epoch: int, again: bool) -> int:
+        if self._ranks.size > 1:  # all ranks read the same, so all draw the same
+            for generator in self._own_generators():
+                generator.set_state(self._ranks.broadcast(generator.get_state()))
+        return super()._begin(epoch, again)
+
+
+class SampleSource(StreamSource):
+    """A stream of samples, collated here.
+
+    Args:
+        samples: any iterable.
+        collate: a list of samples -> a batch.
+        loader: the DataLoader they came from, whose workers are kept; None: they are read in this process.
+    """
+
+    kind = "stream"
+
+    def __init__(
+        self,
+        samples: Iterable[Any],
+        collate: Callable[[list[Any]], Any],
+        loader: DataLoader[Any] | None = None,
+        **common: Any,
+    ) -> None:
+        shared = reads_once(samples)
+        items = samples
+        if loader is not None:
+            self.loader_batch, self.drop_last = loader.batch_size, loader.drop_last
+            if loader.num_workers:
+                items = _one_by_one(loader)
+        # A worker iterates a copy of its own, from the beginning each epoch: one-time data is so in this process only.
+        super().__init__(items, shared and items is samples, **common)
+        self._collate = Fetcher((), collate).collated
+        self._loader = loader
+        self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
+        looked_at = items if shared else samples
+        self._pool = Pool(lambda start: islice(iter(looked_at), start, None), samples)
+
+    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
+        """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
+        self._pool.close()
+        return super().read(epoch, cutter, start)
+
+    def _trial(self, size: int) -> Any:
+        if self.one_shot:
+            reader = self._only_reader()
+            reader.look(max(size, LOOKED_AT))
+            samples, self.varies = pick(list(islice(reader.drawn, max(size, LOOKED_AT))), size)
+        else:
+            samples, self.varies = self._pool.choose(size)
+        with preserved():
+            return self._collate(samples)
+
+    def _own_generators(self) -> list[torch.Generator]:
+        generator = self._loader.generator if self._loader is not None else None
+        return [] if generator is None else [generator]
+
+    def _samples_in(self, item: Any) -> int:
+        return 1
+
+    def _take(self, reader: Reader, samples: int) -> list[Any]:
+        reader.ahead -= samples
+        return [reader.drawn.popleft() for _ in range(samples)]
+
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
+        cut = cutter.cut(total)
+        batches, start = [], cut.start
+        for size in cut.sizes:
+            batch = self._collate(drawn[start : start + size])
+            batches.append(tree.map_tensors(torch.Tensor.pin_memory, batch) if self._pin else batch)
+            start += size
+        return cut.sizes, batches
+
+
+def reads_once(items: Iterable[Any]) -> bool:
+    """Whether iterating again would go on instead of beginning anew: an iterator, or what hands out the same one."""
+    with preserved(items):
+        iterator = iter(items)
+        return iterator is items or iter(items) is iterator
+
+
+def _one_by_one(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader with the same workers that gives single samples, as the dataset makes them."""
+    dataset: IterableDataset[Any] = loader.dataset  # type: ignore[assignment]
+    settings = {**kept_settings(loader), "pin_memory": False}
+    return DataLoader(dataset, batch_size=None, collate_fn=as_is, **settings)

@@ -1,0 +1,59 @@
+"""A source and a plan, read as windows of micro-batches: what one optimizer step is trained on.
+
+Each rank reads the same windows and gets its part of each. The plan is asked at every window, since it changes when
+memory runs out; a window that was handed out stays as it is, and can be trained on again in smaller pieces.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from autoaccum.data.base import Source
+from autoaccum.data.cuts import Cutter
+from autoaccum.planning.plan import Plan
+
+__all__ = ["Window", "windows"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step's samples, this rank's part of them.
+
+    Attributes:
+        batches: the micro-batches, on the host; none where this rank idles.
+        sizes: samples in each.
+        samples: samples in all of them.
+        total: samples of the window over all ranks.
+        epoch: the epoch it belongs to.
+        index: its number in the epoch.
+    """
+
+    batches: list[Any]
+    sizes: tuple[int, ...]
+    samples: int
+    total: int
+    epoch: int
+    index: int
+
+
+def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0) -> Iterator[Window]:
+    """The windows of one epoch.
+
+    Each has the plan's target over all ranks, but the last, which is short, or takes in a tail that is too small to be
+    cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say.
+
+    Args:
+        source: the data.
+        plan: gives the plan as it is now.
+        epoch: decides the order together with the seed.
+        start: windows to pass over, for going on in the middle of an epoch; with an order of indices, nothing is
+            fetched for them.
+
+    Raises:
+        DataError: the data is empty, cannot be read, or could be read only once; or the plan is for other ranks.
+        PlanError: the plan cannot cut a window.
+    """
+    cutter = Cutter(plan, source.drop_last)
+    source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
+    for index, (total, sizes, batches) in enumerate(source.read(epoch, cutter, start), start):
+        yield Window(batches, sizes, sum(sizes), total, epoch, index)

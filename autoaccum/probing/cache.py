@@ -1,0 +1,161 @@
+"""Answers kept between runs: the second run of the same training goes straight to one verifying trial.
+
+What is kept is the forecast, as the few lines whose maximum it is, under a key of all that decides it: the model's
+structure, code and shapes, the batch, the optimizer, the formats, the device and the versions. A cached forecast is
+believed only after a small step was measured and is where it says; anything unreadable costs a warning and a new probe.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autoaccum.data import tree
+from autoaccum.probing.journal import cache_folder
+
+__all__ = ["Cache", "Lines", "training_key"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A forecast as the upper envelope of lines: peak(n) = max(a + b·n), in bytes.
+
+    Attributes:
+        lines: (a, b) by rising b.
+        residual: as the forecast from which they were taken.
+        reserve: reserved over requested bytes, as measured at the size verified; 1 without a caching allocator.
+    """
+
+    lines: tuple[tuple[float, float], ...]
+    residual: float | None
+    reserve: float = 1.0
+
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The peak in requested bytes at `batch` samples; sizes beside the batch are part of the key."""
+        return round(max(a + b * batch for a, b in self.lines))
+
+    def reserved(self, batch: int) -> int:
+        """The peak in the bytes that the budget counts."""
+        return round(self.peak(batch) * self.reserve)
+
+
+def envelope(lines: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Those of the lines a + b·n that are the highest somewhere in n >= 1."""
+    kept: list[tuple[float, float]] = []
+    for a, b in sorted(set(lines), key=lambda line: (line[1], line[0])):
+        if kept and kept[-1][1] == b:
+            kept.pop()
+        while kept and _hidden(kept, (a, b)):
+            kept.pop()
+        kept.append((a, b))
+    return tuple(kept)
+
+
+def _hidden(kept: list[tuple[float, float]], new: tuple[float, float]) -> bool:
+    """Whether the last line kept is nowhere the highest, between the one before it (or n = 1) and the new one."""
+    a, b = kept[-1]
+    crossing = (a - new[0]) / (new[1] - b)  # from here on the new one is higher
+    if crossing <= 1:
+        return True
+    if len(kept) == 1:
+        return False
+    before_a, before_b = kept[-2]
+    return crossing <= (before_a - a) / (b - before_b)
+
+
+class Cache:
+    """One JSON file for each training, in the platform's cache folder."""
+
+    def __init__(self, key: str, folder: Path | None = None) -> None:
+        """`key` names the training; `folder` is the cache folder unless given."""
+        self._path = (folder or cache_folder()) / f"{key}.json"
+
+    def read(self) -> Lines | None:
+        """What was kept; None where there is nothing, or nothing that can be read (with a warning)."""
+        try:
+            values = json.loads(self._path.read_text(encoding="utf-8"))
+            if values["schema"] != SCHEMA:
+                raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
+            lines = tuple((float(a), float(b)) for a, b in values["lines"])
+            residual = None if values["residual"] is None else float(values["residual"])
+            return Lines(lines, residual, float(values["reserve"])) if lines else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"the cached answer {self._path} cannot be used ({error!r}): probing anew", stacklevel=2)
+            return None
+
+    def write(self, lines: Lines) -> None:
+        """Keeps `lines`, whole or not at all; a folder that cannot be written costs a warning."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
+                json.dump({"schema": SCHEMA, **asdict(lines)}, file)
+            os.replace(file.name, self._path)
+        except OSError as error:
+            warnings.warn(f"the answer cannot be kept in {self._path} ({error}): going on without", stacklevel=2)
+
+
+def training_key(
+    model: nn.Module, optimizer: Optimizer, batch: Any, loss: Any, settings: dict[str, Any], device: str
+) -> str:
+    """A name for all that decides a step's memory: equal keys mean equal forecasts.
+
+    Args:
+        model, optimizer, loss: their structure and code count, not their numbers.
+        batch: a small one, whose shapes and dtypes beside the batch dimension count.
+        settings: precision and the like, as plain values.
+        device: its name and capacity.
+    """
+    facts = [
+        torch.__version__,
+        str(torch.get_num_threads()),
+        device,
+        json.dumps(settings, sort_keys=True, default=str),
+        *_structure(model),
+        *(_structure(loss) if isinstance(loss, nn.Module) else [_code(loss)]),
+        f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        *(json.dumps(_plain(group), sort_keys=True, default=str) for group in optimizer.param_groups),
+        *(f"{path} {tensor.dtype} {tuple(tensor.shape[1:])}" for path, tensor in tree.tensors(batch)),
+    ]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+
+
+def _structure(module: nn.Module) -> Iterator[str]:
+    for name, part in module.named_modules():
+        kind = type(part)
+        yield f"{name} {kind.__module__}.{kind.__qualname__} {part.extra_repr()} {_code(kind.forward)} {part.training}"
+        tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        yield " ".join(f"{key} {_shape(tensor)}" for key, tensor in tensors)
+        yield json.dumps({key: value for key, value in vars(part).items() if type(value) in (int, float, bool, str)})
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
+
+
+def _code(function: Any) -> str:
+    """The code of a user's function, so that an edit makes another training."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return repr(function) if code is None else hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """What decides the memory of an optimizer's step: its flags, and whether numbers are zero (momentum)."""
+    skipped = ("params", "lr", "initial_lr", "param_names")
+    return {
+        key: value if isinstance(value, (bool, str, type(None))) else bool(value) if isinstance(value, (int, float)) else "other"
+        for key, value in group.items()
+        if key not in skipped
+    }

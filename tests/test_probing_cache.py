@@ -1,0 +1,97 @@
+"""Answers kept between runs: the envelope of lines, the key, files that cannot be used."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from autoaccum.probing.cache import Cache, Lines, envelope, training_key
+
+numbers = st.integers(0, 10**9)
+
+
+@given(st.lists(st.tuples(numbers, st.integers(0, 10**6)), min_size=1, max_size=30), st.integers(1, 10**5))
+def test_the_envelope_is_the_maximum_everywhere(lines, n):
+    kept = envelope(lines)
+    assert max(a + b * n for a, b in kept) == max(a + b * n for a, b in lines)
+    assert set(kept) <= set(lines)
+    assert [b for _, b in kept] == sorted({b for _, b in kept})
+
+
+def test_what_is_written_is_read(tmp_path):
+    lines = Lines(((1.5, 0.0), (0.25, 3.0)), 0.001, 1.02)
+    cache = Cache("key", tmp_path)
+    assert cache.read() is None
+    cache.write(lines)
+    assert cache.read() == lines
+    assert lines.peak(10) == 30
+    assert lines.reserved(10) == 31
+    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", json.dumps({"schema": 99}), json.dumps({"schema": 1, "lines": [["a", 2]], "residual": None})]
+)
+def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(tmp_path, text):
+    (tmp_path / "key.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"key\.json cannot be used"):
+        assert Cache("key", tmp_path).read() is None
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        Cache("key", tmp_path / "file").write(Lines(((1.0, 1.0),), None))
+
+
+class Net(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.layer = nn.Linear(4, width)
+
+    def forward(self, x):
+        return self.layer(x).relu()
+
+
+def key(model=None, optimizer=None, batch=None, loss=None, settings=None, device="cpu"):
+    torch.manual_seed(0)
+    model = model or Net()
+    optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(model.parameters())
+    batch = (torch.randn(2, 4), torch.zeros(2)) if batch is None else batch
+    return training_key(model, optimizer, batch, loss or nn.MSELoss(), settings or {"precision": "fp32"}, device)
+
+
+def test_the_key_ignores_numbers_and_the_batch_size():
+    assert key() == key()
+    assert key() == key(optimizer=lambda p: torch.optim.SGD(p, lr=0.7))
+    assert key() == key(batch=(torch.randn(9, 4), torch.zeros(9)))
+    trained = Net()
+    with torch.no_grad():
+        trained.layer.weight.add_(1)
+    assert key() == key(model=trained)
+
+
+def test_the_key_changes_with_all_that_decides_the_memory():
+    class Other(Net):
+        def forward(self, x):
+            return self.layer(x).relu().exp()
+
+    frozen = Net()
+    frozen.layer.weight.requires_grad_(False)
+    others = [
+        key(model=Net(5)),
+        key(model=Other()),
+        key(model=frozen),
+        key(model=Net().double()),
+        key(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        key(optimizer=lambda p: torch.optim.AdamW(p, lr=0.1)),
+        key(batch=(torch.randn(2, 5), torch.zeros(2))),
+        key(loss=nn.L1Loss()),
+        key(loss=lambda a, b: (a - b).sum()),
+        key(settings={"precision": "bf16"}),
+        key(device="cuda"),
+    ]
+    assert len({key(), *others}) == len(others) + 1

@@ -1,0 +1,124 @@
+"""The pure search, on a fake device."""
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autoaccum.errors import NothingFitsError
+from autoaccum.planning.split import even_split
+from autoaccum.probing.report import OUT_OF_MEMORY
+from autoaccum.probing.search import find
+from tests.fakes import FakeMachine, card
+
+CARDS = 1000  # for each kind of card
+REACH = 8192
+
+
+def besides_traces(machine):
+    return sum(trial.kind != "trace" for trial in machine.trials)
+
+
+def ooms(machine):
+    return sum(trial.outcome == OUT_OF_MEMORY for trial in machine.trials)
+
+
+def quantile(values, share):
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.02, 0.3], ids=["affine maximum", "slightly bent", "badly bent"])
+def runs(request):
+    found = []
+    for seed in range(CARDS):
+        machine, true = card(seed, bend=request.param)
+        found.append((find(machine, floor=1, ceiling=REACH), machine, true))
+    return request.param, found
+
+
+def test_the_answer_was_run_and_fits(runs):
+    for answer, machine, _ in runs[1]:
+        assert any(trial.batch == answer.micro_batch and trial.fits for trial in machine.trials)
+
+
+def test_few_trials_besides_traces(runs):
+    counts = [besides_traces(machine) for _, machine, _ in runs[1]]
+    assert statistics.median(counts) <= 2
+    assert quantile(counts, 0.95) <= 5
+
+
+def test_hardly_ever_out_of_memory(runs):
+    counts = [ooms(machine) for _, machine, _ in runs[1]]
+    assert statistics.median(counts) == 0
+    assert quantile(counts, 0.95) <= 1
+
+
+def test_the_limit_is_exact_where_memory_is_an_affine_maximum_and_near_elsewhere(runs):
+    bend, found = runs
+    ratios = [answer.limit / true for answer, _, true in found]
+    assert max(ratios) <= 1.0
+    if bend == 0.0:
+        assert min(ratios) == 1.0
+    else:
+        assert statistics.median(ratios) >= 0.98
+        assert quantile(ratios, 0.05) >= 0.85
+
+
+@given(st.integers(0, 10**9), st.integers(1, 2000))
+def test_a_target_gets_the_fewest_micro_batches_that_fit(seed, target):
+    machine, true = card(seed)
+
+    def wanted(limit):
+        return even_split(target, limit)[0]
+
+    answer = find(machine, floor=1, ceiling=target, wanted=wanted, reach=REACH)
+    assert answer.micro_batch == wanted(min(true, target))
+
+
+@given(st.integers(0, 10**9))
+def test_without_a_forecast_the_bracket_still_finds_the_limit(seed):
+    machine, true = card(seed, aligned=False)
+    answer = find(machine, floor=1, ceiling=REACH)
+    assert answer.limit is None or answer.limit <= true
+    assert answer.micro_batch <= true
+    assert answer.forecast is None
+
+
+@given(st.integers(0, 10**9), st.integers(1, 64))
+def test_the_ceiling_is_never_passed(seed, ceiling):
+    machine, _ = card(seed)
+    answer = find(machine, floor=1, ceiling=ceiling)
+    assert max(trial.batch for trial in machine.trials) <= ceiling
+    assert answer.limit <= ceiling
+    if answer.limit == ceiling:
+        assert answer.proof == "cap"
+
+
+def test_nothing_fits():
+    machine = FakeMachine(10, [lambda n: 100 + n])
+    with pytest.raises(NothingFitsError):
+        find(machine, floor=1, ceiling=100)
+
+
+def test_a_floor_of_two_is_never_undercut():
+    machine = FakeMachine(10, [lambda n: 100 + n])
+    with pytest.raises(NothingFitsError):
+        find(machine, floor=2, ceiling=100)
+    assert [trial.batch for trial in machine.trials] == [2]
+
+
+def test_a_limit_by_out_of_memory_says_so():
+    # The forecast from small sizes sees nothing of a wall at 50 samples.
+    machine = FakeMachine(1000, [lambda n: 10 + n + (10_000 if n > 50 else 0)])
+    answer = find(machine, floor=1, ceiling=400)
+    assert answer.limit <= 50
+    assert answer.micro_batch <= 50
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_an_exact_forecast_needs_one_run(hard):
+    machine, true = card(7, hard=hard, traces_every_trial=not hard)
+    answer = find(machine, floor=1, ceiling=REACH)
+    assert (answer.limit, answer.micro_batch, answer.proof) == (true, true, "forecast")
+    assert besides_traces(machine) == 1

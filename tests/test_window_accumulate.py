@@ -1,0 +1,332 @@
+"""One window gives the gradient, the update and the statistics of the whole batch at once."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from autoaccum.data import tree
+from autoaccum.errors import LossError, SetupError
+from autoaccum.planning.plan import plan
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.loss import Mean, Objective
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5)).double()
+
+
+def batch(size, seed=1):
+    chance = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, dtype=torch.float64, generator=chance)
+    return x, torch.randint(0, 5, (size,), generator=chance)
+
+
+def error(model, reference):
+    """Relative distance of all parameters."""
+    pairs = list(zip(model.parameters(), reference.parameters(), strict=True))
+    difference = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
+    return difference / math.sqrt(sum(float(b.square().sum()) for _, b in pairs))
+
+
+def sgd(model, **settings):
+    return torch.optim.SGD(model.parameters(), lr=0.5, **settings)
+
+
+def whole_batch_step(model, data, clip=None):
+    reference = copy.deepcopy(model)
+    optimizer = sgd(reference)
+    x, y = data
+    F.cross_entropy(reference(x), y).backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_(reference.parameters(), clip)
+    optimizer.step()
+    return reference
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_a_persons_own_loop_takes_the_whole_batchs_step(size, limit):
+    model, data = net(), batch(size)
+    reference = whole_batch_step(model, data)
+    accumulator = Accumulator(model, sgd(model), plan(limit, 40))
+    for x, y in accumulator.window(data):
+        accumulator.backward(F.cross_entropy(model(x), y))
+    assert error(model, reference) < 1e-12
+    assert accumulator.last.samples == size
+    assert accumulator.last.micro_batches == -(-size // limit)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_loss_of_the_record_is_the_whole_batchs():
+    model, data = net(), batch(30)
+    expected = float(F.cross_entropy(model(data[0]), data[1]))
+    accumulator = Accumulator(model, sgd(model), plan(7, 30))
+    for x, y in accumulator.window(data):
+        accumulator.backward(F.cross_entropy(model(x), y))
+    assert accumulator.last.loss == pytest.approx(expected, rel=1e-12)
+    assert accumulator.last.step == 1
+
+
+def test_a_denominator_told_late_is_put_right_once():
+    model, (x, y) = net(), batch(24)
+    y[:9] = -100
+    reference = whole_batch_step(model, (x, y))
+    accumulator = Accumulator(model, sgd(model), plan(8, 24))
+    for x_, y_ in accumulator.window((x, y)):
+        accumulator.backward(F.cross_entropy(model(x_), y_), denominator=(y_ != -100).sum())
+    assert error(model, reference) < 1e-12
+
+
+def test_a_micro_batch_in_which_nothing_counts_gives_neither_nan_nor_weight():
+    model, (x, y) = net(), batch(24)
+    y[:8] = -100
+    reference = whole_batch_step(model, (x, y))
+    accumulator = Accumulator(model, sgd(model), plan(8, 24))
+    for x_, y_ in accumulator.window((x, y)):
+        accumulator.backward(F.cross_entropy(model(x_), y_), denominator=int((y_ != -100).sum()))
+    assert error(model, reference) < 1e-12
+
+
+def test_an_objective_knows_the_denominators_before_the_first_backward():
+    model, (x, y) = net(), batch(24)
+    y[:8], y[10] = -100, -100
+    reference = whole_batch_step(model, (x, y))
+    accumulator = Accumulator(model, sgd(model), plan(8, 24), objective=Objective(model, loss=nn.CrossEntropyLoss()))
+    pieces = tree.split((x, y), (8, 8, 8))
+    ledger = accumulator.open(pieces)
+    assert ledger.totals == {"loss": 15.0}
+    accumulator.run(pieces)
+    accumulator.finish()
+    assert error(model, reference) < 1e-12
+
+
+def test_a_window_in_which_nothing_counts_takes_no_step():
+    model, (x, y) = net(), batch(8)
+    before = copy.deepcopy(model)
+    optimizer = sgd(model, momentum=0.9, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    accumulator = Accumulator(
+        model, optimizer, plan(4, 8), objective=Objective(model, loss=nn.CrossEntropyLoss()), scheduler=scheduler
+    )
+    pieces = tree.split((x, torch.full_like(y, -100)), (4, 4))
+    accumulator.open(pieces)
+    accumulator.run(pieces)
+    record = accumulator.finish()
+    assert "ignored" in record.skipped
+    assert (record.step, accumulator.skipped_windows, optimizer.param_groups[0]["lr"]) == (0, 1, 0.5)
+    assert error(model, before) == 0
+    assert not optimizer.state
+
+
+def test_clipping_is_of_the_whole_windows_gradient():
+    model, data = net(), batch(30)
+    reference = whole_batch_step(model, data, clip=0.05)
+    accumulator = Accumulator(model, sgd(model), plan(7, 30), clip_norm=0.05)
+    for x, y in accumulator.window(data):
+        accumulator.backward(F.cross_entropy(model(x), y))
+    assert error(model, reference) < 1e-7  # torch adds 1e-6 to the norm, as does this
+    assert accumulator.last.grad_norm > 0.05
+
+
+def test_the_schedule_moves_once_an_update():
+    model, data = net(), batch(30)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    accumulator = Accumulator(model, optimizer, plan(3, 30), scheduler=scheduler)
+    lrs = []
+    for _ in range(3):
+        for x, y in accumulator.window(data):
+            accumulator.backward(F.cross_entropy(model(x), y))
+        lrs.append(accumulator.last.lr)
+    assert lrs == [0.5, 0.25, 0.125]
+
+
+def test_leaving_a_window_early_takes_no_step():
+    model, data = net(), batch(30)
+    before = copy.deepcopy(model)
+    accumulator = Accumulator(model, sgd(model), plan(7, 30))
+    for x, y in accumulator.window(data):
+        accumulator.backward(F.cross_entropy(model(x), y))
+        break
+    assert error(model, before) == 0
+    assert accumulator.last is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_backward_must_be_called_once_for_each_micro_batch():
+    model, data = net(), batch(30)
+    accumulator = Accumulator(model, sgd(model), plan(7, 30))
+    with pytest.raises(LossError, match="called 0 times"):
+        for _ in accumulator.window(data):
+            pass
+    with pytest.raises(LossError, match="called 2 times"):
+        for x, y in accumulator.window(data):
+            for _ in range(2):
+                accumulator.backward(F.cross_entropy(model(x), y))
+    with pytest.raises(SetupError, match="no window is open"):
+        accumulator.backward(model(data[0]).sum())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda loss: loss.detach(), "without a graph"),
+        (lambda loss: loss.item(), "float"),
+        (lambda loss: loss * torch.ones(2), r"shape \(2,\)"),
+    ],
+)
+def test_a_loss_that_cannot_be_learned_from_is_refused(wrong, message):
+    model, data = net(), batch(30)
+    accumulator = Accumulator(model, sgd(model), plan(7, 30))
+    with pytest.raises(LossError, match=message):
+        for x, y in accumulator.window(data):
+            accumulator.backward(wrong(F.cross_entropy(model(x), y)))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_gradient_left_over_is_refused_not_added():
+    model, data = net(), batch(8)
+    accumulator = Accumulator(model, sgd(model), plan(4, 8))
+    model(data[0]).sum().backward()
+    with pytest.raises(SetupError, match="gradient stands before the window's first backward"):
+        next(accumulator.window(data))
+
+
+@pytest.mark.parametrize("mode", ["raise", "skip"])
+def test_a_loss_that_is_not_finite_takes_no_step(mode):
+    model, (x, y) = net(), batch(8)
+    before = copy.deepcopy(model)
+    x[3] = math.inf
+    accumulator = Accumulator(model, sgd(model), plan(4, 8), on_nonfinite=mode)
+
+    def window():
+        for x_, y_ in accumulator.window((x, y)):
+            accumulator.backward(F.cross_entropy(model(x_), y_))
+
+    if mode == "raise":
+        with pytest.raises(LossError, match='step 1 is nan.*on_nonfinite="skip"'):
+            window()
+    else:
+        window()
+        assert "nan" in accumulator.last.skipped
+        assert accumulator.skipped_windows == 1
+    assert error(model, before) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_batch_norm_is_pooled_and_committed_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)).double()
+    reference = copy.deepcopy(model)
+    data = batch(23)
+    reference(data[0])
+    accumulator = Accumulator(model, sgd(model), plan(5, 23))
+    for x, y in accumulator.window(data):
+        accumulator.backward(F.cross_entropy(model(x), y))
+    torch.testing.assert_close(model[0].running_mean, reference[0].running_mean, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(model[0].running_var, reference[0].running_var, rtol=1e-12, atol=1e-14)
+    assert int(model[0].num_batches_tracked) == 1
+
+
+def test_the_fp16_scale_is_one_for_the_window_and_overflow_skips_the_step():
+    model = net().float()
+    before = copy.deepcopy(model)
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    accumulator = Accumulator(model, optimizer, plan(4, 8), precision="fp16", scheduler=scheduler)
+    accumulator.precision.scaler._init_scale = 2.0**60
+    x, y = batch(8)
+    for x_, y_ in accumulator.window((x.float(), y)):
+        accumulator.backward(F.cross_entropy(model(x_), y_))
+    assert "overflowed at the loss scale" in accumulator.last.skipped
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert error(model, before) == 0
+    accumulator.precision.scaler.update(1024.0)
+    for x_, y_ in accumulator.window((x.float(), y)):
+        accumulator.backward(F.cross_entropy(model(x_), y_))
+    assert accumulator.last.skipped is None
+    assert error(model, whole_batch_step(before, (x.float(), y))) < 5e-3  # fp16's own rounding
+
+
+@pytest.mark.parametrize("steps", [4, 64, 1024])
+def test_bf16_gradients_are_summed_in_fp32(steps):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).bfloat16()
+    x, y = torch.randn(steps, 8).bfloat16(), torch.randn(steps, 4).bfloat16()
+    exact = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in model.parameters()]
+    for i in range(steps):
+        model.zero_grad()
+        F.mse_loss(model(x[i : i + 1]).float(), y[i : i + 1].float()).backward()
+        for total, parameter in zip(exact, model.parameters(), strict=True):
+            total += parameter.grad.double() / steps
+    model.zero_grad(set_to_none=True)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    seen = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.double() for p in model.parameters()))
+    accumulator = Accumulator(model, optimizer, plan(1, steps))
+    for x_, y_ in accumulator.window((x, y)):
+        accumulator.backward(F.mse_loss(model(x_).float(), y_.float()))
+    distance = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(seen, exact, strict=True)))
+    assert distance / math.sqrt(sum(float(b.square().sum()) for b in exact)) < 4e-3  # one rounding to bf16
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+
+
+def test_a_mean_returned_by_a_step_is_used_as_it_is():
+    model, (x, y) = net(), batch(24)
+    y[:9] = -100
+    reference = whole_batch_step(model, (x, y))
+    accumulator = Accumulator(model, sgd(model), plan(8, 24))
+    for x_, y_ in accumulator.window((x, y)):
+        losses = F.cross_entropy(model(x_), y_, reduction="sum")
+        accumulator.backward(Mean(losses, (y_ != -100).sum()))
+    assert error(model, reference) < 1e-12
+
+
+def test_sparse_embeddings_tied_and_unused_parameters():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(10, 6, sparse=True)
+            self.head = nn.Linear(6, 5)
+            self.unused = nn.Linear(2, 2)
+
+        def forward(self, tokens):
+            return self.head(self.embed(tokens))
+
+    torch.manual_seed(0)
+    model = Model().double()
+    reference = copy.deepcopy(model)
+    tokens, y = torch.randint(0, 10, (20,)), torch.randint(0, 5, (20,))
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    F.cross_entropy(reference(tokens), y).backward()
+    optimizer.step()
+    accumulator = Accumulator(model, sgd(model), plan(6, 20))
+    for t, y_ in accumulator.window((tokens, y)):
+        accumulator.backward(F.cross_entropy(model(t), y_))
+    assert error(model, reference) < 1e-12
+    assert model.unused.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"clip_norm": 0.0}, "clip_norm=0.0"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0"),
+        ({"accumulate": "fp64"}, "accumulate='fp64'"),
+        ({"on_nonfinite": "hope"}, "on_nonfinite='hope'"),
+        ({"batch_norm": "pool"}, "batch_norm='pool'"),
+        ({"precision": "int8"}, "precision='int8'"),
+    ],
+)
+def test_bad_settings_name_value_and_choices(setting, message):
+    model = net()
+    with pytest.raises(SetupError, match=message):
+        Accumulator(model, sgd(model), plan(4, 8), **setting)
