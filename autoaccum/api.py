@@ -15,6 +15,7 @@ from autoaccum.assembly import Parts, assemble
 from autoaccum.data.source import open_source
 from autoaccum.errors import LossError, PlanError, SetupError
 from autoaccum.planning.plan import Plan, plan
+from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
@@ -78,8 +79,8 @@ def probe(
     report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
     if target_batch is None:
         return report
-    made = _plan(parts, report.micro_batch, target_batch, _reasons(parts, report), lr_batch=lr_batch, lr_rule=lr_rule,
-                 batch_norm=batch_norm, tail=tail, multiple_of=multiple_of, minimum=report.floor)  # fmt: skip
+    made = _plan(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
+                 tail=tail, multiple_of=multiple_of)  # fmt: skip
     return replace(report, plan=made)
 
 
@@ -194,11 +195,8 @@ def prepare(
         question = Question(_share(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
     if given is None:
-        size = report.micro_batch if report is not None else micro_batch or 1
-        reasons = {} if report is None else _reasons(parts, report)
-        given = _plan(parts, size, target_batch, reasons, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
-                      tail="drop" if parts.source.drop_last else tail, multiple_of=multiple_of,
-                      minimum=report.floor if report is not None else 1)  # fmt: skip
+        given = _plan(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
+                      tail=tail, multiple_of=multiple_of)  # fmt: skip
     checked = _verify(parts, check, events)
     _apply(given, parts.optimizer)
     total = _total_steps(given, parts.source.length, epochs, max_steps)
@@ -273,7 +271,7 @@ def _verified(parts: Parts) -> VerifyReport:
         parts.objective,
         parts.source.trial(size),
         device=parts.device.torch_device,
-        precision=parts.precision,
+        precision=parts.precision.name,
     )
 
 
@@ -303,40 +301,59 @@ def _probe(
     )  # fmt: skip
 
 
-def _plan(parts: Parts, micro_batch: int, target_batch: int, reasons: Mapping[str, str], **settings: Any) -> Plan:
-    """The plan over all ranks; each rank's limit is the micro-batch that it was given or has run."""
+def _plan(
+    parts: Parts, report: ProbeReport | None, micro_batch: int | None, target_batch: int, *, lr_batch: int | None,
+    lr_rule: str, batch_norm: str, tail: str, multiple_of: int,
+) -> Plan:  # fmt: skip
+    """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
     layers = [module for module in parts.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    tuned_at = settings.pop("lr_batch")
-    if tuned_at is None and parts.lr_given:
-        tuned_at = parts.source.loader_batch
-        if tuned_at is not None:
-            reasons = {
-                **reasons,
-                "lr_batch": f"{tuned_at}: the DataLoader's batch_size, which the given rate was tuned at",
-            }
-    return plan(
-        parts.ranks.gather(micro_batch), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
-        samples=parts.source.length, optimizer=parts.optimizer, lr_batch=tuned_at, batch_norm_layers=len(layers),
-        bn_momentum=layers[0].momentum if layers else None, reasons=reasons, **settings,
+    reasons = _reasons(parts, report)
+    if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
+        lr_batch = parts.source.loader_batch
+        reasons["lr_batch"] = f"{lr_batch}: the DataLoader's batch_size, since the rate given was tuned at it"
+    if parts.source.drop_last:
+        tail = "drop"
+    size = report.micro_batch if report is not None else micro_batch or target_batch
+    made = plan(
+        parts.ranks.gather(size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
+        samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
+        batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
+        minimum=report.floor if report is not None else 1, multiple_of=multiple_of, tail=tail, reasons=reasons,
     )  # fmt: skip
+    return _explained(made, report)
 
 
-def _reasons(parts: Parts, report: ProbeReport) -> dict[str, str]:
-    proof = {
-        "forecast": f"{report.limit + 1 if report.limit else '?'} is forecast to overrun it",
-        "out of memory": f"{report.limit + 1 if report.limit else '?'} ran out of memory",
-        "cap": "nothing larger was looked for",
-        None: "the next size that would lower the number of micro-batches does not fit",
-    }[report.limit_proof]
-    limit = (
-        f"{report.limit} samples fit at once, {proof}" if report.limit else f"{report.micro_batch} samples fit; {proof}"
+def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
+    reasons = {"denominator": parts.objective.reason, "precision": parts.precision.reason}
+    if report is None:
+        return reasons
+    reasons["budget"] = report.budget_reason
+    if report.limit is not None:
+        proof = {
+            "forecast": f"{report.limit + 1} is forecast to overrun the budget",
+            "out of memory": f"{report.limit + 1} ran out of memory",
+            "cap": "nothing larger was looked for",
+        }
+        reasons["limit"] = f"{report.limit} samples fit at once; {proof[report.limit_proof or 'cap']}"
+    return reasons
+
+
+def _explained(made: Plan, report: ProbeReport | None) -> Plan:
+    """The plan with the probe's own words on the micro-batch: what was run is below what would fit."""
+    if report is None:
+        return made
+    count, sizes = made.accumulation_steps, format_sizes(made.micro_batches)
+    most = f"{report.limit} samples fit at once" if report.limit is not None else f"{report.micro_batch} samples fit"
+    why = "measured to be the fastest" if report.throughput else f"the fewest that fit, since at most {most}"
+    several = f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}"
+    return replace(
+        made,
+        reasons={
+            **made.reasons,
+            "micro_batch": f"{made.micro_batch}: was run, and fits in the budget",
+            "accumulation_steps": f"{several}: {why}",
+        },
     )
-    return {
-        "budget": report.budget_reason,
-        "limit": limit,
-        "denominator": parts.objective.reason,
-        "precision": parts.precision.reason,
-    }
 
 
 def _given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -> Plan:

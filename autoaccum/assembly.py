@@ -100,7 +100,9 @@ def unwrapped(model: Any) -> Any:
 def _join_ranks() -> Ranks:
     """This process among others; torchrun's environment counts as being asked to join them."""
     distributed = torch.distributed
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    launched = (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    )
     if launched and distributed.is_available() and not distributed.is_initialized():
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     return here()

@@ -2,10 +2,10 @@
 
     python examples/01_first_fit.py
 
-On the CPU the training gets a budget of 24 MiB, in which 256 samples do not fit at once; on a GPU the budget is a cap on
+On the CPU the training gets a budget of 12 MiB, in which 256 samples do not fit at once; on a GPU the budget is a cap on
 PyTorch's allocator. The file is a TARGET of the command line as well:
 
-    autoaccum probe examples/01_first_fit.py:setup --target-batch 256 --memory 24MiB
+    autoaccum probe examples/01_first_fit.py:setup --target-batch 256 --memory 12MiB
 """
 
 import time
@@ -70,7 +70,7 @@ def setup() -> dict[str, object]:
 
 def main() -> None:
     """Trains under the budget, and says how well it went and where the time was spent."""
-    memory = "64MiB" if torch.cuda.is_available() else "24MiB"
+    memory = "64MiB" if torch.cuda.is_available() else "12MiB"
     started = time.perf_counter()
     result = autoaccum.fit(**setup(), memory=memory, progress=True)
     seconds = time.perf_counter() - started

@@ -43,7 +43,8 @@ class Architecture:
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, with its graph."""
         if self.loss is None:
-            return model(**batch).loss
+            loss: Tensor = model(**batch).loss
+            return loss
         inputs, targets = batch
         return self.loss(model(inputs), targets)
 

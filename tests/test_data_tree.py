@@ -224,8 +224,11 @@ def test_a_packed_sequence_moves_by_its_own_method():
 def test_leaves_that_disagree_are_both_named_with_their_sizes():
     with pytest.raises(DataError, match=r"\['x'\] has 8 .*\['y'\]\.image has 7"):
         tree.batch_size({"x": rows(8), "y": Pair(rows(7), None)})
+    for sizes in ((4, 4), (1, 1)):
+        with pytest.raises(DataError, match=r"\[0\] has 8 .*\[1\] has 7"):
+            tree.split((rows(8), rows(7)), sizes)
     with pytest.raises(DataError, match="disagree"):
-        tree.split((rows(8), rows(7)), (4, 4))
+        tree.batch_size([rows(8), rows(7)])
 
 
 @pytest.mark.parametrize("batch", [torch.tensor(1.0), {}, None, {"x": torch.tensor(1)}, 3, "text"])

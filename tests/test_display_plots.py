@@ -22,7 +22,8 @@ REPORT = {
         {"batch": 16, "peak_bytes": None, "outcome": "out of memory"},
     ],
     "curve": [[batch, 10 * MIB * batch] for batch in range(1, 40)],
-    "timeline": {"parts": ["parameters", "optimizer_state"], "bytes": [[5 * MIB] * 4, [0, MIB, 2 * MIB, 60 * MIB]],
+    "timeline": {"parts": ["parameters", "buffers", "optimizer_state"],
+                 "bytes": [[5 * MIB] * 4, [0] * 4, [0, MIB, 2 * MIB, 60 * MIB]],
                  "phases": [["forward", 0], ["zero_grad", 3]]},
 }  # fmt: skip
 
@@ -52,6 +53,7 @@ def test_a_plot_names_everything_in_it(tmp_path):
     for text in ("forecast", "measured", "did not fit", "budget 100.0 MiB", "micro-batch 8", "batch size",
                  "memory (MiB)", "One window at micro-batch 8", "optimizer state", "forward"):  # fmt: skip
         assert text in texts(tmp_path / "probe.svg"), text
+    assert "buffers" not in texts(tmp_path / "probe.svg"), "a part that is empty throughout"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from autoaccum.errors import PlanError
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.split import can_split
-from tests.strategies import limits, minimums, plans, rank_limits, targets, world_sizes
+from tests.strategies import limits, minimums, plans, rank_limits, tails, targets, world_sizes
 
 # --- sizes
 
@@ -138,14 +138,17 @@ def test_the_line_on_the_tail_says_what_becomes_of_it(samples, more, text):
     assert text in plan(**{"limit": 64, "target_batch": 256, "samples": samples, **more}).reasons["tail"]
 
 
-@given(plans())
-def test_the_line_on_the_tail_agrees_with_the_windows(made):
-    assume(made.samples is not None and made.reasons["tail"].startswith(f"{made.tail}: "))
+@given(st.integers(5, 30), st.integers(5, 60), st.integers(0, 200), minimums, tails)
+def test_the_line_on_the_tail_agrees_with_the_windows(limit, target, more, minimum, tail):
+    assume(can_split(target, limit, minimum))
+    made = plan(limit, target, samples=target + more, minimum=minimum, tail=tail)
     sizes = list(made.window_sizes(made.samples))
-    full = sizes.count(made.target_batch)
-    assert f"{full} window" in made.reasons["tail"] or not full
-    assert ("dropped" in made.reasons["tail"]) == (sum(sizes) < made.samples)
-    assert ("joins" in made.reasons["tail"]) == (sizes[-1] > made.target_batch)
+    full, line = sizes.count(target), made.reasons["tail"]
+    assert line.startswith(f"{tail}: {made.samples} samples an epoch are ")
+    assert f"{full} window" in line or not full
+    assert ("dropped" in line) == (sum(sizes) < made.samples)
+    assert ("joins" in line) == (sizes[-1] > target)
+    assert (f"one of {sizes[-1]}, which" in line) == (sizes[-1] < target)
 
 
 def test_an_epoch_without_a_window_is_refused_with_the_remedy():

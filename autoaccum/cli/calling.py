@@ -7,7 +7,6 @@ import click
 
 from autoaccum.cli.command import first_rank
 from autoaccum.cli.options import given
-from autoaccum.cli.target import Target, keywords_of
 
 __all__ = ["arguments_of", "call", "need_target_batch"]
 
@@ -22,6 +21,8 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
         SetupError: what is wrong with TARGET; see target.py.
         click.UsageError: an option that `function` does not take.
     """
+    from autoaccum.cli.target import Target, keywords_of
+
     options = given(options)
     known = keywords_of(function)
     for name in options:
@@ -36,6 +37,8 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """`function(model, data, ...)` with those of fit's arguments that it takes: probe has no use for epochs."""
+    from autoaccum.cli.target import keywords_of
+
     known = keywords_of(function)
     rest = {name: value for name, value in arguments.items() if known is None or name in known}
     return function(rest.pop("model"), rest.pop("data"), **rest)

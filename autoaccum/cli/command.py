@@ -8,13 +8,11 @@ ends the process at once; a shell reports 143.
 """
 
 import contextlib
-import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -29,8 +27,7 @@ __all__ = ["Answer", "Command", "first_rank"]
 SCHEMA = 1  # of what --json prints
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What a command found: `values` for `--json`, drawn by `view` for people, and the exit code."""
 
     values: Mapping[str, Any]
@@ -105,6 +102,8 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 def _print(answer: Answer, *, as_json: bool) -> None:
     if as_json:
+        import json
+
         click.echo(json.dumps(_plain({**answer.values, "schema": SCHEMA}), allow_nan=False))
         return
     from autoaccum.display.terminal import open_console

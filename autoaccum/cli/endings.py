@@ -1,8 +1,7 @@
 """How a command ends when something goes wrong: one line for a person, one number for a script."""
 
+import functools
 import os
-import sysconfig
-import traceback
 from pathlib import Path
 
 from autoaccum.errors import AutoaccumError
@@ -12,12 +11,6 @@ __all__ = ["FAILED", "INTERRUPTED", "NOT_SAVED", "exit_code", "one_line"]
 FAILED = 1
 NOT_SAVED = 5  # trained, but something could not be saved
 INTERRUPTED = 130
-
-_PATHS = sysconfig.get_paths()
-_NOT_THE_USERS = tuple(
-    os.path.join(os.path.realpath(folder), "")
-    for folder in (_PATHS["stdlib"], _PATHS["purelib"], _PATHS["platlib"], Path(__file__).parent.parent)
-)
 
 
 def exit_code(error: BaseException) -> int:
@@ -42,6 +35,8 @@ def one_line(error: BaseException) -> str:
 
 def _where(error: BaseException) -> str:
     """ " (train.py, line 12, in build)": the innermost line of the user's own code, else the innermost of all."""
+    import traceback  # on use, as below: `--help` never needs it
+
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return ""
@@ -52,4 +47,14 @@ def _where(error: BaseException) -> str:
 
 
 def _is_a_librarys(filename: str) -> bool:
-    return filename.startswith("<") or os.path.realpath(filename).startswith(_NOT_THE_USERS)
+    return filename.startswith("<") or os.path.realpath(filename).startswith(_not_the_users())
+
+
+@functools.cache
+def _not_the_users() -> tuple[str, ...]:
+    """The folders of Python, of what is installed, and of this package."""
+    import sysconfig
+
+    paths = sysconfig.get_paths()
+    folders = (paths["stdlib"], paths["purelib"], paths["platlib"], Path(__file__).parent.parent)
+    return tuple(os.path.join(os.path.realpath(folder), "") for folder in folders)

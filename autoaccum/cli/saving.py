@@ -5,7 +5,6 @@ says that something is missing.
 """
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +34,8 @@ def saved(path: Path | None, what: str, write: Callable[[Path], object]) -> bool
 
 def write_weights(model: "nn.Module", path: Path) -> None:
     """The model's `state_dict()` by `torch.save`: whole, or the file that was there before stays."""
+    import tempfile
+
     import torch
 
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

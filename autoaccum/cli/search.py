@@ -10,7 +10,6 @@ from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, takes, target_argument
 from autoaccum.cli.saving import saved
-from autoaccum.cli.target import Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,6 +40,7 @@ def search(
     TARGET is called with an Optuna trial: `def build(trial): return {"lr": trial.suggest_float(...), ...}`.
     """
     import autoaccum
+    from autoaccum.cli.target import Target
 
     setup = Target.parse(target, given(options))
     setup.load()  # a wrong TARGET is a usage error at once, and not one in every worker

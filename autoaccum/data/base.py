@@ -114,7 +114,7 @@ class Source(ABC):
         here = (self._ranks.rank, self._ranks.size)
         if here != (rank, world_size):
             raise DataError(
-                f"the plan is for rank {rank} of {world_size} and the data is read by rank {here[0]} of {here[1]}: make "
+                f"the plan is for rank {rank} of {world_size}, and rank {here[0]} of {here[1]} reads the data: make "
                 f"the plan with rank={here[0]} and world_size={here[1]}"
             )
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from autoaccum.data.draws import mix, seed_sample
 from autoaccum.errors import DataError
 
-__all__ = ["Ask", "Failure", "Fetcher"]
+__all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
 
 
 class Ask(NamedTuple):
@@ -47,36 +47,10 @@ class Failure:
 
 
 class Fetcher:
-    """A dataset and its collate function; as a dataset of a DataLoader it answers each Ask with a whole batch.
-
-    Other attributes are the dataset's own, so that a `worker_init_fn` finds and sets them where it always did.
-    """
-
-    _dataset: Any
-    _collate: Callable[[list[Any]], Any]
+    """A dataset and its collate function."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        vars(self).update(_dataset=dataset, _collate=collate)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_dataset"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(vars(self)["_dataset"], name, value)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Fetcher, (self._dataset, self._collate)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitems__(self, ask: Ask) -> Any:
-        """The batch that a worker was asked for, or its Failure."""
-        try:
-            return self.batch(ask)
-        except DataError as error:
-            cause = error.__cause__
-            return Failure(str(error), cause if isinstance(cause, Exception) else error)
+        self._dataset, self._collate = dataset, collate
 
     def batch(self, ask: Ask) -> Any:
         """The micro-batch.
@@ -142,6 +116,37 @@ class Fetcher:
                 f"samples {indices[0]!r} to {indices[-1]!r} of the dataset ({type(self._dataset).__name__}) could not "
                 f"be read together: {type(error).__name__}: {error}; repair its __getitems__"
             ) from error
+
+
+class WorkerDataset:
+    """What a DataLoader's workers are given for a dataset: it answers each Ask with a whole batch, or with a Failure.
+
+    Its attributes are those of the user's dataset, so that a `worker_init_fn` finds and sets them where it always did.
+    """
+
+    def __init__(self, dataset: Any, fetcher: Fetcher) -> None:
+        vars(self).update(_autoaccum=(dataset, fetcher))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_autoaccum"][0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_autoaccum"][0], name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WorkerDataset, vars(self)["_autoaccum"]
+
+    def __len__(self) -> int:
+        return len(vars(self)["_autoaccum"][0])
+
+    def __getitems__(self, ask: Ask) -> Any:
+        """The batch, or what went wrong."""
+        fetcher: Fetcher = vars(self)["_autoaccum"][1]
+        try:
+            return fetcher.batch(ask)
+        except DataError as error:
+            cause = error.__cause__
+            return Failure(str(error), cause if isinstance(cause, Exception) else error)
 
 
 def _draws(dataset: Any) -> bool:

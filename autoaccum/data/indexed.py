@@ -1,7 +1,12 @@
 """Data whose samples have indices: which are read in what order, and tensors, whose rows need no loader.
 
-A window's rows of a tensor are gathered once and handed out as views of that copy. So a micro-batch costs a few
-microseconds, and nothing that a model does to its input in place reaches the user's tensors.
+Choices made here:
+
+- A window's rows of a tensor are gathered once and handed out as views of that copy: a micro-batch costs a few
+  microseconds.
+- Rows in sequence need no copy, but a model may write to its input (an in-place first layer, a normalising step), and
+  must not write to the user's tensors. So the first window is a copy; if its version counter stands still while it is
+  trained on, views follow, and copies again as soon as one was written to.
 """
 
 from abc import abstractmethod
@@ -106,6 +111,9 @@ class TensorSource(IndexedSource):
         super().__init__(tree.batch_size(data), loader, **common)
         self._data = data
         self._tensors = [tensor for _, tensor in tree.tensors(data)]
+        self._copies = any(tensor.is_inference() for tensor in self._tensors)  # those have no version counter
+        self._last: list[Tensor] = []
+        self._versions: list[int] = []
         self._flat = all(isinstance(child, Tensor) for child in children(data) or ())
         self._strided = all(t.layout is torch.strided and not t.is_nested for t in self._tensors)
 
@@ -138,8 +146,24 @@ class TensorSource(IndexedSource):
             numbers = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
             return [tree.take_rows(tensor, numbers) for tensor in self._tensors]
         if isinstance(rows, slice):
-            return [tensor[rows].clone() for tensor in self._tensors]
-        return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors]
+            return self._in_sequence(rows)
+        try:
+            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors]
+        except (IndexError, RuntimeError) as error:
+            raise DataError(
+                f"rows {rows[:8].tolist()} and on could not be taken from tensors of {self._rows} rows: {error}; the "
+                "sampler must give indices from 0 to one below that"
+            ) from error
+
+    def _in_sequence(self, rows: slice) -> list[Tensor]:
+        window = [tensor[rows] for tensor in self._tensors]
+        self._copies = self._copies or [tensor._version for tensor in self._last] != self._versions
+        if self._copies:
+            return [tensor.clone() for tensor in window]
+        if not self._last:
+            window = [tensor.clone() for tensor in window]
+        self._last, self._versions = window, [tensor._version for tensor in window]
+        return window
 
     def _like(self, parts: Sequence[Tensor]) -> Any:
         """The parts in the structure of the data."""

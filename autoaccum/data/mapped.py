@@ -21,7 +21,7 @@ from autoaccum.data import tree
 from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cut, Cutter
 from autoaccum.data.draws import mix, preserved
-from autoaccum.data.fetch import Ask, Failure, Fetcher
+from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.pool import Pool, spread
@@ -47,7 +47,9 @@ class MapSource(IndexedSource):
         self._fetcher, self._dataset = Fetcher(dataset, collate), dataset
         self._pool = Pool(self._samples_from, dataset)
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
-        self._workers = _Workers(self._fetcher, loader) if loader is not None and loader.num_workers else None
+        self._workers: _Workers | None = None
+        if loader is not None and loader.num_workers:
+            self._workers = _Workers(WorkerDataset(dataset, self._fetcher), loader)
 
     def _trial(self, size: int) -> Any:
         samples, self.varies = self._pool.choose(size)
@@ -112,11 +114,11 @@ class _Schedule:
 class _Workers:
     """A DataLoader's worker processes, fetching micro-batches ahead."""
 
-    def __init__(self, fetcher: Fetcher, loader: DataLoader[Any]) -> None:
+    def __init__(self, dataset: WorkerDataset, loader: DataLoader[Any]) -> None:
         self._asks = _Asks()
         self._seeds = torch.Generator()
         self._loader: DataLoader[Any] = DataLoader(
-            fetcher,  # type: ignore[arg-type]  # a dataset by its methods
+            dataset,  # type: ignore[arg-type]  # a dataset by its methods
             batch_sampler=self._asks,  # type: ignore[arg-type]  # the fetcher understands an Ask
             collate_fn=as_is,
             generator=self._seeds,

@@ -116,7 +116,7 @@ def weight(sample: Any) -> int:
 
 
 def spread(count: int, start: int = 0) -> Iterator[int]:
-    """The numbers below `count`, from the `start`-th on: some from all over first, as datasets come sorted, then others."""
+    """The numbers below `count` from the `start`-th on: some from all over first, since datasets come sorted."""
     if count <= LOOKED_AT:
         return iter(range(start, count))
     places = [number * count // LOOKED_AT for number in range(LOOKED_AT)]

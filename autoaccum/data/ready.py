@@ -51,6 +51,7 @@ class BatchSource(StreamSource):
         self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
         inner = getattr(loader.batch_sampler, "sampler", None)
         self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
+        self._told_epochs = [loader, dataset, *self._samplers]
         of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
         self._pool = Pool(self._samples_from, dataset) if of_samples else None
         self._looked_at: list[Any] = []
@@ -155,6 +156,8 @@ def iterates_by_itself(loader: DataLoader[Any]) -> bool:
 def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     """The loader without its DistributedSampler's sharding, which ours replaces; most are as they should be."""
     batches: Any = loader.batch_sampler
+    if iterates_by_itself(loader):
+        return loader
     outer, inner = undistributed(loader.sampler), undistributed(getattr(batches, "sampler", None))
     settings = {"collate_fn": loader.collate_fn, "generator": loader.generator, **kept_settings(loader)}
     if batches is None and outer is not loader.sampler:

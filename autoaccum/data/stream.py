@@ -101,6 +101,7 @@ class StreamSource(Source):
     def __init__(self, items: Iterable[Any], once: bool, **common: Any) -> None:
         super().__init__(**common)
         self._items, self.one_shot = items, once
+        self._told_epochs: list[Any] = [items]
         self._reader: Reader | None = None
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
@@ -145,9 +146,9 @@ class StreamSource(Source):
                 )
             reader.epoch = epoch
             return reader
-        for owner in (self._items, getattr(self._items, "dataset", None)):
+        for owner in self._told_epochs:
             if callable(getattr(owner, "set_epoch", None)):
-                owner.set_epoch(epoch)  # type: ignore[union-attr]
+                owner.set_epoch(epoch)
         with self._beginning(again=start > 0):
             base = self._begin(epoch, again=start > 0)
         self._reader = reader = Reader(self._items, Lane(base), self._samples_in)
@@ -196,6 +197,7 @@ class SampleSource(StreamSource):
         super().__init__(items, shared and items is samples, **common)
         self._collate = Fetcher((), collate).collated
         self._loader = loader
+        self._told_epochs = [samples]
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         looked_at = items if shared else samples
         self._pool = Pool(lambda start: islice(iter(looked_at), start, None), samples)

@@ -115,6 +115,8 @@ class Reading:
         """Whether `node` is a list with one item a sample."""
         if not is_list(node) or len(node) != self.size or not alike(node):
             return False
+        if node is self.batch and isinstance(node[0], Tensor):
+            return False  # at the top these are inputs and targets, and if they disagree, that is an error
         if _records(node) or not any(tensor.dim() for _, tensor in walk(node)):
             return True
         if self._sampled and all(isinstance(item, Tensor) for item in node):

@@ -112,8 +112,9 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
 
 def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, Any], frame: _Frame) -> None:
     """Memory over time, stacked by part."""
-    names = [str(name).replace("_", " ") for name in timeline["parts"]]
-    rows = [[size / frame.scale for size in row] for row in timeline["bytes"]]
+    parts = [(name, row) for name, row in zip(timeline["parts"], timeline["bytes"], strict=True) if any(row)]
+    names = [str(name).replace("_", " ") for name, _ in parts]
+    rows = [[size / frame.scale for size in row] for _, row in parts]
     colours = [_PARTS[index % len(_PARTS)] for index in range(len(names))]
     panel.stackplot(range(len(rows[0])), rows, labels=names, colors=colours, ec="white", lw=0.4)
     if frame.budget is not None:

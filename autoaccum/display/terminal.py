@@ -78,9 +78,11 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
         rows.append(("peak", format_bytes(peak), f"measured at {micro}{of_budget(peak, budget)}"))
     rows.append(("limit", report.get("limit") or "not looked for", _proof(report, curve)))
     if budget:
-        rows.append(("budget", format_bytes(budget), str(report.get("budget_reason") or "")))
-    if report.get("residual") is not None:
-        rows.append(("forecast error", f"{100 * report['residual']:.2g}%", "of a further trace that was not fitted"))
+        reason = str(report.get("budget_reason") or "").removeprefix(format_bytes(budget)).lstrip(",: ")
+        rows.append(("budget", format_bytes(budget), reason))
+    if (residual := report.get("residual")) is not None:
+        error = f"{100 * residual:.2g}%" if abs(residual) >= 1e-6 else "0%"  # less is rounding in float64
+        rows.append(("forecast error", error, "at a further trace that was not fitted"))
     rows += [
         ("throughput", f"{speed:,.1f} samples/s", f"at {batch}") for batch, speed in report.get("throughput") or ()
     ]

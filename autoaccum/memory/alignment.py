@@ -15,8 +15,7 @@ from autoaccum.memory.trace import Trace
 
 __all__ = ["Cell", "ForecastFailed", "align"]
 
-_MOST_DIFFERENCES = 1000  # the search for common groups takes this squared; beyond, traces have too little in common
-_MOST_UNALIGNED = 0.5  # of the bytes allocated; beyond, the fit would stand on stretches more than on operators
+_MOST_DIFFERENCES = 1000  # the search for common groups takes this squared; beyond, only both ends are matched
 _SHORTEST_RUN = 3  # fewer agreeing groups than this between two stretches may agree by chance: they join them
 
 
@@ -35,7 +34,7 @@ def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
     """The cells in time order, and the largest share of a trace's allocated bytes that lies in unmatched ones.
 
     Raises:
-        ForecastFailed: the traces have different phases, or too little in common.
+        ForecastFailed: the traces went through different phases.
     """
     names = [tuple(phase.name for phase in trace.phases) for trace in traces]
     if len(set(names)) > 1:
@@ -48,15 +47,8 @@ def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
             for trace, (start, stop) in zip(traces, bounds)
         ]
         cells += _cells([start for start, _ in bounds], keys)
-    share = max(
-        _unmatched(trace, [cell.spans[at] for cell in cells if not cell.matched]) for at, trace in enumerate(traces)
-    )
-    if share > _MOST_UNALIGNED:
-        raise ForecastFailed(
-            f"{share:.0%} of what a step allocates could not be matched between the traced sizes "
-            f"(at most {_MOST_UNALIGNED:.0%} may be)"
-        )
-    return cells, share
+    spans = ([cell.spans[at] for cell in cells if not cell.matched] for at in range(len(traces)))
+    return cells, max(map(_unmatched, traces, spans))
 
 
 def _bounds(trace: Trace, phase: int) -> tuple[int, int]:
@@ -111,10 +103,8 @@ def _unmatched(trace: Trace, spans: list[tuple[int, int]]) -> float:
 def common(first: Sequence[object], second: Sequence[object]) -> list[tuple[int, int]]:
     """Positions of a longest common subsequence of two sequences, in order.
 
-    Myers, "An O(ND) difference algorithm and its variations" (1986), after what agrees at both ends.
-
-    Raises:
-        ForecastFailed: more than 1000 items differ.
+    Myers, "An O(ND) difference algorithm and its variations" (1986), between what agrees at both ends; where
+    more than 1000 items differ, only that.
     """
     head = 0
     while head < min(len(first), len(second)) and first[head] == second[head]:
@@ -143,7 +133,7 @@ def _myers(first: Sequence[object], second: Sequence[object]) -> list[tuple[int,
             furthest[diagonal] = a
             if a >= len(first) and a - diagonal >= len(second):
                 return _walk_back(steps, len(first), diagonal)
-    raise ForecastFailed(f"the traces differ in more than {_MOST_DIFFERENCES} groups of one phase")
+    return []
 
 
 def _enter(furthest: dict[int, int], diagonal: int, differences: int) -> int:

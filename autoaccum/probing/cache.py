@@ -155,7 +155,11 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """What decides the memory of an optimizer's step: its flags, and whether numbers are zero (momentum)."""
     skipped = ("params", "lr", "initial_lr", "param_names")
     return {
-        key: value if isinstance(value, (bool, str, type(None))) else bool(value) if isinstance(value, (int, float)) else "other"
+        key: value
+        if isinstance(value, (bool, str, type(None)))
+        else bool(value)
+        if isinstance(value, (int, float))
+        else "other"
         for key, value in group.items()
         if key not in skipped
     }

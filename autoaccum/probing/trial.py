@@ -16,7 +16,7 @@ from autoaccum.data.source import Source
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory
-from autoaccum.memory.resident import resident_bytes, resident_parts
+from autoaccum.memory.resident import resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.probing.journal import Journal
@@ -90,8 +90,9 @@ class Bench:
 
     def parts(self, size: int) -> dict[str, int]:
         """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
-        held = self.resident[max(self.resident)]
+        held, side = self.resident[max(self.resident)], self._accumulator.gradient_dtype
         parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
+        parts["gradients"] += sum(p.numel() * side(p).itemsize for p in self._used or ())
         forecast = self.forecast()
         peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
         if forecast is not None:
@@ -156,9 +157,11 @@ class Bench:
             self._device.synchronize()
             return int(self._device.peak() or 0)
         accumulator.open([batch])
-        self._allocate_gradients()
         held = self._held(batch)
         with ProcessGrowth(self._budget.kind) as growth, record(self._device) as recording:
+            # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
+            recording.mark("backward")
+            self._allocate_gradients()
             accumulator.on_phase = recording.mark
             accumulator.run([batch])
             accumulator.finish()
@@ -189,8 +192,6 @@ class Bench:
         accumulator = self._accumulator
         on_device = batch if self._device.type == "cpu" else None  # elsewhere the batch moves inside the step
         parts = resident_parts(accumulator.model, accumulator.optimizer, on_device, device=self._device.torch_device)
-        sums = [accumulator.gradient(p) for p in self._used or () if accumulator.gradient(p) is not p.grad]
-        parts["gradients"] += resident_bytes(sums)
         allocated = self._device.allocated()
         if allocated is not None:
             parts["other"] = max(0, allocated - sum(parts.values()))

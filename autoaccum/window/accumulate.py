@@ -233,9 +233,13 @@ class Accumulator:
         """The open window's gradient of `parameter` so far, in the format it is summed in."""
         return self._side.gradient(parameter)
 
+    def gradient_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """The format that the window's gradient of `parameter` is summed in."""
+        return self._side.dtype(parameter)
+
     def allocate_gradient(self, parameter: nn.Parameter) -> None:
         """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one."""
-        self._side.put(parameter, torch.zeros_like(parameter, dtype=self._side.dtype(parameter)))
+        self._side.put(parameter, torch.zeros_like(parameter, dtype=self.gradient_dtype(parameter)))
 
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""

@@ -183,9 +183,9 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is Tensor.backward:
-            with self:  # activation checkpointing runs forwards in there, which must be the same
-                return _backward(*args, **kwargs)
+        if func is Tensor.backward and len(args) == 1 and all(v is None or v is False for v in kwargs.values()):
+            with self:  # activation checkpointing runs forwards in there, which must see this mode too
+                return _backward(args[0])
         if func is functional.batch_norm:
             args, kwargs = _by_running_statistics(*args, **kwargs)
         elif func in _ARGUMENTS:
@@ -197,11 +197,12 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _backward(
-    tensor: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
-) -> None:
-    """`Tensor.backward`, which would ask the mode again."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+def _backward(loss: Tensor) -> None:
+    """`loss.backward()` without asking the mode again, which torch's own two functions do."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def _by_running_statistics(

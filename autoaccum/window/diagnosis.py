@@ -1,91 +1,64 @@
 """Why an accumulated gradient is not the large batch's: found by trying what would make it so.
 
 The gradients of a few parts of the batch are looked at one by one. If a loss is a mean over something that can be
-counted, then gradient × count adds up over the parts; so each count that the batch offers (samples, tokens, elements,
-class weights, masks) is tried, and the one that adds up is what should be declared. If none does, but some weights of
-the parts' gradients give the whole's, the denominators are at fault all the same. If two counts together explain every
-subset of the parts, the loss has two terms. If nothing does, the loss compares samples with one another.
+counted, then gradient × count adds up over the parts; so each count that the batch offers (counts.py) is tried, and the
+one that adds up is what should be declared. If none does, but some weights of the parts' gradients give the whole's,
+the denominators are at fault all the same. If two counts together explain every subset of the parts, the loss has two
+terms. If nothing does, the loss compares samples with one another.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from autoaccum.data import tree
-from autoaccum.errors import DataError, LossError, SetupError
-from autoaccum.window.call import targets_in
-from autoaccum.window.counting import IGNORED, holds_indices
+from autoaccum.window.counts import Count, countable
 from autoaccum.window.loss import Objective
 
-__all__ = [
-    "COUPLED",
-    "DIVIDED_TWICE",
-    "NOT_FINITE",
-    "RANDOM",
-    "SEVERAL",
-    "SIZE_BOUND",
-    "TOO_LARGE",
-    "TOO_SMALL",
-    "UNEVEN",
-    "Diagnosis",
-    "Evidence",
-    "Rows",
-    "diagnose",
-    "ragged",
-]
+__all__ = ["Cause", "Diagnosis", "Evidence", "Rows", "diagnose", "ragged"]
 
-TOO_LARGE = "k times too large"
-TOO_SMALL = "k times too small"
-UNEVEN = "uneven denominators"
-SEVERAL = "several denominators"
-DIVIDED_TWICE = "divided twice"
-COUPLED = "batch-coupled loss"
-SIZE_BOUND = "depends on the batch size"
-NOT_FINITE = "not finite in a part"
-RANDOM = "randomness"
+Rows = tuple[int, ...]  # places of samples in the whole batch
 
-_LEAF_DIMS = 3  # masks and lengths are counted; images are not
+_TINY = 1e-300
+
+
+class Cause:
+    """The causes in short, as a report names them."""
+
+    TOO_LARGE = "k times too large"
+    TOO_SMALL = "k times too small"
+    UNEVEN = "uneven denominators"
+    SEVERAL = "several denominators"
+    DIVIDED_TWICE = "divided twice"
+    COUPLED = "batch-coupled loss"
+    SIZE_BOUND = "depends on the batch size"
+    NOT_FINITE = "not finite in a part"
+    RANDOM = "randomness"
 
 
 class Diagnosis(NamedTuple):
-    """What is wrong, in short; and in words, with what to declare."""
+    """One of the causes, and what it means and asks for, in words."""
 
     cause: str
     text: str
 
 
-class _Count(NamedTuple):
-    """Something a mean may run over.
-
-    Attributes:
-        name: in words.
-        declare: the argument that says so.
-        of: counts it in a batch.
-    """
-
-    name: str
-    declare: str
-    of: Callable[[Any], float]
-
-
-Rows = tuple[int, ...]
-
-
 def ragged(samples: int) -> tuple[int, int]:
-    """Two unequal micro-batches that together have `samples` samples, 2 or more: 8 is 5 + 3."""
+    """Two micro-batches of together `samples` samples, 2 or more, unequal where that can be: 8 is 5 + 3."""
     first = samples // 2 + 1 if samples > 2 else 1
     return first, samples - first
 
 
 class Evidence:
-    """The gradients of subsets of the batch, each run when it is first asked for.
+    """The gradients of subsets of a batch, each run when it is first asked for.
 
     Attributes:
-        parts: two or three sets of rows that make up the batch; the last is the second of two micro-batches.
+        parts: two or three sets of rows that make up the batch.
         whole: all rows.
+        tolerance: relative; what is closer is the same.
     """
 
     def __init__(
@@ -99,17 +72,15 @@ class Evidence:
 
         Args:
             samples: of the whole batch.
-            batch: gives the samples at some rows, on the host.
-            gradient: gives the gradient accumulated over micro-batches of these rows, a vector.
+            batch: gives the samples at some rows.
+            gradient: gives the gradient accumulated over micro-batches of these rows: a vector in double precision.
             tolerance: relative; what is closer is the same.
         """
         self.whole: Rows = tuple(range(samples))
         first, _ = ragged(samples)
-        inner = (first + 1) // 2
-        cuts = sorted({0, inner, first, samples})
+        cuts = sorted({0, (first + 1) // 2, first, samples})
         self.parts: list[Rows] = [self.whole[start:stop] for start, stop in itertools.pairwise(cuts)]
-        self.batch = batch
-        self.tolerance = tolerance
+        self.batch, self.tolerance = batch, tolerance
         self._gradient = gradient
         self._seen: dict[Rows, Tensor] = {}
 
@@ -120,57 +91,61 @@ class Evidence:
         return self._seen[rows]
 
     @property
+    def cancelled(self) -> float:
+        """How many times larger the parts' gradients are than the whole's, to which they add up."""
+        parts = math.fsum(float(self.of(part).norm()) * len(part) / len(self.whole) for part in self.parts)
+        return parts / max(float(self.of(self.whole).norm()), _TINY)
+
+    @property
     def adds_up(self) -> bool:
-        """Whether the accumulated gradient is the plain sum of its parts' gradients: nothing was divided."""
+        """Whether the accumulated gradient is the plain sum of its parts': nothing was divided."""
         pieces = [tuple(itertools.chain(*self.parts[:-1])), self.parts[-1]]
-        total = torch.stack([self.of(piece) for piece in pieces]).sum(0)
-        return self.near(self._gradient(pieces), total, float(total.norm()))
+        total = self.of(pieces[0]) + self.of(pieces[1])
+        return float((self._gradient(pieces) - total).norm()) <= self.tolerance * float(total.norm())
 
-    def near(self, one: Tensor, other: Tensor, scale: float) -> bool:
-        """Whether two vectors are the same, within the tolerance of `scale`."""
-        return float((one - other).norm()) <= self.tolerance * scale
+    def residual(self, *counts: Callable[[Any], float]) -> float:
+        """How far the gradients are from those of a loss whose terms are means over these counts; relative.
 
-    def subsets(self, least: int) -> list[Rows]:
-        """The unions of `least` parts or more, and the single parts."""
-        sizes = [1, *(size for size in range(2, len(self.parts) + 1) if size >= least)]
-        chosen = itertools.chain(*(itertools.combinations(self.parts, size) for size in sizes))
-        return [tuple(sorted(itertools.chain(*parts))) for parts in chosen]
-
-    def explained(self, *counts: Callable[[Any], float]) -> bool:
-        """Whether means over these counts, a term each, would give the gradients that were seen.
-
-        Each part j brings unknown sums a_j, b_j, ... to the gradient of a subset S: Σ a_j / A_S + Σ b_j / B_S + ... With
-        more subsets than unknowns, some combinations of the gradients must vanish whatever the sums are; they are the
-        left null space of the matrix of 1 / A_S.
+        A part j brings unknown sums a_j, b_j, ... to the gradient of a subset S: Σ a_j / A_S + Σ b_j / B_S + ... There
+        are more subsets than unknowns, so that some combinations of the gradients must vanish whatever the sums are: those
+        in the left null space of the matrix of 1 / A_S.
         """
-        subsets = self.subsets(2 if len(counts) > 1 else len(self.parts))
-        amounts = [[count(self.batch(rows)) for count in counts] for rows in subsets]
-        unknowns = [
-            [1.0 / amount if amount and set(part) <= set(rows) else 0.0 for amount in of for part in self.parts]
-            for rows, of in zip(subsets, amounts)
-        ]
-        matrix = torch.tensor(unknowns, dtype=torch.float64)
-        matrix = matrix / matrix.abs().max(dim=0, keepdim=True).values.clamp_min(1e-300)
-        u, s, _ = torch.linalg.svd(matrix)
-        rank = int((s > 1e-9 * s.max()).sum())
-        conditions = u[:, rank:].T
+        subsets = self._subsets(every=len(counts) > 1)
+        columns = []
+        for count in counts:
+            amounts = [count(self.batch(rows)) for rows in subsets]
+            for part in self.parts:
+                # A part in which nothing counts brings nothing, to no subset.
+                counted = amounts[subsets.index(part)] > 0
+                columns.append([1 / a if counted and set(part) <= set(s) else 0.0 for a, s in zip(amounts, subsets)])
+        matrix = torch.tensor(columns, dtype=torch.float64).T
+        left, values, _ = torch.linalg.svd(matrix / matrix.amax(dim=0).clamp_min(_TINY))
+        conditions = left[:, int((values > 1e-9 * values.max()).sum()) :].T
         if not len(conditions):
-            return False
-        gradients = torch.stack([self.of(rows) for rows in subsets])
-        terms = conditions.abs() * gradients.norm(dim=1)
-        left = (conditions @ gradients).norm(dim=1)
-        return bool((left <= self.tolerance * terms.max(dim=1).values.clamp_min(1e-300)).all())
+            return math.inf
+        # Coordinates in an orthonormal basis stand for the long vectors: no precision is lost, as in their products.
+        gradients = torch.linalg.qr(torch.stack([self.of(rows) for rows in subsets], dim=1)).R.T
+        terms = (conditions.abs() * gradients.norm(dim=1)).amax(dim=1).clamp_min(_TINY)
+        return float(((conditions @ gradients).norm(dim=1) / terms).max())
+
+    def _subsets(self, *, every: bool) -> list[Rows]:
+        """The parts and the whole; or all unions of parts."""
+        sizes = range(1, len(self.parts) + 1) if every else (1, len(self.parts))
+        chosen = itertools.chain(*(itertools.combinations(self.parts, size) for size in sizes))
+        return [tuple(itertools.chain(*parts)) for parts in chosen]
 
     def weights(self) -> list[float] | None:
-        """Non-negative weights with which the parts' gradients give the whole's; None where there are none."""
-        parts = torch.stack([self.of(rows) for rows in self.parts])
+        """Weights above 0 with which the parts' gradients give the whole's; None where there are none."""
+        parts = torch.stack([self.of(rows) for rows in self.parts], dim=1)
         whole = self.of(self.whole)
-        scales = parts.norm(dim=1).clamp_min(1e-300)
-        solved = torch.linalg.lstsq((parts / scales[:, None]).T, whole[:, None], driver="gelsd").solution[:, 0] / scales
-        if parts.shape[1] <= len(self.parts) or bool((solved < -self.tolerance).any()):
+        if len(whole) <= len(self.parts):
+            return None  # any vector is some sum of so many others
+        scales = parts.norm(dim=0).clamp_min(_TINY)
+        terms = torch.linalg.lstsq(parts / scales, whole[:, None], driver="gelsd").solution[:, 0]
+        off = float((parts / scales @ terms - whole).norm())
+        if off > self.tolerance * float(terms.abs().max()) or bool((terms <= 0).any()):
             return None
-        scale = float((solved * scales).max().clamp_min(whole.norm()))
-        return solved.tolist() if self.near(solved @ parts, whole, scale) else None
+        return [float(weight) for weight in terms / scales]
 
 
 def diagnose(objective: Objective, evidence: Evidence) -> Diagnosis:
@@ -180,174 +155,106 @@ def diagnose(objective: Objective, evidence: Evidence) -> Diagnosis:
         objective: as it was declared.
         evidence: the gradients of parts of a batch on which the accumulated gradient was wrong.
     """
-    counts = list(_counts(objective, evidence.batch(evidence.whole)))
-    for count in counts:
-        if evidence.explained(count.of):
-            return _denominator(objective, evidence, count)
-    for count in counts:
-        if count.declare and evidence.explained(lambda batch, count=count: count.of(batch) ** 2):  # type: ignore[misc]
-            return Diagnosis(
-                DIVIDED_TWICE,
-                f"the loss is divided by {count.name} twice: what is taken for a sum is a mean already.\n"
-                f"Return the mean itself with {count.declare}, or the sum of the losses as a Mean's numerator.",
-            )
+    counts = list(countable(objective, evidence.batch(evidence.whole)))
+    found = _fitting(evidence, counts)
+    if found is not None:
+        return _declare(objective, evidence, found)
+    found = _fitting(evidence, [Count(c.name, c.declare, lambda batch, of=c.of: of(batch) ** 2) for c in counts])  # type: ignore[misc]
+    if found is not None:
+        return Diagnosis(
+            Cause.DIVIDED_TWICE,
+            f"divided twice: the loss is divided by {found.name}, and what is divided is their mean already.\n"
+            f"Return the mean alone and declare {found.declare}, or a Mean whose numerator is the sum of the losses",
+        )
     weights = evidence.weights()
     if weights is not None:
-        return _unknown(evidence, weights)
+        return _undeclared(evidence, weights)
     if len(evidence.parts) > 2:
-        for one, other in itertools.combinations(_distinct(counts, evidence), 2):
-            if evidence.explained(one.of, other.of):
-                return _two_terms(one, other)
+        for one, other in itertools.combinations(_distinct(evidence, counts), 2):
+            if evidence.residual(one.of, other.of) <= evidence.tolerance:
+                return Diagnosis(
+                    Cause.SEVERAL,
+                    f"several denominators: a mean over {one.name} is added to one over {other.name}, and both are weighted "
+                    f"alike.\nReturn the terms from step=, and declare each: reduction={{term: {one.how}, other: {other.how}}}",
+                )
     return Diagnosis(
-        COUPLED,
-        "a batch-coupled loss: no weights of the parts' gradients give the whole's, so it compares samples with one "
-        "another (contrastive pairs, triplets, balance between experts, statistics of the batch), and accumulating cannot "
-        "be right.\nUse a micro-batch as large as the target batch, or leave that term out of the loss; where it adds "
-        "terms with different denominators, return them from step= and declare reduction={name: f(batch)}.",
+        Cause.COUPLED,
+        "a batch-coupled loss: it compares samples with one another (contrastive pairs, triplets, balance between experts, "
+        "statistics over the batch), as no weights of the parts' gradients give the whole's; accumulating cannot be right.\n"
+        "Use a micro-batch as large as the target batch, or keep that term out of the loss; where the loss only adds terms "
+        "with different denominators, return them from step= and declare reduction={term: f(batch)}",
     )
 
 
-def _denominator(objective: Objective, evidence: Evidence, count: _Count) -> Diagnosis:
-    summed = evidence.adds_up
-    remedy = f"Declare {count.declare}."
-    if objective.denominators(evidence.batch(evidence.whole)) is None:
-        numerator = "the losses' sum, never their mean"
+def _fitting(evidence: Evidence, counts: Sequence[Count]) -> Count | None:
+    """The first of the counts that fit as well as the best does."""
+    residuals = [evidence.residual(count.of) for count in counts]
+    best = min(residuals)
+    if best > evidence.tolerance:
+        return None
+    return next(count for count, own in zip(counts, residuals) if own <= max(3 * best, evidence.tolerance / 100))
+
+
+def _declare(objective: Objective, evidence: Evidence, count: Count) -> Diagnosis:
+    late = objective.denominators(evidence.batch(evidence.whole)) is None
+    remedy = f"Declare {count.declare}"
+    if late:
         remedy = (
-            f"Return a plain tensor from the step and declare {count.declare}, or return autoaccum.Mean with {numerator}, "
-            f"as the numerator and {count.name} as the denominator."
+            f"Return a plain tensor from the step and declare {count.declare}, or return autoaccum.Mean(numerator, "
         )
-    if not count.declare.startswith("reduction='sum'"):
-        if summed:
-            return Diagnosis(
-                TOO_LARGE, f"k times too large: the loss is a mean over {count.name}, and is not divided.\n{remedy}"
-            )
+        remedy += (
+            "denominator) whose denominator does not grow with the batch"
+            if count.sums
+            else f"denominator): the sum of the losses, and {count.name}"
+        )
+    if count.sums:
         return Diagnosis(
-            UNEVEN,
-            f"uneven denominators: the loss is a mean over {count.name}, and is weighted by something else, which makes it "
-            f"a mean of means.\n{remedy}",
+            Cause.TOO_SMALL,
+            f"k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n{remedy}",
         )
-    if objective.denominators(evidence.batch(evidence.whole)) is None:
-        remedy = (
-            "Return a plain tensor from the step and declare reduction='sum', or return autoaccum.Mean with a denominator "
-            "that grows with the batch."
+    if evidence.adds_up:
+        return Diagnosis(
+            Cause.TOO_LARGE,
+            f"k times too large: the loss is a mean over {count.name}, and is added up without being divided.\n{remedy}",
         )
     return Diagnosis(
-        TOO_SMALL,
-        f"1/k, k times too small: the loss is a sum over its samples, and is divided as if it were a mean.\n{remedy}",
+        Cause.UNEVEN,
+        f"uneven denominators: the loss is a mean over {count.name}, and is weighted by something else, which gives a mean "
+        f"of means.\n{remedy}",
     )
 
 
-def _unknown(evidence: Evidence, weights: list[float]) -> Diagnosis:
-    shares = ", ".join(f"{weight:.3g}" for weight in weights)
+def _undeclared(evidence: Evidence, weights: Sequence[float]) -> Diagnosis:
+    """Weights were found, but nothing in the batch counts so."""
     sizes = ", ".join(str(len(part)) for part in evidence.parts)
-    if abs(sum(weights) - 1) > 0.01:
+    shares = ", ".join(f"{weight:.3g}" for weight in weights)
+    if abs(sum(weights) - 1) <= 10 * evidence.tolerance:
         return Diagnosis(
-            SIZE_BOUND,
-            f"the loss reads the batch size, or is neither a mean nor a sum: of parts with {sizes} samples the whole's "
-            f"gradient takes {shares}, which sum to {sum(weights):.3g} and not to 1.\n"
-            "Take the batch size out of the loss, or return autoaccum.Mean(numerator, denominator) from step=.",
+            Cause.UNEVEN,
+            f"uneven denominators: the loss makes its own, as parts of {sizes} samples count {shares}, and nothing in the "
+            "batch does.\nReturn autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that "
+            "counts the same",
+        )
+    powers = [math.log(w) / math.log(len(p) / len(evidence.whole)) for w, p in zip(weights, evidence.parts)]
+    if max(powers) - min(powers) <= 0.02 * max(map(abs, powers)):
+        return Diagnosis(
+            Cause.SIZE_BOUND,
+            f"the loss reads the batch size: it grows with its power {1 - powers[0]:.2g}, as neither a mean nor a sum does.\n"
+            "Take the batch size out of the loss, or return autoaccum.Mean(numerator, denominator) from step=",
         )
     return Diagnosis(
-        UNEVEN,
-        f"uneven denominators: of parts with {sizes} samples the whole's gradient takes {shares}, which nothing in the "
-        "batch counts: the loss makes its own denominator.\n"
-        "Return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that counts the same.",
+        Cause.COUPLED,
+        f"a batch-coupled loss: a function of a mean (a root, a ratio, a logarithm) and no mean itself, as parts of {sizes} "
+        f"samples count {shares}, which sum to {sum(weights):.3g}; accumulating cannot be right.\n"
+        "Minimise the mean instead (MSE for RMSE), or use a micro-batch as large as the target batch",
     )
 
 
-def _two_terms(one: _Count, other: _Count) -> Diagnosis:
-    return Diagnosis(
-        SEVERAL,
-        f"uneven denominators of several terms: a mean over {one.name} is added to one over {other.name}, and a single "
-        f"denominator serves both.\nReturn them apart from step=, and declare each: reduction={{name: "
-        f"{_short(one)}, other: {_short(other)}}}.",
-    )
-
-
-def _short(count: _Count) -> str:
-    return count.declare.removeprefix("reduction=")
-
-
-def _distinct(counts: Sequence[_Count], evidence: Evidence) -> list[_Count]:
+def _distinct(evidence: Evidence, counts: Sequence[Count]) -> list[Count]:
     """Counts of which none is a multiple of another."""
-    found: dict[tuple[float, ...], _Count] = {}
+    found: dict[tuple[float, ...], Count] = {}
     for count in counts:
-        amounts = [count.of(evidence.batch(rows)) for rows in evidence.subsets(len(evidence.parts))]
-        if count.declare != "reduction='sum'" and amounts[-1] > 0:
+        amounts = [count.of(evidence.batch(rows)) for rows in (*evidence.parts, evidence.whole)]
+        if not count.sums and amounts[-1] > 0:
             found.setdefault(tuple(round(amount / amounts[-1], 9) for amount in amounts), count)
     return list(found.values())
-
-
-# --- what can be counted ----------------------------------------------------------------------------------------------
-
-_WORDS = {
-    "sample_mean": "the samples",
-    "token_mean": "the labels that count",
-    "weighted_mean": "the class weights",
-    "element_mean": "the elements of the targets",
-}
-
-
-def _counts(objective: Objective, batch: Any) -> Iterator[_Count]:
-    """Everything a loss may divide by, the likeliest first."""
-    yield _Count("nothing", "reduction='sum'", lambda _: 1.0)
-    for reduction in ("sample_mean", "token_mean", "weighted_mean", "element_mean"):
-        count = _named(objective, reduction, batch)
-        if count is not None:
-            yield count
-    yield from _of_targets(objective, batch)
-    for path, leaf in tree.tensors(batch):
-        if 0 < leaf.dim() <= _LEAF_DIMS and not leaf.is_complex():
-            yield from _of_leaf(path, leaf)
-
-
-def _named(objective: Objective, reduction: str, batch: Any) -> _Count | None:
-    try:
-        other = Objective(objective.model, loss=objective.loss, step=objective.step, reduction=reduction)
-        other.denominators(batch)
-    except (SetupError, DataError, LossError):
-        return None  # not a reduction that this loss or these targets can have
-
-    def of(part: Any) -> float:
-        counted = other.denominators(part)
-        assert counted is not None
-        return counted["loss"]
-
-    return _Count(_WORDS[reduction], f"reduction={reduction!r}", of)
-
-
-def _of_targets(objective: Objective, batch: Any) -> Iterator[_Count]:
-    """Labels without those that are ignored by another number, or shifted away."""
-    apart = objective.loss is not None or objective.step is not None
-    targets = targets_in(batch, apart=apart)
-    if not holds_indices(targets):
-        return
-    path = next(path for path, leaf in tree.tensors(batch) if leaf is targets)
-    for index in (IGNORED, 0, -1, 1, 2):
-        yield _lambda(f"the labels other than {index}", path, lambda leaf, index=index: leaf != index, f" != {index}")
-        if targets.dim() == 2:
-            for cut, words in ((slice(1, None), "[:, 1:]"), (slice(None, -1), "[:, :-1]")):
-                yield _lambda(
-                    f"the labels{words} other than {index}",
-                    path,
-                    lambda leaf, index=index, cut=cut: leaf[:, cut] != index,
-                    f"{words} != {index}",
-                )
-
-
-def _of_leaf(path: str, leaf: Tensor) -> Iterator[_Count]:
-    """The sum of a mask, of lengths or of weights; what in it is not 0; its elements."""
-    where = f"batch{path}"
-    if bool((leaf >= 0).all()):
-        yield _lambda(f"the sum of {where}", path, lambda leaf: leaf, "")
-        if leaf.dim() == 2:
-            yield _lambda(f"the sum of {where}[:, 1:]", path, lambda leaf: leaf[:, 1:], "[:, 1:]")
-    yield _lambda(f"what in {where} is not 0", path, lambda leaf: leaf != 0, " != 0")
-
-
-def _lambda(name: str, path: str, f: Callable[[Tensor], Tensor], code: str) -> _Count:
-    def of(batch: Any) -> float:
-        return float(f(dict(tree.tensors(batch))[path]).double().sum())
-
-    inner = f"(batch{path}{code})" if "!=" in code else f"batch{path}{code}"
-    return _Count(name, f"reduction=lambda batch: {inner}.sum()", of)

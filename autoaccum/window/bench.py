@@ -1,0 +1,275 @@
+"""Windows of chosen samples, run on a model that is held still, by the very code that trains.
+
+The Accumulator is the one that trains; in the optimizer's place stands one that takes the gradient where another would
+step. So scaling, side buffers, weighting and the late correction of denominators are all in what is looked at. When the
+bench is left, model and random generators are bit for bit as they were.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autoaccum.data import tree
+from autoaccum.data.structure import Reading
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.planning.plan import plan
+from autoaccum.ranks import Ranks
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.call import targets_in
+from autoaccum.window.counting import holds_indices
+from autoaccum.window.determinism import Determinism
+from autoaccum.window.loss import Objective
+from autoaccum.window.optimizer import optimizer_parameters, trained_parameters
+from autoaccum.window.snapshot import Snapshot
+
+__all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
+
+# Relative errors that rounding alone may make, by the coarsest number format that the gradient goes through: some ten
+# times what right models show when a batch is split. A fault in a denominator makes 1e-2 and more.
+_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
+_SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
+
+Gradient = list[Tensor | None]  # a parameter each; nothing at all where no target counts
+
+
+class Difference(NamedTuple):
+    """How a gradient differs from the reference.
+
+    Attributes:
+        error: ‖g − ref‖ / ‖ref‖.
+        ratio: ⟨g, ref⟩ / ⟨ref, ref⟩.
+        worst: the parameter with the largest ‖g − ref‖.
+        reference: ‖ref‖.
+    """
+
+    error: float
+    ratio: float
+    worst: str
+    reference: float
+
+
+class PartFailed(Exception):
+    """A micro-batch could not be run where the whole batch could.
+
+    Attributes:
+        finite: False: its loss is not a finite number; True: the model or the loss raised.
+    """
+
+    def __init__(self, what: str, *, finite: bool) -> None:
+        super().__init__(what)
+        self.finite = finite
+
+
+class Bench:
+    """A model held still while windows are run on it; a context.
+
+    Attributes:
+        samples: of the whole batch.
+        objective: whose weighting is looked at.
+        precision: "fp32", "bf16" or "fp16".
+        fixed: what holds the model still.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        batch: Any,
+        samples: int,
+        device: torch.device,
+        optimizer: Optimizer | None,
+        precision: str,
+    ) -> None:
+        """Changes nothing until it is entered; `samples` are chosen from `batch`, on the host."""
+        self.objective, self.samples, self.precision = objective, samples, precision
+        self._model, self._batch, self._device = model, batch, device
+        self._modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
+        self._parameters = list(dict.fromkeys(trained_parameters(model, objective.loss)))
+        if optimizer is not None:
+            stepped = {id(parameter) for parameter in optimizer_parameters(optimizer)}
+            self._parameters = [p for p in self._parameters if id(p) in stepped] or self._parameters
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Bench":
+        with ExitStack() as stack:
+            self._taken = _Taken(self._parameters)
+            stack.enter_context(Snapshot(self._model, self._taken, *self._modules[1:], device=self._device))
+            for module in self._modules:
+                for parameter in module.parameters():
+                    parameter.grad = None
+            self.fixed = stack.enter_context(Determinism(self._modules, samples=self.samples, device=self._device))
+            self._accumulator = Accumulator(
+                self._model,
+                self._taken,
+                plan(self.samples, self.samples, batch_norm="keep"),
+                objective=self.objective,
+                precision=self.precision,
+                on_nonfinite="skip",
+                device=self._device,
+                ranks=Ranks(),
+            )
+            stack.callback(self._accumulator.close)
+            self.precision = self._accumulator.precision.name
+            self.objective.measure(self._batch)
+            self._batch = _arranged(self.objective, self._batch, self.samples)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stack.close()
+
+    def batch(self, rows: Sequence[int]) -> Any:
+        """The samples at these places, on the host."""
+        return _take(self._batch, rows)
+
+    def window(self, pieces: Sequence[Sequence[int]], *, seed: int | None = None) -> Gradient | str:
+        """The gradient of one window; or why there is none, in words.
+
+        Args:
+            pieces: the rows of each micro-batch.
+            seed: draw other random numbers than the generators would give.
+        """
+        accumulator = self._accumulator
+        batches = [self.batch(rows) for rows in pieces]
+        for _ in range(_FP16_ATTEMPTS):
+            self._taken.gradient = None
+            accumulator.open(batches)
+            try:
+                for rows, batch in zip(pieces, batches, strict=True):
+                    self.fixed.begin(rows, seed=seed)
+                    accumulator.run([batch])
+            except BaseException:
+                accumulator.discard()
+                raise
+            record = accumulator.finish()
+            if self._taken.gradient is not None:
+                return self._taken.gradient
+            if not math.isfinite(record.loss):
+                return f"the loss is {record.loss}"
+            if not accumulator.precision.scaler.is_enabled():
+                return []
+        return "its fp16 gradients overflow at every loss scale"
+
+    def part(self, pieces: Sequence[Sequence[int]]) -> Gradient:
+        """`window`, after the whole batch could be run.
+
+        Raises:
+            PartFailed: the model or the loss raised, or the loss is not finite.
+        """
+        sizes = " + ".join(str(len(piece)) for piece in pieces)
+        try:
+            found = self.window(pieces)
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error) is not Verdict.NO:
+                raise
+            raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", finite=True) from error
+        if isinstance(found, str):
+            raise PartFailed(f"{found} at {sizes}", finite=False)
+        return found
+
+    def difference(self, gradient: Gradient, reference: Gradient) -> Difference:
+        """Compares, a parameter at a time, where `gradient` lies."""
+        names = {id(p): name for module in reversed(self._modules) for name, p in module.named_parameters()}
+        squares = product = whole = 0.0
+        largest, worst = -1.0, ""
+        for index, parameter in enumerate(self._parameters):
+            own = _flat(gradient[index] if gradient else None, parameter)
+            expected = _flat(reference[index] if reference else None, parameter).to(own.device)
+            off = float((own - expected).norm()) ** 2
+            if not off <= largest:  # NaN is worst of all
+                largest, worst = off, names[id(parameter)]
+            squares += off
+            product += float(torch.dot(own, expected))
+            whole += float(expected.norm()) ** 2
+        if whole == 0:
+            return Difference(math.inf if squares else 0.0, math.nan, worst, 0.0)
+        return Difference(math.sqrt(squares / whole), product / whole, worst, math.sqrt(whole))
+
+    def sampled(self, gradient: Gradient) -> Tensor:
+        """A vector on the host, in double precision: of each parameter evenly spaced elements, at most 16384."""
+        chosen = []
+        for index, parameter in enumerate(self._parameters):
+            flat = _flat(gradient[index] if gradient else None, parameter)
+            chosen.append(flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].to("cpu", torch.float64))
+        return torch.cat(chosen)
+
+    @property
+    def rounding(self) -> float:
+        """The relative error that rounding alone may make."""
+        formats = {parameter.dtype for parameter in self._parameters}
+        if self.precision in _AUTOCAST:
+            formats.add(_AUTOCAST[self.precision])
+        coarsest = max(_ROUNDING.get(format_, _ROUNDING[torch.float32]) for format_ in formats)
+        return coarsest if self._device.type == "cpu" or formats == {torch.float64} else max(coarsest, _ROUNDING_TF32)
+
+
+class _Taken(Optimizer):
+    """Takes the window's gradient, where an optimizer would step."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+        self.gradient: Gradient | None = None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Changes no parameter."""
+        self.gradient = [parameter.grad for parameter in optimizer_parameters(self)]
+
+
+def _flat(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    """One dimension, dense, real, 32 bits or more; zeros where there is no gradient."""
+    if gradient is None:
+        gradient = torch.zeros_like(parameter)
+    gradient = gradient.detach()
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    return gradient.reshape(-1) if gradient.dtype == torch.float64 else gradient.reshape(-1).float()
+
+
+def _take(batch: Any, rows: Sequence[int]) -> Any:
+    """The samples at `rows`, in that order."""
+    size = tree.batch_size(batch)
+
+    def pick(leaf: Any) -> list[Any]:
+        if isinstance(leaf, Tensor):
+            if leaf.layout is torch.strided and not leaf.is_nested:
+                return [leaf.index_select(0, torch.tensor(rows, dtype=torch.int64, device=leaf.device))]
+            single = tree.split(leaf, [1] * size)
+            return [tree.join([single[row] for row in rows])]
+        return [type(leaf)(leaf[row] for row in rows) if isinstance(leaf, (list, tuple)) else leaf[list(rows)]]
+
+    return Reading(batch, size).checked().parts(batch, pick, 1)[0]
+
+
+def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
+    """As many of the samples, so ordered that a cut leaves unequal denominators: light ones first, heavy ones last."""
+    size = tree.batch_size(batch)
+    weights = [_weight(objective, _take(batch, [row])) for row in range(size)]
+    order = sorted(range(size), key=lambda row: weights[row])
+    order = [order[round(place * (size - 1) / (samples - 1))] for place in range(samples)]
+    if 0.0 in weights[order[0]]:
+        order = [order[-1], *order[:-1]]  # something counts in the first part too
+    return _take(batch, order)
+
+
+def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:
+    """What may count in a sample: its denominators as declared, its labels, its masks."""
+    declared = objective.denominators(sample) or {}
+    labels = targets_in(sample, apart=objective.loss is not None or objective.step is not None)
+    tokens = float((labels >= 0).sum()) if holds_indices(labels) else 0.0
+    masks = [
+        float((leaf != 0).sum())
+        for _, leaf in tree.tensors(sample)
+        if leaf.dim() == 2 and leaf is not labels and not leaf.is_floating_point()
+    ]
+    return (*declared.values(), tokens, *masks)

@@ -1,0 +1,543 @@
+"""Pooled running statistics: after a window a layer holds what one update with the whole batch would have left.
+
+The first layer's input does not depend on how the batch is cut, so there the two must agree to rounding, in float64.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autoaccum.errors import SetupError
+from autoaccum.window.batch_norm import PooledStatistics, needs_two
+
+SIZES = (5, 4, 4)  # ragged: 13 is prime
+
+LAYERS = {
+    "BatchNorm1d on rows": (lambda **kind: nn.BatchNorm1d(3, **kind), (3,)),
+    "BatchNorm1d on sequences": (lambda **kind: nn.BatchNorm1d(3, **kind), (3, 7)),
+    "BatchNorm2d": (lambda **kind: nn.BatchNorm2d(3, **kind), (3, 4, 5)),
+    "BatchNorm3d": (lambda **kind: nn.BatchNorm3d(3, **kind), (3, 2, 3, 2)),
+    "SyncBatchNorm, one process": (lambda **kind: nn.SyncBatchNorm(3, **kind), (3, 4)),
+    "InstanceNorm1d": (lambda **kind: nn.InstanceNorm1d(3, track_running_stats=True, **kind), (3, 7)),
+    "InstanceNorm2d": (lambda **kind: nn.InstanceNorm2d(3, track_running_stats=True, **kind), (3, 4, 5)),
+    "InstanceNorm3d": (lambda **kind: nn.InstanceNorm3d(3, track_running_stats=True, **kind), (3, 2, 3, 2)),
+    "LazyBatchNorm2d": (lambda **kind: nn.LazyBatchNorm2d(**kind), (3, 4, 5)),
+    "LazyInstanceNorm2d": (lambda **kind: nn.LazyInstanceNorm2d(track_running_stats=True, **kind), (3, 4, 5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    """Each test in float64, from the same seed."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def batch(*shape, samples=sum(SIZES), seed=1):
+    """Samples whose mean and spread differ from one to the next, so that micro-batches disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(samples, *shape, generator=generator)
+    slope = torch.linspace(-2, 3, samples).view(-1, *(1 for _ in shape))
+    return data * (1 + slope.abs()) + 4 * slope
+
+
+def train_window(statistics, model, samples, sizes=SIZES):
+    statistics.begin()
+    for micro in samples.split(sizes):
+        model(micro.clone().requires_grad_()).sum().backward()
+    statistics.commit()
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(module, expected, tolerance=0.0):
+    """Every buffer and parameter equals `expected`: bit for bit, or relatively to `tolerance`."""
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if tolerance:
+            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        else:
+            assert torch.equal(found[name], value), f"{name}: {found[name]} is not {value}"
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_window_leaves_what_one_update_with_the_whole_batch_leaves(kind, momentum):
+    make, shape = LAYERS[kind]
+    whole, layer = make(momentum=momentum), make(momentum=momentum)
+    with PooledStatistics(layer) as statistics:
+        for seed, sizes in enumerate((SIZES, (2, 2, 2, 7), (13,), SIZES)):
+            samples = batch(*shape, seed=seed)
+            whole(samples)
+            train_window(statistics, layer, samples, sizes)
+            assert_same(layer, state(whole), 1e-12)
+    assert layer.momentum == momentum
+
+
+def test_elements_count_not_samples_where_lengths_differ():
+    """One pooled update is the update with all elements at once: n is elements per channel, not samples."""
+    short, long = batch(3, 4, samples=6), batch(3, 9, samples=2, seed=2)
+    elements = torch.cat([part.transpose(0, 1).reshape(3, -1) for part in (short, long)], dim=1)
+    whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    whole(elements.T)
+    with PooledStatistics(layer) as statistics:
+        statistics.begin()
+        layer(short), layer(long)
+        statistics.commit()
+    assert_same(layer, state(whole), 1e-12)
+
+
+def test_variance_does_not_cancel_in_float32_under_a_mean_a_thousand_times_larger():
+    samples = (torch.randn(64, 3) + 4000.0).float()
+    layer = nn.BatchNorm1d(3, momentum=1.0, dtype=torch.float32)
+    with PooledStatistics(layer) as statistics:
+        train_window(statistics, layer, samples, [8] * 8)
+    torch.testing.assert_close(layer.running_var.double(), samples.double().var(0), rtol=1e-3, atol=0)
+
+
+def test_layers_with_momenta_of_their_own_and_a_momentum_changed_between_windows():
+    def make():
+        torch.manual_seed(3)
+        return nn.ModuleList([nn.BatchNorm1d(3, momentum=m) for m in (0.1, 0.4, None)])
+
+    class Parallel(nn.Module):  # all layers see the input itself
+        def __init__(self):
+            super().__init__()
+            self.layers = make()
+
+        def forward(self, data):
+            return sum(layer(data) for layer in self.layers)
+
+    whole, model = Parallel(), Parallel()
+    with PooledStatistics(model) as statistics:
+        for seed, momentum in enumerate((0.1, 0.7, None, 0.2)):
+            whole.layers[0].momentum = model.layers[0].momentum = momentum
+            whole(batch(3, seed=seed))
+            train_window(statistics, model, batch(3, seed=seed))
+            assert [layer.momentum for layer in model.layers] == [momentum, 0.4, None]
+            assert_same(model, state(whole), 1e-12)
+
+
+# Recomputation, and layers that are used twice.
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its body in the backward pass; a BatchNorm layer first, one more behind a linear layer."""
+
+    def __init__(self, reentrant, *, dropout=0.0, twice=False):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.inner, self.last = nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.reentrant, self.twice, self.dropout = reentrant, twice, nn.Dropout(dropout)
+
+    def body(self, data):
+        data = self.inner(self.first(self.dropout(data)))
+        return self.last(self.first(torch.tanh(data))) if self.twice else self.last(data)
+
+    def forward(self, data):
+        if self.reentrant is None:
+            return self.body(data)
+        return checkpoint(self.body, data, use_reentrant=self.reentrant, preserve_rng_state=False)
+
+
+@pytest.mark.parametrize("mode", ["pooled", "momentum"])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_counts_once(reentrant, twice, mode):
+    models = [Checkpointed(kind, twice=twice) for kind in (None, reentrant)]
+    for model in models:
+        with PooledStatistics(model, mode, 3) as statistics:
+            for seed in range(2):
+                train_window(statistics, model, batch(3, seed=seed))
+    assert_same(models[1], state(models[0]), 1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_with_another_dropout_mask_is_not_what_counts(reentrant):
+    """The recomputation writes other statistics into the buffers; those of the forward must be committed."""
+    plain, recomputed = Checkpointed(None, dropout=0.5), Checkpointed(reentrant, dropout=0.5)
+    samples = batch(3)
+    with PooledStatistics(plain) as ours, PooledStatistics(recomputed) as theirs:
+        for model, statistics in ((plain, ours), (recomputed, theirs)):
+            statistics.begin()
+            for seed, micro in enumerate(samples.split(SIZES)):
+                torch.manual_seed(seed)
+                model(micro.clone().requires_grad_()).sum().backward()
+            statistics.commit()
+    assert_same(recomputed.first, state(plain.first), 1e-12)
+
+
+def test_a_layer_used_twice_counts_twice_and_is_updated_once():
+    whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    left, right = batch(3), batch(3, samples=8, seed=2)
+    whole(torch.cat([left, right]))
+    with PooledStatistics(layer) as statistics:
+        statistics.begin()
+        for a, b in zip(left.split(SIZES), right.split((3, 3, 2))):
+            layer(a), layer(b)
+        statistics.commit()
+    assert_same(layer, state(whole), 1e-12)
+    assert layer.num_batches_tracked == 1
+
+
+def test_a_layer_used_twice_among_layers_used_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice, self.never = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, data):
+            return self.twice(data) + self.once(data) + self.twice(2 * data)
+
+    model, samples = Shared(), batch(3)
+    once, twice = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    once(samples)
+    twice(torch.cat([samples, 2 * samples]))
+    never = state(model.never)
+    with PooledStatistics(model) as statistics:
+        train_window(statistics, model, samples)
+    assert_same(model.once, state(once), 1e-12)
+    assert_same(model.twice, state(twice), 1e-12)
+    assert_same(model.never, never)
+
+
+# Types.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_buffers_are_pooled_in_float32(dtype):
+    """64 micro-batches pooled in the buffers' own type would drift; the error stays that of one rounding."""
+    samples = batch(3, samples=256)
+    layer = nn.BatchNorm1d(3, momentum=1.0, dtype=dtype)
+    with PooledStatistics(layer) as statistics:
+        train_window(statistics, layer, samples.to(dtype), [4] * 64)
+    assert layer.running_mean.dtype == layer.running_var.dtype == dtype
+    exact, rounding = samples.to(dtype).double(), torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.running_mean.double(), exact.mean(0), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(layer.running_var.double(), exact.var(0), rtol=2 * rounding, atol=0)
+
+
+def test_layers_of_several_types_in_one_model():
+    wide, narrow = nn.BatchNorm1d(3), nn.BatchNorm1d(3, dtype=torch.float32)
+    model = nn.ModuleList([wide, narrow, nn.BatchNorm1d(3, dtype=torch.bfloat16)])
+    model.forward = lambda data: sum(layer(data.to(layer.weight.dtype)).double() for layer in model)
+    whole = nn.BatchNorm1d(3)
+    whole(batch(3))
+    with PooledStatistics(model) as statistics:
+        train_window(statistics, model, batch(3))
+    assert_same(wide, state(whole), 1e-12)
+    assert_same(narrow.double(), state(whole), 1e-6)
+    assert_same(model[2].double(), state(whole), 2e-2)
+
+
+def test_buffers_replaced_between_windows_are_found():
+    whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3, dtype=torch.float32)
+    with PooledStatistics(layer) as statistics:
+        for seed in range(3):
+            layer.double()
+            layer.load_state_dict(state(layer), assign=True)
+            whole(batch(3, seed=seed))
+            train_window(statistics, layer, batch(3, seed=seed))
+    assert_same(layer, state(whole), 1e-12)
+
+
+# What is left alone.
+
+
+def test_layers_in_eval_mode_and_without_running_statistics_are_left_alone():
+    frozen, free = nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)
+    model = nn.Sequential(nn.BatchNorm1d(3), frozen, free, nn.LayerNorm(3))
+    frozen.eval()
+    frozen.running_mean.fill_(-0.0)
+    before, bits = state(frozen), frozen.running_mean.view(torch.int64).clone()
+    with PooledStatistics(model) as statistics:
+        assert [name for name, _ in statistics.layers] == ["0", "1"]
+        for _ in range(2):
+            train_window(statistics, model, batch(3))
+        assert free.momentum == 0.1
+    assert_same(frozen, before)
+    assert torch.equal(frozen.running_mean.view(torch.int64), bits)
+
+
+def test_the_mode_is_asked_at_each_call():
+    whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    first, second, third = batch(3).split(SIZES)
+    whole(torch.cat([first, third]))
+    with PooledStatistics(layer) as statistics:
+        statistics.begin()
+        layer(first)
+        layer.eval()
+        layer(second)
+        layer.train()
+        layer(third)
+        statistics.commit()
+    assert_same(layer, state(whole), 1e-12)
+
+
+def test_evaluation_inside_a_window_normalises_with_the_running_statistics():
+    layer = nn.BatchNorm1d(3)
+    samples = batch(3)
+    expected = copy.deepcopy(layer).eval()(samples)
+    with PooledStatistics(layer) as statistics:
+        statistics.begin()
+        loss = layer(samples.clone().requires_grad_()).square().sum()
+        layer.eval()
+        assert torch.equal(layer(samples), expected)
+        layer.train()
+        loss.backward()  # the buffers were written in between, unseen by autograd
+        statistics.commit()
+
+
+def test_a_layer_whose_tracking_is_switched_off_is_left_alone():
+    layer = nn.BatchNorm1d(3)
+    layer.track_running_stats = False
+    before = state(layer)
+    with PooledStatistics(layer) as statistics:
+        train_window(statistics, layer, batch(3))
+    assert_same(layer, before)
+
+
+def test_mode_keep_touches_nothing():
+    plain, model = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    with PooledStatistics(model, "keep") as statistics:
+        assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks and not model._forward_hooks
+        train_window(statistics, model, batch(3))
+        for micro in batch(3).split(SIZES):
+            plain(micro)
+        assert_same(model, state(plain))
+        statistics.begin()
+        model(batch(3)), plain(batch(3))
+        statistics.discard()
+    assert_same(model, state(plain))
+
+
+# Mode "momentum".
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 0.0, 1.0])
+def test_mode_momentum_updates_each_micro_batch_by_the_small_momentum(momentum):
+    plain, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=momentum)
+    with PooledStatistics(layer, "momentum", k=7) as statistics:
+        for k, sizes in ((3, SIZES), (1, (13,)), (2, (7, 6))):
+            plain.momentum = 1 - (1 - momentum) ** (1 / k)
+            statistics.begin(k)
+            for micro in batch(3).split(sizes):
+                layer(micro), plain(micro)
+            statistics.commit()
+            assert statistics.k == k
+    plain.num_batches_tracked.fill_(3)
+    assert_same(layer, state(plain), 1e-12)
+    assert layer.momentum == momentum
+
+
+def test_mode_momentum_averages_windows_where_momentum_is_none():
+    """The cumulative average of windows of k: every window weighs the same, whatever its k."""
+    layer = nn.BatchNorm1d(3, momentum=None)
+    means = []
+    with PooledStatistics(layer, "momentum") as statistics:
+        for seed, sizes in enumerate((SIZES, (7, 6), SIZES)):
+            statistics.begin(len(sizes))
+            for micro in batch(3, seed=seed).split(sizes):
+                layer(micro)
+            statistics.commit()
+            means.append(torch.stack([micro.mean(0) for micro in batch(3, seed=seed).split(sizes)]).mean(0))
+    torch.testing.assert_close(layer.running_mean, torch.stack(means).mean(0), rtol=1e-12, atol=1e-12)
+    assert layer.num_batches_tracked == 3
+
+
+# Windows that die, and the end.
+
+
+@pytest.mark.parametrize("mode", ["pooled", "momentum"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(mode, momentum):
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=momentum))
+
+    undisturbed, model = make(), make()
+    with PooledStatistics(undisturbed, mode, 3) as ours, PooledStatistics(model, mode, 3) as statistics:
+        for statistics_, model_ in ((ours, undisturbed), (statistics, model)):
+            train_window(statistics_, model_, batch(3, seed=7))
+        before = state(model)
+
+        def die(module, inputs):
+            raise MemoryError
+
+        statistics.begin()
+        model(batch(3))
+        bomb = model[1].register_forward_pre_hook(die)
+        with pytest.raises(MemoryError):
+            model(batch(3))
+        bomb.remove()
+        statistics.discard()
+        assert_same(model, before)
+        assert [layer.momentum for _, layer in statistics.layers] == [momentum, momentum]
+        statistics.discard()
+        assert_same(model, before)
+
+        for statistics_, model_ in ((ours, undisturbed), (statistics, model)):
+            train_window(statistics_, model_, batch(3, seed=8))
+        assert_same(model, state(undisturbed))
+
+
+def test_begin_drops_a_window_that_was_left_open():
+    model, undisturbed = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    undisturbed(batch(3))
+    with PooledStatistics(model) as statistics:
+        statistics.begin()
+        model(100 * batch(3))
+        train_window(statistics, model, batch(3))
+    assert_same(model, state(undisturbed), 1e-12)
+
+
+def test_a_lazy_layer_that_found_its_shape_in_a_window_goes_back_to_its_first_statistics():
+    model = nn.LazyBatchNorm1d()
+    with PooledStatistics(model) as statistics:
+        statistics.begin()
+        model(batch(3))
+        statistics.discard()
+        assert_same(model, state(nn.BatchNorm1d(3)))
+
+
+def test_close_in_mid_window_discards_and_leaves_no_hook():
+    model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3))
+    before = state(model)
+    statistics = PooledStatistics(model)
+    statistics.begin()
+    model(batch(3))
+    statistics.close()
+    assert_same(model, before)
+    assert model[0].momentum == 0.3
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    statistics.close()
+
+
+def test_between_windows_the_model_is_its_own():
+    """A forward in training mode outside a window updates as torch does, momentum and all."""
+    plain, model = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    with PooledStatistics(model):
+        plain(batch(3)), model(batch(3))
+        assert_same(model, state(plain))
+
+
+def test_copies_of_the_model_do_not_feed_its_statistics():
+    model, whole = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
+    whole(batch(3))
+    with PooledStatistics(model) as statistics:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
+        statistics.begin()
+        for micro in batch(3).split(SIZES):
+            model(micro)
+            for other in copies:
+                other(100 * micro)
+        statistics.commit()
+    assert_same(model, state(whole), 1e-12)
+
+
+def test_a_forward_that_bypasses_the_hooks_is_an_error_not_a_loss():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    before = state(model)
+    with PooledStatistics(model) as statistics:
+        statistics.begin()
+        model[0].forward(batch(3))
+        with pytest.raises(SetupError, match=r"'0' ran in this window, but not through its hooks"):
+            statistics.commit()
+        statistics.discard()
+    assert_same(model, before)
+
+
+def test_an_unknown_mode_and_a_commit_without_a_window_are_refused():
+    with pytest.raises(SetupError, match="'frozen' is not known"):
+        PooledStatistics(nn.BatchNorm1d(3), "frozen")
+    with pytest.raises(SetupError, match="call begin"):
+        PooledStatistics(nn.BatchNorm1d(3)).commit()
+
+
+def test_a_model_without_such_layers_costs_nothing():
+    model = nn.Linear(3, 3)
+    with PooledStatistics(model) as statistics:
+        train_window(statistics, model, batch(3))
+        assert statistics.layers == []
+        assert not model._forward_hooks
+
+
+def test_one_value_per_channel_is_recognised():
+    with pytest.raises(ValueError) as refused:
+        nn.BatchNorm1d(3)(batch(3, samples=1))
+    assert needs_two(refused.value)
+    wrapped = RuntimeError("in the worker")
+    wrapped.__cause__ = refused.value
+    assert needs_two(wrapped)
+    with pytest.raises(ValueError) as other:  # more samples would not help here
+        nn.InstanceNorm1d(3)(batch(3, 1, samples=1))
+    assert not needs_two(other.value)
+    assert not needs_two(ValueError("expected 2D or 3D input (got 4D input)"))
+
+
+# torch.compile.
+
+
+def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
+    def make():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.ReLU())
+
+    def graphs_of(run):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        run()
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def alone():
+        model = make()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            for micro in batch(3).split(SIZES):
+                compiled(micro).sum().backward()
+            model.eval()
+            compiled(batch(3))
+            model.train()
+
+    whole, model = make(), make()
+
+    def pooled():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(2):  # a graph serves the next owner of the same model
+            with PooledStatistics(model) as statistics:
+                for seed in range(2):
+                    whole(batch(3, seed=seed))
+                    train_window(statistics, compiled, batch(3, seed=seed))
+                    model.eval()
+                    compiled(batch(3))
+                    model.train()
+            assert_same(model[0], state(whole[0]), 1e-12)
+
+    assert graphs_of(pooled) == graphs_of(alone)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
+    torch.compiler.reset()
+    whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    whole(batch(3))
+    compiled = torch.compile(layer, backend="aot_eager")
+    with PooledStatistics(layer) as statistics:
+        statistics.begin()
+        for micro in batch(3).split(SIZES):
+            checkpoint(compiled, micro.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
+        statistics.commit()
+    assert_same(layer, state(whole), 1e-12)

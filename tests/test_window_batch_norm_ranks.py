@@ -1,0 +1,193 @@
+"""Pooled statistics over ranks: two real processes over gloo, started once; each test looks at what they found."""
+
+import multiprocessing as mp
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from autoaccum.errors import SetupError
+from autoaccum.ranks import here
+from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.window.recalibrate import recalibrate
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
+
+UNEQUAL = ((5, 2, 3), (4,))  # micro-batches of rank 0 and of rank 1
+IDLE = ((5, 4), ())
+SYNCHRONISED = ((5, 2, 3), (1, 4, 2))
+
+
+class Gathering(nn.SyncBatchNorm):
+    """SyncBatchNorm without a GPU: gathers all ranks' input, and uses torch's own update on it."""
+
+    def forward(self, data):
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, data.detach())
+        self.num_batches_tracked.add_(1)
+        nn.functional.batch_norm(
+            torch.cat(parts), self.running_mean, self.running_var, training=True, momentum=self.momentum
+        )
+        return data
+
+
+class Parallel(nn.Module):
+    """Layers that all see the input itself, so that each is a first layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            [
+                nn.BatchNorm1d(3),
+                nn.InstanceNorm1d(3, momentum=0.3, track_running_stats=True),
+                nn.BatchNorm1d(3, momentum=None),
+            ]
+        ).double()
+        self.seldom = nn.BatchNorm1d(3).double()
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, data, seldom=False):
+        data = sum(layer(data) for layer in self.layers) * self.scale
+        return self.seldom(data) if seldom else data
+
+
+def data(rank, sizes, seed=0):
+    torch.manual_seed(100 * seed + rank)
+    return [torch.randn(size, 3, 4, dtype=torch.float64) * (1 + rank) + 10 * rank + at for at, size in enumerate(sizes)]
+
+
+def window(statistics, model, batches):
+    statistics.begin()
+    for at, micro in enumerate(batches):
+        model(micro, seldom=at == 0 and len(batches) == 1) if isinstance(model, Parallel) else model(micro)
+    statistics.commit()
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = {}
+
+    for name, sizes in (("unequal", UNEQUAL), ("idle", IDLE)):
+        model = Parallel()
+        with PooledStatistics(model) as statistics:
+            for seed in range(2):
+                window(statistics, model, data(rank, sizes[rank], seed))
+        found[name] = model.state_dict()
+
+    model = nn.Sequential(Gathering(3, momentum=0.4).double())
+    with PooledStatistics(model) as statistics:
+        found["talks"] = statistics.synchronised
+        window(statistics, model, data(rank, SYNCHRONISED[rank]))
+    found["synchronised"] = model.state_dict()
+
+    model = DistributedDataParallel(Parallel(), find_unused_parameters=True)  # broadcasts rank 0's buffers before each forward
+    with PooledStatistics(model) as statistics:
+        statistics.begin()
+        for micro in data(rank, SYNCHRONISED[rank]):
+            model(micro).sum().backward()
+        statistics.commit()
+    found["ddp"] = model.module.state_dict()
+
+    model = Parallel()
+    with PooledStatistics(model, "momentum", k=len(UNEQUAL[rank])) as statistics:
+        window(statistics, model, data(rank, UNEQUAL[rank]))
+    found["momentum"] = model.state_dict()
+
+    model = Parallel()
+    found["batches"] = recalibrate(model, data(rank, IDLE[rank]))
+    found["recalibrated"] = model.state_dict()
+
+    model = nn.Sequential(nn.LazyBatchNorm1d())
+    statistics = PooledStatistics(model)
+    statistics.begin()
+    if rank == 0:
+        model(data(rank, (4,))[0].float())
+    try:
+        statistics.commit(here())
+    except SetupError as error:
+        found["shapeless"] = str(error)
+    statistics.close()
+
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+def whole(sizes, windows=1):
+    """What one process with all samples at once is left with."""
+    model = Parallel()
+    for seed in range(windows):
+        model(torch.cat([micro for rank in range(2) for micro in data(rank, sizes[rank], seed)]))
+    return model.state_dict()
+
+
+def assert_same(states, expected, names=None):
+    for state in states:
+        for name, value in expected.items():
+            if names is None or name.startswith(names):
+                torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", ["unequal", "idle"])
+def test_ranks_with_unequal_windows_end_as_one_process_with_the_whole_batch(found, case):
+    sizes = {"unequal": UNEQUAL, "idle": IDLE}[case]
+    assert_same([rank[case] for rank in found], whole(sizes, windows=2), "layers")
+
+
+def test_a_layer_called_on_one_rank_only_is_updated_on_all(found):
+    assert found[0]["unequal"]["seldom.num_batches_tracked"] == 2
+    assert torch.equal(found[0]["unequal"]["seldom.running_mean"], found[1]["unequal"]["seldom.running_mean"])
+
+
+def test_synchronised_statistics_count_no_element_twice(found):
+    expected = nn.Sequential(nn.BatchNorm1d(3, momentum=0.4).double())
+    expected(torch.cat([micro for rank in range(2) for micro in data(rank, SYNCHRONISED[rank])]))
+    assert_same([rank["synchronised"] for rank in found], expected.state_dict())
+    assert found[0]["talks"]
+
+
+def test_the_buffers_that_ddp_broadcasts_in_mid_window_spoil_nothing(found):
+    assert_same([rank["ddp"] for rank in found], whole(SYNCHRONISED), "layers")
+
+
+def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
+    for name in ("layers.0.running_mean", "layers.0.running_var"):
+        ends = []
+        for rank in range(2):
+            layer = nn.BatchNorm1d(3, momentum=1 - 0.9 ** (1 / len(UNEQUAL[rank]))).double()
+            for micro in data(rank, UNEQUAL[rank]):
+                layer(micro)
+            ends.append(layer.state_dict()[name.removeprefix("layers.0.")])
+        counts = [sum(sizes) for sizes in UNEQUAL]
+        expected = (counts[0] * ends[0] + counts[1] * ends[1]) / sum(counts)
+        for rank in range(2):
+            torch.testing.assert_close(found[rank]["momentum"][name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_recalibration_sees_the_data_of_all_ranks(found):
+    elements = torch.cat([micro for rank in range(2) for micro in data(rank, IDLE[rank])]).transpose(0, 1).reshape(3, -1)
+    for rank in range(2):
+        assert found[rank]["batches"] == len(IDLE[0])
+        state = found[rank]["recalibrated"]
+        torch.testing.assert_close(state["layers.0.running_mean"], elements.mean(1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state["layers.0.running_var"], elements.var(1), rtol=1e-12, atol=1e-12)
+
+
+def test_a_lazy_layer_without_shape_on_one_rank_stops_all(found):
+    assert [rank["shapeless"].split(":")[0] for rank in found] == ["layer '0' has no channels yet on 1 of 2 ranks"] * 2
