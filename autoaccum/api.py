@@ -4,28 +4,42 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.assembly import Parts, assemble
+from autoaccum.assembly import assemble
+from autoaccum.checks import check_counts, one_of
 from autoaccum.data.source import open_source
-from autoaccum.errors import LossError, PlanError, SetupError
+from autoaccum.memory.forecast import Forecast
+from autoaccum.pipeline import (
+    Isolation,
+    apply_plan,
+    checked,
+    for_ranks,
+    given_plan,
+    planned,
+    probed,
+    share_of,
+    target_of,
+    total_steps,
+    verified,
+)
 from autoaccum.planning.plan import Plan, plan
-from autoaccum.planning.reasons import format_sizes
-from autoaccum.probing.probe import Question, run_probe
+from autoaccum.probing.isolate import Send
+from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
-from autoaccum.training.events import Events, Listener, Noted, TrialRan
+from autoaccum.training.events import Events, Listener
 from autoaccum.training.loop import FitResult, TrainingLoop
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.loss import Mean
-from autoaccum.window.verify import VerifyReport, verify_gradient
+from autoaccum.window.verify import VerifyReport
 
 __all__ = ["fit", "plan", "prepare", "probe", "verify"]
 
@@ -56,30 +70,41 @@ def probe(
     multiple_of: int = 1,
     worst_case: Any = None,
     max_batch: int | None = None,
+    isolate: bool | Callable[[], Mapping[str, Any]] = False,
+    cache: bool = True,
     seed: int | None = None,
     callbacks: Iterable[Listener] = (),
 ) -> ProbeReport:
     """The largest micro-batch that fits, or the one that `target_batch` needs; nothing else is changed by asking.
 
-    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. The model is moved to the
-    device; lazy modules are materialised.
+    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. The model is moved to
+    the device; lazy modules are materialised.
 
     Raises:
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
-    _check_counts(target_batch=target_batch, max_batch=max_batch)
-    _choose("prefer", prefer, ("fewest", "fastest"))
+    check_counts(target_batch=target_batch, max_batch=max_batch)
+    one_of("prefer", prefer, ("fewest", "fastest"))
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
     )  # fmt: skip
-    share = None if target_batch is None else _share(target_batch, parts.ranks)
+    share = None if target_batch is None else share_of(target_batch, parts.ranks)
     question = Question(share, memory, max_batch, multiple_of, prefer)
     events = Events(callbacks)
-    report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
+    report = probed(
+        parts,
+        question,
+        events,
+        _isolation(isolate),
+        cache,
+        accumulate=accumulate,
+        clip_norm=clip_norm,
+        batch_norm=batch_norm,
+    )
     if target_batch is None:
         return report
-    made = _plan(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
+    made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
                  tail=tail, multiple_of=multiple_of)  # fmt: skip
     return replace(report, plan=made)
 
@@ -117,6 +142,8 @@ def prepare(
     multiple_of: int = 1,
     worst_case: Any = None,
     max_batch: int | None = None,
+    isolate: bool | Callable[[], Mapping[str, Any]] = False,
+    cache: bool = True,
     check: bool | str = True,
     regrow_after: int | None = None,
     on_nonfinite: str = "raise",
@@ -128,7 +155,8 @@ def prepare(
     """The configured training loop: probed, planned, verified, not yet begun. Iterate it, or call `run()`.
 
     Args:
-        model: any module; moved to the device. DistributedDataParallel is taken off: gradients are summed once a window.
+        model: any module; moved to the device. DistributedDataParallel is taken off: gradients are summed once a
+            window.
         data: a DataLoader (its dataset, sampler, collate_fn and workers are kept, the batching is ours), a Dataset, an
             iterable of samples, a tensor, a tuple or a dict of equally long tensors.
         target_batch: samples per optimizer step, over all ranks.
@@ -138,8 +166,8 @@ def prepare(
             "sum", or `f(batch) -> float`; a dict of these where `step` returns several terms.
         optimizer: an Optimizer, a class or factory called as `f(params, lr=lr)`, or a name in torch.optim.
         lr: the learning rate, 1e-3 unless given; not beside an Optimizer instance, whose own count.
-        lr_batch: the batch that rate was tuned at; None: a DataLoader's batch_size where the rate is the user's own, else
-            the rate is not scaled.
+        lr_batch: the batch that rate was tuned at; None: a DataLoader's batch_size where the rate is the user's own,
+            else the rate is not scaled.
         lr_rule: "auto", "linear", "sqrt", "adam-sde" or "none".
         schedule: "constant", "linear", "cosine" or `f(optimizer) -> LRScheduler`, counted in optimizer steps.
         warmup_steps: optimizer steps over which the rate rises.
@@ -159,6 +187,9 @@ def prepare(
         multiple_of: prefer such micro-batches where that costs no extra one.
         worst_case: a batch, or `f(n) -> batch`, to probe with.
         max_batch: no micro-batch is larger.
+        isolate: probe in a child process, which a kill for memory may take: a picklable function that returns these
+            arguments as a dict, since the child builds a model of its own.
+        cache: reuse what an earlier probe of the same training found, and keep what this one finds.
         check: verify the accumulated gradient before training: True, "warn" or False.
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.
@@ -174,11 +205,11 @@ def prepare(
         DataError: data that is empty, or whose parts disagree.
         DeviceError: no such device.
     """
-    given = None if plan is None else _given_plan(plan, target_batch)
-    target_batch = _target(given, target_batch)
-    _check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps)
-    _choose("check", check, (True, False, "warn"))
-    _choose("prefer", prefer, ("fewest", "fastest"))
+    given = None if plan is None else given_plan(plan, target_batch)
+    target_batch = target_of(given, target_batch)
+    check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps)
+    one_of("check", check, (True, False, "warn"))
+    one_of("prefer", prefer, ("fewest", "fastest"))
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
     parts = assemble(
@@ -186,20 +217,21 @@ def prepare(
         precision=precision, clip_norm=clip_norm, shuffle=shuffle, seed=seed, worst_case=worst_case,
     )  # fmt: skip
     if given is not None:
-        given = _for_ranks(given, parts.ranks)
+        given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
     events = Events([*sinks, *callbacks, *_display(progress, parts.ranks)])
 
     report: ProbeReport | None = None
     if given is None and micro_batch is None:
-        question = Question(_share(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
-        report = _probe(parts, question, accumulate, clip_norm, batch_norm, events)
+        question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
+        report = probed(parts, question, events, _isolation(isolate), cache, accumulate=accumulate, clip_norm=clip_norm,
+                        batch_norm=batch_norm)  # fmt: skip
     if given is None:
-        given = _plan(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
-                      tail=tail, multiple_of=multiple_of)  # fmt: skip
-    checked = _verify(parts, check, events)
-    _apply(given, parts.optimizer)
-    total = _total_steps(given, parts.source.length, epochs, max_steps)
+        given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
+                        batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
+    verdict = checked(parts, check, events)
+    apply_plan(given, parts.optimizer)
+    total = total_steps(given, parts.source.length, epochs, max_steps)
     scheduler = build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
     accumulator = Accumulator(
         parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler, precision=precision,
@@ -217,7 +249,7 @@ def prepare(
     )
     return TrainingLoop(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
-        budget=parts.device.budget(memory), events=events, evaluator=evaluator, probe=report, verify=checked,
+        budget=parts.device.budget(memory), events=events, evaluator=evaluator, probe=report, verify=verdict,
         regrow_after=regrow_after, seed=seed,
     )  # fmt: skip
 
@@ -261,140 +293,23 @@ def verify(
     """
     parts = assemble(model, data, loss=loss, step=step, reduction=reduction, device=device, precision=precision,
                      worst_case=worst_case)  # fmt: skip
-    return _verified(parts)
+    return verified(parts)
 
 
-def _verified(parts: Parts) -> VerifyReport:
-    size = 8 if parts.source.length is None else min(8, parts.source.length)
-    return verify_gradient(
-        parts.model,
-        parts.objective,
-        parts.source.trial(size),
-        device=parts.device.torch_device,
-        precision=parts.precision.name,
-    )
+def _isolation(isolate: bool | Callable[[], Mapping[str, Any]]) -> Isolation | None:
+    return Isolation(_child_probe, isolate) if isolate else None
 
 
-def _verify(parts: Parts, check: bool | str, events: Events) -> VerifyReport | None:
-    if check is False:
-        return None
-    report = _verified(parts)
-    if not report.ok and check != "warn":
-        raise LossError(f'{report.text}; check="warn" trains all the same')
-    if not report.ok or not report.verifiable:
-        events.tell(Noted(report.text))
-    return report
-
-
-def _probe(
-    parts: Parts, question: Question, accumulate: str, clip_norm: float | None, batch_norm: str, events: Events
-) -> ProbeReport:
-    alone = Ranks()  # a trial waits for nobody: each rank probes its own device
-    first = plan(1, 1, optimizer=parts.optimizer, batch_norm=batch_norm)
-    accumulator = Accumulator(
-        parts.model, parts.optimizer, first, objective=parts.objective, precision=parts.precision.name,
-        accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, device=parts.device.torch_device, ranks=alone,
-    )  # fmt: skip
-    return run_probe(
-        accumulator, parts.objective, parts.source, parts.device, question,
-        listener=lambda trial: events.tell(TrialRan(trial.to_dict())),
-    )  # fmt: skip
-
-
-def _plan(
-    parts: Parts, report: ProbeReport | None, micro_batch: int | None, target_batch: int, *, lr_batch: int | None,
-    lr_rule: str, batch_norm: str, tail: str, multiple_of: int,
-) -> Plan:  # fmt: skip
-    """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
-    layers = [module for module in parts.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    reasons = _reasons(parts, report)
-    if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
-        lr_batch = parts.source.loader_batch
-        reasons["lr_batch"] = f"{lr_batch}: the DataLoader's batch_size, since the rate given was tuned at it"
-    if parts.source.drop_last:
-        tail = "drop"
-    size = report.micro_batch if report is not None else micro_batch or target_batch
-    made = plan(
-        parts.ranks.gather(size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
-        samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
-        batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
-        minimum=report.floor if report is not None else 1, multiple_of=multiple_of, tail=tail, reasons=reasons,
-    )  # fmt: skip
-    return _explained(made, report)
-
-
-def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
-    reasons = {"denominator": parts.objective.reason, "precision": parts.precision.reason}
-    if report is None:
-        return reasons
-    reasons["budget"] = report.budget_reason
-    if report.limit is not None:
-        proof = {
-            "forecast": f"{report.limit + 1} is forecast to overrun the budget",
-            "out of memory": f"{report.limit + 1} ran out of memory",
-            "cap": "nothing larger was looked for",
-        }
-        reasons["limit"] = f"{report.limit} samples fit at once; {proof[report.limit_proof or 'cap']}"
-    return reasons
-
-
-def _explained(made: Plan, report: ProbeReport | None) -> Plan:
-    """The plan with the probe's own words on the micro-batch: what was run is below what would fit."""
-    if report is None:
-        return made
-    count, sizes = made.accumulation_steps, format_sizes(made.micro_batches)
-    most = f"{report.limit} samples fit at once" if report.limit is not None else f"{report.micro_batch} samples fit"
-    why = "measured to be the fastest" if report.throughput else f"the fewest that fit, since at most {most}"
-    several = f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}"
-    return replace(
-        made,
-        reasons={
-            **made.reasons,
-            "micro_batch": f"{made.micro_batch}: was run, and fits in the budget",
-            "accumulation_steps": f"{several}: {why}",
-        },
-    )
-
-
-def _given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -> Plan:
-    made = given if isinstance(given, Plan) else Plan.load(given)
-    if target_batch is not None and target_batch != made.target_batch:
-        raise PlanError(f"target_batch={target_batch}, but the plan given is for {made.target_batch}: give one of them")
-    return made
-
-
-def _target(given: Plan | None, target_batch: int | None) -> int:
-    if given is not None:
-        return given.target_batch
-    if target_batch is None:
-        raise PlanError("target_batch is missing: give the samples of one optimizer step, such as target_batch=256")
-    _check_counts(target_batch=target_batch)
-    return target_batch
-
-
-def _for_ranks(given: Plan, ranks: Ranks) -> Plan:
-    if given.world_size != ranks.size:
-        raise PlanError(
-            f"the plan given is for {given.world_size} ranks, and there are {ranks.size}: make one for these"
-        )
-    return given.on_rank(ranks.rank)
-
-
-def _share(target_batch: int, ranks: Ranks) -> int:
-    """The most samples of a window that one of equal ranks takes."""
-    return -(-target_batch // ranks.size)
-
-
-def _apply(made: Plan, optimizer: Optimizer) -> None:
-    """Puts the plan's rates and settings into every parameter group alike."""
-    for group in optimizer.param_groups:
-        group.update(made.group_settings(group))
-
-
-def _total_steps(made: Plan, length: int | None, epochs: int, max_steps: int | None) -> int | None:
-    if max_steps is not None:
-        return max_steps
-    return None if length is None else sum(1 for _ in made.window_sizes(length)) * epochs
+def _child_probe(send: Send, factory: Callable[[], Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the child does: builds everything anew and probes; each trial is sent as it ends."""
+    arguments = {name: value for name, value in factory().items() if name in inspect.signature(probe).parameters}
+    arguments = {**arguments, **asked, "isolate": False, "callbacks": ()}
+    arguments["callbacks"] = [lambda event: send("trial", event.to_dict()["trial"])]
+    report = probe(**arguments)
+    lines = report.forecaster
+    if isinstance(lines, Forecast):
+        lines = as_lines(lines, report.trials)
+    return {"report": report.to_dict(), "lines": None if lines is None else asdict(lines)}
 
 
 def _display(progress: bool | None, ranks: Ranks) -> list[Listener]:
@@ -403,14 +318,3 @@ def _display(progress: bool | None, ranks: Ranks) -> list[Listener]:
     from autoaccum.display.narrator import Narrator
 
     return [Narrator()]
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise PlanError(f"{name}={value!r}: give a whole number of 1 or more, such as 256")
-
-
-def _choose(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise SetupError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}")

@@ -4,7 +4,7 @@ import random
 from collections import UserDict
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -70,7 +70,9 @@ def last_leaf(batch: Any) -> list[int]:
 
 def seen(source: Source, target: int = 8, limit: int = 3, epoch: int = 0, start: int = 0) -> list[int]:
     cut = plan(limit, target)
-    return [i for window in windows(source, lambda: cut, epoch, start=start) for b in window.batches for i in last_leaf(b)]
+    return [
+        i for window in windows(source, lambda: cut, epoch, start=start) for b in window.batches for i in last_leaf(b)
+    ]
 
 
 def generator(seed: int = 3) -> torch.Generator:
@@ -89,8 +91,8 @@ KINDS = {
     "list": lambda: list(zip(*rows())),
     "subset": lambda: Subset(Squares(40), range(20)),
     "iterable dataset": Stream,
-    "iterable": lambda: {3.0: 0, 4.0: 1, 5.0: 2}.keys(),
-    "generator": lambda: ((row, index) for row, index in zip(*rows())),
+    "iterable": {3.0: 0, 4.0: 1, 5.0: 2}.keys,
+    "generator": lambda: iter(list(zip(*rows()))),
     "loader": lambda: DataLoader(Squares(), batch_size=4, shuffle=True),
     "loader of a list": lambda: DataLoader(list(zip(*rows())), batch_size=4),
     "loader of tensors": lambda: DataLoader(TensorDataset(*rows()), batch_size=4, shuffle=True),
@@ -98,7 +100,9 @@ KINDS = {
     "loader with a sampler": lambda: DataLoader(Squares(), batch_size=4, sampler=RandomSampler(range(20))),
     "loader of a stream": lambda: DataLoader(Stream(), batch_size=4),
     "loader with a batch sampler": lambda: DataLoader(Squares(), batch_sampler=ready),
-    "loader of ready batches": lambda: DataLoader([tree.split(rows(), (6, 7, 7))[i] for i in range(3)], batch_size=None),
+    "loader of ready batches": lambda: DataLoader(
+        [tree.split(rows(), (6, 7, 7))[i] for i in range(3)], batch_size=None
+    ),
 }
 EVERYTHING = list(range(20))
 
@@ -453,14 +457,14 @@ def test_a_loader_that_iterates_in_its_own_way_is_taken_at_its_word():
 
 def test_a_samplers_and_a_streams_epoch_is_set():
     class Told(RandomSampler):
-        epochs: list[int] = []
+        epochs: ClassVar[list[int]] = []
 
         def set_epoch(self, epoch: int) -> None:
             self.epochs.append(epoch)
 
     class ToldStream(Stream):
         set_epoch = Told.set_epoch
-        epochs: list[int] = []
+        epochs: ClassVar[list[int]] = []
 
     sampler, stream = Told(range(20)), ToldStream()
     for source in (open_source(DataLoader(Squares(), batch_size=4, sampler=sampler)), open_source(stream)):
@@ -489,11 +493,14 @@ def test_a_lane_goes_on_where_it_was_and_does_not_touch_the_others():
 
 
 def test_generators_come_back_after_an_error_too():
+    def fails() -> None:
+        torch.rand(3)
+        raise KeyError
+
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with pytest.raises(KeyError), preserved():
-        torch.rand(3)
-        raise KeyError
+        fails()
     assert torch.equal(torch.get_rng_state(), state)
 
 

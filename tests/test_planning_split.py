@@ -75,6 +75,7 @@ def test_an_infeasible_batch_is_refused_with_the_nearest_feasible_one(limit, min
 
 
 @given(st.integers(1, 200), st.integers(1, 50), st.integers(1, 4), st.integers(2, 12))
+@example(10, 8, 3, 8)  # 8 + 2 would leave one under the minimum
 def test_multiples_are_kept_just_where_the_fewest_micro_batches_allow_it(samples, limit, minimum, unit):
     assume(limit >= minimum and can_split(samples, limit, minimum))
     sizes = even_split(samples, limit, minimum=minimum, multiple_of=unit)
@@ -253,7 +254,7 @@ def cut_a_stream(length, chunk, target, **settings):
 
 @given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 30), tails, minimums, st.none() | st.integers(1, 20))
 @example(9, 1, 4, "step", 2, None)
-def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, target, tail, minimum, limit):  # noqa: PLR0917 - hypothesis fills them by position
+def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, target, tail, minimum, limit):
     assume(can_split(target, limit or 10**6, minimum) and (limit is None or limit >= minimum))
     settings = {"tail": tail, "minimum": minimum, "limit": limit}
     windows, most = cut_a_stream(length, chunk, target, **settings)

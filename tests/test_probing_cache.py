@@ -33,7 +33,8 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", json.dumps({"schema": 99}), json.dumps({"schema": 1, "lines": [["a", 2]], "residual": None})]
+    "text",
+    ["", "{", "[]", json.dumps({"schema": 99}), json.dumps({"schema": 1, "lines": [["a", 2]], "residual": None})],
 )
 def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(tmp_path, text):
     (tmp_path / "key.json").write_text(text)

@@ -26,7 +26,7 @@ LAYERS = {
     "InstanceNorm1d": (lambda **kind: nn.InstanceNorm1d(3, track_running_stats=True, **kind), (3, 7)),
     "InstanceNorm2d": (lambda **kind: nn.InstanceNorm2d(3, track_running_stats=True, **kind), (3, 4, 5)),
     "InstanceNorm3d": (lambda **kind: nn.InstanceNorm3d(3, track_running_stats=True, **kind), (3, 2, 3, 2)),
-    "LazyBatchNorm2d": (lambda **kind: nn.LazyBatchNorm2d(**kind), (3, 4, 5)),
+    "LazyBatchNorm2d": (nn.LazyBatchNorm2d, (3, 4, 5)),
     "LazyInstanceNorm2d": (lambda **kind: nn.LazyInstanceNorm2d(track_running_stats=True, **kind), (3, 4, 5)),
 }
 
@@ -40,7 +40,7 @@ def _float64():
     torch.set_default_dtype(torch.float32)
 
 
-def batch(*shape, samples=sum(SIZES), seed=1):
+def batch(*shape, samples=13, seed=1):
     """Samples whose mean and spread differ from one to the next, so that micro-batches disagree."""
     generator = torch.Generator().manual_seed(seed)
     data = torch.randn(samples, *shape, generator=generator)
@@ -65,7 +65,9 @@ def assert_same(module, expected, tolerance=0.0):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if tolerance:
-            torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert torch.equal(found[name], value), f"{name}: {found[name]} is not {value}"
 
@@ -310,7 +312,7 @@ def test_a_layer_whose_tracking_is_switched_off_is_left_alone():
 def test_mode_keep_touches_nothing():
     plain, model = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
     with PooledStatistics(model, "keep") as statistics:
-        assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks and not model._forward_hooks
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         train_window(statistics, model, batch(3))
         for micro in batch(3).split(SIZES):
             plain(micro)
@@ -363,7 +365,9 @@ def test_mode_momentum_averages_windows_where_momentum_is_none():
 def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(mode, momentum):
     def make():
         torch.manual_seed(3)
-        return nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=momentum))
+        return nn.Sequential(
+            nn.BatchNorm1d(3, momentum=momentum), nn.Linear(3, 3), nn.BatchNorm1d(3, momentum=momentum)
+        )
 
     undisturbed, model = make(), make()
     with PooledStatistics(undisturbed, mode, 3) as ours, PooledStatistics(model, mode, 3) as statistics:

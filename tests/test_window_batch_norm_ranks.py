@@ -84,7 +84,9 @@ def work(rank, folder):
         window(statistics, model, data(rank, SYNCHRONISED[rank]))
     found["synchronised"] = model.state_dict()
 
-    model = DistributedDataParallel(Parallel(), find_unused_parameters=True)  # broadcasts rank 0's buffers before each forward
+    model = DistributedDataParallel(
+        Parallel(), find_unused_parameters=True
+    )  # broadcasts rank 0's buffers before each forward
     with PooledStatistics(model) as statistics:
         statistics.begin()
         for micro in data(rank, SYNCHRONISED[rank]):
@@ -125,6 +127,9 @@ def found(tmp_path_factory):
         process.start()
     for process in processes:
         process.join(120)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
@@ -141,7 +146,9 @@ def assert_same(states, expected, names=None):
     for state in states:
         for name, value in expected.items():
             if names is None or name.startswith(names):
-                torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    state[name], value, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
 
 
 @pytest.mark.parametrize("case", ["unequal", "idle"])
@@ -181,7 +188,9 @@ def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
 
 
 def test_recalibration_sees_the_data_of_all_ranks(found):
-    elements = torch.cat([micro for rank in range(2) for micro in data(rank, IDLE[rank])]).transpose(0, 1).reshape(3, -1)
+    elements = (
+        torch.cat([micro for rank in range(2) for micro in data(rank, IDLE[rank])]).transpose(0, 1).reshape(3, -1)
+    )
     for rank in range(2):
         assert found[rank]["batches"] == len(IDLE[0])
         state = found[rank]["recalibrated"]

@@ -58,24 +58,32 @@ class Fetcher:
         Raises:
             DataError: the dataset or the collate function failed.
         """
-        samples = self._samples(ask)
+        samples = self._asked_for(ask)
         if ask.base is not None:
             seed_sample(mix(ask.base, ask.position, 1))  # a collate function may draw too, as for masked words
         return self.collated(samples, ask.indices)
 
-    def sample(self, index: Any) -> Any:
-        """One sample.
+    def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
+        """The samples, each after its seed is set, where there are seeds.
 
         Raises:
             DataError: the dataset failed; the index is named.
         """
+        dataset, samples = self._dataset, []
         try:
-            return self._dataset[index]
+            if seeds is None:
+                for index in indices:
+                    samples.append(dataset[index])  # their number tells which one failed
+            else:
+                for index, seed in zip(indices, seeds):
+                    seed_sample(seed)
+                    samples.append(dataset[index])
         except Exception as error:
             raise DataError(
-                f"sample {index!r} of the dataset ({type(self._dataset).__name__}) could not be read: "
+                f"sample {indices[len(samples)]!r} of the dataset ({type(dataset).__name__}) could not be read: "
                 f"{type(error).__name__}: {error}; repair it, or leave its index out with a Subset"
             ) from error
+        return samples
 
     def collated(self, samples: list[Any], indices: Sequence[Any] | None = None) -> Any:
         """The samples as one batch.
@@ -94,24 +102,19 @@ class Fetcher:
                 "into a tuple or a dict)"
             ) from error
 
-    def _samples(self, ask: Ask) -> list[Any]:
+    def _asked_for(self, ask: Ask) -> list[Any]:
         fetch_all = getattr(self._dataset, "__getitems__", None)
         if callable(fetch_all) and (ask.base is None or not _draws(self._dataset)):
             return self._together(fetch_all, list(ask.indices))
         if ask.base is None:
-            return [self.sample(index) for index in ask.indices]
-        samples = []
-        for offset, index in enumerate(ask.indices):
-            seed_sample(mix(ask.base, ask.position + offset))
-            samples.append(self.sample(index))
-        return samples
+            return self.samples(ask.indices)
+        return self.samples(ask.indices, [mix(ask.base, ask.position + offset) for offset in range(len(ask.indices))])
 
     def _together(self, fetch_all: Callable[[list[Any]], Any], indices: list[Any]) -> list[Any]:
         try:
             return list(fetch_all(indices))
         except Exception as error:
-            for index in indices:  # the one at fault fails again, and is named
-                self.sample(index)
+            self.samples(indices)  # the one at fault fails again, and is named
             raise DataError(
                 f"samples {indices[0]!r} to {indices[-1]!r} of the dataset ({type(self._dataset).__name__}) could not "
                 f"be read together: {type(error).__name__}: {error}; repair its __getitems__"

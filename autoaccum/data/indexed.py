@@ -136,7 +136,7 @@ class TensorSource(IndexedSource):
             if len(sizes) == 1:
                 yield total, sizes, [self._like(window)]
             elif self._strided:
-                pieces = [tensor.split(sizes) for tensor in window]  # type: ignore[no-untyped-call]
+                pieces = [torch.split_with_sizes(tensor, sizes) for tensor in window]
                 yield total, sizes, [self._like(parts) for parts in zip(*pieces)]
             else:
                 yield total, sizes, tree.split(self._like(window), sizes)

@@ -58,7 +58,7 @@ class MapSource(IndexedSource):
 
     def _samples_from(self, start: int) -> Iterator[Any]:
         candidates = possible_indices(self._sampler, self._rows)
-        return (self._fetcher.sample(candidates[number]) for number in spread(len(candidates), start))
+        return (self._fetcher.samples([candidates[number]])[0] for number in spread(len(candidates), start))
 
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
         self._pool.close()

@@ -113,7 +113,7 @@ class BatchSource(StreamSource):
 
     def _samples_from(self, start: int) -> Iterator[Any]:
         indices = possible_indices(self._inner_sampler(), length_of(self._loader.dataset))
-        return (self._fetcher.sample(indices[number]) for number in spread(len(indices), start))
+        return (self._fetcher.samples([indices[number]])[0] for number in spread(len(indices), start))
 
     def _inner_sampler(self) -> Any:
         return getattr(self._loader.batch_sampler, "sampler", None) or self._loader.sampler
@@ -145,7 +145,7 @@ class BatchSource(StreamSource):
         if isinstance(dataset, IterableDataset):
             return self._loader if reads_once(dataset) else map(self._loader.collate_fn, dataset)
         indices = possible_indices(self._loader.sampler, length_of(dataset))
-        return (self._loader.collate_fn(self._fetcher.sample(indices[number])) for number in spread(len(indices)))
+        return (self._loader.collate_fn(self._fetcher.samples([indices[number]])[0]) for number in spread(len(indices)))
 
 
 def iterates_by_itself(loader: DataLoader[Any]) -> bool:

@@ -15,6 +15,7 @@ Choices made here:
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -37,9 +38,10 @@ class Reader:
     """One epoch's reading: what was drawn and not yet taken, and what comes after it.
 
     Args:
-        items: opened when the first one is wanted.
-        lane: what the items draw from while they are read.
+        items: iterated when the first one is wanted.
+        lane: what reading draws from.
         samples_in: how many samples an item is.
+        in_workers: others read; the lane is needed only to set them going.
 
     Attributes:
         drawn: items that were read and not yet taken.
@@ -47,8 +49,10 @@ class Reader:
         epoch, index: the epoch that is being read, None before one is, and the windows taken of it.
     """
 
-    def __init__(self, items: Iterable[Any], lane: Lane, samples_in: Callable[[Any], int]) -> None:
-        self._items, self._lane, self._samples_in = items, lane, samples_in
+    def __init__(
+        self, items: Iterable[Any], lane: Lane, samples_in: Callable[[Any], int], *, in_workers: bool = False
+    ) -> None:
+        self._items, self._lane, self._samples_in, self._in_workers = items, lane, samples_in, in_workers
         self._iterator: Iterator[Any] | None = None
         self._count = 0
         self._ended = False
@@ -60,7 +64,8 @@ class Reader:
     def look(self, count: int) -> tuple[int, bool]:
         """Draws until `count` samples lie ahead."""
         if self.ahead < count and not self._ended:
-            with self._lane:
+            started = self._iterator is not None
+            with nullcontext() if started and self._in_workers else self._lane:
                 while self.ahead < count and not self._ended:
                     self._draw()
         return self.ahead, self._ended
@@ -102,6 +107,7 @@ class StreamSource(Source):
         super().__init__(**common)
         self._items, self.one_shot = items, once
         self._told_epochs: list[Any] = [items]
+        self._in_workers = isinstance(items, DataLoader) and items.num_workers > 0
         self._reader: Reader | None = None
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
@@ -151,7 +157,7 @@ class StreamSource(Source):
                 owner.set_epoch(epoch)
         with self._beginning(again=start > 0):
             base = self._begin(epoch, again=start > 0)
-        self._reader = reader = Reader(self._items, Lane(base), self._samples_in)
+        self._reader = reader = Reader(self._items, Lane(base), self._samples_in, in_workers=self._in_workers)
         reader.epoch = epoch
         return reader
 

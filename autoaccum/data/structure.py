@@ -26,15 +26,17 @@ __all__ = ["Reading", "alike", "children", "disagreement", "is_list", "labelled"
 
 def children(node: Any) -> list[Any] | None:
     """What a container holds, in order; None for a leaf."""
+    kind = type(node)
+    if kind is list or kind is tuple:  # nearly all are one of these two or a dict, which need no slower question
+        return list(node)
+    if kind is dict or isinstance(node, Mapping):
+        return list(node.values())
     if isinstance(node, (Tensor, str, bytes, PackedSequence, torch.Size)):
         return None
     if isinstance(node, (list, tuple)):
         return list(node)
-    if isinstance(node, Mapping):
-        return list(node.values())
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        return [getattr(node, field.name) for field in dataclasses.fields(node)]
-    return None
+    is_record = dataclasses.is_dataclass(node) and not isinstance(node, type)
+    return [getattr(node, field.name) for field in dataclasses.fields(node)] if is_record else None
 
 
 def steps(node: Any) -> list[str]:
@@ -113,7 +115,7 @@ class Reading:
 
     def listed(self, node: Any) -> bool:
         """Whether `node` is a list with one item a sample."""
-        if not is_list(node) or len(node) != self.size or not alike(node):
+        if not is_list(node) or not node or len(node) != self.size or not alike(node):
             return False
         if node is self.batch and isinstance(node[0], Tensor):
             return False  # at the top these are inputs and targets, and if they disagree, that is an error

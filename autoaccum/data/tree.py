@@ -73,9 +73,10 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     Raises:
         DataError: the batch does not have sum(sizes) samples; the leaf is named.
     """
-    if len(sizes) == 1 and _flat_size(batch) == sizes[0]:
+    total = sum(sizes)
+    flat = _flat_size(batch) == total
+    if flat and len(sizes) == 1:
         return [batch]
-    reading = Reading(batch, sum(sizes)).checked()
     stops = list(accumulate(sizes))
     starts = [0, *stops[:-1]]
 
@@ -83,10 +84,14 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
         if not isinstance(leaf, Tensor):
             return [leaf[start:stop] for start, stop in zip(starts, stops)]
         if leaf.layout is torch.strided and not leaf.is_nested:
-            return [leaf.narrow(0, start, size) for start, size in zip(starts, sizes)]
+            return list(torch.split_with_sizes(leaf, list(sizes)))
         return [take_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
 
-    return reading.parts(batch, cut, len(sizes))
+    if isinstance(batch, Tensor) and flat:
+        return cut(batch)
+    if flat:
+        return [rebuild(batch, list(parts)) for parts in zip(*map(cut, children(batch) or ()))]
+    return Reading(batch, total).checked().parts(batch, cut, len(sizes))
 
 
 def repeat(batch: Any, size: int) -> Any:

@@ -17,7 +17,8 @@ __all__ = ["Narrator"]
 
 
 class _Event(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def to_dict(self) -> dict[str, Any]: ...
 

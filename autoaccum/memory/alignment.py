@@ -1,9 +1,13 @@
 """Which groups of several traces are the same operator call.
 
-At two batch sizes a step calls the same operators in the same order, almost always. Where it does not (a
-kernel of another algorithm, a Python loop over the samples), what agrees before and after is matched, and
-the stretch between becomes one cell of its own: its net and inside figures still follow the size, though
-more coarsely. How much was allocated in such stretches is handed back, not hidden.
+At two batch sizes a step calls the same operators in the same order, almost always. Where it does not:
+
+- A loop that runs more often (over the samples, or over the time steps of a recurrent layer) is found as a
+  pattern that repeats, and becomes one cell, however often it ran.
+- Else what agrees before and after is matched (a kernel of another algorithm lies between), and the stretch
+  between becomes one cell of its own. How much was allocated in such stretches is handed back, not hidden.
+
+A cell's net and inside figures follow the size as an operator's do.
 """
 
 from __future__ import annotations
@@ -16,7 +20,12 @@ from autoaccum.memory.trace import Trace
 __all__ = ["Cell", "ForecastFailed", "align"]
 
 _MOST_DIFFERENCES = 1000  # the search for common groups takes this squared; beyond, only both ends are matched
+_LONGEST_PATTERN = 400  # groups in one turn of a loop
+_SHORTEST_LOOP = 4  # groups in all turns together; shorter ones are as likely chance
 _SHORTEST_RUN = 3  # fewer agreeing groups than this between two stretches may agree by chance: they join them
+
+_Key = tuple[str, str]  # a group by the names of its operators
+_Turned = tuple[object, int, int]
 
 
 class ForecastFailed(Exception):
@@ -24,7 +33,10 @@ class ForecastFailed(Exception):
 
 
 class Cell(NamedTuple):
-    """Groups [start, stop) of each trace that stand for the same thing. `matched`: one group in each."""
+    """Groups [start, stop) of each trace that stand for the same thing.
+
+    `matched`: one group in each, or one loop; else a stretch between those.
+    """
 
     spans: tuple[tuple[int, int], ...]
     matched: bool
@@ -56,26 +68,72 @@ def _bounds(trace: Trace, phase: int) -> tuple[int, int]:
     return trace.phases[phase].first_group, len(trace.groups) if last else trace.phases[phase + 1].first_group
 
 
-def _cells(starts: list[int], keys: list[list[tuple[str, str]]]) -> list[Cell]:
+def _cells(starts: list[int], keys: list[list[_Key]]) -> list[Cell]:
     """One phase's cells. `keys`: each trace's groups by name; `starts`: the number of its first group."""
     base = keys[0]
     if all(other == base for other in keys[1:]):
         return [Cell(tuple((start + at, start + at + 1) for start in starts), True) for at in range(len(base))]
-    partners = [dict(common(base, other)) for other in keys[1:]]
-    anchors = [
-        (at, *(partner[at] for partner in partners))
-        for at in range(len(base))
-        if all(at in partner for partner in partners)
-    ]
+    turned = [_loops(each) for each in keys]
+    names = [[name for name, _, _ in each] for each in turned]
+    ends = tuple(map(len, names))
     cells: list[Cell] = []
     here = (0,) * len(keys)
-    for there in [*_long_runs(anchors, tuple(map(len, keys))), tuple(map(len, keys))]:
+
+    def add(there: tuple[int, ...], matched: bool) -> None:
+        """A cell from `here` until `there`, counted in loops and groups outside of loops."""
+        bounds = zip(starts, turned, here, there)
+        spans = ((start + _first(each, a), start + _first(each, b)) for start, each, a, b in bounds)
+        cells.append(Cell(tuple(spans), matched))
+
+    for there in [*_long_runs(_anchors(names), ends), ends]:
         if there != here:
-            cells.append(Cell(tuple((s + a, s + b) for s, a, b in zip(starts, here, there)), False))
-        if there != tuple(map(len, keys)):
-            cells.append(Cell(tuple((s + at, s + at + 1) for s, at in zip(starts, there)), True))
-        here = tuple(at + 1 for at in there)
+            add(there, False)
+            here = there
+        if there != ends:
+            after = tuple(at + 1 for at in there)
+            add(after, True)
+            here = after
     return cells
+
+
+def _first(turned: list[_Turned], at: int) -> int:
+    """The first group of an item; past the last item, one past the last group."""
+    if at < len(turned):
+        return turned[at][1]
+    return turned[-1][2] if turned else 0
+
+
+def _loops(keys: Sequence[_Key]) -> list[_Turned]:
+    """The groups with repeating patterns put together: (name, first group, one past the last group).
+
+    A loop is named by the operators in it, not by their order: where its first turn begins may differ.
+    """
+    found: list[_Turned] = []
+    at = 0
+    while at < len(keys):
+        stop, pattern = at + 1, 0
+        for length in range(1, min(_LONGEST_PATTERN, (len(keys) - at) // 2) + 1):
+            if keys[at] != keys[at + length] or keys[at : at + length] != keys[at + length : at + 2 * length]:
+                continue
+            end = at + length
+            while keys[end : end + length] == keys[at : at + length]:
+                end += length
+            if end > stop and end - at >= _SHORTEST_LOOP:
+                stop, pattern = end, length
+        name = frozenset(keys[at : at + pattern]) if pattern else keys[at]
+        found.append((name, at, stop))
+        at = stop
+    return found
+
+
+def _anchors(names: list[list[object]]) -> list[tuple[int, ...]]:
+    """Positions that match in all traces."""
+    partners = [dict(common(names[0], other)) for other in names[1:]]
+    return [
+        (at, *(partner[at] for partner in partners))
+        for at in range(len(names[0]))
+        if all(at in partner for partner in partners)
+    ]
 
 
 def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -1,20 +1,15 @@
 """A few small traces -> the peak memory of a window at any batch size, and any sequence length.
 
 What each operator call allocates is affine in the batch, though the peak, the largest of many sums of such
-figures, is not. So the rows of the aligned traces (replay.py) are fitted one by one and added up again at
-the size asked for: the peak is a maximum of affine functions, evaluated as one matrix product.
-
-Over a batch size B alone a row is a + b·B. Over a batch and a length L it is a sum of 1, B, L, BL, L², BL²:
-attention is quadratic in the length, and everything is affine in the batch.
+figures, is not. So the rows of the aligned traces (replay.py) are fitted one by one (fitting.py) and added
+up again at the size asked for: the peak is a maximum of affine functions, evaluated as one matrix product.
 
 Choices:
 
-- Over batches alone the fit goes through the two largest traces, where a kernel's choice of algorithm is
-  nearest to that of the sizes asked for. Over lengths it is the least-squares fit of all traces, for each
-  row with the terms in L² only where they foretell a left-out trace better than it is without them:
-  rounding inside a kernel must not become a parabola.
+- Traces too small to match the larger ones are left out.
 - The largest trace that the others can do without is held out once: how far the forecast from the others
-  misses its course, at any moment, relative to its peak, is `residual`.
+  misses its course, at any moment, relative to its peak, is `residual`. The course and not only the peak,
+  since at other sizes the peak lies elsewhere.
 - Bytes are requested bytes. What CUDA's allocator makes of them is not fitted but simulated (`reserved`).
 """
 
@@ -28,9 +23,10 @@ from typing import Any
 
 import torch
 
-from autoaccum.memory.alignment import ForecastFailed, align
+from autoaccum.memory.alignment import Cell, ForecastFailed, align
 from autoaccum.memory.allocator import Block, CachingAllocator, SimulatedOutOfMemory
-from autoaccum.memory.replay import FOREVER, Flow, Table, tabulate
+from autoaccum.memory.fitting import basis, columns, determined, fit, volume
+from autoaccum.memory.replay import FOREVER, Flow, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
@@ -38,9 +34,9 @@ __all__ = ["Forecast", "ForecastFailed", "Reservation"]
 Resident = int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None
 
 
-# Above this share of unmatched bytes a forecast stands on stretches more than on operators: it is believed
-# only where a held-out trace was met this closely.
-MOST_UNALIGNED, MOST_RESIDUAL = 0.5, 0.01
+# With more than this share of its bytes unmatched a forecast stands on stretches instead of operators: it is
+# believed only where it met a held-out trace this closely.
+MOST_UNALIGNED, MOST_RESIDUAL = 0.01, 0.01
 
 
 @dataclass(frozen=True)
@@ -56,21 +52,23 @@ class Forecast:
     """The memory of a window at any size, made by `fit`. Sizes are bytes.
 
     Attributes:
+        sizes: of the traces it stands on.
         residual: the largest miss at a held-out trace, relative to its peak above the start; None where no
             trace could be spared.
         unaligned: the share of a step's allocated bytes that could not be matched between the traces.
         requested: False where block sizes had to stand for requested sizes (see trace.Trace).
     """
 
+    sizes: tuple[tuple[int, ...], ...]
     residual: float | None
     unaligned: float
     requested: bool
 
     def __init__(self, table: Table, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
         self._table = table
-        self._last = traces[max(range(len(traces)), key=lambda at: _volume(sizes[at]))]
+        self._last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
         self._lengths = {size[1] for size in sizes if len(size) > 1}
-        self._columns = _columns(sizes)
+        self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
 
     @classmethod
@@ -87,17 +85,21 @@ class Forecast:
                 further one that the forecast is seen to meet.
         """
         _check(traces, sizes)
-        cells, unaligned = align(traces)
+        used, cells, unaligned = _aligned(traces, sizes)
+        traces, sizes, held = [traces[at] for at in used], [sizes[at] for at in used], _residents(resident, len(sizes))
         table = tabulate(traces, cells)
         forecast = cls(table, traces, sizes)
+        forecast.sizes = tuple(sizes)
         forecast.unaligned = unaligned
         forecast.requested = all(trace.requested for trace in traces)
-        forecast._solve(table, sizes, _residents(resident, len(sizes)))
+        forecast._solve(table, sizes, {name: [each[at] for at in used] for name, each in held.items()})
         forecast.residual = _residual(table, sizes)
         if unaligned > MOST_UNALIGNED and (forecast.residual is None or forecast.residual > MOST_RESIDUAL):
+            seen = "there is no further trace to check the rest on"
+            if forecast.residual is not None:
+                seen = f"the rest misses a held-out trace by {forecast.residual:.1%}"
             raise ForecastFailed(
-                f"{unaligned:.0%} of what a step allocates could not be matched between the traced sizes, and no "
-                f"trace that was held out shows that the forecast holds all the same"
+                f"{unaligned:.1%} of what a step allocates could not be matched between the sizes {sizes}, and {seen}"
             )
         return forecast
 
@@ -110,6 +112,20 @@ class Forecast:
         """The same above the start of the window; at least 0."""
         return round(self._above(self._point(batch, length))) + self._background
 
+    def lines(self) -> list[tuple[float, float]]:
+        """The affine functions a + b·batch whose maximum the peak is, in bytes, what was there before included.
+
+        Raises:
+            ForecastFailed: the forecast is over lengths too, and has no such lines.
+        """
+        if self._levels.shape[1] != 2:
+            raise ForecastFailed(
+                "the traces are of sequences of several lengths: their peak is no function of the batch alone"
+            )
+        rows = self._levels + self._residents.sum(0)
+        rows[:, 0] += self._background
+        return [(float(a), float(b)) for a, b in rows.tolist()]
+
     def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
         """Memory over the window by part, for a plot.
 
@@ -120,20 +136,12 @@ class Forecast:
         """
         point = self._point(batch, length)
         names = list(dict.fromkeys([*self._resident_names, *(flow.part for flow in self._table.flows), "temporary"]))
-        held = torch.zeros(len(names), len(self._table.rows) + 1, dtype=torch.float64)
-        for name, value in zip(self._resident_names, self._residents @ point):
-            held[names.index(name), 0] += value
-        part = torch.tensor([names.index(flow.part) for flow in self._table.flows], dtype=torch.long)
-        births = torch.tensor([flow.birth for flow in self._table.flows], dtype=torch.long) + 1
-        deaths = torch.tensor([min(flow.death, len(self._table.rows)) for flow in self._table.flows]) + 1
-        sizes = self._flows @ point
-        held.index_put_((part, births), sizes, accumulate=True)
-        ends = deaths < held.shape[1]
-        held.index_put_((part[ends], deaths[ends]), -sizes[ends], accumulate=True)
-        held = held.cumsum(1)
         levels = self._levels @ point
-        before = (self._residents @ point).sum()
-        held[names.index("temporary")] += levels + before - held.sum(0)  # what coarse cells hold inside
+        held = self._by_part(point, names)
+        before = self._residents @ point
+        for name, value in zip(self._resident_names, before):
+            held[names.index(name)] += value
+        held[names.index("temporary")] += levels + before.sum() - held.sum(0)  # what coarse cells hold inside
         kept = [start + int(levels[start:stop].argmax()) for start, stop in _stretches(len(levels), moments)]
         phases = [0, *(row.phase for row in self._table.rows)]
         begins: dict[int, int] = {}
@@ -151,8 +159,7 @@ class Forecast:
         Parts of the window: "activations" (allocated in the forward pass, used after it), "gradients"
         (allocated in the backward pass, kept after it), "optimizer_state", "batch", "temporary" (freed within
         the phase), "released" (negative: freed, but older than the window), "other_threads"; and those of
-        `resident`. Gradients that were there before and those of the window are one part. The phases are
-        the marks "batch", "forward", "backward", "optimizer"; without marks all is activations or temporary.
+        `resident`: gradients that were there before and those of the window are one part.
         """
         point = self._point(batch, length)
         found = self._at_peak(point, lambda flow: flow.part)
@@ -216,7 +223,7 @@ class Forecast:
         """
 
         def fits(batch: int) -> bool:
-            if not reserved:
+            if not (reserved and self._last.caching):
                 return self.peak(batch, length) <= budget
             try:
                 outcome = self.simulate(batch, length, limit=budget - self._background)
@@ -235,16 +242,15 @@ class Forecast:
         return low
 
     def _solve(self, table: Table, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
-        self._deltas = _fit(table.deltas, sizes)
-        self._flows = _fit(table.sizes, sizes)
+        self._deltas = fit(table.deltas, sizes)
+        self._flows = fit(table.sizes, sizes)
         self._levels = _levels(self._deltas)
         self._resident_names = list(residents)
-        held = torch.tensor(list(residents.values()), dtype=torch.float64).reshape(len(residents), len(sizes))
-        self._residents = _fit(held, sizes)
+        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
 
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
         if not self._lengths:
-            return _basis((batch,), self._columns)
+            return basis((batch,), self._count)
         if length is None and len(self._lengths) == 1:
             length = next(iter(self._lengths))
         if length is None:
@@ -254,7 +260,18 @@ class Forecast:
                 f"all traces have length {next(iter(self._lengths))}: nothing is known of length {length}; "
                 "trace two batch sizes at three lengths"
             )
-        return _basis((batch, length), self._columns)
+        return basis((batch, length), self._count)
+
+    def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """(parts × levels): what the flows hold at the start and after each row."""
+        flows, rows = self._table.flows, len(self._table.rows)
+        sizes = self._flows @ point
+        held = torch.zeros(len(names), rows + 2, dtype=torch.float64, device="cpu")
+        places = [(names.index(flow.part), flow.birth + 1, min(flow.death, rows) + 1) for flow in flows]
+        part, births, deaths = torch.tensor(places, dtype=torch.long, device="cpu").reshape(-1, 3).unbind(1)
+        held.index_put_((part, births), sizes, accumulate=True)
+        held.index_put_((part, deaths), -sizes, accumulate=True)  # those that never die do so past the end
+        return held.cumsum(1)[:, : rows + 1]
 
     def _above(self, point: torch.Tensor) -> float:
         return float((self._levels @ point).max())
@@ -297,82 +314,23 @@ def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
             )
 
 
-def _columns(sizes: Sequence[tuple[int, ...]]) -> int:
-    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length).
+def _aligned(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> tuple[list[int], list[Cell], float]:
+    """The traces to use, their cells, and the share of bytes that could not be matched.
 
-    Raises:
-        ForecastFailed: the sizes do not determine the fit.
+    Over batches alone, the smallest traces are left out where the larger ones match without them: what a kernel
+    does at very small sizes says nothing of the large ones.
     """
-    batches = {size[0] for size in sizes}
-    lengths = {size[1] for size in sizes if len(size) > 1}
-    columns = 6 if len(lengths) > 1 else 2
-    if not _determined(sizes, columns):
-        raise ForecastFailed(
-            f"{len(batches)} batch sizes and {len(lengths)} lengths do not determine the fit: it takes two batch "
-            "sizes, for sequences each at the same three lengths"
-        )
-    return columns
-
-
-def _determined(sizes: Sequence[tuple[int, ...]], columns: int) -> bool:
-    if len(sizes) < columns:
-        return False
-    design = torch.stack([_basis(size, columns) for size in sizes])
-    return int(torch.linalg.matrix_rank(design / design.abs().amax(0))) == columns
-
-
-def _basis(size: tuple[int, ...], columns: int) -> torch.Tensor:
-    """1, B; or 1, B, L, BL, L², BL² in float64."""
-    batch = float(size[0])
-    if columns == 2:
-        return torch.tensor([1.0, batch], dtype=torch.float64)
-    length = float(size[1])
-    powers = [1.0, length, length * length]
-    return torch.tensor([factor * power for power in powers for factor in (1.0, batch)], dtype=torch.float64)
-
-
-def _fit(figures: torch.Tensor, sizes: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """The coefficients (rows × columns) of figures (rows × sizes)."""
-    columns = _columns(sizes)
-    if columns == 2:
-        largest = sorted(range(len(sizes)), key=lambda at: -sizes[at][0])
-        chosen = [largest[0], next(at for at in largest if sizes[at][0] < sizes[largest[0]][0])]
-        return figures[:, chosen] @ _weights([sizes[at] for at in chosen], 2)
-    simple, missed_simply = _least_squares(figures, sizes, 4)
-    whole, missed = _least_squares(figures, sizes, 6)
-    # A row that one trace less foretells as well without L² does not have it: what looks like it is rounding.
-    enough = missed_simply <= torch.where(missed.isnan(), 0.02 * figures.abs().amax(1), 4 * missed + 1.0)
-    simple = torch.cat([simple, torch.zeros_like(simple[:, :2])], 1)
-    return torch.where(enough[:, None], simple, whole)
-
-
-def _least_squares(
-    figures: torch.Tensor, sizes: Sequence[tuple[int, ...]], columns: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fit over the first `columns` functions, and by how many bytes each row misses a trace that is left out.
-
-    The latter by the hat matrix, e / (1 - h), over the traces that can be left out; nan where none can.
-    """
-    weights = _weights(sizes, columns)
-    design = torch.stack([_basis(size, 6)[:columns] for size in sizes])
-    fitted = figures @ weights
-    spare = 1.0 - (design * weights).sum(1)
-    can = spare > 1e-6
-    missed = ((fitted @ design.T - figures).abs()[:, can] / spare[can]).amax(1) if can.any() else None
-    return fitted, torch.full_like(figures[:, 0], torch.nan) if missed is None else missed
-
-
-def _weights(sizes: Sequence[tuple[int, ...]], columns: int) -> torch.Tensor:
-    """(sizes × columns): figures at the sizes times this are the coefficients of the first `columns` functions."""
-    design = torch.stack([_basis(size, 2 if columns == 2 else 6)[:columns] for size in sizes])
-    scale = design.abs().amax(0)
-    identity = torch.eye(len(sizes), dtype=torch.float64)
-    solved: torch.Tensor = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution
-    return (solved / scale[:, None]).T
-
-
-def _volume(size: tuple[int, ...]) -> int:
-    return size[0] * (size[1] if len(size) > 1 else 1)
+    every = list(range(len(traces)))
+    cells, unaligned = align(traces)
+    if unaligned == 0 or len(sizes[0]) > 1:
+        return every, cells, unaligned
+    order = sorted(every, key=lambda at: sizes[at][0])
+    while len({sizes[at] for at in order[1:]}) > 1:
+        order = order[1:]
+        fewer, none = align([traces[at] for at in order])
+        if none == 0:
+            return order, fewer, 0.0
+    return every, cells, unaligned
 
 
 def _levels(deltas: torch.Tensor) -> torch.Tensor:
@@ -381,14 +339,14 @@ def _levels(deltas: torch.Tensor) -> torch.Tensor:
 
 
 def _residual(table: Table, sizes: Sequence[tuple[int, ...]]) -> float | None:
-    """How far the forecast from the other traces misses the largest that they can do without; None: none can be spared."""
-    columns = _columns(sizes)
-    for held_out in sorted(range(len(sizes)), key=lambda at: -_volume(sizes[at])):
+    """How far the forecast from the other traces misses the largest that can be spared; None: none can."""
+    count = columns(sizes)
+    for held_out in sorted(range(len(sizes)), key=lambda at: -volume(sizes[at])):
         rest = [at for at in range(len(sizes)) if at != held_out]
         others = [sizes[at] for at in rest]
-        if not _determined(others, columns):
+        if not determined(others, count):
             continue
-        forecast = _levels(_fit(table.deltas[:, rest], others)) @ _basis(sizes[held_out], columns)
+        forecast = _levels(fit(table.deltas[:, rest], others)) @ basis(sizes[held_out], count)
         measured = _levels(table.deltas[:, held_out : held_out + 1]).squeeze(1)
         return float((forecast - measured).abs().max() / measured.max().clamp(min=1))
     return None

@@ -12,21 +12,21 @@ simulated allocator is asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from autoaccum.memory.alignment import Cell
 from autoaccum.memory.trace import Event, Trace
 
-__all__ = ["RELEASED", "Flow", "Row", "Table", "tabulate"]
+__all__ = ["FOREVER", "RELEASED", "Flow", "Row", "Table", "matrix", "tabulate"]
 
 RELEASED = "released"
 FOREVER = 2**62
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A moment: the operator and phase it lies in. `coarse`: the row is a cell's "inside" figure."""
 
     operator: str
@@ -34,8 +34,7 @@ class Row:
     coarse: bool = False
 
 
-@dataclass(frozen=True)
-class Flow:
+class Flow(NamedTuple):
     """Memory that lives from row `birth` until row `death` (FOREVER: it was not freed), and what it is."""
 
     birth: int
@@ -55,23 +54,27 @@ class Table:
     sizes: torch.Tensor
 
 
-@dataclass
 class _Column:
-    """One trace while it is tabulated: the row where each block was born, and where it died."""
+    """One trace while it is tabulated."""
 
-    trace: Trace
-    starts: list[int]  # the first event of each group, and one past the last
-    births: dict[int, int] = field(default_factory=dict)
-    deaths: dict[int, int] = field(default_factory=dict)
-    released: dict[int, int] = field(default_factory=dict)  # row -> bytes freed that are older than the trace
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.births = [-1] * sum(event.bytes > 0 for event in trace.events)  # the row each block was born at,
+        self.deaths = [FOREVER] * len(self.births)  # and died at
+        self.released: dict[int, int] = {}  # row -> bytes freed there that are older than the trace
+        self._starts: list[int] = []  # the first event of each group
+        for at, event in enumerate(trace.events):
+            if event.group == len(self._starts):
+                self._starts.append(at)
+        self._starts.append(len(trace.events))
 
     def events(self, span: tuple[int, int]) -> Sequence[Event]:
-        return self.trace.events[self.starts[span[0]] : self.starts[span[1]]]
+        return self.trace.events[self._starts[span[0]] : self._starts[span[1]]]
 
 
 def tabulate(traces: Sequence[Trace], cells: Sequence[Cell]) -> Table:
     """The table of traces that were aligned into `cells`."""
-    columns = [_Column(trace, _starts(trace)) for trace in traces]
+    columns = [_Column(trace) for trace in traces]
     rows: list[Row] = []
     deltas: list[list[int]] = []
     for cell in cells:
@@ -89,44 +92,37 @@ def tabulate(traces: Sequence[Trace], cells: Sequence[Cell]) -> Table:
             deltas += [list(inside), [after - most for most, after in zip(inside, net)]]
             rows += [Row(group.operator, group.phase, True), Row(group.operator, group.phase)]
     flows, sizes = _flows(columns, rows)
-    return Table(rows, flows, _matrix(deltas, len(traces)), _matrix(sizes, len(traces)))
-
-
-def _starts(trace: Trace) -> list[int]:
-    starts: list[int] = []
-    for at, event in enumerate(trace.events):
-        while len(starts) <= event.group:
-            starts.append(at)
-    return starts + [len(trace.events)] * (len(trace.groups) + 1 - len(starts))
+    return Table(rows, flows, matrix(deltas, len(traces)), matrix(sizes, len(traces)))
 
 
 def _alike(columns: Sequence[_Column], events: Sequence[Sequence[Event]], row: int) -> bool:
-    """Whether all traces allocate and free alike here; if so, births and deaths are noted from `row` on."""
-    if len({len(found) for found in events}) > 1:
+    """Whether all traces allocate and free alike here; notes births and deaths, from `row` on, on the way."""
+    if any(len(found) != len(events[0]) for found in events):
         return False
-    born: list[dict[int, int]] = [{} for _ in columns]
     for at, together in enumerate(zip(*events)):
-        origins = set()
-        for column, new, event in zip(columns, born, together):
+        first: int | None = None
+        for column, event in zip(columns, together):
             if event.bytes > 0:
-                new[event.block] = row + at
-                origins.add(FOREVER)
-            else:
-                origins.add(new.get(event.block, column.births.get(event.block, -1)))
-        if len(origins) > 1:
-            return False
-    for column, new, found in zip(columns, born, events):
-        column.births.update(new)
-        for at, event in enumerate(found):
-            if event.bytes < 0 and event.block >= 0:
+                origin = FOREVER
+                column.births[event.block] = row + at
+            elif event.block >= 0:
+                origin = column.births[event.block]
                 column.deaths[event.block] = row + at
-            elif event.bytes < 0:
+            else:
+                origin = -1
+            if first is None:
+                first = origin
+            elif origin != first:
+                return False
+    for column, found in zip(columns, events):
+        for at, event in enumerate(found):
+            if event.block < 0:
                 column.released[row + at] = event.bytes
     return True
 
 
 def _figures(column: _Column, events: Sequence[Event], row: int) -> tuple[int, int]:
-    """The most held inside a stretch and what it left behind; its births and deaths are noted at `row`."""
+    """The most held inside a stretch and what it left behind; births and deaths are noted (anew) at `row`."""
     net = inside = 0
     for event in events:
         net += event.bytes
@@ -145,7 +141,7 @@ def _flows(columns: Sequence[_Column], rows: Sequence[Row]) -> tuple[list[Flow],
     for at, column in enumerate(columns):
         for event in column.trace.events:
             if event.bytes > 0:
-                key = (column.births[event.block], column.deaths.get(event.block, FOREVER), False)
+                key = (column.births[event.block], column.deaths[event.block], False)
                 found.setdefault(key, ([0] * len(columns), event.stream))[0][at] += event.bytes
         for row, size in column.released.items():
             found.setdefault((row, FOREVER, True), ([0] * len(columns), 0))[0][at] += size
@@ -165,5 +161,6 @@ def _part(phase: str, outlives: bool) -> str:
     return {"batch": "batch", "backward": "gradients", "optimizer": "optimizer_state"}.get(phase, "activations")
 
 
-def _matrix(values: list[list[int]], columns: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float64).reshape(len(values), columns)
+def matrix(values: Sequence[Sequence[int]], columns: int) -> torch.Tensor:
+    """Rows of bytes as a float64 tensor, (rows × columns) also where there are none."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu").reshape(len(values), columns)

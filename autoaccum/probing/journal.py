@@ -49,11 +49,18 @@ class Journal:
 
     def killed_sizes(self) -> set[int]:
         """The sizes that killed their process twice."""
-        return {size for size, times in self._unfinished().items() if times >= KILLS_BELIEVED}
+        kills = Counter(size for size, _ in self.unfinished())
+        return {size for size, times in kills.items() if times >= KILLS_BELIEVED}
 
-    def killed_once(self) -> set[int]:
-        """The sizes that killed their process once: worth one more try."""
-        return {size for size, times in self._unfinished().items() if times < KILLS_BELIEVED}
+    def unfinished(self) -> list[tuple[int, str]]:
+        """(size, kind) of each trial that a process which is gone began and never ended."""
+        return [trial for trial, times in self._unfinished().items() for _ in range(times)]
+
+    def clear(self) -> None:
+        """Takes the file away once the answer is found, unless another process is in the middle of a trial."""
+        if self._path is None or any(entry["event"] == "start" and self._others(entry) for entry in self._entries()):
+            return
+        self._path.unlink(missing_ok=True)
 
     def start(self, size: int, kind: str) -> None:
         """Writes down that a trial begins; on disk before this returns."""
@@ -79,17 +86,23 @@ class Journal:
             )
             self._path = None
 
-    def _unfinished(self) -> Counter[int]:
-        """How often each size was started by a process that died before its end."""
-        open_trials: Counter[tuple[int, float, int]] = Counter()
+    def _unfinished(self) -> Counter[tuple[int, str]]:
+        """How often each trial was started by a process that died before its end."""
+        begun: dict[tuple[int, float], tuple[int, str]] = {}  # a process runs one trial at a time
+        counted: Counter[tuple[int, str]] = Counter()
         for entry in self._entries():
-            trial = (entry["pid"], entry["started"], entry["size"])
-            open_trials[trial] += 1 if entry["event"] == "start" else -1
-        counted: Counter[int] = Counter()
-        for (pid, started, size), times in open_trials.items():
-            if times > 0 and not _alive(pid, started):
-                counted[size] += times
+            owner = (entry["pid"], entry["started"])
+            if entry["event"] == "start":
+                begun[owner] = (entry["size"], entry.get("kind", "verify"))
+            else:
+                begun.pop(owner, None)
+        for (pid, started), trial in begun.items():
+            if not _alive(pid, started):
+                counted[trial] += 1
         return counted
+
+    def _others(self, entry: dict[str, Any]) -> bool:
+        return entry["pid"] != self._owner["pid"] and _alive(entry["pid"], entry["started"])
 
     def _entries(self) -> list[dict[str, Any]]:
         if self._path is None or not self._path.exists():

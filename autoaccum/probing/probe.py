@@ -10,12 +10,14 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError
 from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.forecast import Forecast
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.planning.split import can_split, even_split
+from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.report import ProbeReport, Trial
 from autoaccum.probing.search import Answer, find
-from autoaccum.probing.trial import Bench
+from autoaccum.probing.trial import Bench, Counted
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
@@ -23,7 +25,7 @@ from autoaccum.window.loss import Objective
 from autoaccum.window.optimizer import trained_parameters
 from autoaccum.window.snapshot import Snapshot
 
-__all__ = ["Question", "run_probe"]
+__all__ = ["Question", "as_lines", "fastest", "run_probe"]
 
 # Without a target, no more samples are tried at once than run in about so many seconds: on a host with much memory the
 # largest micro-batch that fits would run for hours.
@@ -57,6 +59,7 @@ def run_probe(
     question: Question,
     *,
     journal: Journal | None = None,
+    cache: Cache | None = None,
     listener: Callable[[Trial], None] | None = None,
 ) -> ProbeReport:
     """Finds the micro-batch, leaving no trace on model, optimizer, data and random generators.
@@ -68,6 +71,7 @@ def run_probe(
         device: where it runs.
         question: what is asked.
         journal: where trials are written down before they start.
+        cache: where the forecast of an earlier run may lie, and this one's will.
         listener: told of each trial as it ends.
 
     Raises:
@@ -80,27 +84,31 @@ def run_probe(
     others = [other for other in (objective.loss,) if isinstance(other, nn.Module)]
     with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device):
         try:
-            was_training = model.training
             model.train()
             floor = _floor(objective, source, device, accumulator)
             bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener)
             ceiling, reach = _ceilings(question, source, floor)
+            known = cache.read() if cache is not None else None
+            wanted = _wanted(question, floor)
             try:
-                answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach)
+                answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
             except NothingFitsError as error:
                 raise _nothing_fits(bench, accumulator, device, budget, floor) from error
             throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-            report = _report(bench, answer, device, budget, floor, source, throughput)
-            model.train(was_training)
+            report = _report(bench, answer, device, floor, source, throughput)
+            if cache is not None and isinstance(report.forecaster, Forecast):
+                cache.write(as_lines(report.forecaster, report.trials))
         finally:
             accumulator.close()
             accumulator.discard()
     device.release()
+    if journal is not None:
+        journal.clear()
     return report
 
 
 def _floor(objective: Objective, source: Source, device: Device, accumulator: Accumulator) -> int:
-    """The smallest micro-batch the model takes: 2 where a BatchNorm would see one value a channel in a single sample."""
+    """The smallest micro-batch the model takes: 2 where a BatchNorm sees one value a channel in a single sample."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.model.modules()):
         return 1
     batch = tree.move(source.trial(1), device.torch_device)
@@ -162,33 +170,45 @@ def fastest(throughput: Sequence[tuple[int, float]]) -> int:
 
 
 def _report(
-    bench: Bench,
-    answer: Answer,
-    device: Device,
-    budget: Budget,
-    floor: int,
-    source: Source,
-    throughput: tuple[tuple[int, float], ...],
+    bench: Bench, answer: Answer, device: Device, floor: int, source: Source, throughput: tuple[tuple[int, float], ...]
 ) -> ProbeReport:
-    forecast = bench.forecast()
     notes = [source.varies] if source.varies else []
-    if forecast is None:
+    forecaster: Forecast | Lines | None
+    if isinstance(answer.forecast, Lines):
+        forecaster = answer.forecast
+        notes.append(
+            "the forecast is from an earlier run of the same training; a small step and the answer were run again"
+        )
+    else:
+        forecaster = answer.forecast.whole if isinstance(answer.forecast, Counted) else None
+    if forecaster is None:
         notes.append("the traces did not line up, so sizes were searched for by running them")
+    elif isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
+        notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
+    micro_batch = fastest(throughput) if throughput else answer.micro_batch
     return ProbeReport(
-        micro_batch=fastest(throughput) if throughput else answer.micro_batch,
+        micro_batch=micro_batch,
         limit=answer.limit,
         limit_proof=answer.proof,
         budget_bytes=bench.budget,
         budget_reason=bench.budget_reason,
         device=device.name,
         trials=tuple(bench.trials),
-        residual=None if forecast is None else forecast.residual,
-        parts=bench.parts(answer.micro_batch),
+        residual=None if forecaster is None else forecaster.residual,
+        parts=bench.parts(micro_batch, forecaster),
         notes=tuple(notes),
         throughput=throughput,
         floor=floor,
-        forecaster=None if forecast is None else forecast.whole,
+        forecaster=forecaster,
     )
+
+
+def as_lines(forecast: Forecast, trials: Sequence[Trial]) -> Lines:
+    """The forecast as a few lines, and what the allocator reserved above it at the largest size that was measured."""
+    ran = [trial for trial in trials if trial.reserved_bytes is not None and trial.peak_bytes]
+    largest = max(ran, key=lambda trial: trial.batch, default=None)
+    reserve = 1.0 if largest is None else (largest.reserved_bytes or 0) / (largest.peak_bytes or 1)
+    return Lines(envelope(forecast.lines()), forecast.residual, reserve)
 
 
 def _nothing_fits(
@@ -208,7 +228,7 @@ def _nothing_fits(
     others = device.describe()["processes"]
     beside = f" Beside it run {', '.join(str(process) for process in others)}." if others else ""
     return NothingFitsError(
-        f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): "
-        f"{needs}; the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
-        'precision="bf16", activation checkpointing in the model, an optimizer with less state (SGD), or smaller samples'
+        f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
+        f"the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
+        'precision="bf16", activation checkpointing in the model, an optimizer with less state (SGD), smaller samples'
     )

@@ -1,7 +1,7 @@
 """What the probe found out, as plain values."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from autoaccum.planning.plan import Plan
 
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
+    from autoaccum.probing.cache import Lines
 
 __all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "ProbeReport", "Trial"]
 
@@ -79,7 +80,7 @@ class ProbeReport:
     plan: Plan | None = None
     throughput: tuple[tuple[int, float], ...] = ()
     floor: int = 1
-    forecaster: "Forecast | None" = field(default=None, repr=False, compare=False)
+    forecaster: "Forecast | Lines | None" = field(default=None, repr=False, compare=False)
 
     @property
     def out_of_memory_count(self) -> int:
@@ -131,6 +132,17 @@ class ProbeReport:
     def _timeline(self) -> dict[str, Any] | None:
         timeline: Callable[[int], dict[str, Any]] | None = getattr(self.forecaster, "timeline", None)
         return timeline(self.micro_batch) if timeline is not None else None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], forecaster: "Lines | None" = None) -> "ProbeReport":
+        """The report that `to_dict` wrote; its forecast has to be given beside it."""
+        names = {field.name for field in fields(cls)} & values.keys()
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value := values[name], list) else value for name in names
+        }
+        given["trials"] = tuple(Trial(**trial) for trial in values["trials"])
+        given["throughput"] = tuple((int(size), float(rate)) for size, rate in values["throughput"])
+        return cls(**given, forecaster=forecaster)
 
     def plot(self, path: str | Path) -> None:
         """Draws forecast, trials and budget, and the memory over one window, into an image file.

@@ -6,7 +6,7 @@ what was measured; without a forecast the guarded bracket grows and bisects. Out
 where the limit is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from autoaccum.probing.report import Trial
 __all__ = ["Answer", "Forecaster", "Machine", "find"]
 
 THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that change, at a quarter of that step's cost
+SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
 # By how much the growth forecast above a size that was measured is taken to be too small, after each overrun.
@@ -34,12 +35,23 @@ class Forecaster(Protocol):
         """The peak at `batch` samples, in the bytes that the budget counts."""
 
 
+class Known(Forecaster, Protocol):
+    """A forecast from an earlier run, believed once a small step has shown that it still holds."""
+
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The peak at `batch` samples in bytes in use."""
+
+
 class Machine(Protocol):
     """Runs steps and fits forecasts: the real one on a device, a fake one in tests."""
 
     @property
     def budget(self) -> int:
         """Bytes that a step may use."""
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """All so far."""
 
     def run(self, size: int, kind: str) -> Trial:
         """One step at `size` samples."""
@@ -59,7 +71,13 @@ class Answer:
 
 
 def find(
-    machine: Machine, *, floor: int, ceiling: int, wanted: Callable[[int], int] | None = None, reach: int | None = None
+    machine: Machine,
+    *,
+    floor: int,
+    ceiling: int,
+    wanted: Callable[[int], int] | None = None,
+    reach: int | None = None,
+    known: Known | None = None,
 ) -> Answer:
     """The largest micro-batch that fits, or the one that a target needs.
 
@@ -69,23 +87,32 @@ def find(
         ceiling: the largest size that may be run.
         wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
         reach: how far the limit is looked for by forecast alone; None: up to the ceiling.
+        known: a forecast from an earlier run of the same training; spares the traces where it still holds.
 
     Raises:
         NothingFitsError: the floor does not fit.
         ProbeError: memory is so erratic that no size can be relied on.
     """
     return _Search(
-        machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None
+        machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None, known
     ).run()
 
 
 class _Search:
     def __init__(
-        self, machine: Machine, floor: int, ceiling: int, wanted: Callable[[int], int], reach: int, exact: bool
+        self,
+        machine: Machine,
+        floor: int,
+        ceiling: int,
+        wanted: Callable[[int], int],
+        reach: int,
+        exact: bool,
+        known: Known | None,
     ) -> None:
         self._machine, self._floor, self._wanted, self._reach, self._exact = machine, floor, wanted, reach, exact
         self._bracket = Bracket(floor, ceiling, machine.budget)
         self._forecast: Forecaster | None = None
+        self._known = known
         self._anchor: tuple[int, int] | None = None  # (size, measured peak): beyond it the forecast tells the growth
         self._growth = 1.0  # measured over forecast growth, where a surprise showed that they differ
         self._last_high: Trial | None = None
@@ -116,6 +143,9 @@ class _Search:
             if first == self._floor or not self._try(self._floor, "trace").fits:
                 raise NothingFitsError(f"a micro-batch of {self._floor} does not fit")
             return
+        if self._still_holds(first):
+            self._forecast = self._known
+            return
         for _ in range(MOST_TRACES - 1):
             size = self._next_trace()
             if size is None or not self._try(size, "trace").fits:
@@ -123,6 +153,12 @@ class _Search:
             self._forecast = self._machine.forecast()
             if self._forecast is not None and self._forecast.residual is not None:
                 return
+
+    def _still_holds(self, size: int) -> bool:
+        trial = self._machine.trials[-1]
+        if self._known is None or trial.batch != size or trial.peak_bytes is None:
+            return False
+        return abs(self._known.peak(size) / trial.peak_bytes - 1.0) <= SAME_PEAK
 
     def _next_trace(self) -> int | None:
         run = sorted(self._bracket.peaks)
@@ -209,7 +245,8 @@ class _Search:
 
     def _correct(self, size: int, measured: int | None) -> None:
         """Moves the forecast to what was measured; an overrun without a measure makes it grow faster."""
-        self._forecast = self._machine.forecast() or self._forecast
+        forecast = self._forecast = self._machine.forecast() or self._forecast
+        assert forecast is not None
         if measured is not None:
             self._anchor = (size, measured)
             return
@@ -217,7 +254,7 @@ class _Search:
         if at is None:
             return
         self._anchor = (at, self._bracket.peaks[at])
-        expected = self._forecast.reserved(size) - self._forecast.reserved(at)
+        expected = forecast.reserved(size) - forecast.reserved(at)
         needed = (self._machine.budget - self._bracket.peaks[at]) / expected if expected > 0 else 1.0
         self._growth = max(self._growth, needed) * OVERRUNS[min(self._overruns, len(OVERRUNS) - 1)]
         self._overruns += 1

@@ -19,6 +19,7 @@ from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.memory.resident import resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth
+from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
@@ -88,15 +89,14 @@ class Bench:
             return None
         return Counted(fitted, reserves=self._device.reserved() is not None)
 
-    def parts(self, size: int) -> dict[str, int]:
+    def parts(self, size: int, forecast: Forecast | Lines | None) -> dict[str, int]:
         """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
         held, side = self.resident[max(self.resident)], self._accumulator.gradient_dtype
         parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
         parts["gradients"] += sum(p.numel() * side(p).itemsize for p in self._used or ())
-        forecast = self.forecast()
         peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
         if forecast is not None:
-            parts["per_sample"] = forecast.whole.peak(size + 1) - forecast.whole.peak(size)
+            parts["per_sample"] = forecast.peak(size + 1) - forecast.peak(size)
         elif len(peaks) > 1:
             (a, at_a), (b, at_b) = peaks[-2:]
             parts["per_sample"] = (at_b - at_a) // max(b - a, 1)

@@ -126,7 +126,7 @@ class Evaluator:
 def _checked(name: str, value: Any) -> Mean:
     if not isinstance(value, Mean):
         raise DataError(
-            f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such as "
-            "Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
+            f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such "
+            "as Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
         )
     return value

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from autoaccum.checks import one_of
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError
 from autoaccum.memory.device import open_device
@@ -63,7 +64,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Prepares hooks and buffers; nothing is trained. `on_phase` is told "batch", "forward", "backward", "optimizer".
+        """Prepares hooks and buffers; nothing is trained. A trace learns the phases through `on_phase`.
 
         Args:
             model: what is trained, on `device` already.
@@ -80,8 +81,8 @@ class Accumulator:
         """
         check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm)
         check_optimizer(optimizer, model, getattr(objective, "loss", None))
-        _choose("accumulate", accumulate, ("fp32", "native"))
-        _choose("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        one_of("accumulate", accumulate, ("fp32", "native"))
+        one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if clip_norm is not None and not clip_norm > 0:
             raise SetupError(f"clip_norm={clip_norm!r}: give a norm above 0, or None to leave gradients as they are")
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
@@ -174,7 +175,7 @@ class Accumulator:
             self.on_phase("forward")
             with self.precision.autocast(), torch.set_grad_enabled(ledger.counts):
                 # Where nothing counts the forward still runs: statistics and random generators move as they would.
-                terms = objective.terms(placed, ledger.denominators and ledger.denominators[ledger.done])
+                terms = objective.terms(placed, ledger.own)
             self._add(terms)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
@@ -331,11 +332,6 @@ def ignore(phase: str) -> None:
 
 def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-def _choose(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise SetupError(f"{name}={value!r}: choose {' or '.join(map(repr, choices))}")
 
 
 def _expect_scalar(loss: Any) -> None:

@@ -61,12 +61,12 @@ class PartFailed(Exception):
     """A micro-batch could not be run where the whole batch could.
 
     Attributes:
-        finite: False: its loss is not a finite number; True: the model or the loss raised.
+        raised: the model or the loss raised; else the loss is not a finite number.
     """
 
-    def __init__(self, what: str, *, finite: bool) -> None:
+    def __init__(self, what: str, *, raised: bool) -> None:
         super().__init__(what)
-        self.finite = finite
+        self.raised = raised
 
 
 class Bench:
@@ -106,7 +106,7 @@ class Bench:
             for module in self._modules:
                 for parameter in module.parameters():
                     parameter.grad = None
-            self.fixed = stack.enter_context(Determinism(self._modules, samples=self.samples, device=self._device))
+            self.fixed = stack.enter_context(Determinism(*self._modules, samples=self.samples, device=self._device))
             self._accumulator = Accumulator(
                 self._model,
                 self._taken,
@@ -171,9 +171,9 @@ class Bench:
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
-            raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", finite=True) from error
+            raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", raised=True) from error
         if isinstance(found, str):
-            raise PartFailed(f"{found} at {sizes}", finite=False)
+            raise PartFailed(f"{found} at {sizes}", raised=False)
         return found
 
     def difference(self, gradient: Gradient, reference: Gradient) -> Difference:

@@ -40,8 +40,6 @@ def arrange(batch: Any, *, apart: bool) -> Call:
     Raises:
         DataError: `apart`, and the batch does not say which part is the target.
     """
-    if isinstance(batch, Mapping):
-        return _arrange_mapping(batch, apart)
     if isinstance(batch, (tuple, list)):
         if not apart:
             return Call(tuple(batch), {}, None)
@@ -51,6 +49,8 @@ def arrange(batch: Any, *, apart: bool) -> Call:
                 f"make each sample (input, target), {_STEP}"
             )
         return Call(tuple(batch[:-1]), {}, batch[-1])
+    if isinstance(batch, Mapping):
+        return _arrange_mapping(batch, apart)
     if apart:
         raise DataError(
             f"the batch is one {type(batch).__name__}, and a loss needs a target beside it: make each sample "

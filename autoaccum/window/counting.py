@@ -26,7 +26,7 @@ def holds_indices(targets: Any) -> bool:
 
 def tokens(targets: Tensor, ignore_index: int = IGNORED) -> float:
     """Class indices in `targets`, of any shape, other than `ignore_index`."""
-    return float(torch.count_nonzero(targets != ignore_index))
+    return float(torch.count_nonzero(targets.ne(ignore_index)))
 
 
 def elements(targets: Any) -> float:

@@ -107,8 +107,8 @@ class Evidence:
         """How far the gradients are from those of a loss whose terms are means over these counts; relative.
 
         A part j brings unknown sums a_j, b_j, ... to the gradient of a subset S: Σ a_j / A_S + Σ b_j / B_S + ... There
-        are more subsets than unknowns, so that some combinations of the gradients must vanish whatever the sums are: those
-        in the left null space of the matrix of 1 / A_S.
+        are more subsets than unknowns, so that some combinations of the gradients must vanish whatever the sums are:
+        those in the left null space of the matrix of 1 / A_S.
         """
         subsets = self._subsets(every=len(counts) > 1)
         columns = []
@@ -159,7 +159,7 @@ def diagnose(objective: Objective, evidence: Evidence) -> Diagnosis:
     found = _fitting(evidence, counts)
     if found is not None:
         return _declare(objective, evidence, found)
-    found = _fitting(evidence, [Count(c.name, c.declare, lambda batch, of=c.of: of(batch) ** 2) for c in counts])  # type: ignore[misc]
+    found = _fitting(evidence, [_squared(count) for count in counts])
     if found is not None:
         return Diagnosis(
             Cause.DIVIDED_TWICE,
@@ -174,16 +174,21 @@ def diagnose(objective: Objective, evidence: Evidence) -> Diagnosis:
             if evidence.residual(one.of, other.of) <= evidence.tolerance:
                 return Diagnosis(
                     Cause.SEVERAL,
-                    f"several denominators: a mean over {one.name} is added to one over {other.name}, and both are weighted "
-                    f"alike.\nReturn the terms from step=, and declare each: reduction={{term: {one.how}, other: {other.how}}}",
+                    f"several denominators: a mean over {one.name} is added to one over {other.name}, and both are "
+                    "weighted alike.\nReturn the terms from step=, and declare each: "
+                    f"reduction={{term: {one.how}, other: {other.how}}}",
                 )
     return Diagnosis(
         Cause.COUPLED,
-        "a batch-coupled loss: it compares samples with one another (contrastive pairs, triplets, balance between experts, "
-        "statistics over the batch), as no weights of the parts' gradients give the whole's; accumulating cannot be right.\n"
-        "Use a micro-batch as large as the target batch, or keep that term out of the loss; where the loss only adds terms "
-        "with different denominators, return them from step= and declare reduction={term: f(batch)}",
+        "a batch-coupled loss: it compares samples with one another (contrastive pairs, triplets, balance between "
+        "experts, statistics over the batch), as no weights of the parts' gradients give the whole's; accumulating "
+        "cannot be right.\nUse a micro-batch as large as the target batch, or keep that term out of the loss; where "
+        "it only adds terms with different denominators, return them from step= and declare reduction={term: f(batch)}",
     )
+
+
+def _squared(count: Count) -> Count:
+    return Count(count.name, count.declare, lambda batch: count.of(batch) ** 2)
 
 
 def _fitting(evidence: Evidence, counts: Sequence[Count]) -> Count | None:
@@ -210,17 +215,18 @@ def _declare(objective: Objective, evidence: Evidence, count: Count) -> Diagnosi
     if count.sums:
         return Diagnosis(
             Cause.TOO_SMALL,
-            f"k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n{remedy}",
+            "k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n"
+            + remedy,
         )
     if evidence.adds_up:
         return Diagnosis(
             Cause.TOO_LARGE,
-            f"k times too large: the loss is a mean over {count.name}, and is added up without being divided.\n{remedy}",
+            f"k times too large: the loss is a mean over {count.name}, and is added up undivided.\n{remedy}",
         )
     return Diagnosis(
         Cause.UNEVEN,
-        f"uneven denominators: the loss is a mean over {count.name}, and is weighted by something else, which gives a mean "
-        f"of means.\n{remedy}",
+        f"uneven denominators: the loss is a mean over {count.name}, and is weighted by something else, which gives a "
+        f"mean of means.\n{remedy}",
     )
 
 
@@ -231,21 +237,21 @@ def _undeclared(evidence: Evidence, weights: Sequence[float]) -> Diagnosis:
     if abs(sum(weights) - 1) <= 10 * evidence.tolerance:
         return Diagnosis(
             Cause.UNEVEN,
-            f"uneven denominators: the loss makes its own, as parts of {sizes} samples count {shares}, and nothing in the "
-            "batch does.\nReturn autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that "
-            "counts the same",
+            f"uneven denominators: the loss makes its own, as parts of {sizes} samples count {shares}, and nothing in "
+            "the batch does.\nReturn autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) "
+            "that counts the same",
         )
     powers = [math.log(w) / math.log(len(p) / len(evidence.whole)) for w, p in zip(weights, evidence.parts)]
     if max(powers) - min(powers) <= 0.02 * max(map(abs, powers)):
         return Diagnosis(
             Cause.SIZE_BOUND,
-            f"the loss reads the batch size: it grows with its power {1 - powers[0]:.2g}, as neither a mean nor a sum does.\n"
+            f"the loss reads the batch size: it grows with its power {1 - powers[0]:.2g}, as no mean and no sum does.\n"
             "Take the batch size out of the loss, or return autoaccum.Mean(numerator, denominator) from step=",
         )
     return Diagnosis(
         Cause.COUPLED,
-        f"a batch-coupled loss: a function of a mean (a root, a ratio, a logarithm) and no mean itself, as parts of {sizes} "
-        f"samples count {shares}, which sum to {sum(weights):.3g}; accumulating cannot be right.\n"
+        "a batch-coupled loss: a function of a mean (a root, a ratio, a logarithm) and no mean itself, as parts of "
+        f"{sizes} samples count {shares}, which sum to {sum(weights):.3g}; accumulating cannot be right.\n"
         "Minimise the mean instead (MSE for RMSE), or use a micro-batch as large as the target batch",
     )
 

@@ -59,9 +59,14 @@ class Ledger:
         self._late: Tensor | float = 0.0
 
     @property
+    def own(self) -> Mapping[str, float] | None:
+        """The next micro-batch's denominators; None where they are only known afterwards."""
+        return None if self.denominators is None else self.denominators[self.done]
+
+    @property
     def counts(self) -> bool:
         """Whether anything in the next micro-batch counts: where all its targets are ignored, there is no gradient."""
-        return self.denominators is None or any(self.denominators[self.done].values())
+        return self.own is None or any(self.own.values())
 
     @property
     def empty(self) -> bool:
@@ -74,7 +79,7 @@ class Ledger:
         Raises:
             LossError: several terms whose denominators are only known afterwards.
         """
-        totals, own = self.totals, self.denominators[self.done] if self.denominators is not None else None
+        totals, own = self.totals, self.own
         if totals is None or own is None:
             return self._provisional(terms)
         shares = [term.over(totals[name]) for name, term in terms.items() if own[name]]
@@ -84,8 +89,8 @@ class Ledger:
         if len(terms) != 1:
             declare = ", ".join(f"{name!r}: f(batch)" for name in terms)
             raise LossError(
-                f"the step returned {len(terms)} terms ({', '.join(terms)}) whose denominators are only known afterwards, "
-                f"and one gradient cannot be corrected for each: declare them with reduction={{{declare}}}"
+                f"the step returned {len(terms)} terms ({', '.join(terms)}) whose denominators are only known "
+                f"afterwards, and one gradient cannot be corrected for each: declare them with reduction={{{declare}}}"
             )
         (term,) = terms.values()
         denominator = term.denominator

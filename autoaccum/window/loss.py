@@ -170,6 +170,7 @@ class Objective:
         self._reduction = Reduction(loss, step, reduction)
         self.model, self.loss, self.step = model, loss, step
         self.names = self._reduction.names
+        self._source = "the model" if loss is None else f"loss={name_of(loss)}"
 
     @property
     def reason(self) -> str:
@@ -254,6 +255,13 @@ class Objective:
         ((name, denominator),) = denominators.items()
         return {name: self._term(loss, denominator, name, source)}, outputs, targets
 
+    def forward(self, batch: Any) -> None:
+        """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
+        if self.step is not None:
+            self.step(self.model, batch)
+        else:
+            self.outputs(batch)
+
     def outputs(self, batch: Any) -> tuple[Any, Any]:
         """(outputs, targets) for metrics; targets are None where the batch does not say which they are.
 
@@ -273,13 +281,13 @@ class Objective:
         call = arrange(batch, apart=self.loss is not None)
         outputs = model(*call.args, **call.kwargs)
         if self.loss is None:
-            return returned_loss(outputs), "the model", outputs, call.targets
+            return returned_loss(outputs), self._source, outputs, call.targets
         torch_loss = self._reduction.torch
         arguments = (outputs, call.targets) if torch_loss is None else torch_loss.arguments(outputs, call.targets)
         loss = self.loss(*arguments)
-        if torch_loss is not None and torch_loss.reduction == "none" and isinstance(loss, Tensor) and loss.dim():
+        if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
             loss = loss.sum() if self._reduction.takes_sums else loss.mean()
-        return loss, f"loss={name_of(self.loss)}", outputs, call.targets
+        return loss, self._source, outputs, call.targets
 
     def _term(self, loss: Any, denominator: float, name: str, source: str) -> Mean:
         loss = scalar(loss, source, graph=denominator > 0)

@@ -135,7 +135,8 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
         )
     norms = torch._foreach_norm([gradient.detach() for gradient in gradients])
     first = norms[0].device
-    return torch.linalg.vector_norm(torch.stack([norm.to(first, non_blocking=True) for norm in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(first, non_blocking=True) for norm in norms]))
+    return total
 
 
 def clip_by_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:

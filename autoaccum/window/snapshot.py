@@ -192,11 +192,11 @@ class _StorageBytes:
             if storage.device.type == "cpu":
                 self._write(storage)
             else:
-                self._copied.append((storage, storage.cpu()))
+                self._copied.append((storage, storage.cpu()))  # type: ignore[no-untyped-call]
 
     def _write(self, storage: torch.UntypedStorage) -> None:
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")
+            self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")  # noqa: SIM115 (held open until close)
         self._file.write(_memory(storage, storage.nbytes()))
         self._on_host.append((storage, storage.nbytes()))
 
@@ -207,8 +207,8 @@ class _StorageBytes:
             assert self._file is not None
             if storage.nbytes() != size:
                 raise StateNotRestoredError(
-                    f"a tensor of {size} bytes was resized to {storage.nbytes()} during a trial and cannot be put back: "
-                    "make the model and the optimizer anew before training"
+                    f"a tensor of {size} bytes was resized to {storage.nbytes()} during a trial and cannot be put "
+                    "back: make the model and the optimizer anew before training"
                 )
             if self._file.readinto(_memory(storage, size)) != size:  # type: ignore[attr-defined]
                 raise StateNotRestoredError("the snapshot's temporary file was cut short: make the model anew")

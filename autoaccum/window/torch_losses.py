@@ -108,7 +108,8 @@ class TorchLoss:
     @property
     def reduction(self) -> str:
         """ "mean", "sum", "none" or "batchmean", as it stands now."""
-        return str(self._setting("reduction", "mean"))
+        reduction: str = self._setting("reduction", "mean")
+        return reduction
 
     @property
     def ignore_index(self) -> int:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
@@ -98,8 +98,8 @@ def verify_gradient(
         raise DataError(f"sizes={tuple(sizes or ())} asks for {samples} samples, and the batch has {available}")
     if samples < 2 or (sizes is not None and len(sizes) < 2):
         return _unverifiable(
-            f"not verifiable: {samples} sample{'s' * (samples != 1)} in one micro-batch cannot be split, so there is nothing "
-            "to compare with; see that the loss is a mean over samples, or declare its reduction"
+            f"not verifiable: {samples} sample{'s' * (samples != 1)} in one micro-batch cannot be split, so there is "
+            "nothing to compare with; see that the loss is a mean over samples, or declare its reduction"
         )
     name = precision.name if isinstance(precision, Precision) else precision or "auto"
     with Bench(model, objective, batch, samples, torch.device(device), optimizer, name) as bench:
@@ -112,10 +112,12 @@ class _Examination:
     def __init__(self, bench: Bench, sizes: tuple[int, ...]) -> None:
         self._bench = bench
         self._whole: Rows = tuple(range(bench.samples))
-        self._pieces = [self._whole[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes, strict=True)]
-        self._split = f"{bench.samples} samples at once and as {' + '.join(map(str, sizes))}"
+        self._pieces = [self._whole[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
+        self._split = f"{bench.samples} samples at once and accumulated as {' + '.join(map(str, sizes))}"
         self._tolerance = bench.rounding
         self._reference: Gradient = []
+        self._evidence = Evidence(bench.samples, bench.batch, self._sampled, self._tolerance)
+        self._unfit: PartFailed | None = None
 
     def report(self) -> VerifyReport:
         """Two windows of the whole batch, one of its parts; more only where these disagree."""
@@ -131,8 +133,8 @@ class _Examination:
         repeated = self._compare(bench.window([self._whole]))
         if repeated.reference == 0:
             return _unverifiable(
-                f"not verifiable: the gradient of {bench.samples} samples is 0, so there is nothing to compare: see that "
-                "their targets count, and that the loss reaches a parameter that is trained"
+                f"not verifiable: the gradient of {bench.samples} samples is 0, so there is nothing to compare: see "
+                "that their targets count, and that the loss reaches a parameter that is trained"
             )
         if not repeated.error <= _HOPELESS:
             return self._random(repeated.error)
@@ -140,7 +142,7 @@ class _Examination:
         try:
             split = self._compare(bench.part(self._pieces))
         except PartFailed as failure:
-            return self._failed(None, _of_failure(failure))
+            return self._failed(None, self._of_failure(failure))
         return self._passed(split) if split.error <= self._tolerance else self._doubted(split)
 
     def _compare(self, gradient: Gradient | str) -> Difference:
@@ -151,19 +153,28 @@ class _Examination:
     def _allow(self, noise: float) -> None:
         """Takes what the whole batch itself differs by for no fault of accumulation."""
         self._tolerance = min(max(self._tolerance, _NOISE_FACTOR * noise), _HOPELESS)
+        self._evidence.tolerance = self._tolerance
+
+    def _sampled(self, pieces: Sequence[Rows]) -> Tensor:
+        """For the evidence; a part whose loss is not finite may be one in which nothing counts: its gradient is 0."""
+        try:
+            return self._bench.sampled(self._bench.part(pieces))
+        except PartFailed as failure:
+            if failure.raised:
+                raise
+            self._unfit = failure
+            return self._bench.sampled([])
 
     def _doubted(self, split: Difference) -> VerifyReport:
         """Parts and whole differ by more than the whole from itself: by rounding, by chance, or by a fault?"""
-        bench = self._bench
-        evidence = Evidence(
-            bench.samples, bench.batch, lambda pieces: bench.sampled(bench.part(pieces)), self._tolerance
-        )
+        bench, evidence = self._bench, self._evidence
         try:
             cancelled = evidence.cancelled
             if cancelled > _CANCELLED:
                 return _unverifiable(
-                    f"not verifiable: single parts have gradients {cancelled:.0f} times as large as that of all "
-                    f"{bench.samples} samples, which is what rounding leaves of them: the model fits these samples already"
+                    f"not verifiable: single parts have gradients {cancelled:.0f} times as large as all "
+                    f"{bench.samples} samples together, whose gradient is what rounding leaves: the model fits them "
+                    "already"
                 )
             order = self._compare(bench.window([self._whole[::-1]])).error
             suspected = bench.fixed.unexplained or order > _HOPELESS
@@ -174,16 +185,42 @@ class _Examination:
             self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
             if split.error <= self._tolerance:
                 return self._passed(split)
-            evidence.tolerance = self._tolerance
-            return self._failed(split, diagnose(bench.objective, evidence))
+            diagnosis = diagnose(bench.objective, evidence)
+            if diagnosis.cause == Cause.COUPLED and self._unfit is not None:
+                diagnosis = self._of_failure(self._unfit)
+            return self._failed(split, diagnosis)
         except PartFailed as failure:
-            return self._failed(split, _of_failure(failure))
+            return self._failed(split, self._of_failure(failure))
+
+    def _of_failure(self, failure: PartFailed) -> Diagnosis:
+        """Of a part that could not be run, or has no finite loss."""
+        if failure.raised:
+            return Diagnosis(
+                Cause.SIZE_BOUND,
+                "the model or the loss reads the batch size (a fixed view or expand), or needs certain samples "
+                f"together: {failure}.\nTake sizes from the tensors, or use a micro-batch as large as the target batch",
+            )
+        declare = (
+            "Return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that gives 0 there"
+        )
+        if self._unfit is None:  # the parts were not looked at yet: a count that is 0 there may explain it
+            try:
+                found = diagnose(self._bench.objective, self._evidence)
+            except PartFailed as other:
+                return self._of_failure(other)
+            if found.cause in (Cause.UNEVEN, Cause.TOO_LARGE):
+                declare = found.text.partition("\n")[2]
+        return Diagnosis(
+            Cause.NOT_FINITE,
+            "a part without targets, whose mean divides 0 by 0, or a loss that needs certain samples together: "
+            f"{failure}.\n{declare}",
+        )
 
     def _passed(self, split: Difference) -> VerifyReport:
         bench = self._bench
         text = (
-            f"the accumulated gradient is the whole batch's: {self._split} it differs by {split.error:.1g} of its norm "
-            f"({bench.precision}, tolerance {self._tolerance:.1g}); the loss {bench.objective.reason}"
+            f"the accumulated gradient is the whole batch's: {self._split} differ by {split.error:.1g} of its norm "
+            f"(tolerance {self._tolerance:.1g}, {bench.precision}); the loss {bench.objective.reason}"
         )
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
@@ -202,10 +239,10 @@ class _Examination:
 
     def _failed(self, split: Difference | None, diagnosis: Diagnosis) -> VerifyReport:
         if split is None:
-            text = f"{self._bench.samples} samples run at once, and not in parts.\nLikely cause: {diagnosis.text}"
+            text = f"{self._split}: only the first can be run.\nLikely cause: {diagnosis.text}"
             return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
         text = (
-            f"the accumulated gradient is not the whole batch's: {self._split} it differs by {split.error:.2g} of its norm "
+            f"the accumulated gradient is not the whole batch's: {self._split} differ by {split.error:.2g} of its norm "
             f"(tolerance {self._tolerance:.1g}), ratio {split.ratio:.3g}, most in {split.worst!r}.\n"
             f"Likely cause: {diagnosis.text}"
         )
@@ -213,32 +250,18 @@ class _Examination:
 
     def _random(self, noise: float) -> VerifyReport:
         text = (
-            f"not verifiable: the same {self._bench.samples} samples give gradients that differ by {noise:.2g} of their "
-            "norm, through randomness that cannot be switched off; drawn with torch's own functions it could be fixed"
+            f"not verifiable: the same {self._bench.samples} samples give gradients that differ by {noise:.2g} of "
+            "their norm, through randomness that cannot be switched off; torch's own functions could be fixed"
         )
         return VerifyReport(True, False, None, None, Cause.RANDOM, None, text)
-
-
-def _of_failure(failure: PartFailed) -> Diagnosis:
-    if failure.finite:
-        return Diagnosis(
-            Cause.SIZE_BOUND,
-            f"the model or the loss reads the batch size (a fixed view or expand), or needs certain samples together: "
-            f"{failure}.\nTake sizes from the tensors, or use a micro-batch as large as the target batch",
-        )
-    return Diagnosis(
-        Cause.NOT_FINITE,
-        f"a part without targets, whose mean divides 0 by 0, or a loss that needs certain samples together: {failure}.\n"
-        "Return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that gives 0 there",
-    )
 
 
 def _of_order(order: float) -> Diagnosis:
     return Diagnosis(
         Cause.COUPLED,
-        f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so the model or "
-        "the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 is the samples everywhere "
-        "(an RNN needs batch_first=True), or use a micro-batch as large as the target batch",
+        f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so the model "
+        "or the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 is the samples "
+        "everywhere (an RNN needs batch_first=True), or use a micro-batch as large as the target batch",
     )
 
 

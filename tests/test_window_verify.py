@@ -1,0 +1,734 @@
+"""The check of the user's own model: right ones pass, planted faults are found and named, nothing is left behind."""
+
+import json
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from autoaccum.errors import DataError, LossError
+from autoaccum.window import verify as verify_module
+from autoaccum.window.diagnosis import Cause
+from autoaccum.window.ledger import Ledger
+from autoaccum.window.loss import Mean, Objective
+from autoaccum.window.verify import VerifyReport, verify_gradient
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def verify(model, batch, *, precision="fp32", sizes=None, optimizer=None, **objective) -> VerifyReport:
+    made = Objective(model, **objective)
+    return verify_gradient(model, made, batch, device=CPU, optimizer=optimizer, precision=precision, sizes=sizes)
+
+
+def mlp(classes=5):
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, classes))
+
+
+def pairs(classes=5):
+    return torch.randn(8, 6), torch.randint(0, classes, (8,))
+
+
+def tokens(ignored=-100):
+    """Sequences whose labels count in 3 to 10 of 11 places."""
+    inputs = torch.randint(1, 30, (8, 11))
+    labels = inputs.clone()
+    for row in range(8):
+        labels[row, 3 + row :] = ignored
+    return inputs, labels
+
+
+def images():
+    return torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))
+
+
+class Tagger(nn.Module):
+    """Logits (samples, classes, places), as torch's losses want them."""
+
+    def __init__(self, middle=None):
+        super().__init__()
+        self.embedding, self.middle, self.head = nn.Embedding(30, 16), middle or nn.Identity(), nn.Linear(16, 30)
+
+    def forward(self, inputs):
+        hidden = self.middle(self.embedding(inputs))
+        return self.head(hidden[0] if isinstance(hidden, tuple) else hidden).transpose(1, 2)
+
+
+class Residual(nn.Module):
+    """Two blocks with BatchNorm, each left out at random for single samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(2)
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        hidden = self.stem(images)
+        for block in self.blocks:
+            hidden = hidden + block(hidden) * hidden.new_empty(len(hidden), 1, 1, 1).bernoulli_(0.6)
+        return self.head(F.dropout(hidden.mean((2, 3)), 0.2, self.training))
+
+
+class Autoencoder(nn.Module):
+    """Returns its loss; its noise is drawn for each sample, inside a checkpoint too."""
+
+    def __init__(self, reentrant=False):
+        super().__init__()
+        self.encoder, self.decoder, self.reentrant = nn.Linear(6, 8), nn.Linear(4, 6), reentrant
+
+    def forward(self, inputs):
+        mean, log_variance = self.encoder(inputs).chunk(2, -1)
+
+        def decode(mean):
+            sampled = torch.distributions.Normal(mean + torch.randn_like(mean), torch.ones_like(mean)).rsample()
+            return self.decoder(F.dropout(sampled, 0.5)) + torch.rand(())
+
+        decoded = checkpoint(decode, mean, use_reentrant=self.reentrant)
+        return F.mse_loss(decoded, inputs) - (1 + log_variance - mean**2 - log_variance.exp()).mean()
+
+
+class Diffusion(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.times, self.denoise = nn.Embedding(10, 6), nn.Linear(6, 6)
+
+    def forward(self, inputs):
+        time, noise = torch.randint(0, 10, (len(inputs),)), torch.randn(inputs.shape)
+        return F.mse_loss(self.denoise(inputs + noise + self.times(time)), noise)
+
+
+def masked_mean(model, batch):
+    inputs, targets = batch
+    losses = F.cross_entropy(model(inputs), targets, reduction="none")
+    counts = (targets > 0).float()
+    return Mean((losses * counts).sum(), counts.sum())
+
+
+def two_terms(model, batch):
+    outputs = model(batch[0])
+    return {"main": masked_mean(model, batch), "size": outputs.pow(2).mean()}
+
+
+ENCODER = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.2, batch_first=True)
+RIGHT = {
+    "mlp with dropout": lambda: (mlp(), pairs(), {"loss": nn.CrossEntropyLoss()}),
+    "class weights": lambda: (mlp(), pairs(), {"loss": nn.CrossEntropyLoss(weight=torch.rand(5) + 0.1)}),
+    "sum": lambda: (mlp(), pairs(), {"loss": nn.CrossEntropyLoss(reduction="sum")}),
+    "elements": lambda: (mlp(3), (torch.randn(8, 6), torch.randn(8, 3)), {"loss": nn.MSELoss()}),
+    "residual net": lambda: (Residual(), images(), {"loss": F.cross_entropy}),
+    "lstm": lambda: (
+        Tagger(nn.LSTM(16, 16, 2, dropout=0.4, batch_first=True)),
+        tokens(),
+        {"loss": nn.CrossEntropyLoss()},
+    ),
+    "transformer": lambda: (
+        Tagger(nn.TransformerEncoder(ENCODER, 2)),
+        tokens(),
+        {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+    ),
+    "autoencoder": lambda: (Autoencoder(), torch.randn(8, 6), {}),
+    "reentrant checkpoint": lambda: (Autoencoder(reentrant=True), torch.randn(8, 6), {}),
+    "diffusion": lambda: (Diffusion(), torch.randn(8, 6), {}),
+    "spectral norm": lambda: (nn.utils.spectral_norm(nn.Linear(6, 5)), pairs(), {"loss": F.cross_entropy}),
+    "sparse": lambda: (
+        nn.Sequential(nn.EmbeddingBag(30, 6, sparse=True), mlp()),
+        (tokens()[0], pairs()[1]),
+        {"loss": F.cross_entropy},
+    ),
+    "late mean": lambda: (mlp(), pairs(), {"step": masked_mean}),
+    "two terms": lambda: (
+        mlp(),
+        pairs(),
+        {"step": two_terms, "reduction": {"main": lambda batch: (batch[1] > 0).sum(), "size": "sample_mean"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_model_passes(name):
+    model, batch, objective = RIGHT[name]()
+    report = verify(model, batch, **objective)
+    assert (report.ok, report.verifiable, report.cause, report.worst_parameter) == (True, True, None, None), report.text
+    assert report.relative_error < 1e-5
+    assert report.ratio == pytest.approx(1, abs=1e-5)
+    assert objective.get("loss") is None or "the loss " in report.text
+
+
+@pytest.mark.parametrize("name", ["mlp with dropout", "residual net", "transformer", "class weights"])
+def test_in_double_precision_a_right_model_is_exact(name):
+    model, (inputs, targets), objective = RIGHT[name]()
+    if isinstance(objective["loss"], nn.Module):
+        objective["loss"].double()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    assert verify(model.double(), (inputs, targets), **objective).relative_error < 1e-10
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["mlp with dropout", "residual net", "transformer"])
+def test_a_right_model_passes_under_autocast(name, precision):
+    model, batch, objective = RIGHT[name]()
+    report = verify(model, batch, precision=precision, **objective)
+    assert report.ok and report.verifiable, report.text
+    assert precision in report.text
+
+
+def test_a_right_model_of_16_bit_parameters_passes():
+    model, (inputs, targets), objective = RIGHT["transformer"]()
+    assert verify(model.bfloat16(), (inputs, targets), **objective).ok
+
+
+def transformers_model(name):
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    make = {
+        "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=30, **size)),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+            )
+        ),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=30, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+        ),
+        "llama": lambda: transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(vocab_size=30, attention_dropout=0.2, num_key_value_heads=2, **size)
+        ),
+    }
+    return make[name]()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["bert", "t5", "gpt2", "llama"])
+def test_the_heads_of_transformers_pass(name, precision):
+    inputs, labels = tokens()
+    batch = {"input_ids": inputs, "attention_mask": (labels != -100).long(), "labels": labels}
+    report = verify(transformers_model(name), batch, precision=precision)
+    assert report.ok and report.verifiable, report.text
+
+
+def test_a_checkpointed_model_with_dropout_passes():
+    model = transformers_model("gpt2")
+    model.gradient_checkpointing_enable()
+    inputs, labels = tokens()
+    assert verify(model, {"input_ids": inputs, "labels": labels}).relative_error < 1e-5
+
+
+def test_two_terms_under_one_denominator_are_found_in_a_head_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    inputs, labels = tokens()
+    batch = {"input_ids": inputs, "labels": labels, "next_sentence_label": torch.randint(0, 2, (8,))}
+    assert verify(transformers.BertForPreTraining(config), batch).cause == Cause.SEVERAL
+
+
+# --- planted faults ---------------------------------------------------------------------------------------------------
+
+
+def info_nce(outputs, targets):
+    return F.cross_entropy(
+        F.normalize(outputs, dim=-1) @ F.normalize(targets, dim=-1).T / 0.1, torch.arange(len(outputs))
+    )
+
+
+def hardest_triplets(outputs, targets):
+    distance = torch.cdist(outputs, outputs)
+    same = targets[:, None] == targets[None]
+    return F.relu((distance * same).amax(1) - (distance + 1e3 * same).amin(1) + 1).mean()
+
+
+class Experts(nn.Module):
+    """A mixture whose loss wants the experts used evenly."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.experts = nn.Linear(6, 3), nn.ModuleList(nn.Linear(6, 5) for _ in range(3))
+
+    def forward(self, inputs, targets):
+        shares = self.router(inputs).softmax(-1)
+        outputs = (torch.stack([expert(inputs) for expert in self.experts], 1) * shares[..., None]).sum(1)
+        used = F.one_hot(shares.argmax(-1), 3).float().mean(0)
+        return F.cross_entropy(outputs, targets) + (used * shares.mean(0)).sum()
+
+
+class MaskedTagger(Tagger):
+    def forward(self, inputs, mask):
+        losses = F.cross_entropy(super().forward(inputs), inputs, reduction="none")
+        return (losses * mask).sum() / mask.sum()
+
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, inputs):
+        return self.inner(inputs.view(8, 6))
+
+
+class BatchIsTime(nn.Module):
+    """An RNN that was not told batch_first=True."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(6, 8), nn.Linear(8, 5)
+
+    def forward(self, inputs):
+        return self.head(self.rnn(inputs[:, None].expand(-1, 3, -1))[0][:, -1])
+
+
+def mean(outputs, targets):
+    return F.cross_entropy(outputs, targets)
+
+
+def total(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+def places(outputs, targets):
+    """A mean over all places, ignored ones included."""
+    return F.cross_entropy(outputs, targets, reduction="none").mean()
+
+
+def shifted(model, batch):
+    return F.cross_entropy(model(batch["x"])[:, :, :-1], batch["labels"][:, 1:])
+
+
+def masked_batch():
+    inputs, labels = tokens()
+    return {"inputs": inputs, "mask": (labels != -100).float()}
+
+
+def labelled():
+    inputs, labels = tokens()
+    return {"x": inputs, "labels": labels}
+
+
+CLASS_WEIGHTS = torch.tensor([0.1, 0.4, 1.0, 2.0, 0.7])
+FAULTS = {
+    "a mean is declared a sum": (
+        lambda: (mlp(), pairs(), {"loss": mean, "reduction": "sum"}),
+        Cause.TOO_LARGE,
+        "reduction='sample_mean'",
+    ),
+    "a sum is taken for a mean": (lambda: (mlp(), pairs(), {"loss": total}), Cause.TOO_SMALL, "reduction='sum'"),
+    "a loss grows with the batch": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) * len(o)}),
+        Cause.TOO_SMALL,
+        "reduction='sum'",
+    ),
+    "a token mean weighted by samples": (
+        lambda: (Tagger(), tokens(), {"loss": mean}),
+        Cause.UNEVEN,
+        "reduction='token_mean'",
+    ),
+    "a sample mean weighted by tokens": (
+        lambda: (Tagger(), tokens(), {"loss": places, "reduction": "token_mean"}),
+        Cause.UNEVEN,
+        "reduction='sample_mean'",
+    ),
+    "another label is ignored": (
+        lambda: (Tagger(), tokens(0), {"loss": lambda o, t: F.cross_entropy(o, t, ignore_index=0)}),
+        Cause.UNEVEN,
+        "token_mean",
+    ),
+    "a mask is the denominator": (
+        lambda: (MaskedTagger(), masked_batch(), {}),
+        Cause.UNEVEN,
+        "reduction=lambda batch: batch['mask'].sum()",
+    ),
+    "class weights are not told": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: F.cross_entropy(o, t, CLASS_WEIGHTS)}),
+        Cause.UNEVEN,
+        "autoaccum.Mean(numerator, denominator)",
+    ),
+    "the first label is counted though it is shifted away": (
+        lambda: (Tagger(), labelled(), {"step": shifted, "reduction": lambda batch: (batch["labels"] != -100).sum()}),
+        Cause.UNEVEN,
+        "token_mean",
+    ),
+    "a step returns a token mean as a plain tensor": (
+        lambda: (Tagger(), tokens(), {"step": lambda m, b: mean(m(b[0]), b[1])}),
+        Cause.UNEVEN,
+        "reduction='token_mean', or return autoaccum.Mean",
+    ),
+    "a Mean of a mean": (
+        lambda: (mlp(), pairs(), {"step": lambda m, b: Mean(mean(m(b[0]), b[1]), float(len(b[1])))}),
+        Cause.DIVIDED_TWICE,
+        "reduction='sample_mean'",
+    ),
+    "a Mean over nothing": (
+        lambda: (mlp(), pairs(), {"step": lambda m, b: Mean(total(m(b[0]), b[1]), 1.0)}),
+        Cause.TOO_SMALL,
+        "reduction='sum'",
+    ),
+    "a loss is divided by the batch size again": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) / len(o)}),
+        Cause.DIVIDED_TWICE,
+        "reduction='sample_mean'",
+    ),
+    "a loss reads the batch size": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) * len(o) ** 0.5}),
+        Cause.SIZE_BOUND,
+        "power 0.5",
+    ),
+    "a model knows the batch size": (lambda: (Fixed(), pairs(), {"loss": mean}), Cause.SIZE_BOUND, "invalid for input"),
+    "two terms under one denominator": (
+        lambda: (Tagger(), tokens(), {"loss": lambda o, t: mean(o, t) + o.pow(2).mean()}),
+        Cause.SEVERAL,
+        "'sample_mean', other: 'token_mean'",
+    ),
+    "info nce": (
+        lambda: (mlp(4), (torch.randn(8, 6), torch.randn(8, 4)), {"loss": info_nce}),
+        Cause.COUPLED,
+        "contrastive",
+    ),
+    "hardest triplets": (
+        lambda: (mlp(4), (torch.randn(8, 6), torch.tensor([0, 1, 0, 1, 2, 2, 0, 1])), {"loss": hardest_triplets}),
+        Cause.COUPLED,
+        "triplets",
+    ),
+    "experts in balance": (lambda: (Experts(), pairs(), {}), Cause.COUPLED, "experts"),
+    "a statistic over the batch": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) + o.std(0).mean()}),
+        Cause.COUPLED,
+        "statistics over the batch",
+    ),
+    "a root of a mean": (
+        lambda: (mlp(1), (torch.randn(8, 6), torch.randn(8, 1)), {"loss": lambda o, t: F.mse_loss(o, t).sqrt()}),
+        Cause.COUPLED,
+        "MSE for RMSE",
+    ),
+    "samples run into each other": (
+        lambda: (BatchIsTime(), pairs(), {"loss": mean}),
+        Cause.COUPLED,
+        "batch_first=True",
+    ),
+    "a part has no targets": (
+        lambda: (mlp(), (torch.randn(8, 6), torch.tensor([1, *[-100] * 6, 2])), {"loss": mean, "sizes": (1, 6, 1)}),
+        Cause.NOT_FINITE,
+        "reduction='token_mean'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found_and_named(name):
+    make, cause, words = FAULTS[name]
+    model, batch, settings = make()
+    report = verify(model, batch, **settings)
+    assert (report.ok, report.verifiable, report.cause) == (False, True, cause), report.text
+    assert words in report.text
+    assert 2 <= len(report.text.splitlines()) <= 3
+    if report.relative_error is not None:
+        assert report.relative_error > 1e-3
+        assert report.worst_parameter in dict(model.named_parameters())
+        assert f"{report.relative_error:.2g}" in report.text
+
+
+@pytest.mark.parametrize("name", ["a token mean weighted by samples", "a mean is declared a sum", "info nce"])
+def test_a_planted_fault_is_found_under_bf16_autocast(name):
+    make, cause, _ = FAULTS[name]
+    model, batch, settings = make()
+    assert verify(model, batch, precision="bf16", **settings).cause == cause
+
+
+def test_what_a_failing_report_declares_makes_it_pass():
+    model, batch = MaskedTagger(), masked_batch()
+    assert not verify(model, batch).ok
+    assert verify(model, batch, reduction=lambda batch: batch["mask"].sum()).ok
+    model, batch = Tagger(), tokens()
+    assert verify(model, batch, loss=mean, reduction="token_mean").ok
+
+
+def test_two_samples_show_a_loss_that_is_not_divided_at_exactly_twice():
+    inputs, targets = pairs()
+    report = verify(mlp(), (inputs[:2], targets[:2]), loss=mean, reduction="sum")
+    assert report.ratio == pytest.approx(2, abs=1e-5)
+    assert report.cause == Cause.TOO_LARGE
+
+
+def test_a_fault_in_the_accumulation_itself_is_seen(monkeypatch):
+    def plain_means(self, terms):
+        return sum(term.numerator / term.denominator for term in terms.values())
+
+    model, batch, objective = RIGHT["mlp with dropout"]()
+    monkeypatch.setattr(Ledger, "share", plain_means)
+    assert verify(model, batch, **objective).cause == Cause.TOO_LARGE
+
+
+# --- nothing to compare -----------------------------------------------------------------------------------------------
+
+
+def test_one_sample_is_not_verifiable_and_says_so():
+    inputs, targets = pairs()
+    report = verify(mlp(), (inputs[:1], targets[:1]), loss=mean)
+    assert (report.ok, report.verifiable, report.relative_error) == (True, False, None)
+    assert report.text.startswith("not verifiable: 1 sample ")
+    assert not verify(mlp(), (inputs, targets), loss=mean, sizes=(1,)).verifiable
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda outputs, targets: outputs.sum() * 0, "the gradient of 8 samples is 0"),
+        (lambda outputs, targets: outputs.sum() * float("nan"), "the loss is nan"),
+    ],
+)
+def test_a_gradient_that_is_zero_or_nan_is_not_verifiable(loss, words):
+    report = verify(mlp(), pairs(), loss=loss)
+    assert report.ok and not report.verifiable
+    assert words in report.text
+
+
+def test_targets_that_are_all_ignored_are_not_verifiable():
+    report = verify(mlp(), (torch.randn(8, 6), torch.full((8,), -100)), loss=nn.CrossEntropyLoss())
+    assert report.ok and not report.verifiable
+
+
+def test_a_model_that_fits_its_samples_already_is_not_accused_of_rounding():
+    inputs = torch.randn(8, 3)
+    model = nn.Linear(3, 1, bias=False)
+    targets = torch.randn(8, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(inputs, targets).solution.T)
+    report = verify(model, (inputs, targets), loss=nn.MSELoss())
+    assert report.ok and not report.verifiable
+    assert "fits them" in report.text
+
+
+class Unfixable(nn.Module):
+    """Noise that comes from nowhere that could be fixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.source = nn.Linear(6, 5), random.Random(0)
+
+    def forward(self, inputs):
+        return self.head(inputs * self.source.random())
+
+
+class NumpyNoise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, inputs):
+        numpy = pytest.importorskip("numpy")
+        return self.head(inputs * torch.tensor(numpy.random.rand(*inputs.shape), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("model", [Unfixable, NumpyNoise])
+def test_randomness_that_cannot_be_fixed_is_said_and_not_held_against_the_model(model):
+    report = verify(model(), pairs(), loss=mean)
+    assert (report.ok, report.verifiable, report.cause) == (True, False, Cause.RANDOM)
+
+
+def test_kernels_that_differ_from_run_to_run_widen_the_tolerance():
+    class Shaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.source = nn.Linear(6, 5), random.Random(0)
+
+        def forward(self, inputs):
+            return self.head(inputs) * (1 + 1e-3 * self.source.random())
+
+    assert verify(Shaky(), pairs(), loss=mean).ok
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """A bit of everything that a forward may change."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.rnn, self.drop = (
+            nn.BatchNorm1d(6),
+            nn.LSTM(6, 6, 2, dropout=0.3, batch_first=True),
+            nn.Dropout(0.4),
+        )
+        self.attention = nn.MultiheadAttention(6, 2, dropout=0.2, batch_first=True)
+        self.head = nn.utils.spectral_norm(nn.Linear(6, 5))
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls, self.history = 0, []
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, inputs):
+        self.calls += 1
+        self.history.append(len(inputs))
+        self.cache = inputs
+        self.seen += len(inputs)
+        random.random()
+        hidden = self.norm(inputs) + torch.rand(inputs.shape, generator=self.generator)
+        hidden = self.rnn(hidden[:, None].repeat(1, 3, 1))[0]
+        return self.head(self.drop(self.attention(hidden, hidden, hidden)[0].mean(1)))
+
+
+def state_of(model, optimizer):
+    modules = {name: {**vars(module)} for name, module in model.named_modules()}
+    for plain in modules.values():
+        for registry in ("_parameters", "_buffers", "_modules"):
+            plain.pop(registry)
+    return {
+        "tensors": {name: value.clone() for name, value in model.state_dict().items()},
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "gradient values": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "requires": [parameter.requires_grad for parameter in model.parameters()],
+        "plain": {name: sorted(plain) for name, plain in modules.items()},
+        "flags": [(m.training, getattr(m, "p", None), getattr(m, "dropout", None)) for m in model.modules()],
+        "own": (model.calls, list(model.history), model.generator.get_state()),
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "optimizer": {id(p): {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()},
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "random": (torch.get_rng_state(), random.getstate()),
+    }
+
+
+def same(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def fails_in_parts(outputs, targets):
+    if len(outputs) < 8:
+        raise ValueError("too few")
+    return mean(outputs, targets)
+
+
+def fails(outputs, targets):
+    raise KeyError("a mistake of the user's")
+
+
+@pytest.mark.parametrize("loss", [mean, total, info_nce, fails_in_parts, fails])
+@pytest.mark.parametrize("training", [True, False])
+def test_everything_is_as_it_was(loss, training):
+    model = Stateful()
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs, targets = torch.randn(8, 6), torch.randn(8, 5) if loss is info_nce else pairs()[1]
+    model(inputs).sum().backward()
+    optimizer.step()
+    model.norm.weight.grad = None
+    model.rnn.weight_hh_l0.requires_grad_(False)
+    model.train(training)
+    before, kept = state_of(model, optimizer), (inputs.clone(), targets.clone())
+    if loss is fails:
+        with pytest.raises(KeyError, match="a mistake"):
+            verify(model, (inputs, targets), loss=loss, optimizer=optimizer)
+    else:
+        report = verify(model, (inputs, targets), loss=loss, optimizer=optimizer)
+        assert report.verifiable, report.text
+        assert report.ok == (loss is mean)
+    after = state_of(model, optimizer)
+    assert [name for name in before if not same(before[name], after[name])] == []
+    assert all(one is other for one, other in zip(before["gradients"], after["gradients"]))
+    assert same(kept, (inputs, targets))
+
+
+def test_a_right_model_costs_three_batches():
+    sizes = []
+
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, inputs):
+            sizes.append(len(inputs))
+            return self.inner(inputs)
+
+    assert verify(Counting(), pairs(), loss=mean).ok
+    assert sizes == [8, 8, 5, 3]
+
+
+def test_of_a_large_batch_eight_samples_with_unequal_denominators_are_used():
+    seen = []
+
+    def step(model, batch):
+        seen.append((batch[1] != -100).sum(1).tolist())
+        return mean(model(batch[0]), batch[1])
+
+    inputs = torch.randint(0, 30, (40, 11))
+    labels = torch.where(torch.arange(11) <= torch.arange(40)[:, None] // 4, inputs, -100)
+    order = torch.randperm(40)
+    report = verify(Tagger(), (inputs[order], labels[order]), step=step, reduction="token_mean")
+    assert report.ok, report.text
+    whole, _, light, heavy = [counts for counts in seen if len(counts) > 2]
+    assert (len(whole), len(light), len(heavy)) == (8, 5, 3)
+    assert max(light) <= min(heavy)
+    assert set(whole) >= {1, 10}
+
+
+def test_samples_with_equally_many_tokens_are_said_to_show_less():
+    inputs, _ = tokens()
+    report = verify(Tagger(), (inputs, inputs), loss=nn.CrossEntropyLoss())
+    assert report.ok
+    assert "equally many labels" in report.text
+    assert "equally many labels" not in verify(Tagger(), tokens(), loss=nn.CrossEntropyLoss()).text
+
+
+def test_batch_norm_is_said_to_have_used_its_running_statistics():
+    model, batch, objective = RIGHT["residual net"]()
+    assert "running statistics" in verify(model, batch, **objective).text
+    assert "running statistics" not in verify(mlp(), pairs(), loss=mean).text
+
+
+def test_sizes_may_be_given():
+    assert "accumulated as 1 + 2 + 4 + 1" in verify(mlp(), pairs(), loss=mean, sizes=(1, 2, 4, 1)).text
+    with pytest.raises(DataError, match="asks for 12 samples, and the batch has 8"):
+        verify(mlp(), pairs(), loss=mean, sizes=(6, 6))
+
+
+def test_only_what_the_optimizer_trains_is_compared():
+    model = nn.ModuleDict({"right": nn.Linear(6, 5), "coupled": nn.Linear(6, 4)})
+
+    def step(model, batch):
+        return mean(model["right"](batch[0]), batch[1]) + model["coupled"](batch[0]).std(0).mean()
+
+    assert not verify(model, pairs(), step=step).ok
+    assert verify(model, pairs(), step=step, optimizer=torch.optim.SGD(model["right"].parameters(), lr=1.0)).ok
+
+
+def test_a_loss_that_is_no_scalar_is_raised_and_not_reported():
+    with pytest.raises(LossError, match="shape"):
+        verify(mlp(), pairs(), loss=lambda outputs, targets: outputs)
+
+
+def test_batches_of_lists_and_records_are_cut_too():
+    def step(model, batch):
+        return F.cross_entropy(model(torch.stack(batch["images"])), batch["y"]) * len(batch["names"]) / len(batch["y"])
+
+    inputs, targets = pairs()
+    batch = {
+        "images": list(inputs),
+        "y": targets,
+        "names": [f"image {i}" for i in range(8)],
+        "note": "the same for all",
+    }
+    assert verify(mlp(), batch, step=step).ok
+
+
+def test_a_report_is_plain_values():
+    report = verify(mlp(), pairs(), loss=total)
+    assert json.loads(json.dumps(report.to_dict()))["cause"] == Cause.TOO_SMALL
+    assert list(report.to_dict()) == [
+        "ok", "verifiable", "relative_error", "ratio", "cause", "worst_parameter", "text",
+    ]  # fmt: skip
+    assert verify_module.VERIFIED_SAMPLES == 8
