@@ -138,7 +138,7 @@ def _materialise(objective: Objective, source: Source, device: Device, precision
     model.eval()
     try:
         with torch.no_grad(), precision.autocast():
-            objective.outputs(tree.move(source.trial(2), device.torch_device))
+            objective.forward(tree.move(source.trial(2), device.torch_device))
     finally:
         random.restore()
         for module in training:

@@ -35,7 +35,7 @@ def test_one_update_keeps_the_layers_own_momentum_to_the_bit(momentum):
 def test_small_momenta_keep_their_digits(momentum, k):
     getcontext().prec = 60
     exact = 1 - (1 - Decimal(momentum)) ** (1 / Decimal(k))
-    assert bn_momentum(momentum, k) == pytest.approx(float(exact), rel=1e-14)
+    assert bn_momentum(momentum, k) == pytest.approx(float(exact), rel=1e-14, abs=0)
 
 
 def test_a_cumulative_average_has_no_momentum_to_change():

@@ -82,6 +82,9 @@ class Cutter:
         pieces = []
         for portion in _joined(portions, plan.minimum):
             samples = tree.batch_size(portion)
+            if plan.minimum <= samples <= limit:
+                pieces.append(portion)
+                continue
             try:
                 sizes = even_split(samples, limit, minimum=plan.minimum, multiple_of=plan.multiple_of)
             except PlanError as error:

@@ -43,8 +43,8 @@ def columns(sizes: Sequence[Size]) -> int:
 
 def determined(sizes: Sequence[Size], count: int) -> bool:
     """Whether the sizes tell the coefficients of the first `count` functions."""
-    if len(sizes) < count:
-        return False
+    if count == 2 or len(sizes) < count:
+        return count == 2 and len({size[0] for size in sizes}) > 1
     design = torch.stack([basis(size, count) for size in sizes])
     return int(torch.linalg.matrix_rank(design / design.abs().amax(0))) == count
 
@@ -68,9 +68,11 @@ def fit(figures: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
         ForecastFailed: as `columns`.
     """
     if columns(sizes) == 2:
-        largest = sorted(range(len(sizes)), key=lambda at: -sizes[at][0])
-        chosen = [largest[0], next(at for at in largest if sizes[at][0] < sizes[largest[0]][0])]
-        return figures[:, chosen] @ _weights([sizes[at] for at in chosen], 2)
+        order = sorted(range(len(sizes)), key=lambda at: sizes[at][0])
+        last = order[-1]
+        other = next(at for at in reversed(order) if sizes[at][0] < sizes[last][0])
+        slope = (figures[:, last] - figures[:, other]) / (sizes[last][0] - sizes[other][0])
+        return torch.stack([figures[:, last] - slope * sizes[last][0], slope], 1)
     simple, missed_simply = _least_squares(figures, sizes, 4)
     whole, missed = _least_squares(figures, sizes, 6)
     enough = missed_simply <= torch.where(missed.isnan(), _ROUNDING * figures.abs().amax(1), _CLEARLY * missed + 1.0)
@@ -94,7 +96,7 @@ def _least_squares(figures: torch.Tensor, sizes: Sequence[Size], count: int) -> 
 
 def _weights(sizes: Sequence[Size], count: int) -> torch.Tensor:
     """(sizes × columns): figures at the sizes times this are the coefficients of the first `count` functions."""
-    design = torch.stack([basis(size, 2 if count == 2 else 6)[:count] for size in sizes])
+    design = torch.stack([basis(size, 6)[:count] for size in sizes])
     scale = design.abs().amax(0)
     identity = torch.eye(len(sizes), dtype=torch.float64, device="cpu")
     solved: torch.Tensor = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution

@@ -114,7 +114,7 @@ def _floor(objective: Objective, source: Source, device: Device, accumulator: Ac
     batch = tree.move(source.trial(1), device.torch_device)
     try:
         with torch.no_grad(), accumulator.precision.autocast():
-            objective.outputs(batch)
+            objective.forward(batch)
     except ValueError as error:
         if not needs_two(error):
             raise

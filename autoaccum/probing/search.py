@@ -245,7 +245,10 @@ class _Search:
 
     def _correct(self, size: int, measured: int | None) -> None:
         """Moves the forecast to what was measured; an overrun without a measure makes it grow faster."""
-        forecast = self._forecast = self._machine.forecast() or self._forecast
+        known = self._known if self._forecast is self._known else None
+        if known is None or measured is None or abs(known.peak(size) / measured - 1.0) > SAME_PEAK:
+            self._forecast = self._machine.forecast() or self._forecast
+        forecast = self._forecast
         assert forecast is not None
         if measured is not None:
             self._anchor = (size, measured)

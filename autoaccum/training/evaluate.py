@@ -18,7 +18,7 @@ from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
-from autoaccum.window.loss import Mean, Objective
+from autoaccum.window.loss import Mean, Objective, Sum
 from autoaccum.window.precision import Precision
 
 __all__ = ["Evaluator"]
@@ -73,12 +73,16 @@ class Evaluator:
         for batch in self._batches(source):
             for name, mean in self._run(batch).items():
                 numerator, denominator = sums.setdefault(name, [0.0, 0.0])
-                sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
-        names = sorted({"loss", *self.metrics, *sums})
+                # A loss that is added up is never divided: its denominator is 1 in all.
+                own = 0.0 if isinstance(mean, Sum) else mean.denominator
+                sums[name] = [numerator + mean.numerator.detach(), denominator + own]
+        names = sorted({*self.metrics, *map(_term, self.objective.names), *sums})
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
         totals = self.ranks.tally([float(value) for pair in pairs for value in pair])
-        means = dict(zip(names, zip(totals[::2], totals[1::2], strict=True), strict=True))
-        return {name: top / bottom if bottom else float("nan") for name, (top, bottom) in means.items()}
+        means = {name: top / bottom if bottom else top for name, top, bottom in zip(names, totals[::2], totals[1::2])}
+        if "loss" not in means:
+            means["loss"] = sum(value for name, value in means.items() if name.startswith("loss/"))
+        return means
 
     def _batches(self, source: Source) -> Iterator[Any]:
         target = self.micro_batch * self.ranks.size
@@ -114,10 +118,11 @@ class Evaluator:
 
     @torch.no_grad()
     def _forward(self, batch: Any) -> dict[str, Mean]:
+        known = self.objective.denominators(batch)  # counted on the host, which waits for no device
         placed = tree.move(batch, self.device.torch_device)
         with self.precision.autocast():
-            terms, outputs, targets = self.objective.evaluate(placed)
-            means = {"loss": terms} if isinstance(terms, Mean) else dict(terms)
+            terms, outputs, targets = self.objective.evaluate(placed, known)
+            means = {_term(name): term for name, term in terms.items()}
             for name, metric in self.metrics.items():
                 means[name] = _checked(name, metric(outputs, targets))
         return means
@@ -130,3 +135,8 @@ def _checked(name: str, value: Any) -> Mean:
             "as Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
         )
     return value
+
+
+def _term(name: str) -> str:
+    """How a term of the loss is called among the results: several are "loss/main", "loss/auxiliary" and their sum "loss"."""
+    return name if name == "loss" else f"loss/{name}"

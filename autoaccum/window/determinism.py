@@ -111,7 +111,7 @@ class Determinism:
     def _switch(self, stack: ExitStack) -> None:
         """Training mode, but for what normalises over the batch; no dropout between the layers of an RNN."""
         for module in self._modules:
-            stack.callback(setattr, module, "training", module.training)
+            pass
         self._model.train()  # as training will: models may keep parts of theirs in evaluation mode
         for module in self._modules:
             if isinstance(module, _BatchNorm):
@@ -168,6 +168,7 @@ _DROPOUTS = {
 }  # fmt: skip
 # The argument to replace: its name, its place, its value.
 _ARGUMENTS: dict[Any, tuple[str, int, Any]] = {
+    functional.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
     functional.multi_head_attention_forward: ("dropout_p", 10, 0.0),
     functional.rrelu: ("training", 3, False),
     torch.rrelu: ("training", 3, False),

@@ -1,0 +1,332 @@
+"""The probe on real models: exact on the CPU, and without a trace."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoaccum
+from autoaccum.errors import DataError, LossError, NothingFitsError, PlanError, SetupError
+from autoaccum.memory.device import open_device
+from autoaccum.memory.resident import resident_bytes
+from autoaccum.memory.trace import record
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, 10)
+    )  # fmt: skip
+
+
+def images(size=300):
+    chance = torch.Generator().manual_seed(1)
+    return torch.randn(size, 1, 8, 8, generator=chance), torch.randint(0, 10, (size,), generator=chance)
+
+
+def measured_peak(model, size, optimizer):
+    """A window's peak by hand: gradients live, then the optimizer's step; all that this training holds counts."""
+    x, y = images(300)
+    x, y = x[:size].clone(), y[:size].clone()
+    loss = nn.CrossEntropyLoss()
+    for _ in range(2):
+        loss(model(x), y).backward()
+        optimizer.step()
+    held = resident_bytes(model, optimizer, x, y)
+    with record(open_device("cpu")) as recording:
+        loss(model(x), y).backward()
+        optimizer.step()
+    return held + recording.trace.peak
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_limit_is_exact_in_bytes(name):
+    model = cnn()
+    report = autoaccum.probe(
+        model, images(), loss=nn.CrossEntropyLoss(), optimizer=name, memory="2MiB", device="cpu"
+    )
+    by_hand = cnn()
+    optimizer = (torch.optim.AdamW if name == "adamw" else torch.optim.SGD)(by_hand.parameters(), lr=0.0)
+    assert measured_peak(by_hand, report.limit, optimizer) <= 2 * 2**20
+    assert measured_peak(by_hand, report.limit + 1, optimizer) > 2 * 2**20
+    assert report.micro_batch == report.limit
+    assert report.limit_proof == "forecast"
+    assert report.out_of_memory_count == 0
+    assert sum(trial.kind != "trace" for trial in report.trials) <= 2
+    assert report.residual < 1e-3
+
+
+def test_a_target_gets_the_fewest_even_micro_batches():
+    report = autoaccum.probe(
+        cnn(), images(), loss=nn.CrossEntropyLoss(), target_batch=256, memory="2MiB", device="cpu"
+    )
+    sizes = report.plan.micro_batches
+    assert sum(sizes) == 256
+    assert max(sizes) == report.micro_batch <= report.limit
+    assert len(sizes) == -(-256 // report.limit)
+    assert any(trial.batch == report.micro_batch and trial.outcome == "fits" for trial in report.trials)
+    assert report.forecast(report.limit) <= report.budget_bytes < report.forecast(report.limit + 1)
+    assert {"parameters", "buffers", "gradients", "optimizer_state", "per_sample"} <= report.parts.keys()
+
+
+class Everything(nn.Module):
+    """BatchNorm, dropout, tied and frozen weights, a power-iteration buffer; may fail at a size and a place."""
+
+    def __init__(self, fail_at=10**9, place="forward"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.last.weight = self.first.weight
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.spectral = nn.utils.spectral_norm(nn.Linear(8, 8))
+        self.norm, self.drop, self.head = nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)
+        self.fail_at, self.place, self.calls = fail_at, place, 0
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.norm(self.drop(self.last(self.spectral(self.frozen(self.first(x))))))
+        if x.shape[0] >= self.fail_at:
+            if self.place == "forward":
+                raise torch.OutOfMemoryError("CUDA out of memory: injected")
+            h.register_hook(self.explode)
+        return self.head(h)
+
+    @staticmethod
+    def explode(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory: injected")
+
+
+class FailingAdamW(torch.optim.AdamW):
+    """Runs out of memory in its third step, half of the parameters updated."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        super().step(closure)
+        if self.steps == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory: injected")
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+}
+
+
+def picture(model, optimizer):
+    """All state, with clones."""
+    return copy.deepcopy(
+        {
+            "model": dict(model.state_dict()),
+            "state": [dict(optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]],
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+            "gradients": [p.grad for p in model.parameters()],
+            "requires": [p.requires_grad for p in model.parameters()],
+            "training": [m.training for m in model.modules()],
+            "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+            "momentum": model.norm.momentum,
+            "calls": model.calls,
+            "random": (torch.get_rng_state(), random.getstate()),
+        }
+    )
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_trace_is_left_bit_for_bit(name, used):
+    x, y = torch.randn(200, 8), torch.randint(0, 3, (200,))
+    model = Everything()
+    optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
+    if used:
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.norm.eval()  # one layer in eval mode must stay so
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
+    generator = loader.generator.get_state()
+    before = picture(model, optimizer)
+    autoaccum.probe(
+        model, loader, loss=nn.CrossEntropyLoss(), optimizer=optimizer, memory="64KiB", target_batch=128, device="cpu"
+    )
+    assert same(before, picture(model, optimizer))
+    assert torch.equal(loader.generator.get_state(), generator)
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_out_of_memory_in_a_trial_leaves_no_trace_and_bounds_the_answer(place):
+    data = torch.randn(200, 8), torch.randint(0, 3, (200,))
+    model = Everything(fail_at=40, place=place)
+    optimizer = OPTIMIZERS["momentum"]([p for p in model.parameters() if p.requires_grad])
+    before = picture(model, optimizer)
+    report = autoaccum.probe(
+        model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, target_batch=100, device="cpu"
+    )
+    assert same(before, picture(model, optimizer))
+    assert report.micro_batch < 40
+    assert report.out_of_memory_count >= 1
+    assert sum(report.plan.micro_batches) == 100
+
+
+def test_out_of_memory_in_the_optimizers_step_leaves_no_trace():
+    data = torch.randn(200, 8), torch.randint(0, 3, (200,))
+    model = Everything()
+    optimizer = FailingAdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = picture(model, optimizer)
+    report = autoaccum.probe(
+        model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, target_batch=100, device="cpu"
+    )
+    assert same(before, picture(model, optimizer))
+    assert report.out_of_memory_count == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_of_the_users_comes_out_as_it_is_and_leaves_no_trace(error):
+    class Broken(Everything):
+        def forward(self, x):
+            if x.shape[0] > 3:
+                raise error("mine")
+            return super().forward(x)
+
+    data = torch.randn(200, 8), torch.randint(0, 3, (200,))
+    model = Broken()
+    optimizer = OPTIMIZERS["adamw"]([p for p in model.parameters() if p.requires_grad])
+    before = picture(model, optimizer)
+    with pytest.raises(error, match="mine"):
+        autoaccum.probe(model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, device="cpu")
+    assert same(before, picture(model, optimizer))
+
+
+def test_training_is_the_same_with_and_without_a_probe_before_it():
+    def train(plan=None):
+        model = cnn()
+        result = autoaccum.fit(
+            model, images(), loss=nn.CrossEntropyLoss(), target_batch=None if plan else 128, plan=plan, memory="1MiB",
+            seed=5, device="cpu", check=plan is None,
+        )  # fmt: skip
+        return result.plan, model.state_dict()
+
+    plan, probed = train()
+    assert plan.accumulation_steps > 1
+    _, planned = train(plan)
+    assert all(torch.equal(probed[name], planned[name]) for name in probed)
+
+
+def test_nothing_fits_says_what_fills_the_budget_and_what_would_help():
+    with pytest.raises(NothingFitsError, match=r"not even .* fits in 10\.0 KiB.*parameters .* KiB.*would help"):
+        autoaccum.probe(cnn(), images(), loss=nn.CrossEntropyLoss(), memory="10KiB", device="cpu")
+
+
+def test_batch_norm_over_single_values_makes_the_floor_two():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+    report = autoaccum.probe(model, images(), loss=nn.CrossEntropyLoss(), target_batch=65, memory="64KiB", device="cpu")
+    assert report.floor == 2
+    assert min(report.plan.micro_batches) >= 2
+    assert all(trial.batch >= 2 for trial in report.trials)
+
+
+def test_the_second_probe_takes_the_cached_forecast_and_runs_the_answer_once():
+    arguments = {"loss": nn.CrossEntropyLoss(), "memory": "2MiB", "target_batch": 256, "device": "cpu"}
+    first = autoaccum.probe(cnn(), images(), **arguments)
+    second = autoaccum.probe(cnn(), images(), **arguments)
+    assert [trial.kind for trial in second.trials] == ["trace", "verify"]
+    assert (second.micro_batch, second.limit) == (first.micro_batch, first.limit)
+    assert second.forecast(77) == first.forecast(77)
+    assert "earlier run" in second.notes[-1]
+    other = autoaccum.probe(cnn(), images(), **{**arguments, "memory": "1MiB"})
+    assert other.limit < first.limit
+    third = autoaccum.probe(cnn(), images(), cache=False, **arguments)
+    assert sum(trial.kind == "trace" for trial in third.trials) > 1
+
+
+def test_a_ceiling_is_kept():
+    report = autoaccum.probe(cnn(), images(), loss=nn.CrossEntropyLoss(), max_batch=20, device="cpu")
+    assert (report.micro_batch, report.limit, report.limit_proof) == (20, 20, "cap")
+
+
+def test_the_fastest_is_measured():
+    report = autoaccum.probe(
+        cnn(), images(), loss=nn.CrossEntropyLoss(), target_batch=256, memory="2MiB", prefer="fastest", device="cpu"
+    )
+    rates = dict(report.throughput)
+    assert len(rates) >= 3
+    assert rates[report.micro_batch] >= 0.98 * max(rates.values())
+    assert sum(report.plan.micro_batches) == 256
+    assert {trial.kind for trial in report.trials} == {"trace", "verify", "throughput"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target_batch": 0}, PlanError, "target_batch=0"),
+        ({"target_batch": -3}, PlanError, "target_batch=-3"),
+        ({"target_batch": 2.5}, PlanError, "target_batch=2.5"),
+        ({"target_batch": True}, PlanError, "target_batch=True"),
+        ({"memory": "3GiBB"}, SetupError, "3GiBB"),
+        ({"memory": "0%"}, SetupError, "0%"),
+        ({"prefer": "best"}, SetupError, "prefer='best'"),
+        ({"precision": "fp8"}, SetupError, "fp8"),
+        ({"optimizer": "lbfgs"}, SetupError, "closure"),
+        ({"lr": -1.0}, SetupError, "lr=-1.0"),
+        ({"isolate": True}, SetupError, "isolate=True"),
+        ({"loss": lambda o, t: o}, LossError, "scalar"),
+        ({"loss": lambda o, t: o.sum() * float("nan")}, LossError, "nan"),
+        ({"loss": lambda o, t: o.sum().detach()}, LossError, "graph"),
+    ],
+)
+def test_bad_input_names_value_and_remedy_and_touches_nothing(arguments, error, message):
+    model = cnn()
+    before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        autoaccum.probe(model, images(), **{"loss": nn.CrossEntropyLoss(), "device": "cpu", **arguments})
+    assert same(dict(before), dict(model.state_dict()))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model.training
+
+
+def test_empty_data_and_disagreeing_tensors():
+    with pytest.raises(DataError, match="empty|no sample"):
+        autoaccum.probe(cnn(), [], loss=nn.CrossEntropyLoss(), device="cpu")
+    with pytest.raises(DataError, match="3"):
+        autoaccum.probe(cnn(), (torch.zeros(3, 1, 8, 8), torch.zeros(4)), loss=nn.CrossEntropyLoss(), device="cpu")
+
+
+def test_lazy_modules_are_materialised_first():
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(10))
+    report = autoaccum.probe(model, images(), loss=nn.CrossEntropyLoss(), memory="1MiB", device="cpu")
+    assert report.micro_batch > 0
+    assert model[1].weight.shape == (8, 64)
+    assert int(model[2].num_batches_tracked) == 0
+
+
+def test_a_report_goes_through_json_and_is_drawn(tmp_path):
+    import json
+
+    report = autoaccum.probe(cnn(), images(), loss=nn.CrossEntropyLoss(), memory="2MiB", target_batch=256, device="cpu")
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["curve"]
+    assert {"activations", "parameters", "gradients"} <= set(values["timeline"]["parts"])
+    assert max(map(sum, zip(*values["timeline"]["bytes"], strict=True))) == report.forecast(report.micro_batch)
+    report.plot(tmp_path / "probe.png")
+    assert (tmp_path / "probe.png").stat().st_size > 10_000
