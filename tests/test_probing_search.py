@@ -28,7 +28,7 @@ def quantile(values, share):
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.02, 0.3], ids=["affine maximum", "slightly bent", "badly bent"])
+@pytest.fixture(scope="module", params=[0.0, 0.02, 0.1], ids=["affine maximum", "slightly bent", "bent"])
 def runs(request):
     found = []
     for seed in range(CARDS):
@@ -62,7 +62,24 @@ def test_the_limit_is_exact_where_memory_is_an_affine_maximum_and_near_elsewhere
         assert min(ratios) == 1.0
     else:
         assert statistics.median(ratios) >= 0.98
-        assert quantile(ratios, 0.05) >= 0.85
+        assert quantile(ratios, 0.05) >= 0.95
+
+
+def test_where_memory_jumps_by_up_to_a_third_the_answer_is_found_all_the_same():
+    """Nothing seen at small sizes tells of such a jump: it costs an overrun, never a wrong answer."""
+    trials, overruns, ratios = [], [], []
+    for seed in range(CARDS):
+        machine, true = card(seed, bend=0.3)
+        answer = find(machine, floor=1, ceiling=REACH)
+        assert any(trial.batch == answer.micro_batch and trial.fits for trial in machine.trials)
+        trials.append(besides_traces(machine))
+        overruns.append(ooms(machine))
+        ratios.append(answer.limit / true)
+    assert max(ratios) <= 1.0
+    assert statistics.median(ratios) >= 0.98
+    assert statistics.median(trials) <= 2
+    assert quantile(trials, 0.95) <= 5
+    assert quantile(overruns, 0.95) <= 2
 
 
 @given(st.integers(0, 10**9), st.integers(1, 2000))

@@ -20,8 +20,8 @@ THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that 
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
-# By how much the growth forecast above a size that was measured is taken to be too small, after each overrun.
-OVERRUNS = (1.04, 1.25, 2.0, 4.0)
+# How clear of a size that overran the next one stays: once something between was measured, and after each overrun.
+OVERRUNS = (1.1, 1.3, 2.0, 4.0)
 
 
 class Forecaster(Protocol):
@@ -248,19 +248,24 @@ class _Search:
         known = self._known if self._forecast is self._known else None
         if known is None or measured is None or abs(known.peak(size) / measured - 1.0) > SAME_PEAK:
             self._forecast = self._machine.forecast() or self._forecast
-        forecast = self._forecast
-        assert forecast is not None
         if measured is not None:
             self._anchor = (size, measured)
+            if self._growth > 1.0:  # something larger overran: stay clear of it, though less than before
+                self._growth = max(1.0, self._needed()) * OVERRUNS[0]
             return
-        at = max((s for s in self._bracket.peaks if s < size), default=None)
-        if at is None:
-            return
-        self._anchor = (at, self._bracket.peaks[at])
-        expected = forecast.reserved(size) - forecast.reserved(at)
-        needed = (self._machine.budget - self._bracket.peaks[at]) / expected if expected > 0 else 1.0
-        self._growth = max(self._growth, needed) * OVERRUNS[min(self._overruns, len(OVERRUNS) - 1)]
-        self._overruns += 1
+        below = [ran for ran in self._bracket.peaks if ran < size]
+        if below:
+            self._anchor = (max(below), self._bracket.peaks[max(below)])
+            self._overruns += 1
+            self._growth = max(1.0, self._needed()) * OVERRUNS[min(self._overruns, len(OVERRUNS) - 1)]
+
+    def _needed(self) -> float:
+        """By how much more than forecast memory must grow from the anchor to overrun the budget where it did."""
+        assert self._forecast is not None
+        assert self._anchor is not None
+        at, measured = self._anchor
+        expected = self._forecast.reserved(self._bracket.high) - self._forecast.reserved(at)
+        return (self._machine.budget - measured) / expected if expected > 0 else 1.0
 
     def _answer(self) -> Answer:
         bracket = self._bracket

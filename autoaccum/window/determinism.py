@@ -111,7 +111,7 @@ class Determinism:
     def _switch(self, stack: ExitStack) -> None:
         """Training mode, but for what normalises over the batch; no dropout between the layers of an RNN."""
         for module in self._modules:
-            pass
+            stack.callback(setattr, module, "training", module.training)
         self._model.train()  # as training will: models may keep parts of theirs in evaluation mode
         for module in self._modules:
             if isinstance(module, _BatchNorm):
