@@ -39,6 +39,10 @@ class FakeMachine:
     trials: list[Trial] = field(default_factory=list)
     traces: dict[int, list[float]] = field(default_factory=dict)
 
+    @property
+    def suffers(self) -> bool:
+        return self.hard
+
     def peak(self, size: int) -> int:
         return round(max(level(size) for level in self.levels))
 

@@ -1,5 +1,7 @@
 """The simulated caching allocator against cases worked out by hand from torch's rules, and what must always hold."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,7 +208,11 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
     ("settings_", "backend", "name"),
     [
         ({}, "native", None),
-        ({"max_split_size": -1, "garbage_collection_threshold": 0.0, "roundup_power2_divisions": {"1": 0}}, "native", None),
+        (
+            {"max_split_size": -1, "garbage_collection_threshold": 0.0, "roundup_power2_divisions": {"1": 0}},
+            "native",
+            None,
+        ),
         ({"max_split_size": 2**63 - 1}, "native", None),
         ({"max_split_size": 128 * MIB}, "native", "max_split_size_mb"),
         ({"garbage_collection_threshold": 0.8}, "native", "garbage_collection_threshold"),
@@ -241,7 +247,7 @@ def test_blocks_never_overlap_and_all_memory_is_accounted_for(steps, expandable)
     allocator = CachingAllocator(expandable=expandable)
     live = _play(allocator, steps)
     spans = sorted((block.address, block.address + block.size) for block, _ in live)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(block.size >= request for block, request in live)
     assert allocator.allocated == sum(block.size for block, _ in live)
     assert allocator.allocated <= allocator.reserved <= allocator.peak_reserved

@@ -297,4 +297,8 @@ def test_a_phase_of_ones_own_is_looked_into_and_the_known_ones_are_not():
 
 def test_a_marked_phase_without_events_is_kept():
     trace = play([("mm", "+a", 1), ("mark", "optimizer", 0), ("mark", "zero_grad", 0)])
-    assert [(phase.name, phase.first_group) for phase in trace.phases] == [("forward", 0), ("optimizer", 1), ("zero_grad", 1)]
+    assert [(phase.name, phase.first_group) for phase in trace.phases] == [
+        ("forward", 0),
+        ("optimizer", 1),
+        ("zero_grad", 1),
+    ]

@@ -134,8 +134,8 @@ def test_a_limit_by_out_of_memory_says_so():
 
 
 @pytest.mark.parametrize("hard", [True, False])
-def test_an_exact_forecast_needs_one_run(hard):
+def test_an_exact_forecast_needs_one_run_or_two(hard):
     machine, true = card(7, hard=hard, traces_every_trial=not hard)
     answer = find(machine, floor=1, ceiling=REACH)
     assert (answer.limit, answer.micro_batch, answer.proof) == (true, true, "forecast")
-    assert besides_traces(machine) == 1
+    assert besides_traces(machine) == 1 + hard  # where an overrun hurts, a size below the limit is measured first

@@ -322,7 +322,8 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         if name == "[memory]":
             fields = event.extra_fields
             if _same(fields.device, where):
-                found.append(RawEvent(event.start_time_ns, fields.alloc_size, fields.ptr, call, innermost, operator))
+                size, address, when = fields.alloc_size, fields.ptr, event.start_time_ns
+                found.append(RawEvent(when, size, address, call, innermost, operator, backward))
             continue
         if name.startswith(_MARK):
             marks.append((event.start_time_ns, name[len(_MARK) :]))

@@ -17,6 +17,9 @@ from autoaccum.probing.report import Trial
 __all__ = ["Answer", "Forecaster", "Machine", "find"]
 
 THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that change, at a quarter of that step's cost
+# Where an overrun is suffered and not only counted, the limit itself is run after this share of it was measured: what the
+# small traces could not show is then known before it can do harm.
+STEPPING_STONE = 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
@@ -48,6 +51,10 @@ class Machine(Protocol):
     @property
     def budget(self) -> int:
         """Bytes that a step may use."""
+
+    @property
+    def suffers(self) -> bool:
+        """Whether a step over the budget runs out of memory; else it is only counted as over it."""
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -188,6 +195,8 @@ class _Search:
         if self._runs >= ENOUGH_RUNS and bracket.low > max(self._traced, default=0):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
+        if self._exact and self._machine.suffers and self._runs == 0:
+            size = max(min(size, self._floor), int(size * STEPPING_STONE))
         if size > bracket.low:
             return size
         return bracket.low + 1 if self._exact and self._uncertain(bracket.low + 1) else None

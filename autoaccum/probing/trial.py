@@ -67,6 +67,11 @@ class Bench:
         return held + int((self._budget.bytes - held) / (1.0 + self._overhead))
 
     @property
+    def suffers(self) -> bool:
+        """On the CPU a budget in PyTorch's bytes is counted; everything else runs out of memory."""
+        return self._device.type != "cpu" or self._budget.kind != "torch"
+
+    @property
     def budget_reason(self) -> str:
         """Where the budget comes from, in one line."""
         if self.budget == self._budget.bytes:

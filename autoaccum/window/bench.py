@@ -117,6 +117,7 @@ class Bench:
                 device=self._device,
                 ranks=Ranks(),
             )
+            stack.callback(self._accumulator.close)
             self.precision = self._accumulator.precision.name
             self.objective.measure(self._batch)
             self._batch = _arranged(self.objective, self._batch, self.samples)

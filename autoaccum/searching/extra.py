@@ -1,0 +1,120 @@
+"""Optuna, imported on use, and what its versions 4 and 5 do differently.
+
+Choices:
+- Nothing here imports Optuna when it is loaded: `import autoaccum` and a plain training never need it.
+- The best-known settings of version 5 (multivariate TPE that counts running trials) are set by name, so that a search
+  is the same under both versions.
+- Optuna's notices of experimental arguments are silenced where these are set, and nowhere else.
+"""
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from autoaccum.errors import MissingExtraError, SetupError
+
+__all__ = ["CONSTRAINT", "load_optuna", "make_pruner", "make_sampler", "mark_infeasible", "quiet"]
+
+CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a constraint under Optuna 4
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
+            "qmc": "QMCSampler"}  # fmt: skip
+PRUNERS = ("hyperband", "halving", "median", "none")
+REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
+FIRST_RUNG = 0.11  # of the budget: a little less than 1/9, so that three brackets come of it and not two by rounding
+
+
+def load_optuna() -> Any:
+    """The module `optuna`.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingExtraError("optuna", "search", "A search") from error
+    return optuna
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's notices that an argument is experimental."""
+    optuna = load_optuna()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def make_sampler(sampler: Any, *, seed: int, number: int, n_trials: int) -> Any:
+    """The sampler for one trial: a function of seed, trial number and what was tried, so that a restart changes nothing.
+
+    Args:
+        sampler: None ("tpe"), a name, or a sampler of the user's, which is returned as it is.
+        seed: the search's.
+        number: of the trial to be drawn.
+        n_trials: of the search; a quarter of them, 5 to 10, are drawn at random first.
+
+    Raises:
+        SetupError: an unknown name, or something that is no sampler.
+    """
+    optuna = load_optuna()
+    if isinstance(sampler, optuna.samplers.BaseSampler):
+        return sampler
+    name = "tpe" if sampler is None else sampler
+    if name not in SAMPLERS:
+        known = ", ".join(map(repr, SAMPLERS))
+        raise SetupError(f"sampler={sampler!r}: choose {known}, or give a sampler of Optuna's")
+    own = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
+    settings: dict[str, Any] = {"seed": own}
+    if name == "tpe":
+        settings |= {"n_startup_trials": max(5, min(10, n_trials // 4)), "multivariate": True, "constant_liar": True}
+        if not hasattr(optuna.trial.Trial, "set_constraint"):
+            settings["constraints_func"] = _constraints
+    with quiet():
+        return getattr(optuna.samplers, SAMPLERS[name])(**settings)
+
+
+def _constraints(trial: Any) -> tuple[float]:
+    return (float(trial.user_attrs.get(CONSTRAINT, -1.0)),)
+
+
+def mark_infeasible(trial: Any) -> None:
+    """Tells the sampler that this setting cannot be had at all, which is worse than any value."""
+    trial.set_user_attr(CONSTRAINT, 1.0)
+    if hasattr(trial, "set_constraint"):
+        trial.set_constraint("memory", 1.0)
+
+
+def make_pruner(pruner: Any, amount: int) -> Any:
+    """The pruner over a budget of `amount` samples (or milliseconds).
+
+    Hyperband is wrapped: Optuna shows a sampler only the trials of its own bracket where it sees that pruner, and of
+    three brackets none would have enough trials to learn from in a short search.
+
+    Raises:
+        SetupError: an unknown name, or something that is no pruner.
+    """
+    optuna = load_optuna()
+    if isinstance(pruner, optuna.pruners.BasePruner):
+        return pruner
+    name = "none" if pruner is None else pruner
+    if name not in PRUNERS:
+        raise SetupError(f"pruner={pruner!r}: choose {', '.join(map(repr, PRUNERS))}, or give a pruner of Optuna's")
+    first = max(1, int(FIRST_RUNG * amount))
+    if name == "none" or amount < REDUCTION * first:
+        return optuna.pruners.NopPruner()
+    if name == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_warmup_steps=first)
+    inner = optuna.pruners.HyperbandPruner(min_resource=first, max_resource=amount, reduction_factor=REDUCTION)
+
+    class Hyperband(optuna.pruners.BasePruner):  # type: ignore[misc]  # Optuna ships no types that mypy sees here
+        """Hyperband, but the sampler sees all trials."""
+
+        def prune(self, study: Any, trial: Any) -> bool:
+            return bool(inner.prune(study, trial))
+
+    return Hyperband()

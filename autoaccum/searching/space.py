@@ -1,0 +1,153 @@
+"""What is searched, in plain terms: ranges as tuples, choices as lists; or a function of Optuna's trial.
+
+    {"lr": (1e-4, 1e-1, "log"), "weight_decay": [0, 1e-4, 1e-2], "layers": (2, 6)}
+
+A tuple of two integers is a range of integers, both ends included; with a float in it, of floats. A list is a set of
+choices. Everything is checked before the first trial, with the name of the parameter in each error.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoaccum.errors import SetupError
+
+__all__ = ["Choices", "Range", "Space", "read_space"]
+
+EXAMPLE = 'write (low, high), (low, high, "log") or a list of choices, such as {"lr": (1e-4, 1e-1, "log")}'
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included; evenly over their logarithms where `log`."""
+
+    low: float
+    high: float
+    log: bool
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        """A number of the trial's choice; an integer where both ends are."""
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(name, self.low, self.high, log=self.log)
+        return trial.suggest_float(name, self.low, self.high, log=self.log)
+
+    def describe(self) -> list[Any]:
+        """Plain values, for comparing with another search's."""
+        return [self.low, self.high, *(["log"] if self.log else [])]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """One of `values`."""
+
+    values: tuple[Any, ...]
+
+    def suggest(self, trial: Any, name: str) -> Any:
+        """A value of the trial's choice."""
+        return trial.suggest_categorical(name, list(self.values))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, for comparing with another search's."""
+        return {"choices": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters by name, or a function that draws them.
+
+    Attributes:
+        parts: empty where there is a function.
+        function: `f(trial) -> dict`; None where there are parts.
+    """
+
+    parts: Mapping[str, Range | Choices]
+    function: Callable[[Any], Mapping[str, Any]] | None = None
+
+    def suggest(self, trial: Any) -> dict[str, Any]:
+        """The parameters of one trial.
+
+        Raises:
+            SetupError: the user's function returned something other than a dict.
+        """
+        if self.function is None:
+            return {name: part.suggest(trial, name) for name, part in self.parts.items()}
+        found = self.function(trial)
+        if not isinstance(found, Mapping):
+            raise SetupError(
+                f"space returned {type(found).__name__}: a function of Optuna's trial returns a dict of parameters, such "
+                'as {"lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}'
+            )
+        return dict(found)
+
+    def describe(self) -> Any:
+        """Plain values, by which two searches are seen to have the same space."""
+        if self.function is not None:
+            return f"function {getattr(self.function, '__qualname__', type(self.function).__name__)}"
+        return {name: part.describe() for name, part in self.parts.items()}
+
+    def largest(self, name: str) -> Any:
+        """The largest number that a parameter can be; None where it is not searched, or by a function."""
+        part = self.parts.get(name)
+        if part is None:
+            return None
+        return part.high if isinstance(part, Range) else max(part.values)
+
+
+def read_space(space: Any) -> Space:
+    """The space that the user wrote.
+
+    Raises:
+        SetupError: an empty range, a logarithmic one that does not stay above 0, or something that is neither a range
+            nor choices; the parameter is named.
+    """
+    if callable(space):
+        return Space({}, space)
+    if not isinstance(space, Mapping) or not space:
+        raise SetupError(f"space={space!r} has no parameters: {EXAMPLE}")
+    return Space({_name(name): _part(name, value) for name, value in space.items()})
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
+    return name
+
+
+def _part(name: str, value: Any) -> Range | Choices:
+    if isinstance(value, list):
+        return _choices(name, value)
+    if isinstance(value, tuple) and len(value) in (2, 3):
+        return _range(name, value)
+    raise SetupError(f"space[{name!r}]={value!r} is neither a range nor choices: {EXAMPLE}")
+
+
+def _choices(name: str, values: list[Any]) -> Choices:
+    if not values:
+        raise SetupError(f"space[{name!r}] has no choices: give at least one, such as [0, 1e-4]")
+    for value in values:
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise SetupError(
+                f"space[{name!r}] has the choice {value!r}: choices are kept in the study as numbers, texts, True, False "
+                "or None; give a name there, and look it up in the setup"
+            )
+    if len({(type(value), value) for value in values}) < len(values):
+        raise SetupError(f"space[{name!r}]={values!r} has a choice twice: leave one out")
+    return Choices(tuple(values))
+
+
+def _range(name: str, value: tuple[Any, ...]) -> Range:
+    low, high, *word = value
+    for end in (low, high):
+        if isinstance(end, bool) or not isinstance(end, (int, float)) or not math.isfinite(end):
+            raise SetupError(f"space[{name!r}]={value!r}: {end!r} is not a finite number; for choices write a list")
+    if word not in ([], ["log"]):
+        raise SetupError(f'space[{name!r}]={value!r}: the third entry of a range can only be "log"')
+    if low >= high:
+        raise SetupError(f"space[{name!r}]={value!r} is an empty range: {low} is not below {high}; write (low, high)")
+    if word and low <= 0:
+        raise SetupError(
+            f"space[{name!r}]={value!r} is logarithmic and goes down to {low}: give a low end above 0, such as "
+            f"{high / 1e4:g}, or leave out the word log"
+        )
+    return Range(low, high, bool(word))
