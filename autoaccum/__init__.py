@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe, verify
     from autoaccum.planning.plan import Plan, plan
     from autoaccum.probing.report import ProbeReport, Trial
+    from autoaccum.searching.result import SearchResult
+    from autoaccum.searching.search import search
     from autoaccum.training.loop import FitResult, TrainingLoop
     from autoaccum.window.accumulate import Accumulator
     from autoaccum.window.loss import Mean
@@ -32,6 +34,7 @@ _HOME = {
     "Mean": "autoaccum.window.loss",
     "Plan": "autoaccum.planning.plan",
     "ProbeReport": "autoaccum.probing.report",
+    "SearchResult": "autoaccum.searching.result",
     "StepRecord": "autoaccum.window.record",
     "TrainingLoop": "autoaccum.training.loop",
     "Trial": "autoaccum.probing.report",
@@ -40,6 +43,7 @@ _HOME = {
     "plan": "autoaccum.planning.plan",
     "prepare": "autoaccum.api",
     "probe": "autoaccum.api",
+    "search": "autoaccum.searching.search",
     "verify": "autoaccum.api",
 }
 
@@ -49,6 +53,7 @@ __all__ = [
     "Mean",
     "Plan",
     "ProbeReport",
+    "SearchResult",
     "StepRecord",
     "TrainingLoop",
     "Trial",
@@ -58,6 +63,7 @@ __all__ = [
     "plan",
     "prepare",
     "probe",
+    "search",
     "verify",
 ]
 

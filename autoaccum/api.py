@@ -36,6 +36,8 @@ from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Listener
 from autoaccum.training.loop import FitResult, TrainingLoop
+from autoaccum.training.parts import kept_answers
+from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.loss import Mean
@@ -145,6 +147,9 @@ def prepare(
     isolate: bool | Callable[[], Mapping[str, Any]] = False,
     cache: bool = True,
     check: bool | str = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool | str = "auto",
     regrow_after: int | None = None,
     on_nonfinite: str = "raise",
     seed: int | None = None,
@@ -191,6 +196,10 @@ def prepare(
             arguments as a dict, since the child builds a model of its own.
         cache: reuse what an earlier probe of the same training found, and keep what this one finds.
         check: verify the accumulated gradient before training: True, "warn" or False.
+        checkpoint: a folder for checkpoints and the run's record. A run that ends early, however that comes, goes on
+            from there when it is started again in the same way, without probing, to the same result.
+        checkpoint_every: optimizer steps between checkpoints; None: one at the end of each epoch.
+        resume: "auto" goes on where there is something to go on from, True insists on it, False starts anew.
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.
         seed: of shuffling and of what is random in training.
@@ -204,11 +213,14 @@ def prepare(
         LossError: a loss that is not a finite scalar with a graph, or whose gradient check failed.
         DataError: data that is empty, or whose parts disagree.
         DeviceError: no such device.
+        CheckpointError: what is in the folder is of another training, or has code in it.
     """
     given = None if plan is None else given_plan(plan, target_batch)
     target_batch = target_of(given, target_batch)
-    check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps)
+    check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps,
+                 checkpoint_every=checkpoint_every)  # fmt: skip
     one_of("check", check, (True, False, "warn"))
+    one_of("resume", resume, ("auto", True, False))
     one_of("prefer", prefer, ("fewest", "fastest"))
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
@@ -222,6 +234,10 @@ def prepare(
     events = Events([*sinks, *callbacks, *_display(progress, parts.ranks)])
 
     report: ProbeReport | None = None
+    verdict: VerifyReport | None = None
+    folder, kept = open_run(checkpoint, checkpoint_every, resume, parts.ranks, events)
+    if kept is not None:
+        given, report, verdict = kept_answers(kept, target_batch, parts.ranks)
     if given is None and micro_batch is None:
         question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = probed(parts, question, events, _isolation(isolate), cache, accumulate=accumulate, clip_norm=clip_norm,
@@ -229,7 +245,8 @@ def prepare(
     if given is None:
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
-    verdict = checked(parts, check, events)
+    if kept is None:
+        verdict = checked(parts, check, events)
     apply_plan(given, parts.optimizer)
     total = total_steps(given, parts.source.length, epochs, max_steps)
     scheduler = build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
@@ -247,11 +264,14 @@ def prepare(
         val_source,
         metrics or {},
     )
-    return TrainingLoop(
+    loop = TrainingLoop(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
         budget=parts.device.budget(memory), events=events, evaluator=evaluator, probe=report, verify=verdict,
-        regrow_after=regrow_after, seed=seed,
+        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder,
     )  # fmt: skip
+    if kept is not None:
+        loop.load_state_dict(kept)
+    return loop
 
 
 def _as(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -57,6 +57,7 @@ class Result:
 
     model = SimpleNamespace(state_dict=lambda: {"weight": 1.0})
     plan = plan(100, 256)
+    unsaved = None
 
     def to_dict(self):
         return {"plan": self.plan.to_dict(), "probe": None, "verify": None, "history": [], "evaluations": []}
@@ -99,10 +100,13 @@ class Library:
         }
         return SimpleNamespace(to_dict=lambda: values, **values)
 
-    def search(self, setup, *, n_trials, workers=1, storage=None, study_name=None):
+    def search(self, setup, *, n_trials, workers=1, storage=None, study_name=None, target_batch=(64,), progress=None,
+               budget=None):  # fmt: skip
         self._called("search", locals())
         values = {"best_params": {"lr": 0.1}, "best_value": 0.5, "best_plan": None, "trials": []}
-        return SimpleNamespace(to_dict=lambda: values, save=lambda path: Path(path).write_text("{}"))
+        return SimpleNamespace(
+            to_dict=lambda: values, save=lambda path: Path(path).write_text("{}"), plot=lambda path: None
+        )
 
 
 @pytest.fixture

@@ -147,7 +147,10 @@ def test_lengths_and_batch_sizes_are_known_where_they_can_be():
     assert (loader.length, loader.loader_batch, loader.drop_last, loader.one_shot) == (20, 4, True, False)
     oversampled = DataLoader(Squares(), 4, sampler=RandomSampler(range(20), replacement=True, num_samples=50))
     assert open_source(oversampled).length == 50
-    assert open_source(DataLoader(Squares(), batch_sampler=ready)).loader_batch == 6
+    batches = open_source(DataLoader(Squares(), batch_sampler=ready))
+    assert (batches.loader_batch, batches.length) == (6, 20)
+    assert open_source(DataLoader(Squares(), batch_sampler=BatchSampler(range(20), 6, True))).length == 18
+    assert open_source(DataLoader([torch.zeros(6)], batch_size=None)).length is None
     assert open_source(rows()).fingerprint() == {"kind": "tensors", "length": 20}
     assert open_source(open_source(rows())).length == 20
 
@@ -168,9 +171,12 @@ def test_a_trials_samples_are_fetched_once_and_without_the_sampler():
     assert len(dataset.reads) == len(set(dataset.reads)) == 16
 
 
-def test_a_trials_samples_are_among_those_that_the_sampler_may_show():
-    loader = DataLoader(Squares(), batch_size=4, sampler=SubsetRandomSampler([3, 7, 11]))
+@pytest.mark.parametrize("indices", [[3, 7, 11], torch.tensor([3, 7, 11])])
+@pytest.mark.parametrize("dataset", [Squares(), TensorDataset(*rows())])
+def test_a_trials_samples_are_among_those_that_the_sampler_may_show(dataset, indices):
+    loader = DataLoader(dataset, batch_size=4, sampler=SubsetRandomSampler(indices))
     assert sorted(last_leaf(open_source(loader).trial(3))) == [3, 7, 11]
+    assert sorted(seen(open_source(loader))) == [3, 7, 11]
 
 
 def test_trials_take_the_largest_samples_and_say_that_sizes_vary():
@@ -523,5 +529,8 @@ def test_a_hugging_face_dataset_gives_tensors():
     assert source.length == 20
     assert tuple(source.trial(4)["x"].shape) == (4, 3)
     assert sorted(seen(source)) == EVERYTHING
-    streamed = open_source(datasets.Dataset.from_dict(columns).with_format("torch").to_iterable_dataset())
+    streamed = open_source(datasets.Dataset.from_dict(columns).to_iterable_dataset())
+    assert tuple(streamed.trial(4)["x"].shape) == (4, 3)
     assert seen(streamed) == EVERYTHING
+    arrays = open_source(datasets.Dataset.from_dict(columns).with_format("numpy"))
+    assert sorted(seen(arrays)) == EVERYTHING

@@ -326,6 +326,17 @@ def test_the_ranks_together_see_what_one_would_have_seen():
     assert orders == [True, True, True]
 
 
+def test_ready_batches_are_the_same_on_ranks_whose_generators_differ():
+    def make() -> DataLoader:
+        own = torch.Generator().manual_seed(torch.initial_seed())
+        return DataLoader(Indices(), batch_sampler=BatchSampler(RandomSampler(range(20), generator=own), 5, False))
+
+    ranks = of_rank(make, (2, 2), 8)
+    assert sorted(n for rank in ranks for window in rank for batch in window.batches for n in numbers(batch)) == list(
+        range(20)
+    )
+
+
 def test_a_rank_without_samples_gets_a_window_without_batches():
     first, second = of_rank(lambda: torch.arange(5), (4, 4), 4)
     assert [(window.total, window.sizes) for window in first] == [(4, (2,)), (1, (1,))]
@@ -547,6 +558,23 @@ def test_a_collate_function_that_draws_repeats_itself_after_a_restart():
         return open_source(DataLoader(Augmented(), 4, shuffle=True, num_workers=2, collate_fn=masking), seed=3)
 
     assert noise(source(), plan(3, 8), start=1) == noise(source(), plan(3, 8))[8:]
+
+
+class Together(Indices):
+    """Fetches several at once and draws nothing, as a Hugging Face dataset without a transform."""
+
+    format = {"type": None}  # noqa: RUF012
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, float, float]]:
+        return [(index, 0.0, 0.0) for index in indices]
+
+
+def test_a_collate_function_that_draws_repeats_itself_where_samples_are_fetched_together():
+    def source(state: int) -> Source:
+        torch.manual_seed(state)
+        return open_source(DataLoader(Together(), 4, num_workers=2, collate_fn=masking), seed=3)
+
+    assert noise(source(1), plan(3, 8), start=1) == noise(source(2), plan(3, 8))[8:]
 
 
 def test_a_stream_in_workers_repeats_itself_with_a_seed():

@@ -217,7 +217,7 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
         ({"max_split_size": 128 * MIB}, "native", "max_split_size_mb"),
         ({"garbage_collection_threshold": 0.8}, "native", "garbage_collection_threshold"),
         ({"roundup_power2_divisions": {"1": 4}}, "native", "roundup_power2_divisions"),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "large_segment_size_mb:40"}, "native", "large_segment_size_mb"),
+        ({"PYTORCH_ALLOC_CONF": "large_segment_size_mb:40"}, "native", "large_segment_size_mb"),
         ({}, "cudaMallocAsync", "the allocator backend 'cudaMallocAsync'"),
     ],
 )

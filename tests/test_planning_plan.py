@@ -322,6 +322,15 @@ def test_saving_replaces_the_file_at_once_or_leaves_it_alone(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_of_the_old_file_keeps_all_of_it(tmp_path):
+    path, opened = tmp_path / "plan.json", tmp_path / "opened.json"
+    plan(8, 32).save(path)
+    opened.hardlink_to(path)  # stands for a process that has the file open
+    plan(4, 32).save(path)
+    assert Plan.load(opened) == plan(8, 32)
+    assert Plan.load(path) == plan(4, 32)
+
+
 def test_a_folder_that_is_not_there_is_named_on_saving(tmp_path):
     with pytest.raises(PlanError, match=r"missing/plan\.json: No such file"):
         plan(8, 32).save(tmp_path / "missing" / "plan.json")

@@ -189,6 +189,10 @@ def test_a_floor_equal_to_the_limit_shares_whole_micro_batches():
     assert shares(6, [2, 2], minimum=2) == (4, 2)  # 3 + 3 could not be cut into twos
 
 
+def test_a_window_for_one_rank_goes_to_the_rank_that_can_hold_it():
+    assert shares(3, [2, 3], minimum=2) == (0, 3)
+
+
 def test_a_rank_with_a_limit_under_the_minimum_is_named():
     with pytest.raises(PlanError, match="limit=1 on rank 1 is less than minimum=2"):
         shares(8, [4, 1], minimum=2)

@@ -29,10 +29,24 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
         if known is not None and name not in known:
             raise click.UsageError(f"--{name.replace('_', '-')}: {function.__name__} takes no {name!r}; leave it out")
     factory = Target.parse(target, options)
-    arguments = factory()
+    arguments = _of_a_search(target, options) or factory()
     if arguments.get("isolate") is True:
         arguments["isolate"] = factory
     return {"progress": first_rank(), **arguments}
+
+
+def _of_a_search(target: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Where --plan is a search's result: what its best trial was trained with, the other options in it."""
+    if options.get("plan") is None:
+        return None
+    from autoaccum.cli.target import Target
+    from autoaccum.searching.best import read_best
+
+    best = read_best(options["plan"])
+    if best is None:
+        return None
+    rest = {name: value for name, value in options.items() if name != "plan"}
+    return {**best.arguments(Target.parse(target, rest)), **rest}
 
 
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:

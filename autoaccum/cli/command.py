@@ -4,7 +4,7 @@ A command is a function that returns an `Answer`; it prints nothing itself. Whil
 that whatever the user's code or a library prints, down to a child process, cannot get between the lines of a result.
 
 Signals: Ctrl-C arrives as KeyboardInterrupt and ends in `Command.invoke` with 130. SIGTERM is left to the system, which
-ends the process at once; a shell reports 143.
+ends the process at once; a shell reports 143. `fit` listens to both itself (stopping.py).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import click
 
 from autoaccum.cli.endings import INTERRUPTED, exit_code, one_line
 from autoaccum.cli.options import Switch
+from autoaccum.cli.stopping import Ended
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -68,6 +69,9 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(INTERRUPTED)
+        except Ended as signal:
+            click.echo(f"Ended by {signal}.", err=True)
+            ctx.exit(signal.exit_code)
         except (Exception, SystemExit) as error:  # the edge of the program: every error becomes one line and a code
             if debug:
                 sys.excepthook(type(error), error, error.__traceback__)

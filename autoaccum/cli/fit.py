@@ -8,12 +8,15 @@ import click
 
 from autoaccum.cli.calling import arguments_of, call, need_target_batch
 from autoaccum.cli.command import Answer, Command, first_rank
-from autoaccum.cli.endings import NOT_SAVED
+from autoaccum.cli.endings import NOT_SAVED, one_line
 from autoaccum.cli.options import new_file, takes, target_argument
 from autoaccum.cli.saving import saved, write_weights
+from autoaccum.cli.stopping import Stopping
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from autoaccum.training.result import FitResult
 
 __all__ = ["fit"]
 
@@ -34,12 +37,39 @@ def fit(target: str, save: Path | None, save_plan: Path | None, **options: Any) 
 
     arguments = arguments_of(autoaccum.fit, target, options)
     need_target_batch(target, arguments, "fit")
-    result = call(autoaccum.fit, arguments)
-    done = True
+    result = _trained(arguments)
+    done = result.unsaved is None
     if first_rank():
-        done = saved(save, "the weights", lambda path: write_weights(result.model, path))
+        done &= saved(save, "the weights", lambda path: write_weights(result.model, path))
         done &= saved(save_plan, "the plan", result.plan.save)
     return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
+
+
+def _trained(arguments: Mapping[str, Any]) -> "FitResult":
+    """What `fit` returns, unless a signal ended it: then the program ends here."""
+    import warnings
+
+    import autoaccum
+    from autoaccum.training.events import TrainingWarning
+
+    folder = arguments.get("checkpoint")
+    with Stopping(saves=folder is not None) as stopping, warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingWarning)  # told on stderr as events, one line each
+        arguments = {**arguments, "callbacks": [*arguments.get("callbacks", ()), stopping]}
+        try:
+            result: FitResult = call(autoaccum.fit, arguments)
+        except Exception as error:
+            if stopping.exit_code is None:
+                raise
+            # Workers of a DataLoader get the signal too, and a window that needed them could not be finished.
+            click.echo(f"The window was not finished: {one_line(error)}", err=True)
+        else:
+            if result.unsaved is not None:
+                click.echo(f"Error: {result.unsaved}", err=True)
+            if stopping.exit_code is None:
+                return result
+    click.echo(f"Stopped. The same command goes on from what is saved in {str(folder)!r}.", err=True)
+    raise click.exceptions.Exit(stopping.exit_code)
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":

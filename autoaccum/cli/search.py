@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoaccum.cli.command import Answer, Command
+from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, takes, target_argument
 from autoaccum.cli.saving import saved
@@ -17,36 +17,63 @@ if TYPE_CHECKING:
 __all__ = ["search"]
 
 
+def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    """A number of processes, or "gpus"."""
+    if value is None or value == "gpus":
+        return value
+    if not value.isdigit() or int(value) < 1:
+        raise click.BadParameter(f'{value!r} is neither a number above 0 nor "gpus"', ctx, param)
+    return int(value)
+
+
 @click.command(cls=Command, short_help="Search hyperparameters with Optuna.")
 @target_argument
-@click.option("--n-trials", type=COUNT, metavar="N", required=True, help="Trainings to run.")
-@click.option("--workers", type=COUNT, metavar="N", help="Processes that train at once.")
-@click.option("--storage", metavar="S", help="Where Optuna keeps the study, such as sqlite:///study.db.")
+@click.option("--n-trials", type=COUNT, metavar="N", required=True, help="Trials in total, over restarts and workers.")
+@click.option("--target-batch", type=COUNT, metavar="N", multiple=True, help="A batch to choose from; may be repeated.")
+@click.option("--metric", metavar="NAME", help='"loss", one of the metrics, or "train_loss".')
+@click.option("--direction", type=click.Choice(["minimize", "maximize"]), help="Whether less of the metric is better.")
+@click.option("--budget", metavar="B", help='What a trial trains on: samples, or a time such as "90s".')
+@click.option("--sampler", type=click.Choice(["tpe", "random", "gp", "cmaes", "qmc"]), help="Draws the parameters.")
+@click.option("--pruner", type=click.Choice(["hyperband", "halving", "median", "none"]), help="Ends weak trials early.")
+@click.option("--workers", metavar="N", callback=_workers, help='Processes that train at once, or "gpus".')
+@click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
-@takes("target_batch", "epochs", "max_steps", "memory", "device", "precision", "max_batch", "cache", "check")
-@new_file("save", "Save the result, with the best plan.")
+@takes("epochs", "max_steps", "memory", "device", "precision", "max_batch", "cache", "check", "seed", "progress")
+@new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
+@new_file("plot", "Draw history, importance, and values over batch and learning rate.")
 def search(
     *,
     target: str,
     n_trials: int,
-    workers: int | None,
-    storage: str | None,
-    study_name: str | None,
+    target_batch: tuple[int, ...],
     save: Path | None,
+    plot: Path | None,
     **options: Any,
 ) -> Answer:
     """Train with many hyperparameters and find the best.
 
-    TARGET is called with an Optuna trial: `def build(trial): return {"lr": trial.suggest_float(...), ...}`.
+    TARGET is called for every trial, with those of the trial's parameters that it takes: without more, the learning
+    rate around the one it returns, and the target batch. The same command after an interruption goes on.
     """
     import autoaccum
     from autoaccum.cli.target import Target
 
+    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed")
+    settings = given({name: options.pop(name) for name in names})
+    progress = options.pop("progress")
+    budget = settings.get("budget")
+    if budget is not None and budget.isdigit():
+        settings["budget"] = int(budget)
+    if target_batch:
+        settings["target_batch"] = target_batch
+    settings["progress"] = first_rank() if progress is None else progress
     setup = Target.parse(target, given(options))
     setup.load()  # a wrong TARGET is a usage error at once, and not one in every worker
-    study = given({"workers": workers, "storage": storage, "study_name": study_name})
-    result = autoaccum.search(setup, n_trials=n_trials, **study)
-    done = saved(save, "the result", result.save)
+    result = autoaccum.search(setup, n_trials=n_trials, **settings)
+    done = True
+    if first_rank():
+        done = saved(save, "the result", result.save)
+        done &= saved(plot, "the plot", result.plot)
     return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
 
 

@@ -66,15 +66,20 @@ class Target:
             raise SetupError(f"{text!r}: there is no file {str(path)!r}{_near(path)}")
         return cls(text, str(path.parent), str(path), path.stem, name, dict(overrides or {}))
 
-    def __call__(self, *args: Any) -> dict[str, Any]:
-        """The dict that the user's function returns for `args`, with the overrides in it, and checked.
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The user's function's, by which a search finds the parameters that it takes."""
+        return inspect.signature(self.load())
+
+    def __call__(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        """The dict that the user's function returns for these arguments, with the overrides in it, and checked.
 
         Raises:
             SetupError: no such function, one that cannot be called so, or not a dict of fit's arguments.
         """
         function = self.load()
-        _check_call(self.text, function, args)
-        arguments = function(*args)
+        _check_call(self.text, function, args, keywords)
+        arguments = function(*args, **keywords)
         _check_arguments(self.text, arguments)
         return {**arguments, **self.overrides}
 
@@ -162,15 +167,15 @@ def _is_of_file(module: ModuleType | None, path: Path) -> bool:
     return origin is not None and Path(origin).resolve() == path
 
 
-def _check_call(text: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _check_call(text: str, function: Callable[..., Any], args: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:  # a builtin without one: calling it will tell
         return
     try:
-        signature.bind(*args)
+        signature.bind(*args, **keywords)
     except TypeError as error:
-        wanted = "one argument, the trial" if args else "no arguments"
+        wanted = f"the arguments {', '.join([*map(repr, args), *keywords])}" if args or keywords else "no arguments"
         raise SetupError(
             f"{text!r} is called with {wanted}, but is {function.__name__}{signature}: {error}; give the parameters "
             "defaults, or write a function around it"

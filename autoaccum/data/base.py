@@ -10,7 +10,7 @@ Choices made here:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -121,6 +121,13 @@ class Source(ABC):
     @abstractmethod
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; those before it are passed over."""
+
+    def indices(self, epoch: int, cutter: Cutter, index: int) -> Sequence[Any] | None:
+        """The dataset's indices of one window of the epoch in progress, this rank's part; for saying what is wrong.
+
+        None where samples have none, and on several ranks, where the others would have to be asked.
+        """
+        return None
 
     @abstractmethod
     def _trial(self, size: int) -> Any:

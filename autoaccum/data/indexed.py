@@ -5,8 +5,8 @@ Choices made here:
 - A window's rows of a tensor are gathered once and handed out as views of that copy: a micro-batch costs a few
   microseconds.
 - Rows in sequence need no copy, but a model may write to its input (an in-place first layer, a normalising step), and
-  must not write to the user's tensors. So the first window is a copy; if its version counter stands still while it is
-  trained on, views follow, and copies again as soon as one was written to.
+  must not write to the user's tensors. So the first window is a copy. Views follow where nothing wrote to it, which
+  its version counter tells, and copies again from where a view was written to.
 """
 
 from abc import abstractmethod
@@ -74,6 +74,20 @@ class IndexedSource(Source):
             order.take(total)
             position += total
         return self._windows(order, cutter, base, position)
+
+    def indices(self, epoch: int, cutter: Cutter, index: int) -> Sequence[Any] | None:
+        """The dataset's indices of one window: the epoch's order is read again, without a trace."""
+        if self._ranks.size > 1:
+            return None
+        generators = self._own_generators()
+        states = [generator.get_state() for generator in generators]
+        order, _ = self._order(epoch, again=True)
+        for _ in range(index):
+            order.take(cutter.total(order.look))
+        found = order.take(cutter.total(order.look))
+        for generator, state in zip(generators, states):
+            generator.set_state(state)
+        return found
 
     @abstractmethod
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:

@@ -10,6 +10,7 @@ Choices made here:
   window boundary has them. Workers are seeded for each sample (see `draws.py`).
 """
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.pool import Pool, spread
 
-__all__ = ["MapSource", "as_is", "kept_settings"]
+__all__ = ["MapSource", "as_is", "rebuilt"]
 
 
 class MapSource(IndexedSource):
@@ -117,13 +118,7 @@ class _Workers:
     def __init__(self, dataset: WorkerDataset, loader: DataLoader[Any]) -> None:
         self._asks = _Asks()
         self._seeds = torch.Generator()
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,  # type: ignore[arg-type]  # a dataset by its methods
-            batch_sampler=self._asks,  # type: ignore[arg-type]  # the fetcher understands an Ask
-            collate_fn=as_is,
-            generator=self._seeds,
-            **kept_settings(loader),
-        )
+        self._loader = rebuilt(loader, dataset, batch_sampler=self._asks, collate_fn=as_is, generator=self._seeds)
 
     def windows(self, schedule: _Schedule, base: int) -> Iterator[Read]:
         """The windows of the schedule."""
@@ -187,11 +182,11 @@ def _checked(batch: Any) -> Any:
     return batch
 
 
-def kept_settings(loader: DataLoader[Any]) -> dict[str, Any]:
-    """What a DataLoader of our own takes over from the user's: how it works, not what it batches."""
+def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoader[Any]:
+    """A DataLoader that works as the user's does (workers, pinning, timeout) and batches as `batching` says."""
     settings: dict[str, Any] = {
         "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory,
+        "pin_memory": loader.pin_memory and _has_accelerator(),  # without one, torch would only warn, once an epoch
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
@@ -200,7 +195,14 @@ def kept_settings(loader: DataLoader[Any]) -> dict[str, Any]:
     }
     if loader.pin_memory_device:  # deprecated where torch no longer needs it: passed on only where it was given
         settings["pin_memory_device"] = loader.pin_memory_device
-    return settings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are many workers was said when the user's loader was made
+        return DataLoader(dataset, **{**settings, **batching})
+
+
+def _has_accelerator() -> bool:
+    accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
+    return torch.cuda.is_available() or (accelerator is not None and accelerator.is_available())
 
 
 def as_is(batch: Any) -> Any:

@@ -14,7 +14,7 @@ Choices made here:
 import copy
 import operator
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Protocol
@@ -190,9 +190,9 @@ def possible_indices(sampler: Any, length: int | None) -> Sequence[Any]:
     Raises:
         DataError: neither the sampler has `indices`, nor the dataset a length.
     """
-    chosen = getattr(sampler, "indices", None)
-    if isinstance(chosen, Sequence) and len(chosen):
-        return chosen
+    chosen: Any = getattr(sampler, "indices", None)
+    if hasattr(chosen, "__getitem__") and not isinstance(chosen, Mapping) and length_of(chosen):
+        return list(chosen)  # of a list, or of an array of numbers
     if length is None:
         raise DataError(
             "the DataLoader's dataset has no length, so samples for trials cannot be chosen: give it a __len__, or "

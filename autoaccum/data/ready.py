@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import preserved
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.mapped import kept_settings
+from autoaccum.data.mapped import rebuilt
 from autoaccum.data.orders import length_of, possible_indices, undistributed
 from autoaccum.data.pool import KEPT_BYTES, Pool, spread
 from autoaccum.data.stream import Reader, StreamSource, reads_once
@@ -48,6 +48,8 @@ class BatchSource(StreamSource):
             raise DataError("the data is empty: the DataLoader's dataset holds no samples, and training needs some")
         batch = getattr(loader.batch_sampler, "batch_size", None)
         self.loader_batch = batch if isinstance(batch, int) else None
+        if type(loader.batch_sampler) is BatchSampler and not iterates_by_itself(loader):
+            self.length = _samples_of(loader.batch_sampler)
         self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
         inner = getattr(loader.batch_sampler, "sampler", None)
         self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
@@ -148,6 +150,12 @@ class BatchSource(StreamSource):
         return (self._loader.collate_fn(self._fetcher.samples([indices[number]])[0]) for number in spread(len(indices)))
 
 
+def _samples_of(batches: BatchSampler) -> int | None:
+    """Samples in an epoch of torch's own batch sampler."""
+    samples = length_of(batches.sampler)
+    return samples if samples is None or not batches.drop_last else samples - samples % batches.batch_size
+
+
 def iterates_by_itself(loader: DataLoader[Any]) -> bool:
     """Whether the loader is of a class with an `__iter__` of its own, so that only it knows what it yields."""
     return type(loader).__iter__ is not DataLoader.__iter__
@@ -159,13 +167,13 @@ def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     if iterates_by_itself(loader):
         return loader
     outer, inner = undistributed(loader.sampler), undistributed(getattr(batches, "sampler", None))
-    settings = {"collate_fn": loader.collate_fn, "generator": loader.generator, **kept_settings(loader)}
+    same = {"collate_fn": loader.collate_fn, "generator": loader.generator}
     if batches is None and outer is not loader.sampler:
-        return DataLoader(loader.dataset, batch_size=None, sampler=outer, **settings)
+        return rebuilt(loader, loader.dataset, batch_size=None, sampler=outer, **same)
     if batches is not None and inner is not getattr(batches, "sampler", None):
         batches = copy.copy(batches)
         batches.sampler = inner
-        return DataLoader(loader.dataset, batch_sampler=batches, **settings)
+        return rebuilt(loader, loader.dataset, batch_sampler=batches, **same)
     return loader
 
 

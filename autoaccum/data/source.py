@@ -117,9 +117,8 @@ def _with_tensors(data: Any) -> Any:
     """A Hugging Face dataset that still gives Python lists, so that it gives tensors; anything else as it is."""
     give = getattr(data, "with_format", None)
     form = getattr(data, "format", None)
-    if callable(give) and isinstance(form, dict) and form.get("type", "") is None:
-        return give("torch")
-    return data
+    formatted = form.get("type") if isinstance(form, dict) else getattr(data, "_formatting", data)  # a streaming one
+    return give("torch") if callable(give) and formatted is None else data
 
 
 def _unknown(data: Any) -> DataError:

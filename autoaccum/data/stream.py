@@ -20,14 +20,14 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from autoaccum.data import tree
 from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import Lane, mix, preserved
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.mapped import as_is, kept_settings
+from autoaccum.data.mapped import as_is, rebuilt
 from autoaccum.data.pool import LOOKED_AT, Pool, pick
 from autoaccum.errors import DataError
 
@@ -198,7 +198,7 @@ class SampleSource(StreamSource):
         if loader is not None:
             self.loader_batch, self.drop_last = loader.batch_size, loader.drop_last
             if loader.num_workers:
-                items = _one_by_one(loader)
+                items = rebuilt(loader, samples, batch_size=None, collate_fn=as_is, pin_memory=False)
         # A worker iterates a copy of its own, from the beginning each epoch: one-time data is so in this process only.
         super().__init__(items, shared and items is samples, **common)
         self._collate = Fetcher((), collate).collated
@@ -249,10 +249,3 @@ def reads_once(items: Iterable[Any]) -> bool:
     with preserved(items):
         iterator = iter(items)
         return iterator is items or iter(items) is iterator
-
-
-def _one_by_one(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader with the same workers that gives single samples, as the dataset makes them."""
-    dataset: IterableDataset[Any] = loader.dataset  # type: ignore[assignment]
-    settings = {**kept_settings(loader), "pin_memory": False}
-    return DataLoader(dataset, batch_size=None, collate_fn=as_is, **settings)

@@ -4,7 +4,7 @@ Each rank reads the same windows and gets its part of each. The plan is asked at
 memory runs out; a window that was handed out stays as it is, and can be trained on again in smaller pieces.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from autoaccum.data.base import Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.planning.plan import Plan
 
-__all__ = ["Window", "windows"]
+__all__ = ["Window", "indices_of", "windows"]
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,8 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
     for index, (total, sizes, batches) in enumerate(source.read(epoch, cutter, start), start):
         yield Window(batches, sizes, sum(sizes), total, epoch, index)
+
+
+def indices_of(window: Window, source: Source, plan: Plan) -> Sequence[Any] | None:
+    """The dataset's indices of a window of the epoch in progress, to name them; None where there are none."""
+    return source.indices(window.epoch, Cutter(lambda: plan, source.drop_last), window.index)

@@ -6,6 +6,7 @@ What runs while a command works (lines, a bar) is in progress.py.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,7 @@ from rich.text import Text
 from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import Bar, Row, facts, lines, number, of_budget, open_console, outcome_style
 from autoaccum.display.progress import TrainingProgress, TrialLines
+from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
 
 __all__ = [
@@ -167,13 +169,29 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
 
 
 def search_view(result: Mapping[str, Any]) -> RenderableType:
-    """A SearchResult's `to_dict()`."""
-    trials = result.get("trials") or ()
-    count = trials if isinstance(trials, int) else len(trials)
+    """A SearchResult's `to_dict()`: the best setting, what mattered, the best trials, what to do next."""
+    trials = [trial for trial in result.get("trials") or () if isinstance(trial, Mapping)]
+    count = len(result.get("trials") or ())
+    best, sign = result.get("best_number"), 1 if result.get("direction", "minimize") == "minimize" else -1
     title = Text.assemble(
-        ("Search  ", "bold"), "best value ", (number(result.get("best_value")), "bold green"), f" of {count} trials"
-    )
-    blocks = [title, facts([(key, number(value), "") for key, value in (result.get("best_params") or {}).items()])]
+        ("Search  ", "bold"), f"best {result.get('metric', 'value')} ",
+        (number(result.get("best_value")), "bold green"), f" of {count} trials",
+    )  # fmt: skip
+    shares = result.get("importance") or {}
+    rows: list[Row] = [
+        (key, number(value), f"{shares[key]:.0%} of the difference" if key in shares else "")
+        for key, value in (result.get("best_params") or {}).items()
+    ]
+    if result.get("weights"):
+        rows.append(("weights", "", str(result["weights"])))
+    if result.get("dashboard"):
+        rows.append(("look at it", "", str(result["dashboard"])))
+    blocks: list[RenderableType] = [title, facts(rows)]
+    ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda t: sign * t["value"])[:5]
+    if ranked:
+        states = Counter(trial["state"] for trial in trials)
+        blocks += [Text(), Text.assemble(("Trials  ", "bold"), ", ".join(f"{n} {word}" for word, n in states.items()))]
+        blocks.append(Padding(table_of(ranked, best=best), (0, 0, 0, 2), expand=False))
     if result.get("best_plan"):
         blocks += [Text(), plan_view(result["best_plan"])]
     return Group(*blocks)

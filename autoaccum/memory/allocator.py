@@ -353,7 +353,8 @@ def unsupported(settings: Mapping[str, Any], backend: str = "native") -> str | N
         return "garbage_collection_threshold"
     if any(int(divisions) > 1 for divisions in (settings.get("roundup_power2_divisions") or {}).values()):
         return "roundup_power2_divisions"
-    if "large_segment_size" in str(settings.get("PYTORCH_CUDA_ALLOC_CONF", "")):
+    # The variable was renamed from PYTORCH_CUDA_ALLOC_CONF to PYTORCH_ALLOC_CONF.
+    if any("large_segment_size" in str(value) for name, value in settings.items() if name.endswith("ALLOC_CONF")):
         return "large_segment_size_mb"
     return None
 

@@ -48,13 +48,20 @@ class History:
 
     def __init__(self, where: torch.device) -> None:
         self._index = torch.cuda.current_device() if where.index is None else where.index
-        self._ours = not torch._C._cuda_isHistoryEnabled()
-        if self._ours:
+        self._ours = False
+        self._before = 0
+        self._segments: tuple[Segment, ...] = ()
+        self._settings: Mapping[str, Any] = {}
+
+    def start(self) -> None:
+        """Switch the history on, unless it is on, and note the allocator's state."""
+        if not torch._C._cuda_isHistoryEnabled():
             torch.cuda.memory._record_memory_history("all", context=None)
+            self._ours = True
         at_start = torch.cuda.memory._snapshot(self._index)
         self._before = len(at_start["device_traces"][self._index])
         self._segments = segments_of(at_start["segments"], self._index)
-        self._settings: Mapping[str, Any] = at_start.get("allocator_settings", {})
+        self._settings = at_start.get("allocator_settings", {})
 
     def finish(self, found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
         """The profiler's events with requested sizes, and what else the trace wants to know."""

@@ -194,8 +194,9 @@ def record(device: Where) -> Iterator[Recording]:
     history = History(where) if where.type == "cuda" else None
     complete = False
     gc.disable()
-    started = 0.0
     try:
+        if history is not None:
+            history.start()
         _start()
         started = time.perf_counter()
         try:

@@ -11,14 +11,16 @@ from types import TracebackType
 
 __all__ = ["ProcessGrowth"]
 
+STACK_BYTES = 256 * 1024
 _FIELDS = {"data segment": "VmData", "address space": "VmSize"}
 _STATUS = Path("/proc/self/status")
 
 
 class ProcessGrowth:
-    """Context manager: `bytes` is the most that the process rose above where it stood on entering.
+    """How far the process rises above where it stood when this was made; each `with` measures once more.
 
-    None where the kind of budget does not count the process, or the system does not tell.
+    `bytes` is the most of the last `with`; None where the kind of budget does not count the process, or the system does
+    not tell.
     """
 
     def __init__(self, kind: str) -> None:
@@ -26,14 +28,18 @@ class ProcessGrowth:
         self._field = _FIELDS.get(kind) if _STATUS.exists() else None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._start = self._most = 0
+        self._start = self._most = self._read() if self._field is not None else 0
         self.bytes: int | None = None
 
     def __enter__(self) -> "ProcessGrowth":
         if self._field is not None:
-            self._start = self._most = self._read()
+            self._most = self._read()
+            self._stop.clear()
+            # A thread's stack counts too: 8 MiB by default, which would be most of what is measured in small steps.
+            before = threading.stack_size(STACK_BYTES)
             self._thread = threading.Thread(target=self._watch, name="autoaccum-process-growth", daemon=True)
             self._thread.start()
+            threading.stack_size(before)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

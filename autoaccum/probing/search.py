@@ -22,6 +22,7 @@ THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that 
 STEPPING_STONE = 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
+CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
 # How clear of a size that overran the next one stays: once something between was measured, and after each overrun.
 OVERRUNS = (1.1, 1.3, 2.0, 4.0)
@@ -192,7 +193,8 @@ class _Search:
             return None
         if self._forecast is None:
             return self._useful(bracket.next() or bracket.low + 1)
-        if self._runs >= ENOUGH_RUNS and bracket.low > max(self._traced, default=0):
+        settled = bracket.low > max(self._traced, default=0)
+        if settled and (self._runs >= ENOUGH_RUNS or (self._overruns and bracket.high <= CLOSE_ENOUGH * bracket.low)):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
         if self._exact and self._machine.suffers and self._runs == 0:

@@ -27,6 +27,9 @@ from autoaccum.window.accumulate import Accumulator, ignore
 
 __all__ = ["Bench", "Counted"]
 
+# What stays behind in the process's memory from step to step: allocators cannot give back what lies between live blocks.
+PROCESS_DRIFT = 0.03
+
 
 class Bench:
     """Where trials run: the model, its optimizer and the device, with what they showed so far.
@@ -51,7 +54,8 @@ class Bench:
         self._journal, self._listener = journal, listener
         self._killed = journal.killed_sizes()
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
-        self._overhead = 0.0  # bytes of the process for each byte of PyTorch's, less 1
+        self._growth = ProcessGrowth(budget.kind)
+        self._grown: dict[int, tuple[int, int]] = {}  # by size: bytes above the start, by PyTorch's count and the process's
         self.trials: list[Trial] = []
         self.traces: dict[int, Trace] = {}
         self.resident: dict[int, dict[str, int]] = {}
@@ -61,10 +65,12 @@ class Bench:
     @property
     def budget(self) -> int:
         """Bytes that PyTorch may have in use, by what the trials showed of the process's own overhead."""
-        if self._budget.kind == "torch" or not self._overhead:
+        if not self._grown:
             return self._budget.bytes
         held = min(sum(parts.values()) for parts in self.resident.values())
-        return held + int((self._budget.bytes - held) / (1.0 + self._overhead))
+        fixed, rate = self._process_needs()
+        room = (self._budget.bytes - held) * (1.0 - PROCESS_DRIFT) - fixed
+        return min(self._budget.bytes, held + int(room / rate))
 
     @property
     def suffers(self) -> bool:
@@ -76,10 +82,20 @@ class Bench:
         """Where the budget comes from, in one line."""
         if self.budget == self._budget.bytes:
             return self._budget.reason
+        fixed, rate = self._process_needs()
         return (
-            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process needs "
-            f"{self._overhead:.1%} more than PyTorch counts (measured in the trials)"
+            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to need "
+            f"{format_bytes(fixed)} and {rate - 1.0:.1%} more than PyTorch counts"
         )
+
+    def _process_needs(self) -> tuple[int, float]:
+        """What the process needs beyond PyTorch's count: (bytes whatever the size, bytes for each of PyTorch's)."""
+        grown = sorted(self._grown.values())
+        torchs, process = grown[-1]
+        rate = 1.0
+        if len(grown) > 1 and torchs > grown[-2][0]:
+            rate = max(rate, (process - grown[-2][1]) / (torchs - grown[-2][0]))
+        return max(0, round(process - rate * torchs)), rate
 
     def forecast(self) -> "Counted | None":
         """From all traces so far; None where they do not line up."""
@@ -163,7 +179,7 @@ class Bench:
             return int(self._device.peak() or 0)
         accumulator.open([batch])
         held = self._held(batch)
-        with ProcessGrowth(self._budget.kind) as growth, record(self._device) as recording:
+        with self._growth as growth, record(self._device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
             self._allocate_gradients()
@@ -173,8 +189,9 @@ class Bench:
         accumulator.on_phase = ignore
         trace = recording.trace
         self.traces[size], self.resident[size] = trace, held
-        if growth.bytes is not None and trace.peak > 0:
-            self._overhead = max(self._overhead, growth.bytes / trace.peak - 1.0)
+        if growth.bytes is not None:
+            above = trace.peak + sum(held.values()) - min(sum(parts.values()) for parts in self.resident.values())
+            self._grown[size] = (above, growth.bytes)
         return sum(held.values()) + trace.peak
 
     def _window(self, batch: Any) -> None:

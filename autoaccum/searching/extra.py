@@ -15,7 +15,7 @@ from typing import Any
 
 from autoaccum.errors import MissingExtraError, SetupError
 
-__all__ = ["CONSTRAINT", "load_optuna", "make_pruner", "make_sampler", "mark_infeasible", "quiet"]
+__all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "make_sampler", "mark_infeasible", "quiet"]
 
 CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a constraint under Optuna 4
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
@@ -47,8 +47,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Without Optuna's own lines about each trial: the search has its table."""
+    logging = load_optuna().logging
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def make_sampler(sampler: Any, *, seed: int, number: int, n_trials: int) -> Any:
-    """The sampler for one trial: a function of seed, trial number and what was tried, so that a restart changes nothing.
+    """The sampler for one trial: it follows from seed, trial number and what was tried, so a restart changes nothing.
 
     Args:
         sampler: None ("tpe"), a name, or a sampler of the user's, which is returned as it is.
@@ -111,7 +123,9 @@ def make_pruner(pruner: Any, amount: int) -> Any:
         return optuna.pruners.MedianPruner(n_warmup_steps=first)
     inner = optuna.pruners.HyperbandPruner(min_resource=first, max_resource=amount, reduction_factor=REDUCTION)
 
-    class Hyperband(optuna.pruners.BasePruner):  # type: ignore[misc]  # Optuna ships no types that mypy sees here
+    base: Any = optuna.pruners.BasePruner
+
+    class Hyperband(base):  # type: ignore[misc]  # the base is known when Optuna is loaded, and not before
         """Hyperband, but the sampler sees all trials."""
 
         def prune(self, study: Any, trial: Any) -> bool:

@@ -75,8 +75,8 @@ class Space:
         found = self.function(trial)
         if not isinstance(found, Mapping):
             raise SetupError(
-                f"space returned {type(found).__name__}: a function of Optuna's trial returns a dict of parameters, such "
-                'as {"lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}'
+                f"space returned {type(found).__name__}: a function of Optuna's trial returns a dict of parameters, "
+                'such as {"lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}'
             )
         return dict(found)
 
@@ -128,8 +128,8 @@ def _choices(name: str, values: list[Any]) -> Choices:
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise SetupError(
-                f"space[{name!r}] has the choice {value!r}: choices are kept in the study as numbers, texts, True, False "
-                "or None; give a name there, and look it up in the setup"
+                f"space[{name!r}] has the choice {value!r}: choices are kept in the study as numbers, texts, True, "
+                "False or None; give a name there, and look it up in the setup"
             )
     if len({(type(value), value) for value in values}) < len(values):
         raise SetupError(f"space[{name!r}]={values!r} has a choice twice: leave one out")

@@ -111,9 +111,10 @@ class Evaluator:
         size, most = tree.batch_size(batch), self.micro_batch
         sizes = [most] * (size // most) + ([size % most] if size % most else [])
         parts = [self._run(piece) for piece in tree.split(batch, sizes)]
+        # Of the same kind as the parts: what is added up and never divided stays so.
         return {
-            name: Mean(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts))
-            for name in parts[0]
+            name: type(mean)(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts))
+            for name, mean in parts[0].items()
         }
 
     @torch.no_grad()
@@ -138,5 +139,5 @@ def _checked(name: str, value: Any) -> Mean:
 
 
 def _term(name: str) -> str:
-    """How a term of the loss is called among the results: several are "loss/main", "loss/auxiliary" and their sum "loss"."""
+    """How a term of the loss is called among the results: of several "loss/main" and so on, their sum is "loss"."""
     return name if name == "loss" else f"loss/{name}"

@@ -1,10 +1,13 @@
 """What the loop tells the world. It prints nothing itself: display, sinks and callbacks listen.
 
 A listener is a function of one event. A sink is a listener with `close()`. What a listener raises is the user's error
-and reaches them as it is.
+and reaches them as it is, with one exception: `StopTraining` asks for an end after the window in progress.
 """
 
+import contextlib
 import json
+import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +25,23 @@ __all__ = [
     "Noted",
     "Sink",
     "StepTaken",
+    "StopTraining",
     "TensorBoardSink",
     "TrainingEnded",
     "TrainingStarted",
+    "TrainingWarning",
     "TrialRan",
     "WindowReplayed",
     "WindowSkipped",
 ]
+
+
+class TrainingWarning(UserWarning):
+    """Something went wrong that the training survived; listeners hear the same text as an event."""
+
+
+class StopTraining(Exception):
+    """Raised by a listener: the loop ends after the window in progress, saves a checkpoint and returns as usual."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class StepTaken(Event):
 
     name: ClassVar[str] = "step"
     record: StepRecord
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; made at every window, so not by way of a deep copy."""
+        return {"event": self.name, "record": dict(vars(self.record))}
 
 
 @dataclass(frozen=True)
@@ -139,19 +156,32 @@ class Sink(Protocol):
 
 
 class Events:
-    """Hands each event to every listener, in the order they were given."""
+    """Hands each event to every listener, in the order they were given.
+
+    Attributes:
+        stop: why a listener asked for the end of the training; None while none has.
+    """
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
         self._listeners = list(listeners)
+        self.stop: str | None = None
 
     def add(self, listener: Listener) -> None:
         """Adds a listener at the end."""
         self._listeners.append(listener)
 
     def tell(self, event: Event) -> None:
-        """Tells all; what one raises ends the telling."""
+        """Tells all; what one raises ends the telling, unless it is StopTraining."""
         for listener in self._listeners:
-            listener(event)
+            try:
+                listener(event)
+            except StopTraining as asked:
+                self.stop = str(asked) or "a listener asked for it"
+
+    def warn(self, text: str, event: Event | None = None) -> None:
+        """Says loudly what the training survived: as an event, a note if no other is given, and as a Python warning."""
+        self.tell(Noted(text) if event is None else event)
+        warnings.warn(text, TrainingWarning, stacklevel=2)
 
     def close(self) -> None:
         """Closes the sinks among the listeners."""
@@ -162,27 +192,92 @@ class Events:
 
 
 class JsonlSink:
-    """Every event as a JSON line in a file; a resumed run appends."""
+    """Every event as a JSON line in a file; a resumed run appends.
+
+    A disk that is full costs lines, not the training: that is said once, and writing is tried again at each event.
+
+    Attributes:
+        failed: why lines are missing; None where none are.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Makes the file's folder; the file is opened at the first event, and again at one after `close`."""
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] | None = None
+        self.failed: str | None = None
 
     def __call__(self, event: Event) -> None:
         """Writes one line."""
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(event.to_dict()) + "\n")
-        if not isinstance(event, StepTaken):
-            self._file.flush()
+        try:
+            if self._file is None:
+                self._file = self._open()
+            self._file.write(_as_json(event.to_dict()) + "\n")
+            if not isinstance(event, StepTaken):
+                self._file.flush()
+        except OSError as error:
+            self._lost(error)
+
+    def _open(self) -> IO[str]:
+        """The file at its end; a line that a kill or a full disk has cut off is closed."""
+        whole = True
+        if self._path.exists() and self._path.stat().st_size:
+            with self._path.open("rb") as before:
+                before.seek(-1, 2)
+                whole = before.read(1) == b"\n"
+        file = self._path.open("a", encoding="utf-8")
+        file.write("" if whole else "\n")
+        return file
+
+    def position(self) -> int:
+        """Bytes written so far, all of them with the operating system."""
+        try:
+            if self._file is not None:
+                self._file.flush()
+            return self._path.stat().st_size
+        except OSError as error:
+            self._lost(error)
+            return 0
+
+    def cut(self, position: int) -> None:
+        """Drops all that was written after `position`: steps that a resumed run takes again."""
+        self.close()
+        if self._path.exists() and self._path.stat().st_size > position:
+            with self._path.open("r+b") as file:
+                file.truncate(position)
 
     def close(self) -> None:
         """Flushes and closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError as error:
+                self._lost(error)
+
+    def _lost(self, error: OSError) -> None:
+        if self.failed is None:
+            warnings.warn(f"events are missing in {self._path}: {error}", TrainingWarning, stacklevel=3)
+        self.failed = str(error)
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # what it still holds cannot be written either
+                file.close()
+
+
+def _as_json(values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError:  # JSON has no word for what is not finite
+        return json.dumps(_finite(values))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoardSink:

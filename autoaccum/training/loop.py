@@ -1,76 +1,35 @@
 """The configured training loop: windows in, step records out.
 
-Nothing but iteration trains. Leaving the loop and iterating again goes on where it stopped. The loop prints nothing;
-it tells events.
+Nothing but iteration trains. Leaving the loop and iterating again goes on where it stopped, also after Ctrl-C or an
+error in the middle of a window: that window is then as if it had not begun. The loop prints nothing; it tells events.
 """
 
-import random
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-
-from autoaccum.data import tree
 from autoaccum.data.source import Source, open_source
-from autoaccum.data.windows import Window, windows
-from autoaccum.errors import DataError, LossError, NothingFitsError
+from autoaccum.data.windows import Window, indices_of, windows
+from autoaccum.errors import CheckpointError, DataError, LossError, NothingFitsError, StateNotRestoredError
 from autoaccum.memory.device import Budget, Device
-from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
+from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
-from autoaccum.training.events import (
-    EpochEnded,
-    Events,
-    Noted,
-    StepTaken,
-    TrainingEnded,
-    TrainingStarted,
-    WindowReplayed,
-    WindowSkipped,
-)
-from autoaccum.training.recover import WindowStart, cut_smaller
+from autoaccum.training.events import EpochEnded, Events, StepTaken, TrainingEnded, TrainingStarted, WindowSkipped
+from autoaccum.training.generators import seed_everything
+from autoaccum.training.history import History
+from autoaccum.training.parts import Boundary, TrainingParts
+from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
+from autoaccum.training.result import FitResult
+from autoaccum.training.run_folder import RunFolder
+from autoaccum.training.smaller import plan_for
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
 
 __all__ = ["FitResult", "TrainingLoop"]
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `fit` gives back.
-
-    Attributes:
-        model: the trained model, the same object.
-        plan: as it was at the end; k may have grown after an out-of-memory error.
-        probe: None where the micro-batch or the plan was given.
-        verify: None where the check was switched off.
-        history: one record a window.
-        evaluations: one dict an epoch, with "epoch" and "step"; empty without validation data.
-    """
-
-    model: nn.Module = field(repr=False)
-    plan: Plan
-    probe: ProbeReport | None = field(repr=False)
-    verify: VerifyReport | None
-    history: list[StepRecord] = field(repr=False)
-    evaluations: list[dict[str, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: everything but the model."""
-        return {
-            "plan": self.plan.to_dict(),
-            "probe": self.probe.to_dict() if self.probe is not None else None,
-            "verify": self.verify.to_dict() if self.verify is not None else None,
-            "history": [record.to_dict() for record in self.history],
-            "evaluations": self.evaluations,
-        }
 
 
 class TrainingLoop:
@@ -84,13 +43,13 @@ class TrainingLoop:
 
     Attributes:
         model, optimizer, scheduler: what is trained; the scheduler is None where the rate never changes.
-        plan: as it is now.
+        plan: as it is now; k grows when memory runs out.
         probe, verify: the reports; None where nothing was probed or checked.
         history: the records so far.
         evaluations: validation results so far, one an epoch.
-        step: optimizer steps taken.
         epoch: epochs completed.
         total_steps: optimizer steps in the whole training; None for a stream without a length.
+        folder: where it is saved; None where it is not.
     """
 
     def __init__(
@@ -109,23 +68,39 @@ class TrainingLoop:
         verify: VerifyReport | None = None,
         regrow_after: int | None = None,
         seed: int | None = None,
+        shuffle: bool = True,
+        folder: RunFolder | None = None,
     ) -> None:
         """Wires the parts; trains nothing."""
         self.model, self.optimizer = accumulator.model, accumulator.optimizer
         self.scheduler = accumulator.scheduler
-        self.plan, self.probe, self.verify = accumulator.plan, probe, verify
-        self.history: list[StepRecord] = []
+        self.probe, self.verify, self.folder = probe, verify, folder
+        self.history = History()
         self.evaluations: list[dict[str, float]] = []
         self.epoch, self.total_steps = 0, total_steps
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
-        self._epochs, self._max_steps = epochs, max_steps
+        self._epochs, self._max_steps, self._seed = epochs, max_steps, seed
         self._events = events if events is not None else Events()
         self._evaluator = evaluator
-        self._window_index = 0
-        self._start = WindowStart(self.model, device)
-        self._regrow_after, self._undisturbed = regrow_after, 0
-        self._before_replays: Plan | None = None  # what to go back to when memory has come back
-        self._seed = seed
+        self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
+        self._safe = SafeWindow(
+            accumulator,
+            list(self._parts.modules.values()),
+            device,
+            self._events,
+            regrow_after,
+            objective=None if evaluator is None else evaluator.objective,
+            indices=lambda window: indices_of(window, source, self.plan),
+        )
+        self._window_index = self._epoch_began_at = 0
+        self._evaluation_due = False
+        self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
+        self._left: Window | None = None  # fetched, and not trained yet
+
+    @property
+    def plan(self) -> Plan:
+        """How windows are cut now."""
+        return self._accumulator.plan
 
     @property
     def step(self) -> int:
@@ -144,30 +119,40 @@ class TrainingLoop:
             NothingFitsError: out of memory at the smallest micro-batch.
             LossError: a loss that is not finite, unless such windows are skipped.
             DataError: an epoch gave no window.
+            StateNotRestoredError: an earlier error left the weights half updated.
         """
         began = time.perf_counter()
-        if self._seed is not None and not self.history:
-            seed_everything(self._seed)
-        self._tell_start()
+        self._begin()
         was_training = self.model.training
         self.model.train()
         try:
             with self._device.limit(self._budget) if self._budget is not None else nullcontext():
-                while not self._done():
-                    yield from self._rest_of_epoch()
+                yield from self._rest()
+            self._save()
             self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
-        except Exception:
+        except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
+            self._rescue()
+            if isinstance(error, (NothingFitsError, OptimizerOutOfMemoryError)):
+                raise type(error)(f"{error}. {self._where_to_go_on()}") from error.__cause__
+            raise
+        except KeyboardInterrupt:
+            self._rescue()
             raise
         finally:
             self.model.train(was_training)
+            if self.folder is not None:
+                self.folder.close()
             self._events.close()
 
     def run(self) -> FitResult:
         """Trains to the end."""
         for _ in self:
             pass
-        return FitResult(self.model, self.plan, self.probe, self.verify, self.history, self.evaluations)
+        return FitResult(
+            self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
+            None if self.folder is None else self.folder.unsaved, self._safe.stopped,
+        )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """The loss and the metrics over `data`, or over the validation data; the model is not trained.
@@ -180,113 +165,79 @@ class TrainingLoop:
             raise DataError("evaluate() has no data: pass some, or give val_data to prepare() or fit()")
         return evaluator.evaluate(open_source(data, shuffle=False) if data is not None else None)
 
+    # --- windows ---
+
+    def _begin(self) -> None:
+        self._check_whole()
+        self._safe.stopped = self._events.stop = None
+        if self._boundary is not None and self._left is None:
+            self._boundary.restore()
+        elif self._seed is not None and not self.history and self._left is None:
+            seed_everything(self._seed)
+        if self.folder is not None:
+            self.folder.begin(self.plan, self.probe, self._device)
+        budget = self._budget.bytes if self._budget is not None else None
+        self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
+
+    def _rest(self) -> Iterator[StepRecord]:
+        while self._safe.stopped is None:
+            if self._evaluation_due:
+                self._evaluate_now()
+            if self._done():
+                return
+            yield from self._rest_of_epoch()
+
     def _done(self) -> bool:
         if self._max_steps is not None:
             return self.step >= self._max_steps
         return self.epoch >= self._epochs
 
     def _rest_of_epoch(self) -> Iterator[StepRecord]:
-        stepped = False
-        for window in windows(self._source, lambda: self.plan, self.epoch, start=self._window_index):
-            record = self._train(window)
+        for window in self._windows():
+            self._left = window
+            record = self._safe.train(window)
+            self._left = self._boundary = None
             self._window_index += 1
-            stepped = stepped or record.skipped is None
             self.history.append(record)
             self._tell_record(record)
+            if self._accumulator.ranks.size == 1:
+                self._safe.stopped = self._events.stop
+            if self.folder is not None:
+                self.folder.poll()
+                if self.folder.due(self.step):
+                    self._save()
             yield record
-            if self._max_steps is not None and self.step >= self._max_steps:
-                self._evaluate_now()
+            if self._safe.stopped is not None:
                 return
+            if self._max_steps is not None and self.step >= self._max_steps:
+                self._evaluation_due = True
+                return
+        self._check_epoch()
+        self.epoch += 1
+        self._window_index, self._epoch_began_at, self._evaluation_due = 0, self.step, True
+
+    def _windows(self) -> Iterator[Window]:
+        if self._left is not None:
+            yield self._left
+        rest = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index)
+        while True:
+            self._boundary = self._parts.boundary()
+            window = next(rest, None)
+            if window is None:
+                self._boundary = None
+                return
+            yield window
+
+    def _check_epoch(self) -> None:
         if self._window_index == 0:
             raise DataError(
-                f"epoch {self.epoch} gave no window of {self.plan.target_batch} samples: the data ended before one was full "
-                'and tail="drop" leaves short ones out; lower target_batch or use tail="step"'
+                f"epoch {self.epoch} gave no window of {self.plan.target_batch} samples: the data ended before one was "
+                'full and tail="drop" leaves short ones out; lower target_batch or use tail="step"'
             )
-        if not stepped and self._max_steps is not None:
+        if self.step == self._epoch_began_at and self._max_steps is not None:
             raise LossError(
                 f"no window of epoch {self.epoch} took a step, so max_steps={self._max_steps} is never reached"
             )
-        self.epoch += 1
-        self._window_index = 0
-        self._evaluate_now()
-
-    def _train(self, window: Window) -> StepRecord:
-        """One window, replayed in smaller pieces until it fits."""
-        accumulator = self._accumulator
-        accumulator.epoch = window.epoch
-        self._start.mark()
-        pieces, limit = window.batches, max(window.sizes, default=0)
-        while True:
-            ran_out = self._attempt(pieces)
-            if not accumulator.ranks.any(ran_out):
-                break
-            accumulator.discard()
-            self._start.restore()
-            self._device.release()
-            limit = self._smaller(limit)
-            pieces = cut_smaller(window.batches, limit, self.plan.minimum)
-        record = accumulator.finish()
-        self._regrow()
-        return record
-
-    def _attempt(self, pieces: list[Any]) -> bool:
-        """Runs the window's micro-batches; whether memory ran out. What it held is free once this has returned."""
-        accumulator = self._accumulator
-        try:
-            accumulator.open(pieces)
-            accumulator.run(pieces)
-        except Exception as error:
-            # What may be for want of memory is tried smaller too; if that was not it, it fails again and is raised.
-            smallest = max(map(tree.batch_size, pieces), default=0) <= self.plan.minimum
-            verdict = out_of_memory(error)
-            if verdict is Verdict.SURELY or (verdict is Verdict.PERHAPS and not smallest):
-                return True
-            accumulator.discard()
-            raise
-        return False
-
-    def _smaller(self, limit: int) -> int:
-        """Halves the micro-batch, for this window and those to come."""
-        limit = max(limit, 1)
-        smaller = max((limit + 1) // 2, self.plan.minimum)
-        if smaller >= limit:
-            raise NothingFitsError(
-                f"step {self.step + 1} ran out of memory at a micro-batch of {limit}, the smallest there is: something else "
-                "has taken the memory, or a sample is larger than those probed; free memory, or train a smaller model"
-            )
-        text = (
-            f"out of memory in step {self.step + 1} at a micro-batch of {limit}: the same samples run again in micro-batches "
-            f"of at most {smaller}, and so do later windows; the batch stays {self.plan.target_batch}"
-        )
-        self._before_replays = self._before_replays or self.plan
-        self._undisturbed = 0
-        self._use(self.plan.with_limit(smaller, text))
-        self._events.tell(WindowReplayed(self.step + 1, smaller, self.plan.accumulation_steps, text))
-        return smaller
-
-    def _regrow(self) -> None:
-        """After enough undisturbed windows, back to the micro-batch from before; it is halved again if that was too soon."""
-        self._undisturbed += 1
-        if self._regrow_after is None or self._before_replays is None or self._undisturbed < self._regrow_after:
-            return
-        self._use(self._before_replays)
-        self._before_replays = None
-        text = f"{self._undisturbed} windows ran undisturbed: micro-batches of {self.plan.micro_batch} are tried again"
-        self._events.tell(Noted(text))
-
-    def _use(self, plan: Plan) -> None:
-        self.plan = self._accumulator.plan = plan
-
-    def _evaluate_now(self) -> None:
-        results = None
-        if self._evaluator is not None and self._evaluator.has_data:
-            results = self._evaluator.evaluate()
-            self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
-        self._events.tell(EpochEnded(self.epoch, self.step, results))
-
-    def _tell_start(self) -> None:
-        budget = self._budget.bytes if self._budget is not None else None
-        self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 
     def _tell_record(self, record: StepRecord) -> None:
         if record.skipped is None:
@@ -294,11 +245,89 @@ class TrainingLoop:
         else:
             self._events.tell(WindowSkipped(record.step, record.skipped))
 
+    def _evaluate_now(self) -> None:
+        results = None
+        if self._evaluator is not None and self._evaluator.has_data:
+            self._boundary = self._parts.boundary()
+            results = self._evaluator.evaluate()
+            self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
+        self._boundary, self._evaluation_due = None, False
+        self._events.tell(EpochEnded(self.epoch, self.step, results))
+        loss = None if results is None else results["loss"]
+        best = loss is not None and loss <= min(each["loss"] for each in self.evaluations)
+        if self.folder is not None and (best or self.folder.every is None):
+            self._save(loss)
 
-def seed_everything(seed: int) -> None:
-    """Seeds torch on every device, Python, and numpy where it is loaded."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "random"):
-        numpy.random.seed(seed % 2**32)
+    # --- state ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a training is between two windows: plain values, and tensors, some of them the model's own.
+
+        `torch.load(weights_only=True)` reads what `torch.save` makes of it. On several ranks all must call this.
+
+        Raises:
+            CheckpointError: in the middle of a window; or something in it cannot be held without code.
+            StateNotRestoredError: the weights are half updated.
+        """
+        self._check_whole()
+        if self._safe.inside:
+            raise CheckpointError("half a window is no state to go on from: take it between two windows")
+        return {
+            **self._parts.state_dict(self._boundary),
+            "progress": {
+                "step": self.step,
+                "skipped": self._accumulator.skipped_windows,
+                "epoch": self.epoch,
+                "window": self._window_index,
+                "epoch_began_at": self._epoch_began_at,
+                "evaluation_due": self._evaluation_due,
+            },
+            "plan": self.plan.to_dict(),
+            "replays": self._safe.replays.state_dict(),
+            "probe": None if self.probe is None else self.probe.to_dict(),
+            "verify": None if self.verify is None else self.verify.to_dict(),
+            "history": self.history.state_dict(),
+            "evaluations": [dict(results) for results in self.evaluations],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on as the loop that gave `state` would have. Generators and data follow when iteration begins.
+
+        Raises:
+            CheckpointError: it is of another target batch, data, model, optimizer, seed or number of ranks.
+        """
+        self._boundary = self._parts.load_state_dict(state)
+        progress = state["progress"]
+        self._accumulator.step, self._accumulator.skipped_windows = progress["step"], progress["skipped"]
+        self.epoch, self._window_index = progress["epoch"], progress["window"]
+        self._epoch_began_at, self._evaluation_due = progress["epoch_began_at"], progress["evaluation_due"]
+        self._accumulator.plan = plan_for(self.plan.rank, state["plan"])
+        self._safe.replays.load_state_dict(state["replays"], self.plan.rank)
+        self.history.load_state_dict(state["history"])
+        self.evaluations[:] = [dict(results) for results in state["evaluations"]]
+        self._left = self._safe.broken = self._safe.stopped = None
+
+    def _save(self, loss: float | None = None) -> None:
+        """A checkpoint of this moment, unless there is one; `loss` is what validation has just found."""
+        entry = Entry(self.step, self.epoch, self._window_index)
+        if self.folder is not None and self.step and not self.folder.is_saved(entry):
+            self.folder.save(entry, self.state_dict, self.plan, loss)
+
+    def _rescue(self) -> None:
+        """After an error: a checkpoint of what was before the window, where that is still there."""
+        # On several ranks saving needs all of them, and nobody knows what the others are doing now.
+        if self._safe.broken is None and not self._safe.inside and self._accumulator.ranks.size == 1:
+            self._save()
+            if self.folder is not None:
+                self.folder.poll(wait=True)
+
+    def _check_whole(self) -> None:
+        if self._safe.broken is not None:
+            raise StateNotRestoredError(
+                f"the weights may be half updated, since there was {self._safe.broken}. {self._where_to_go_on()}"
+            )
+
+    def _where_to_go_on(self) -> str:
+        if self.folder is None:
+            return "There is no checkpoint to go on from: checkpoint=FOLDER keeps them"
+        return self.folder.where()

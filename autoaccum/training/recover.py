@@ -1,57 +1,224 @@
-"""Out of memory in mid-training: the same window again, the same samples, in more pieces.
+"""One window, trained whatever happens: out of memory, it runs again, the same samples in more pieces.
 
 The failed attempt leaves nothing behind: its gradients and pooled statistics are dropped, every buffer and random
 generator returns to the window's start. The restart happens outside the `except` block, since the traceback holds the
-tensors of the step that failed.
+tensors of the step that failed. On several ranks all replay together, after the vote that comes before the window's
+only sum of gradients.
+
+Any other error leaves everything as it was before the window. Only what happens inside the optimizer's step cannot be
+undone: its state may be half updated then, and is not trusted.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
+from autoaccum.data.windows import Window
+from autoaccum.errors import AutoaccumError, LossError
 from autoaccum.memory.device import Device
-from autoaccum.planning.split import even_split
-from autoaccum.window.snapshot import RandomState
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.training.blame import culprits, listed, named
+from autoaccum.training.events import Events, Noted, WindowReplayed
+from autoaccum.training.generators import Generators
+from autoaccum.training.smaller import Replays, cut_smaller
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.loss import Objective
+from autoaccum.window.record import StepRecord
 
-__all__ = ["WindowStart", "cut_smaller"]
+__all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]
+
+
+class OptimizerOutOfMemoryError(AutoaccumError, torch.cuda.OutOfMemoryError):
+    """Memory ran out inside the optimizer's step, so that its state and the weights may be half updated."""
 
 
 class WindowStart:
     """The buffers and random generators as they are when a window begins."""
 
-    def __init__(self, model: nn.Module, device: Device) -> None:
-        """Reserves room for one copy of the buffers; `mark` fills it."""
-        self._model, self._device = model, device.torch_device
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
+        """Reserves room for one copy of the modules' buffers; `mark` fills it."""
+        self._modules, self._device = modules, device
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
-        self._random: RandomState | None = None
+        self._random: Generators | None = None
 
     def mark(self) -> None:
         """Keeps the state of this moment."""
-        buffers = list(self._model.buffers())
+        buffers = [buffer for module in self._modules for buffer in module.buffers()]
         if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
             self._buffers = buffers
             self._saved = [buffer.detach().clone() for buffer in buffers]
         elif buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
-        self._random = RandomState(self._device)
+        self._random = Generators(self._device)
 
     def restore(self) -> None:
         """Puts the state of `mark` back."""
-        with torch.no_grad():
-            if self._buffers:
-                torch._foreach_copy_(self._buffers, self._saved)
+        self.restore_buffers()
         if self._random is not None:
             self._random.restore()
 
+    def restore_buffers(self) -> None:
+        """Puts the buffers back; the generators go on."""
+        if self._buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(self._buffers, self._saved)
 
-def cut_smaller(batches: Sequence[Any], limit: int, minimum: int) -> list[Any]:
-    """The same samples in the same order, in micro-batches of at most `limit`."""
-    smaller = []
-    for batch in batches:
-        smaller += tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=minimum))
-    return smaller
+
+class SafeWindow:
+    """Trains one window at a time.
+
+    Attributes:
+        replays: how small micro-batches have become.
+        inside: a window is being trained.
+        broken: what left the weights half updated; None where nothing did.
+        stopped: a rank was asked to stop, and all of them know; why. None where none was.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        modules: Sequence[nn.Module],
+        device: Device,
+        events: Events,
+        regrow_after: int | None,
+        objective: Objective | None = None,
+        indices: Callable[[Window], Sequence[Any] | None] = lambda window: None,
+    ) -> None:
+        """Keeps references only.
+
+        Args:
+            accumulator: runs the window.
+            modules: whose buffers return to the window's start.
+            device: where it runs.
+            events: told of replays.
+            regrow_after: undisturbed windows after which larger micro-batches are tried again.
+            objective: asked which samples gave a loss that is not finite; None: nobody is.
+            indices: the dataset's indices of a window's samples, where they have some.
+        """
+        self._objective, self._indices = objective, indices
+        self._accumulator, self._device, self._events = accumulator, device, events
+        self._start = WindowStart(modules, device.torch_device)
+        self.replays = Replays(regrow_after)
+        self.inside = False
+        self.broken: str | None = None
+        self.stopped: str | None = None
+
+    def train(self, window: Window) -> StepRecord:
+        """One window, replayed in smaller pieces until it fits.
+
+        Raises:
+            NothingFitsError: memory ran out at the smallest micro-batch.
+            OptimizerOutOfMemoryError: memory ran out inside the optimizer's step.
+            LossError: the loss is not finite, and such windows are not skipped.
+        """
+        self._accumulator.epoch = window.epoch
+        self.inside = True
+        self._start.mark()
+        try:
+            self._run(window)
+        except BaseException:
+            self._back()
+            raise
+        record = self._finish(window)
+        self.inside = False
+        grown = self.replays.grow(self._accumulator.plan)
+        if grown is not None:
+            self._accumulator.plan = grown
+            text = f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again"
+            self._events.tell(Noted(text))
+        return record
+
+    def _run(self, window: Window) -> None:
+        """Forward and backward of all pieces, until no rank ran out of memory."""
+        ranks, pieces = self._accumulator.ranks, window.batches
+        while True:
+            ran_out = self._attempt(pieces)
+            anywhere, stopping = ranks.tally([float(ran_out), float(self._events.stop is not None)])
+            if stopping:
+                self.stopped = self._events.stop or "another rank was asked to stop"
+            if not anywhere:
+                return
+            self._accumulator.discard()
+            self._start.restore()
+            self._device.release()
+            pieces = self._in_smaller_pieces(pieces, ran_out)
+
+    def _attempt(self, pieces: list[Any]) -> bool:
+        """Whether memory ran out. What the attempt held is free once this has returned."""
+        accumulator = self._accumulator
+        opened = accumulator.ranks.size == 1
+        try:
+            accumulator.open(pieces)
+            opened = True  # on several ranks an error before this is in the middle of an exchange, and ends them all
+            accumulator.run(pieces)
+        except Exception as error:
+            if opened and _is_for_memory(error, pieces, accumulator.plan.minimum):
+                return True
+            raise
+        return False
+
+    def _in_smaller_pieces(self, pieces: list[Any], ran_out: bool) -> list[Any]:
+        accumulator, step = self._accumulator, self._accumulator.step + 1
+        largest = max(map(tree.batch_size, pieces), default=0)
+        plan, limit = self.replays.shrink(accumulator.plan, largest, ran_out, accumulator.ranks, step)
+        smaller = cut_smaller(pieces, limit, plan.minimum)
+        accumulator.plan = plan
+        text = plan.reasons["limit"]
+        self._events.warn(text, WindowReplayed(step, plan.micro_batch, plan.accumulation_steps, text))
+        return smaller
+
+    def _finish(self, window: Window) -> StepRecord:
+        """The step itself. Whatever ends it half-way leaves weights that nobody can trust."""
+        try:
+            record = self._accumulator.finish()
+        except LossError as error:  # seen before anything was stepped
+            self._back()
+            raise LossError(
+                f"{error}. In window {window.index} of epoch {window.epoch}, {self._blame(window)}"
+            ) from None
+        except BaseException as error:
+            self._accumulator.discard()
+            self.broken = f"{type(error).__name__} inside the step {self._accumulator.step + 1}"
+            if out_of_memory(error) is not Verdict.SURELY:
+                raise
+            raise OptimizerOutOfMemoryError(
+                f"memory ran out inside the optimizer's step {self._accumulator.step + 1}: its state and the weights "
+                "may be half updated, and are not trusted"
+            ) from error
+        if not math.isfinite(record.loss):
+            self._start.restore_buffers()  # left out, and running statistics must not keep what was not finite
+            samples = listed(range(window.samples), self._indices(window))
+            record = replace(record, skipped=f"{record.skipped}; the window has {samples}")
+        return record
+
+    def _blame(self, window: Window) -> str:
+        places: list[int] = []
+        if self._objective is not None:
+            try:
+                places = culprits(window.batches, self._objective, self._accumulator)
+            finally:
+                self._start.restore()
+        return named(places, window.samples, self._indices(window))
+
+    def _back(self) -> None:
+        """To the window's start."""
+        self._accumulator.discard()
+        self._start.restore()
+        self.inside = False
+
+
+def _is_for_memory(error: BaseException, pieces: Sequence[Any], minimum: int) -> bool:
+    """Whether smaller micro-batches may get past `error`.
+
+    What may be for want of memory is tried smaller too: if that was not it, it fails again at the smallest, and counts.
+    """
+    verdict = out_of_memory(error)
+    smallest = max(map(tree.batch_size, pieces), default=0) <= minimum
+    return verdict is Verdict.SURELY or (verdict is Verdict.PERHAPS and not smallest)

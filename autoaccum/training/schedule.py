@@ -42,19 +42,18 @@ def build_schedule(
         raise SetupError(
             f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps"
         )
-    return LambdaLR(optimizer, _Factor(schedule, warmup_steps, total_steps or 0))
+    return LambdaLR(optimizer, _factor(schedule, warmup_steps, total_steps or 0))
 
 
-class _Factor:
-    """The factor on the peak rate at each step; a class, so that its state needs no pickling."""
+def _factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:
+    """The factor on the peak rate at each step. A function: a checkpoint leaves it out, so what was asked for holds."""
 
-    def __init__(self, schedule: str, warmup: int, total: int) -> None:
-        self._schedule, self._warmup, self._total = schedule, warmup, total
-
-    def __call__(self, step: int) -> float:
-        if step < self._warmup:
-            return (step + 1) / self._warmup
-        if self._schedule == "constant":
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if schedule == "constant":
             return 1.0
-        progress = min(1.0, (step - self._warmup) / max(1, self._total - self._warmup))
-        return 1.0 - progress if self._schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor

@@ -162,7 +162,7 @@ class Accumulator:
         objective = self._objective
         denominators = None if objective is None else objective.window_denominators(batches)
         self._ledger = Ledger(samples, denominators, objective.names if objective is not None else (), self.ranks)
-        self._statistics.begin()
+        self._statistics.begin(len(batches))
         return self._ledger
 
     def run(self, batches: Iterable[Any]) -> None:

@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from autoaccum.errors import SetupError
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.ranks import Ranks, here
-from autoaccum.window.norm_layer import NormLayer, has_running_statistics, sharers
+from autoaccum.window.norm_layer import NormLayer, end_window_of, has_running_statistics, sharers
 from autoaccum.window.pooling import Pool, wide
 
 __all__ = ["PooledStatistics", "needs_two"]
@@ -71,6 +71,8 @@ class PooledStatistics:
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)
         ]
+        self._layers: list[NormLayer] = []
+        self._end_windows()
         hooked = [] if mode == "keep" else self.layers
         self._layers = [NormLayer(self, index, name, module) for index, (name, module) in enumerate(hooked)]
         self._groups: list[tuple[Pool, list[NormLayer]]] = []
@@ -88,15 +90,24 @@ class PooledStatistics:
         return any(sharers(module) > 1 for _, module in self.layers)
 
     def begin(self, k: int | None = None) -> None:
-        """Opens a window; one that is still open is discarded first. `k`, where given, replaces the one before."""
-        self.discard()
+        """Opens a window. One that is still open over a layer, of this owner or another, is discarded first.
+
+        Args:
+            k: micro-batches in this window and the following ones; None: as before.
+
+        Raises:
+            PlanError: mode "momentum", and a layer's own momentum is not between 0 and 1.
+        """
+        self._end_windows()
         self.k = self.k if k is None else k
         self._regroup()
         for pool, _ in self._groups:
             pool.begin()
         for layer in self._layers:
-            layer.open(self.mode, self.k)
+            layer.prepare(self.mode, self.k)
         self.is_open = True
+        for layer in self._layers:
+            layer.open()
         for pool, layers in self._groups:
             self._count_in_micro_batches(pool, layers)
 
@@ -171,6 +182,11 @@ class PooledStatistics:
         layer.dirty = False
 
     # Parts.
+
+    def _end_windows(self) -> None:
+        self.discard()
+        for _, module in self.layers:
+            end_window_of(module)
 
     def _regroup(self) -> None:
         """Lays the layers' sums end to end, unless they lie so already for these very buffers."""

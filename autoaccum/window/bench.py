@@ -199,7 +199,7 @@ class Bench:
         chosen = []
         for index, parameter in enumerate(self._parameters):
             flat = _flat(gradient[index] if gradient else None, parameter)
-            chosen.append(flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].to("cpu", torch.float64))
+            chosen.append(flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double())
         return torch.cat(chosen)
 
     @property

@@ -73,7 +73,7 @@ class Determinism:
             self._start = _Start(self._modules, self._device)
             stack.callback(self._restart)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-                # Compiled code would not see the modes. (It is traced without them by torch < 2.6.)
+                # Modes make compiled code skip itself, which fullgraph=True takes for an error.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._noise)
             stack.enter_context(self._functions)

@@ -218,7 +218,7 @@ def _declare(objective: Objective, evidence: Evidence, count: Count) -> Diagnosi
             "k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n"
             + remedy,
         )
-    if False:
+    if evidence.adds_up:
         return Diagnosis(
             Cause.TOO_LARGE,
             f"k times too large: the loss is a mean over {count.name}, and is added up undivided.\n{remedy}",

@@ -22,7 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from autoaccum.planning.bn_momentum import bn_momentum
 
-__all__ = ["NormLayer", "Owner", "has_running_statistics", "sharers"]
+__all__ = ["NormLayer", "Owner", "end_window_of", "has_running_statistics", "sharers"]
 
 
 class Owner(Protocol):
@@ -40,6 +40,9 @@ class Owner(Protocol):
 
     def put_back(self, layer: "NormLayer") -> None:
         """Gives a layer the running statistics that it had when the window opened."""
+
+    def discard(self) -> None:
+        """Closes an open window without a trace."""
 
 
 class NormLayer:
@@ -86,11 +89,18 @@ class NormLayer:
         """The layer's momentum as torch uses it: None where torch cannot average is 0."""
         return self.momentum if self.momentum is not None or self.counts_batches else 0.0
 
-    def open(self, mode: str, k: int) -> None:
-        """Sets the momentum for a window: 1, or in mode "momentum" what each of `k` micro-batches updates with."""
-        _OPEN[self._key] = self
+    def prepare(self, mode: str, k: int) -> None:
+        """Reads the layer's own momentum, and finds the one for a window of `k` micro-batches.
+
+        Raises:
+            PlanError: mode "momentum", and the layer's own is not between 0 and 1.
+        """
         self.momentum = self.module.momentum
         self._small = bn_momentum(self.momentum, k) if mode == "momentum" else 1.0
+
+    def open(self) -> None:
+        """Sets that momentum."""
+        _OPEN[self._key] = self
         self._set_momentum(self._small)
 
     def end(self) -> None:
@@ -172,6 +182,13 @@ def _run_captured(token: Tensor, mean: Tensor, variance: Tensor, elements: int, 
 # spoil the backward pass, which has saved them. Replaying a CUDA graph would not run it, hence the tag.
 _TAGS: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 _captured = torch.library.custom_op("autoaccum::batch_norm_called", _run_captured, mutates_args=("token",), **_TAGS)
+
+
+def end_window_of(module: nn.Module) -> None:
+    """Discards a window that another owner has left open over `module`: it would be read as the layer's own state."""
+    layer = _OPEN.get(_KEYS.get(module, -1))
+    if layer is not None:
+        layer.owner.discard()
 
 
 def _recomputing() -> bool:

@@ -50,6 +50,7 @@ class Pool:
         first = self.means[0]
         self._sums = torch.zeros(4, sum(self.sizes), dtype=wide(first.dtype), device=first.device)
         self._mean, self._within, self._between, self._unit = self._sums.unbind()
+        self._moments = self._sums[:2]
         self._factors: dict[tuple[float, ...], Tensor] = {}
 
     # Around a window.
@@ -112,10 +113,11 @@ class Pool:
         weight = self._factor(weights)
         called = 1.0 if every else self._factor([float(place in calls) for place in range(len(self.sizes))])
         new = self._flat(means, variances)
-        away = new[0] - self._mean
+        mean, variance = new.unbind()
+        away = mean - self._mean
         self._between.addcmul_(away * weight, away).mul_(1.0 - weight)
-        self._sums[:2].lerp_(new, weight)
-        _add(self._unit, new[1], called)
+        self._moments.lerp_(new, weight)
+        _add(self._unit, variance, called)
 
     # At a window's end.
 
@@ -155,7 +157,7 @@ class Pool:
         self._within.mul_(self._factor(whole))
         _add(self._within, self._between, self._factor(between))
         _add(self._within, self._unit, self._factor(unit))
-        self._write(torch.lerp(self._start, self._sums[:2], self._momentum(momenta)), _where(totals))
+        self._write(torch.lerp(self._start, self._moments, self._momentum(momenta)), _where(totals))
         self._write(self._start, [place for place, total in enumerate(totals) if not total])
 
     def average(self, ranks: Ranks, totals: Sequence[int]) -> None:

@@ -1,0 +1,41 @@
+"""A trial that is itself a group of ranks, as torchrun starts them: rank 0 searches, the others train along.
+
+Only rank 0 knows the study. It tells the others each trial's parameters and, at the end, the result.
+"""
+
+import os
+from typing import Any
+
+import torch.distributed as dist
+
+__all__ = ["join", "rank", "size", "tell"]
+
+
+def join() -> None:
+    """Joins the group where torchrun started this process and nothing has joined yet."""
+    import torch
+
+    launched = (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    )
+    if launched and dist.is_available() and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def size() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def tell(message: Any = None) -> Any:
+    """Rank 0's message, on every rank; plain values."""
+    if size() == 1:
+        return message
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,117 @@
+"""How many samples fit at once, probed once for all trials that need the same memory.
+
+What decides the memory is the key of the probe's cache: the model's structure, the batch's shapes, the optimizer, the
+formats, the device. Learning rates, schedules and target batches are not in it, so most searches probe a single time.
+The answers lie in the run's folder, where all workers find them, and one worker probes at a time.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from autoaccum.assembly import Parts
+from autoaccum.errors import NothingFitsError
+from autoaccum.probing.cache import training_key
+from autoaccum.probing.report import ProbeReport
+from autoaccum.searching.locks import FolderLock
+
+__all__ = ["Limits", "forecast_bytes"]
+
+# What of fit's arguments decides the answer beside model, batch and optimizer.
+_DECIDING = ("precision", "accumulate", "clip_norm", "batch_norm", "memory", "max_batch", "multiple_of", "prefer")
+_SCHEMA = 1
+
+
+class Limits:
+    """The probe's answers by key: in memory, and in the run's folder for the other workers and the next start."""
+
+    def __init__(self, folder: Path, ceiling: int) -> None:
+        """`ceiling`: the largest target batch, up to which the probe looks."""
+        self._folder, self._ceiling = folder / "probes", ceiling
+        self._known: dict[str, dict[str, Any]] = {}
+        self.probes = 0
+
+    def key(self, parts: Parts, arguments: Mapping[str, Any]) -> str:
+        """A name for all that decides how many samples fit."""
+        device = f"{parts.device.torch_device.type} {parts.device.name} {parts.device.total()}"
+        settings = {name: arguments[name] for name in _DECIDING if arguments.get(name) is not None}
+        training = training_key(
+            parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
+            {**settings, "precision": parts.precision.name}, device,
+        )  # fmt: skip
+        return hashlib.sha256(f"{training} {parts.ranks.size}".encode()).hexdigest()[:24]
+
+    def report(self, key: str, arguments: Mapping[str, Any], target: int) -> ProbeReport:
+        """The probe's report, whose `micro_batch` is the most samples that trials may run at once.
+
+        Raises:
+            NothingFitsError: not even one sample fits, now or when it was probed.
+        """
+        share = max(self._ceiling, target)
+        found = self._read(key, share)
+        if found is None:
+            with FolderLock(self._folder, "probe"):
+                found = self._read(key, share)  # another worker may have found out meanwhile
+                if found is None:
+                    found = self._probe(arguments, share)
+                    self._write(key, found)
+        self._known[key] = found
+        if found["nothing"] is not None:
+            raise NothingFitsError(found["nothing"])
+        return ProbeReport.from_dict(found["report"])
+
+    def curve(self, key: str) -> list[list[int]]:
+        """The forecast's points, of a key that was asked for: [samples, bytes]."""
+        found = self._known[key]["report"]
+        return [] if found is None else found["curve"]
+
+    def _probe(self, arguments: Mapping[str, Any], share: int) -> dict[str, Any]:
+        import autoaccum
+
+        taken = inspect.signature(autoaccum.probe).parameters
+        asked = {name: value for name, value in arguments.items() if name in taken}
+        self.probes += 1
+        try:
+            report = autoaccum.probe(**{**asked, "target_batch": share})
+        except NothingFitsError as error:
+            return {"schema": _SCHEMA, "share": share, "nothing": str(error), "report": None}
+        values = report.to_dict() | {"timeline": None}
+        if not report.throughput:  # else the size is the fastest, and larger ones would only be slower
+            values["micro_batch"] = max(report.micro_batch, report.limit or 0)
+        return {"schema": _SCHEMA, "share": share, "nothing": None, "report": values}
+
+    def _read(self, key: str, share: int) -> dict[str, Any] | None:
+        """What is known and reaches as far as `share`; a file that is no answer is as good as none."""
+        found = self._known.get(key)
+        if found is None:
+            try:
+                found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return None
+        if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
+            return None
+        enough = found["nothing"] is not None or found["share"] >= share
+        return found if enough or found["report"]["limit_proof"] in ("forecast", "out of memory") else None
+
+    def _write(self, key: str, found: Mapping[str, Any]) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._folder / f".{key}.{secrets.token_hex(4)}"
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(temporary, self._folder / f"{key}.json")
+
+
+def forecast_bytes(report: ProbeReport, curve: list[list[int]], micro_batch: int) -> int | None:
+    """The peak at a micro-batch, from the points of the probe's curve; its largest measured one without a curve."""
+    points = sorted((int(size), int(peak)) for size, peak in curve)
+    if not points:
+        return max((trial.peak_bytes for trial in report.trials if trial.peak_bytes is not None), default=None)
+    for (a, at_a), (b, at_b) in pairwise(points):
+        if a <= micro_batch <= b:
+            return round(at_a + (at_b - at_a) * (micro_batch - a) / max(b - a, 1))
+    return points[-1][1] if micro_batch > points[-1][0] else points[0][1]

@@ -1,0 +1,48 @@
+"""A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+__all__ = ["FolderLock"]
+
+try:
+    import fcntl
+except ImportError:  # Windows: there the ledger's rules alone keep the workers apart
+    fcntl = None  # type: ignore[assignment]
+
+
+class FolderLock:
+    """One at a time, on this machine. Not for nesting."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """The lock is a file in `folder`, which is made."""
+        self._path = folder / f".{name}.lock"
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Waits until nobody else has it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("a")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+
+    def release(self) -> None:
+        """Lets go; nothing where it is not held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,251 @@
+"""Several workers at once: a spawned process each, watched, and started anew where one dies.
+
+Choices:
+- Processes and not threads: one crash or kill costs one trial, and the interpreter's lock is nobody's.
+- Threads are shared out: on a CPU every worker gets its part of them, and of the memory that is free.
+- A worker that loses its parent ends itself, so that a search that was killed is gone as a whole.
+- Ctrl-C reaches every worker, which marks its trial as interrupted before it goes; those that do not go are ended.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import connection
+from typing import Any
+
+from autoaccum.errors import AutoaccumError, DeviceError, SetupError
+from autoaccum.searching.extra import hushed
+from autoaccum.searching.worker import Job, Worker, open_job
+
+__all__ = ["Place", "places", "run_pool"]
+
+DEATHS_IN_A_ROW = 3  # workers that die with nothing finished in between
+POLL = 0.5  # seconds between two looks at the study
+PATIENCE = 20.0  # seconds that interrupted workers have for marking their trials
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs.
+
+    Attributes:
+        device: None leaves it to the setup.
+        threads: that PyTorch may use in it.
+        memory: bytes, where several share a host's memory; None where it is the worker's alone.
+    """
+
+    device: str | None
+    threads: int
+    memory: int | None = None
+
+
+def places(workers: int | str) -> list[Place]:
+    """A place for each worker.
+
+    Raises:
+        SetupError: not a number above 0 or "gpus".
+        DeviceError: "gpus" where there are none.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if workers == "gpus":
+        count = torch.cuda.device_count()
+        if not count:
+            raise DeviceError('workers="gpus": there is no CUDA device; give a number of CPU workers, such as 2')
+        return [Place(f"cuda:{index}", max(1, threads // count)) for index in range(count)]
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise SetupError(f'workers={workers!r}: give a number of processes above 0, or "gpus" for one a GPU')
+    if workers == 1:
+        return [Place(None, threads)]
+    memory = None
+    if not torch.cuda.is_available():
+        from autoaccum.memory.device import open_device
+
+        memory = open_device("cpu").budget(None).bytes // workers
+    return [Place(None, max(1, threads // workers), memory) for _ in range(workers)]
+
+
+def run_pool(job: Job, spots: list[Place], finished: Callable[[], int], heard: Callable[[], None]) -> None:
+    """Runs the workers until the search is done.
+
+    Args:
+        job: for all of them.
+        spots: one a worker.
+        finished: how many trials are, by the study.
+        heard: called now and then, to draw what has changed.
+
+    Raises:
+        KeyboardInterrupt: after every worker has marked its trial and gone.
+        SetupError: the setup cannot be sent to another process.
+        AutoaccumError: what ends the search in a worker; or workers that die one after another.
+    """
+    _check_pickles(job)
+    pool = _Pool(job)
+    try:
+        for spot in spots:
+            pool.start(spot)
+        deaths, before = 0, finished()
+        while pool.processes:
+            for code in pool.ended(POLL):
+                now = finished()
+                deaths = deaths + 1 if now == before else 1
+                before = now
+                if deaths >= DEATHS_IN_A_ROW:
+                    raise AutoaccumError(
+                        f"{deaths} workers died one after another and no trial was finished ({_cause(code)}): look at "
+                        "what they printed, or run with workers=1 to see it here"
+                    )
+                pool.restart()
+            heard()
+    except BaseException:
+        pool.stop()
+        raise
+
+
+def _cause(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
+        return f"ended by {name}" + (", often for want of memory" if name == "SIGKILL" else "")
+    return f"exit code {code}"
+
+
+def _check_pickles(job: Job) -> None:
+    try:
+        pickle.dumps(job)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SetupError(
+            f"the search cannot be sent to other processes ({error}): define the setup (and a space that is a "
+            "function) at the top level of a module, and give the storage as a path or URL; or use workers=1"
+        ) from error
+
+
+class _Pool:
+    """The processes, each with the pipe in which it may leave an error."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._context = job, multiprocessing.get_context("spawn")
+        self.processes: dict[Any, tuple[Place, Any]] = {}
+        self._vacant: list[Place] = []
+
+    def start(self, spot: Place) -> None:
+        given = {"device": spot.device, "memory": spot.memory}
+        defaults = {**self._job.defaults, **{name: value for name, value in given.items() if value is not None}}
+        here, there = self._context.Pipe(duplex=False)
+        process = self._context.Process(
+            target=_work, args=(replace(self._job, defaults=defaults), spot, there), daemon=False
+        )
+        with _interrupts_ignored():  # the child inherits that, until it has a handler of its own
+            process.start()
+        there.close()
+        self.processes[process] = (spot, here)
+
+    def ended(self, timeout: float) -> list[int]:
+        """Waits a while; the exit codes of workers that died. Raises what a worker left as its last word."""
+        connection.wait([process.sentinel for process in self.processes], timeout)
+        codes = []
+        for process in [process for process in self.processes if not process.is_alive()]:
+            spot, pipe = self.processes.pop(process)
+            process.join()
+            error = _last_word(pipe)
+            if error is not None:
+                raise error
+            if process.exitcode != 0:
+                codes.append(process.exitcode or 1)
+                self._vacant.append(spot)
+        return codes
+
+    def restart(self) -> None:
+        self.start(self._vacant.pop())
+
+    def stop(self) -> None:
+        """Interrupts all, waits until they have marked their trials, and ends those that do not go."""
+        with _interrupts_ignored():
+            for process in self.processes:
+                with contextlib.suppress(ProcessLookupError, TypeError):
+                    os.kill(process.pid, signal.SIGINT)
+            deadline = time.monotonic() + PATIENCE
+            for process in self.processes:
+                process.join(max(0.1, deadline - time.monotonic()))
+            for process in self.processes:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _last_word(pipe: Any) -> BaseException | None:
+    try:
+        return pipe.recv() if pipe.poll() else None
+    except (EOFError, OSError):
+        return None
+    finally:
+        pipe.close()
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ctrl-C waits; the handler is put back. Only the main thread has one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- in the child ----------------------------------------------------------------------------------------------------
+
+
+def _work(job: Job, spot: Place, pipe: Any) -> None:
+    """What a worker's process does."""
+    import torch
+
+    signal.signal(signal.SIGINT, _interrupted)
+    threading.Thread(target=_follow_the_parent, daemon=True).start()
+    torch.set_num_threads(spot.threads)
+    os.environ["OMP_NUM_THREADS"] = str(spot.threads)  # for processes that the user's code starts
+    if spot.device is not None:
+        torch.cuda.set_device(spot.device)
+    try:
+        with hushed():
+            Worker(job, open_job(job)).run()
+    except KeyboardInterrupt:
+        os._exit(130)
+    except AutoaccumError as error:
+        pipe.send(_sendable(error))
+
+
+def _interrupted(number: int, frame: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the second must not break the marking
+    raise KeyboardInterrupt
+
+
+def _follow_the_parent() -> None:
+    """Ends this process with its parent, the trial marked, or without where that takes too long."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(PATIENCE)
+    os._exit(1)
+
+
+def _sendable(error: AutoaccumError) -> AutoaccumError:
+    """The error as it can be pickled: with its traceback's text, where it has none of its own."""
+    cause = error.__cause__
+    made = type(error)(*error.args) if len(error.args) == 1 else AutoaccumError(str(error))
+    made.__cause__ = cause if cause is None or isinstance(cause, Exception) else None
+    try:
+        pickle.loads(pickle.dumps(made))
+    except Exception:  # a cause from the user's code may be anything: its text is enough
+        made.__cause__ = None
+    return made

@@ -1,0 +1,137 @@
+"""The user's setup: a function that builds fit's arguments anew, called once for each trial with its parameters.
+
+A parameter goes to the setup where it takes one of that name, else into the dict that it returned, if `fit` knows it.
+The random generators are seeded before every call, so that all trials begin with the same weights where their shapes
+are the same, and so that the best one can be had again.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoaccum.errors import SetupError
+from autoaccum.training.generators import seed_everything
+
+__all__ = ["Recipe", "fit_keywords"]
+
+# What belongs to one long training: trials would write over one another, and go on from another's weights.
+DROPPED = ("checkpoint", "checkpoint_every", "resume", "progress")
+FORBIDDEN = {
+    "plan": "a plan fixes the target batch, which is searched: leave it out, and give micro_batch for a known limit",
+}
+
+
+def fit_keywords() -> list[str]:
+    """The names that `fit` takes."""
+    import autoaccum
+
+    return list(inspect.signature(autoaccum.fit).parameters)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A setup with the seed before it. Can be pickled where the setup can."""
+
+    setup: Callable[..., Mapping[str, Any]]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What the setup is called: TARGET on the command line, else the function's module and name."""
+        text = getattr(self.setup, "text", None)
+        if isinstance(text, str):
+            return text
+        module = getattr(self.setup, "__module__", "")
+        own = getattr(self.setup, "__qualname__", type(self.setup).__name__)
+        return own if module in ("__main__", "__mp_main__", "") else f"{module}.{own}"
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """Of the setup.
+
+        Raises:
+            SetupError: it cannot be called.
+        """
+        if not callable(self.setup):
+            raise SetupError(
+                f"setup={self.setup!r} is {type(self.setup).__name__}: give a function that returns a dict of fit's "
+                "arguments, since every trial needs a model of its own"
+            )
+        try:
+            return list(inspect.signature(self.setup).parameters.values())
+        except ValueError:  # a builtin without a signature
+            return []
+
+    def takes(self, name: str) -> bool:
+        """Whether the setup has a parameter of this name, or takes any."""
+        return any(
+            p.kind is p.VAR_KEYWORD or (p.name == name and p.kind is not p.POSITIONAL_ONLY) for p in self.parameters()
+        )
+
+    def needs(self) -> list[str]:
+        """Its parameters without a default."""
+        some = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return [p.name for p in self.parameters() if p.default is p.empty and p.kind not in some]
+
+    def check_names(self, names: Collection[str]) -> None:
+        """That each parameter has somewhere to go, and each that the setup needs is searched.
+
+        Raises:
+            SetupError: one that has not; the nearest name is given.
+        """
+        known = fit_keywords()
+        own = [p.name for p in self.parameters()]
+        for name in names:
+            if name in ("model", "data") or not (self.takes(name) or name in known):
+                close = difflib.get_close_matches(name, [*own, *known], n=1)
+                meant = f": did you mean {close[0]!r}?" if close else f"; the setup takes {', '.join(own) or 'nothing'}"
+                raise SetupError(
+                    f"space has the parameter {name!r}, which neither the setup nor fit takes{meant}. Give the setup a "
+                    "parameter of that name to use it there"
+                )
+        for name in self.needs():
+            if name not in names:
+                raise SetupError(
+                    f"the setup {self.name} needs {name!r}, which is not searched: give it a default, or add it to "
+                    "space"
+                )
+
+    def build(self, params: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
+        """fit's arguments for these parameters, of a fresh call; `whole` keeps what trials have no use for.
+
+        Raises:
+            SetupError: not a dict of fit's arguments, or one that a search has no use for.
+        """
+        seed_everything(self.seed)
+        own = {name: value for name, value in params.items() if self.takes(name)}
+        arguments = self.setup(**own)
+        known = fit_keywords()
+        if not isinstance(arguments, Mapping):
+            raise SetupError(
+                f"the setup {self.name} returned {type(arguments).__name__}: return a dict of fit's arguments, such as "
+                '{"model": model, "data": data, "loss": loss}'
+            )
+        for name in ("model", "data"):
+            if name not in arguments:
+                raise SetupError(f"the setup {self.name} returned a dict without {name!r}: add it under that key")
+        merged = {**arguments, **{name: value for name, value in params.items() if name in known and name not in own}}
+        if "target_batch" in params:
+            merged["target_batch"] = params["target_batch"]
+        for name, value in merged.items():
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                meant = f": did you mean {close[0]!r}?" if close else ""
+                raise SetupError(f"the setup {self.name} returned {name!r}, which fit does not take{meant}")
+            if value is not None and name in FORBIDDEN and not whole:
+                raise SetupError(f"the setup {self.name} returned {name!r}: {FORBIDDEN[name]}")
+        return {name: value for name, value in merged.items() if whole or name not in DROPPED}
+
+    def slug(self) -> str:
+        """The name as a folder can be called."""
+        text = self.name
+        if "/" in text or text.rpartition(":")[0].endswith(".py"):
+            file, _, function = text.rpartition(":")
+            text = f"{Path(file).stem}-{function}"
+        return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in text).strip("-.") or "search"

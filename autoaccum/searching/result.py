@@ -1,0 +1,216 @@
+"""What a search found: the best parameters and plan, every trial, and the file that `autoaccum fit --plan` takes."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autoaccum.errors import AutoaccumError, NothingFitsError
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.stored import write_file
+from autoaccum.searching import weights
+from autoaccum.searching.extra import load_optuna, quiet
+from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
+
+__all__ = ["SearchResult", "result_of"]
+
+SCHEMA = 1
+_HIDDEN = ("void", "interrupted")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best_params: of the best complete trial.
+        best_value: its metric.
+        best_plan: the plan that it trained with.
+        trials: one dict a trial: number, state ("complete", "pruned", "does not fit", "diverged", "error", "running",
+            "killed"), value, params, samples, seconds, target_batch, accumulation_steps, micro_batch, lr (as trained
+            with), memory_bytes, error, reports ([amount, value]).
+        study: Optuna's study; None on all ranks but the first of a group.
+        metric, direction, unit: what was searched on, which way, and what reports are counted in.
+        best_number: of the best trial.
+        weights: the file of the best trial's weights; None where it was trained on another machine.
+        importance: how much each parameter mattered, summing to 1; empty where too few trials are complete.
+        arguments: of fit, beside the setup's, with which the best trial was trained: lr, seed, max_steps and the like.
+        seed: set before each call of the setup.
+        threads: that PyTorch used; another number may change the last digits of the value on a CPU.
+        dashboard: the command that shows the study in a browser; None where the storage has no address.
+    """
+
+    best_params: dict[str, Any]
+    best_value: float
+    best_plan: Plan
+    trials: tuple[dict[str, Any], ...] = field(repr=False)
+    study: Any = field(repr=False)
+    metric: str = "loss"
+    direction: str = "minimize"
+    unit: str = "samples"
+    best_number: int = 0
+    weights: Path | None = None
+    importance: dict[str, float] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    threads: int = 1
+    dashboard: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON: everything but the study."""
+        return {
+            "best_params": self.best_params,
+            "best_value": self.best_value,
+            "best_number": self.best_number,
+            "best_plan": self.best_plan.to_dict(),
+            "metric": self.metric,
+            "direction": self.direction,
+            "unit": self.unit,
+            "importance": self.importance,
+            "weights": None if self.weights is None else str(self.weights),
+            "arguments": self.arguments,
+            "seed": self.seed,
+            "threads": self.threads,
+            "dashboard": self.dashboard,
+            "trials": list(self.trials),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the best plan with its parameters as JSON, whole or not at all: `autoaccum fit TARGET --plan path`.
+
+        Raises:
+            PlanError: it cannot be written there.
+        """
+        values = {
+            "schema": SCHEMA,
+            "plan": self.best_plan.to_dict(),
+            "params": self.best_params,
+            "fit": self.arguments,
+            "seed": self.seed,
+            "threads": self.threads,
+            "value": self.best_value,
+            "metric": self.metric,
+            "direction": self.direction,
+            "trial": self.best_number,
+            "trials": len(self.trials),
+            "weights": None if self.weights is None else str(self.weights),
+        }
+        write_file(Path(path), values)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the history, the importance of the parameters, and the value over target batch and learning rate.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            SetupError: it cannot write that format.
+        """
+        from autoaccum.display.search_plots import search_plot
+
+        search_plot(self.to_dict(), path)
+
+
+def rows_of(study: Any) -> tuple[dict[str, Any], ...]:
+    """The trials of a study as plain values; without those that made way for others."""
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
+    return tuple(_row(trial) for trial in trials if trial.user_attrs.get(OUTCOME) not in _HIDDEN)
+
+
+def _row(trial: Any) -> dict[str, Any]:
+    attributes = trial.user_attrs
+    facts = attributes.get(TRAINING) or {}
+    made = facts.get("plan") or {}
+    reports = sorted(trial.intermediate_values.items())
+    seconds = None if trial.duration is None else trial.duration.total_seconds()
+    return {
+        "number": trial.number,
+        "state": _state(trial, attributes),
+        "value": trial.value if trial.state.name == "COMPLETE" else reports[-1][1] if reports else None,
+        "params": dict(trial.params),
+        "samples": facts.get("samples") or (reports[-1][0] if reports else 0),
+        "seconds": seconds,
+        "target_batch": made.get("target_batch"),
+        "accumulation_steps": made.get("accumulation_steps"),
+        "micro_batch": made.get("micro_batch"),
+        "lr": made.get("lr"),
+        "memory_bytes": facts.get("memory_bytes"),
+        "repeats": (attributes.get(RETRY) or {}).get("of"),
+        "error": attributes.get(ERROR),
+        "reports": [[amount, value] for amount, value in reports],
+    }
+
+
+def _state(trial: Any, attributes: Mapping[str, Any]) -> str:
+    name, outcome = trial.state.name.lower(), str(attributes.get(OUTCOME) or "")
+    if name == "fail":
+        return "error" if outcome == "error" else "killed"
+    if name == "pruned":
+        return next((word for word in ("does not fit", "diverged") if outcome.startswith(word)), "pruned")
+    return str(name)
+
+
+def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> SearchResult:
+    """The result of a study in which at least one trial came to its end.
+
+    Raises:
+        NothingFitsError: nothing fits in any of the settings tried.
+        AutoaccumError: no trial came to its end.
+    """
+    rows = rows_of(study)
+    best = weights.best_trial(study)
+    if best is None:
+        raise _no_best(study, rows)
+    facts = best.user_attrs[TRAINING]
+    file = weights.path_of(folder, best.number)
+    return SearchResult(
+        best_params=dict(best.params),
+        best_value=float(best.value),
+        best_plan=Plan.from_dict(facts["plan"]),
+        trials=rows,
+        study=study,
+        metric=terms.metric,
+        direction=terms.direction,
+        unit=terms.unit,
+        best_number=best.number,
+        weights=file if file.exists() else None,
+        importance=importance_of(study),
+        arguments=_arguments(facts, terms),
+        seed=terms.seed,
+        threads=int(facts["threads"]),
+        dashboard=dashboard,
+    )
+
+
+def _arguments(facts: Mapping[str, Any], terms: Any) -> dict[str, Any]:
+    again = dict(facts["fit"])
+    if terms.unit == "ms":  # the steps that its time was enough for
+        again["max_steps"] = facts["steps"]
+        again.pop("epochs", None)
+    return again
+
+
+def _no_best(study: Any, rows: tuple[dict[str, Any], ...]) -> AutoaccumError:
+    words = [row["state"] for row in rows]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "none"
+    if words and all(word == "does not fit" for word in words):
+        last = next(t.user_attrs[OUTCOME] for t in study.get_trials(deepcopy=False) if OUTCOME in t.user_attrs)
+        return NothingFitsError(f"nothing fits in any of the {len(words)} settings tried; the first: {last}")
+    return AutoaccumError(
+        f"no trial came to its end, so there is no best one ({counts}): look at the trials' errors in the study, lower "
+        "the learning rates in the space, or give more trials"
+    )
+
+
+def importance_of(study: Any) -> dict[str, float]:
+    """How much each parameter mattered, by PED-ANOVA, which needs no other package; empty where that cannot be said."""
+    optuna = load_optuna()
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    if len(done) < 4 or len({trial.value for trial in done}) < 2:
+        return {}
+    with quiet():
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        try:
+            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except (ValueError, RuntimeError):  # no parameter that all trials have, or none that varies
+            return {}
+    return {name: float(share) for name, share in found.items()}

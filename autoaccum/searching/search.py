@@ -1,0 +1,210 @@
+"""`search`: settles what all trials have in common, opens the study, lets the workers run, and reads the result."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoaccum.errors import SetupError
+from autoaccum.searching import group
+from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler
+from autoaccum.searching.ledger import Kind
+from autoaccum.searching.limits import Limits
+from autoaccum.searching.pool import places, run_pool
+from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.result import SearchResult, result_of, rows_of
+from autoaccum.searching.space import read_space
+from autoaccum.searching.storage import dashboard_line, telling_of
+from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
+from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
+from autoaccum.searching.training import Pruned, Trainer
+from autoaccum.searching.worker import Job, Worker, open_job, train_once
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["search"]
+
+WAIT = 1.0  # seconds between two looks at trials that other machines are running
+
+
+def search(
+    setup: Callable[..., Mapping[str, Any]],
+    *,
+    n_trials: int,
+    space: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
+    target_batch: int | Sequence[int] = (64, 128, 256),
+    direction: str = "minimize",
+    metric: str = "loss",
+    storage: Any = None,
+    study_name: str | None = None,
+    sampler: Any = None,
+    pruner: Any = "hyperband",
+    budget: int | str | None = None,
+    workers: int | str = 1,
+    resume: bool = True,
+    seed: int = 0,
+    folder: "str | os.PathLike[str] | None" = None,
+    progress: bool | None = None,
+) -> SearchResult:
+    """Looks for the setting that trains best; every trial trains with exactly the batch that it claims.
+
+    The probe finds once how many samples fit; each trial's micro-batches follow by arithmetic. Trials are compared at
+    the same number of samples seen, with the same seed. What is found is in the storage at any moment: the same call
+    after any interruption goes on to `n_trials` in total.
+
+    Args:
+        setup: called for each trial, with those of its parameters that it takes, it returns fit's arguments as a dict;
+            parameters that it does not take go into that dict. A TARGET's function is the same.
+        n_trials: finished trials in total, over restarts and workers; pruned ones and those that failed by an error
+            count.
+        space: ranges (low, high) or (low, high, "log") and lists of choices by name, or a function of Optuna's trial
+            that returns the parameters. None: the learning rate, ten times up and down from the setup's, and the target
+            batch; the rate is scaled from `lr_batch` to each batch, so only what does not follow is searched.
+        target_batch: the choices, where `space` is None.
+        direction: "minimize" or "maximize".
+        metric: "loss" or one of the setup's metrics, on its val_data; "train_loss" needs none.
+        storage: None: a journal file in `folder`; a path: a journal file there; or sqlite:///study.db,
+            postgresql://user@host/name, grpc://host:port.
+        study_name: None: after the setup.
+        sampler: None ("tpe"), "random", "gp", "cmaes", "qmc" or a sampler of Optuna's.
+        pruner: "hyperband", "halving", "median", "none" or a pruner of Optuna's.
+        budget: samples that a trial trains on, or a time such as "90s"; None: what the setup's epochs come to.
+        workers: processes on this machine, or "gpus" for one a GPU. With 1, trials run in this process.
+        resume: go on with a study that is there; False refuses it.
+        seed: of the search, and of every trial unless the setup gives one.
+        folder: where weights, limits and best.json lie; None: autoaccum-search/<study_name> here.
+        progress: tell about trials on stderr; None: on a terminal.
+
+    Raises:
+        MissingExtraError: Optuna is not installed.
+        SetupError: a setup, space, metric or storage that cannot be searched with, or a setup that fails in all of the
+            first five trials.
+        NothingFitsError: no setting fits in memory.
+        AutoaccumError: no trial came to its end, or workers died one after another.
+        KeyboardInterrupt: after running trials were marked; the same call goes on.
+    """
+    load_optuna()
+    _check(n_trials, direction, seed)
+    group.join()
+    recipe = Recipe(setup, seed)
+    targets = check_targets(target_batch)
+    read = None if space is None else read_space(space)
+    if read is None or read.function is None:
+        recipe.check_names(() if read is None else read.parts)
+    spots = places(workers)
+    if group.size() > 1 and len(spots) > 1:
+        raise SetupError(
+            f"workers={workers!r} under torchrun: every worker would need a group of its own; leave workers out, and "
+            "start the command several times with the same storage and study_name"
+        )
+    arguments = sample_arguments(recipe, read)
+    read = default_space(arguments, targets) if read is None else read
+    recipe.check_names(read.parts)
+    terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
+    del arguments
+    make_sampler(sampler, seed=seed, number=0, n_trials=n_trials)
+    make_pruner(pruner, terms.amount)
+    name = study_name or recipe.slug()
+    place = Path(folder) if folder is not None else Path("autoaccum-search") / name
+    place.mkdir(parents=True, exist_ok=True)
+    job = Job(recipe, read, terms, n_trials, storage, name, place.absolute(), sampler, pruner, {})
+    if group.rank() > 0:
+        return _train_along(job)
+    return _lead(job, spots, resume=resume, progress=progress)
+
+
+def _check(n_trials: Any, direction: Any, seed: Any) -> None:
+    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
+        raise SetupError(f"n_trials={n_trials!r}: give a whole number above 0, such as 30")
+    if direction not in ("minimize", "maximize"):
+        raise SetupError(f'direction={direction!r}: choose "minimize" or "maximize"')
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise SetupError(f"seed={seed!r}: give a whole number, 0 or above")
+
+
+def _lead(job: Job, spots: list[Any], *, resume: bool, progress: bool | None) -> SearchResult:
+    """The search as the process that was asked for it runs it."""
+    try:
+        with hushed():
+            study = open_job(job, resume=resume)
+        with _table(job, study, len(spots), progress) as heard:
+            if len(spots) == 1 and spots[0].device is None:
+                Worker(job, study, heard=heard).run()
+            else:
+                with _marked(study):
+                    run_pool(job, spots, lambda: ledger_of(study).finished, heard)
+            with telling_of(job.storage_name, opening=False):
+                _wait_for_others(job, study, heard)
+        result = result_of(study, job.folder, job.terms, dashboard_line(job.storage, job.folder))
+    except BaseException:
+        group.tell({"ended": None})
+        raise
+    result.save(job.folder / "best.json")
+    group.tell({"ended": replace(result, study=None)})
+    return result
+
+
+@contextlib.contextmanager
+def _marked(study: Any) -> Iterator[None]:
+    """Trials of workers that an interruption ended before they could say so are failed here."""
+    try:
+        yield
+    except BaseException:
+        for trial in study.get_trials(deepcopy=False):
+            who = trial.user_attrs.get(OWNER)
+            if trial.state.name == "RUNNING" and who is not None and is_gone(who, None):
+                fail(study, trial.number)
+        raise
+
+
+def _wait_for_others(job: Job, study: Any, heard: Callable[[], None]) -> None:
+    """Waits for trials that other processes run, and takes over what they leave."""
+    while True:
+        ledger = ledger_of(study)
+        to_take = ledger.room(job.n_trials) + ledger.count(Kind.WAITING) + len(ledger.to_repeat())
+        if ledger.finished >= job.n_trials or not (to_take or ledger.count(Kind.RUNNING)):
+            return
+        if not to_take:
+            time.sleep(WAIT)
+        Worker(job, study, heard=heard).run()
+        heard()
+
+
+def _train_along(job: Job) -> SearchResult:
+    """The other ranks of a group: train what rank 0 says, until it says how the search ended."""
+    trainer = Trainer(job.terms, Limits(job.folder / f"rank-{group.rank()}", job.terms.ceiling))
+    while True:
+        message = group.tell()
+        if "ended" in message:
+            if message["ended"] is None:
+                raise SetupError(
+                    f"the search ended on rank 0 of {group.size()}: the cause is in the error raised there"
+                )
+            return message["ended"]  # type: ignore[no-any-return]  # a SearchResult
+        with contextlib.suppress(Exception, Pruned):
+            train_once(job, trainer, message["params"], began=lambda _: None, report=lambda *_: False)
+
+
+@contextlib.contextmanager
+def _table(job: Job, study: Any, workers: int, progress: bool | None) -> Iterator[Callable[[], None]]:
+    """Draws the trials as they come; gives what to call when something may have changed."""
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield lambda: None
+        return
+    from autoaccum.display.layout import open_console
+    from autoaccum.display.search_table import SearchTable
+
+    line = dashboard_line(job.storage, job.folder)
+    with SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=line) as table:
+
+        def heard() -> None:
+            if table.is_due():
+                table.show(rows_of(study))
+
+        table.show(rows_of(study))
+        yield heard
+        table.show(rows_of(study))

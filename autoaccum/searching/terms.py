@@ -1,0 +1,221 @@
+"""What all trials of a search have in common, settled before the first: metric, budget, seed, sizes.
+
+Trials are compared at the same number of samples seen, whatever their batch. So a budget is counted in samples: given
+as such, or what the setup's own epochs come to. A budget in seconds compares at equal time instead.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from autoaccum.data.source import Source, open_source
+from autoaccum.errors import SetupError
+from autoaccum.planning.plan import Plan
+from autoaccum.searching.extra import load_optuna, quiet
+from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.space import Choices, Range, Space
+
+__all__ = [
+    "TRAIN_LOSS",
+    "Terms",
+    "check_targets",
+    "default_space",
+    "read_budget",
+    "sample_arguments",
+    "settle",
+    "steps_for",
+]
+
+TRAIN_LOSS = "train_loss"
+_TIMES = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+_AROUND = 10.0  # the learning rate is looked for this many times above and below the one given
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all trials have in common.
+
+    Attributes:
+        metric: the evaluation's name that is searched on, or "train_loss".
+        direction: "minimize" or "maximize".
+        amount: what a whole trial takes, in `unit`s.
+        unit: "samples" or "ms".
+        given: whether the budget was given, instead of following from the setup.
+        seed: of every trial's weights and data order.
+        ceiling: the largest target batch, up to which the probe looks.
+        lr_batch: the batch that learning rates are for, where the setup does not say.
+    """
+
+    metric: str
+    direction: str
+    amount: int
+    unit: str
+    given: bool
+    seed: int
+    ceiling: int
+    lr_batch: int | None
+
+    def comparable(self) -> dict[str, Any]:
+        """What two searches must agree in for their values to be comparable."""
+        values = asdict(self)
+        return {name: values[name] for name in ("metric", "amount", "unit", "seed")}
+
+
+def check_targets(targets: Any) -> tuple[int, ...]:
+    """The target batches to choose from.
+
+    Raises:
+        SetupError: none, or one that is not a whole number above 0.
+    """
+    found = (targets,) if isinstance(targets, int) else tuple(targets) if isinstance(targets, Sequence) else ()
+    if not found or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
+        raise SetupError(f"target_batch={targets!r}: give whole numbers above 0 to choose from, such as (64, 128, 256)")
+    return tuple(dict.fromkeys(found))
+
+
+def read_budget(budget: Any) -> tuple[int, str] | None:
+    """The amount and its unit: samples, or milliseconds for a text such as "90s".
+
+    Raises:
+        SetupError: neither.
+    """
+    if budget is None:
+        return None
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget, "samples"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*", budget) if isinstance(budget, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise SetupError(
+            f'budget={budget!r}: give the samples that a trial trains on, such as 50_000, or a time such as "90s"'
+        )
+    return round(1000 * float(match[1]) * _TIMES[match[2]]), "ms"
+
+
+def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Space:
+    """The learning rate, over its logarithm around the one given, and the target batch.
+
+    Raises:
+        SetupError: the optimizer is an instance, whose rate cannot be set.
+    """
+    if isinstance(arguments.get("optimizer"), Optimizer):
+        raise SetupError(
+            "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
+            'factory under "optimizer", or give a space without "lr"'
+        )
+    rate = float(arguments.get("lr") or 1e-3)
+    return Space({"lr": Range(rate / _AROUND, rate * _AROUND, True), "target_batch": Choices(targets)})
+
+
+def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
+    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
+    if space is None or (space.function is None and not recipe.needs()):
+        return recipe.build({})
+    optuna = load_optuna()
+    with quiet():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
+    params = space.suggest(study.ask())
+    recipe.check_names(params)
+    return recipe.build(params)
+
+
+def settle(
+    recipe: Recipe, space: Space | None, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
+    direction: str, budget: Any,
+) -> Terms:  # fmt: skip
+    """The terms, from one call of the setup.
+
+    Raises:
+        SetupError: a metric that nothing reports, or a budget that nothing says.
+    """
+    check_metric(arguments, metric)
+    searched = () if space is None else tuple(space.parts)
+    for name in ("epochs", "max_steps"):
+        if name in searched:
+            raise SetupError(
+                f"space has {name!r}, but trials are compared at the same number of samples: give budget= instead"
+            )
+    source = open_source(arguments["data"], shuffle=True, seed=recipe.seed)
+    largest = space.largest("target_batch") if space is not None else None
+    own = arguments.get("target_batch")
+    fixed = "target_batch" not in searched and space is not None and space.function is None
+    sizes = [size for size in (largest, own if fixed else None) if size is not None] or [*targets]
+    read = read_budget(budget)
+    amount, unit = read if read is not None else (_amount(arguments, source), "samples")
+    if unit == "ms" and arguments.get("schedule", "constant") != "constant":
+        raise SetupError(
+            f"budget={budget!r} is a time, and schedule={arguments['schedule']!r} must know its last step: give the "
+            "budget in samples"
+        )
+    return Terms(
+        metric=metric if arguments.get("val_data") is not None else TRAIN_LOSS,
+        direction=direction,
+        amount=amount,
+        unit=unit,
+        given=read is not None or arguments.get("max_steps") is not None,
+        seed=recipe.seed,
+        ceiling=max(sizes),
+        lr_batch=_lr_batch(arguments, source, own, targets),
+    )
+
+
+def check_metric(arguments: Mapping[str, Any], metric: str) -> None:
+    """That something reports the metric.
+
+    Raises:
+        SetupError: nothing does; it says what to give.
+    """
+    if arguments.get("val_data") is None:
+        if metric not in ("loss", TRAIN_LOSS):
+            raise SetupError(
+                f"metric={metric!r} is measured on held-out data, and the setup returns no val_data: add it (and "
+                f'{{"metrics": {{{metric!r}: f}}}}), or search on metric="train_loss"'
+            )
+        return
+    names = ["loss", TRAIN_LOSS, *(arguments.get("metrics") or {})]
+    if metric not in names and arguments.get("step") is None:  # a step may return terms of any name
+        raise SetupError(
+            f"metric={metric!r} is not reported: there are {', '.join(names)}; add it to the setup's metrics"
+        )
+
+
+def _amount(arguments: Mapping[str, Any], source: Source) -> int:
+    """Samples of the setup's own training."""
+    steps, own = arguments.get("max_steps"), arguments.get("target_batch")
+    if steps is not None:
+        if own is None:
+            raise SetupError(
+                f"max_steps={steps} is another number of samples for every target batch: give budget= in samples, or "
+                "the target_batch that those steps are meant for"
+            )
+        return int(steps) * int(own)
+    if source.length is None:
+        raise SetupError("the data is a stream without a length: give budget= in samples, such as budget=50_000")
+    return source.length * int(arguments.get("epochs") or 1)
+
+
+def _lr_batch(arguments: Mapping[str, Any], source: Source, own: int | None, targets: tuple[int, ...]) -> int | None:
+    """What learning rates are per; None where the setup or its DataLoader says it."""
+    if arguments.get("lr_batch") is not None or source.loader_batch is not None:
+        return None
+    if isinstance(arguments.get("optimizer"), Optimizer):
+        return None
+    return own if own is not None else targets[0]
+
+
+def steps_for(made: Plan, amount: int, length: int | None) -> int:
+    """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
+    if length is None:
+        return -(-amount // made.target_batch)
+    sizes = list(made.window_sizes(length))
+    if not sizes:
+        return -(-amount // made.target_batch)  # the loop says what is wrong with data that gives no window
+    whole, rest = divmod(amount, sum(sizes))
+    steps = whole * len(sizes)
+    for size in sizes:
+        if rest <= 0:
+            break
+        steps, rest = steps + 1, rest - size
+    return steps

@@ -1,0 +1,277 @@
+"""One worker: takes a trial, trains it, tells how it went, until all trials are taken.
+
+A claim (looking what is left, drawing a trial, writing down whose it is) happens under a lock of this machine; across
+machines the ledger's rules settle who goes on. What goes wrong in a trial is written down in it with its traceback, and
+the search goes on; what would go wrong in every trial ends the search.
+"""
+
+import contextlib
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autoaccum.errors import SetupError
+from autoaccum.searching import group, weights
+from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler, mark_infeasible
+from autoaccum.searching.ledger import Kind
+from autoaccum.searching.limits import Limits
+from autoaccum.searching.locks import FolderLock
+from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.space import Space
+from autoaccum.searching.storage import has_heartbeats, open_storage, telling_of
+from autoaccum.searching.study import (
+    BEAT,
+    ERROR,
+    OUTCOME,
+    OWNER,
+    TRAINING,
+    ledger_of,
+    open_study,
+    owner,
+    repeat_broken,
+    sweep,
+)
+from autoaccum.searching.terms import Terms
+from autoaccum.searching.training import Diverged, Finished, Infeasible, Pruned, Refused, Trainer
+
+__all__ = ["Job", "Worker", "open_job"]
+
+BEAT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A search, as every one of its workers gets it; can be pickled where the setup can."""
+
+    recipe: Recipe
+    space: Space
+    terms: Terms
+    n_trials: int
+    storage: Any
+    study_name: str
+    folder: Path
+    sampler: Any
+    pruner: Any
+    defaults: dict[str, Any]
+    """Of fit's arguments, such as the device of this worker, where the setup says nothing."""
+
+    @property
+    def storage_name(self) -> str:
+        """For messages."""
+        return str(self.storage) if self.storage is not None else str(self.folder / "journal.log")
+
+
+def open_job(job: Job, *, resume: bool = True) -> Any:
+    """The job's study, with its pruner."""
+    storage = open_storage(job.storage, job.folder)
+    study = open_study(storage, job.study_name, job.space, job.terms, shown=job.storage_name, resume=resume)
+    study.pruner = make_pruner(job.pruner, job.terms.amount)
+    return study
+
+
+class Worker:
+    """Runs trials of a job, one at a time."""
+
+    def __init__(self, job: Job, study: Any, *, heard: Callable[[], None] = lambda: None) -> None:
+        """`heard` is called whenever something in the study has changed by this worker."""
+        self._job, self._study, self._heard = job, study, heard
+        self._lock = FolderLock(job.folder, "claim")
+        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling))
+        self._refused: BaseException | None = None
+        self._number: int | None = None  # of the trial at hand
+
+    def run(self) -> None:
+        """Trials until none is left to take.
+
+        Raises:
+            SetupError: what is wrong is the same in every trial, or the first five all failed.
+        """
+        try:
+            with hushed(), telling_of(self._job.storage_name, opening=False):
+                while self._one():
+                    self._heard()
+        finally:
+            self._lock.release()
+
+    def _one(self) -> bool:
+        """One trial; False where none is left to take."""
+        study, job = self._study, self._job
+        self._lock.acquire()
+        try:
+            sweep(study, heartbeats=has_heartbeats(job.storage))
+            repeat_broken(study)
+            ledger = ledger_of(study)
+            if ledger.only_errors(job.n_trials):
+                raise all_failed(study)
+            if not ledger.room(job.n_trials) and not ledger.count(Kind.WAITING):
+                return False
+            study.sampler = make_sampler(
+                job.sampler, seed=job.terms.seed, number=len(ledger.entries), n_trials=job.n_trials
+            )
+            self._ask_and_tell()
+        finally:
+            self._lock.release()
+        if self._refused is not None:
+            raise self._refused
+        running = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"}
+        best = weights.best_trial(study)
+        weights.clean(job.folder, running if best is None else running | {best.number})
+        return True
+
+    def _ask_and_tell(self) -> None:
+        """Optuna's part: it makes the trial, keeps it alive where the storage has heartbeats, and notes its end."""
+        optuna = load_optuna()
+        try:
+            self._study.optimize(self._trial, n_trials=1, catch=(Exception,))
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            number = self._number
+            trials = self._study.get_trials(deepcopy=False)
+            if number is None or not any(t.number == number and t.state.is_finished() for t in trials):
+                raise
+            # Another process took this one for dead and ended its trial: that process's word stands.
+
+    def _trial(self, trial: Any) -> float:
+        """Optuna's objective: claims, trains, and gives the value."""
+        self._number = trial.number
+        try:
+            params = self._claim(trial)
+            with _signs_of_life(trial, needed=not has_heartbeats(self._job.storage)):
+                return self._outcome(trial, params)
+        except KeyboardInterrupt:
+            trial.set_user_attr(OUTCOME, "interrupted")
+            raise
+
+    def _claim(self, trial: Any) -> dict[str, Any]:
+        """Writes down whose the trial is, and draws its parameters; then others may look again."""
+        try:
+            trial.set_user_attr(OWNER, owner())
+            if not ledger_of(self._study).may_run(trial.number, self._job.n_trials):
+                trial.set_user_attr(OUTCOME, "void")
+                raise _LeaveError
+            return self._job.space.suggest(trial)
+        except (SetupError, TypeError, ValueError, KeyError) as error:  # the user's function of a trial
+            self._write_down(trial, error)
+            raise
+        finally:
+            self._lock.release()
+            self._heard()
+
+    def _outcome(self, trial: Any, params: dict[str, Any]) -> float:
+        """Trains; what ends it early becomes a state of the trial."""
+        optuna = load_optuna()
+        early: str | None = None
+        try:
+            finished = self._train(trial, params)
+            trial.set_user_attr(TRAINING, finished.facts)
+            if self._is_best(finished.value):
+                weights.save_weights(finished.model, weights.path_of(self._job.folder, trial.number))
+            return finished.value
+        except Pruned:
+            early = "pruned"
+        except Diverged as error:
+            early = f"diverged: {error}"
+        except Infeasible as error:
+            early = f"does not fit: {error}"
+            mark_infeasible(trial)
+        except Refused as error:
+            trial.set_user_attr(OUTCOME, "void")
+            self._refused = error
+            raise
+        except optuna.exceptions.UpdateFinishedTrialError:
+            raise  # somebody took this process for dead: the trial is theirs now
+        except Exception as error:
+            self._write_down(trial, error)
+            raise
+        trial.set_user_attr(OUTCOME, early)
+        raise optuna.TrialPruned(early)
+
+    def _train(self, trial: Any, params: dict[str, Any]) -> Finished:
+        job = self._job
+        if group.size() > 1:
+            group.tell({"params": params})
+        return train_once(
+            job, self._trainer, params,
+            began=lambda facts: self._began(trial, facts),
+            report=lambda value, amount: self._report(trial, value, amount),
+        )  # fmt: skip
+
+    def _began(self, trial: Any, facts: dict[str, Any]) -> None:
+        trial.set_user_attr(TRAINING, facts)
+        self._heard()
+
+    def _report(self, trial: Any, value: float, amount: int) -> bool:
+        trial.report(value, amount)
+        self._heard()
+        if amount >= self._job.terms.amount:
+            return False  # it has come to its end: nothing is saved any more
+        stop: bool = trial.should_prune()
+        return stop
+
+    def _is_best(self, value: float) -> bool:
+        best = weights.best_trial(self._study)
+        if best is None:
+            return True
+        return value < best.value if self._job.terms.direction == "minimize" else value > best.value
+
+    def _write_down(self, trial: Any, error: BaseException) -> None:
+        """The error goes into its trial, with its traceback."""
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        short = " ".join(str(error).split())
+        trial.set_user_attr(ERROR, {"type": type(error).__name__, "message": short, "traceback": text[-8000:]})
+        trial.set_user_attr(OUTCOME, "error")
+
+
+@contextlib.contextmanager
+def _signs_of_life(trial: Any, *, needed: bool) -> Iterator[None]:
+    """Writes the time into the trial now and then, by which other machines know that it is alive."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                trial.set_user_attr(BEAT, time.time())
+            except Exception:  # whatever it is, the trial's own thread meets it too, and tells it
+                return
+
+    if needed:
+        threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+class _LeaveError(Exception):
+    """This trial is not to be run: all places are taken, or another process repeats the same."""
+
+
+def train_once(job: Job, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Finished:
+    """Builds and trains one trial's model, on each rank of a group alike."""
+    job.recipe.check_names(params)
+    arguments = job.recipe.build(params)
+    given = {name: value for name, value in job.defaults.items() if arguments.get(name) is None}
+    return trainer.train({**arguments, **given}, **listeners)
+
+
+def all_failed(study: Any) -> SetupError:
+    """The error of a search whose first trials all failed, with the last one's traceback as its cause."""
+    failed = [trial for trial in study.get_trials(deepcopy=False) if ERROR in trial.user_attrs]
+    last = failed[-1].user_attrs[ERROR]
+    error = SetupError(
+        f"all of the first {len(failed)} trials failed, the last one (trial {failed[-1].number}, "
+        f"{failed[-1].params}) with {last['type']}: {last['message']}. Every trial keeps its traceback in the study, "
+        f"under the attribute {ERROR!r}. Mend the setup, and search under another study_name"
+    )
+    error.__cause__ = TrialTracebackError(last["traceback"])
+    return error
+
+
+class TrialTracebackError(Exception):
+    """A trial's traceback, as text: it may have come from another process."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"

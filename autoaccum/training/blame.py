@@ -1,0 +1,62 @@
+"""Which samples made a loss that is not finite: asked when the training ends of it, so it may take a few forwards."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from autoaccum.data import tree
+from autoaccum.errors import AutoaccumError
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.loss import Objective
+
+__all__ = ["culprits", "listed", "named"]
+
+_NAMED = 8
+
+
+def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumulator) -> list[int]:
+    """The places in the window of samples whose own loss is not finite; where they cannot run alone, their neighbours'.
+
+    Runs the model in training mode: what that changes is the caller's to put back.
+    """
+    found: list[int] = []
+    start = 0
+    with torch.no_grad(), accumulator.precision.autocast():
+        for batch in batches:
+            size = tree.batch_size(batch)
+            if not _finite(batch, objective, accumulator):
+                found += [start + place for place in _within(batch, size, objective, accumulator)]
+            start += size
+    return found
+
+
+def _within(batch: Any, size: int, objective: Objective, accumulator: Accumulator) -> Iterator[int]:
+    try:
+        singles = [_finite(single, objective, accumulator) for single in tree.split(batch, [1] * size)]
+    except (AutoaccumError, RuntimeError, ValueError):  # BatchNorm, say, takes no single sample
+        singles = [False] * size
+    yield from (place for place, finite in enumerate(singles) if not finite)
+
+
+def _finite(batch: Any, objective: Objective, accumulator: Accumulator) -> bool:
+    terms = objective.terms(tree.move(batch, accumulator.device))
+    # A mean over nothing is not a number either, and does not count.
+    return all(bool(torch.isfinite(term.value)) for term in terms.values() if float(term.denominator))
+
+
+def named(places: Sequence[int], size: int, indices: Sequence[Any] | None) -> str:
+    """The samples to blame in words: by their indices in the data, else by their places in the window of `size`."""
+    if not places:
+        return f"no sample alone gives it; the window has {listed(range(size), indices)}"
+    if len(places) == size and size > 1:
+        return "every sample of the window gives it, so the weights have gone astray rather than the data"
+    return f"it comes from {listed(places, indices)}"
+
+
+def listed(places: Sequence[int], indices: Sequence[Any] | None) -> str:
+    """The first few samples at these places of a window, and how many more."""
+    shown = ", ".join(str(place if indices is None else indices[place]) for place in places[:_NAMED])
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    where = "the window" if indices is None else "the data"
+    return f"sample{'s' if len(places) > 1 else ''} {shown}{more} of {where}"

@@ -1,0 +1,347 @@
+"""Checkpoints in a folder: written whole or not at all, found again after whatever happened.
+
+Choices made here:
+
+- A checkpoint is two files. `step-00000050-epoch-2-window-3.pt` is what `torch.load(weights_only=True)` reads; the
+  `.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk
+  and renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged.
+- The training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming
+  and the clearing away of older ones go on beside it; `settle` says how that ended.
+- The last three are kept, and the one with the lowest validation loss.
+- Where one is damaged or half-written, the one before it is used, and that is said. One with code in it is no
+  accident: nothing of it is run, and nothing goes on behind the user's back.
+- What an earlier training left in the folder is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ...
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from autoaccum.errors import CheckpointError
+
+__all__ = ["KEPT", "Checkpoints", "Entry", "Failure", "write_json"]
+
+KEPT = 3
+SCHEMA = 1
+RECORD_FILES = ("plan.json", "report.json", "environment.json", "metrics.jsonl")
+
+# What writing a file can fail with: torch reports a full disk as a RuntimeError, a host without memory as either.
+Failure = (OSError, RuntimeError, MemoryError)
+
+_NAME = re.compile(r"step-(\d+)-epoch-(\d+)-window-(\d+)")
+_CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """One checkpoint in the folder, by where in the training it is."""
+
+    step: int
+    epoch: int
+    window: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Entry | None":
+        """What a file's name says; None for any other file."""
+        found = _NAME.fullmatch(path.name.removesuffix(".pt").removesuffix(".json"))
+        return None if found is None else cls(*map(int, found.groups()))
+
+    @property
+    def name(self) -> str:
+        """Its files' name, without a suffix."""
+        return f"step-{self.step:08}-epoch-{self.epoch}-window-{self.window}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}"
+
+
+class Checkpoints:
+    """The checkpoints of one training.
+
+    Attributes:
+        folder: made when the first one is written.
+        last: the newest that is known to be whole on the disk.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int = KEPT) -> None:
+        """Nothing is read or written yet.
+
+        Raises:
+            CheckpointError: the path is a file.
+        """
+        self.folder = Path(folder)
+        self.last: Path | None = None
+        self._keep = keep
+        self._worker: ThreadPoolExecutor | None = None
+        self._finishing: tuple[Entry, Future[None]] | None = None
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"checkpoint={str(self.folder)!r} is a file: give a folder, which need not be there")
+
+    def path(self, entry: Entry) -> Path:
+        """Where the checkpoint is."""
+        return self.folder / f"{entry.name}.pt"
+
+    def entries(self) -> list[Entry]:
+        """Those that were finished, oldest first; whether they are still whole is seen when one is read."""
+        return sorted(entry for path in self.folder.glob("step-*.json") if (entry := Entry.of(path)) is not None)
+
+    # --- reading ---
+
+    def newest(self, say: Callable[[str], None]) -> tuple[Entry, dict[str, Any]] | None:
+        """The newest that is whole, and what it holds; None where there is none. `say` hears of each that is not.
+
+        Raises:
+            CheckpointError: one has code in it, or cannot be read for want of a permission.
+        """
+        for path in self._unfinished():
+            say(f"{path} was being written when the training ended, and is left out")
+        for entry in reversed(self.entries()):
+            try:
+                damage = self._damage(entry)
+                state = None if damage else self.read(entry)
+            except OSError as error:
+                raise CheckpointError(f"{self.path(entry)} cannot be read: {error}; repair that, then go on") from error
+            if state is not None:
+                self.last = self.path(entry)
+                return entry, state
+            say(f"the checkpoint {self.path(entry)} is damaged ({damage}), and the one before it is looked at")
+        return None
+
+    def _unfinished(self) -> list[Path]:
+        whole = {f"{entry.name}.pt" for entry in self.entries()}
+        orphans = (path for path in self.folder.glob("step-*.pt") if Entry.of(path) and path.name not in whole)
+        return sorted([*self.folder.glob(".step-*.tmp"), *orphans])
+
+    def _damage(self, entry: Entry) -> str | None:
+        """What is wrong with it; None where it is as it was written."""
+        path = self.path(entry)
+        try:
+            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            size, digest = int(about["bytes"]), str(about["sha256"])
+        except (ValueError, KeyError, TypeError) as error:
+            return f"its .json cannot be read: {type(error).__name__}"
+        if not path.exists():
+            return "its file is gone"
+        if path.stat().st_size == size and _digest(path) == digest:
+            return None
+        self._refuse_code(path)
+        return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
+
+    def _refuse_code(self, path: Path) -> None:
+        with contextlib.suppress(RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, AttributeError,
+                                 EOFError, AssertionError):  # a damaged file may fail in any of these ways  # fmt: skip
+            self._read(path)
+
+    def read(self, entry: Entry) -> dict[str, Any]:
+        """What a checkpoint holds that was found whole.
+
+        Raises:
+            CheckpointError: it cannot be read, or there is code in it.
+        """
+        path = self.path(entry)
+        try:
+            return self._read(path)
+        except (OSError, RuntimeError, UnpicklingError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read by torch {torch.__version__}: {error}; go on with the version that wrote it, "
+                "or delete it to go on from the one before"
+            ) from error
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The file's values; code in it is never run.
+
+        Raises:
+            CheckpointError: there is code in it.
+        """
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            code = _CODE.search(str(error))
+            if code is None:
+                raise
+            line = next((line.strip() for line in str(error).splitlines() if _CODE.search(line)), str(error))
+            raise CheckpointError(
+                f"{path} has code in it, and nothing of it was run. {line.split('. Please')[0]}. It is not of this "
+                "program: delete it to go on from the checkpoint before, or resume=False to start anew"
+            ) from None
+        return state
+
+    # --- writing ---
+
+    def begin(self, resumed: Entry | None) -> str | None:
+        """Readies the folder: half-written files go, and what is not this training's is set aside; where to, if any.
+
+        Args:
+            resumed: the checkpoint that this training goes on from; None: it is a new one.
+
+        Raises:
+            OSError: the folder cannot be made or written to.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self._unfinished():
+            path.unlink()
+        entries = self.entries()
+        if resumed is not None:  # those behind it are damaged: this training will come to them again
+            for entry in entries:
+                if entry > resumed:
+                    for path in self._files(entry):
+                        path.rename(path.with_name(f"{path.name}.damaged"))
+            return None
+        if not entries:
+            return None
+        number = 1 + sum(1 for _ in self.folder.glob("earlier-*"))
+        aside = self.folder / f"earlier-{number}"
+        aside.mkdir()
+        # The newest first: whatever ends this half-way, no other checkpoint of theirs becomes the newest.
+        files = [path for entry in reversed(entries) for path in self._files(entry)]
+        for path in (*files, *(self.folder / name for name in RECORD_FILES)):
+            if path.exists():
+                path.rename(aside / path.name)
+        return str(aside)
+
+    def write(self, entry: Entry, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Writes a checkpoint; it is finished beside the training, and `settle` says how that went.
+
+        Args:
+            entry: where in the training it is.
+            state: its values.
+            about: what else the `.json` is to say; the validation loss under "loss", where there is one.
+
+        Raises:
+            OSError, RuntimeError, MemoryError: it cannot be written; what was written of it is gone again.
+        """
+        self.settle()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{entry.name}.pt.tmp"
+        try:
+            with temporary.open("wb") as file:
+                torch.save(dict(state), file)
+        except Failure:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="autoaccum-checkpoint")
+        self._finishing = entry, self._worker.submit(self._finish, entry, temporary, dict(about))
+
+    def settle(self, *, wait: bool = True) -> Entry | None:
+        """The checkpoint that was finished since this was last asked; None where none was.
+
+        Raises:
+            OSError: it could not be finished; it is gone again, and those before it are as they were.
+        """
+        if self._finishing is None or not (wait or self._finishing[1].done()):
+            return None
+        entry, future = self._finishing
+        self._finishing = None
+        future.result()
+        self.last = self.path(entry)
+        return entry
+
+    def close(self) -> None:
+        """Waits for what is being finished, and lets the thread go."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
+
+    def _finish(self, entry: Entry, temporary: Path, about: Mapping[str, Any]) -> None:
+        path = self.path(entry)
+        try:
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
+            values = {
+                "schema": SCHEMA,
+                "step": entry.step,
+                "epoch": entry.epoch,
+                "window": entry.window,
+                **about,
+                "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "bytes": temporary.stat().st_size,
+                "sha256": _digest(temporary),
+            }
+            # Of the same moment in the run before: its .json must not vouch for another file.
+            path.with_suffix(".json").unlink(missing_ok=True)
+            os.replace(temporary, path)
+            write_json(path.with_suffix(".json"), values)
+        except OSError:
+            for left in (temporary, path):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            raise
+        self._clear(entry)
+
+    def _clear(self, newest: Entry) -> None:
+        """Deletes what need not be kept. One that cannot be deleted does no harm but take its place."""
+        entries = [entry for entry in self.entries() if entry <= newest]
+        kept = {*entries[-self._keep :], self.best()}
+        for entry in entries:
+            if entry not in kept:
+                for path in self._files(entry):
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+    def best(self) -> Entry | None:
+        """The one with the lowest validation loss; None where none has one."""
+        losses = {}
+        for entry in self.entries():
+            with contextlib.suppress(OSError, ValueError):  # damaged: not the best of anything
+                loss = json.loads(self.path(entry).with_suffix(".json").read_text(encoding="utf-8")).get("loss")
+                if isinstance(loss, float) and math.isfinite(loss):
+                    losses[entry] = loss
+        return min(losses, key=lambda entry: losses[entry], default=None)
+
+    def _files(self, entry: Entry) -> tuple[Path, Path]:
+        """The .json first: without it the other is not a checkpoint."""
+        path = self.path(entry)
+        return path.with_suffix(".json"), path
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Plain values in a file: whole, or as it was before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces the renaming itself to the disk, where the system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""The parts of a training whose state a checkpoint keeps: what each of them is, and that they are the same ones again.
+
+Modules, optimizer, scaler and scheduler are alike on all ranks. The random generators and how far the data was read are
+each rank's own, and are gathered.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoaccum.data.source import Source
+from autoaccum.errors import CheckpointError
+from autoaccum.memory.device import Device
+from autoaccum.planning.plan import Plan
+from autoaccum.probing.report import ProbeReport
+from autoaccum.ranks import Ranks
+from autoaccum.training.evaluate import Evaluator
+from autoaccum.training.generators import Generators
+from autoaccum.training.smaller import plan_for
+from autoaccum.training.state import (
+    SCHEMA,
+    check_same,
+    gathered,
+    load_module,
+    load_optimizer,
+    module_state,
+    optimizer_name,
+    plain,
+    scheduler_state,
+)
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.verify import VerifyReport
+
+__all__ = ["Boundary", "TrainingParts", "kept_answers"]
+
+
+class Boundary:
+    """What this rank's next window will draw from: the generators and the data's state, between two windows."""
+
+    def __init__(self, device: torch.device, source: Source, validation: Source | None) -> None:
+        self._random = Generators(device)
+        self._sources = [source] if validation is None else [source, validation]
+        self._data = [each.state_dict() for each in self._sources]
+
+    def restore(self) -> None:
+        """Puts generators and data back to that moment."""
+        for each, state in zip(self._sources, self._data):
+            each.load_state_dict(state)
+        self._random.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"random": self._random.state_dict(), "data": [plain(state, "the data's state") for state in self._data]}
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], device: torch.device, source: Source, validation: Source | None
+    ) -> "Boundary":
+        """The moment that gave `state`, of these sources."""
+        made = cls.__new__(cls)
+        made._random = Generators.from_state(state["random"], device)
+        made._sources = [source] if validation is None else [source, validation]
+        made._data = state["data"]
+        return made
+
+
+class TrainingParts:
+    """Model, loss, optimizer, scaler, scheduler, data and generators, as one state.
+
+    Attributes:
+        modules: the model, and the loss where it is a module, by name.
+    """
+
+    def __init__(
+        self,
+        accumulator: Accumulator,
+        source: Source,
+        device: Device,
+        evaluator: Evaluator | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Keeps references only.
+
+        Args:
+            accumulator: has the model, the optimizer, the scaler and the scheduler.
+            source: the training's data.
+            device: whose generator is kept beside the host's.
+            evaluator: has the loss, and validation data of its own.
+            settings: what a resumed training must share beside the rest, such as the seed.
+        """
+        self.modules: dict[str, nn.Module] = {"model": accumulator.model}
+        loss = evaluator.objective.loss if evaluator is not None else None
+        if isinstance(loss, nn.Module):
+            self.modules["loss"] = loss
+        self._accumulator, self._source, self._device = accumulator, source, device.torch_device
+        self._evaluator, self._settings = evaluator, settings
+
+    def boundary(self) -> Boundary:
+        """This moment, between two windows."""
+        return Boundary(self._device, self._source, self._validation)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this training from others, beside the modules themselves."""
+        data = {f"data {name}": value for name, value in self._source.fingerprint().items()}
+        return {
+            "target_batch": self._accumulator.plan.target_batch,
+            **data,
+            "optimizer": optimizer_name(self._accumulator.optimizer),
+            "ranks": self._accumulator.ranks.size,
+            **self._settings,
+        }
+
+    def state_dict(self, boundary: Boundary | None) -> dict[str, Any]:
+        """Everything, as plain values and tensors; on several ranks all call this.
+
+        Args:
+            boundary: the moment between two windows, where it is past; None: it is now.
+
+        Raises:
+            CheckpointError: something cannot be held without code.
+        """
+        accumulator = self._accumulator
+        here = boundary if boundary is not None else self.boundary()
+        scheduler = accumulator.scheduler
+        return {
+            "schema": SCHEMA,
+            "identity": plain(self.identity(), "the training's identity"),
+            "modules": {name: module_state(module, f"the {name}") for name, module in self.modules.items()},
+            "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
+            "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
+            "scheduler": None if scheduler is None else scheduler_state(scheduler),
+            "validation_batch": None if self._evaluator is None else self._evaluator.micro_batch,
+            "ranks": gathered(here.state_dict(), accumulator.ranks, self._device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> Boundary:
+        """Puts back all but the generators and the data, which are returned for when the first window is due.
+
+        Raises:
+            CheckpointError: it is of another training; nothing was changed.
+        """
+        accumulator = self._accumulator
+        check_same(state, plain(self.identity(), "the training's identity"), self.modules)
+        for name, module in self.modules.items():
+            load_module(module, state["modules"][name])
+        load_optimizer(accumulator.optimizer, state["optimizer"])
+        if state["scaler"] and accumulator.precision.scaler.is_enabled():
+            accumulator.precision.scaler.load_state_dict(state["scaler"])
+        if state["scheduler"] is not None and accumulator.scheduler is not None:
+            accumulator.scheduler.load_state_dict(state["scheduler"])
+        if self._evaluator is not None and state["validation_batch"] is not None:
+            self._evaluator.micro_batch = state["validation_batch"]
+        own = state["ranks"][accumulator.ranks.rank]
+        validation = self._validation if len(own["data"]) > 1 else None
+        return Boundary.from_state(own, self._device, self._source, validation)
+
+    @property
+    def _validation(self) -> Source | None:
+        return self._evaluator.source if self._evaluator is not None else None
+
+
+def kept_answers(
+    state: Mapping[str, Any], target_batch: int, ranks: Ranks
+) -> tuple[Plan, ProbeReport | None, VerifyReport | None]:
+    """What a checkpoint knows already: the plan with its k, as this rank has it, the probe's report, the check's.
+
+    Raises:
+        CheckpointError: it is for another target batch, or another number of ranks.
+    """
+    was = state.get("identity", {})
+    for name, here in (("target_batch", target_batch), ("ranks", ranks.size)):
+        if was.get(name) != here:
+            raise CheckpointError(
+                f"the checkpoint is of another training. {name}: {was.get(name)} in the checkpoint, {here} here. Give "
+                "the same as then, another folder, or resume=False to start anew"
+            )
+    probe, verify = state["probe"], state["verify"]
+    return (
+        plan_for(ranks.rank, state["plan"]),
+        None if probe is None else ProbeReport.from_dict(probe),
+        None if verify is None else VerifyReport(**verify),
+    )

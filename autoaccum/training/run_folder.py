@@ -1,0 +1,236 @@
+"""A run's folder: when checkpoints are saved to it and found in it, and the record of the run beside them.
+
+    plan.json          the plan as it is now
+    report.json        what the probe found; null where it did not run
+    environment.json   versions and device, each time the run was started
+    metrics.jsonl      every event, a line each
+    step-*.pt, .json   the checkpoints
+
+Choices made here:
+
+- Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
+- Only the first rank writes; all resume from what it finds.
+- Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
+"""
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autoaccum.errors import CheckpointError, SetupError
+from autoaccum.memory.device import Device
+from autoaccum.planning.plan import Plan
+from autoaccum.probing.report import ProbeReport
+from autoaccum.ranks import Ranks
+from autoaccum.training.checkpoint import Checkpoints, Entry, Failure, write_json
+from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
+
+__all__ = ["RunFolder", "open_run"]
+
+
+class RunFolder:
+    """Where one training is saved."""
+
+    def __init__(self, folder: str | os.PathLike[str], every: int | None, ranks: Ranks, events: Events) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            folder: need not be there.
+            every: optimizer steps between checkpoints; None: one at the end of each epoch.
+            ranks: of which the first writes.
+            events: told of what is saved, and of what cannot be.
+
+        Raises:
+            CheckpointError: the path is a file.
+        """
+        self.checkpoints = Checkpoints(folder)
+        self.folder, self.every = self.checkpoints.folder, every
+        self._ranks, self._events = ranks, events
+        self._resumed: Entry | None = None
+        self._cut = 0
+        self._saved: Entry | None = None
+        self._tried = self._failed = 0
+        self._why = ""
+        self._metrics: JsonlSink | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank does."""
+        return self._ranks.rank == 0
+
+    @property
+    def unsaved(self) -> str | None:
+        """What could not be saved, in one line; None where all was."""
+        found = []
+        if self._failed:
+            found.append(f"{self._failed} of {self._tried} saves to {str(self.folder)!r} failed, the last: {self._why}")
+        if self._metrics is not None and self._metrics.failed:
+            found.append(f"metrics.jsonl lacks lines: {self._metrics.failed}")
+        return "; ".join(found) or None
+
+    def where(self) -> str:
+        """Where the training can go on from, in words that end an error's message."""
+        last = self.checkpoints.last
+        return f"nothing was saved yet in {self.folder}" if last is None else f"the last checkpoint is {last}"
+
+    # --- finding ---
+
+    def find(self, resume: bool | str) -> dict[str, Any] | None:
+        """What the newest whole checkpoint holds; None where the training begins anew. All ranks call this.
+
+        Raises:
+            CheckpointError: `resume` is True and there is none; or one has code in it.
+        """
+        if resume is False:
+            return None
+        state: dict[str, Any] | None = None
+        try:
+            found = self.checkpoints.newest(self._events.warn) if self.writes else None
+            if self.writes and found is None and resume is True:
+                raise CheckpointError(
+                    f"resume=True, and there is no checkpoint in {str(self.folder)!r} to go on from: give the folder "
+                    'of the training, or resume="auto" to begin where there is none'
+                )
+        except BaseException:
+            self._ranks.fail()
+            raise
+        mine = [0, 0, 0, 0] if found is None else [1, found[0].step, found[0].epoch, found[0].window]
+        there, *place = map(int, self._ranks.tally(mine))
+        if not there:
+            return None
+        self._resumed = self._saved = Entry(*place)
+        state = found[1] if found is not None else self.checkpoints.read(self._resumed)
+        self.checkpoints.last = self.checkpoints.path(self._resumed)
+        self._cut = int(state["metrics"])
+        return state
+
+    # --- saving ---
+
+    def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
+        """Readies the folder and begins the record; only the first time it is called."""
+        if not self.writes or self._metrics is not None:
+            return
+        try:
+            aside = self.checkpoints.begin(self._resumed)
+            self._metrics = JsonlSink(self.folder / "metrics.jsonl")
+            self._metrics.cut(self._cut)
+            self._events.add(self._metrics)
+            if aside is not None:
+                self._events.tell(Noted(f"an earlier training was in {self.folder}, and is in {aside} now"))
+            write_json(self.folder / "report.json", None if probe is None else probe.to_dict())
+            self._tell_environment(device)
+            write_json(self.folder / "plan.json", plan.to_dict())
+        except Failure as error:
+            self._lost("the record of the run", error)
+            return
+        resumed = "" if self._resumed is None else f", and goes on from {self.checkpoints.path(self._resumed)}"
+        self._events.tell(Noted(f"the run's record is in {self.folder}{resumed}"))
+
+    def due(self, step: int) -> bool:
+        """Whether so many steps have passed since the last checkpoint; the same on all ranks."""
+        return self.every is not None and step - (self._saved.step if self._saved is not None else 0) >= self.every
+
+    def is_saved(self, entry: Entry) -> bool:
+        """Whether that very moment was saved, or was tried to."""
+        return entry == self._saved
+
+    def save(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
+        """Saves a checkpoint; where that fails, the training goes on. All ranks call this.
+
+        Args:
+            entry: where in the training it is.
+            state_dict: the loop's own, which all ranks take part in.
+            plan: as it is now, for the record.
+            loss: of the validation at that very moment, if there was one.
+        """
+        self._saved = entry
+        self.poll(wait=True)
+        self._tried += 1
+        try:
+            state = state_dict()
+            if not self.writes:
+                return
+            position = self._metrics.position() if self._metrics is not None else 0
+            about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
+            self.checkpoints.write(entry, {**state, "metrics": position}, about)
+            write_json(self.folder / "plan.json", plan.to_dict())
+        except (*Failure, CheckpointError) as error:
+            self._lost(f"the checkpoint of {entry}", error)
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Tells of the checkpoint that was finished beside the training, if one was."""
+        try:
+            entry = self.checkpoints.settle(wait=wait)
+        except Failure as error:
+            self._lost("a checkpoint", error)
+            return
+        if entry is not None:
+            self._events.tell(CheckpointSaved(entry.step, str(self.checkpoints.path(entry))))
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self.poll(wait=True)
+        self.checkpoints.close()
+
+    def _lost(self, what: str, error: BaseException) -> None:
+        self._failed += 1
+        self._tried = max(self._tried, self._failed)
+        self._why = " ".join(str(error).split()) or type(error).__name__
+        self._events.warn(f"{what} could not be saved to {str(self.folder)!r}: {self._why}. The training goes on")
+
+    def _tell_environment(self, device: Device) -> None:
+        from autoaccum import __version__
+
+        path = self.folder / "environment.json"
+        runs = _runs_in(path) if self._resumed is not None else []
+        runs.append(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "resumed_at": 0 if self._resumed is None else self._resumed.step,
+                "autoaccum": __version__,
+                "torch": torch.__version__,
+                "cuda": torch.version.cuda,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "device": device.name,
+                "device_bytes": device.total(),
+                "ranks": self._ranks.size,
+                "command": sys.argv,
+            }
+        )
+        write_json(path, {"schema": 1, "runs": runs})
+
+
+def _runs_in(path: Path) -> list[Any]:
+    """The entries of earlier starts; none where the file is gone or damaged, which is no reason to stop."""
+    import json
+
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["runs"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
+def open_run(
+    folder: str | os.PathLike[str] | None, every: int | None, resume: bool | str, ranks: Ranks, events: Events
+) -> tuple[RunFolder | None, dict[str, Any] | None]:
+    """The run's folder, where one is wanted, and what the checkpoint in it holds that the training goes on from.
+
+    Raises:
+        SetupError: settings that need a folder, and none is given.
+        CheckpointError: as `RunFolder` and its `find`.
+    """
+    if folder is None:
+        if every is not None or resume is True:
+            given = f"checkpoint_every={every}" if every is not None else "resume=True"
+            raise SetupError(f"{given}, and no folder to save to: give checkpoint=FOLDER")
+        return None, None
+    run = RunFolder(folder, every, ranks, events)
+    return run, run.find(resume)

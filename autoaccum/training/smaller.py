@@ -1,0 +1,142 @@
+"""Smaller micro-batches for the same samples: of the window that failed, and of those to come; and larger ones again.
+
+On several ranks each that ran out of memory halves its micro-batches, and the others keep theirs. All ranks learn all
+limits, because the share of every rank in a window follows from them.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from autoaccum.data import tree
+from autoaccum.errors import DataError, NothingFitsError, PlanError
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split
+from autoaccum.ranks import Ranks
+
+__all__ = ["Replays", "cut_smaller", "plan_for"]
+
+
+class Replays:
+    """How small micro-batches have become, and whether they may grow again.
+
+    Attributes:
+        before: the plan before the first of the replays that count; None where there were none.
+        undisturbed: windows since the last one.
+    """
+
+    def __init__(self, regrow_after: int | None) -> None:
+        self.before: Plan | None = None
+        self.undisturbed = 0
+        self._regrow_after = self._patience = regrow_after
+        self._grew = False
+
+    def shrink(self, plan: Plan, largest: int, ran_out: bool, ranks: Ranks, step: int) -> tuple[Plan, int]:
+        """The plan for going on, and the largest micro-batch of this rank's in the window that is replayed.
+
+        Args:
+            plan: as it was.
+            largest: this rank's largest micro-batch in the attempt that failed.
+            ran_out: whether memory ran out on this rank.
+            ranks: all of them call this.
+            step: which one it is, counted from 1.
+
+        Raises:
+            NothingFitsError: it ran out at the smallest micro-batch that the plan allows.
+        """
+        now = plan.limits[plan.rank]
+        half = max((largest + 1) // 2, plan.minimum)
+        if ran_out and half >= largest:
+            raise NothingFitsError(
+                f"step {step} ran out of memory at a micro-batch of {max(largest, 1)}, the smallest there is: "
+                "something else has taken the memory, or a sample is larger than those probed. Free memory, or train "
+                "a smaller model"
+            )
+        tops = ranks.gather(largest if ran_out else now)
+        limits = ranks.gather(half if ran_out else now)
+        failed = [rank for rank, flag in enumerate(ranks.gather(int(ran_out))) if flag]
+        where = "" if ranks.size == 1 else f" on rank {', '.join(map(str, failed))}"
+        text = (
+            f"out of memory in step {step}{where} at a micro-batch of {max(tops[rank] for rank in failed)}: the same "
+            f"samples run again in micro-batches of at most {max(limits[rank] for rank in failed)}, and so do later "
+            f"windows; the batch stays {plan.target_batch}"
+        )
+        smaller = _feasible(plan, limits, tops, text)
+        if self._grew and self._patience is not None:
+            self._patience *= 2  # it was too soon: the next time is later
+        self.before, self.undisturbed, self._grew = self.before or plan, 0, False
+        return smaller, smaller.limits[plan.rank] if ran_out else max(largest, 1)
+
+    def grow(self, plan: Plan) -> Plan | None:
+        """Counts a window that ran; after enough of them, the plan from before, which is tried under the same guard."""
+        self.undisturbed += 1
+        if self._patience is None or self.undisturbed < self._patience:
+            return None
+        before, self.before = self.before, None
+        self.undisturbed, self._grew = 0, before is not None
+        return before
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "before": None if self.before is None else self.before.to_dict(),
+            "undisturbed": self.undisturbed,
+            "patience": self._patience,
+            "asked": self._regrow_after,
+            "grew": self._grew,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
+        """Goes on counting; another `regrow_after` than then begins anew."""
+        before = state["before"]
+        self.before = None if before is None else plan_for(rank, before)
+        self.undisturbed, self._grew = state["undisturbed"], state["grew"]
+        if state["asked"] == self._regrow_after:
+            self._patience = state["patience"]
+
+
+def plan_for(rank: int, values: Mapping[str, Any]) -> Plan:
+    """The plan in a checkpoint, as this rank has it."""
+    plan = Plan.from_dict(values)
+    return plan if plan.rank == rank else plan.on_rank(rank)
+
+
+def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str) -> Plan:
+    """The plan with new limits; with a floor above 1 some cannot be met, and the next ones up are taken.
+
+    Raises:
+        NothingFitsError: none below those that failed can be met.
+    """
+    refusal: PlanError | None = None
+    for more in range(max(top - limit for top, limit in zip(tops, limits, strict=True)) or 1):
+        new = tuple(min(limit + more, max(top - 1, limit)) for limit, top in zip(limits, tops, strict=True))
+        try:
+            # A limit that is the roomiest already changes nothing but the sizes that follow from all of them.
+            return dataclasses.replace(plan, limits=new).with_limit(max(new), text)
+        except PlanError as error:
+            refusal = error
+    raise NothingFitsError(f"memory ran out, and no smaller micro-batches make the same batch: {refusal}")
+
+
+def cut_smaller(batches: Sequence[Any], limit: int, minimum: int) -> list[Any]:
+    """The same samples in the same order, in micro-batches of at most `limit`.
+
+    Each micro-batch is cut by itself, since what was padded together need not match its neighbours. Only where one
+    cannot be cut so, as 3 samples where at least 2 have to run together, they are joined first.
+
+    Raises:
+        NothingFitsError: neither can be done.
+    """
+    try:
+        return [
+            piece
+            for batch in batches
+            for piece in tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=minimum))
+        ]
+    except PlanError as error:
+        refusal = error
+    try:
+        joined = tree.join(batches)
+        return tree.split(joined, even_split(tree.batch_size(joined), limit, minimum=minimum))
+    except (PlanError, DataError):
+        raise NothingFitsError(f"memory ran out, and the window cannot be cut smaller: {refusal}") from refusal

@@ -1,0 +1,204 @@
+"""What a training is at a window's boundary, as plain values and tensors; and the same training out of them.
+
+Choices made here:
+
+- Only what `torch.load(weights_only=True)` reads goes in: numbers, texts, containers, tensors. What is none of these is
+  refused when it is saved, by name, rather than when somebody needs it.
+- A module is its `state_dict()`, and the buffers that it keeps out of it as well: a training goes on from all of them.
+- An optimizer casts what it loads to its parameters' dtypes. Here each value comes back in the dtype that it had, since
+  an optimizer with fp32 state beside bf16 parameters would go on another way.
+- Before anything is loaded, all that tells one training from another is compared, and all that differs is named.
+"""
+
+import io
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autoaccum.errors import CheckpointError
+from autoaccum.ranks import Ranks
+
+__all__ = [
+    "SCHEMA",
+    "check_same",
+    "gathered",
+    "load_module",
+    "load_optimizer",
+    "module_state",
+    "optimizer_name",
+    "plain",
+    "scheduler_state",
+]
+
+SCHEMA = 1
+
+_AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` as a checkpoint can hold it: mappings become dicts, sequences lists or tuples, numpy's values torch's.
+
+    Raises:
+        CheckpointError: there is something in it that only code can make; `where` says what holds it.
+    """
+    if isinstance(value, Mapping):
+        return {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        items = [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if type(value) not in _AS_THEY_ARE:
+        return _single(value, where)
+    return value
+
+
+def _single(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value).__module__ == "numpy":
+        return value.item() if value.ndim == 0 else torch.as_tensor(value)
+    for kind in (int, float, str):
+        if isinstance(value, kind):  # a subclass, as a member of an enum is
+            return kind(value)
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold without code in it: let its state_dict() "
+        "return numbers, texts, lists, dicts and tensors only"
+    )
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def module_state(module: nn.Module, where: str) -> dict[str, Any]:
+    """The module's `state_dict()`, its versions, and the buffers that are not in it."""
+    state = module.state_dict()
+    return {
+        "state": plain(state, where),
+        "versions": plain(getattr(state, "_metadata", {}), where),
+        "other_buffers": {name: buffer.detach() for name, buffer in _other_buffers(module, state).items()},
+    }
+
+
+def load_module(module: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Puts back what `module_state` gave."""
+    state: OrderedDict[str, Any] = OrderedDict(saved["state"])
+    state._metadata = saved["versions"]  # type: ignore[attr-defined]  # where torch keeps and looks for them
+    module.load_state_dict(state)
+    with torch.no_grad():
+        for name, buffer in _other_buffers(module, saved["state"]).items():
+            if name in saved["other_buffers"]:
+                buffer.copy_(saved["other_buffers"][name])
+
+
+def _other_buffers(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in module.named_buffers() if name not in state}
+
+
+# --- optimizers and schedulers ---------------------------------------------------------------------------------------
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """Its class, and how many parameters each of its groups has."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    groups = f"{sizes[0]} parameters" if len(sizes) == 1 else f"groups of {', '.join(map(str, sizes))} parameters"
+    return f"{type(optimizer).__name__} with {groups}"
+
+
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Puts back an optimizer's `state_dict()`, each value in the dtype it had."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": saved["param_groups"]})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for name, value in saved["state"].get(number, {}).items():
+            loaded = optimizer.state[parameter].get(name)
+            if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
+                optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
+
+
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Its `state_dict()` without functions: those the constructor has made already."""
+    return {
+        name: plain(value, f"the scheduler's {name!r}")
+        for name, value in scheduler.state_dict().items()
+        if not callable(value)
+    }
+
+
+# --- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def gathered(own: Mapping[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
+    """Every rank's values, on every rank, in the order of ranks; they travel by `device`. All ranks must call this."""
+    if ranks.size == 1:
+        return [dict(own)]
+    file = io.BytesIO()
+    torch.save(dict(own), file)
+    sizes = ranks.gather(file.tell())
+    rows = torch.zeros(ranks.size, max(sizes), dtype=torch.uint8, device=device)
+    rows[ranks.rank, : file.tell()] = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
+    ranks.sum_gradients([rows])  # each row is zero on all ranks but its own
+    found = []
+    for row, size in zip(rows, sizes, strict=True):
+        found.append(torch.load(io.BytesIO(bytes(row[:size].tolist())), map_location="cpu", weights_only=True))
+    return found
+
+
+# --- is it the same training? ----------------------------------------------------------------------------------------
+
+
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """That a state belongs to this training.
+
+    Args:
+        saved: the state.
+        identity: what this training is, as `saved["identity"]` says what the other was: a value under each name.
+        modules: this training's modules; their parameters' and buffers' names, shapes and dtypes are compared.
+
+    Raises:
+        CheckpointError: they differ; all that differs is named, both values each time.
+    """
+    if saved.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"the checkpoint has schema {saved.get('schema')!r}, and this version of autoaccum reads schema {SCHEMA}: "
+            "go on with the version that wrote it, or start anew with resume=False"
+        )
+    was = saved["identity"]
+    different = [
+        f"{name}: {was.get(name)} in the checkpoint, {value} here" for name, value in identity.items()
+        if was.get(name) != value
+    ]  # fmt: skip
+    for name, module in modules.items():
+        if name not in saved["modules"]:
+            different.append(f"{name}: none in the checkpoint, {type(module).__name__} here")
+        else:
+            different += _differences(name, saved["modules"][name]["state"], module.state_dict())
+    different += [f"{name}: in the checkpoint, none here" for name in saved["modules"] if name not in modules]
+    if different:
+        raise CheckpointError(
+            f"the checkpoint is of another training. {'; '.join(different)}. Give the same as then, another folder, or "
+            "resume=False to start anew"
+        )
+
+
+def _differences(owner: str, was: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Tensors that differ in name, shape or dtype; the first three, and how many more."""
+    found = []
+    for name in dict.fromkeys([*was, *own]):
+        then, now = _described(was, name), _described(own, name)
+        if then != now:
+            found.append(f"{owner}'s {name!r}: {then} in the checkpoint, {now} here")
+    more = [f"and {len(found) - 3} more of {owner}'s"] if len(found) > 3 else []
+    return found[:3] + more
+
+
+def _described(state: Mapping[str, Any], name: str) -> str:
+    if name not in state:
+        return "none"
+    value = state[name]
+    if not isinstance(value, Tensor):
+        return "there"
+    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

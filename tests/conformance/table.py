@@ -1,0 +1,85 @@
+"""The table of measured figures: taken from the tests' reports, written as JSON and Markdown."""
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.trainers import TRAINERS
+
+__all__ = ["Figure", "TableWriter", "shown"]
+
+Figure = dict[str, Any]
+"""row, title, label, trainer, outcome ("error", "verdict", "raised", "not offered"), error, ratio, ok, text."""
+
+PROPERTY = "conformance figure"
+
+_HEADER = """# Accumulated gradients against the whole batch's
+
+Written by `python -m tests.conformance --table`. A figure is ‖g − ref‖ / ‖ref‖ over all parameters, the worst over the
+optimizer steps of a run: g what the optimizer was given, ref the gradient of the step's samples in one batch, in
+float64, dropout off. Behind × stands ⟨g, ref⟩ / ⟨ref, ref⟩ of that step. "exact" is an error of at most 1e-10; what
+else a case asks for is said in its title. autoaccum must pass; the others' figures are what was measured with each used
+as its documentation says, and "raised" is what it raised. "n/a": it offers nothing for the case. A column's empty cell
+was not measured: the trainer is not installed here, or the case is about autoaccum's own interface.
+"""
+
+
+class TableWriter:
+    """A pytest plugin that gathers the figures of all tests and writes them at the end."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.figures: list[Figure] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call":
+            self.figures += [value for name, value in report.user_properties if name == PROPERTY]
+
+    def pytest_sessionfinish(self, session: Any) -> None:
+        if self._folder is None or hasattr(session.config, "workerinput"):
+            return
+        self.figures.sort(key=lambda figure: figure["row"])
+        versions = _versions()
+        data = {"schema": 1, "versions": versions, "figures": self.figures}
+        (self._folder / "table.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        (self._folder / "table.md").write_text(markdown(self.figures, versions), encoding="utf-8")
+
+
+def shown(figure: Figure) -> str:
+    """A figure as a cell of the table."""
+    if figure["outcome"] != "error":
+        return str(figure["text"])
+    error, ratio = figure["error"], figure["ratio"]
+    cell = "exact" if error <= 1e-10 else f"{error:.1e}" if error < 1e-2 else f"{error:.2f}"
+    if error > 1e-10 and ratio is not None and abs(ratio - 1) > 5e-3:
+        cell += f" (× {ratio:.2f})" if abs(ratio) < 100 else f" (× {ratio:.0f})"
+    return cell + (f", {figure['text']}" if figure["text"] else "")
+
+
+def markdown(figures: list[Figure], versions: dict[str, str]) -> str:
+    """All of it: a section a case, a line for each thing measured, a column a trainer."""
+    names = [trainer.name for trainer in TRAINERS if any(figure["trainer"] == trainer.name for figure in figures)]
+    lines = [_HEADER, ", ".join(f"{name} {value}" for name, value in versions.items()) + ".", ""]
+    lines += [f"| case | | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+    cells: dict[tuple[int, str, str], dict[str, str]] = {}
+    for figure in figures:
+        line = cells.setdefault((figure["row"], figure["title"], figure["label"]), {})
+        line[figure["trainer"]] = shown(figure).replace("|", "\\|")
+    last = None
+    for (row, title, label), line in cells.items():
+        head = f"{row}. {title}" if row != last else ""
+        last = row
+        lines.append(f"| {head} | {label} | {' | '.join(line.get(name, '') for name in names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for distribution in ("torch", *dict.fromkeys(trainer.distribution for trainer in TRAINERS)):
+        try:
+            found[distribution] = version(distribution)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,156 @@
+"""Two processes over gloo, started by torchrun as a user's script would be: one window over both."""
+
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conformance.heads import SINGLE
+from tests.conformance.problems import difference
+from tests.conformance.trainers import NotOffered
+from tests.conformance.two_ranks import PROBLEMS
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without torch.distributed"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What both ranks found, by (trainer, problems); each pair is started once."""
+    found = {}
+
+    def launch(trainer, names):
+        key = (trainer.name, names)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("ranks")
+            found[key] = (folder, start(trainer.name, folder, names))
+        folder, ended = found[key]
+        return folder, ended
+
+    return launch
+
+
+def start(name, folder, names, timeout=240):
+    """Runs torchrun; how it ended: "" where all went well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "tests.conformance.two_ranks", name, str(folder), *names]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    with open(folder / "output.txt", "wb") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun and both ranks, a session of their own
+            process.wait()
+            return "hung"
+    if code == 0:
+        return ""
+    said = (folder / "output.txt").read_text(errors="replace").splitlines()
+    errors = [line.split("]:")[-1].strip() for line in said if "Error" in line and "elastic" not in line]
+    return errors[0] if errors else f"exit code {code}"
+
+
+def results(trainer, launched, names, name):
+    """Both ranks' files for one of `names`, which are trained in one go."""
+    folder, ended = launched(trainer, names)
+    files = [folder / f"{name}-{rank}.pt" for rank in range(2)]
+    if not all(file.exists() for file in files):
+        raise RuntimeError(ended or "no result")
+    return [torch.load(file, weights_only=False) for file in files]
+
+
+def started_with(trainer):
+    """Problems that one start of torchrun trains; what may end a peer in an error is started apart."""
+    if trainer.name == "accelerate, recipe":
+        return ("tokens",)
+    llama = ("llama",) if importlib.util.find_spec("transformers") else ()
+    more = ("branch", "unequal") if trainer.name == "autoaccum" else ("branch",) if trainer.ours else ()
+    return ("tokens", *llama, "schedule", *more)
+
+
+def compare(figures, label, found, problem, windows, within=1e-10):
+    """The worse of the two ranks: each steps its own copy of the model."""
+    expected = [problem.whole(samples) for samples in windows]
+    for each in found:
+        each["gradients"] += [[None] * len(expected[0])] * (len(expected) - len(each["gradients"]))
+    worst = max(
+        (difference(got, want) for each in found for got, want in zip(each["gradients"], expected)),
+        key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0],
+    )
+    figures.error(label, *worst, within=within)
+
+
+@pytest.mark.case(12, "two ranks, unequal tokens on the ranks")
+@pytest.mark.parametrize("name", ["tokens", "llama"])
+def test_tokens_weigh_alike_on_whichever_rank_they_are(trainer, figures, launched, name):
+    """At stake: the mean of the ranks' means, where one rank has three times the labels of the other; and the factor of
+    the world size that a sum over ranks must not carry."""
+    if name == "llama":
+        pytest.importorskip("transformers")
+    label = {"tokens": "causal language model", "llama": "LlamaForCausalLM (float32 inside)"}[name]
+    problem = PROBLEMS[name]()
+    if trainer.name == "accelerate, recipe" and problem.summed is None:
+        figures.attempt(label, lambda: trainer.train(problem))
+        return
+    found = figures.attempt(label, lambda: results(trainer, launched, started_with(trainer), name))
+    if found is not None:
+        compare(figures, label, found, problem, problem.windows(2), SINGLE if name == "llama" else 1e-10)
+
+
+@pytest.mark.case(13, "two ranks, a branch used in one micro-batch only")
+def test_a_branch_that_one_micro_batch_uses(trainer, figures, launched):
+    """At stake: DistributedDataParallel waits for gradients in the last micro-batch's backward. A parameter that has
+    none there keeps what its own rank has, or the training ends in an error, or two ranks drift apart in silence."""
+    problem = PROBLEMS["branch"]()
+
+    def train():
+        if trainer.name == "accelerate, recipe":
+            raise NotOffered("measured without the recipe")
+        return results(trainer, launched, started_with(trainer) if trainer.ours else ("branch",), "branch")
+
+    found = figures.attempt("in the first of two", train)
+    if found is not None:
+        compare(figures, "in the first of two", found, problem, problem.windows(2))
+
+
+@pytest.mark.case(14, "two ranks, different micro-batches and k on the ranks")
+def test_ranks_may_cut_their_share_differently(trainer, figures, launched):
+    """At stake: a slow or small GPU beside a large one; whoever synchronises in a backward pass waits for the other."""
+    label = "limits of 5 and 2"
+    if not trainer.ours:
+        figures.not_offered(label, "every rank has the same micro-batch and k")
+        return
+    if trainer.name == "Accumulator":
+        pytest.skip("measured through fit, whose ranks tell each other their limits")
+    found = results(trainer, launched, started_with(trainer), "unequal")
+    assert [each["sizes"] for each in found] == [[3, 3], [2]]
+    problem = PROBLEMS["unequal"]()
+    compare(figures, label, found, problem, problem.windows())
+
+
+@pytest.mark.case(18, "schedule: one step an update")
+def test_the_schedule_moves_once_an_update_on_two_ranks(trainer, figures, launched):
+    """At stake: a schedule that moves once for each rank is over in half the time."""
+    if trainer.name == "accelerate, recipe":
+        figures.not_offered("two ranks", "measured without the recipe")
+        return
+    found = figures.attempt("two ranks", lambda: results(trainer, launched, started_with(trainer), "schedule"))
+    if found is None:
+        return
+    rates = found[0]["rates"]
+    moves = [math.log2(before / after) for before, after in zip(rates, rates[1:])]
+    each = sum(moves) / len(moves) if moves else 0.0
+    figures.verdict("two ranks", len(rates) == 4 and each == 1, f"{each:g} an update")

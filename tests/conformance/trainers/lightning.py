@@ -1,0 +1,68 @@
+"""Lightning: a LightningModule whose training_step returns the loss, accumulate_grad_batches."""
+
+import logging
+import os
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+
+from tests.conformance.problems import Problem, Run
+from tests.conformance.trainers.base import Trainer
+
+__all__ = ["Lightning"]
+
+_PRECISIONS = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float32: "32-true"}
+
+
+class Lightning(Trainer):
+    """lightning.Trainer."""
+
+    name = package = distribution = "lightning"
+
+    def train(self, problem: Problem) -> Run:
+        import lightning
+
+        for chatty in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+
+        class Module(lightning.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = problem.model()
+                self.recorder = problem.optimizer(self.model)
+
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return problem.compute(self.model, batch)
+
+            def configure_optimizers(self) -> Any:
+                if problem.schedule is None:
+                    return self.recorder
+                scheduler = {"scheduler": problem.schedule(self.recorder), "interval": "step"}
+                scheduler["frequency"] = problem.frequency
+                return {"optimizer": self.recorder, "lr_scheduler": scheduler}
+
+        if problem.seed is not None:
+            lightning.seed_everything(problem.seed, verbose=False)
+        module = Module()
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        dtype = next(module.parameters()).dtype
+        with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+            warnings.simplefilter("ignore")
+            trainer = lightning.Trainer(
+                accelerator="cpu",
+                devices=ranks,
+                strategy="ddp" if ranks > 1 else "auto",
+                precision="16-mixed" if problem.precision == "fp16" else _PRECISIONS[dtype],
+                max_epochs=problem.epochs,
+                accumulate_grad_batches=problem.k,
+                gradient_clip_val=problem.clip_norm,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                default_root_dir=folder,
+            )
+            trainer.fit(module, problem.loader())
+        return Run(module.recorder.gradients, module.model, module.recorder.rates)

@@ -1,0 +1,70 @@
+"""Transformers' Trainer: a model that returns its loss, gradient_accumulation_steps, samples in order.
+
+A model with a loss of its own is given as it is. Another one is wrapped in a module whose forward returns the loss, as
+the Trainer's documentation asks for; its forward has no **kwargs, so that the Trainer treats the loss as a plain mean.
+"""
+
+import tempfile
+from typing import Any
+
+from torch import nn
+from torch.utils.data import default_collate
+
+from tests.conformance.problems import Problem, Run, positional
+from tests.conformance.trainers.base import Trainer
+
+__all__ = ["Transformers"]
+
+
+class Scored(nn.Module):
+    """A model with its loss."""
+
+    def __init__(self, model: nn.Module, loss: Any) -> None:
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, x: Any, labels: Any) -> dict[str, Any]:
+        return {"loss": positional(self.loss, self.model(x=x), labels)}
+
+
+class Transformers(Trainer):
+    """transformers.Trainer."""
+
+    name = package = distribution = "transformers"
+
+    def train(self, problem: Problem) -> Run:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        inner = problem.model()
+        optimizer = problem.optimizer(inner)
+        make = problem.schedule if problem.schedule is not None else transformers.get_constant_schedule
+        length = {"max_steps": len(problem.windows())} if problem.stream else {"num_train_epochs": problem.epochs}
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                output_dir=folder,
+                per_device_train_batch_size=problem.micro_batch,
+                gradient_accumulation_steps=problem.k,
+                max_grad_norm=problem.clip_norm or 0.0,
+                train_sampling_strategy="random" if problem.shuffle else "sequential",
+                fp16=problem.precision == "fp16",
+                remove_unused_columns=False,
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                ddp_find_unused_parameters=False,
+                seed=0 if problem.seed is None else problem.seed,
+                auto_find_batch_size=problem.recover,
+                **length,
+            )
+            transformers.Trainer(
+                model=inner if problem.loss is None else Scored(inner, problem.loss),
+                args=arguments,
+                train_dataset=problem.dataset(),
+                data_collator=default_collate,
+                optimizers=(optimizer, make(optimizer)),
+            ).train()
+        return Run(optimizer.gradients, inner, optimizer.rates)

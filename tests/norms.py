@@ -1,0 +1,47 @@
+"""Windows over normalisation layers, in float64: what the tests of pooled statistics share."""
+
+import pytest
+import torch
+
+SIZES = (5, 4, 4)  # ragged: 13 is prime
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Runs each test in float64, from the same seed."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def batch(*shape, samples=13, seed=1):
+    """Samples whose mean and spread differ from one to the next, so that micro-batches disagree."""
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(samples, *shape, generator=generator)
+    slope = torch.linspace(-2, 3, samples).view(-1, *(1 for _ in shape))
+    return data * (1 + slope.abs()) + 4 * slope
+
+
+def train_window(statistics, model, samples, sizes=SIZES):
+    statistics.begin()
+    for micro in samples.split(sizes):
+        model(micro.clone().requires_grad_()).sum().backward()
+    statistics.commit()
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same(module, expected, tolerance=0.0):
+    """Every buffer and parameter equals `expected`: bit for bit, or relatively to `tolerance`."""
+    found = module.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if tolerance:
+            torch.testing.assert_close(
+                found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        else:
+            assert torch.equal(found[name], value), f"{name}: {found[name]} is not {value}"

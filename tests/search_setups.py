@@ -1,0 +1,81 @@
+"""Setups for the tests of the search, at a module's top level so that worker processes find them. Small enough that a
+trial takes tenths of a second: no probe (`micro_batch`) and no gradient check unless a test is about them."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import autoaccum
+
+
+def accuracy(outputs, targets):
+    return autoaccum.Mean((outputs.argmax(1) == targets).sum(), len(targets))
+
+
+def arguments(*, width=4, epochs=9, **more):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(120, 5, generator=generator)
+    y = (x @ torch.randn(5, 3, generator=generator)).argmax(1)
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
+    return {
+        "model": model, "data": (x[:90], y[:90]), "val_data": (x[90:], y[90:]), "loss": nn.CrossEntropyLoss(),
+        "metrics": {"accuracy": accuracy}, "lr": 1e-2, "epochs": epochs, "device": "cpu", "micro_batch": 64,
+        "check": False, **more,
+    }  # fmt: skip
+
+
+def plain():
+    return arguments()
+
+
+def wide(width=4, weight_decay=0.0):
+    return arguments(width=width, optimizer=lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=weight_decay))
+
+
+def probed(width=4):
+    return arguments(width=width, epochs=1, micro_batch=None)
+
+
+def raises_sometimes(width=4):
+    if width == 3:
+        raise RuntimeError(f"no width of {width}")
+    return arguments(width=width, epochs=1)
+
+
+def raises_always(width=4):
+    raise RuntimeError(f"never {width}")
+
+
+def no_val_data():
+    return {**arguments(epochs=1), "val_data": None, "metrics": None}
+
+
+def counted():
+    """Writes a line for each call, in the file that the environment names: how often trials were begun, and by whom."""
+    with Path(os.environ["SEARCH_CALLS"]).open("a") as file:
+        file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+    return arguments(epochs=2)
+
+
+def kills_its_process_once():
+    """The first worker process that comes here after the marker was laid is killed outright, as for want of memory."""
+    marker = Path(os.environ["SEARCH_MARKER"])
+    if marker.exists():
+        marker.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return arguments(epochs=1)
+
+
+def kills_its_process_always(width=4):
+    if Path(os.environ["SEARCH_MARKER"]).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return arguments(epochs=1)
+
+
+def slow():
+    time.sleep(0.3)
+    return arguments(epochs=1)

@@ -1,0 +1,383 @@
+"""A whole search in this process: what it finds, what it keeps, how it goes on, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+
+import optuna
+import pytest
+import torch
+
+import autoaccum
+from autoaccum.errors import MissingExtraError, NothingFitsError, SetupError
+from autoaccum.planning.plan import Plan
+from autoaccum.searching import training
+from autoaccum.searching.best import read_best
+from autoaccum.searching.limits import Limits
+from tests.search_setups import (
+    arguments,
+    no_val_data,
+    plain,
+    probed,
+    raises_always,
+    raises_sometimes,
+    wide,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def search(tmp_path, setup=plain, **keywords):
+    return autoaccum.search(setup, **{"n_trials": 4, "target_batch": (8, 16), "folder": tmp_path / "run", **keywords})
+
+
+# --- what it finds ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_space_rate_and_batch_are_searched_and_the_rate_is_scaled_to_the_batch(tmp_path):
+    result = search(tmp_path, n_trials=6)
+
+    assert set(result.best_params) == {"lr", "target_batch"}
+    assert all(1e-3 <= row["params"]["lr"] <= 1e-1 for row in result.trials)
+    for row in result.trials:
+        assert row["target_batch"] == row["params"]["target_batch"]
+        assert row["lr"] == pytest.approx(row["params"]["lr"] * math.sqrt(row["target_batch"] / 8))
+    complete = [row["value"] for row in result.trials if row["state"] == "complete"]
+    assert result.best_value == min(complete)
+    assert result.best_plan.target_batch == result.best_params["target_batch"]
+
+
+def test_parameters_go_to_the_setup_where_it_takes_them_and_to_fit_otherwise(tmp_path):
+    space = {"width": [3], "weight_decay": [0.5], "warmup_steps": [2], "target_batch": [16]}
+    seen = []
+
+    def setup(width, weight_decay):
+        seen.append((width, weight_decay))
+        return wide(width, weight_decay)
+
+    result = search(tmp_path, setup, space=space, n_trials=1, pruner="none")
+
+    assert seen[-1] == (3, 0.5)
+    assert result.best_plan.target_batch == 16
+
+
+def test_the_best_trial_is_had_again_from_its_file_to_the_last_digit(tmp_path):
+    result = search(tmp_path, wide, space={"lr": (1e-3, 1e-1, "log"), "width": (2, 5), "target_batch": [8, 16]})
+    result.save(tmp_path / "best.json")
+
+    assert Plan.load(tmp_path / "best.json") == result.best_plan
+    again = autoaccum.fit(**read_best(tmp_path / "best.json").arguments(wide), progress=False)
+    assert again.evaluations[-1]["loss"] == result.best_value
+    kept = torch.load(result.weights, weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in again.model.state_dict().items())
+
+
+def test_only_the_best_trials_weights_are_kept(tmp_path):
+    result = search(tmp_path, n_trials=5)
+
+    assert [path.name for path in (tmp_path / "run").glob("*.pt")] == [f"trial-{result.best_number}.pt"]
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["value"] == result.best_value
+
+
+def test_a_metric_that_is_to_grow_is_searched_upwards(tmp_path):
+    result = search(tmp_path, metric="accuracy", direction="maximize")
+
+    assert result.best_value == max(row["value"] for row in result.trials if row["state"] == "complete")
+
+
+def test_values_are_reported_against_samples_and_weak_trials_end_early(tmp_path):
+    result = search(tmp_path, n_trials=10)
+
+    whole = 9 * 90
+    for row in result.trials:
+        amounts = [amount for amount, _ in row["reports"]]
+        assert amounts == sorted(set(amounts))
+        assert (amounts[-1] == whole) == (row["state"] == "complete")
+    assert any(row["state"] == "pruned" for row in result.trials)
+    assert any(row["state"] == "complete" for row in result.trials)
+
+
+def test_a_report_in_mid_epoch_does_not_change_the_training(tmp_path):
+    def setup():
+        return arguments(epochs=2)
+
+    pruned = search(tmp_path, setup, n_trials=1, space={"target_batch": [8]})
+    row = pruned.trials[0]
+    plain_value = autoaccum.fit(
+        **{**setup(), "micro_batch": None}, target_batch=8, lr_batch=8, seed=0, plan=pruned.best_plan, progress=False
+    ).evaluations
+
+    assert any(amount % 90 for amount, _ in row["reports"]), "there was a report within an epoch"
+    assert len(plain_value) == 2
+    assert row["value"] == pruned.best_value
+
+
+def test_a_budget_in_samples_is_the_same_for_every_batch(tmp_path):
+    result = search(tmp_path, budget=200, pruner="none", n_trials=4)
+
+    for row in result.trials:
+        assert 200 <= row["samples"] < 200 + row["target_batch"]
+    assert "max_steps" in result.arguments
+
+
+def test_a_budget_in_seconds_ends_each_trial_in_time(tmp_path):
+    result = search(tmp_path, budget="0.2s", n_trials=2, pruner="none")
+
+    assert result.unit == "ms"
+    assert all(row["samples"] > 0 for row in result.trials)
+    assert result.arguments["max_steps"] >= 1
+
+
+def test_without_val_data_the_training_loss_is_searched(tmp_path):
+    result = search(tmp_path, no_val_data, n_trials=2)
+
+    assert result.metric == "train_loss"
+    assert math.isfinite(result.best_value)
+
+
+def test_a_loss_that_is_not_finite_is_a_bad_value_and_no_failure(tmp_path):
+    space = {"lr": [1e-2, 1e30], "target_batch": [8]}
+
+    def setup():
+        return arguments(epochs=3, optimizer="sgd", loss=lambda outputs, targets: (outputs**2).mean())
+
+    result = search(tmp_path, setup, space=space, n_trials=6, sampler="random", pruner="none")
+
+    states = {row["params"]["lr"]: row["state"] for row in result.trials}
+    assert states == {1e-2: "complete", 1e30: "diverged"}
+
+
+# --- the probe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_probe_runs_once_for_all_that_need_the_same_memory(tmp_path, monkeypatch):
+    asked = []
+    real = Limits._probe
+    monkeypatch.setattr(Limits, "_probe", lambda *a: asked.append(1) or real(*a))
+    space = {"lr": (1e-3, 1e-1, "log"), "target_batch": [8, 16], "width": [3, 4]}
+    result = search(tmp_path, probed, space=space, n_trials=5, sampler="random")
+
+    assert len(asked) == len({row["params"]["width"] for row in result.trials})
+    search(tmp_path, probed, space=space, n_trials=6, sampler="random")
+    assert len(asked) <= 2, "a restart reads what is known"
+
+
+def test_a_setting_in_which_nothing_fits_is_pruned_and_the_sampler_learns_from_it(tmp_path, monkeypatch):
+    def report(self, key, given, target):
+        if given["model"][0].out_features > 4:
+            raise NothingFitsError("not even one sample fits")
+        return real(self, key, given, target)
+
+    real = Limits.report
+    monkeypatch.setattr(Limits, "report", report)
+    space = {"width": (2, 20), "target_batch": [8]}
+    result = search(tmp_path, probed, space=space, n_trials=24)
+
+    states = [row["state"] for row in result.trials]
+    assert "does not fit" in states
+    assert result.best_params["width"] <= 4
+    print(states)
+    assert states[12:].count("does not fit") <= 4, "of widths drawn at random five in six do not fit"
+    no_room = [t for t in result.study.trials if t.user_attrs.get("autoaccum.constraint")]
+    assert {trial.state.name for trial in no_room} == {"PRUNED"}
+
+
+def test_nothing_fits_anywhere_is_said_so(tmp_path, monkeypatch):
+    def report(*_):
+        raise NothingFitsError("not even one sample fits in 3 B")
+
+    monkeypatch.setattr(Limits, "report", report)
+    with pytest.raises(NothingFitsError, match=r"any of the 3 settings.*in 3 B"):
+        search(tmp_path, probed, n_trials=3)
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_call_goes_on_to_the_total(tmp_path):
+    first = search(tmp_path, n_trials=2)
+    again = search(tmp_path, n_trials=5)
+    done = search(tmp_path, n_trials=5)
+
+    assert [row["number"] for row in again.trials] == [0, 1, 2, 3, 4]
+    assert again.trials[:2] == first.trials
+    assert done.trials == again.trials
+
+
+def test_a_search_in_two_parts_tries_what_one_alone_tries(tmp_path):
+    whole = search(tmp_path / "a", n_trials=7)
+    search(tmp_path / "b", n_trials=3)
+    parts = search(tmp_path / "b", n_trials=7)
+
+    assert [row["params"] for row in whole.trials] == [row["params"] for row in parts.trials]
+    assert [row["value"] for row in whole.trials] == [row["value"] for row in parts.trials]
+
+
+def test_an_interrupted_trial_is_marked_and_its_parameters_run_again(tmp_path, monkeypatch):
+    calls = []
+
+    def setup():
+        calls.append(1)
+        if len(calls) == 3:  # one call settles the terms
+            raise KeyboardInterrupt
+        return arguments(epochs=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, setup, n_trials=3)
+    study = optuna.load_study(
+        study_name=None, storage=optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(tmp_path / "run" / "journal.log"))
+        ),
+    )  # fmt: skip
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL"]
+    result = search(tmp_path, setup, n_trials=3)
+
+    assert len(result.trials) == 3
+    again = next(row for row in result.trials if row["repeats"] == 1)
+    assert again["params"] == study.trials[1].params
+
+
+def test_resume_false_refuses_a_study_that_is_there(tmp_path):
+    search(tmp_path, n_trials=1)
+    with pytest.raises(SetupError, match=r"already in .*journal.log.*resume=False"):
+        search(tmp_path, n_trials=2, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"direction": "maximize"}, "direction 'minimize', and this search 'maximize'"),
+        ({"metric": "accuracy"}, "has metric 'loss', and this search 'accuracy'"),
+        ({"target_batch": (8, 32)}, r"has space .*\[8, 16\].* and this search .*\[8, 32\]"),
+        ({"budget": 100}, "has amount 810, and this search 100"),
+        ({"seed": 7}, "has seed 0, and this search 7"),
+    ],
+)
+def test_a_study_of_another_search_is_refused_and_both_are_named(tmp_path, other, said):
+    search(tmp_path, n_trials=1)
+    with pytest.raises(SetupError, match=said):
+        search(tmp_path, n_trials=2, **{"target_batch": (8, 16), **other})
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_setup_that_raises_in_some_trials_is_recorded_and_the_search_goes_on(tmp_path):
+    result = search(tmp_path, raises_sometimes, space={"width": [2, 3, 4], "target_batch": [8]}, n_trials=9,
+                    sampler="random")  # fmt: skip
+
+    failed = [row for row in result.trials if row["state"] == "error"]
+    assert {row["params"]["width"] for row in failed} == {3}
+    assert failed[0]["error"]["message"] == "no width of 3"
+    assert "raises_sometimes" in failed[0]["error"]["traceback"]
+    assert len(result.trials) == 9
+
+
+def test_a_setup_that_raises_in_all_of_the_first_five_ends_the_search_and_is_shown(tmp_path, monkeypatch):
+    calls = []
+
+    def setup(width=4):
+        calls.append(width)
+        return arguments(epochs=1) if len(calls) == 1 else raises_always(width)
+
+    with pytest.raises(SetupError, match=r"all of the first 5 trials failed.*RuntimeError: never") as error:
+        search(tmp_path, setup, space={"width": (1, 20), "target_batch": [8]}, n_trials=20)
+
+    assert len(calls) == 6
+    assert "raise RuntimeError" in str(error.value.__cause__)
+
+
+def test_an_error_of_the_setup_before_any_trial_is_raised_as_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="never 4"):
+        search(tmp_path, raises_always)
+
+
+def test_a_metric_that_is_not_reported_ends_the_search_in_its_first_trial(tmp_path):
+    def setup():
+        return {**arguments(epochs=1), "step": nn_loss, "loss": None, "metrics": {}}
+
+    with pytest.raises(SetupError, match=r"'f1' was not reported: the evaluation has"):
+        search(tmp_path, setup, metric="f1", n_trials=5)
+
+
+def nn_loss(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("setup", "keywords", "said"),
+    [
+        (no_val_data, {"metric": "accuracy"}, "no val_data: add it"),
+        (plain, {"metric": "f1"}, "'f1' is not reported: there are loss, train_loss, accuracy"),
+        (plain, {"space": {"lr": (0.1, 0.1)}}, "empty range"),
+        (plain, {"space": {"lr": (0.0, 0.1, "log")}}, "logarithmic"),
+        (plain, {"space": {"wdith": (1, 2)}}, "'wdith', which neither the setup nor fit takes: did you mean 'width'"),
+        (plain, {"space": {"momentum": (0.1, 0.9)}}, "'momentum', which neither"),
+        (plain, {"space": {"epochs": (1, 3)}}, "give budget= instead"),
+        (plain, {"n_trials": 0}, "n_trials=0"),
+        (plain, {"direction": "down"}, "direction='down'"),
+        (plain, {"sampler": "best"}, "sampler='best'"),
+        (plain, {"pruner": "harsh"}, "pruner='harsh'"),
+        (plain, {"workers": 0}, "workers=0"),
+        (plain, {"target_batch": ()}, "target_batch"),
+        (plain, {"seed": -1}, "seed=-1"),
+        (lambda: None, {}, "returned NoneType"),
+        (lambda: {"model": 1}, {}, "without 'data'"),
+        (lambda: {**plain(), "lern_rate": 1}, {}, "'lern_rate', which fit does not take"),
+        (lambda: {**plain(), "max_steps": 5}, {}, "give budget= in samples"),
+        (lambda needed: plain(), {}, "needs 'needed', which is not searched"),
+        ("train.py", {}, "give a function that returns a dict"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_searched_is_refused_before_anything_is_trained(tmp_path, setup, keywords, said):
+    if "wdith" in str(keywords):
+        setup = wide
+    with pytest.raises(SetupError, match=said):
+        search(tmp_path, setup, **keywords)
+
+
+def test_without_optuna_the_extra_is_named(tmp_path):
+    code = """
+import sys
+sys.modules["optuna"] = None
+import autoaccum
+try:
+    autoaccum.search(dict, n_trials=1)
+except autoaccum.errors.MissingExtraError as error:
+    assert 'pip install "autoaccum[search]"' in str(error), error
+    sys.exit(3)
+"""
+    assert issubclass(MissingExtraError, ImportError)
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path).returncode == 3
+
+
+def test_no_deprecated_name_of_optuna_is_used(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        search(tmp_path, n_trials=8)
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+
+
+def test_the_picture_has_history_importance_and_landscape(tmp_path):
+    result = search(tmp_path, n_trials=8)
+    result.plot(tmp_path / "search.svg")
+
+    text = (tmp_path / "search.svg").read_text()
+    assert text.count('id="axes_') >= 3
+    with pytest.raises(SetupError, match="no plot can be written"):
+        result.plot(tmp_path / "search.xyz")
+
+
+def test_training_knows_its_names():
+    assert set(training.__all__) <= set(vars(training))
