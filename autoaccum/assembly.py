@@ -1,6 +1,7 @@
 """The user's arguments, checked and made into the parts that probing, verifying and training share."""
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,13 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
 from autoaccum.memory.device import Device, open_device
-from autoaccum.ranks import Ranks, here
+from autoaccum.ranks import Ranks, here, join
 from autoaccum.window.loss import Objective
 from autoaccum.window.optimizer import build_optimizer, check_model
 from autoaccum.window.precision import Precision
 from autoaccum.window.snapshot import RandomState
 
-__all__ = ["Parts", "assemble"]
+__all__ = ["Parts", "assemble", "share_model"]
 
 
 @dataclass
@@ -60,7 +61,8 @@ def assemble(
     The model is untouched when this raises; a lazy module is materialised, and stays so.
     """
     model = unwrapped(model)
-    ranks = _join_ranks()
+    join()
+    ranks = here()
     _check_rate(lr)
     place = open_device(device if device is not None else _where(model, ranks))
     source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case)
@@ -97,15 +99,28 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _join_ranks() -> Ranks:
-    """This process among others; torchrun's environment counts as being asked to join them."""
-    distributed = torch.distributed
-    launched = (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    )
-    if launched and distributed.is_available() and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return here()
+@torch.no_grad()
+def share_model(parts: Parts) -> None:
+    """Gives every rank rank 0's parameters and buffers, as DistributedDataParallel does; all ranks call this.
+
+    Raises:
+        SetupError: the ranks' models differ in their tensors.
+    """
+    ranks = parts.ranks
+    if ranks.size == 1:
+        return
+    modules = [module for module in (parts.model, parts.objective.loss) if isinstance(module, nn.Module)]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    described = "".join(f"{tuple(tensor.shape)}{tensor.dtype}" for tensor in tensors)
+    sums = ranks.gather(zlib.crc32(described.encode()))
+    if len(set(sums)) > 1:
+        others = [rank for rank, each in enumerate(sums) if each != sums[0]]
+        raise SetupError(
+            f"the model on rank {', '.join(map(str, others))} has tensors of other shapes than rank 0's: "
+            "build the same model on every rank"
+        )
+    for tensor in tensors:
+        ranks.broadcast(tensor)
 
 
 def _where(model: Any, ranks: Ranks) -> torch.device | None:

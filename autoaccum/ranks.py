@@ -3,15 +3,19 @@
 A single process answers for itself and pays nothing. Several talk through PyTorch's default process group.
 
 Choices:
-- `tally`, `any` and `gather` are one and the same all-reduce, of a fixed size. So a rank that fails anywhere between
-  two of them can say so in the next one, whatever the others call there: they raise, and nobody waits for the dead.
+- `tally`, `any` and `gather` are one and the same all-reduce, of a fixed size, and `broadcast` begins with it. So a
+  rank that fails anywhere between two of them can say so in the next one, whatever the others call there: they raise,
+  and nobody waits for the dead. An error that the others know of is told once, however many functions it passes.
 - Gradients travel in flat buckets, so that many small ones cost one message; a bucket is all the memory this takes.
 - Sparse gradients stay sparse. Each rank's rows are gathered and added, which works alike on gloo and NCCL (NCCL
   reduces no sparse tensors), and costs what is non-zero instead of the whole table.
 """
 
+import functools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +24,19 @@ from torch import Tensor
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.units import MIB
 
-__all__ = ["BUCKET_BYTES", "Ranks", "here"]
+__all__ = ["BUCKET_BYTES", "Ranks", "ends_all", "here", "join"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # As large as DistributedDataParallel's: large enough that latency does not count, small beside any model.
 BUCKET_BYTES = 25 * MIB
 
 # Numbers that one `tally` can carry. Fixed, because a failing rank does not know what the others send.
 _SLOTS = 64
+
+# Marks an error that all ranks know of.
+_TOLD = "_autoaccum_told_to_all_ranks"
 
 
 class Ranks:
@@ -39,13 +49,12 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    _stopped: bool = False
 
     def fail(self) -> None:
-        """Lets the other ranks stop in their next exchange, once; nothing where another rank made this one stop."""
-        if not self._stopped:
-            self._stopped = True
-            self.tally(failed=True)
+        """Lets the other ranks stop in their next exchange; to be called where an error is handled.
+
+        Nothing where they know of that error already, or where it came from one of them.
+        """
 
     def tally(self, values: Sequence[float] = (), *, failed: bool = False) -> list[float]:
         """The sums of each of `values` over all ranks, in float64; every rank gives equally many.
@@ -84,6 +93,17 @@ class _Group(Ranks):
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self._device = dist.get_rank(), dist.get_world_size(), device
 
+    def fail(self) -> None:
+        error = sys.exc_info()[1]
+        if hasattr(error, _TOLD):
+            return
+        if error is not None:
+            setattr(error, _TOLD, True)
+        try:
+            self.tally(failed=True)
+        except RuntimeError:
+            return  # a connection is closed: the others have ended, and nobody waits
+
     def tally(self, values: Sequence[float] = (), *, failed: bool = False) -> list[float]:
         if len(values) > _SLOTS:
             raise SetupError(f"{len(values)} numbers to add up over the ranks: at most {_SLOTS}, so use fewer terms")
@@ -103,14 +123,16 @@ class _Group(Ranks):
         answer: list[float] = packet.tolist()
         dead = [rank for rank, flag in enumerate(answer[self.size + _SLOTS :]) if flag]
         if dead and not failed:
-            self._stopped = True
-            raise AutoaccumError(
+            error = AutoaccumError(
                 f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} of {self.size} failed, so rank "
                 f"{self.rank} stops as well: the cause is in the error that {'they' if len(dead) > 1 else 'it'} raised"
             )
+            setattr(error, _TOLD, True)
+            raise error
         return answer
 
     def broadcast(self, tensor: Tensor) -> Tensor:
+        self._exchange((), 0, False)
         # No backend is sure to know bools, and none takes a tensor with gaps.
         message = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).detach().contiguous()
         if self._device.type != "cpu":
@@ -155,6 +177,36 @@ class _Group(Ranks):
         entries = torch.cat([part[:count] for part, count in zip(all_values, counts, strict=True)])
         total = torch.sparse_coo_tensor(rows.T, entries, gradient.shape, check_invariants=False).coalesce()
         gradient.copy_(total if gradient.is_sparse else total.to_dense())
+
+
+def join() -> None:
+    """Joins the group where torchrun, or something with its environment, started this process and nobody has yet."""
+    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not asked or not dist.is_available() or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < torch.cuda.device_count():
+        # Otherwise all ranks of a host would meet on its first GPU, where NCCL waits forever.
+        torch.cuda.set_device(local)
+    # A model may be trained on the CPU of a machine with GPUs, and small messages need not wait for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+
+
+def ends_all(function: Callable[P, R]) -> Callable[P, R]:
+    """For a function that all ranks call and that ends in an exchange: an error on one of them ends it on all."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            here().fail()
+            raise
+
+    return guarded
 
 
 def here(device: torch.device | None = None) -> Ranks:

@@ -79,6 +79,22 @@ def test_a_right_model_of_16_bit_parameters_passes():
     assert verify(model.bfloat16(), (inputs, targets), **objective).ok
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_computes_partly_in_16_bits_by_itself_passes(dtype):
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 64), nn.Linear(64, 5)
+
+        def forward(self, inputs):
+            half = [tensor.to(dtype) for tensor in (inputs, self.first.weight, self.first.bias)]
+            return self.second(F.linear(*half).float().tanh())
+
+    report = verify(Mixed(), pairs(), loss=mean)
+    assert report.ok, report.text
+    assert report.relative_error > 1e-5
+
+
 def transformers_model(name):
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
@@ -188,6 +204,7 @@ def test_one_sample_is_not_verifiable_and_says_so():
     [
         (lambda outputs, targets: outputs.sum() * 0, "the gradient of 8 samples is 0"),
         (lambda outputs, targets: outputs.sum() * float("nan"), "the loss is nan"),
+        (lambda outputs, targets: (outputs * 0).abs().sum().sqrt(), "the gradient is not finite"),
     ],
 )
 def test_a_gradient_that_is_zero_or_nan_is_not_verifiable(loss, words):

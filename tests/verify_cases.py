@@ -317,6 +317,11 @@ FAULTS = {
         Cause.COUPLED,
         "batch_first=True",
     ),
+    "a part has a gradient that is not finite": (
+        lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) + ((o * 0).sum() + (len(o) == 8)).sqrt()}),
+        Cause.NOT_FINITE,
+        "the gradient is not finite at 5 + 3",
+    ),
     "a part has no targets": (
         lambda: (mlp(), (torch.randn(8, 6), torch.tensor([1, *[-100] * 6, 2])), {"loss": mean, "sizes": (1, 6, 1)}),
         Cause.NOT_FINITE,

@@ -148,7 +148,7 @@ def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ra
         try:
             indices = _whole(make(), length)
         except BaseException:
-            ranks.tally(failed=True)
+            ranks.fail()
             raise
     (count,) = ranks.tally([indices.numel()])
     if ranks.rank != 0:

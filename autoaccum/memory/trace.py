@@ -12,6 +12,8 @@ Choices:
 - The recorder is torch's profiler with memory events and nothing else: no shapes, no stacks, no device
   activity. It sees the buffers inside kernels, which trackers at the dispatcher miss. It is driven
   through the functions under `torch.profiler.profile`, whose Python class builds tables nobody reads here.
+  Measured on a CPU: 0.5 ms to start and stop (1 ms the first time), and 5 to 10 µs for each operator and
+  each event, two thirds of it in torch when the profiler stops.
 - Events of one operator call that follow each other are one group: the innermost operator, since kernels
   may allocate more often at larger sizes, which a group's net and inside figures survive.
 - On CUDA the profiler tells the operator, but the size of the block that was handed out; the allocator's
@@ -43,9 +45,8 @@ from torch.autograd.profiler import profile, record_function
 from autoaccum.errors import ProbeError
 from autoaccum.memory.allocator import Segment
 from autoaccum.memory.history import NO_OPERATOR, History, RawEvent
-from autoaccum.memory.resident import resident_bytes, resident_parts
 
-__all__ = ["Event", "Group", "Phase", "Recording", "Trace", "assemble", "record", "resident_bytes", "resident_parts"]
+__all__ = ["Event", "Group", "Phase", "Recording", "Trace", "assemble", "record"]
 
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own

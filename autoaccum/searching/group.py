@@ -3,7 +3,6 @@
 Only rank 0 knows the study. It tells the others each trial's parameters and, at the end, the result.
 """
 
-import os
 from typing import Any
 
 import torch.distributed as dist
@@ -13,13 +12,9 @@ __all__ = ["join", "rank", "size", "tell"]
 
 def join() -> None:
     """Joins the group where torchrun started this process and nothing has joined yet."""
-    import torch
+    from autoaccum import ranks
 
-    launched = (
-        int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    )
-    if launched and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    ranks.join()
 
 
 def size() -> int:

@@ -9,6 +9,7 @@ Any other error leaves everything as it was before the window. Only what happens
 undone: its state may be half updated then, and is not trusted.
 """
 
+import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,12 +22,14 @@ from autoaccum.data import tree
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, LossError
 from autoaccum.memory.device import Device
-from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.memory.oom import Verdict
+from autoaccum.memory.oom import out_of_memory as judge
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
 from autoaccum.training.generators import Generators
-from autoaccum.training.smaller import Replays, cut_smaller
+from autoaccum.training.smaller import Replays, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.loss import Objective
 from autoaccum.window.record import StepRecord
 
@@ -35,6 +38,14 @@ __all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]
 
 class OptimizerOutOfMemoryError(AutoaccumError, torch.cuda.OutOfMemoryError):
     """Memory ran out inside the optimizer's step, so that its state and the weights may be half updated."""
+
+
+class _End(enum.Enum):
+    """How an attempt at a window ended."""
+
+    WELL = enum.auto()
+    OUT_OF_MEMORY = enum.auto()
+    TOO_SMALL = enum.auto()  # a BatchNorm layer takes no single sample
 
 
 class WindowStart:
@@ -139,19 +150,24 @@ class SafeWindow:
         """Forward and backward of all pieces, until no rank ran out of memory."""
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
-            ran_out = self._attempt(pieces)
-            anywhere, stopping = ranks.tally([float(ran_out), float(self._events.stop is not None)])
+            end = self._attempt(pieces)
+            votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None]
+            out_of_memory, too_small, stopping = ranks.tally([float(vote) for vote in votes])
             if stopping:
                 self.stopped = self._events.stop or "another rank was asked to stop"
-            if not anywhere:
+            if not out_of_memory and not too_small:
                 return
             self._accumulator.discard()
             self._start.restore()
             self._device.release()
-            pieces = self._in_smaller_pieces(pieces, ran_out)
+            if too_small:
+                self._accumulator.plan = with_floor(self._accumulator.plan)
+                pieces = cut_smaller(window.batches, self._accumulator.plan.limits[ranks.rank], 2)
+            else:
+                pieces = self._in_smaller_pieces(pieces, end is _End.OUT_OF_MEMORY)
 
-    def _attempt(self, pieces: list[Any]) -> bool:
-        """Whether memory ran out. What the attempt held is free once this has returned."""
+    def _attempt(self, pieces: list[Any]) -> "_End":
+        """How an attempt ended. What it held is free once this has returned."""
         accumulator = self._accumulator
         opened = accumulator.ranks.size == 1
         try:
@@ -160,9 +176,11 @@ class SafeWindow:
             accumulator.run(pieces)
         except Exception as error:
             if opened and _is_for_memory(error, pieces, accumulator.plan.minimum):
-                return True
+                return _End.OUT_OF_MEMORY
+            if opened and needs_two(error) and accumulator.plan.minimum == 1 and sum(map(tree.batch_size, pieces)) > 1:
+                return _End.TOO_SMALL
             raise
-        return False
+        return _End.WELL
 
     def _in_smaller_pieces(self, pieces: list[Any], ran_out: bool) -> list[Any]:
         accumulator, step = self._accumulator, self._accumulator.step + 1
@@ -186,7 +204,7 @@ class SafeWindow:
         except BaseException as error:
             self._accumulator.discard()
             self.broken = f"{type(error).__name__} inside the step {self._accumulator.step + 1}"
-            if out_of_memory(error) is not Verdict.SURELY:
+            if judge(error) is not Verdict.SURELY:
                 raise
             raise OptimizerOutOfMemoryError(
                 f"memory ran out inside the optimizer's step {self._accumulator.step + 1}: its state and the weights "
@@ -219,6 +237,6 @@ def _is_for_memory(error: BaseException, pieces: Sequence[Any], minimum: int) ->
 
     What may be for want of memory is tried smaller too: if that was not it, it fails again at the smallest, and counts.
     """
-    verdict = out_of_memory(error)
+    verdict = judge(error)
     smallest = max(map(tree.batch_size, pieces), default=0) <= minimum
     return verdict is Verdict.SURELY or (verdict is Verdict.PERHAPS and not smallest)

@@ -14,7 +14,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks
 
-__all__ = ["Replays", "cut_smaller", "plan_for"]
+__all__ = ["Replays", "cut_smaller", "plan_for", "with_floor"]
 
 
 class Replays:
@@ -93,6 +93,21 @@ class Replays:
         self.undisturbed, self._grew = state["undisturbed"], state["grew"]
         if state["asked"] == self._regrow_after:
             self._patience = state["patience"]
+
+
+def with_floor(plan: Plan) -> Plan:
+    """The plan without micro-batches of 1, which a BatchNorm layer that sees one value a sample refuses.
+
+    Raises:
+        NothingFitsError: the batch cannot be made so.
+    """
+    limits = tuple(max(limit, 2) for limit in plan.limits)
+    try:
+        return dataclasses.replace(plan, minimum=2, limits=limits).with_limit(
+            max(limits), f"{max(limits)}: a BatchNorm layer takes no micro-batch of 1"
+        )
+    except PlanError as error:
+        raise NothingFitsError(f"memory ran out, and a BatchNorm layer takes no micro-batch of 1: {error}") from None
 
 
 def plan_for(rank: int, values: Mapping[str, Any]) -> Plan:

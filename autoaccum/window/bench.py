@@ -30,11 +30,11 @@ from autoaccum.window.snapshot import Snapshot
 
 __all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
 
-# Relative errors that rounding alone may make, by the coarsest number format that the gradient goes through: some ten
-# times what right models show when a batch is split. A fault in a denominator makes 1e-2 and more.
+# Relative errors that rounding alone may make, by the coarsest number format that was computed in: ten times and more
+# what right models show when a batch is split. A fault in a denominator makes 1e-2 and more.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 _ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_ROUNDING_8_BITS = 5e-2
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
 
@@ -151,8 +151,10 @@ class Bench:
                 accumulator.discard()
                 raise
             record = accumulator.finish()
-            if self._taken.gradient is not None:
-                return self._taken.gradient
+            found = self._taken.gradient
+            if found is not None:
+                finite = all(math.isfinite(float(_flat(g, p).norm())) for g, p in zip(found, self._parameters))
+                return found if finite else "the gradient is not finite"
             if not math.isfinite(record.loss):
                 return f"the loss is {record.loss}"
             if not accumulator.precision.scaler.is_enabled():
@@ -204,11 +206,9 @@ class Bench:
 
     @property
     def rounding(self) -> float:
-        """The relative error that rounding alone may make."""
-        formats = {parameter.dtype for parameter in self._parameters}
-        if self.precision in _AUTOCAST:
-            formats.add(_AUTOCAST[self.precision])
-        coarsest = max(_ROUNDING.get(format_, _ROUNDING[torch.float32]) for format_ in formats)
+        """The relative error that rounding alone may make in the windows that were run."""
+        formats = self.fixed.formats
+        coarsest = max((_ROUNDING.get(dtype, _ROUNDING_8_BITS) for dtype in formats), default=_ROUNDING[torch.float32])
         return coarsest if self._device.type == "cpu" or formats == {torch.float64} else max(coarsest, _ROUNDING_TF32)
 
 

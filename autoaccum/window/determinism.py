@@ -47,7 +47,6 @@ class Determinism:
 
     Attributes:
         normalises: there are BatchNorm layers that train, and are held to their running statistics.
-        unexplained: a draw was seen that could not be given to single samples.
     """
 
     def __init__(self, model: nn.Module, *others: nn.Module, samples: int, device: torch.device) -> None:
@@ -82,6 +81,11 @@ class Determinism:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stack.close()
+
+    @property
+    def formats(self) -> set[torch.dtype]:
+        """The floating-point formats that were computed in, forward and backward."""
+        return self._noise.formats
 
     @property
     def unexplained(self) -> bool:

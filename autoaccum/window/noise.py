@@ -26,10 +26,12 @@ class SampleNoise(TorchDispatchMode):
     Attributes:
         rows: the places in the whole batch of the samples that run; set before each micro-batch.
         unexplained: a draw was seen that could not be given to single samples.
+        formats: the floating-point formats that were computed in.
     """
 
     def __init__(self, samples: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.formats: set[torch.dtype] = set()
         self.rows: Sequence[int] = range(samples)
         self.unexplained = False
         self._samples = samples
@@ -43,6 +45,8 @@ class SampleNoise(TorchDispatchMode):
             generator.set_state(state)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _CASTS:
+            self.formats.update(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
         handler = _HANDLERS.get(func)
         if handler is None:
             self.unexplained = self.unexplained or func in _OPAQUE
@@ -175,5 +179,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.normal.float_Tensor: _normal,
     _aten.native_dropout.default: _dropout,
 }
+_CASTS = _overloads("_to_copy", "copy_")
 # One sample's part of these cannot be told from the outside.
 _OPAQUE = _overloads("multinomial", "randperm", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet")

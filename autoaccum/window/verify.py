@@ -114,7 +114,7 @@ class _Examination:
         self._whole: Rows = tuple(range(bench.samples))
         self._pieces = [self._whole[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
         self._split = f"{bench.samples} samples at once and accumulated as {' + '.join(map(str, sizes))}"
-        self._tolerance = bench.rounding
+        self._tolerance = 0.0
         self._reference: Gradient = []
         self._evidence = Evidence(bench.samples, bench.batch, self._sampled, self._tolerance)
         self._unfit: PartFailed | None = None
@@ -130,6 +130,7 @@ class _Examination:
             )
         self._reference = [None if gradient is None else gradient.detach().cpu() for gradient in first]
         del first
+        self._allow(bench.rounding / _NOISE_FACTOR)
         repeated = self._compare(bench.window([self._whole]))
         if repeated.reference == 0:
             return _unverifiable(

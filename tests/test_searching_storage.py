@@ -1,0 +1,207 @@
+"""Where studies are kept: each kind of storage for real, and what is said where one cannot be used."""
+
+import contextlib
+import datetime
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import warnings
+
+import optuna
+import pytest
+import torch
+
+import autoaccum
+from autoaccum.errors import SetupError
+from autoaccum.searching import study as studies
+from autoaccum.searching.ledger import Kind
+from autoaccum.searching.storage import dashboard_line, open_storage, shown
+from autoaccum.searching.study import OWNER, is_gone, ledger_of, owner, repeat_broken, sweep
+from tests.search_setups import plain
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def search(tmp_path, storage, n_trials=3, **keywords):
+    keywords = {"target_batch": (8, 16), "folder": tmp_path / "run", "study_name": "s", **keywords}
+    return autoaccum.search(plain, n_trials=n_trials, storage=storage, **keywords)
+
+
+@contextlib.contextmanager
+def grpc_proxy(storage):
+    """A server in this process, as `optuna.storages.run_grpc_proxy_server` starts one; gives its address."""
+    server = pytest.importorskip("optuna.storages._grpc.server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = server.make_server(storage, "127.0.0.1", port)
+    running.start()
+    try:
+        yield f"grpc://127.0.0.1:{port}"
+    finally:
+        running.stop(grace=None)
+
+
+@pytest.mark.parametrize("kind", ["journal", "path", "sqlite", "object"])
+def test_a_search_goes_on_in_every_kind_of_storage(tmp_path, kind):
+    storage = {
+        "journal": None, "path": str(tmp_path / "study.log"), "sqlite": f"sqlite:///{tmp_path}/study.db",
+        "object": optuna.storages.InMemoryStorage(),
+    }[kind]  # fmt: skip
+    search(tmp_path, storage, 2)
+    result = search(tmp_path, storage, 4)
+
+    assert [row["number"] for row in result.trials] == [0, 1, 2, 3]
+    assert len(result.study.trials) == 4
+
+
+def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
+    pytest.importorskip("grpc")
+    with grpc_proxy(optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/study.db")) as address:
+        search(tmp_path, address, 2)
+        result = search(tmp_path, address, 3)
+
+    assert len(result.trials) == 3
+    assert result.dashboard is None
+
+
+@pytest.mark.parametrize(
+    ("storage", "said"),
+    [
+        ("nosuch://host/x", "nosuch:// is not known"),
+        ("{folder}", "is a folder: give the path of a journal file"),
+        ("{folder}/none/study.log", "there is no folder"),
+        ("{folder}/some.db", "is an SQLite database: write sqlite:///"),
+        ("{folder}/text.log", "is not a journal file"),
+        ("grpc://localhost", "write grpc://host:port"),
+        ("sqlite:///{folder}/none/study.db", "unable to open database file"),
+        ("postgresql://u:secret@127.0.0.1:9/x", r"postgresql://u:\*\*\*@127.0.0.1:9/x"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_with_the_remedy(tmp_path, storage, said):
+    sqlite3.connect(tmp_path / "some.db").executescript("create table t (x); insert into t values (1);")
+    (tmp_path / "text.log").write_text("no journal\n")
+    with pytest.raises(SetupError, match=said) as error:
+        search(tmp_path, storage.format(folder=tmp_path))
+
+    assert "secret" not in str(error.value)
+
+
+def test_a_proxy_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    pytest.importorskip("grpc")
+    monkeypatch.setattr("autoaccum.searching.storage.CONNECT", 0.3)
+    with pytest.raises(SetupError, match=r"grpc://127.0.0.1:9' does not answer.*run_grpc_proxy_server"):
+        search(tmp_path, "grpc://127.0.0.1:9")
+
+
+def test_a_locked_database_is_told_so(tmp_path):
+    search(tmp_path, f"sqlite:///{tmp_path}/study.db", 1)
+    holder = sqlite3.connect(tmp_path / "study.db", isolation_level=None)
+    holder.execute("begin exclusive")
+    try:
+        with pytest.raises(SetupError, match="is locked by another process"):
+            search(tmp_path, f"sqlite:///{tmp_path}/study.db?timeout=0.2", 2)
+    finally:
+        holder.close()
+
+
+def test_a_journal_whose_last_line_was_cut_off_is_mended(tmp_path):
+    search(tmp_path, None, 2)
+    with (tmp_path / "run" / "journal.log").open("ab") as file:
+        file.write(b'{"op_code":5,"worker')
+    with pytest.warns(UserWarning, match="ended in the middle of a line"):
+        result = search(tmp_path, None, 3)
+
+    assert len(result.trials) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(search(tmp_path, None, 4).trials) == 4
+
+
+def test_a_study_of_someone_else_is_refused(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    optuna.create_study(storage=url, study_name="s").optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    with pytest.raises(SetupError, match=r"not from autoaccum\.search"):
+        search(tmp_path, url)
+
+
+def test_passwords_are_never_shown():
+    assert shown("postgresql://me:hunter2@host/db") == "postgresql://me:***@host/db"
+    assert shown("sqlite:///a.db") == "sqlite:///a.db"
+
+
+def test_the_dashboards_command_names_the_storage(tmp_path):
+    assert dashboard_line(None, tmp_path) == f"optuna-dashboard {tmp_path / 'journal.log'}"
+    assert dashboard_line("sqlite:///a.db", tmp_path) == "optuna-dashboard sqlite:///a.db"
+
+
+# --- whose a trial is ------------------------------------------------------------------------------------------------
+
+
+def dead_process():
+    """What a process that has ended would have signed with."""
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    return {**owner(), "pid": int(done.stdout), "started": 12345.0}
+
+
+def running_trial(study, who):
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    if who is not None:
+        trial.set_user_attr(OWNER, who)
+    return trial.number
+
+
+@pytest.fixture(params=["journal", "sqlite"])
+def study(request, tmp_path):
+    storage = open_storage(None if request.param == "journal" else f"sqlite:///{tmp_path}/s.db", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trials are asked for outside of optimize, where heartbeats do not run
+        yield optuna.create_study(storage=storage, study_name="s")
+
+
+def test_running_trials_of_dead_processes_are_failed_and_queued_once(study):
+    dead, alive = running_trial(study, dead_process()), running_trial(study, owner())
+    elsewhere = running_trial(study, {**dead_process(), "host": "another machine"})
+
+    assert sweep(study) == [dead]
+    assert sweep(study) == []
+    repeat_broken(study)
+    repeat_broken(study)
+    states = [trial.state.name for trial in study.trials]
+    assert [states[n] for n in (dead, alive, elsewhere)] == ["FAIL", "RUNNING", "RUNNING"]
+    assert states[3:] == ["WAITING"]
+    again = study.ask()
+    assert again.suggest_float("x", 0, 1) == study.trials[dead].params["x"]
+    assert ledger_of(study).count(Kind.KILLED) == 1
+
+
+def test_another_machines_trial_counts_as_dead_after_a_long_silence(study, monkeypatch):
+    silent = running_trial(study, {**owner(), "host": "another machine", "since": 1000.0})
+
+    assert sweep(study, heartbeats=True) == [], "where the storage has heartbeats, it sees to that"
+    assert sweep(study) == [silent]
+
+
+def test_a_trial_that_nobody_claimed_is_failed_after_a_while(study, monkeypatch):
+    number = running_trial(study, None)
+    assert sweep(study) == []
+    monkeypatch.setattr(studies, "UNCLAIMED", -1.0)
+
+    assert sweep(study) == [number]
+
+
+def test_a_process_id_that_is_used_again_is_another_process():
+    assert not is_gone(owner(), None)
+    assert is_gone({**owner(), "started": owner()["started"] - 60}, None)
+    assert is_gone({**owner(), "pid": 2**22 + 1}, None)
+    assert owner()["pid"] == os.getpid()
+    assert datetime.datetime.fromtimestamp(owner()["since"]).year >= 2024

@@ -1,0 +1,218 @@
+"""Several workers: who takes which trial, what a kill costs, and how an interruption ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+
+import autoaccum
+from autoaccum.errors import AutoaccumError, DeviceError, SetupError
+from autoaccum.searching.pool import places
+from tests.search_setups import counted, kills_its_process_always, kills_its_process_once, plain
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(2)
+import autoaccum
+from tests import search_setups
+
+if __name__ == "__main__":
+    setup = getattr(search_setups, sys.argv[2])
+    result = autoaccum.search(setup, n_trials=int(sys.argv[3]), workers=int(sys.argv[4]), target_batch=(8, 16),
+                              folder=sys.argv[1], study_name="s", pruner="none")
+    print(len(result.trials))
+"""
+
+
+def search(tmp_path, setup, n_trials, **keywords):
+    keywords = {"target_batch": (8, 16), "folder": tmp_path / "run", "study_name": "s", "pruner": "none", **keywords}
+    return autoaccum.search(setup, n_trials=n_trials, **keywords)
+
+
+def started(tmp_path, setup, n_trials, workers):
+    """The same search in a process of its own, with a process group of its own, as a shell gives it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run"), setup, str(n_trials), str(workers)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def trials(tmp_path):
+    journal = tmp_path / "run" / "journal.log"
+    if not journal.exists() or not journal.stat().st_size:
+        return []
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    found = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name="s", storage=storage).trials if found else []
+
+
+def wait_for(tmp_path, process, reached, seconds=90):
+    """Until the study is so far; fails where the process ends before or it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not reached(trials(tmp_path)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def states(tmp_path):
+    return Counter(trial.state.name for trial in trials(tmp_path))
+
+
+def running(found):
+    return any(trial.state.name == "RUNNING" and "autoaccum.owner" in trial.user_attrs for trial in found)
+
+
+def test_two_workers_share_the_trials_and_the_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCH_CALLS", str(tmp_path / "calls"))
+    result = search(tmp_path, counted, 6, workers=2)
+
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert len(result.trials) == 6
+    assert len(calls) == 1 + 6, "one call settles the terms, and no trial is begun twice"
+    workers = {pid for pid, _ in calls[1:]}
+    assert str(os.getpid()) not in workers
+    assert {trial.user_attrs["autoaccum.owner"]["pid"] for trial in result.study.trials} == {int(p) for p in workers}
+    assert {threads for _, threads in calls[1:]} == {str(places(2)[0].threads)}
+
+
+def test_a_killed_workers_trial_is_retried_once_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
+    search(tmp_path, kills_its_process_once, 1)
+    (tmp_path / "marker").touch()
+    result = search(tmp_path, kills_its_process_once, 4, workers=2)
+
+    rows = {row["number"]: row for row in result.trials}
+    assert Counter(row["state"] for row in result.trials) == {"complete": 4, "killed": 1}
+    killed = next(number for number, row in rows.items() if row["state"] == "killed")
+    again = [row for row in result.trials if row["repeats"] == killed]
+    assert [row["params"] for row in again] == [rows[killed]["params"]]
+
+
+def test_workers_that_die_one_after_another_end_the_search(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
+    search(tmp_path, kills_its_process_always, 1)
+    real = subprocess.run  # the parent's own call of the setup must not die: the marker is laid by the first worker
+    del real
+    script = tmp_path / "die.py"
+    script.write_text(
+        SCRIPT.replace("setup = getattr(search_setups, sys.argv[2])", "setup = Dying()").replace(
+            'if __name__ == "__main__":',
+            "class Dying:\n"
+            "    def __call__(self):\n"
+            "        import multiprocessing, os, signal\n"
+            "        if multiprocessing.parent_process() is not None:\n"
+            "            os.kill(os.getpid(), signal.SIGKILL)\n"
+            "        return search_setups.arguments(epochs=1)\n\n"
+            'if __name__ == "__main__":',
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "dead"), "-", "4", "1"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, "one worker is this process itself, where nobody is a child"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "dead"), "-", "8", "2"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert "workers died one after another and no trial was finished (ended by SIGKILL" in done.stderr
+
+
+def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path):
+    with pytest.raises(SetupError, match="all of the first 5 trials failed"):
+        search(tmp_path, fails_in_a_worker, 12, workers=2)
+
+
+def fails_in_a_worker():
+    import multiprocessing
+
+    if multiprocessing.parent_process() is not None:
+        raise RuntimeError("only in a worker")
+    return plain()
+
+
+def test_a_setup_that_cannot_be_sent_says_what_to_do(tmp_path):
+    with pytest.raises(SetupError, match=r"cannot be sent to other processes.*top level.*workers=1"):
+        search(tmp_path, lambda: plain(), 2, workers=2)
+
+
+def test_ctrl_c_marks_what_runs_and_the_same_command_finishes_the_rest(tmp_path):
+    process = started(tmp_path, "slow", 6, 2)
+    wait_for(tmp_path, process, lambda found: len(found) >= 2 and running(found))
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+
+    assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in error
+    assert states(tmp_path)["RUNNING"] == 0
+    result = search(tmp_path, plain_slow(), 6)
+    assert len([row for row in result.trials if row["state"] == "complete"]) == 6
+
+
+def plain_slow():
+    from tests.search_setups import slow
+
+    return slow
+
+
+def test_killed_with_its_parent_and_all_a_search_goes_on_where_it_was(tmp_path):
+    process = started(tmp_path, "slow", 5, 2)
+    wait_for(tmp_path, process, lambda found: any(t.state.name == "COMPLETE" for t in found) and running(found))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    before = states(tmp_path)
+    result = search(tmp_path, plain_slow(), 5)
+
+    assert before["COMPLETE"] >= 1
+    assert len([row for row in result.trials if row["state"] == "complete"]) == 5
+    assert states(tmp_path)["RUNNING"] == 0
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["value"] == result.best_value
+
+
+def test_workers_end_with_a_parent_that_was_killed_alone(tmp_path):
+    process = started(tmp_path, "slow", 500, 2)
+    wait_for(tmp_path, process, running)
+    pids = {t.user_attrs["autoaccum.owner"]["pid"] for t in trials(tmp_path) if "autoaccum.owner" in t.user_attrs}
+    process.kill()
+    process.communicate(timeout=60)
+
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_places_share_threads_and_refuse_gpus_that_are_not_there(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [place.threads for place in places(3)] == [2, 2, 2]
+    assert places(1)[0].memory is None
+    assert places(2)[0].memory > 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no CUDA device"):
+        places("gpus")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [(place.device, place.threads) for place in places("gpus")] == [("cuda:0", 4), ("cuda:1", 4)]
+    for wrong in (0, -1, "all", 1.5, True):
+        with pytest.raises(SetupError, match="workers="):
+            places(wrong)
+
+
+def test_an_error_of_ours_is_one():
+    assert issubclass(SetupError, AutoaccumError)
