@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.assembly import assemble
+from autoaccum.assembly import assemble, share_model
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data.source import open_source
 from autoaccum.memory.forecast import Forecast
@@ -32,7 +32,7 @@ from autoaccum.planning.plan import Plan, plan
 from autoaccum.probing.isolate import Send
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks
+from autoaccum.ranks import Ranks, ends_all
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Listener
 from autoaccum.training.loop import FitResult, TrainingLoop
@@ -111,6 +111,7 @@ def probe(
     return replace(report, plan=made)
 
 
+@ends_all
 def prepare(
     model: nn.Module,
     data: Any,
@@ -228,6 +229,7 @@ def prepare(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, shuffle=shuffle, seed=seed, worst_case=worst_case,
     )  # fmt: skip
+    share_model(parts)
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
@@ -271,6 +273,7 @@ def prepare(
     )  # fmt: skip
     if kept is not None:
         loop.load_state_dict(kept)
+    parts.ranks.tally()  # whoever failed on the way here is heard by all
     return loop
 
 

@@ -1,6 +1,7 @@
 """Setups for the tests of the search, at a module's top level so that worker processes find them. Small enough that a
 trial takes tenths of a second: no probe (`micro_batch`) and no gradient check unless a test is about them."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -61,18 +62,29 @@ def counted():
     return arguments(epochs=2)
 
 
-def kills_its_process_once():
-    """The first worker process that comes here after the marker was laid is killed outright, as for want of memory."""
+def in_a_worker():
+    """Whether this is a worker's process: the test's own must not come to harm."""
+    return multiprocessing.parent_process() is not None
+
+
+def killed_once():
+    """The first worker that finds the marker takes it along and is killed outright, as for want of memory."""
     marker = Path(os.environ["SEARCH_MARKER"])
-    if marker.exists():
+    if in_a_worker() and marker.exists():
         marker.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return arguments(epochs=1)
 
 
-def kills_its_process_always(width=4):
-    if Path(os.environ["SEARCH_MARKER"]).exists():
+def killed_always():
+    if in_a_worker():
         os.kill(os.getpid(), signal.SIGKILL)
+    return arguments(epochs=1)
+
+
+def fails_in_a_worker():
+    if in_a_worker():
+        raise RuntimeError("only in a worker")
     return arguments(epochs=1)
 
 

@@ -48,7 +48,7 @@ def test_a_room_imports_only_from_rooms_above_it(path):
     assert own in ROOMS, f"{own} is not in the house's list"
     for name in imports(path):
         other = room_of(name)
-        if other is None or other == own or other == "__version__":
+        if other in (None, own, "__version__"):
             continue
         if other not in ROOMS:  # a public name, loaded lazily: only the command line uses the package from outside
             assert own in ("cli", "integrations", "searching"), f"{path} imports the public name {other}"

@@ -50,9 +50,7 @@ def measured_peak(model, size, optimizer):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_the_limit_is_exact_in_bytes(name):
     model = cnn()
-    report = autoaccum.probe(
-        model, images(), loss=nn.CrossEntropyLoss(), optimizer=name, memory="2MiB", device="cpu"
-    )
+    report = autoaccum.probe(model, images(), loss=nn.CrossEntropyLoss(), optimizer=name, memory="2MiB", device="cpu")
     by_hand = cnn()
     optimizer = (torch.optim.AdamW if name == "adamw" else torch.optim.SGD)(by_hand.parameters(), lr=0.0)
     assert measured_peak(by_hand, report.limit, optimizer) <= 2 * 2**20
@@ -65,9 +63,7 @@ def test_the_limit_is_exact_in_bytes(name):
 
 
 def test_a_target_gets_the_fewest_even_micro_batches():
-    report = autoaccum.probe(
-        cnn(), images(), loss=nn.CrossEntropyLoss(), target_batch=256, memory="2MiB", device="cpu"
-    )
+    report = autoaccum.probe(cnn(), images(), loss=nn.CrossEntropyLoss(), target_batch=256, memory="2MiB", device="cpu")
     sizes = report.plan.micro_batches
     assert sum(sizes) == 256
     assert max(sizes) == report.micro_batch <= report.limit

@@ -50,7 +50,8 @@ def test_public_functions_stay_callable_after_every_submodule_was_imported():
         loss = nn.CrossEntropyLoss()
         for _ in range(2):
             assert autoaccum.plan(10, 25).micro_batches == (9, 8, 8)
-            assert autoaccum.probe(nn.Linear(4, 3), (x, y), loss=loss, target_batch=16, device="cpu").plan.target_batch == 16
+            report = autoaccum.probe(nn.Linear(4, 3), (x, y), loss=loss, target_batch=16, device="cpu")
+            assert report.plan.target_batch == 16
             assert autoaccum.verify(nn.Linear(4, 3), (x, y), loss=loss, device="cpu").ok
             loop = autoaccum.prepare(nn.Linear(4, 3), (x, y), loss=loss, target_batch=16, device="cpu")
             assert [record.samples for record in loop] == [16, 16]

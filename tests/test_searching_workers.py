@@ -15,7 +15,7 @@ import pytest
 import autoaccum
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.pool import places
-from tests.search_setups import counted, kills_its_process_always, kills_its_process_once, plain
+from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, killed_once, slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -89,10 +89,9 @@ def test_two_workers_share_the_trials_and_the_threads(tmp_path, monkeypatch):
 
 
 def test_a_killed_workers_trial_is_retried_once_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
-    search(tmp_path, kills_its_process_once, 1)
     (tmp_path / "marker").touch()
-    result = search(tmp_path, kills_its_process_once, 4, workers=2)
+    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
+    result = search(tmp_path, killed_once, 4, workers=2)
 
     rows = {row["number"]: row for row in result.trials}
     assert Counter(row["state"] for row in result.trials) == {"complete": 4, "killed": 1}
@@ -101,36 +100,9 @@ def test_a_killed_workers_trial_is_retried_once_and_nothing_is_lost(tmp_path, mo
     assert [row["params"] for row in again] == [rows[killed]["params"]]
 
 
-def test_workers_that_die_one_after_another_end_the_search(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
-    search(tmp_path, kills_its_process_always, 1)
-    real = subprocess.run  # the parent's own call of the setup must not die: the marker is laid by the first worker
-    del real
-    script = tmp_path / "die.py"
-    script.write_text(
-        SCRIPT.replace("setup = getattr(search_setups, sys.argv[2])", "setup = Dying()").replace(
-            'if __name__ == "__main__":',
-            "class Dying:\n"
-            "    def __call__(self):\n"
-            "        import multiprocessing, os, signal\n"
-            "        if multiprocessing.parent_process() is not None:\n"
-            "            os.kill(os.getpid(), signal.SIGKILL)\n"
-            "        return search_setups.arguments(epochs=1)\n\n"
-            'if __name__ == "__main__":',
-        )
-    )
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "dead"), "-", "4", "1"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, "one worker is this process itself, where nobody is a child"
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "dead"), "-", "8", "2"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert "workers died one after another and no trial was finished (ended by SIGKILL" in done.stderr
+def test_workers_that_die_one_after_another_end_the_search(tmp_path):
+    with pytest.raises(AutoaccumError, match=r"workers died one after another.*ended by SIGKILL"):
+        search(tmp_path, killed_always, 4, workers=2)
 
 
 def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path):
@@ -138,17 +110,9 @@ def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path
         search(tmp_path, fails_in_a_worker, 12, workers=2)
 
 
-def fails_in_a_worker():
-    import multiprocessing
-
-    if multiprocessing.parent_process() is not None:
-        raise RuntimeError("only in a worker")
-    return plain()
-
-
 def test_a_setup_that_cannot_be_sent_says_what_to_do(tmp_path):
     with pytest.raises(SetupError, match=r"cannot be sent to other processes.*top level.*workers=1"):
-        search(tmp_path, lambda: plain(), 2, workers=2)
+        search(tmp_path, lambda: {**arguments()}, 2, workers=2)
 
 
 def test_ctrl_c_marks_what_runs_and_the_same_command_finishes_the_rest(tmp_path):
@@ -159,14 +123,8 @@ def test_ctrl_c_marks_what_runs_and_the_same_command_finishes_the_rest(tmp_path)
 
     assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in error
     assert states(tmp_path)["RUNNING"] == 0
-    result = search(tmp_path, plain_slow(), 6)
+    result = search(tmp_path, slow, 6)
     assert len([row for row in result.trials if row["state"] == "complete"]) == 6
-
-
-def plain_slow():
-    from tests.search_setups import slow
-
-    return slow
 
 
 def test_killed_with_its_parent_and_all_a_search_goes_on_where_it_was(tmp_path):
@@ -175,7 +133,7 @@ def test_killed_with_its_parent_and_all_a_search_goes_on_where_it_was(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     before = states(tmp_path)
-    result = search(tmp_path, plain_slow(), 5)
+    result = search(tmp_path, slow, 5)
 
     assert before["COMPLETE"] >= 1
     assert len([row for row in result.trials if row["state"] == "complete"]) == 5
@@ -212,7 +170,3 @@ def test_places_share_threads_and_refuse_gpus_that_are_not_there(monkeypatch):
     for wrong in (0, -1, "all", 1.5, True):
         with pytest.raises(SetupError, match="workers="):
             places(wrong)
-
-
-def test_an_error_of_ours_is_one():
-    assert issubclass(SetupError, AutoaccumError)

@@ -28,7 +28,16 @@ __all__ = ["probe"]
 @click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
 @new_file("plot", "Draw the forecast and the trials: .png, .svg or .pdf.")
-def probe(*, target: str, progress: bool | None, save_plan: Path | None, plot: Path | None, **options: Any) -> Answer:
+@click.option("--for", "cards", multiple=True, metavar="CARD", help="Say what would fit on a card, such as 'RTX 4090'.")
+def probe(
+    *,
+    target: str,
+    progress: bool | None,
+    save_plan: Path | None,
+    plot: Path | None,
+    cards: tuple[str, ...],
+    **options: Any,
+) -> Answer:
     """Find the largest micro-batch that fits, by running the real training step on small batches.
 
     Without a target batch it looks for the largest that fits at all; with one, for the fewest even micro-batches.
@@ -46,14 +55,23 @@ def probe(*, target: str, progress: bool | None, save_plan: Path | None, plot: P
     done = saved(plot, "the plot", report.plot)
     done &= saved(save_plan, "the plan", lambda path: report.plan.save(path))  # noqa: PLW0108 (None without a target)
     plan = report.plan.to_dict() if report.plan is not None else {}
-    return Answer({**plan, **report.to_dict()}, _view, 0 if done else FAILED)
+    values = {**plan, **report.to_dict()}
+    if cards:
+        from autoaccum.probing.elsewhere import elsewhere
+
+        values["elsewhere"] = [elsewhere(report, card, on_cpu=report.device_type == "cpu").to_dict() for card in cards]
+    return Answer(values, _view, 0 if done else FAILED)
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":
     from rich.console import Group
     from rich.text import Text
 
-    from autoaccum.display.terminal import plan_view, report_view
+    from autoaccum.display.terminal import elsewhere_view, plan_view, report_view
 
-    report = report_view(values)
-    return Group(report, Text(), plan_view(values)) if values.get("target_batch") else report
+    views = [report_view(values)]
+    if values.get("target_batch"):
+        views += [Text(), plan_view(values)]
+    if values.get("elsewhere"):
+        views += [Text(), elsewhere_view(values["elsewhere"])]
+    return Group(*views)

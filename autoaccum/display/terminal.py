@@ -26,6 +26,7 @@ __all__ = [
     "TrainingProgress",
     "TrialLines",
     "devices_view",
+    "elsewhere_view",
     "fit_view",
     "open_console",
     "plan_view",
@@ -138,6 +139,20 @@ def devices_view(devices: Sequence[Mapping[str, Any]]) -> RenderableType:
             rows.append(("note", "", str(device["note"])))
         blocks.append(facts(rows))
     return Group(*blocks) if blocks else Text("No devices.")
+
+
+def elsewhere_view(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """What would fit on other cards."""
+    drawn = [
+        (
+            str(row["card"]),
+            f"micro-batch {row['limit']}" if row["limit"] else "nothing fits",
+            f"in {format_bytes(row['budget_bytes'])}",
+        )
+        for row in rows
+    ]
+    notes = [Text(f"  {note}", style="dim") for note in dict.fromkeys(str(row["note"]) for row in rows)]
+    return Group(Text("Elsewhere", style="bold"), facts(drawn), *notes)
 
 
 def fit_view(result: Mapping[str, Any]) -> RenderableType:

@@ -199,6 +199,7 @@ def _report(
         notes=tuple(notes),
         throughput=throughput,
         floor=floor,
+        device_type=device.type,
         forecaster=forecaster,
     )
 

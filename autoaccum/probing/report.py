@@ -58,6 +58,7 @@ class ProbeReport:
         budget_bytes: what the training may use.
         budget_reason: where that figure comes from, in one line.
         device: its name.
+        device_type: "cpu", "cuda", ...
         trials: in the order they ran.
         residual: relative error of the forecast at the trace that checks it; None without a forecast.
         parts: bytes of parameters, buffers, gradients, optimizer_state, and per_sample (what one more sample costs).
@@ -80,6 +81,7 @@ class ProbeReport:
     plan: Plan | None = None
     throughput: tuple[tuple[int, float], ...] = ()
     floor: int = 1
+    device_type: str = "cpu"
     forecaster: "Forecast | Lines | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -118,6 +120,7 @@ class ProbeReport:
             "notes": list(self.notes),
             "throughput": [list(point) for point in self.throughput],
             "floor": self.floor,
+            "device_type": self.device_type,
             "curve": self._curve(),
             "timeline": self._timeline(),
         }

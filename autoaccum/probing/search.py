@@ -17,8 +17,8 @@ from autoaccum.probing.report import Trial
 __all__ = ["Answer", "Forecaster", "Machine", "find"]
 
 THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that change, at a quarter of that step's cost
-# Where an overrun is suffered and not only counted, the limit itself is run after this share of it was measured: what the
-# small traces could not show is then known before it can do harm.
+# Where an overrun is suffered and not only counted, the limit itself is run after this share of it was measured: what
+# the small traces could not show is then known before it can do harm.
 STEPPING_STONE = 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12

@@ -27,7 +27,7 @@ from autoaccum.window.accumulate import Accumulator, ignore
 
 __all__ = ["Bench", "Counted"]
 
-# What stays behind in the process's memory from step to step: allocators cannot give back what lies between live blocks.
+# What stays behind in the process from step to step: allocators cannot give back what lies between live blocks.
 PROCESS_DRIFT = 0.03
 
 
@@ -55,7 +55,9 @@ class Bench:
         self._killed = journal.killed_sizes()
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._growth = ProcessGrowth(budget.kind)
-        self._grown: dict[int, tuple[int, int]] = {}  # by size: bytes above the start, by PyTorch's count and the process's
+        self._grown: dict[
+            int, tuple[int, int]
+        ] = {}  # by size: bytes above the start, by PyTorch's count and the process's
         self.trials: list[Trial] = []
         self.traces: dict[int, Trace] = {}
         self.resident: dict[int, dict[str, int]] = {}

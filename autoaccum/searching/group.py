@@ -7,13 +7,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from autoaccum import ranks
+
 __all__ = ["join", "rank", "size", "tell"]
 
 
 def join() -> None:
     """Joins the group where torchrun started this process and nothing has joined yet."""
-    from autoaccum import ranks
-
     ranks.join()
 
 

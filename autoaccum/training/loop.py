@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
+from autoaccum.data.draws import mix
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, indices_of, windows
 from autoaccum.errors import CheckpointError, DataError, LossError, NothingFitsError, StateNotRestoredError
@@ -129,6 +130,7 @@ class TrainingLoop:
             with self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 yield from self._rest()
             self._save()
+            self._accumulator.ranks.tally()  # whoever failed since the last window is heard by all
             self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
@@ -173,7 +175,8 @@ class TrainingLoop:
         if self._boundary is not None and self._left is None:
             self._boundary.restore()
         elif self._seed is not None and not self.history and self._left is None:
-            seed_everything(self._seed)
+            rank = self._accumulator.ranks.rank
+            seed_everything(mix(self._seed, rank) if rank else self._seed)  # no two ranks drop out alike
         if self.folder is not None:
             self.folder.begin(self.plan, self.probe, self._device)
         budget = self._budget.bytes if self._budget is not None else None

@@ -27,6 +27,7 @@ from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
 from autoaccum.window.ledger import Ledger
 from autoaccum.window.loss import Mean, Objective
+from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.record import StepRecord
@@ -90,12 +91,19 @@ class Accumulator:
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         self.precision = Precision(precision, self.device, model)
         self.ranks = ranks if ranks is not None else here()
+        if (plan.rank, plan.world_size) != (self.ranks.rank, self.ranks.size):
+            raise SetupError(
+                f"the plan is for rank {plan.rank} of {plan.world_size}, and this is rank {self.ranks.rank} of "
+                f"{self.ranks.size}: call torch.distributed.init_process_group() first where there are several, and "
+                "make the plan with their world_size and rank"
+            )
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self._objective = objective
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
         self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
+        self.noise_scale = NoiseScale(model, self._parameters)
         self._ledger: Ledger | None = None
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
@@ -163,6 +171,7 @@ class Accumulator:
         denominators = None if objective is None else objective.window_denominators(batches)
         self._ledger = Ledger(samples, denominators, objective.names if objective is not None else (), self.ranks)
         self._statistics.begin(len(batches))
+        self.noise_scale.open(len(samples))
         return self._ledger
 
     def run(self, batches: Iterable[Any]) -> None:
@@ -186,6 +195,7 @@ class Accumulator:
             with self.precision.outside():
                 self.precision.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             self._side.collect()
+        self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
         ledger.enter(share)
 
     def finish(self) -> StepRecord:
@@ -221,6 +231,7 @@ class Accumulator:
             seconds=seconds,
             samples_per_second=ledger.total_samples / seconds,
             peak_bytes=self._memory.peak(),
+            noise_scale=self.noise_scale.value,
             skipped=skipped,
         )
         return self.last
@@ -238,13 +249,15 @@ class Accumulator:
         """The format that the window's gradient of `parameter` is summed in."""
         return self._side.dtype(parameter)
 
-    def allocate_gradient(self, parameter: nn.Parameter) -> None:
-        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one."""
-        self._side.put(parameter, torch.zeros_like(parameter, dtype=self.gradient_dtype(parameter)))
+    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0) -> None:
+        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one; or a sparse one."""
+        zeros = torch.zeros_like(parameter, dtype=self.gradient_dtype(parameter))
+        self._side.put(parameter, zeros.to_sparse(sparse_dimensions) if sparse_dimensions else zeros)
 
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
         self._zero()
+        self.noise_scale.close()
         self._statistics.discard()
         self._ledger = None
 
@@ -263,6 +276,8 @@ class Accumulator:
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
+        if self.ranks.size == 1 and not scaler.is_enabled():
+            self.noise_scale.finish(gradients, self._running().total_samples)
         norm = None
         if gradients and (self._clip_norm is not None or self._log_grad_norm):
             measured = global_norm(gradients)
@@ -293,16 +308,18 @@ class Accumulator:
     def _sum_over_ranks(self) -> None:
         if self.ranks.size == 1:
             return
-        # A branch that no rank used keeps no gradient, so that the optimizer leaves it alone as it would on one rank.
-        used = torch.tensor([float(self._side.gradient(p) is not None) for p in self._parameters], device=self.device)
-        self.ranks.sum_gradients([used])
+        gradients = [self._side.gradient(parameter) for parameter in self._parameters]
+        held = [[g is not None, g is not None and g.is_sparse, g.sparse_dim() if g is not None and g.is_sparse else 0]
+                for g in gradients]  # fmt: skip
+        counts = torch.tensor(held, dtype=torch.float32, device=self.device)
+        self.ranks.sum_gradients([counts])
         summed = []
-        for parameter, count in zip(self._parameters, used.tolist(), strict=True):
+        for parameter, own, (used, sparse, dimensions) in zip(self._parameters, gradients, counts.tolist()):
+            if used and own is None:
+                # Sparse where all others are: optimizers for sparse gradients take no dense ones.
+                self.allocate_gradient(parameter, int(dimensions / sparse) if sparse == used else 0)
             gradient = self._side.gradient(parameter)
-            if count and gradient is None:
-                self.allocate_gradient(parameter)
-                gradient = self._side.gradient(parameter)
-            if count and gradient is not None:
+            if used and gradient is not None:  # what no rank used keeps none, as it would on one rank
                 summed.append(gradient)
         self.ranks.sum_gradients(summed)
 

@@ -125,6 +125,7 @@ class PooledStatistics:
         if self._layers:
             self.collect()
             ranks = ranks if ranks is not None else here()
+            ranks.tally()  # an error on another rank is met here: the sums below have sizes of their own
             totals = self._totals(ranks)
             for pool, layers in self._groups:
                 self._commit(pool, layers, [totals[layer.index] for layer in layers], ranks)

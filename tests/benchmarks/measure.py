@@ -1,4 +1,4 @@
-"""How things are timed here: interleaved, so that a machine that slows down slows both alike; medians; written as JSON."""
+"""How things are timed here: interleaved, so that a machine that slows down slows both alike; medians; as JSON."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs the conformance tests: `python -m tests.conformance [--table] [--trainers autoaccum,lightning] [pytest options]`.
+"""Runs the conformance tests: `python -m tests.conformance [--table] [--trainers autoaccum,ignite] [pytest options]`.
 
 --table writes table.json and table.md beside this file, with the versions of what was measured.
 """
@@ -36,9 +36,7 @@ class Only:
         self._names = names
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [
-            item for item in items if "trainer" not in item.fixturenames or item.callspec.params["trainer"].name in self._names
-        ]
+        items[:] = [item for item in items if item.callspec.params["trainer"].name in self._names]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ def head(name: str) -> nn.Module:
     transformers.utils.logging.set_verbosity_error()
     if name.startswith("GPT2"):
         config: Any = transformers.GPT2Config(
-            vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+            vocab_size=20,
+            n_embd=8,
+            n_layer=1,
+            n_head=2,
+            n_positions=16,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
     elif name.startswith("Llama"):
         config = transformers.LlamaConfig(**_TINY, max_position_embeddings=16, num_labels=3, pad_token_id=0)

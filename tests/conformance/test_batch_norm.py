@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics over a window, against one update with the whole batch; and its floor of two values."""
+"""BatchNorm's running statistics over a window, against one update with the whole batch; its floor of two values."""
 
 import copy
 import itertools

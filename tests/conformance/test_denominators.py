@@ -279,4 +279,6 @@ def test_a_sum_is_added_up_and_never_divided(trainer, figures):
     """At stake: a trainer that divides every loss by k divides a sum too."""
     if trainer.name == "Accumulator":
         pytest.skip("the Accumulator adds up means: a sum is for `fit`, or divided by hand")
-    figures.gradients("classifier", Problem(model=classifier, samples=vectors(14), loss=nn.CrossEntropyLoss(reduction="sum")))
+    figures.gradients(
+        "classifier", Problem(model=classifier, samples=vectors(14), loss=nn.CrossEntropyLoss(reduction="sum"))
+    )

@@ -1,6 +1,7 @@
 """Two processes over gloo, started by torchrun as a user's script would be: one window over both."""
 
 import importlib.util
+import itertools
 import math
 import os
 import signal
@@ -151,6 +152,6 @@ def test_the_schedule_moves_once_an_update_on_two_ranks(trainer, figures, launch
     if found is None:
         return
     rates = found[0]["rates"]
-    moves = [math.log2(before / after) for before, after in zip(rates, rates[1:])]
+    moves = [math.log2(before / after) for before, after in itertools.pairwise(rates)]
     each = sum(moves) / len(moves) if moves else 0.0
     figures.verdict("two ranks", len(rates) == 4 and each == 1, f"{each:g} an update")

@@ -55,7 +55,8 @@ def test_a_probe_before_it_changes_nothing(trainer, figures):
     if trainer.ours:
         assert run.extra["result"].probe.micro_batch == problem.micro_batch
     repeated = same(plain, parameters(run))
-    figures.verdict("with and without a search for the batch size", repeated, "the same bits" if repeated else "differs")
+    text = "the same bits" if repeated else "differs"
+    figures.verdict("with and without a search for the batch size", repeated, text)
 
 
 class Trip:
@@ -115,9 +116,14 @@ def test_a_window_that_ran_out_of_memory_is_taken_again_exactly(trainer, figures
     def problem(at):
         trip = Trip(at, where)
         return Problem(
-            model=lambda: seeded(Tripping, trip), samples=vectors(24), loss=nn.CrossEntropyLoss(), micro_batch=2, lr=0.5,
-            recover=True, options={"check": False},
-        )  # fmt: skip
+            model=lambda: seeded(Tripping, trip),
+            samples=vectors(48),
+            loss=nn.CrossEntropyLoss(),
+            micro_batch=4,
+            lr=0.5,
+            recover=True,
+            options={"check": False},
+        )
 
     undisturbed = figures.attempt(where, lambda: trainer.train(problem(at=0)))
     run = None if undisturbed is None else figures.attempt(where, lambda: trainer.train(problem(at=7)))

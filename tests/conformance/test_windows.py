@@ -1,5 +1,6 @@
-"""Where windows begin and end, and what an optimizer step is given: tails, streams, clipping, schedules, odd parameters."""
+"""Where windows begin and end, and what a step is given: tails, streams, clipping, schedules, odd parameters."""
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_the_schedule_moves_once_an_update(trainer, figures):
     run = figures.attempt("k = 4", lambda: trainer.train(problem))
     if run is None:
         return
-    moves = [math.log2(before / after) for before, after in zip(run.rates, run.rates[1:])]
+    moves = [math.log2(before / after) for before, after in itertools.pairwise(run.rates)]
     right = len(run.rates) == 6 and all(abs(each - 1) < 1e-9 for each in moves)
     each = round(sum(moves) / len(moves), 2) if moves else 0
     figures.verdict("k = 4", right, "1 an update" if right else f"{each:g} an update")

@@ -1,4 +1,4 @@
-"""What torchrun starts: `python -m torch.distributed.run --nproc-per-node=2 -m tests.conformance.two_ranks NAME PROBLEM ...`.
+"""What torchrun starts: `-m tests.conformance.two_ranks TRAINER FOLDER PROBLEM ...`.
 
 Each rank trains the problems in turn with the named trainer, and leaves what its optimizer was given in FOLDER.
 """

@@ -107,7 +107,9 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     tests = subprocess.run([sys.executable, "-m", "pytest", "tests/gpu", "-q"], check=False).returncode
     rows = []
-    print(f"{'model':24}{'cap':>10}{'found':>8}{'true':>8}{'ratio':>8}{'OOMs':>6}{'forecast error':>16}{'survives':>10}")
+    print(
+        f"{'model':24}{'cap':>10}{'found':>8}{'true':>8}{'ratio':>8}{'OOMs':>6}{'forecast error':>16}{'survives':>10}"
+    )
     for architecture in ARCHITECTURES:
         for cap in CAPS_MIB:
             if not architecture.installed:

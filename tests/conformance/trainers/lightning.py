@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Lightning(Trainer):
 
     def train(self, problem: Problem) -> Run:
         import lightning
+        from lightning.pytorch.tuner import Tuner
 
         for chatty in ("lightning.pytorch", "lightning.fabric"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -32,6 +34,10 @@ class Lightning(Trainer):
                 super().__init__()
                 self.model = problem.model()
                 self.recorder = problem.optimizer(self.model)
+                self.batch_size = problem.micro_batch
+
+            def train_dataloader(self) -> Any:
+                return replace(problem, micro_batch=self.batch_size).loader()
 
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 return problem.compute(self.model, batch)
@@ -64,5 +70,9 @@ class Lightning(Trainer):
                 enable_model_summary=False,
                 default_root_dir=folder,
             )
-            trainer.fit(module, problem.loader())
+            if problem.options.get("tune"):
+                found = Tuner(trainer).scale_batch_size(module, init_val=problem.micro_batch, max_trials=2)
+                assert found is not None
+                module.batch_size = problem.micro_batch
+            trainer.fit(module)
         return Run(module.recorder.gradients, module.model, module.recorder.rates)

@@ -48,6 +48,8 @@ class OwnLoop(Trainer):
         model = problem.model()
         optimizer = problem.optimizer(model)
         scheduler = None if problem.schedule is None else problem.schedule(optimizer)
+        if "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo")
         ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         plan = autoaccum.plan(
             problem.micro_batch, problem.target_batch * ranks, world_size=ranks, rank=rank, lr_rule="none"

@@ -1,0 +1,128 @@
+"""The gradient noise scale, measured for free from the micro-batches of some windows.
+
+A gradient over few samples is noisier than one over many; from how much noisier follows the batch beyond which more
+samples a step hardly help (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", appendix A). With
+micro-batches of n_j samples and gradients g_j, N = Σ n_j and ḡ their weighted mean,
+
+    S = N (Σ (n_j/N) |g_j|² − |ḡ|²) / (k − 1)         the trace of the per-sample covariance
+    |G|² = |ḡ|² − S/N                                  the squared norm of the true gradient
+    B = S / |G|²                                       the noise scale, in samples
+
+both unbiased, also where sizes differ; S and |G|² are smoothed separately, since their ratio is not unbiased. Hooks see
+each micro-batch's own gradient before it is added to the sum, so that no second gradient is kept. Not valid where the
+samples of a micro-batch act on each other: BatchNorm, batch-coupled losses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NoiseScale", "advice"]
+
+EVERY = 10  # windows: a measured one costs a norm for each parameter and micro-batch
+SMOOTHING = 0.9
+
+
+class NoiseScale:
+    """Measures every tenth window, and smooths.
+
+    Attributes:
+        why_not: why nothing is measured; None where it is.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Decides whether the model can be measured; registers nothing yet."""
+        coupled = [
+            name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        self.why_not = (
+            f"BatchNorm ({coupled[0]}) makes the samples of a micro-batch act on each other" if coupled else None
+        )
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._handles: list[Any] = []
+        self._squares: list[Tensor] = []  # of the micro-batch that runs, one a parameter
+        self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
+        self._windows = 0
+        self._weight = 0.0
+        self._noise = self._signal = 0.0
+
+    @property
+    def value(self) -> float | None:
+        """B in samples; None before anything was measured, or while noise hides the gradient altogether."""
+        if self._weight == 0 or self._signal <= 0 or self._noise < 0:
+            return None
+        return self._noise / self._signal
+
+    def open(self, micro_batches: int) -> None:
+        """A window begins; every tenth of at least two micro-batches is measured, the first one too."""
+        self.close()
+        if self.why_not is not None or micro_batches < 2:
+            return
+        self._windows += 1
+        if self._windows % EVERY == 1:
+            self._handles = [parameter.register_hook(self._see) for parameter in self._parameters]
+
+    def _see(self, gradient: Tensor) -> None:
+        if not gradient.is_sparse:
+            self._squares.append(_square(gradient))
+
+    def micro(self, share: float) -> None:
+        """A micro-batch ended; its loss entered the window's with weight `share`."""
+        if self._handles and self._squares and share > 0:
+            self._micro.append((share, torch.stack(self._squares).sum()))
+        self._squares = []
+
+    def finish(self, gradients: Sequence[Tensor], samples: int) -> None:
+        """The window ended.
+
+        Args:
+            gradients: of the window, before clipping.
+            samples: N.
+        """
+        if self._handles and len(self._micro) > 1:
+            whole = float(torch.stack([_square(gradient) for gradient in gradients if not gradient.is_sparse]).sum())
+            # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
+            spread = sum(float(square) / share for share, square in self._micro) - whole
+            noise = samples * spread / (len(self._micro) - 1)
+            self._smooth(noise, whole - noise / samples)
+        self.close()
+
+    def _smooth(self, noise: float, signal: float) -> None:
+        # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
+        self._weight = SMOOTHING * self._weight + 1.0
+        self._noise = SMOOTHING * self._noise + noise
+        self._signal = SMOOTHING * self._signal + signal
+
+    def close(self) -> None:
+        """Takes the hooks off; what was seen of an unfinished window is forgotten."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._micro, self._squares = [], [], []
+
+    def state_dict(self) -> dict[str, float]:
+        """The averages and the count of windows, for checkpoints."""
+        return {"windows": self._windows, "weight": self._weight, "noise": self._noise, "signal": self._signal}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from `state_dict`."""
+        self._windows = int(state["windows"])
+        self._weight, self._noise, self._signal = state["weight"], state["noise"], state["signal"]
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """The squared norm in float32, shape (); 16-bit numbers are squared and added in float32."""
+    half = gradient.dtype in (torch.float16, torch.bfloat16)
+    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32 if half else None)
+    return norm.float().square()
+
+
+def advice(scale: float, target_batch: int) -> str:
+    """One sentence on the measured scale beside the target batch."""
+    measured = f"the gradient noise scale is about {scale:.0f} samples, the target batch {target_batch}"
+    if target_batch > 4 * scale:
+        return f"{measured}: far above it; fewer accumulation steps would train about as well, and faster"
+    if target_batch < scale / 4:
+        return f"{measured}: far below it; a larger target would pay, with its learning rate scaled"
+    return f"{measured}: of the same order, as it should be"

@@ -1,0 +1,100 @@
+"""The gradient noise scale from micro-batches: unbiased, also ragged; off where it means nothing."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autoaccum.planning.plan import plan
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.noise_scale import NoiseScale, advice
+
+
+def measured(sizes, windows, signal, noise, width=200):
+    """Windows of a model whose per-sample gradient is `signal` everywhere plus noise of known covariance."""
+    chance = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(width, dtype=torch.float64))
+    holder = nn.Module()
+    holder.weight = weight
+    scale = NoiseScale(holder, [weight])
+    total = sum(sizes)
+    noises, signals = [], []
+    for _ in range(windows):
+        scale._windows = 0  # every window is measured, and its own figures are looked at
+        scale._weight = scale._noise = scale._signal = 0.0
+        scale.open(len(sizes))
+        for size in sizes:
+            per_sample = signal + noise * torch.randn(size, width, dtype=torch.float64, generator=chance)
+            ((per_sample @ weight).mean() * (size / total)).backward()
+            scale.micro(size / total)
+        scale.finish([weight.grad], total)
+        weight.grad = None
+        noises.append(scale._noise)
+        signals.append(scale._signal)
+    return sum(noises) / windows, sum(signals) / windows
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4, 4), (7, 3, 5, 1), (2, 14)])
+def test_both_figures_are_unbiased(sizes):
+    noise, signal = measured(sizes, windows=600, signal=0.1, noise=0.5)
+    assert noise == pytest.approx(200 * 0.5**2, rel=0.03)
+    assert signal == pytest.approx(200 * 0.1**2, rel=0.15)
+
+
+def train(model, windows, accumulator):
+    torch.manual_seed(0)
+    for _ in range(windows):
+        x, y = torch.randn(16, 4), torch.randint(0, 3, (16,))
+        for x_, y_ in accumulator.window((x, y)):
+            accumulator.backward(F.cross_entropy(model(x_), y_))
+
+
+def test_it_is_in_the_record_and_changes_nothing():
+    def run(watched):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(4, 16))
+        if not watched:
+            accumulator.noise_scale.why_not = "switched off"
+        train(model, 12, accumulator)
+        return accumulator, model
+
+    accumulator, model = run(True)
+    _, other = run(False)
+    assert accumulator.last.noise_scale is not None
+    assert math.isfinite(accumulator.last.noise_scale)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+
+
+def test_it_is_off_with_batch_norm_and_says_why():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(4, 16))
+    train(model, 2, accumulator)
+    assert accumulator.last.noise_scale is None
+    assert "BatchNorm (1)" in accumulator.noise_scale.why_not
+
+
+def test_one_micro_batch_tells_nothing():
+    model = nn.Linear(4, 3)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(16, 16))
+    train(model, 2, accumulator)
+    assert accumulator.last.noise_scale is None
+
+
+def test_the_averages_go_on_from_a_checkpoint():
+    weight = nn.Parameter(torch.zeros(3))
+    holder = nn.Module()
+    holder.weight = weight
+    scale, other = NoiseScale(holder, [weight]), NoiseScale(holder, [weight])
+    scale._smooth(4.0, 2.0)
+    other.load_state_dict(scale.state_dict())
+    assert other.value == scale.value == 2.0
+
+
+def test_the_sentence_compares_with_the_target():
+    assert "fewer accumulation steps" in advice(10, 256)
+    assert "larger target would pay" in advice(10_000, 256)
+    assert "same order" in advice(300, 256)

@@ -1,0 +1,76 @@
+"""`make torture`: kills, injected out-of-memory errors and a soak; a table on stdout, and the figures as JSON.
+
+python -m tests.torture [--kills 200] [--ooms 500] [--soak 20000] [--cost 5] [--seed 0] [--json FILE]
+
+0 leaves a part out. Ends with 1 where something was not survived.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked children train on the CPU
+
+import torch
+
+from tests.torture import cost, kills, ooms, soak
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at random moments")
+    parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
+    parser.add_argument("--soak", type=int, default=20000, help="windows whose memory is watched")
+    parser.add_argument("--cost", type=int, default=5, help="pairs of trainings with and without checkpoints")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to write the figures; a new file in results/ if not given")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    failures: list[str] = []
+    if options.kills:  # first: a fork wants a young process
+        killed = kills.run(options.kills, options.seed)
+        found["kills"], failures = killed.to_dict(), failures + killed.failures
+        _show("kills", found["kills"])
+    if options.ooms:
+        injected = ooms.run(options.ooms, options.seed)
+        found["out of memory"], failures = injected.to_dict(), failures + injected.failures
+        _show("out of memory", found["out of memory"])
+    if options.cost:
+        found["checkpoints"] = cost.run(options.cost)
+        _show("checkpoints", found["checkpoints"])
+    if options.soak:
+        found["soak"] = soak.run(options.soak).to_dict()
+        _show("soak", found["soak"])
+    _write(found, options.json)
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _show(title: str, figures: dict[str, Any]) -> None:
+    print(title)
+    for name, value in figures.items():
+        if name != "failures":
+            print(f"  {name:36} {value:.3g}" if isinstance(value, float) else f"  {name:36} {value}", flush=True)
+
+
+def _write(found: dict[str, Any], path: Path | None) -> None:
+    if path is None:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{time.strftime('%Y-%m-%d-%H%M%S')}.json"
+    machine = {"platform": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version(),
+               "torch": torch.__version__, "threads": torch.get_num_threads()}  # fmt: skip
+    path.write_text(json.dumps({"machine": machine, **found}, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
