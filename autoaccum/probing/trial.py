@@ -55,9 +55,7 @@ class Bench:
         self._killed = journal.killed_sizes()
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._growth = ProcessGrowth(budget.kind)
-        self._grown: dict[
-            int, tuple[int, int]
-        ] = {}  # by size: bytes above the start, by PyTorch's count and the process's
+        self._grown: dict[int, tuple[int, int]] = {}  # by size: bytes above the start, PyTorch's and all
         self.trials: list[Trial] = []
         self.traces: dict[int, Trace] = {}
         self.resident: dict[int, dict[str, int]] = {}
@@ -86,8 +84,8 @@ class Bench:
             return self._budget.reason
         fixed, rate = self._process_needs()
         return (
-            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to need "
-            f"{format_bytes(fixed)} and {rate - 1.0:.1%} more than PyTorch counts"
+            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to "
+            f"need {format_bytes(fixed)} and {rate - 1.0:.1%} more than PyTorch counts"
         )
 
     def _process_needs(self) -> tuple[int, float]:

@@ -22,7 +22,7 @@ SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "
             "qmc": "QMCSampler"}  # fmt: skip
 PRUNERS = ("hyperband", "halving", "median", "none")
 REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
-FIRST_RUNG = 0.11  # of the budget: a little less than 1/9, so that three brackets come of it and not two by rounding
+FIRST_RUNG = 0.11  # of the budget: a little less than 1/9, so that two brackets come of it and not one by rounding
 
 
 def load_optuna() -> Any:
@@ -102,8 +102,8 @@ def mark_infeasible(trial: Any) -> None:
 def make_pruner(pruner: Any, amount: int) -> Any:
     """The pruner over a budget of `amount` samples (or milliseconds).
 
-    Hyperband is wrapped: Optuna shows a sampler only the trials of its own bracket where it sees that pruner, and of
-    three brackets none would have enough trials to learn from in a short search.
+    Hyperband is wrapped: Optuna shows a sampler only the trials of its own bracket where it sees that pruner, and a
+    short search has too few for one of them to learn from.
 
     Raises:
         SetupError: an unknown name, or something that is no pruner.
@@ -121,7 +121,10 @@ def make_pruner(pruner: Any, amount: int) -> Any:
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
     if name == "median":
         return optuna.pruners.MedianPruner(n_warmup_steps=first)
-    inner = optuna.pruners.HyperbandPruner(min_resource=first, max_resource=amount, reduction_factor=REDUCTION)
+    # Two brackets: rungs at a ninth and a third, or at a third alone. The third bracket would prune nothing.
+    inner = optuna.pruners.HyperbandPruner(
+        min_resource=first, max_resource=amount // REDUCTION, reduction_factor=REDUCTION
+    )
 
     base: Any = optuna.pruners.BasePruner
 

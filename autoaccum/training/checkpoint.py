@@ -40,6 +40,10 @@ RECORD_FILES = ("plan.json", "report.json", "environment.json", "metrics.jsonl")
 # What writing a file can fail with: torch reports a full disk as a RuntimeError, a host without memory as either.
 Failure = (OSError, RuntimeError, MemoryError)
 
+# What reading a damaged file can fail with, as bits flipped at random have shown.
+_DAMAGED = (OSError, RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError,
+            AssertionError)  # fmt: skip
+
 _NAME = re.compile(r"step-(\d+)-epoch-(\d+)-window-(\d+)")
 _CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
 
@@ -140,8 +144,7 @@ class Checkpoints:
         return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
 
     def _refuse_code(self, path: Path) -> None:
-        with contextlib.suppress(RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, AttributeError,
-                                 EOFError, AssertionError):  # a damaged file may fail in any of these ways  # fmt: skip
+        with contextlib.suppress(*_DAMAGED):
             self._read(path)
 
     def read(self, entry: Entry) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class NoiseScale:
             return
         self._windows += 1
         if self._windows % EVERY == 1:
-            self._handles = [parameter.register_hook(self._see) for parameter in self._parameters]
+            self._handles = [p.register_hook(self._see) for p in self._parameters]  # type: ignore[no-untyped-call]
 
     def _see(self, gradient: Tensor) -> None:
         if not gradient.is_sparse:

@@ -106,6 +106,8 @@ class Problem:
     shuffle: bool = False
     seed: int | None = None
     """Given to the trainer as its documentation says, for what is random in training."""
+    find_unused: bool = False
+    """Whether DistributedDataParallel is told to look for parameters that a forward did not use."""
     recover: bool = False
     """Whether the trainer's own means against out-of-memory errors are switched on, where there are such."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -122,7 +124,7 @@ class Problem:
 
     def loader(self) -> DataLoader:
         """The samples in micro-batches, in order unless shuffled."""
-        return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=self.shuffle or None)
+        return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=self.shuffle)
 
     def optimizer(self, model: nn.Module) -> Recorder:
         """The optimizer that keeps gradients."""

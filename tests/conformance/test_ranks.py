@@ -26,25 +26,40 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """What both ranks found, by (trainer, problems); each pair is started once."""
-    found = {}
+def results(tmp_path_factory):
+    """What both ranks found for a trainer's problem; torchrun is started once for all that may run together."""
+    started = {}
 
-    def launch(trainer, names):
-        key = (trainer.name, names)
-        if key not in found:
+    def both(trainer, name):
+        pair = f"{trainer.name}:{name}"
+        pairs = next(pairs for pairs in together() if pair in pairs)
+        if pairs not in started:
             folder = tmp_path_factory.mktemp("ranks")
-            found[key] = (folder, start(trainer.name, folder, names))
-        folder, ended = found[key]
-        return folder, ended
+            started[pairs] = (folder, start(folder, pairs))
+        folder, ended = started[pairs]
+        files = [folder / f"{pair}-{rank}.pt" for rank in range(2)]
+        if not all(file.exists() for file in files):
+            raise RuntimeError(ended or "no result")
+        return [torch.load(file, weights_only=False) for file in files]
 
-    return launch
+    return both
 
 
-def start(name, folder, names, timeout=240):
+def together():
+    """Pairs TRAINER:PROBLEM that one start trains in turn; what may end a peer in an error comes last."""
+    llama = ("llama",) if importlib.util.find_spec("transformers") else ()
+    each = ("tokens", *llama, "schedule", "branch, looked for", "branch")
+    ours = [f"autoaccum:{name}" for name in (*each, "unequal")] + [f"Accumulator:{name}" for name in each]
+    yield tuple(ours)
+    for peer in ("transformers", "accelerate", "lightning", "ignite"):
+        recipe = ("accelerate, recipe:tokens",) if peer == "accelerate" else ()
+        yield (*recipe, *(f"{peer}:{name}" for name in each))
+
+
+def start(folder, pairs, timeout=240):
     """Runs torchrun; how it ended: "" where all went well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "tests.conformance.two_ranks", name, str(folder), *names]
+    command += ["-m", "tests.conformance.two_ranks", str(folder), *pairs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     with open(folder / "output.txt", "wb") as output:
@@ -64,24 +79,6 @@ def start(name, folder, names, timeout=240):
     return errors[0] if errors else f"exit code {code}"
 
 
-def results(trainer, launched, names, name):
-    """Both ranks' files for one of `names`, which are trained in one go."""
-    folder, ended = launched(trainer, names)
-    files = [folder / f"{name}-{rank}.pt" for rank in range(2)]
-    if not all(file.exists() for file in files):
-        raise RuntimeError(ended or "no result")
-    return [torch.load(file, weights_only=False) for file in files]
-
-
-def started_with(trainer):
-    """Problems that one start of torchrun trains; what may end a peer in an error is started apart."""
-    if trainer.name == "accelerate, recipe":
-        return ("tokens",)
-    llama = ("llama",) if importlib.util.find_spec("transformers") else ()
-    more = ("branch", "unequal") if trainer.name == "autoaccum" else ("branch",) if trainer.ours else ()
-    return ("tokens", *llama, "schedule", *more)
-
-
 def compare(figures, label, found, problem, windows, within=1e-10):
     """The worse of the two ranks: each steps its own copy of the model."""
     expected = [problem.whole(samples) for samples in windows]
@@ -96,7 +93,7 @@ def compare(figures, label, found, problem, windows, within=1e-10):
 
 @pytest.mark.case(12, "two ranks, unequal tokens on the ranks")
 @pytest.mark.parametrize("name", ["tokens", "llama"])
-def test_tokens_weigh_alike_on_whichever_rank_they_are(trainer, figures, launched, name):
+def test_tokens_weigh_alike_on_whichever_rank_they_are(trainer, figures, results, name):
     """At stake: the mean of the ranks' means, where one rank has three times the labels of the other; and the factor of
     the world size that a sum over ranks must not carry."""
     if name == "llama":
@@ -104,31 +101,30 @@ def test_tokens_weigh_alike_on_whichever_rank_they_are(trainer, figures, launche
     label = {"tokens": "causal language model", "llama": "LlamaForCausalLM (float32 inside)"}[name]
     problem = PROBLEMS[name]()
     if trainer.name == "accelerate, recipe" and problem.summed is None:
-        figures.attempt(label, lambda: trainer.train(problem))
+        figures.not_offered(label, "the guide's recipe is for losses over labels")
         return
-    found = figures.attempt(label, lambda: results(trainer, launched, started_with(trainer), name))
+    found = figures.attempt(label, lambda: results(trainer, name))
     if found is not None:
         compare(figures, label, found, problem, problem.windows(2), SINGLE if name == "llama" else 1e-10)
 
 
 @pytest.mark.case(13, "two ranks, a branch used in one micro-batch only")
-def test_a_branch_that_one_micro_batch_uses(trainer, figures, launched):
+@pytest.mark.parametrize("looked_for", [False, True], ids=["plain", "find_unused_parameters"])
+def test_a_branch_that_one_micro_batch_uses(trainer, figures, results, looked_for):
     """At stake: DistributedDataParallel waits for gradients in the last micro-batch's backward. A parameter that has
     none there keeps what its own rank has, or the training ends in an error, or two ranks drift apart in silence."""
+    label = "find_unused_parameters=True" if looked_for else "in the first of two"
+    if trainer.name == "accelerate, recipe":
+        figures.not_offered(label, "measured without the recipe")
+        return
     problem = PROBLEMS["branch"]()
-
-    def train():
-        if trainer.name == "accelerate, recipe":
-            raise NotOffered("measured without the recipe")
-        return results(trainer, launched, started_with(trainer) if trainer.ours else ("branch",), "branch")
-
-    found = figures.attempt("in the first of two", train)
+    found = figures.attempt(label, lambda: results(trainer, "branch, looked for" if looked_for else "branch"))
     if found is not None:
-        compare(figures, "in the first of two", found, problem, problem.windows(2))
+        compare(figures, label, found, problem, problem.windows(2))
 
 
 @pytest.mark.case(14, "two ranks, different micro-batches and k on the ranks")
-def test_ranks_may_cut_their_share_differently(trainer, figures, launched):
+def test_ranks_may_cut_their_share_differently(trainer, figures, results):
     """At stake: a slow or small GPU beside a large one; whoever synchronises in a backward pass waits for the other."""
     label = "limits of 5 and 2"
     if not trainer.ours:
@@ -136,19 +132,19 @@ def test_ranks_may_cut_their_share_differently(trainer, figures, launched):
         return
     if trainer.name == "Accumulator":
         pytest.skip("measured through fit, whose ranks tell each other their limits")
-    found = results(trainer, launched, started_with(trainer), "unequal")
+    found = results(trainer, "unequal")
     assert [each["sizes"] for each in found] == [[3, 3], [2]]
     problem = PROBLEMS["unequal"]()
     compare(figures, label, found, problem, problem.windows())
 
 
 @pytest.mark.case(18, "schedule: one step an update")
-def test_the_schedule_moves_once_an_update_on_two_ranks(trainer, figures, launched):
+def test_the_schedule_moves_once_an_update_on_two_ranks(trainer, figures, results):
     """At stake: a schedule that moves once for each rank is over in half the time."""
     if trainer.name == "accelerate, recipe":
         figures.not_offered("two ranks", "measured without the recipe")
         return
-    found = figures.attempt("two ranks", lambda: results(trainer, launched, started_with(trainer), "schedule"))
+    found = figures.attempt("two ranks", lambda: results(trainer, "schedule"))
     if found is None:
         return
     rates = found[0]["rates"]

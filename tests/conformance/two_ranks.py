@@ -1,6 +1,6 @@
-"""What torchrun starts: `-m tests.conformance.two_ranks TRAINER FOLDER PROBLEM ...`.
+"""What torchrun starts: `-m tests.conformance.two_ranks FOLDER TRAINER:PROBLEM ...`.
 
-Each rank trains the problems in turn with the named trainer, and leaves what its optimizer was given in FOLDER.
+Each rank trains the problems in turn, and leaves in FOLDER what its optimizer was given.
 """
 
 import dataclasses
@@ -70,7 +70,14 @@ def _unequal() -> Problem:
     return dataclasses.replace(_tokens(), k=4)
 
 
-PROBLEMS = {"tokens": _tokens, "llama": _llama, "branch": _branch, "schedule": _schedule, "unequal": _unequal}
+PROBLEMS = {
+    "tokens": _tokens,
+    "llama": _llama,
+    "schedule": _schedule,
+    "branch, looked for": lambda: dataclasses.replace(_branch(), find_unused=True),
+    "branch": _branch,
+    "unequal": _unequal,
+}
 
 
 def problem_of(name: str, rank: int) -> Problem:
@@ -84,16 +91,17 @@ def problem_of(name: str, rank: int) -> Problem:
 
 def main() -> None:
     """Trains each problem; the files are this rank's."""
-    trainer_name, folder, *names = sys.argv[1:]
-    (trainer,) = [trainer for trainer in TRAINERS if trainer.name == trainer_name]
+    folder, *pairs = sys.argv[1:]
+    trainers = {trainer.name: trainer for trainer in TRAINERS}
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
-    for name in names:
+    for pair in pairs:
+        trainer, name = trainers[pair.split(":")[0]], pair.split(":")[1]
         run = trainer.train(problem_of(name, rank))
         found: dict[str, Any] = {"gradients": run.gradients, "rates": run.rates}
         if "result" in run.extra:
             found["sizes"] = list(run.extra["result"].plan.micro_batches)
-        torch.save(found, Path(folder) / f"{name}-{rank}.pt")
+        torch.save(found, Path(folder) / f"{pair}-{rank}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What checkpoints every fifty windows cost: the same training with and without them, one after another, several times."""
+"""What checkpoints every fifty windows cost: the same training with and without them, in turn, several times."""
 
 import statistics
 import tempfile
@@ -39,6 +39,11 @@ def run(times: int = 5, width: int = 512) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="autoaccum-cost-") as folder:
             with_.append(_seconds(folder, width))
     ratio = statistics.median(b / a for a, b in zip(without, with_))
-    return {"parameters": parameters, "windows": WINDOWS, "checkpoints": WINDOWS // EVERY,
-            "ms a window without": round(1e3 * statistics.median(without) / WINDOWS, 2),
-            "ms a window with": round(1e3 * statistics.median(with_) / WINDOWS, 2), "ratio": round(ratio, 4)}  # fmt: skip
+    return {
+        "parameters": parameters,
+        "windows": WINDOWS,
+        "checkpoints": WINDOWS // EVERY,
+        "ms a window without": round(1e3 * statistics.median(without) / WINDOWS, 2),
+        "ms a window with": round(1e3 * statistics.median(with_) / WINDOWS, 2),
+        "ratio": round(ratio, 4),
+    }

@@ -1,9 +1,9 @@
 """SIGKILL at random moments, then the same call again: the end must be bit for bit that of a training left in peace.
 
-Each trial is one training in a forked child that is killed at a random moment of its life, probing aside, and as often as
-not killed again after it was resumed; then it is left to come to its end. The trainings save all the time, so that many
-kills fall into a save. Compared are all parameters and buffers, the optimizer's state, every record and every
-evaluation, by their bytes.
+Each trial is one training in a forked child that is killed at a random moment of its life, and as often as not killed
+again after it was resumed; then it is left to come to its end. The trainings save all the time, so that many kills fall
+into a save. Compared are all parameters and buffers, the optimizer's state, every record and every evaluation, by their
+bytes.
 """
 
 import hashlib

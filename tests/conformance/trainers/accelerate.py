@@ -78,7 +78,7 @@ class AccelerateRecipe(Trainer):
 def _prepared(problem: Problem) -> tuple[Any, Any, tuple[Any, ...]]:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
     AcceleratorState._reset_state(reset_partial_state=True)  # what an earlier problem in this process has left
     GradientState._reset_state()
@@ -86,6 +86,7 @@ def _prepared(problem: Problem) -> tuple[Any, Any, tuple[Any, ...]]:
         cpu=True,
         gradient_accumulation_steps=problem.k,
         mixed_precision="fp16" if problem.precision == "fp16" else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=problem.find_unused)],
     )
     if problem.seed is not None:
         set_seed(problem.seed)

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 from tests.conformance.problems import Problem, Run, positional, returned
 from tests.conformance.trainers.base import NotOffered, Trainer
 
@@ -30,8 +32,9 @@ class Ignite(Trainer):
         model, loader = inner, problem.loader()
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1:
-            idist.initialize("gloo")
-            model = idist.auto_model(inner)
+            if not torch.distributed.is_initialized():
+                idist.initialize("gloo")
+            model = idist.auto_model(inner, find_unused_parameters=problem.find_unused)
             loader = idist.auto_dataloader(problem.dataset(), batch_size=problem.micro_batch * ranks, shuffle=False)
         trainer = create_supervised_trainer(
             model,

@@ -52,6 +52,7 @@ class Lightning(Trainer):
         if problem.seed is not None:
             lightning.seed_everything(problem.seed, verbose=False)
         module = Module()
+        parallel = "ddp_find_unused_parameters_true" if problem.find_unused else "ddp"
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         dtype = next(module.parameters()).dtype
         with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ class Lightning(Trainer):
             trainer = lightning.Trainer(
                 accelerator="cpu",
                 devices=ranks,
-                strategy="ddp" if ranks > 1 else "auto",
+                strategy=parallel if ranks > 1 else "auto",
                 precision="16-mixed" if problem.precision == "fp16" else _PRECISIONS[dtype],
                 max_epochs=problem.epochs,
                 accumulate_grad_batches=problem.k,

@@ -55,7 +55,7 @@ class Transformers(Trainer):
                 report_to=[],
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
-                ddp_find_unused_parameters=False,
+                ddp_find_unused_parameters=problem.find_unused,
                 seed=0 if problem.seed is None else problem.seed,
                 auto_find_batch_size=problem.recover,
                 **length,

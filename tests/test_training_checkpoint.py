@@ -1,0 +1,559 @@
+"""Checkpoints: a training that ended early goes on to the very end it would have come to; what is damaged is seen."""
+
+import json
+import os
+import random
+import warnings
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from autoaccum.errors import CheckpointError, DataError, SetupError
+from autoaccum.training.checkpoint import Checkpoints, Entry
+from autoaccum.training.events import TrainingWarning
+from tests.torture import kills
+
+X = torch.randn(52, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(52) % 3
+
+
+class Interruption(Exception):
+    """Stands for whatever ends a training early."""
+
+
+def net(width=16, extra=0):
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.3)]
+    layers += [nn.Linear(width, width) for _ in range(extra)]
+    return nn.Sequential(*layers, nn.Linear(width, 3))
+
+
+def prepared(folder=None, model=None, data=None, **keywords):
+    """A training of 4 epochs of 5 windows; the generators start elsewhere each time, as in a new process."""
+    torch.manual_seed(random.SystemRandom().getrandbits(31))
+    given = {"target_batch": 12, "micro_batch": 5, "loss": nn.CrossEntropyLoss(), "epochs": 4, "seed": 3,
+             "check": False, "device": "cpu", "checkpoint": folder, **keywords}  # fmt: skip
+    return autoaccum.prepare(model or net(), data if data is not None else (X, Y), **given)
+
+
+def run_until(step, folder, **keywords):
+    """Trains, and is interrupted after the step."""
+
+    def listen(event):
+        if event.name == "step" and event.record.step == step:
+            raise Interruption
+
+    loop = prepared(folder, callbacks=[listen], **keywords)
+    with pytest.raises(Interruption):
+        loop.run()
+    return loop
+
+
+def came_to(loop):
+    """All that a training came to, for a comparison bit by bit."""
+    records = [{**record.to_dict(), "seconds": 0, "samples_per_second": 0} for record in loop.history]
+    tensors = [tensor.clone() for tensor in loop.model.state_dict().values()]
+    for state in loop.optimizer.state_dict()["state"].values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return records, loop.evaluations, tensors
+
+
+def assert_same(got, want):
+    assert got[0] == want[0]
+    assert got[1] == want[1]
+    assert len(got[2]) == len(want[2])
+    assert all(torch.equal(a, b) for a, b in zip(got[2], want[2]))
+
+
+def undisturbed(**keywords):
+    loop = prepared(**keywords)
+    loop.run()
+    return came_to(loop)
+
+
+def finished(folder, **keywords):
+    loop = prepared(folder, **keywords)
+    loop.run()
+    return came_to(loop)
+
+
+def names(folder, suffix=".pt"):
+    return sorted(path.name for path in Path(folder).glob(f"step-*{suffix}"))
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 8, 19])
+def test_a_training_that_was_interrupted_anywhere_goes_on_to_the_same_end_bit_for_bit(tmp_path, step):
+    settings = {"val_data": (X[:10], Y[:10]), "schedule": "cosine", "warmup_steps": 3, "clip_norm": 1.0}
+    run_until(step, tmp_path, checkpoint_every=1, **settings)
+
+    assert_same(finished(tmp_path, checkpoint_every=1, **settings), undisturbed(**settings))
+
+
+@pytest.mark.parametrize("name", list(kills.TRAININGS))
+def test_every_kind_of_data_goes_on_from_an_older_checkpoint_too(tmp_path, name):
+    """What was trained after the checkpoint is trained again, and nothing of it shows."""
+    model = kills._model
+
+    def arguments():
+        torch.manual_seed(11)
+        random.seed(11)
+        numpy.random.seed(11)
+        given = {"seed": 3, "epochs": 3, **kills.TRAININGS[name]()}
+        return {"model": model(), "data": given.pop("data"), **given}
+
+    def train(folder, stop=None):
+        given = arguments()
+
+        def listen(event):
+            if event.name == "step" and event.record.step == stop:
+                raise Interruption
+
+        loop = autoaccum.prepare(
+            given.pop("model"), given.pop("data"), target_batch=12, micro_batch=5, loss=nn.CrossEntropyLoss(),
+            check=False, device="cpu", checkpoint=folder, checkpoint_every=None if folder is None else 3,
+            callbacks=[listen], **given,
+        )  # fmt: skip
+        if stop is None:
+            loop.run()
+        else:
+            with pytest.raises(Interruption):
+                loop.run()
+        return came_to(loop)
+
+    train(tmp_path, stop=8)
+    newest = names(tmp_path)[-1]
+    for suffix in (".pt", ".json"):
+        (tmp_path / newest).with_suffix(suffix).unlink()
+
+    assert_same(train(tmp_path), train(None))
+
+
+def test_going_on_asks_neither_the_probe_nor_the_gradient_check_and_keeps_the_grown_k(tmp_path):
+    class Tight(nn.Sequential):
+        def forward(self, x):
+            if len(x) > 3 and self.training and torch.is_grad_enabled():
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    def model():
+        torch.manual_seed(1)
+        return Tight(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    with pytest.warns(TrainingWarning, match="out of memory"):
+        run_until(7, tmp_path, model=model(), micro_batch=12)
+    heard = []
+    loop = prepared(tmp_path, model=model(), micro_batch=None, check=True, callbacks=[lambda e: heard.append(e.name)])
+
+    assert loop.step == 7
+    assert loop.plan.micro_batches == (3, 3, 3, 3)
+    assert loop.verify is None
+    assert "trial" not in heard
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TrainingWarning)
+        loop.run()
+    assert "replay" not in heard
+
+
+def test_the_probes_and_the_checks_reports_are_kept(tmp_path):
+    first = prepared(tmp_path, micro_batch=None, check=True, cache=False)
+    first.run()
+    again = prepared(tmp_path, micro_batch=None, check=True)
+
+    assert again.probe.trials == first.probe.trials
+    assert again.probe.micro_batch == first.probe.micro_batch
+    assert again.verify == first.verify
+    assert again.plan == first.plan
+
+
+def test_a_training_that_came_to_its_end_is_not_trained_further(tmp_path):
+    want = finished(tmp_path)
+    steps = []
+    assert_same(finished(tmp_path, callbacks=[lambda e: steps.append(e) if e.name == "step" else None]), want)
+    assert steps == []
+
+
+def test_more_steps_than_before_go_on_from_where_the_training_ended(tmp_path):
+    finished(tmp_path, max_steps=7)
+    assert_same(finished(tmp_path, max_steps=17), undisturbed(max_steps=17))
+
+
+def test_a_state_can_be_carried_by_hand(tmp_path):
+    want = undisturbed()
+    loop = prepared()
+    for record in loop:
+        if record.step == 8:
+            break
+    torch.save(loop.state_dict(), tmp_path / "state.pt")
+    other = prepared()
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    other.run()
+
+    assert_same(came_to(other), want)
+
+
+def test_half_a_window_is_no_state(tmp_path):
+    class Curious(nn.Linear):
+        def forward(self, x):
+            if self.training:
+                with pytest.raises(CheckpointError, match="half a window"):
+                    loop.state_dict()
+                seen.append(1)
+            return super().forward(x)
+
+    seen = []
+    loop = prepared(model=Curious(6, 3))
+    next(iter(loop))
+    assert seen
+
+
+def test_what_a_state_dict_leaves_out_is_kept_all_the_same(tmp_path):
+    """Buffers that are not persistent; a version that a module wrote; optimizer state finer than the parameters."""
+
+    class Counting(nn.Linear):
+        _version = 7
+
+        def __init__(self):
+            super().__init__(6, 3, dtype=torch.bfloat16)
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x.bfloat16())
+
+        def _load_from_state_dict(self, state, prefix, metadata, *rest):
+            versions.append(metadata.get("version"))
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+    class Fine(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    master = self.state[parameter].setdefault("master", parameter.detach().float().clone())
+                    master.sub_(parameter.grad.float(), alpha=group["lr"])
+                    parameter.data.copy_(master)
+
+    def train(folder, stop=None):
+        torch.manual_seed(1)
+        keywords = {"model": Counting(), "optimizer": lambda p, lr: Fine(p, lr=lr), "lr": 1e-4}
+        loop = prepared(folder, **keywords) if stop is None else run_until(stop, folder, **keywords)
+        if stop is None:
+            loop.run()
+        state = [loop.model.calls, loop.model.weight, *(s["master"] for s in loop.optimizer.state.values())]
+        return [tensor.detach().clone() for tensor in state]
+
+    versions = []
+    train(tmp_path, stop=8)
+    got, want = train(tmp_path), train(None)
+    assert [tensor.dtype for tensor in got] == [torch.int64, torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+    assert versions == [7]
+
+
+def test_a_scheduler_of_the_users_own_goes_on(tmp_path):
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
+
+    run_until(7, tmp_path, schedule=schedule)
+    got, want = finished(tmp_path, schedule=schedule), undisturbed(schedule=schedule)
+    assert_same(got, want)
+    assert len({record["lr"] for record in got[0]}) == 20
+
+
+def test_an_error_of_the_data_is_saved_up_to_and_gone_on_from_once_it_is_repaired(tmp_path):
+    class Broken(torch.utils.data.Dataset):
+        broken = True
+
+        def __len__(self):
+            return 52
+
+        def __getitem__(self, index):
+            if self.broken and index == 17:
+                raise OSError("unreadable")
+            return X[index] + torch.randn(6), Y[index]
+
+    data = Broken()
+    with pytest.raises(DataError, match=r"sample 17 .*unreadable"):
+        prepared(tmp_path, data=data).run()
+    assert names(tmp_path)
+    data.broken = False
+    assert_same(finished(tmp_path, data=data), undisturbed(data=data))
+
+
+# --- refused --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "was", "now"),
+    [
+        ({"target_batch": 13}, "12", "13"),
+        ({"data": (X[:51], Y[:51])}, "52", "51"),
+        ({"model": net(width=20)}, r"shape \(16, 6\)", r"shape \(20, 6\)"),
+        ({"model": net(extra=1)}, "none", r"float32 of shape"),
+        ({"model": net().double(), "data": (X.double(), Y)}, "float32", "float64"),
+        ({"optimizer": "sgd"}, "AdamW with 6", "SGD with 6"),
+        ({"seed": 4}, "3", "4"),
+    ],
+    ids=["target", "length", "shape", "layer", "dtype", "optimizer", "seed"],
+)
+def test_a_checkpoint_of_another_training_is_refused_with_both_values(tmp_path, changed, was, now):
+    run_until(6, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{was}.* in the checkpoint, .*{now}.* here.*resume=False"):
+        prepared(tmp_path, **changed)
+
+
+def test_a_refused_state_changes_nothing(tmp_path):
+    state = prepared().state_dict()
+    other = prepared(model=net(width=20))
+    before = [tensor.clone() for tensor in other.model.state_dict().values()]
+    with pytest.raises(CheckpointError, match="of another training"):
+        other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.state_dict().values()))
+
+
+def test_resume_true_wants_a_checkpoint_false_starts_anew_and_auto_takes_what_there_is(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        prepared(tmp_path, resume=True)
+    want = undisturbed()
+    run_until(6, tmp_path)
+    assert prepared(tmp_path, resume=True).step == prepared(tmp_path).step == 6
+    old = names(tmp_path)
+
+    assert_same(finished(tmp_path, resume=False), want)
+    assert names(tmp_path / "earlier-1") == old
+    assert (tmp_path / "earlier-1" / "metrics.jsonl").exists()
+    assert prepared(tmp_path).step == 20
+
+
+def test_settings_that_need_a_folder_say_so_when_there_is_none(tmp_path):
+    with pytest.raises(SetupError, match="checkpoint_every=5"):
+        prepared(checkpoint_every=5)
+    with pytest.raises(SetupError, match="resume=True"):
+        prepared(resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        prepared(tmp_path / "file")
+
+
+def test_what_only_code_can_make_is_named_when_it_is_to_be_saved(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"when": object()}
+
+        def set_extra_state(self, state):
+            pass
+
+    loop = prepared(model=nn.Sequential(Odd(6, 3)))
+    with pytest.raises(CheckpointError, match=r"the model\['0\._extra_state'\]\['when'\] is a object"):
+        loop.state_dict()
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    contents = bytearray(path.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    path.write_bytes(bytes(contents))
+
+
+def no_json(path):
+    path.with_suffix(".json").write_text("{")
+
+
+def never_finished(path):
+    path.with_suffix(".json").unlink()
+
+
+DAMAGES = [cut_off, flip, no_json, never_finished, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut off", "flipped", "json", "unfinished", "gone", "empty"])
+def test_the_checkpoint_before_a_damaged_one_is_used_loudly(tmp_path, damage):
+    run_until(8, tmp_path, checkpoint_every=2)
+    newest, before = names(tmp_path)[-1], names(tmp_path)[-2]
+    damage(tmp_path / newest)
+    heard = []
+
+    with pytest.warns(TrainingWarning, match=rf"{newest.removesuffix('.pt')}"):
+        loop = prepared(tmp_path, checkpoint_every=2, callbacks=[heard.append])
+    assert loop.step == int(before[5:13])
+    assert any(newest in event.text for event in heard if event.name == "note")
+    loop.run()
+    assert_same(came_to(loop), undisturbed())
+    assert newest not in names(tmp_path) or (tmp_path / newest).with_suffix(".json").exists()
+
+
+def test_where_all_are_damaged_auto_begins_anew_loudly_and_true_refuses(tmp_path):
+    run_until(6, tmp_path)
+    for name in names(tmp_path):
+        flip(tmp_path / name)
+    with pytest.warns(TrainingWarning, match="damaged"), pytest.raises(CheckpointError, match="no checkpoint"):
+        prepared(tmp_path, resume=True)
+    with pytest.warns(TrainingWarning, match="damaged"):
+        assert_same(finished(tmp_path), undisturbed())
+
+
+class Evil:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("vouched", [True, False])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, vouched):
+    folder = tmp_path / "run"
+    run_until(6, folder)
+    path = folder / names(folder)[-1]
+    evil = Evil()
+    evil.path = tmp_path / "it ran"
+    torch.save({"state": evil}, path)
+    if vouched:  # whoever wrote it also wrote the checksum
+        import hashlib
+
+        about = json.loads(path.with_suffix(".json").read_text())
+        about |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        path.with_suffix(".json").write_text(json.dumps(about))
+
+    with pytest.raises(CheckpointError, match="has code in it, and nothing of it was run"):
+        prepared(folder)
+    assert not evil.path.exists()
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_three_are_kept_and_the_best(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+    loop = prepared(tmp_path, val_data=(X[:10], Y[:10]), epochs=6)
+    loop._evaluator.evaluate = lambda: {"loss": next(losses)}
+    loop.run()
+
+    assert names(tmp_path) == [f"step-{5 * n:08}-epoch-{n}-window-0.pt" for n in (2, 4, 5, 6)]
+    assert Checkpoints(tmp_path).best() == Entry(10, 2, 0)
+    assert names(tmp_path, ".json") == [name.replace(".pt", ".json") for name in names(tmp_path)]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_is_told_of_when_it_is_on_the_disk(tmp_path):
+    told = []
+
+    def listen(event):
+        if event.name == "checkpoint":
+            assert Path(event.path).exists()
+            assert Path(event.path).with_suffix(".json").exists()
+            told.append(event.step)
+
+    prepared(tmp_path, checkpoint_every=5, callbacks=[listen], max_steps=13).run()
+    assert told == [5, 10, 13]
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path, monkeypatch):
+    real = torch.save
+
+    def save(state, file):
+        if full:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    full = []
+    loop = prepared(tmp_path, checkpoint_every=5)
+    with pytest.warns(TrainingWarning) as said:
+        for record in loop:
+            full[:] = [1] * (5 <= record.step < 18)
+    assert [str(warning.message) for warning in said if "No space left" in str(warning.message)] == [
+        f"the checkpoint of step {step} could not be saved to '{tmp_path}': [Errno 28] No space left on device. "
+        "The training goes on"
+        for step in (10, 15)
+    ]
+    assert_same(came_to(loop), undisturbed())
+    assert names(tmp_path) == ["step-00000005-epoch-0-window-5.pt", "step-00000020-epoch-3-window-5.pt",
+                               "step-00000020-epoch-4-window-0.pt"]  # fmt: skip
+    assert "2 of 5 saves" in loop.run().unsaved
+
+
+def test_a_folder_that_cannot_be_written_is_said_each_time_and_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(TrainingWarning, match="could not be saved") as said:
+        result = prepared(tmp_path / "file" / "run").run()
+    assert len(said) == 5  # the record, and a checkpoint each epoch
+    assert "Not a directory" in result.unsaved
+    assert result.to_dict()["unsaved"] == result.unsaved
+    assert prepared().run().unsaved is None
+
+
+def test_a_failed_save_leaves_the_one_before_as_it_was(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    store.write(Entry(1, 0, 1), {"value": 1}, {})
+    assert store.settle() == Entry(1, 0, 1)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    store.write(Entry(2, 0, 2), {"value": 2}, {})
+    with pytest.raises(OSError, match="Input/output"):
+        store.settle()
+    store.close()
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-00000001-epoch-0-window-1.pt"]
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert Checkpoints(tmp_path).newest(pytest.fail) == (Entry(1, 0, 1), {"value": 1})
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_the_runs_record_and_each_step_once(tmp_path):
+    heard = []
+    run_until(8, tmp_path, checkpoint_every=3)
+    for name in names(tmp_path)[-1:]:
+        (tmp_path / name).with_suffix(".json").unlink()  # the last one is lost, and two steps with it
+    with pytest.warns(TrainingWarning):
+        loop = prepared(tmp_path, checkpoint_every=3, callbacks=[heard.append])
+    loop.run()
+
+    assert autoaccum.Plan.load(tmp_path / "plan.json") == loop.plan
+    assert json.loads((tmp_path / "report.json").read_text()) is None
+    runs = json.loads((tmp_path / "environment.json").read_text())["runs"]
+    assert [run["resumed_at"] for run in runs] == [0, 6]
+    assert runs[0]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["record"]["step"] for line in lines if line["event"] == "step"] == list(range(1, 21))
+    assert [line["event"] for line in lines if line["event"] in ("start", "end")] == ["start", "start", "end"]
+    assert any(f"record is in {tmp_path}" in event.text for event in heard if event.name == "note")
+
+
+def test_the_probes_report_is_in_the_record(tmp_path):
+    loop = prepared(tmp_path, micro_batch=None, cache=False)
+    loop.run()
+    assert json.loads((tmp_path / "report.json").read_text())["micro_batch"] == loop.probe.micro_batch
+
+
+# --- kills ----------------------------------------------------------------------------------------------------------
+
+
+def test_trainings_killed_at_random_moments_come_to_the_same_end(tmp_path):
+    """The command that `make torture` runs at full size."""
+    import subprocess
+    import sys
+
+    answer = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.torture", "--kills", "6", "--ooms", "0", "--soak", "0", "--cost", "0",
+         "--json", str(answer)],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(answer.read_text())["kills"]
+    assert figures["kills"] >= 6
+    assert figures["bit-identical"] == figures["trainings"]
