@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 
-.PHONY: help demo test lint gpu bench bench-peers conformance torture clean
+.PHONY: help demo test test-postgres lint gpu bench bench-peers conformance torture clean
 
 help:
 	@echo "make demo         install, then train a real model under a memory budget that its batch does not fit in"
 	@echo "make test         install, then run the tests"
+	@echo "make test-postgres  the search against a PostgreSQL server of its own (says what is missing)"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the loop's overhead against a loop by hand, and the command line's start"
 	@echo "make bench-peers  the probe against Lightning and Accelerate (installs them)"
@@ -34,6 +35,10 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest tests
+
+# Installs no server and no driver: says what is missing.
+test-postgres: $(SETUP)
+	$(BIN)/python -m tests.postgres
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -248,7 +248,7 @@ def prepare(
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
     if kept is None:
-        verdict = checked(parts, check, events)
+        verdict = checked(parts, check, max(given.limits), events)
     apply_plan(given, parts.optimizer)
     total = total_steps(given, parts.source.length, epochs, max_steps)
     scheduler = build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)

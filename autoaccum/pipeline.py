@@ -49,9 +49,9 @@ class Isolation:
     factory: bool | Callable[[], Mapping[str, Any]]
 
 
-def verified(parts: Parts) -> VerifyReport:
-    """The gradient check on a few of the user's own samples."""
-    size = 8 if parts.source.length is None else min(8, parts.source.length)
+def verified(parts: Parts, most: int = 8) -> VerifyReport:
+    """The gradient check on a few of the user's own samples, at most `most` at once."""
+    size = min(8, most) if parts.source.length is None else min(8, most, parts.source.length)
     return verify_gradient(
         parts.model,
         parts.objective,
@@ -61,17 +61,18 @@ def verified(parts: Parts) -> VerifyReport:
     )
 
 
-def checked(parts: Parts, check: bool | str, events: Events) -> VerifyReport | None:
-    """The same before training.
+def checked(parts: Parts, check: bool | str, most: int, events: Events) -> VerifyReport | None:
+    """The same before training, with no more samples at once than are known to fit; the ranks agree on the verdict.
 
     Raises:
         LossError: it failed, and `check` is not "warn".
     """
     if check is False:
         return None
-    report = verified(parts)
-    if not report.ok and check != "warn":
-        raise LossError(f'{report.text}; check="warn" trains all the same')
+    report = verified(parts, most)
+    if parts.ranks.any(not report.ok) and check != "warn":
+        text = report.text if not report.ok else "the accumulated gradient is not the large batch's on another rank"
+        raise LossError(f'{text}; check="warn" trains all the same')
     if not report.ok or not report.verifiable:
         events.tell(Noted(report.text))
     return report

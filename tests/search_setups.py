@@ -89,5 +89,6 @@ def fails_in_a_worker():
 
 
 def slow():
-    time.sleep(0.3)
+    """Slow enough to be caught at it, where the environment says so."""
+    time.sleep(float(os.environ.get("SEARCH_SLEEP", "0")))
     return arguments(epochs=1)

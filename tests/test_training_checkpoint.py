@@ -471,7 +471,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", save)
     full = []
     loop = prepared(tmp_path, checkpoint_every=5)
-    with pytest.warns(TrainingWarning) as said:
+    with pytest.warns(TrainingWarning) as said:  # noqa: PT031  # the loop is the statement
         for record in loop:
             full[:] = [1] * (5 <= record.step < 18)
     assert [str(warning.message) for warning in said if "No space left" in str(warning.message)] == [

@@ -133,7 +133,7 @@ class _Workers:
             if batches is None and entry.cut.sizes:
                 self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
                 batches = iter(self._loader)
-            fetched = [_checked(next(batches)) for _ in entry.cut.sizes] if batches is not None else []
+            fetched = [_fetched(batches) for _ in entry.cut.sizes] if batches is not None else []
             asks.done()
             yield entry.cut.total, entry.cut.sizes, fetched
 
@@ -176,7 +176,14 @@ class _Asks:
             yield from self._unasked.popleft().asks(self._base)
 
 
-def _checked(batch: Any) -> Any:
+def _fetched(batches: Iterator[Any]) -> Any:
+    try:
+        batch = next(batches)
+    except (RuntimeError, OSError, EOFError) as error:  # what the dataset raised comes as a Failure, not this way
+        raise DataError(
+            f"a worker of the DataLoader died, or no longer answers: {type(error).__name__}: {error}; a worker is often "
+            "killed for want of memory, so try fewer (num_workers), or num_workers=0 to see what happens"
+        ) from error
     if isinstance(batch, Failure):
         batch.raise_here()
     return batch

@@ -22,7 +22,7 @@ from autoaccum.searching.limits import Limits
 from autoaccum.searching.locks import FolderLock
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space
-from autoaccum.searching.storage import has_heartbeats, open_storage, telling_of
+from autoaccum.searching.storage import has_heartbeats, open_storage, shown, telling_of
 from autoaccum.searching.study import (
     BEAT,
     ERROR,
@@ -62,7 +62,7 @@ class Job:
     @property
     def storage_name(self) -> str:
         """For messages."""
-        return str(self.storage) if self.storage is not None else str(self.folder / "journal.log")
+        return shown(str(self.storage)) if self.storage is not None else str(self.folder / "journal.log")
 
 
 def open_job(job: Job, *, resume: bool = True) -> Any:

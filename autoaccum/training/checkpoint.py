@@ -200,7 +200,8 @@ class Checkpoints:
             for entry in entries:
                 if entry > resumed:
                     for path in self._files(entry):
-                        path.rename(path.with_name(f"{path.name}.damaged"))
+                        if path.exists():
+                            path.rename(path.with_name(f"{path.name}.damaged"))
             return None
         if not entries:
             return None

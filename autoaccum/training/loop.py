@@ -123,10 +123,10 @@ class TrainingLoop:
             StateNotRestoredError: an earlier error left the weights half updated.
         """
         began = time.perf_counter()
-        self._begin()
         was_training = self.model.training
-        self.model.train()
         try:
+            self._begin()
+            self.model.train()
             with self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 yield from self._rest()
             self._save()
@@ -178,6 +178,7 @@ class TrainingLoop:
             rank = self._accumulator.ranks.rank
             seed_everything(mix(self._seed, rank) if rank else self._seed)  # no two ranks drop out alike
         if self.folder is not None:
+            self.state_dict()  # what cannot be saved is refused now, and not when an hour's work is to be saved
             self.folder.begin(self.plan, self.probe, self._device)
         budget = self._budget.bytes if self._budget is not None else None
         self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
@@ -224,12 +225,16 @@ class TrainingLoop:
             yield self._left
         rest = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index)
         while True:
-            self._boundary = self._parts.boundary()
+            self._mark_boundary()
             window = next(rest, None)
             if window is None:
                 self._boundary = None
                 return
             yield window
+
+    def _mark_boundary(self) -> None:
+        """Keeps this moment for a checkpoint, should the next thing fail; it takes a while, so only with a folder."""
+        self._boundary = self._parts.boundary() if self.folder is not None else None
 
     def _check_epoch(self) -> None:
         if self._window_index == 0:
@@ -251,7 +256,7 @@ class TrainingLoop:
     def _evaluate_now(self) -> None:
         results = None
         if self._evaluator is not None and self._evaluator.has_data:
-            self._boundary = self._parts.boundary()
+            self._mark_boundary()
             results = self._evaluator.evaluate()
             self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
         self._boundary, self._evaluation_due = None, False

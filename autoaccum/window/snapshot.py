@@ -147,7 +147,7 @@ def _attributes(module: nn.Module) -> tuple[dict[str, tuple[Any, Any]], dict[str
 
 def _refill(container: Any, contents: Any) -> None:
     """Puts the contents of a list, dict or set back, leaving the object itself in place."""
-    if contents is None or container == contents:
+    if contents is None:
         return
     container.clear()
     if isinstance(container, list):

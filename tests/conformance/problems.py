@@ -26,8 +26,8 @@ class Recorder(torch.optim.SGD):
     A closure is run first, as Lightning runs the whole backward pass in it.
     """
 
-    def __init__(self, parameters: Any, lr: float = 0.0) -> None:
-        super().__init__(parameters, lr=lr)
+    def __init__(self, parameters: Any, lr: float = 0.0, momentum: float = 0.0) -> None:
+        super().__init__(parameters, lr=lr, momentum=momentum)
         self.gradients: list[Gradient] = []
         self.rates: list[float] = []
 
@@ -98,7 +98,9 @@ class Problem:
     epochs: int = 1
     stream: bool = False
     clip_norm: float | None = None
+    collate: Callable[[Any], Any] = default_collate
     lr: float = 0.0
+    momentum: float = 0.0
     schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     frequency: int = 1
     """Updates between two steps of the schedule, for a trainer that is told so apart from the schedule."""
@@ -108,6 +110,12 @@ class Problem:
     """Given to the trainer as its documentation says, for what is random in training."""
     find_unused: bool = False
     """Whether DistributedDataParallel is told to look for parameters that a forward did not use."""
+    save_to: str | None = None
+    """A folder for checkpoints, one each update."""
+    stop_after: int | None = None
+    """Updates after which the training is left, as if the process had ended."""
+    resume: bool = False
+    """Whether to go on from the folder."""
     recover: bool = False
     """Whether the trainer's own means against out-of-memory errors are switched on, where there are such."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -124,11 +132,11 @@ class Problem:
 
     def loader(self) -> DataLoader:
         """The samples in micro-batches, in order unless shuffled."""
-        return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=self.shuffle)
+        return DataLoader(self.dataset(), batch_size=self.micro_batch, shuffle=self.shuffle, collate_fn=self.collate)
 
     def optimizer(self, model: nn.Module) -> Recorder:
         """The optimizer that keeps gradients."""
-        return Recorder(list(model.parameters()), lr=self.lr)
+        return Recorder(list(model.parameters()), lr=self.lr, momentum=self.momentum)
 
     def compute(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of one batch, whole or part, as a person's own loop would compute it."""

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import default_collate
 
 from tests.conformance.models import CLASSES, Named, seeded, vectors
 from tests.conformance.problems import Problem
@@ -57,6 +58,50 @@ def test_a_probe_before_it_changes_nothing(trainer, figures):
     repeated = same(plain, parameters(run))
     text = "the same bits" if repeated else "differs"
     figures.verdict("with and without a search for the batch size", repeated, text)
+
+
+def noisy(samples):
+    """Augmentation in the collator, from torch's generator."""
+    batch = default_collate(samples)
+    return {**batch, "x": batch["x"] + 0.1 * torch.randn(batch["x"].shape, dtype=torch.float64)}
+
+
+@pytest.mark.case(23, "left in the middle of an epoch and resumed, dropout and shuffling on: as if never left")
+@pytest.mark.parametrize("collator", ["plain", "random"])
+def test_a_resumed_run_ends_as_the_uninterrupted_one(trainer, figures, collator, tmp_path):
+    """At stake: samples seen twice or never, an order or a dropout mask that is drawn anew, momentum that is lost. The
+    random collator augments in the loading process, so that the data draws from the same generators as dropout."""
+    label = "a random collator too" if collator == "random" else "a plain collator"
+    if trainer.name == "Accumulator":
+        pytest.skip("whoever keeps their own loop saves it")
+    if trainer.name == "accelerate, recipe":
+        figures.not_offered(label, "measured without the recipe")
+        return
+    problem = Problem(
+        model=dropped, samples=vectors(30), loss=nn.CrossEntropyLoss(), lr=0.1, momentum=0.9, seed=7, shuffle=True,
+        epochs=3, collate=noisy if collator == "random" else default_collate, save_to=str(tmp_path / "whole"),
+    )  # fmt: skip
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+
+    def train(**more):
+        torch.manual_seed(11)  # as a new process would not know where the old one stood
+        return trainer.train(dataclasses.replace(problem, **more))
+
+    whole = figures.attempt(label, train)
+    if whole is None:
+        return
+    parts = str(tmp_path / "parts")
+    left = figures.attempt(label, lambda: train(save_to=parts, stop_after=6))  # in the second of three epochs
+    resumed = None if left is None else figures.attempt(label, lambda: train(save_to=parts, resume=True))
+    if resumed is None:
+        return
+    steps = len(left.gradients) + len(resumed.gradients)
+    repeated = same(parameters(whole), parameters(resumed))
+    text = "the same bits" if repeated else "differs"
+    if steps != len(whole.gradients):
+        text += f", {steps} updates instead of {len(whole.gradients)}"
+    figures.verdict(label, repeated and len(left.gradients) == 6, text)
 
 
 class Trip:

@@ -54,10 +54,10 @@ def _llama() -> Problem:
     )
 
 
-def _branch() -> Problem:
+def _branch(count: int = 16) -> Problem:
     flagged = lambda index: torch.tensor(float(index in (0, 8)), dtype=torch.float64)  # noqa: E731
     return Problem(
-        model=lambda: seeded(Branching), samples=tagged(vectors(16), flag=flagged), k=2, loss=nn.CrossEntropyLoss()
+        model=lambda: seeded(Branching), samples=tagged(vectors(count), flag=flagged), k=2, loss=nn.CrossEntropyLoss()
     )
 
 
@@ -75,6 +75,7 @@ PROBLEMS = {
     "llama": _llama,
     "schedule": _schedule,
     "branch, looked for": lambda: dataclasses.replace(_branch(), find_unused=True),
+    "branch, last window": lambda: _branch(8),
     "branch": _branch,
     "unequal": _unequal,
 }

@@ -8,6 +8,7 @@ multiplies a summed loss by steps × processes / count. The recipe is measured w
 import contextlib
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from tests.conformance.problems import Problem, Run
@@ -35,8 +36,16 @@ class Accelerate(Trainer):
 
     def _train(self, problem: Problem) -> Run:
         inner, optimizer, (accelerator, model, stepper, loader, scheduler) = _prepared(problem)
-        for _ in range(problem.epochs):
-            for batch in loader:
+        done = _loaded(accelerator, problem)
+        for epoch in range(problem.epochs):
+            skipped = min(max(done - epoch * len(loader), 0), len(loader)) if done else 0
+            if skipped == len(loader) and done:
+                continue
+            for index, batch in enumerate(accelerator.skip_first_batches(loader, skipped) if skipped else loader):
+                if problem.stop_after is not None and epoch * len(loader) + index == problem.stop_after * problem.k:
+                    accelerator.save_state(problem.save_to)
+                    (Path(problem.save_to or "") / "done").write_text(str(problem.stop_after * problem.k))
+                    return Run(optimizer.gradients, inner)
                 with accelerator.accumulate(model):
                     accelerator.backward(problem.compute(model, batch))
                     if problem.clip_norm is not None and accelerator.sync_gradients:
@@ -73,6 +82,14 @@ class AccelerateRecipe(Trainer):
                 stepper.step()
                 stepper.zero_grad()
         return Run(optimizer.gradients, inner, optimizer.rates)
+
+
+def _loaded(accelerator: Any, problem: Problem) -> int:
+    """Micro-batches that the state in the folder was saved after; 0 where nothing is resumed."""
+    if not problem.resume:
+        return 0
+    accelerator.load_state(problem.save_to)
+    return int((Path(problem.save_to or "") / "done").read_text())
 
 
 def _prepared(problem: Problem) -> tuple[Any, Any, tuple[Any, ...]]:

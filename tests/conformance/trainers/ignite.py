@@ -1,6 +1,7 @@
 """Ignite: `create_supervised_trainer(gradient_accumulation_steps=...)`, which steps every k iterations."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,21 @@ class Ignite(Trainer):
             prepare_batch=lambda batch, device, non_blocking: _pair(problem, batch),
             model_fn=lambda model, inputs: model(**inputs),
             gradient_accumulation_steps=problem.k,
+            deterministic=problem.save_to is not None,
         )
+        path = Path(problem.save_to or "") / "training.pt"
+
+        def leave(engine: Any) -> None:
+            if problem.stop_after is not None and engine.state.iteration == problem.stop_after * problem.k:
+                torch.save([engine.state_dict(), inner.state_dict(), optimizer.state_dict()], path)
+                engine.terminate()
+
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, leave)
+        if problem.resume:
+            engine_state, model_state, optimizer_state = torch.load(path, weights_only=False)
+            trainer.load_state_dict(engine_state)
+            inner.load_state_dict(model_state)
+            optimizer.load_state_dict(optimizer_state)
         if problem.schedule is not None:
             scheduler = problem.schedule(optimizer)
             trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: scheduler.step())

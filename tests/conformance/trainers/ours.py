@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -32,7 +33,14 @@ class Fit(Trainer):
             settings["schedule"] = problem.schedule
         if problem.step is not None:
             settings.update(step=problem.step, loss=None)
+        if problem.save_to is not None:
+            settings.update(checkpoint=problem.save_to, checkpoint_every=1, resume=problem.resume)
         loop = autoaccum.prepare(model, problem.loader(), optimizer=optimizer, **{**settings, **problem.options})
+        if problem.stop_after is not None:
+            with closing(iter(loop)) as records:
+                for record in records:
+                    if record.step == problem.stop_after:
+                        return Run(optimizer.gradients, model)
         result = loop.run()
         return Run(optimizer.gradients, result.model, optimizer.rates, {"result": result, "optimizer": optimizer})
 

@@ -8,7 +8,6 @@ import tempfile
 from typing import Any
 
 from torch import nn
-from torch.utils.data import default_collate
 
 from tests.conformance.problems import Problem, Run, positional
 from tests.conformance.trainers.base import Trainer
@@ -23,8 +22,9 @@ class Scored(nn.Module):
         super().__init__()
         self.model, self.loss = model, loss
 
-    def forward(self, x: Any, labels: Any) -> dict[str, Any]:
-        return {"loss": positional(self.loss, self.model(x=x), labels)}
+    def forward(self, x: Any, labels: Any, flag: Any = None) -> dict[str, Any]:
+        inputs = {"x": x} if flag is None else {"x": x, "flag": flag}
+        return {"loss": positional(self.loss, self.model(**inputs), labels)}
 
 
 class Transformers(Trainer):
@@ -40,9 +40,14 @@ class Transformers(Trainer):
         optimizer = problem.optimizer(inner)
         make = problem.schedule if problem.schedule is not None else transformers.get_constant_schedule
         length = {"max_steps": len(problem.windows())} if problem.stream else {"num_train_epochs": problem.epochs}
+
+        class Stop(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                control.should_training_stop = state.global_step == problem.stop_after
+
         with tempfile.TemporaryDirectory() as folder:
             arguments = transformers.TrainingArguments(
-                output_dir=folder,
+                output_dir=problem.save_to or folder,
                 per_device_train_batch_size=problem.micro_batch,
                 gradient_accumulation_steps=problem.k,
                 max_grad_norm=problem.clip_norm or 0.0,
@@ -50,7 +55,8 @@ class Transformers(Trainer):
                 fp16=problem.precision == "fp16",
                 remove_unused_columns=False,
                 use_cpu=True,
-                save_strategy="no",
+                save_strategy="steps" if problem.save_to else "no",
+                save_steps=1,
                 logging_strategy="no",
                 report_to=[],
                 disable_tqdm=True,
@@ -64,7 +70,8 @@ class Transformers(Trainer):
                 model=inner if problem.loss is None else Scored(inner, problem.loss),
                 args=arguments,
                 train_dataset=problem.dataset(),
-                data_collator=default_collate,
+                data_collator=problem.collate,
                 optimizers=(optimizer, make(optimizer)),
-            ).train()
+                callbacks=[] if problem.stop_after is None else [Stop()],
+            ).train(resume_from_checkpoint=problem.resume or None)
         return Run(optimizer.gradients, inner, optimizer.rates)

@@ -1,0 +1,46 @@
+"""A trial that is itself a group of ranks: rank 0 searches, the others train along, and all agree on the end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RANK = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+import autoaccum
+from tests.search_setups import arguments
+
+def setup(width=4):
+    if width == 5:
+        raise RuntimeError("no width of 5")
+    return arguments(width=width, epochs=9, micro_batch=8)
+
+result = autoaccum.search(setup, n_trials=6, space={"lr": (1e-3, 1e-1, "log"), "width": [4, 5], "target_batch": [16]},
+                          folder=sys.argv[1], study_name="ranks", sampler="random")
+values = {"rank": int(os.environ["RANK"]), "best": result.best_value, "sizes": result.best_plan.micro_batches,
+          "world": result.best_plan.world_size, "states": [row["state"] for row in result.trials]}
+print(json.dumps(values), flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_search_as_one_worker(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "rank.py",
+         tmp_path / "run"],
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = sorted(map(json.loads, done.stdout.splitlines()), key=lambda values: values["rank"])
+
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert {**first, "rank": 1} == second
+    assert first["world"] == 2
+    assert first["sizes"] == [8]
+    assert len(first["states"]) == 6
+    assert set(first["states"]) >= {"complete", "error"}

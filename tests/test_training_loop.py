@@ -1,0 +1,254 @@
+"""The loop: windows in, records out; epochs, steps, evaluation, what is skipped, and how it ends early."""
+
+import signal
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoaccum
+from autoaccum.errors import DataError, LossError
+from autoaccum.training.events import StopTraining
+from autoaccum.training.history import History
+from autoaccum.window.record import StepRecord
+
+X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(50) % 3
+
+
+def net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def prepared(**keywords):
+    given = {"model": net(), "data": (X, Y), "target_batch": 16, "micro_batch": 5, "loss": nn.CrossEntropyLoss(),
+             "seed": 3, "check": False, "device": "cpu", **keywords}  # fmt: skip
+    return autoaccum.prepare(given.pop("model"), given.pop("data"), **given)
+
+
+def test_every_window_is_the_target_but_a_short_last_one():
+    result = prepared(epochs=2).run()
+    assert [record.samples for record in result.history] == [16, 16, 16, 2] * 2
+    assert [record.step for record in result.history] == list(range(1, 9))
+    assert [record.epoch for record in result.history] == [0] * 4 + [1] * 4
+    assert [record.micro_batches for record in result.history] == [4, 4, 4, 1] * 2
+
+
+def test_steps_decide_over_as_many_epochs_as_they_take():
+    loop = prepared(max_steps=6)
+    loop.run()
+    assert (loop.step, loop.epoch, len(loop.history)) == (6, 1, 6)
+
+
+def test_nothing_but_iteration_trains_and_leaving_goes_on_later():
+    loop = prepared(epochs=2)
+    before = loop.model[0].weight.clone()
+    assert torch.equal(before, loop.model[0].weight)
+    first = [record for _, record in zip(range(3), loop)]
+    rest = list(loop)
+    whole = prepared(epochs=2)
+    whole.run()
+    assert [record.step for record in (*first, *rest)] == list(range(1, 9))
+    assert torch.equal(loop.model[0].weight, whole.model[0].weight)
+
+
+def test_the_same_seed_trains_the_same_twice():
+    assert [r.loss for r in prepared().run().history] == [r.loss for r in prepared().run().history]
+
+
+def test_each_epoch_ends_with_an_evaluation_and_the_model_stays_as_it_was():
+    def accuracy(outputs, targets):
+        return autoaccum.Mean((outputs.argmax(1) == targets).sum(), len(targets))
+
+    loop = prepared(epochs=3, val_data=(X[:20], Y[:20]), metrics={"accuracy": accuracy})
+    loop.model.eval()
+    modes = []
+    for _ in loop:
+        modes.append(loop.model.training)
+    assert all(modes)
+    assert not loop.model.training, "as it was before"
+    assert [(each["epoch"], each["step"]) for each in loop.evaluations] == [(1, 4), (2, 8), (3, 12)]
+    assert set(loop.evaluate()) == {"loss", "accuracy"}
+    assert loop.evaluations[-1]["loss"] == pytest.approx(loop.evaluate()["loss"])
+
+
+def test_the_last_steps_of_a_training_counted_in_steps_are_evaluated_too():
+    loop = prepared(max_steps=6, val_data=(X[:20], Y[:20]))
+    loop.run()
+    assert [(each["epoch"], each["step"]) for each in loop.evaluations] == [(1, 4), (1, 6)]
+
+
+def test_events_come_in_the_order_of_what_happens():
+    heard = []
+    prepared(callbacks=[lambda event: heard.append(event.name)]).run()
+    assert heard == ["start", "step", "step", "step", "step", "epoch", "end"]
+
+
+def test_what_a_listener_raises_reaches_the_user_as_it_is():
+    class Mine(Exception):
+        pass
+
+    def listen(event):
+        if event.name == "step":
+            raise Mine
+
+    loop = prepared(callbacks=[listen])
+    with pytest.raises(Mine):
+        loop.run()
+    assert [record.step for record in loop.history] == [1]
+
+
+def test_an_epoch_without_a_window_says_so():
+    with pytest.raises(DataError, match="gave no window of 64 samples"):
+        prepared(data=zip(X, Y), target_batch=64, micro_batch=16, tail="drop").run()
+
+
+# --- losses that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_loss_that_is_not_finite_names_step_and_samples(batch_norm):
+    x = X.clone()
+    x[33, 2] = float("inf")
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if batch_norm else nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(LossError, match=r"the loss of step \d+ is nan.*window \d of epoch 0.* 33") as caught:
+        prepared(model=model, data=(x, Y)).run()
+    if not batch_norm:  # which runs no single sample, so that the whole micro-batch is named
+        assert "it comes from sample 33 of the data" in str(caught.value)
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+def test_the_samples_are_named_by_a_loaders_own_order_too_and_the_order_goes_on_from_there():
+    def sampler():
+        generator = torch.Generator().manual_seed(4)
+        return torch.utils.data.RandomSampler(Y, replacement=True, generator=generator)
+
+    drawn = list(sampler())
+    bad = next(index for place, index in enumerate(drawn) if place >= 16 and index not in drawn[:16])
+    x = X.clone()
+    x[bad, 2] = float("inf")
+    settings = {"data": DataLoader(TensorDataset(x, Y), batch_size=5, sampler=sampler()), "lr_batch": 16, "seed": None}
+    with pytest.raises(LossError, match=rf"step 2 is nan.* {bad}\b.* of the data"):
+        prepared(**settings).run()
+    settings["data"] = DataLoader(TensorDataset(x, Y), batch_size=5, sampler=sampler())
+    skipped = prepared(on_nonfinite="skip", **settings).run().history[1].skipped
+    assert f"samples {', '.join(map(str, drawn[16:24]))} and 8 more of the data" in skipped
+    left_out = [place // 16 for place, index in enumerate(drawn) if index == bad]
+    settings["data"] = DataLoader(TensorDataset(x, Y), batch_size=5, sampler=sampler())
+    found = [bool(record.skipped) for record in prepared(on_nonfinite="skip", **settings).run().history]
+    assert found == [window in left_out for window in range(4)]
+
+
+def test_windows_that_are_not_finite_can_be_left_out_and_leave_no_trace():
+    x = X.clone()
+    x[33] = float("nan")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    heard = []
+    result = prepared(model=model, data=(x, Y), on_nonfinite="skip", callbacks=[heard.append]).run()
+    skipped = [record for record in result.history if record.skipped]
+    assert len(skipped) == 1
+    assert "33" in skipped[0].skipped or "more of the data" in skipped[0].skipped
+    assert [event.text for event in heard if event.name == "skip"] == [skipped[0].skipped]
+    assert torch.isfinite(model[1].running_mean).all(), "the window's statistics are left out as well"
+    assert result.history[-1].step == 3
+
+
+def test_weights_that_went_astray_are_told_from_a_bad_sample():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(LossError, match="every sample of the window gives it"):
+        prepared(model=model).run()
+
+
+# --- the end before the end ------------------------------------------------------------------------------------------
+
+
+def test_a_listener_can_ask_for_the_end(tmp_path):
+    def listen(event):
+        if event.name == "step" and event.record.step == 2:
+            raise StopTraining("enough")
+
+    heard = []
+    loop = prepared(callbacks=[listen, lambda event: heard.append(event.name)], checkpoint=tmp_path)
+    result = loop.run()
+    assert result.stopped == "enough"
+    assert heard.count("step") == 2, "listeners behind it hear the event too"
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000002-epoch-0-window-2.pt"]
+    assert prepared(checkpoint=tmp_path).run().stopped is None
+    assert loop.run().stopped is None, "asked again, it goes on"
+
+
+def test_signal_handlers_are_the_users():
+    def mine(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        seen = []
+        prepared(callbacks=[lambda event: seen.append(signal.getsignal(signal.SIGTERM))]).run()
+        assert set(seen) == {mine}
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Dies(torch.utils.data.Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        if index == 40:
+            import os
+
+            os._exit(3)
+        return X[index], Y[index]
+
+
+def test_a_worker_that_dies_ends_the_training_with_what_was_trained_saved(tmp_path):
+    loader = DataLoader(Dies(), batch_size=5, num_workers=1)
+    with warnings.catch_warnings(), pytest.raises(DataError, match="a worker of the DataLoader died"):
+        warnings.simplefilter("ignore")
+        prepared(data=loader, checkpoint=tmp_path, lr_batch=16).run()
+    assert list(tmp_path.glob("step-*.pt"))
+
+
+# --- the history -----------------------------------------------------------------------------------------------------
+
+
+def record(step, **values):
+    return StepRecord(**{"step": step, "epoch": 0, "loss": 0.1, "lr": 1e-3, "grad_norm": None, "samples": 16,
+                         "micro_batches": 2, "seconds": 0.25, "samples_per_second": 64.0, **values})  # fmt: skip
+
+
+def test_a_history_gives_back_what_was_put_in():
+    records = [record(1), record(2, grad_norm=float("inf"), peak_bytes=2**40 + 1), record(2, loss=3.0, skipped="why")]
+    history = History(records)
+    assert history == records
+    assert history[-1].skipped == "why"
+    assert history[1:] == records[1:]
+    assert isinstance(history[0].step, int)
+    assert [each.loss for each in history] == [0.1, 0.1, 3.0]
+    with pytest.raises(IndexError):
+        history[3]
+
+    other = History()
+    other.load_state_dict(history.state_dict())
+    assert other == history
+    other.append(record(3))
+    assert len(other) == 4
+
+
+def test_a_history_of_another_version_has_none_where_it_lacks_a_column():
+    state = History([record(1, grad_norm=2.0)]).state_dict()
+    del state["numbers"]["grad_norm"]
+    other = History()
+    other.load_state_dict(state)
+    assert other == [record(1)]
+    empty = History()
+    empty.load_state_dict(History().state_dict())
+    assert empty == []
