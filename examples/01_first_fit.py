@@ -2,8 +2,8 @@
 
     python examples/01_first_fit.py
 
-On the CPU the training gets a budget of 12 MiB, in which 256 samples do not fit at once; on a GPU the budget is a cap on
-PyTorch's allocator. The file is a TARGET of the command line as well:
+On the CPU the training gets a budget of 12 MiB, in which 256 samples do not fit at once; on a GPU the budget is a cap
+on PyTorch's allocator. The file is a TARGET of the command line as well:
 
     autoaccum probe examples/01_first_fit.py:setup --target-batch 256 --memory 12MiB
 """
@@ -84,8 +84,8 @@ def main() -> None:
     )
     print(f"held-out accuracy {final['accuracy']:.1%}, loss {final['loss']:.3f}")
     print(
-        f"{seconds:.1f} s: {probing:.1f} s in the probe's {len(result.probe.trials)} trials, {training:.1f} s in training, "
-        f"{seconds - probing - training:.1f} s in the gradient check, validation and the rest"
+        f"{seconds:.1f} s: {probing:.1f} s in the probe's {len(result.probe.trials)} trials, {training:.1f} s in "
+        f"training, {seconds - probing - training:.1f} s in the check, validation and the rest"
     )
 
 

@@ -4,10 +4,7 @@
 
 The same net is trained twice on the same batches of 256 digits: by a plain loop that needs room for the whole batch,
 and by the same loop with an Accumulator, which never has more than 64 samples in memory at once. The two end with the
-same parameters and the same BatchNorm statistics, in float64 to the last few digits.
-
-The net's BatchNorm stands before everything else, so that its statistics are what is compared: inside the net it would
-normalise each micro-batch by itself, which no accumulation can undo (see "What it does not do" in the README).
+same parameters, in float64 to the last few digits, the last and shorter batch included.
 """
 
 import torch

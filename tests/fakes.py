@@ -29,7 +29,7 @@ class FakeForecast:
 
 @dataclass
 class FakeMachine:
-    """Runs steps of `levels`; `hard` devices raise out of memory, soft ones only count; `aligned` traces can be fitted."""
+    """Runs steps of `levels`. `hard` devices raise out of memory, soft ones count; `aligned` traces can be fitted."""
 
     budget: int
     levels: list[Level]

@@ -100,7 +100,8 @@ def test_exit_codes_and_one_clear_line(arguments, code, message):
 def test_ctrl_c_in_training_ends_with_130():
     child = subprocess.Popen(
         [sys.executable, "-m", "autoaccum", "fit", EXAMPLE, "--memory", "12MiB", "--epochs", "1000"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     for line in child.stderr:
         if line.startswith("step"):

@@ -45,8 +45,8 @@ def started(tmp_path, setup, n_trials, workers):
     script.write_text(SCRIPT)
     return subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "run"), setup, str(n_trials), str(workers)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEARCH_SLEEP": "1.5"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEARCH_SLEEP": "1.5"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 

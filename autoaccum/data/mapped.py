@@ -26,8 +26,9 @@ from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.pool import Pool, spread
+from autoaccum.errors import DataError
 
-__all__ = ["MapSource", "as_is", "rebuilt"]
+__all__ = ["MapSource", "as_is", "dead_worker", "rebuilt"]
 
 
 class MapSource(IndexedSource):
@@ -180,13 +181,18 @@ def _fetched(batches: Iterator[Any]) -> Any:
     try:
         batch = next(batches)
     except (RuntimeError, OSError, EOFError) as error:  # what the dataset raised comes as a Failure, not this way
-        raise DataError(
-            f"a worker of the DataLoader died, or no longer answers: {type(error).__name__}: {error}; a worker is often "
-            "killed for want of memory, so try fewer (num_workers), or num_workers=0 to see what happens"
-        ) from error
+        raise dead_worker(error) from error
     if isinstance(batch, Failure):
         batch.raise_here()
     return batch
+
+
+def dead_worker(error: BaseException) -> DataError:
+    """What to tell a person when a worker process is gone; torch raises it wherever the program happens to be."""
+    return DataError(
+        f"a worker of the DataLoader died, or no longer answers: {type(error).__name__}: {error}; a worker is often "
+        "killed for want of memory, so try fewer (num_workers), or num_workers=0 to see what happens"
+    )
 
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoader[Any]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ class SearchResult:
         metric, direction, unit: what was searched on, which way, and what reports are counted in.
         best_number: of the best trial.
         weights: the file of the best trial's weights; None where it was trained on another machine.
-        importance: how much each parameter mattered, summing to 1; empty where too few trials are complete.
         arguments: of fit, beside the setup's, with which the best trial was trained: lr, seed, max_steps and the like.
         seed: set before each call of the setup.
         threads: that PyTorch used; another number may change the last digits of the value on a CPU.
@@ -51,11 +51,18 @@ class SearchResult:
     unit: str = "samples"
     best_number: int = 0
     weights: Path | None = None
-    importance: dict[str, float] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     threads: int = 1
     dashboard: str | None = None
+
+    @cached_property
+    def importance(self) -> dict[str, float]:
+        """How much each parameter mattered, summing to 1; empty where too few trials are complete.
+
+        By PED-ANOVA, when it is first asked for: what Optuna imports for it takes seconds.
+        """
+        return {} if self.study is None else importance_of(self.study)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the study."""
@@ -173,7 +180,6 @@ def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> Se
         unit=terms.unit,
         best_number=best.number,
         weights=file if file.exists() else None,
-        importance=importance_of(study),
         arguments=_arguments(facts, terms),
         seed=terms.seed,
         threads=int(facts["threads"]),

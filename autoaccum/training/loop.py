@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from autoaccum.data.draws import mix
+from autoaccum.data.mapped import dead_worker
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, indices_of, windows
 from autoaccum.errors import CheckpointError, DataError, LossError, NothingFitsError, StateNotRestoredError
@@ -18,7 +19,15 @@ from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
-from autoaccum.training.events import EpochEnded, Events, StepTaken, TrainingEnded, TrainingStarted, WindowSkipped
+from autoaccum.training.events import (
+    EpochEnded,
+    Events,
+    Noted,
+    StepTaken,
+    TrainingEnded,
+    TrainingStarted,
+    WindowSkipped,
+)
 from autoaccum.training.generators import seed_everything
 from autoaccum.training.history import History
 from autoaccum.training.parts import Boundary, TrainingParts
@@ -27,6 +36,7 @@ from autoaccum.training.result import FitResult
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.noise_scale import advice
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
 
@@ -131,12 +141,17 @@ class TrainingLoop:
                 yield from self._rest()
             self._save()
             self._accumulator.ranks.tally()  # whoever failed since the last window is heard by all
+            scale = self._accumulator.noise_scale.value
+            if scale is not None:
+                self._events.tell(Noted(advice(scale, self.plan.target_batch)))
             self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
             self._rescue()
             if isinstance(error, (NothingFitsError, OptimizerOutOfMemoryError)):
                 raise type(error)(f"{error}. {self._where_to_go_on()}") from error.__cause__
+            if type(error) is RuntimeError and "DataLoader worker (pid" in str(error):
+                raise dead_worker(error) from error
             raise
         except KeyboardInterrupt:
             self._rescue()

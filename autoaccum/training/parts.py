@@ -129,6 +129,7 @@ class TrainingParts:
             "identity": plain(self.identity(), "the training's identity"),
             "modules": {name: module_state(module, f"the {name}") for name, module in self.modules.items()},
             "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
+            "noise_scale": accumulator.noise_scale.state_dict(),
             "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
             "scheduler": None if scheduler is None else scheduler_state(scheduler),
             "validation_batch": None if self._evaluator is None else self._evaluator.micro_batch,
@@ -146,6 +147,7 @@ class TrainingParts:
         for name, module in self.modules.items():
             load_module(module, state["modules"][name])
         load_optimizer(accumulator.optimizer, state["optimizer"])
+        accumulator.noise_scale.load_state_dict(state["noise_scale"])
         if state["scaler"] and accumulator.precision.scaler.is_enabled():
             accumulator.precision.scaler.load_state_dict(state["scaler"])
         if state["scheduler"] is not None and accumulator.scheduler is not None:

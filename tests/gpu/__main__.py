@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import autoaccum
 from autoaccum.memory.device import open_device
@@ -45,7 +44,7 @@ def windows_fit(architecture: Architecture, size: int, cap: int, windows: int = 
         fits = False
     else:
         fits = True
-    model = optimizer = batch = None  # noqa: F841 (what the failed step held is let go before memory is released)
+    model = optimizer = batch = None
     device.release()
     return fits
 

@@ -64,7 +64,7 @@ def test_random_requests_reserve_what_torch_reserves(seed, expandable):
             tensor, block = live.pop(choice % len(live))
             del tensor
             simulated.free(block)
-            choice //= 5  # noqa: PLW2901 - the same draw decides how many go
+            choice //= 5
         live.append((_bytes(size), simulated.allocate(size)))
         assert simulated.reserved == torch.cuda.memory_reserved()
         assert simulated.allocated == torch.cuda.memory_allocated()
