@@ -199,7 +199,7 @@ def prepare(
         check: verify the accumulated gradient before training: True, "warn" or False.
         checkpoint: a folder for checkpoints and the run's record. A run that ends early, however that comes, goes on
             from there when it is started again in the same way, without probing, to the same result.
-        checkpoint_every: optimizer steps between checkpoints; None: one at the end of each epoch.
+        checkpoint_every: optimizer steps between checkpoints; None: at the end of each epoch, and every ten minutes.
         resume: "auto" goes on where there is something to go on from, True insists on it, False starts anew.
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.

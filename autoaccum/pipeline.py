@@ -2,15 +2,17 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.assembly import Parts
 from autoaccum.checks import check_counts
+from autoaccum.data import tree
 from autoaccum.errors import LossError, PlanError, ProbeError, SetupError
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
@@ -21,7 +23,9 @@ from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import KILLED, ProbeReport, Trial
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
+from autoaccum.training.recover import WindowStart
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.verify import VerifyReport, verify_gradient
 
 __all__ = [
@@ -166,9 +170,33 @@ def planned(
         parts.ranks.gather(size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
         samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
         batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
-        minimum=report.floor if report is not None else 1, multiple_of=multiple_of, tail=tail, reasons=reasons,
+        minimum=report.floor if report is not None else _floor(parts, layers), multiple_of=multiple_of, tail=tail,
+        reasons=reasons,
     )  # fmt: skip
     return _explained(made, report)
+
+
+def _floor(parts: Parts, layers: Sequence[nn.Module]) -> int:
+    """The smallest micro-batch the model takes, where no probe has found it: 2 where a BatchNorm needs two samples."""
+    if not layers:
+        return 1
+    device = parts.device.torch_device
+    start, training = WindowStart([parts.model], device), [part for part in parts.model.modules() if part.training]
+    start.mark()
+    parts.model.train()
+    try:
+        with torch.no_grad(), parts.precision.autocast():
+            parts.objective.forward(tree.move(parts.source.trial(1), device))
+    except ValueError as error:
+        if not needs_two(error):
+            raise
+        return 2
+    finally:
+        start.restore()
+        parts.model.eval()
+        for part in training:
+            part.training = True
+    return 1
 
 
 def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:

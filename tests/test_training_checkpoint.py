@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -164,8 +166,12 @@ def test_going_on_asks_neither_the_probe_nor_the_gradient_check_and_keeps_the_gr
 def test_the_probes_and_the_checks_reports_are_kept(tmp_path):
     first = prepared(tmp_path, micro_batch=None, check=True, cache=False)
     first.run()
+    report = (tmp_path / "report.json").read_text()
     again = prepared(tmp_path, micro_batch=None, check=True)
+    again.run()
 
+    assert json.loads(report)["curve"]
+    assert (tmp_path / "report.json").read_text() == report, "the forecast is not in a checkpoint"
     assert again.probe.trials == first.probe.trials
     assert again.probe.micro_batch == first.probe.micro_batch
     assert again.verify == first.verify
@@ -196,6 +202,17 @@ def test_a_state_can_be_carried_by_hand(tmp_path):
     other.run()
 
     assert_same(came_to(other), want)
+
+
+def test_a_state_from_another_kind_of_device_goes_on_and_says_what_differs():
+    loop = prepared()
+    next(iter(loop))
+    state = {**loop.state_dict(), "device": "cuda"}
+    heard = []
+    other = prepared(callbacks=[heard.append])
+    other.load_state_dict(state)
+    assert "from cuda, and the training goes on on cpu" in heard[0].text
+    assert other.run().history[-1].step == 20
 
 
 def test_half_a_window_is_no_state(tmp_path):
@@ -457,6 +474,21 @@ def test_a_checkpoint_is_told_of_when_it_is_on_the_disk(tmp_path):
 
     prepared(tmp_path, checkpoint_every=5, callbacks=[listen], max_steps=13).run()
     assert told == [5, 10, 13]
+
+
+def test_an_epoch_that_takes_long_is_saved_in_between(tmp_path, monkeypatch):
+    clock = [0.0]
+    watch = SimpleNamespace(monotonic=lambda: clock[0], strftime=time.strftime, gmtime=time.gmtime)
+    monkeypatch.setattr("autoaccum.training.run_folder.time", watch)
+    told = []
+    loop = prepared(tmp_path, callbacks=[lambda e: told.append(e.step) if e.name == "checkpoint" else None], epochs=1)
+    for _ in loop:
+        clock[0] += 250
+    assert told == [4, 5], "after 750 seconds, and at the end of the epoch"
+    told.clear()
+    for _ in prepared(tmp_path / "other", checkpoint_every=10, epochs=1, callbacks=loop._events._listeners):
+        clock[0] += 10**6
+    assert told == [5], "steps were asked for: the clock has no say"
 
 
 def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path, monkeypatch):

@@ -68,7 +68,8 @@ def _trained(arguments: Mapping[str, Any]) -> "FitResult":
                 click.echo(f"Error: {result.unsaved}", err=True)
             if stopping.exit_code is None:
                 return result
-    click.echo(f"Stopped. The same command goes on from what is saved in {str(folder)!r}.", err=True)
+    if first_rank():
+        click.echo(f"Stopped. The same command goes on from what is saved in {str(folder)!r}.", err=True)
     raise click.exceptions.Exit(stopping.exit_code)
 
 

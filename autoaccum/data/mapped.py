@@ -28,7 +28,7 @@ from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.pool import Pool, spread
 from autoaccum.errors import DataError
 
-__all__ = ["MapSource", "as_is", "dead_worker", "rebuilt"]
+__all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "rebuilt"]
 
 
 class MapSource(IndexedSource):
@@ -193,6 +193,11 @@ def dead_worker(error: BaseException) -> DataError:
         f"a worker of the DataLoader died, or no longer answers: {type(error).__name__}: {error}; a worker is often "
         "killed for want of memory, so try fewer (num_workers), or num_workers=0 to see what happens"
     )
+
+
+def is_dead_worker(error: BaseException) -> bool:
+    """Whether `error` is torch's word that a worker process is gone."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoader[Any]:

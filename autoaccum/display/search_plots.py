@@ -69,8 +69,10 @@ def _history(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> None
     for pairs, marker, colour, label in ((pruned, "v", _PRUNED, "pruned, last value"), (done, "o", _DONE, "complete")):
         if pairs:
             shown = [min(max(value, low), high) for _, value in pairs]
+            beyond = sum(value not in (low, high) and at in (low, high) for at, (_, value) in zip(shown, pairs))
+            count = f"{len(pairs)}, {beyond} beyond the edge" if beyond else str(len(pairs))
             panel.plot([n for n, _ in pairs], shown, marker, ms=5, mfc="white" if marker == "v" else colour, mec=colour,
-                       label=f"{label} ({len(pairs)})", zorder=3)  # fmt: skip
+                       label=f"{label} ({count})", zorder=3)  # fmt: skip
     others = [row["number"] for row in trials if row["state"] in ("does not fit", "diverged", "error", "killed")]
     if others:
         panel.plot(others, [high] * len(others), "x", ms=6, color=_FAILED, label=f"no value ({len(others)})", zorder=3)

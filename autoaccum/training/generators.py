@@ -1,7 +1,10 @@
 """The global random generators at one moment: torch's, the device's, Python's and numpy's; also as plain values.
 
-Captured at every window, so it has to be cheap. numpy takes a hundred microseconds to copy its state. Most trainings
-draw nothing from it, so its raw state is compared with the last one seen, and only a change is copied.
+They are captured at every window, for the rare one that has to be run again, so that has to be quick. numpy takes a
+hundred microseconds to copy its state, and most trainings draw nothing from it: a quick capture compares its raw bytes
+with those seen last, and copies only a change. That is exact unless the user's code seeds numpy with the same number
+again in between and draws one normal value more or less, since the one that numpy keeps for later is not in those
+bytes. What goes into a regular checkpoint is captured in full.
 """
 
 import ctypes
@@ -20,12 +23,13 @@ _MT19937_BYTES = 624 * 4 + 4  # numpy's struct: the key, and the place in it
 class Generators:
     """The state of all global generators when this was made."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, quick: bool = False) -> None:
+        """Captures; `quick` as this file's beginning says."""
         self._device = device
         self._cpu = torch.get_rng_state()
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         self._python = random.getstate()
-        self._numpy = _numpy_state()
+        self._numpy = _seen.state_of(_numpy(), quick)
 
     def restore(self) -> None:
         """Sets every generator back."""
@@ -36,6 +40,7 @@ class Generators:
         numpy = _numpy()
         if numpy is not None and self._numpy is not None:
             numpy.set_state(self._numpy)
+            _seen.raw = None  # it may have the same bytes by another way: look at it in full the next time
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -80,10 +85,12 @@ class _Seen:
         self.raw: bytes | None = None
         self.state: tuple[Any, ...] | None = None
 
-    def copy(self, numpy: Any) -> tuple[Any, ...] | None:
+    def state_of(self, numpy: Any, quick: bool) -> tuple[Any, ...] | None:
+        if numpy is None:
+            return None
         raw = self._raw(numpy)
-        # A cached normal number can be used up without a change of the raw state: only without one is that all.
-        if raw is None or raw != self.raw or self.state is None or self.state[3]:
+        # A normal value that is kept for later can be used up without a change of the raw state.
+        if not quick or raw is None or raw != self.raw or self.state is None or self.state[3]:
             state = numpy.get_state()
             # Of a bit generator other than numpy's standard one a dict is returned; it is the user's to keep.
             self.raw, self.state = raw, state if isinstance(state, tuple) else None
@@ -104,11 +111,6 @@ def _numpy() -> Any:
     return getattr(sys.modules.get("numpy"), "random", None)
 
 
-def _numpy_state() -> tuple[Any, ...] | None:
-    numpy = _numpy()
-    return None if numpy is None else _seen.copy(numpy)
-
-
 def seed_everything(seed: int) -> None:
     """Seeds torch on every device, Python, and numpy where it is loaded."""
     torch.manual_seed(seed)
@@ -116,3 +118,4 @@ def seed_everything(seed: int) -> None:
     numpy = _numpy()
     if numpy is not None:
         numpy.seed(seed % 2**32)
+        _seen.raw = None

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from autoaccum.data.draws import mix
-from autoaccum.data.mapped import dead_worker
+from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, indices_of, windows
 from autoaccum.errors import CheckpointError, DataError, LossError, NothingFitsError, StateNotRestoredError
@@ -102,6 +102,7 @@ class TrainingLoop:
             regrow_after,
             objective=None if evaluator is None else evaluator.objective,
             indices=lambda window: indices_of(window, source, self.plan),
+            wants_checkpoint=(lambda: False) if folder is None else folder.overdue,
         )
         self._window_index = self._epoch_began_at = 0
         self._evaluation_due = False
@@ -150,7 +151,7 @@ class TrainingLoop:
             self._rescue()
             if isinstance(error, (NothingFitsError, OptimizerOutOfMemoryError)):
                 raise type(error)(f"{error}. {self._where_to_go_on()}") from error.__cause__
-            if type(error) is RuntimeError and "DataLoader worker (pid" in str(error):
+            if is_dead_worker(error):
                 raise dead_worker(error) from error
             raise
         except KeyboardInterrupt:
@@ -223,7 +224,7 @@ class TrainingLoop:
                 self._safe.stopped = self._events.stop
             if self.folder is not None:
                 self.folder.poll()
-                if self.folder.due(self.step):
+                if self._safe.overdue or self.folder.due(self.step):
                     self._save()
             yield record
             if self._safe.stopped is not None:
@@ -249,7 +250,7 @@ class TrainingLoop:
 
     def _mark_boundary(self) -> None:
         """Keeps this moment for a checkpoint, should the next thing fail; it takes a while, so only with a folder."""
-        self._boundary = self._parts.boundary() if self.folder is not None else None
+        self._boundary = self._parts.boundary(quick=True) if self.folder is not None else None
 
     def _check_epoch(self) -> None:
         if self._window_index == 0:
@@ -319,7 +320,7 @@ class TrainingLoop:
         Raises:
             CheckpointError: it is of another target batch, data, model, optimizer, seed or number of ranks.
         """
-        self._boundary = self._parts.load_state_dict(state)
+        self._boundary = self._parts.load_state_dict(state, self._events)
         progress = state["progress"]
         self._accumulator.step, self._accumulator.skipped_windows = progress["step"], progress["skipped"]
         self.epoch, self._window_index = progress["epoch"], progress["window"]

@@ -17,6 +17,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
+from autoaccum.training.events import Events, Noted
 from autoaccum.training.generators import Generators
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
@@ -39,8 +40,9 @@ __all__ = ["Boundary", "TrainingParts", "kept_answers"]
 class Boundary:
     """What this rank's next window will draw from: the generators and the data's state, between two windows."""
 
-    def __init__(self, device: torch.device, source: Source, validation: Source | None) -> None:
-        self._random = Generators(device)
+    def __init__(self, device: torch.device, source: Source, validation: Source | None, *, quick: bool) -> None:
+        """Captures; `quick` as in generators.py."""
+        self._random = Generators(device, quick=quick)
         self._sources = [source] if validation is None else [source, validation]
         self._data = [each.state_dict() for each in self._sources]
 
@@ -97,9 +99,9 @@ class TrainingParts:
         self._accumulator, self._source, self._device = accumulator, source, device.torch_device
         self._evaluator, self._settings = evaluator, settings
 
-    def boundary(self) -> Boundary:
+    def boundary(self, *, quick: bool = False) -> Boundary:
         """This moment, between two windows."""
-        return Boundary(self._device, self._source, self._validation)
+        return Boundary(self._device, self._source, self._validation, quick=quick)
 
     def identity(self) -> dict[str, Any]:
         """What tells this training from others, beside the modules themselves."""
@@ -126,6 +128,7 @@ class TrainingParts:
         scheduler = accumulator.scheduler
         return {
             "schema": SCHEMA,
+            "device": self._device.type,
             "identity": plain(self.identity(), "the training's identity"),
             "modules": {name: module_state(module, f"the {name}") for name, module in self.modules.items()},
             "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
@@ -136,7 +139,7 @@ class TrainingParts:
             "ranks": gathered(here.state_dict(), accumulator.ranks, self._device),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> Boundary:
+    def load_state_dict(self, state: Mapping[str, Any], events: Events) -> Boundary:
         """Puts back all but the generators and the data, which are returned for when the first window is due.
 
         Raises:
@@ -154,6 +157,12 @@ class TrainingParts:
             accumulator.scheduler.load_state_dict(state["scheduler"])
         if self._evaluator is not None and state["validation_batch"] is not None:
             self._evaluator.micro_batch = state["validation_batch"]
+        if state["device"] != self._device.type:
+            text = (
+                f"the checkpoint is from {state['device']}, and the training goes on on {self._device.type}: the same "
+                "samples in the same windows, but other rounding, and what the model draws there is drawn anew"
+            )
+            events.tell(Noted(text))
         own = state["ranks"][accumulator.ranks.rank]
         validation = self._validation if len(own["data"]) > 1 else None
         return Boundary.from_state(own, self._device, self._source, validation)

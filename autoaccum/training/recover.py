@@ -67,7 +67,7 @@ class WindowStart:
         elif buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
-        self._random = Generators(self._device)
+        self._random = Generators(self._device, quick=True)
 
     def restore(self) -> None:
         """Puts the state of `mark` back."""
@@ -90,6 +90,7 @@ class SafeWindow:
         inside: a window is being trained.
         broken: what left the weights half updated; None where nothing did.
         stopped: a rank was asked to stop, and all of them know; why. None where none was.
+        overdue: the first rank wanted a checkpoint when the window ran, and all of them know.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class SafeWindow:
         regrow_after: int | None,
         objective: Objective | None = None,
         indices: Callable[[Window], Sequence[Any] | None] = lambda window: None,
+        wants_checkpoint: Callable[[], bool] = lambda: False,
     ) -> None:
         """Keeps references only.
 
@@ -112,14 +114,16 @@ class SafeWindow:
             regrow_after: undisturbed windows after which larger micro-batches are tried again.
             objective: asked which samples gave a loss that is not finite; None: nobody is.
             indices: the dataset's indices of a window's samples, where they have some.
+            wants_checkpoint: asked on the first rank, whose answer holds for all.
         """
-        self._objective, self._indices = objective, indices
+        self._objective, self._indices, self._wants_checkpoint = objective, indices, wants_checkpoint
         self._accumulator, self._device, self._events = accumulator, device, events
         self._start = WindowStart(modules, device.torch_device)
         self.replays = Replays(regrow_after)
         self.inside = False
         self.broken: str | None = None
         self.stopped: str | None = None
+        self.overdue = False
 
     def train(self, window: Window) -> StepRecord:
         """One window, replayed in smaller pieces until it fits.
@@ -151,8 +155,10 @@ class SafeWindow:
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
             end = self._attempt(pieces)
-            votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None]
-            out_of_memory, too_small, stopping = ranks.tally([float(vote) for vote in votes])
+            wants = ranks.rank == 0 and self._wants_checkpoint()
+            votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None, wants]
+            out_of_memory, too_small, stopping, overdue = ranks.tally([float(vote) for vote in votes])
+            self.overdue = bool(overdue)
             if stopping:
                 self.stopped = self._events.stop or "another rank was asked to stop"
             if not out_of_memory and not too_small:

@@ -8,6 +8,8 @@
 
 Choices made here:
 
+- Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
+  have passed since the last: an epoch may take days. The first rank's clock decides that for all.
 - Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
 - Only the first rank writes; all resume from what it finds.
 - Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 
+from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.memory.device import Device
 from autoaccum.planning.plan import Plan
@@ -32,7 +35,9 @@ from autoaccum.ranks import Ranks
 from autoaccum.training.checkpoint import Checkpoints, Entry, Failure, write_json
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
 
-__all__ = ["RunFolder", "open_run"]
+__all__ = ["PATIENCE_SECONDS", "RunFolder", "open_run"]
+
+PATIENCE_SECONDS = 600.0
 
 
 class RunFolder:
@@ -43,7 +48,7 @@ class RunFolder:
 
         Args:
             folder: need not be there.
-            every: optimizer steps between checkpoints; None: one at the end of each epoch.
+            every: optimizer steps between checkpoints; None: as this file's beginning says.
             ranks: of which the first writes.
             events: told of what is saved, and of what cannot be.
 
@@ -58,6 +63,7 @@ class RunFolder:
         self._saved: Entry | None = None
         self._tried = self._failed = 0
         self._why = ""
+        self._saved_at = time.monotonic()
         self._metrics: JsonlSink | None = None
 
     @property
@@ -124,18 +130,29 @@ class RunFolder:
             self._events.add(self._metrics)
             if aside is not None:
                 self._events.tell(Noted(f"an earlier training was in {self.folder}, and is in {aside} now"))
-            write_json(self.folder / "report.json", None if probe is None else probe.to_dict())
+            report = self.folder / "report.json"
+            if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
+                write_json(report, None if probe is None else probe.to_dict())
             self._tell_environment(device)
             write_json(self.folder / "plan.json", plan.to_dict())
         except Failure as error:
             self._lost("the record of the run", error)
             return
-        resumed = "" if self._resumed is None else f", and goes on from {self.checkpoints.path(self._resumed)}"
-        self._events.tell(Noted(f"the run's record is in {self.folder}{resumed}"))
+        text = f"the run's record is in {self.folder}"
+        if self._resumed is not None:
+            text += (
+                f", and the training goes on from {self.checkpoints.path(self._resumed)}, with the plan and the "
+                f"learning rate it had: micro-batches of {plan.micro_batch}"
+            )
+        self._events.tell(Noted(text))
 
     def due(self, step: int) -> bool:
         """Whether so many steps have passed since the last checkpoint; the same on all ranks."""
         return self.every is not None and step - (self._saved.step if self._saved is not None else 0) >= self.every
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed that it is time for another; this rank's opinion."""
+        return self.every is None and time.monotonic() - self._saved_at >= PATIENCE_SECONDS
 
     def is_saved(self, entry: Entry) -> bool:
         """Whether that very moment was saved, or was tried to."""
@@ -150,19 +167,27 @@ class RunFolder:
             plan: as it is now, for the record.
             loss: of the validation at that very moment, if there was one.
         """
-        self._saved = entry
+        self._saved, self._saved_at = entry, time.monotonic()
         self.poll(wait=True)
         self._tried += 1
         try:
-            state = state_dict()
-            if not self.writes:
-                return
+            try:
+                self._write(entry, state_dict, plan, loss)
+            except RuntimeError as error:
+                # torch raises the death of a DataLoader's worker wherever the program happens to be, once.
+                if not is_dead_worker(error):
+                    raise
+                self._write(entry, state_dict, plan, loss)
+        except (*Failure, CheckpointError) as error:
+            self._lost(f"the checkpoint of {entry}", error)
+
+    def _write(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
+        state = state_dict()
+        if self.writes:
             position = self._metrics.position() if self._metrics is not None else 0
             about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
             self.checkpoints.write(entry, {**state, "metrics": position}, about)
             write_json(self.folder / "plan.json", plan.to_dict())
-        except (*Failure, CheckpointError) as error:
-            self._lost(f"the checkpoint of {entry}", error)
 
     def poll(self, *, wait: bool = False) -> None:
         """Tells of the checkpoint that was finished beside the training, if one was."""

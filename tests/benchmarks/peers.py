@@ -3,8 +3,8 @@
 Each finder runs in a fresh child process, on the same model, data and optimizer. The child builds everything, imports
 what it needs, and then lets its data segment grow by a fixed room and no further (RLIMIT_DATA), so that overruns raise
 PyTorch's own allocation errors. Trials, sample-steps and errors are counted in the model's own forward.
-"True" is a bisection with two steps a trial. At the size found, ten windows of two micro-batches each are then trained
-in another fresh child under the same limit.
+All run on one thread. "True" is a bisection with two steps a trial. At the size found, ten windows of two micro-batches
+each are then trained in another fresh child under the same limit.
 
     python -m tests.benchmarks.peers [--models cnn,lstm] [--finders autoaccum,true]
 """
@@ -15,6 +15,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -83,9 +84,9 @@ class Checkpointed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(512, 8192), nn.GELU(), nn.Linear(8192, 512)) for _ in range(4)
+            nn.Sequential(nn.Linear(128, 4096), nn.GELU(), nn.Linear(4096, 128)) for _ in range(3)
         )
-        self.head = nn.Linear(512, 10)
+        self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -131,13 +132,13 @@ class Case:
 
 
 CASES = {
-    "BatchNorm CNN": Case(lambda: convolutions((32, 64, 128)), images(32), 260),
-    "BatchNorm CNN, large images": Case(lambda: convolutions((32, 64)), images(160), 130),
-    "ResNet": Case(resnet, images(32), 220),
-    "GPT-2-like": Case(lambda: Text(3, 128, 1000, True), tokens(64, True), 300),
-    "BERT-like": Case(lambda: Text(3, 128, 1000, False), tokens(64, False), 250),
-    "LSTM": Case(Recurrent, lambda n: (torch.randn(n, 100, 16), torch.randint(0, 5, (n,))), 250),
-    "checkpointed perceptron": Case(Checkpointed, lambda n: (torch.randn(n, 512), torch.randint(0, 10, (n,))), 430),
+    "BatchNorm CNN": Case(lambda: convolutions((32, 64, 128)), images(32), 100),
+    "BatchNorm CNN, large images": Case(lambda: convolutions((32, 64)), images(160), 110),
+    "ResNet": Case(resnet, images(32), 100),
+    "GPT-2-like": Case(lambda: Text(3, 128, 1000, True), tokens(64, True), 120),
+    "BERT-like": Case(lambda: Text(3, 128, 1000, False), tokens(64, False), 100),
+    "LSTM": Case(Recurrent, lambda n: (torch.randn(n, 100, 16), torch.randint(0, 5, (n,))), 90),
+    "checkpointed perceptron": Case(Checkpointed, lambda n: (torch.randn(n, 128), torch.randint(0, 10, (n,))), 100),
 }
 
 
@@ -247,7 +248,7 @@ def find_lightning(training: Training, count: Count, mode: str) -> int:
     module = Module()
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        enable_model_summary=False, default_root_dir=tempfile.mkdtemp(prefix="autoaccum-peers-"),
     )  # fmt: skip
     found = Tuner(trainer).scale_batch_size(module, mode=mode, init_val=2, max_trials=25)
     return int(found or 0)
@@ -306,7 +307,7 @@ def child(*arguments: str) -> dict[str, Any]:
     """Runs this file in a fresh process; {"error": ...} where it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.peers", "--child", *arguments], capture_output=True, text=True,
-        env={**os.environ, **MALLOC}, check=False, timeout=1200,
+        env={**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"}, check=False, timeout=1200,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -37,7 +37,7 @@ ROOT = HERE.parents[1]
 RESULTS = HERE / "results" / "search.json"
 SEEDS = (11, 12, 13, 14, 15)
 SPACE = {"lr": (3e-4, 1e-1, "log"), "target_batch": [32, 64, 128, 256]}
-KILLS = 10
+KILLS, KILLED_TRIALS = 10, 60
 
 
 def example() -> Any:
@@ -127,7 +127,7 @@ sys.path.insert(0, {root!r})
 from tests.benchmarks import search
 from pathlib import Path
 if __name__ == "__main__":
-    search.searched(Path({folder!r}), n_trials=24, workers=2, seed=11, storage={storage!r})
+    search.searched(Path({folder!r}), n_trials={trials}, workers=2, seed=11, storage={storage!r})
 """
 
 
@@ -137,19 +137,21 @@ def kills(scratch: Path) -> dict[str, Any]:
     for name, storage in (("journal", None), ("sqlite", f"sqlite:///{scratch}/kills.db")):
         folder = scratch / f"kills-{name}"
         script = scratch / f"kills_{name}.py"
-        script.write_text(CHILD.format(root=str(ROOT), folder=str(folder), storage=storage))
-        dice = random.Random(name)
-        for _ in range(KILLS):
+        script.write_text(CHILD.format(root=str(ROOT), folder=str(folder), storage=storage, trials=KILLED_TRIALS))
+        dice, killed = random.Random(name), 0
+        while killed < KILLS:
             process = subprocess.Popen(
                 [sys.executable, str(script)], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
             try:
-                process.wait(timeout=dice.uniform(8.0, 24.0))
+                process.wait(timeout=dice.uniform(10.0, 20.0))  # half of which goes by until the workers begin
+                break  # it came to its end
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        result = searched(folder, n_trials=24, workers=2, seed=11, storage=storage)
-        figures[name] = counted(result)
+                killed += 1
+        result = searched(folder, n_trials=KILLED_TRIALS, workers=2, seed=11, storage=storage)
+        figures[name] = {"kills": killed, **counted(result)}
         print(name, figures[name], flush=True)
         write("kills", figures)
     return figures
@@ -161,7 +163,7 @@ def counted(result: Any) -> dict[str, Any]:
     finished = [row for row in result.trials if row["state"] not in ("killed", "running")]
     settings = Counter(json.dumps(row["params"], sort_keys=True) for row in finished)
     return {
-        "kills": KILLS, "asked": 24, "finished": len(finished), "states": dict(states),
+        "asked": KILLED_TRIALS, "finished": len(finished), "states": dict(states),
         "finished_twice": sum(times - 1 for times in settings.values()),
         "repeats": sum(row["repeats"] is not None for row in result.trials),
     }  # fmt: skip

@@ -45,6 +45,7 @@ def statistics(model):
     return found[0].running_mean, found[0].running_var, int(found[0].num_batches_tracked)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.case(19, "BatchNorm's running mean and variance, first layer, against one whole-batch update")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_window_updates_running_statistics_as_its_batch_would(trainer, figures, name):
@@ -62,6 +63,15 @@ def test_a_window_updates_running_statistics_as_its_batch_would(trainer, figures
     (mean, variance, batches), (true_mean, true_variance, true_batches) = statistics(run.model), statistics(reference)
     off = [float((a - b).norm() / b.norm()) for a, b in ((mean, true_mean), (variance, true_variance))]
     figures.error(name, max(off), within=1e-10, text="" if batches == true_batches else f"{batches} updates")
+
+
+@pytest.mark.case(20, "BatchNorm with one value per channel in a micro-batch", trainers=("autoaccum",))
+def test_a_given_micro_batch_has_the_same_floor(trainer, figures):
+    """At stake: the same without a probe to find the floor: a window of one sample goes with the one before it."""
+    model = lambda: seeded(lambda: Named(nn.BatchNorm1d(6), nn.Linear(6, 5)))  # noqa: E731
+    run = trainer.train(Problem(model=model, samples=vectors(17), micro_batch=4, k=2, loss=nn.CrossEntropyLoss()))
+    windows = [record.samples for record in run.extra["result"].history]
+    figures.verdict("an epoch of 17 samples, micro-batch given", windows == [8, 9], f"windows of {windows}")
 
 
 @pytest.mark.case(20, "BatchNorm with one value per channel in a micro-batch")

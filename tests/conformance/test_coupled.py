@@ -36,7 +36,7 @@ def balanced(count):
 @pytest.mark.parametrize(("name", "loss"), [("InfoNCE", info_nce), ("batch-hard triplets", batch_hard)])
 def test_a_batch_coupled_loss_is_refused_by_name(trainer, figures, name, loss):
     """At stake: with negatives from a micro-batch instead of the batch another objective is trained; nothing fails."""
-    problem = Problem(model=classifier, samples=balanced(16), loss=loss)
+    problem = Problem(model=classifier, samples=balanced(32), micro_batch=4, loss=loss)
     if trainer.name == "Accumulator":
         samples = [(sample["x"], sample["labels"]) for sample in problem.samples]
         report = autoaccum.verify(nn.Sequential(classifier().layers), samples, loss=loss, device="cpu")

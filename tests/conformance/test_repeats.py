@@ -150,6 +150,7 @@ def state(run):
     return torch.cat([value.detach().double().reshape(-1) for value in run.model.state_dict().values()])
 
 
+@pytest.mark.filterwarnings("ignore:out of memory in step")
 @pytest.mark.case(24, "out of memory in micro-batch 3 of 4: the model at the end against an undisturbed run")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_window_that_ran_out_of_memory_is_taken_again_exactly(trainer, figures, where):

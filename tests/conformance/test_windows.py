@@ -47,6 +47,7 @@ def test_the_whole_windows_gradient_is_clipped(trainer, figures):
     figures.gradients("short tail", classes(13, clip_norm=0.05))
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.case(18, "schedule: one step an update")
 def test_the_schedule_moves_once_an_update(trainer, figures):
     """At stake: a schedule that counts micro-batches ends its warm-up and its decay k times too early."""

@@ -193,8 +193,9 @@ def run(count: int, seed: int = 0) -> Result:
                       if name.startswith("body.") and not list(module.children())]  # fmt: skip
             injection = Injection(
                 chance.randrange(WINDOWS), chance.choice(layers), chance.randrange(-(-TARGET // micro_batch)),
-                # BatchNorm takes no single sample, so that 5 can be halved twice, and 12 three times.
-                chance.random() < 0.5, chance.randrange(len(ERRORS)), chance.choice([1, 1, 2, 2 + micro_batch // 12]),
+                # BatchNorm takes no single sample: 4 (of at most 5) can be halved once, 6 twice, and 12 three times.
+                chance.random() < 0.5, chance.randrange(len(ERRORS)),
+                min(chance.choice([1, 1, 2, 2 + micro_batch // 12]), 1 if micro_batch == 5 else 3),
             )  # fmt: skip
             _compare(undisturbed[key], _trace(problem, micro_batch, injection), f"{key} {injection}", result)
     return result

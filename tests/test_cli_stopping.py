@@ -1,0 +1,115 @@
+"""`autoaccum fit` and signals: the window is finished and saved, the exit code says what it was, all goes on again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+
+TARGET = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.01)
+        return super().forward(x)
+
+def build():
+    torch.manual_seed(0)
+    return {"model": Slow(6, 3), "data": (torch.randn(64, 6), torch.arange(64) % 3), "loss": nn.CrossEntropyLoss(),
+            "target_batch": 16, "micro_batch": 4, "max_steps": 30, "check": False, "seed": 0, "device": "cpu"}
+
+def hanging():
+    return {**build(), "model": Hangs(6, 3)}
+
+class Hangs(nn.Linear):
+    def forward(self, x):
+        if self.training:
+            time.sleep(60)
+        return super().forward(x)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "train.py").write_text(TARGET)
+    return tmp_path
+
+
+def start(folder, *words, target="train.py:build"):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "autoaccum", "fit", target, *words]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path, text):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{text} does not come up in {path}")
+
+
+def test_sigterm_finishes_the_window_saves_and_ends_with_143_and_the_same_command_goes_on(folder):
+    words = ["--checkpoint", "run", "--checkpoint-every", "1", "--json"]
+    process = start(folder, *words)
+    wait_for(folder / "run" / "metrics.jsonl", '"checkpoint"')
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert out == ""
+    assert "SIGTERM: the window is finished and saved first" in err
+    assert "The same command goes on from what is saved in 'run'" in err
+
+    again = start(folder, *words)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    steps = [record["step"] for record in json.loads(out)["history"]]
+    assert steps == list(range(1, 31))
+    runs = json.loads((folder / "run" / "environment.json").read_text())["runs"]
+    assert len(runs) == 2
+    assert 0 < runs[1]["resumed_at"] < 30
+
+
+def test_ctrl_c_twice_ends_at_once_with_130(folder):
+    process = start(folder, "--checkpoint", "run", target="train.py:hanging")
+    wait_for(folder / "run" / "metrics.jsonl", '"start"')
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None, "it waits for the end of the window"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "Ended by Ctrl-C" in err
+
+
+def test_without_a_folder_a_signal_ends_at_once_since_there_is_nothing_to_save(folder):
+    process = start(folder, target="train.py:hanging")
+    for line in process.stderr:
+        if "target" in line:
+            break
+    time.sleep(2.0)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+
+
+def test_what_could_not_be_saved_makes_the_exit_code_5(folder):
+    (folder / "file").write_text("")
+    process = start(folder, "--checkpoint", "file/run", "--json", "--max-steps", "2")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 5, err
+    assert "Not a directory" in json.loads(out)["unsaved"]
+    assert "Error: 2 of 2 saves to 'file/run' failed" in err
+    assert "Traceback" not in err
