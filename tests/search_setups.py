@@ -55,25 +55,23 @@ def no_val_data():
     return {**arguments(epochs=1), "val_data": None, "metrics": None}
 
 
-def counted():
-    """Writes a line for each call, in the file that the environment names: how often trials were begun, and by whom."""
-    with Path(os.environ["SEARCH_CALLS"]).open("a") as file:
-        file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
-    return arguments(epochs=2)
-
-
 def in_a_worker():
     """Whether this is a worker's process: the test's own must not come to harm."""
     return multiprocessing.parent_process() is not None
 
 
-def killed_once():
-    """The first worker that finds the marker takes it along and is killed outright, as for want of memory."""
-    marker = Path(os.environ["SEARCH_MARKER"])
-    if in_a_worker() and marker.exists():
-        marker.unlink()
+def counted():
+    """Writes a line for each call, where the environment says: by whom, and with how many threads.
+
+    The first worker that finds the marker takes it along and is killed outright, as for want of memory.
+    """
+    folder = Path(os.environ["SEARCH_CALLS"])
+    with (folder / "calls").open("a") as file:
+        file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+    if in_a_worker() and (folder / "marker").exists():
+        (folder / "marker").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
-    return arguments(epochs=1)
+    return arguments(epochs=2)
 
 
 def killed_always():

@@ -78,6 +78,9 @@ class InTurn(Ranks):
             return tensor
         return tensor.copy_(self._inbox.popleft())
 
+    def fail(self) -> None:
+        self.tally(failed=True)
+
     def tally(self, values: Sequence[float] = (), *, failed: bool = False) -> list[float]:
         if self.rank == 0:
             self._kept.append((list(values), failed))

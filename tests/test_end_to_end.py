@@ -45,6 +45,13 @@ def test_the_two_loops_of_the_second_example_agree():
     assert float(re.search(r"parameters is (\S+)", done.stdout).group(1)) < 1e-10
 
 
+def test_the_third_example_kills_a_training_and_ends_where_the_other_did():
+    done = run("examples/03_resume.py")
+    assert done.returncode == 0, done.stderr
+    assert "64 windows in the end, as many as without the kill: 64" in done.stdout
+    assert "bit for bit" in done.stdout
+
+
 def test_probe_prints_one_json_object_and_nothing_else_on_stdout():
     done = command("probe", EXAMPLE, "--target-batch", "256", "--memory", "12MiB", "--json")
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import pytest
 import autoaccum
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.pool import places
-from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, killed_once, slow
+from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -76,29 +76,22 @@ def running(found):
     return any(trial.state.name == "RUNNING" and "autoaccum.owner" in trial.user_attrs for trial in found)
 
 
-def test_two_workers_share_the_trials_and_the_threads(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEARCH_CALLS", str(tmp_path / "calls"))
+def test_workers_share_trials_and_threads_and_a_killed_ones_trial_runs_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEARCH_CALLS", str(tmp_path))
+    (tmp_path / "marker").touch()
     result = search(tmp_path, counted, 6, workers=2)
 
-    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
-    assert len(result.trials) == 6
-    assert len(calls) == 1 + 6, "one call settles the terms, and no trial is begun twice"
-    workers = {pid for pid, _ in calls[1:]}
-    assert str(os.getpid()) not in workers
-    assert {trial.user_attrs["autoaccum.owner"]["pid"] for trial in result.study.trials} == {int(p) for p in workers}
-    assert {threads for _, threads in calls[1:]} == {str(places(2)[0].threads)}
-
-
-def test_a_killed_workers_trial_is_retried_once_and_nothing_is_lost(tmp_path, monkeypatch):
-    (tmp_path / "marker").touch()
-    monkeypatch.setenv("SEARCH_MARKER", str(tmp_path / "marker"))
-    result = search(tmp_path, killed_once, 4, workers=2)
-
     rows = {row["number"]: row for row in result.trials}
-    assert Counter(row["state"] for row in result.trials) == {"complete": 4, "killed": 1}
+    assert Counter(row["state"] for row in result.trials) == {"complete": 6, "killed": 1}
     killed = next(number for number, row in rows.items() if row["state"] == "killed")
-    again = [row for row in result.trials if row["repeats"] == killed]
-    assert [row["params"] for row in again] == [rows[killed]["params"]]
+    assert [row["params"] for row in result.trials if row["repeats"] == killed] == [rows[killed]["params"]]
+    first, *calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert int(first[0]) == os.getpid(), "one call here settles the terms"
+    assert len(calls) == 7, "no trial is begun twice, but the killed one"
+    owners = {str(trial.user_attrs["autoaccum.owner"]["pid"]) for trial in result.study.trials}
+    assert owners == {pid for pid, _ in calls}
+    assert str(os.getpid()) not in owners
+    assert {threads for _, threads in calls} == {str(places(2)[0].threads)}
 
 
 def test_workers_that_die_one_after_another_end_the_search(tmp_path):

@@ -7,6 +7,7 @@ were there before come back at the end.
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -40,8 +41,9 @@ class Stopping:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stopping":
-        for number in _NAMES:
-            self._before[number] = signal.signal(number, self._heard)
+        if threading.current_thread() is threading.main_thread():  # elsewhere signals are somebody else's
+            for number in _NAMES:
+                self._before[number] = signal.signal(number, self._heard)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

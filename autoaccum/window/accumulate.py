@@ -89,6 +89,7 @@ class Accumulator:
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
         self.last: StepRecord | None = None
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
         self.precision = Precision(precision, self.device, model)
         self.ranks = ranks if ranks is not None else here()
         if (plan.rank, plan.world_size) != (self.ranks.rank, self.ranks.size):
@@ -180,7 +181,7 @@ class Accumulator:
         assert objective is not None
         for batch in batches:
             self.on_phase("batch")
-            placed = tree.move(batch, self.device)
+            placed = batch if self._on_host else tree.move(batch, self.device)
             self.on_phase("forward")
             with self.precision.autocast(), torch.set_grad_enabled(ledger.counts):
                 # Where nothing counts the forward still runs: statistics and random generators move as they would.

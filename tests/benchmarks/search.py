@@ -12,6 +12,7 @@ Parts (all without a name):
 Each part writes its figures into results/search.json as soon as it has them.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -27,10 +28,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 
 import autoaccum
+from autoaccum.errors import SetupError
 from autoaccum.searching.best import Best
+from autoaccum.searching.storage import open_storage
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -140,21 +144,33 @@ def kills(scratch: Path) -> dict[str, Any]:
         script.write_text(CHILD.format(root=str(ROOT), folder=str(folder), storage=storage, trials=KILLED_TRIALS))
         dice, killed = random.Random(name), 0
         while killed < KILLS:
+            before = trials_in(storage, folder)
             process = subprocess.Popen(
                 [sys.executable, str(script)], start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
             )
-            try:
-                process.wait(timeout=dice.uniform(10.0, 20.0))  # half of which goes by until the workers begin
+            while process.poll() is None and trials_in(storage, folder) == before:
+                time.sleep(0.2)
+            time.sleep(dice.uniform(0.0, 6.0))  # from its first trial on
+            if process.poll() is not None:
                 break  # it came to its end
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                killed += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed += 1
         result = searched(folder, n_trials=KILLED_TRIALS, workers=2, seed=11, storage=storage)
         figures[name] = {"kills": killed, **counted(result)}
         print(name, figures[name], flush=True)
         write("kills", figures)
     return figures
+
+
+def trials_in(storage: str | None, folder: Path) -> int:
+    """How many trials the study has; 0 while there is none."""
+    place = storage or str(folder / "journal.log")
+    if not Path(place.removeprefix("sqlite:///")).exists():
+        return 0
+    with contextlib.suppress(KeyError, SetupError):
+        return len(optuna.load_study(study_name="bench", storage=open_storage(place, folder)).trials)
+    return 0
 
 
 def counted(result: Any) -> dict[str, Any]:

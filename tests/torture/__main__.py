@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--kills", type=int, default=200, help="SIGKILLs at random moments")
+    parser.add_argument("--kills", type=int, default=200, help="trainings that are killed at random moments")
     parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
     parser.add_argument("--soak", type=int, default=20000, help="windows whose memory is watched")
     parser.add_argument("--cost", type=int, default=5, help="pairs of trainings with and without checkpoints")

@@ -122,13 +122,13 @@ class Result:
 
 
 def run(count: int, seed: int = 0) -> Result:
-    """Kills trainings `count` times and more, one training after another."""
+    """`count` trainings, one after another, each killed at least once."""
     chance, result, began = random.Random(seed), Result(), time.perf_counter()
     torch.set_num_threads(1)
     _train("tensors", None)  # here too, so that each child finds loaded what torch loads on first use
     wanted: dict[str, tuple[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="autoaccum-kills-") as place:
-        while result.kills < count:
+        while result.trials < count:
             name = list(TRAININGS)[result.trials % len(TRAININGS)]
             if name not in wanted:
                 undisturbed = _left_alone(name, None, Path(place))
