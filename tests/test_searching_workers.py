@@ -1,22 +1,79 @@
 """Several workers: who takes which trial, what a kill costs, and how an interruption ends."""
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
+import optuna
+import psutil
 import pytest
 
 import autoaccum
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.pool import places
-from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always
+from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, slow
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(2)
+import autoaccum
+from tests import search_setups
+
+if __name__ == "__main__":
+    setup = getattr(search_setups, sys.argv[2])
+    result = autoaccum.search(setup, n_trials=int(sys.argv[3]), workers=int(sys.argv[4]), target_batch=(8, 16),
+                              folder=sys.argv[1], study_name="s", pruner="none")
+    print(len(result.trials))
+"""
 
 
 def search(tmp_path, setup, n_trials, **keywords):
     keywords = {"target_batch": (8, 16), "folder": tmp_path / "run", "study_name": "s", "pruner": "none", **keywords}
     return autoaccum.search(setup, n_trials=n_trials, **keywords)
+
+
+def started(tmp_path, setup, n_trials, workers):
+    """The same search in a process of its own, with a process group of its own, as a shell gives it."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "run"), setup, str(n_trials), str(workers)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEARCH_SLEEP": "1.5"},
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def trials(tmp_path):
+    journal = tmp_path / "run" / "journal.log"
+    if not journal.exists() or not journal.stat().st_size:
+        return []
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(journal)))
+    found = optuna.get_all_study_summaries(storage)
+    return optuna.load_study(study_name="s", storage=storage).trials if found else []
+
+
+def wait_for(tmp_path, process, reached, seconds=90):
+    """Until the study is so far; fails where the process ends before or it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not reached(trials(tmp_path)):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def states(tmp_path):
+    return Counter(trial.state.name for trial in trials(tmp_path))
+
+
+def running(found):
+    return any(trial.state.name == "RUNNING" and "autoaccum.owner" in trial.user_attrs for trial in found)
 
 
 def test_workers_share_trials_and_threads_and_a_killed_ones_trial_runs_again(tmp_path, monkeypatch):
@@ -50,6 +107,38 @@ def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path
 def test_a_setup_that_cannot_be_sent_says_what_to_do(tmp_path):
     with pytest.raises(SetupError, match=r"cannot be sent to other processes.*top level.*workers=1"):
         search(tmp_path, lambda: {**arguments()}, 2, workers=2)
+
+
+def test_interrupted_killed_and_orphaned_a_search_ends_with_exactly_its_trials(tmp_path):
+    process = started(tmp_path, "slow", 6, 2)
+    wait_for(tmp_path, process, running)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT or "KeyboardInterrupt" in error
+    interrupted = states(tmp_path)
+
+    process = started(tmp_path, "slow", 6, 2)
+    wait_for(tmp_path, process, running)
+    pids = {t.user_attrs["autoaccum.owner"]["pid"] for t in trials(tmp_path) if t.state.name == "RUNNING"}
+    process.kill()  # the parent alone: its workers see it, and go
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    orphans = [pid for pid in pids if alive(pid)]
+    result = search(tmp_path, slow, 6)
+
+    assert interrupted["RUNNING"] == 0, "every worker marked its trial before it went"
+    assert pids
+    assert orphans == []
+    finished = [row for row in result.trials if row["state"] != "killed"]
+    assert [row["state"] for row in finished] == ["complete"] * 6
+    assert len({json.dumps(row["params"]) for row in finished}) == 6, "none twice"
+    assert json.loads((tmp_path / "run" / "best.json").read_text())["value"] == result.best_value
+
+
+def alive(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_places_share_threads_and_refuse_gpus_that_are_not_there(monkeypatch):

@@ -167,12 +167,14 @@ class _Pool:
     def stop(self) -> None:
         """Interrupts all, waits until they have marked their trials, and ends those that do not go."""
         with _interrupts_ignored():
-            for process in self.processes:
-                with contextlib.suppress(ProcessLookupError, TypeError):
-                    os.kill(process.pid, signal.SIGINT)
             deadline = time.monotonic() + PATIENCE
-            for process in self.processes:
-                process.join(max(0.1, deadline - time.monotonic()))
+            while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+                for process in self.processes:
+                    if process.is_alive() and process.pid is not None:
+                        with contextlib.suppress(ProcessLookupError):
+                            # Again and again: one that is still starting ignores it, and would begin a trial after all.
+                            os.kill(process.pid, signal.SIGINT)
+                time.sleep(0.1)
             for process in self.processes:
                 if process.is_alive():
                     process.kill()

@@ -38,14 +38,10 @@ class Accelerate(Trainer):
         inner, optimizer, (accelerator, model, stepper, loader, scheduler) = _prepared(problem)
         done = _loaded(accelerator, problem)
         for epoch in range(problem.epochs):
-            skipped = min(max(done - epoch * len(loader), 0), len(loader)) if done else 0
-            if skipped == len(loader) and done:
+            skipped = max(done - epoch * len(loader), 0) if done else 0
+            if skipped and skipped >= len(loader):
                 continue
-            for index, batch in enumerate(accelerator.skip_first_batches(loader, skipped) if skipped else loader):
-                if problem.stop_after is not None and epoch * len(loader) + index == problem.stop_after * problem.k:
-                    accelerator.save_state(problem.save_to)
-                    (Path(problem.save_to or "") / "done").write_text(str(problem.stop_after * problem.k))
-                    return Run(optimizer.gradients, inner)
+            for batch in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
                 with accelerator.accumulate(model):
                     accelerator.backward(problem.compute(model, batch))
                     if problem.clip_norm is not None and accelerator.sync_gradients:
@@ -54,6 +50,11 @@ class Accelerate(Trainer):
                     if scheduler is not None:
                         scheduler.step()
                     stepper.zero_grad()
+                if problem.stop_after is not None and len(optimizer.gradients) == problem.stop_after:
+                    done = epoch * len(loader) + problem.stop_after * problem.k - epoch * problem.updates * problem.k
+                    accelerator.save_state(problem.save_to)
+                    (Path(problem.save_to or "") / "done").write_text(str(done))
+                    return Run(optimizer.gradients, inner)
         return Run(optimizer.gradients, inner, optimizer.rates)
 
 
