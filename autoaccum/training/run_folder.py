@@ -64,6 +64,7 @@ class RunFolder:
         self._tried = self._failed = 0
         self._why = ""
         self._saved_at = time.monotonic()
+        self._plan: Plan | None = None  # as the record has it
         self._metrics: JsonlSink | None = None
 
     @property
@@ -134,7 +135,7 @@ class RunFolder:
             if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
                 write_json(report, None if probe is None else probe.to_dict())
             self._tell_environment(device)
-            write_json(self.folder / "plan.json", plan.to_dict())
+            self._record_plan(plan)
         except Failure as error:
             self._lost("the record of the run", error)
             return
@@ -187,7 +188,13 @@ class RunFolder:
             position = self._metrics.position() if self._metrics is not None else 0
             about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
             self.checkpoints.write(entry, {**state, "metrics": position}, about)
+            self._record_plan(plan)
+
+    def _record_plan(self, plan: Plan) -> None:
+        """Where it has changed: forcing a file to the disk takes longer than many a window."""
+        if plan != self._plan:
             write_json(self.folder / "plan.json", plan.to_dict())
+            self._plan = plan
 
     def poll(self, *, wait: bool = False) -> None:
         """Tells of the checkpoint that was finished beside the training, if one was."""

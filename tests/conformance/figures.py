@@ -41,7 +41,7 @@ class Figures:
         padded = got + [missing] * (len(expected) - len(got))
         pairs = [difference(gradient, reference) for gradient, reference in zip(padded, expected)]
         error, ratio = max(pairs, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0])
-        text = "" if len(got) == len(expected) else f"{len(got)} steps of {len(expected)}"
+        text = "" if len(got) == len(expected) else f"{len(got)} of {len(expected)} steps"
         self.error(label, error, ratio, within=within, ok=len(got) == len(expected), text=text)
 
     def error(
@@ -52,7 +52,8 @@ class Figures:
         if math.isfinite(error):
             self._write(label, "error", passed, error=error, ratio=ratio, text=text)
         else:
-            self._write(label, "verdict", passed, text=", ".join(filter(None, (f"{error}", text))))
+            shown = "NaN" if math.isnan(error) else "infinite"
+            self._write(label, "verdict", passed, text=", ".join(filter(None, (shown, text))))
         if self._trainer.ours:
             assert passed, f"{label}: off by {error:.3g} (ratio {ratio}), more than {within:g}; {text or 'every step'}"
 
@@ -70,6 +71,8 @@ class Figures:
             return work()
         except NotOffered as reason:
             self._write(label, "not offered", False, text="n/a", detail=str(reason))
+        except TimeoutError as error:
+            self._write(label, "raised", False, text="hung", detail=str(error))
         except Exception as error:  # whatever a peer raises is its figure, and must not fail our tests
             first = " ".join(str(error).split("\n", maxsplit=1)[0].split())
             self._write(label, "raised", False, text=f"raised {type(error).__name__}", detail=first[:200])

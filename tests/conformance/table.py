@@ -58,6 +58,24 @@ def shown(figure: Figure) -> str:
     return cell + (f", {figure['text']}" if figure["text"] else "")
 
 
+_NOTES = """
+What their documentation has for a person to write by hand:
+
+- transformers: `compute_loss_func(outputs, labels, num_items_in_batch)` divides by the labels of the whole window where
+  the function does so; a subclass may own `compute_loss`. Not measured.
+- accelerate: the guide's recipe for samples of variable size has a column of its own. It counts labels other than -100,
+  and so is for losses over those.
+- lightning: manual optimization, in which the division, the step and the clipping are the user's. Not measured.
+- ignite: an update function of one's own instead of `create_supervised_trainer`, clipping included. Not measured.
+- case 13: DistributedDataParallel's `find_unused_parameters=True`, measured.
+- case 23: lightning warns that a checkpoint in mid-epoch is not exact unless the loader keeps its own state; ignite's
+  deterministic engine promises its order for restarts at an epoch, with workers; accelerate has `use_seedable_sampler`.
+
+Not here: SyncBatchNorm runs on GPUs only (tests/gpu/test_batch_norm.py); so does fp16 itself. Case 15 looks at the
+scaler around a float64 model, which autocast leaves alone.
+"""
+
+
 def markdown(figures: list[Figure], versions: dict[str, str]) -> str:
     """All of it: a section a case, a line for each thing measured, a column a trainer."""
     names = [trainer.name for trainer in TRAINERS if any(figure["trainer"] == trainer.name for figure in figures)]
@@ -72,7 +90,7 @@ def markdown(figures: list[Figure], versions: dict[str, str]) -> str:
         head = f"{row}. {title}" if row != last else ""
         last = row
         lines.append(f"| {head} | {label} | {' | '.join(line.get(name, '') for name in names)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _NOTES
 
 
 def _versions() -> dict[str, str]:

@@ -38,7 +38,7 @@ def results(tmp_path_factory):
         folder, ended = started[pairs]
         files = [folder / f"{pair}-{rank}.pt" for rank in range(2)]
         if not all(file.exists() for file in files):
-            raise RuntimeError(ended or "no result")
+            raise (TimeoutError if ended.startswith("nothing came") else RuntimeError)(ended or "no result")
         return [torch.load(file, weights_only=False) for file in files]
 
     return both
@@ -56,7 +56,7 @@ def together():
         yield (f"{peer}:branch",)
 
 
-def start(folder, pairs, timeout=180):
+def start(folder, pairs, timeout=120):
     """Runs torchrun; how it ended: "" where all went well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "tests.conformance.two_ranks", str(folder), *pairs]
@@ -71,7 +71,7 @@ def start(folder, pairs, timeout=180):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # torchrun and both ranks, a session of their own
             process.wait()
-            return "hung"
+            return f"nothing came for {timeout} seconds"
     if code == 0:
         return ""
     said = (folder / "output.txt").read_text(errors="replace").splitlines()

@@ -179,4 +179,6 @@ def test_a_window_that_ran_out_of_memory_is_taken_again_exactly(trainer, figures
     moved, expected = state(run) - start, state(undisturbed) - start
     error = float((moved - expected).norm() / expected.norm())
     steps = len(run.gradients)
-    figures.error(where, error, within=1e-10, text="" if steps == 3 else f"{steps} steps of 3", ok=math.isfinite(error))
+    figures.error(
+        where, error, within=1e-10, text="" if steps == 3 else f"{steps} steps instead of 3", ok=math.isfinite(error)
+    )

@@ -36,12 +36,11 @@ class Accelerate(Trainer):
 
     def _train(self, problem: Problem) -> Run:
         inner, optimizer, (accelerator, model, stepper, loader, scheduler) = _prepared(problem)
-        done = _loaded(accelerator, problem)
-        for epoch in range(problem.epochs):
-            skipped = max(done - epoch * len(loader), 0) if done else 0
-            if skipped and skipped >= len(loader):
-                continue
-            for batch in accelerator.skip_first_batches(loader, skipped) if skipped else loader:
+        first, skipped = _loaded(accelerator, problem)
+        for epoch in range(first, problem.epochs):
+            behind = skipped if epoch == first else 0
+            batches = accelerator.skip_first_batches(loader, behind) if behind else loader
+            for index, batch in enumerate(batches, 1):
                 with accelerator.accumulate(model):
                     accelerator.backward(problem.compute(model, batch))
                     if problem.clip_norm is not None and accelerator.sync_gradients:
@@ -51,9 +50,8 @@ class Accelerate(Trainer):
                         scheduler.step()
                     stepper.zero_grad()
                 if problem.stop_after is not None and len(optimizer.gradients) == problem.stop_after:
-                    done = epoch * len(loader) + problem.stop_after * problem.k - epoch * problem.updates * problem.k
                     accelerator.save_state(problem.save_to)
-                    (Path(problem.save_to or "") / "done").write_text(str(done))
+                    (Path(problem.save_to or "") / "done").write_text(f"{epoch} {index}")
                     return Run(optimizer.gradients, inner)
         return Run(optimizer.gradients, inner, optimizer.rates)
 
@@ -85,12 +83,13 @@ class AccelerateRecipe(Trainer):
         return Run(optimizer.gradients, inner, optimizer.rates)
 
 
-def _loaded(accelerator: Any, problem: Problem) -> int:
-    """Micro-batches that the state in the folder was saved after; 0 where nothing is resumed."""
+def _loaded(accelerator: Any, problem: Problem) -> tuple[int, int]:
+    """The epoch, and its micro-batches, that the state in the folder was saved after."""
     if not problem.resume:
-        return 0
+        return 0, 0
     accelerator.load_state(problem.save_to)
-    return int((Path(problem.save_to or "") / "done").read_text())
+    epoch, index = (Path(problem.save_to or "") / "done").read_text().split()
+    return int(epoch), int(index)
 
 
 def _prepared(problem: Problem) -> tuple[Any, Any, tuple[Any, ...]]:
