@@ -100,7 +100,8 @@ def test_workers_that_die_one_after_another_end_the_search(tmp_path):
 
 
 def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path):
-    with pytest.raises(SetupError, match="all of the first 5 trials failed"):
+    # When the fifth has failed, the other worker may be in a sixth.
+    with pytest.raises(SetupError, match="all of the first [56] trials failed"):
         search(tmp_path, fails_in_a_worker, 12, workers=2)
 
 

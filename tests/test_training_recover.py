@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 
@@ -142,7 +143,10 @@ def test_memory_that_comes_back_is_tried_again_and_later_the_next_time():
     assert [record.micro_batches for record in loop.history] == [2, 4, 4, 4, 4, 4, 4, 4, 4, 4, 2, 2, 2, 2, 2]
 
 
-def test_an_error_inside_the_optimizers_step_is_raised_and_nothing_goes_on_from_there(tmp_path):
+def test_an_error_inside_the_optimizers_step_is_raised_and_nothing_goes_on_from_there(tmp_path, monkeypatch):
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (time.sleep(0.2), fsync(file)))  # a slow disk: saved beside the loop
+
     class Greedy(torch.optim.SGD):
         def step(self, closure=None):
             if model.window == 4:

@@ -83,7 +83,8 @@ class RunFolder:
         return "; ".join(found) or None
 
     def where(self) -> str:
-        """Where the training can go on from, in words that end an error's message."""
+        """Where the training can go on from, in words that end an error's message; waits for what is being finished."""
+        self.poll(wait=True)
         last = self.checkpoints.last
         return f"nothing was saved yet in {self.folder}" if last is None else f"the last checkpoint is {last}"
 
