@@ -1,6 +1,6 @@
 """`make torture`: kills, injected out-of-memory errors and a soak; a table on stdout, and the figures as JSON.
 
-python -m tests.torture [--kills 200] [--ooms 500] [--soak 20000] [--cost 5] [--seed 0] [--json FILE]
+python -m tests.torture [--kills 200] [--ooms 500] [--soak 20000] [--cost 15] [--seed 0] [--json FILE]
 
 0 leaves a part out. Ends with 1 where something was not survived.
 """
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="trainings that are killed at random moments")
     parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
     parser.add_argument("--soak", type=int, default=20000, help="windows whose memory is watched")
-    parser.add_argument("--cost", type=int, default=5, help="pairs of trainings with and without checkpoints")
+    parser.add_argument("--cost", type=int, default=15, help="checkpoints whose cost is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures; a new file in results/ if not given")
     options = parser.parse_args()
