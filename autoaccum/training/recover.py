@@ -53,14 +53,16 @@ class WindowStart:
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
         """Reserves room for one copy of the modules' buffers; `mark` fills it."""
-        self._modules, self._device = modules, device
+        self._device = device
+        # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
+        self._owners = [layer._buffers for module in modules for layer in module.modules()]
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._random: Generators | None = None
 
     def mark(self) -> None:
         """Keeps the state of this moment."""
-        buffers = [buffer for module in self._modules for buffer in module.buffers()]
+        buffers = [buffer for owner in self._owners for buffer in owner.values() if buffer is not None]
         if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
             self._buffers = buffers
             self._saved = [buffer.detach().clone() for buffer in buffers]

@@ -25,7 +25,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
-from autoaccum.window.ledger import Ledger
+from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.loss import Mean, Objective
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
@@ -177,27 +177,39 @@ class Accumulator:
 
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
-        ledger, objective = self._running(), self._objective
+        ledger, objective, precision = self._running(), self._objective, self.precision
         assert objective is not None
         for batch in batches:
             self.on_phase("batch")
             placed = batch if self._on_host else tree.move(batch, self.device)
             self.on_phase("forward")
-            with self.precision.autocast(), torch.set_grad_enabled(ledger.counts):
-                # Where nothing counts the forward still runs: statistics and random generators move as they would.
+            # Where nothing counts the forward still runs: statistics and random generators move as they would.
+            with precision.autocast(), nullcontext() if ledger.counts else torch.no_grad():
                 terms = objective.terms(placed, ledger.own)
             self._add(terms)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()
-        share = ledger.share(terms)
-        if share is not None:
+        parts = ledger.parts(terms)
+        if parts:
             self.on_phase("backward")
             with self.precision.outside():
-                self.precision.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+                self._backward(parts)
             self._side.collect()
-        self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
-        ledger.enter(share)
+        if self.noise_scale.watches:
+            self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
+        ledger.enter(parts)
+
+    def _backward(self, parts: Parts) -> None:
+        """Each term's factor is where its backward pass begins: a multiplication less in the graph."""
+        scaler = self.precision.scaler
+        if scaler.is_enabled():
+            share = torch.stack([tensor * factor for tensor, factor in parts]).sum()
+            scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            return
+        torch.autograd.backward(
+            [tensor for tensor, _ in parts], [torch.full_like(tensor, factor) for tensor, factor in parts]
+        )
 
     def finish(self) -> StepRecord:
         """Sums over the ranks, corrects, clips, steps and zeroes; commits statistics; advances the scheduler.

@@ -187,9 +187,11 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is Tensor.backward and len(args) == 1 and all(v is None or v is False for v in kwargs.values()):
-            with self:  # activation checkpointing runs forwards in there, which must see this mode too
-                return _backward(args[0])
+        if func in (Tensor.backward, torch.autograd.backward) and len(args) == 1:
+            begin = kwargs.get("grad_tensors")
+            if all(value is None or value is False for name, value in kwargs.items() if name != "grad_tensors"):
+                with self:  # activation checkpointing runs forwards in there, which must see this mode too
+                    return _backward(args[0], begin)
         if func is functional.batch_norm:
             args, kwargs = _by_running_statistics(*args, **kwargs)
         elif func in _ARGUMENTS:
@@ -201,12 +203,13 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _backward(loss: Tensor) -> None:
-    """`loss.backward()` without asking the mode again, which torch's own two functions do."""
+def _backward(losses: Any, begin: Any) -> None:
+    """The backward pass without asking the mode again, which torch's own two functions do."""
+    losses = (losses,) if isinstance(losses, Tensor) else tuple(losses)
+    given = (begin,) * len(losses) if begin is None or isinstance(begin, Tensor) else tuple(begin)
+    begins = tuple(torch.ones_like(loss) if at is None else at for loss, at in zip(losses, given))
     engine: Any = torch.autograd.Variable._execution_engine
-    engine.run_backward(
-        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
+    engine.run_backward(losses, begins, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def _by_running_statistics(

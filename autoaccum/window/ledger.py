@@ -15,7 +15,10 @@ from autoaccum.errors import LossError
 from autoaccum.ranks import Ranks
 from autoaccum.window.loss import Mean
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "Parts"]
+
+Parts = list[tuple[Tensor, float]]
+"""A micro-batch's part of its window's loss: scalars with a graph, and what each is multiplied by."""
 
 
 class Ledger:
@@ -66,15 +69,16 @@ class Ledger:
     @property
     def counts(self) -> bool:
         """Whether anything in the next micro-batch counts: where all its targets are ignored, there is no gradient."""
-        return self.own is None or any(self.own.values())
+        own = self.own
+        return own is None or any(own.values())
 
     @property
     def empty(self) -> bool:
         """No target counts in the whole window, on any rank."""
         return self.totals is not None and not any(self.totals.values())
 
-    def share(self, terms: Mapping[str, Mean]) -> Tensor | None:
-        """The next micro-batch's share of the window's loss, a scalar; None where nothing in it counts.
+    def parts(self, terms: Mapping[str, Mean]) -> Parts:
+        """The next micro-batch's part of the window's loss; none where nothing in it counts.
 
         Raises:
             LossError: several terms whose denominators are only known afterwards.
@@ -82,10 +86,9 @@ class Ledger:
         totals, own = self.totals, self.own
         if totals is None or own is None:
             return self._provisional(terms)
-        shares = [term.over(totals[name]) for name, term in terms.items() if own[name]]
-        return sum(shares[1:], start=shares[0]) if shares else None
+        return [term.part(totals[name]) for name, term in terms.items() if own[name]]
 
-    def _provisional(self, terms: Mapping[str, Mean]) -> Tensor | None:
+    def _provisional(self, terms: Mapping[str, Mean]) -> Parts:
         if len(terms) != 1:
             declare = ", ".join(f"{name!r}: f(batch)" for name in terms)
             raise LossError(
@@ -97,14 +100,15 @@ class Ledger:
         if isinstance(denominator, Tensor):
             denominator = denominator.detach()
         elif denominator == 0:
-            return None
+            return []
         self._late = self._late + denominator
-        return term.over(self.total_samples)
+        return [term.part(self.total_samples)]
 
-    def enter(self, share: Tensor | None) -> None:
-        """Counts one micro-batch as done, with its share of the loss."""
-        if share is not None:
-            self._loss = self._loss + share.detach()
+    def enter(self, parts: Parts) -> None:
+        """Counts one micro-batch as done, with its part of the loss. What lies on a device is not waited for."""
+        for tensor, factor in parts:
+            value = tensor.item() if tensor.device.type == "cpu" else tensor.detach()
+            self._loss = self._loss + value * factor
         self.done += 1
 
     def close(self, ranks: Ranks) -> tuple[float, float]:

@@ -82,17 +82,24 @@ class Mean:
             return self._mean.detach()
         return self._graph().detach() / self.denominator
 
+    def part(self, total: float) -> tuple[Tensor, float]:
+        """(a tensor of shape (), what it is multiplied by) to be this part's share of a mean over `total`.
+
+        The factor is for the backward pass to begin with, which is cheaper than one more multiplication in the graph.
+        """
+        if self._mean is None:
+            return self._graph(), 1.0 / total
+        if isinstance(self.denominator, float):
+            return self._mean, self.denominator / total
+        share = torch.as_tensor(self.denominator / total)
+        return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
+
     def over(self, total: float) -> Tensor:
         """This part's share of a mean over `total`, shape (); a zero without a graph where nothing counts."""
-        known = isinstance(self.denominator, float)
-        if known and self.denominator == 0:
+        if isinstance(self.denominator, float) and self.denominator == 0:
             return self._graph().new_zeros(())
-        if self._mean is None:
-            return self._graph() / total
-        if known:
-            return self._mean if self.denominator == total else self._mean * (self.denominator / total)
-        share = torch.as_tensor(self.denominator / total)
-        return torch.where(share > 0, self._mean * share, self._mean.new_zeros(()))
+        tensor, factor = self.part(total)
+        return tensor if factor == 1.0 else tensor * factor
 
     def _graph(self) -> Tensor:
         tensor = self._mean if self._numerator is None else self._numerator
@@ -113,9 +120,9 @@ class Sum(Mean):
         """The sum, shape (), detached."""
         return self.numerator.detach()
 
-    def over(self, total: float) -> Tensor:
+    def part(self, total: float) -> tuple[Tensor, float]:
         """The sum itself."""
-        return self.numerator
+        return self.numerator, 1.0
 
 
 def as_number(value: Any) -> float:
@@ -202,7 +209,11 @@ class Objective:
         """
         if self._reduction.late:
             return None
-        return [self.denominators(batch) or {} for batch in batches]
+        for batch in batches:
+            if not self._reduction.wants_head:
+                break
+            self.measure(batch)
+        return [self._reduction.count(batch) for batch in batches]
 
     def measure(self, batch: Any) -> None:
         """Finds out, where nothing else tells, how the loss counts its labels: shifted, ignored, weighted, added up.

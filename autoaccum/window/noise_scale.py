@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 __all__ = ["NoiseScale", "advice"]
 
-EVERY = 10  # windows: a measured one costs a norm for each parameter and micro-batch
+# A measured window costs a norm for each parameter and micro-batch; the scale changes fastest at a training's start.
+EVERY, EARLY, LATER_EVERY = 10, 200, 50
 SMOOTHING = 0.9
 
 
 class NoiseScale:
-    """Measures every tenth window, and smooths.
+    """Measures every tenth window, after the first two hundred every fiftieth, and smooths.
 
     Attributes:
         why_not: why nothing is measured; None where it is.
@@ -42,7 +43,7 @@ class NoiseScale:
         )
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._handles: list[Any] = []
-        self._squares: list[Tensor] = []  # of the micro-batch that runs, one a parameter
+        self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
         self._windows = 0
         self._weight = 0.0
@@ -55,24 +56,29 @@ class NoiseScale:
             return None
         return self._noise / self._signal
 
+    @property
+    def watches(self) -> bool:
+        """Whether the open window is one that is measured."""
+        return bool(self._handles)
+
     def open(self, micro_batches: int) -> None:
-        """A window begins; every tenth of at least two micro-batches is measured, the first one too."""
+        """A window begins; of those with at least two micro-batches the first is measured, and every so many."""
         self.close()
         if self.why_not is not None or micro_batches < 2:
             return
         self._windows += 1
-        if self._windows % EVERY == 1:
+        if self._windows % (EVERY if self._windows <= EARLY else LATER_EVERY) == 1:
             self._handles = [p.register_hook(self._see) for p in self._parameters]  # type: ignore[no-untyped-call]
 
     def _see(self, gradient: Tensor) -> None:
         if not gradient.is_sparse:
-            self._squares.append(_square(gradient))
+            self._norms.append(_norm(gradient))
 
     def micro(self, share: float) -> None:
         """A micro-batch ended; its loss entered the window's with weight `share`."""
-        if self._handles and self._squares and share > 0:
-            self._micro.append((share, torch.stack(self._squares).sum()))
-        self._squares = []
+        if self._handles and self._norms and share > 0:
+            self._micro.append((share, torch.stack(self._norms).square().sum()))
+        self._norms = []
 
     def finish(self, gradients: Sequence[Tensor], samples: int) -> None:
         """The window ended.
@@ -82,7 +88,8 @@ class NoiseScale:
             samples: N.
         """
         if self._handles and len(self._micro) > 1:
-            whole = float(torch.stack([_square(gradient) for gradient in gradients if not gradient.is_sparse]).sum())
+            norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse]
+            whole = float(torch.stack(norms).square().sum())
             # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
             spread = sum(float(square) / share for share, square in self._micro) - whole
             noise = samples * spread / (len(self._micro) - 1)
@@ -99,7 +106,7 @@ class NoiseScale:
         """Takes the hooks off; what was seen of an unfinished window is forgotten."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._micro, self._squares = [], [], []
+        self._handles, self._micro, self._norms = [], [], []
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""
@@ -111,11 +118,11 @@ class NoiseScale:
         self._weight, self._noise, self._signal = state["weight"], state["noise"], state["signal"]
 
 
-def _square(gradient: Tensor) -> Tensor:
-    """The squared norm in float32, shape (); 16-bit numbers are squared and added in float32."""
+def _norm(gradient: Tensor) -> Tensor:
+    """The norm, shape (); 16-bit numbers are squared and added in float32."""
     half = gradient.dtype in (torch.float16, torch.bfloat16)
-    norm: Tensor = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32 if half else None)
-    return norm.float().square()
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float32 if half else None)
+    return norm
 
 
 def advice(scale: float, target_batch: int) -> str:

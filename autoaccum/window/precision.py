@@ -16,6 +16,7 @@ from autoaccum.errors import SetupError
 __all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_NOTHING = nullcontext()
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,13 +51,13 @@ class Precision:
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass runs inside this."""
         if self._dtype is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self._device_type, dtype=self._dtype)
 
     def outside(self) -> AbstractContextManager[Any]:
         """The backward pass runs inside this: autocast off, as torch asks."""
         if self._dtype is None:
-            return nullcontext()
+            return _NOTHING
         return torch.autocast(self._device_type, enabled=False)
 
 
