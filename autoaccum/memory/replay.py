@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from autoaccum.memory.alignment import Cell
-from autoaccum.memory.trace import Event, Trace
+from autoaccum.memory.events import Event
+from autoaccum.memory.trace import Trace
 
 __all__ = ["FOREVER", "RELEASED", "Flow", "Row", "Table", "matrix", "tabulate"]
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,9 +45,11 @@ from torch.autograd.profiler import profile, record_function
 
 from autoaccum.errors import ProbeError
 from autoaccum.memory.allocator import Segment
+from autoaccum.memory.events import Event, Events
 from autoaccum.memory.history import NO_OPERATOR, History, RawEvent
+from autoaccum.memory.watch import small_stacks
 
-__all__ = ["Event", "Group", "Phase", "Recording", "Trace", "assemble", "record"]
+__all__ = ["Group", "Phase", "Recording", "Trace", "assemble", "record"]
 
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
@@ -86,17 +89,6 @@ class Group(NamedTuple):
     innermost: str = ""
 
 
-class Event(NamedTuple):
-    """One allocation (bytes > 0) or free (bytes < 0). `block` numbers the allocations of the trace from 0;
-    a free has its allocation's number, or -1 where that was before the recording."""
-
-    bytes: int
-    block: int
-    group: int
-    time_ns: int
-    stream: int = 0
-
-
 class Phase(NamedTuple):
     """A part of the window: its name, when it began, and its first group."""
 
@@ -127,7 +119,7 @@ class Trace:
     """
 
     groups: tuple[Group, ...]
-    events: tuple[Event, ...]
+    events: Events
     phases: tuple[Phase, ...]
     peak: int
     freed_before: int = 0
@@ -143,11 +135,11 @@ class Trace:
 
     def timeline(self) -> Iterator[tuple[float, str, int]]:
         """(seconds since the first event, phase, bytes in use above the start) after each event."""
-        level = 0
+        level, began = 0, self.events[0].time_ns if self.events else 0
         for event in self.events:
             level += event.bytes
             phase = self.phases[self.groups[event.group].phase]
-            yield (event.time_ns - self.events[0].time_ns) / 1e9, phase.name, level
+            yield (event.time_ns - began) / 1e9, phase.name, level
 
 
 @dataclass
@@ -241,7 +233,7 @@ class _Builder:
         self._phases = [Phase("forward", 0, 0)]
         self._whole = False  # whether the marked phase is taken as it is
         self._groups: list[Group] = []
-        self._events: list[Event] = []
+        self._events = Events()
         self._open: tuple[int, int] | None = None  # call and phase of the last group
         self._live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
         self._blocks = self._level = self._peak = self._freed_before = self._anonymous = 0
@@ -272,7 +264,7 @@ class _Builder:
         self._reach(2**63)
         return Trace(
             tuple(self._groups),
-            tuple(self._events),
+            self._events,
             tuple(self._phases),
             self._peak,
             freed_before=self._freed_before,
@@ -305,8 +297,9 @@ def _start() -> None:
         os.environ["KINETO_LOG_LEVEL"] = "6"
     try:
         config = tool.config()  # type: ignore[no-untyped-call]
-        _prepare_profiler(config, tool.kineto_activities)
-        _enable_profiler(config, tool.kineto_activities)
+        with small_stacks():  # Kineto's thread stays for as long as the process does
+            _prepare_profiler(config, tool.kineto_activities)
+            _enable_profiler(config, tool.kineto_activities)
     finally:
         if quiet:
             del os.environ["KINETO_LOG_LEVEL"]
@@ -320,7 +313,7 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
     calls = 0
     while pending:
         event, call, innermost, operator, backward = pending.pop()
-        name = event.name
+        name = sys.intern(event.name)  # each event brings a text of its own
         if name == "[memory]":
             fields = event.extra_fields
             if _same(fields.device, where):
@@ -333,7 +326,7 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         children = event.children
         if children:
             calls += 1
-            shown = operator if name in _FACTORIES and call >= 0 else name.removeprefix(_EVALUATE)
+            shown = operator if name in _FACTORIES and call >= 0 else sys.intern(name.removeprefix(_EVALUATE))
             inside = backward or name.startswith(_EVALUATE)
             pending.extend((child, calls, name, shown, inside) for child in reversed(children))
     found.sort(key=lambda raw: raw.time_ns)

@@ -6,7 +6,7 @@ PyTorch's own allocation errors. Trials, sample-steps and errors are counted in 
 All run on one thread. "True" is a bisection with two steps a trial. At the size found, ten windows of two micro-batches
 each are then trained in another fresh child under the same limit.
 
-    python -m tests.benchmarks.peers [--models cnn,lstm] [--finders autoaccum,true]
+    python -m tests.benchmarks.peers [--models "ResNet|LSTM"] [--finders autoaccum,true]
 """
 
 import argparse
@@ -362,10 +362,10 @@ def main() -> None:
         print("\n" + json.dumps(values))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(CASES))
+    parser.add_argument("--models", default="|".join(CASES))
     parser.add_argument("--finders", default=",".join(FINDERS))
     arguments = parser.parse_args()
-    rows = compare([n for n in CASES if n in arguments.models.split(",")], arguments.finders.split(","))
+    rows = compare([n for n in CASES if n in arguments.models.split("|")], arguments.finders.split(","))
     truth = {row["model"]: row.get("size") for row in rows if row["finder"] == "true"}
     cells = []
     for row in rows:

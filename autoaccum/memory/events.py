@@ -1,0 +1,56 @@
+"""The allocations and frees of one recorded step, kept small: a trace of a large model has tens of thousands.
+
+A limit on the process counts what the records themselves take, so they lie in columns of machine numbers.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, overload
+
+__all__ = ["Event", "Events"]
+
+
+class Event(NamedTuple):
+    """One allocation (bytes > 0) or free (bytes < 0). `block` numbers the allocations of the trace from 0;
+    a free has its allocation's number, or -1 where that was before the recording."""
+
+    bytes: int
+    block: int
+    group: int
+    time_ns: int
+    stream: int = 0
+
+
+class Events(Sequence[Event]):
+    """Events in time order; an index gives one, a slice gives a list of them."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._columns = tuple(array("q") for _ in Event._fields)
+        for event in events:
+            self.append(event)
+
+    def append(self, event: Event) -> None:
+        """Adds an event at the end."""
+        for column, value in zip(self._columns, event):
+            column.append(value)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(Event, *self._columns)
+
+    @overload
+    def __getitem__(self, index: int) -> Event: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Event]: ...
+    def __getitem__(self, index: int | slice) -> Event | list[Event]:
+        if isinstance(index, slice):
+            return list(map(Event, *(column[index] for column in self._columns)))
+        return Event(*(column[index] for column in self._columns))
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, (Events, list, tuple)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
