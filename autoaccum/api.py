@@ -11,35 +11,40 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.assembly import assemble, share_model
+from autoaccum.assembly import Parts, assemble, share_model
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data.source import open_source
 from autoaccum.memory.forecast import Forecast
 from autoaccum.pipeline import (
     Isolation,
+    adopt,
     apply_plan,
     checked,
+    compile_model,
     for_ranks,
     given_plan,
     planned,
     probed,
     share_of,
     target_of,
+    told_of_padding,
     total_steps,
     verified,
 )
 from autoaccum.planning.plan import Plan, plan
+from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import Send
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, ends_all
 from autoaccum.training.evaluate import Evaluator
-from autoaccum.training.events import Events, Listener
+from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
 from autoaccum.training.loop import FitResult, TrainingLoop
 from autoaccum.training.parts import kept_answers
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.ladder import RUNGS
 from autoaccum.window.loss import Mean
 from autoaccum.window.verify import VerifyReport
 
@@ -74,6 +79,8 @@ def probe(
     max_batch: int | None = None,
     isolate: bool | Callable[[], Mapping[str, Any]] = False,
     cache: bool = True,
+    compile: bool = False,
+    ladder: str | bool | None = None,
     seed: int | None = None,
     callbacks: Iterable[Listener] = (),
 ) -> ProbeReport:
@@ -87,6 +94,7 @@ def probe(
     """
     check_counts(target_batch=target_batch, max_batch=max_batch)
     one_of("prefer", prefer, ("fewest", "fastest"))
+    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
@@ -94,16 +102,9 @@ def probe(
     share = None if target_batch is None else share_of(target_batch, parts.ranks)
     question = Question(share, memory, max_batch, multiple_of, prefer)
     events = Events(callbacks)
-    report = probed(
-        parts,
-        question,
-        events,
-        _isolation(isolate),
-        cache,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
-        batch_norm=batch_norm,
-    )
+    _run_as_asked(parts, compile, ladder, events)
+    report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
+                    clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
     if target_batch is None:
         return report
     made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
@@ -151,6 +152,8 @@ def prepare(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool | str = "auto",
+    compile: bool = False,
+    ladder: str | bool | None = None,
     regrow_after: int | None = None,
     on_nonfinite: str = "raise",
     seed: int | None = None,
@@ -164,7 +167,8 @@ def prepare(
         model: any module; moved to the device. DistributedDataParallel is taken off: gradients are summed once a
             window.
         data: a DataLoader (its dataset, sampler, collate_fn and workers are kept, the batching is ours), a Dataset, an
-            iterable of samples, a tensor, a tuple or a dict of equally long tensors.
+            iterable of samples, a tensor, a tuple or a dict of equally long tensors. Where the collate function pads
+            samples of different lengths, each window is sorted and cut by length: short ones run many at once.
         target_batch: samples per optimizer step, over all ranks.
         loss: `f(outputs, targets)`; None: the model returns its loss.
         step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`.
@@ -188,7 +192,7 @@ def prepare(
         batch_norm: "pooled" (running statistics as the large batch would leave them), "momentum" or "keep".
         tail: "step" (a short last window steps with its true denominator) or "drop".
         prefer: the "fewest" micro-batches, or the "fastest" by measured throughput.
-        micro_batch: use this and skip the probe.
+        micro_batch: use this and skip the probe; samples of all lengths then run so many at once.
         plan: a Plan or its file: skip the probe and the arithmetic.
         multiple_of: prefer such micro-batches where that costs no extra one.
         worst_case: a batch, or `f(n) -> batch`, to probe with.
@@ -201,6 +205,12 @@ def prepare(
             from there when it is started again in the same way, without probing, to the same result.
         checkpoint_every: optimizer steps between checkpoints; None: at the end of each epoch, and every ten minutes.
         resume: "auto" goes on where there is something to go on from, True insists on it, False starts anew.
+        compile: run the model's forward through torch.compile while it trains: one graph for all batch sizes. Each
+            compilation is noted with its time, and so is what falls back to running as it is.
+        ladder: what is done when not even one sample fits: "bf16" autocast (where precision is "auto"), "checkpointing"
+            of the repeated blocks, "save_on_cpu" or "checkpointing+save_on_cpu". None: each is tried with one sample,
+            and the error says which would fit; "auto": the first that fits is taken; one of these names: it is taken in
+            any case; False: none is tried.
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.
         seed: of shuffling and of what is random in training.
@@ -223,6 +233,7 @@ def prepare(
     one_of("check", check, (True, False, "warn"))
     one_of("resume", resume, ("auto", True, False))
     one_of("prefer", prefer, ("fewest", "fastest"))
+    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
     parts = assemble(
@@ -234,26 +245,33 @@ def prepare(
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
     events = Events([*sinks, *callbacks, *_display(progress, parts.ranks)])
+    _run_as_asked(parts, compile, ladder, events)
 
     report: ProbeReport | None = None
     verdict: VerifyReport | None = None
     folder, kept = open_run(checkpoint, checkpoint_every, resume, parts.ranks, events)
     if kept is not None:
         given, report, verdict = kept_answers(kept, target_batch, parts.ranks)
+    if given is not None:
+        adopt(parts, given, events)
     if given is None and micro_batch is None:
         question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
-        report = probed(parts, question, events, _isolation(isolate), cache, accumulate=accumulate, clip_norm=clip_norm,
-                        batch_norm=batch_norm)  # fmt: skip
+        report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
+                        clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
     if given is None:
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
     if kept is None:
         verdict = checked(parts, check, max(given.limits), events)
+        told_of_padding(parts, given, check, events)
     apply_plan(given, parts.optimizer)
+    if parts.compiled is not None:
+        parts.compiled.single = given.micro_batch <= 1
     total = total_steps(given, parts.source.length, epochs, max_steps)
     scheduler = build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
     accumulator = Accumulator(
-        parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler, precision=precision,
+        parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler,
+        precision=parts.asked_precision,
         accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=batch_norm,
         on_nonfinite=on_nonfinite, device=parts.device.torch_device, ranks=parts.ranks,
     )  # fmt: skip
@@ -269,7 +287,7 @@ def prepare(
     loop = TrainingLoop(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
         budget=parts.device.budget(memory), events=events, evaluator=evaluator, probe=report, verify=verdict,
-        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder,
+        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder, running=parts.running,
     )  # fmt: skip
     if kept is not None:
         loop.load_state_dict(kept)
@@ -319,6 +337,13 @@ def verify(
     return verified(parts)
 
 
+def _run_as_asked(parts: Parts, compile: bool, ladder: str | bool | None, events: Events) -> None:
+    if compile:
+        compile_model(parts, events)
+    if isinstance(ladder, str) and ladder != "auto":
+        parts.take(ladder)
+
+
 def _isolation(isolate: bool | Callable[[], Mapping[str, Any]]) -> Isolation | None:
     return Isolation(_child_probe, isolate) if isolate else None
 
@@ -327,12 +352,19 @@ def _child_probe(send: Send, factory: Callable[[], Mapping[str, Any]], asked: Ma
     """What the child does: builds everything anew and probes; each trial is sent as it ends."""
     arguments = {name: value for name, value in factory().items() if name in inspect.signature(probe).parameters}
     arguments = {**arguments, **asked, "isolate": False, "callbacks": ()}
-    arguments["callbacks"] = [lambda event: send("trial", event.to_dict()["trial"])]
+    arguments["callbacks"] = [lambda event: _heard(event, send)]
     report = probe(**arguments)
     lines = report.forecaster
     if isinstance(lines, Forecast):
         lines = as_lines(lines, report.trials)
-    return {"report": report.to_dict(), "lines": None if lines is None else asdict(lines)}
+    return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
+
+
+def _heard(event: Event, send: Send) -> None:
+    if isinstance(event, TrialRan):
+        send("trial", event.trial)
+    elif isinstance(event, Noted):
+        send("note", event.text)
 
 
 def _display(progress: bool | None, ranks: Ranks) -> list[Listener]:

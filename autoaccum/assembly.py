@@ -2,7 +2,8 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
 from autoaccum.memory.device import Device, open_device
 from autoaccum.ranks import Ranks, here, join
+from autoaccum.window.compiled import Compiled
+from autoaccum.window.forward import OwnStatistics
+from autoaccum.window.ladder import installed, obstacle
 from autoaccum.window.loss import Objective
 from autoaccum.window.optimizer import build_optimizer, check_model
 from autoaccum.window.precision import Precision
@@ -38,6 +42,44 @@ class Parts:
     precision: Precision
     lr_given: bool
     """Whether the learning rate is the user's own, so that a batch it was tuned at means something."""
+    asked_precision: str = "auto"
+    """As the user gave it; "bf16" once the ladder took it."""
+    ladder: str | None = None
+    """The rung that the model runs under."""
+    compiled: Compiled | None = None
+    """The model's compiled forward, where it has one."""
+
+    def take(self, rung: str | None) -> None:
+        """Everything after this runs under `rung`.
+
+        Raises:
+            SetupError: it cannot be taken here.
+        """
+        if rung is None:
+            return
+        why = obstacle(rung, self.model, self.device.torch_device, self.asked_precision)
+        if why is not None and (rung, self.asked_precision) != ("bf16", "bf16"):
+            raise SetupError(f'ladder="{rung}" cannot be taken: {why}')
+        self.ladder = rung
+        if rung == "bf16":
+            self.asked_precision = "bf16"
+            self.precision = Precision("bf16", self.device.torch_device, self.model)
+
+    @contextmanager
+    def running(self, *, compiled: bool = True, alone: bool = False) -> Iterator[None]:
+        """The model runs as it is trained inside: compiled, if it is, and under the rung that was taken. Not beyond.
+
+        `alone`: but for layers that share statistics over ranks, which keep to this rank's.
+        """
+        with ExitStack() as stack:
+            if alone:
+                for module in self.model.modules():
+                    if isinstance(module, nn.SyncBatchNorm):
+                        stack.enter_context(OwnStatistics(module))
+            if self.compiled is not None and compiled:
+                stack.enter_context(self.compiled)
+            stack.enter_context(installed(self.ladder, self.model, self.device.torch_device))
+            yield
 
 
 def assemble(
@@ -82,7 +124,7 @@ def assemble(
     made = build_optimizer(optimizer, model, lr=lr, loss=loss)
     _follow(made)
     lr_given = lr is not None or isinstance(optimizer, Optimizer)
-    return Parts(model, source, place, ranks, objective, made, format_, lr_given)
+    return Parts(model, source, place, ranks, objective, made, format_, lr_given, precision)
 
 
 def unwrapped(model: Any) -> Any:

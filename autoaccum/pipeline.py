@@ -11,33 +11,42 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.assembly import Parts
-from autoaccum.checks import check_counts
+from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
-from autoaccum.errors import LossError, PlanError, ProbeError, SetupError
+from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
+from autoaccum.planning.lengths import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.cache import Cache, Lines, training_key
 from autoaccum.probing.isolate import Killed, run_in_child
 from autoaccum.probing.journal import Journal, cache_folder
+from autoaccum.probing.ladder import Tried, climb, told
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import KILLED, ProbeReport, Trial
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.recover import WindowStart
+from autoaccum.training.state import gathered
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
+from autoaccum.window.compiled import Compiled
+from autoaccum.window.ladder import RUNGS, obstacle
+from autoaccum.window.padding import padding_error
 from autoaccum.window.verify import VerifyReport, verify_gradient
 
 __all__ = [
     "Isolation",
+    "adopt",
     "apply_plan",
     "checked",
+    "compile_model",
     "for_ranks",
     "given_plan",
     "planned",
     "probed",
     "share_of",
     "target_of",
+    "told_of_padding",
     "total_steps",
     "verified",
 ]
@@ -56,13 +65,14 @@ class Isolation:
 def verified(parts: Parts, most: int = 8) -> VerifyReport:
     """The gradient check on a few of the user's own samples, at most `most` at once."""
     size = min(8, most) if parts.source.length is None else min(8, most, parts.source.length)
-    return verify_gradient(
-        parts.model,
-        parts.objective,
-        parts.source.trial(size),
-        device=parts.device.torch_device,
-        precision=parts.precision.name,
-    )
+    with parts.running(compiled=False, alone=True):  # what holds the model still sees each operator: compiles nothing
+        return verify_gradient(
+            parts.model,
+            parts.objective,
+            parts.source.trial(size),
+            device=parts.device.torch_device,
+            precision=parts.precision.name,
+        )
 
 
 def checked(parts: Parts, check: bool | str, most: int, events: Events) -> VerifyReport | None:
@@ -82,18 +92,121 @@ def checked(parts: Parts, check: bool | str, most: int, events: Events) -> Verif
     return report
 
 
+def told_of_padding(parts: Parts, made: Plan, check: bool | str, events: Events) -> None:
+    """Where windows are cut by length: says whether the loss of a sample depends on what it is padded beside."""
+    batches = parts.source.short_and_long() if made.by_length and check is not False else None
+    if batches is None:
+        return
+    with parts.running(alone=True):
+        error = padding_error(parts.objective, *batches, parts.device.torch_device, parts.precision)
+    if error is not None:
+        events.warn(
+            f"padding changes a sample's loss, by {error:.1%} in the one looked at, and windows that are cut by length "
+            "pad less: leave padding out by an attention mask and labels of -100 or a mask in the loss, or give "
+            "micro_batch= to keep micro-batches of one size"
+        )
+
+
+def compile_model(parts: Parts, events: Events) -> None:
+    """The model's forward is compiled from here on, wherever `parts` runs it."""
+    if hasattr(parts.model, "_orig_mod") or getattr(parts.model, "_compiled_call_impl", None) is not None:
+        events.tell(Noted("compile=True changes nothing, since the model is compiled already, as its owner chose"))
+        return
+    if isinstance(parts.model, torch.jit.ScriptModule):
+        events.tell(Noted("compile=True changes nothing, since a TorchScript model cannot be compiled a second time"))
+        return
+    parts.compiled = Compiled(parts.model, lambda text: events.tell(Noted(text)))
+
+
 def probed(
-    parts: Parts, question: Question, events: Events, isolation: Isolation | None, cache: bool, **settings: Any
+    parts: Parts,
+    question: Question,
+    events: Events,
+    isolation: Isolation | None,
+    cache: bool,
+    *,
+    ladder: str | bool | None = None,
+    **settings: Any,
 ) -> ProbeReport:
-    """The probe, here or in a child, by what was found before where that still holds."""
+    """The probe, here or in a child, by what was found before where that still holds; up the ladder if nothing fits.
+
+    With ladder=None the error says which rungs would fit; with "auto" the cheapest that fits on all ranks is taken, for
+    all that runs with `parts` from here on.
+
+    Raises:
+        NothingFitsError: not even the smallest micro-batch fits; which rungs would is said.
+    """
+    refusal: str | None = None
+    report: ProbeReport | None = None
+    try:
+        report = _probe(parts, question, events, isolation, cache, settings)
+    except NothingFitsError as error:
+        if parts.ladder is not None or ladder is False:
+            raise
+        refusal = str(error)
+    # Outside the except block, where nothing holds what the failed step held.
+    stuck = parts.ranks.any(refusal is not None) if ladder == "auto" else refusal is not None
+    if report is not None and not stuck:
+        return report
+    return _climbed(parts, question, events, isolation, cache, ladder == "auto", refusal, settings)
+
+
+def _climbed(
+    parts: Parts, question: Question, events: Events, isolation: Isolation | None, cache: bool, takes: bool,
+    refusal: str | None, settings: Mapping[str, Any],
+) -> ProbeReport:  # fmt: skip
+    smallest = replace(question, share=None, max_batch=1, prefer="fewest")
+
+    def attempt(rung: str) -> Tried:
+        why = obstacle(rung, parts.model, parts.device.torch_device, parts.asked_precision)
+        if why is not None:
+            return Tried(rung, obstacle=why)
+        events.tell(Noted(f"not even the smallest micro-batch fits: looking at it under {rung}"))
+        trials: list[Trial] = []
+        here = replace(parts)
+        here.take(rung)
+        try:
+            _probe(here, smallest, events, isolation, cache, settings, trials.append)
+        except NothingFitsError:
+            return Tried(rung, max((trial.peak_bytes or 0 for trial in trials), default=0) or None)
+        except StateNotRestoredError:
+            raise
+        except (ProbeError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            # The model's own code need not bear it, such as a cache that is filled a second time.
+            return Tried(rung, obstacle=f"cannot be run, {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        return Tried(rung, max(trial.peak_bytes or 0 for trial in trials if trial.fits), fits=True)
+
+    tried, taken = climb(RUNGS, attempt, lambda fits: takes and not parts.ranks.any(not fits))
+    if taken is None and refusal is None:
+        raise NothingFitsError("not even the smallest micro-batch fits on another rank, under any rung of the ladder: "
+                               "the error that it raised says what was tried")  # fmt: skip
+    if taken is None:
+        raise NothingFitsError(f"{refusal}. {told(tried)}")
+    parts.take(taken)
+    events.tell(Noted(f"the ladder's {taken} is taken, the cheapest that fits: {RUNGS[taken]}"))
+    return _probe(parts, question, events, isolation, cache, settings)
+
+
+def _probe(
+    parts: Parts,
+    question: Question,
+    events: Events,
+    isolation: Isolation | None,
+    cache: bool,
+    settings: Mapping[str, Any],
+    also: Callable[[Trial], None] = lambda trial: None,
+) -> ProbeReport:
+    """One probe of the model as `parts` runs it."""
     device, precision = parts.device, parts.precision.name
 
     def listener(trial: Trial) -> None:
+        also(trial)
         events.tell(TrialRan(trial.to_dict()))
 
+    how = {"ladder": parts.ladder, "compile": parts.compiled is not None}
     key = training_key(
         parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
-        {"precision": precision, **settings}, f"{device.torch_device} {device.name} {device.total()}",
+        {"precision": precision, **how, **settings}, f"{device.torch_device} {device.name} {device.total()}",
     )  # fmt: skip
     journal_path = cache_folder() / f"{key}.journal" if cache or isolation else None
     journal = Journal(journal_path, key)
@@ -101,23 +214,26 @@ def probed(
         asked = {
             "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
             "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(device.torch_device),
-            "precision": precision, "cache": cache, **settings,
+            "precision": parts.asked_precision, "cache": cache, **how, **settings,
+            "ladder": parts.ladder or False,  # the child looks at this rung only: it may be killed on any
         }  # fmt: skip
-        return _probe_in_child(isolation, asked, journal, listener)
+        return _probe_in_child(isolation, asked, journal, listener, events)
     alone = Ranks()  # a trial waits for nobody: each rank probes its own device
     first = plan(1, 1, optimizer=parts.optimizer, batch_norm=settings["batch_norm"])
     accumulator = Accumulator(
         parts.model, parts.optimizer, first, objective=parts.objective, precision=precision,
         device=device.torch_device, ranks=alone, **settings,
     )  # fmt: skip
-    return run_probe(
-        accumulator, parts.objective, parts.source, device, question,
-        journal=journal, cache=Cache(key) if cache else None, listener=listener,
-    )  # fmt: skip
+    with parts.running(alone=True):
+        report = run_probe(
+            accumulator, parts.objective, parts.source, device, question,
+            journal=journal, cache=Cache(key) if cache else None, listener=listener,
+        )  # fmt: skip
+    return replace(report, ladder=parts.ladder)
 
 
 def _probe_in_child(
-    isolation: Isolation, asked: Mapping[str, Any], journal: Journal, listener: Callable[[Trial], None]
+    isolation: Isolation, asked: Mapping[str, Any], journal: Journal, listener: Callable[[Trial], None], events: Events
 ) -> ProbeReport:
     """A new child for each that is killed, until the journal has taught them enough."""
     if not callable(isolation.factory):
@@ -126,8 +242,11 @@ def _probe_in_child(
             "module's top level that returns fit's arguments as a dict, or use the command line with a TARGET"
         )
 
-    def heard(_: str, trial: Mapping[str, Any]) -> None:
-        listener(Trial(**trial))
+    def heard(kind: str, value: Any) -> None:
+        if kind == "trial":
+            listener(Trial(**value))
+        else:
+            events.tell(Noted(value))
 
     killed: list[Trial] = []
     for _ in range(MOST_CHILDREN):
@@ -171,9 +290,16 @@ def planned(
         samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
         batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
         minimum=report.floor if report is not None else _floor(parts, layers), multiple_of=multiple_of, tail=tail,
-        reasons=reasons,
+        reasons=reasons, by_length=_by_length(parts, report),
     )  # fmt: skip
-    return _explained(made, report)
+    return replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
+
+
+def _by_length(parts: Parts, report: ProbeReport | None) -> Room:
+    """What fits on every rank at each length, so that one table is in everybody's plan and checkpoint."""
+    own = () if report is None else report.by_length
+    tables = gathered({"by_length": [list(pair) for pair in own]}, parts.ranks, parts.device.torch_device)
+    return narrowest([tuple((length, size) for length, size in each["by_length"]) for each in tables])
 
 
 def _floor(parts: Parts, layers: Sequence[nn.Module]) -> int:
@@ -185,7 +311,7 @@ def _floor(parts: Parts, layers: Sequence[nn.Module]) -> int:
     start.mark()
     parts.model.train()
     try:
-        with torch.no_grad(), parts.precision.autocast():
+        with torch.no_grad(), parts.precision.autocast(), parts.running(compiled=False, alone=True):
             parts.objective.forward(tree.move(parts.source.trial(1), device))
     except ValueError as error:
         if not needs_two(error):
@@ -201,6 +327,11 @@ def _floor(parts: Parts, layers: Sequence[nn.Module]) -> int:
 
 def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
     reasons = {"denominator": parts.objective.reason, "precision": parts.precision.reason}
+    rung = parts.ladder if report is None else report.ladder
+    if rung is not None:
+        reasons["ladder"] = f"{rung}: {RUNGS[rung]}"
+    if rung == "bf16":
+        reasons["precision"] = "bf16 autocast: a rung of the ladder"
     if report is None:
         return reasons
     reasons["budget"] = report.budget_reason
@@ -210,7 +341,8 @@ def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
             "out of memory": f"{report.limit + 1} ran out of memory",
             "cap": "nothing larger was looked for",
         }
-        reasons["limit"] = f"{report.limit} samples fit at once; {proof[report.limit_proof or 'cap']}"
+        which = "of the longest samples seen fit" if report.by_length else "samples fit"
+        reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof or 'cap']}"
     return reasons
 
 
@@ -222,6 +354,8 @@ def _explained(made: Plan, report: ProbeReport | None) -> Plan:
     most = f"{report.limit} samples fit at once" if report.limit is not None else f"{report.micro_batch} samples fit"
     why = "measured to be the fastest" if report.throughput else f"the fewest that fit, since at most {most}"
     several = f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}"
+    if made.by_length:
+        return made  # its own words speak of lengths
     return replace(
         made,
         reasons={
@@ -256,6 +390,22 @@ def target_of(given: Plan | None, target_batch: int | None) -> int:
         raise PlanError("target_batch is missing: give the samples of one optimizer step, such as target_batch=256")
     check_counts(target_batch=target_batch)
     return target_batch
+
+
+def adopt(parts: Parts, made: Plan, events: Events) -> None:
+    """Takes the rung of a plan that was given or saved; where it cannot be taken, as on another device, that is said.
+
+    Raises:
+        SetupError: there is no such rung.
+    """
+    if made.ladder is None or made.ladder == parts.ladder:
+        return
+    one_of("the plan's ladder", made.ladder, tuple(RUNGS))
+    why = obstacle(made.ladder, parts.model, parts.device.torch_device, parts.asked_precision)
+    if why is None or made.ladder == parts.asked_precision:
+        parts.take(made.ladder)
+    else:
+        events.tell(Noted(f"the plan is for a model under {made.ladder}, which is left out here: {why}"))
 
 
 def for_ranks(given: Plan, ranks: Ranks) -> Plan:

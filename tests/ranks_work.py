@@ -279,6 +279,16 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
+def _probed(rank: int) -> list[Any]:
+    """A model with SyncBatchNorm, probed and verified with other memory on each rank: nobody may wait for the other."""
+    x, y, _ = data()
+    model = nn.Sequential(nn.Linear(INPUTS, 8), nn.SyncBatchNorm(8), nn.Linear(8, CLASSES)).double()
+    settings = {"loss": nn.CrossEntropyLoss(), "device": "cpu"}
+    report = autoaccum.probe(model, (x, y[:, 0].clamp(min=0)), memory=(rank + 1) * 12_000, cache=False, **settings)
+    verdict = autoaccum.verify(model, (x, y[:, 0].clamp(min=0)), **settings)
+    return [report.limit, verdict.ok, "forward" in vars(model[1])]
+
+
 def work(rank: int, folder: str) -> None:
     """One of two ranks; writes what it found to a file."""
     torch.set_num_threads(1)
@@ -297,6 +307,7 @@ def work(rank: int, folder: str) -> None:
     found["evaluations"] = train(Case(), rank, 2, val_data=data(13)[:2])[1].evaluations
     for name, attempt in errors(rank).items():
         found["errors"][name] = failed(attempt)
+    found["probed alone"] = _probed(rank)
     found["afterwards"] = state(train(Case(), rank, 2)[0])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

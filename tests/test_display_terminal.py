@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from autoaccum.display.chart import MemoryChart
+from autoaccum.display.layout import on_curve
 from autoaccum.display.terminal import (
     TrainingProgress,
     TrialLines,
@@ -230,3 +231,26 @@ def test_a_bar_stays_on_one_line_of_a_narrow_terminal():
 
     shown = console.file.getvalue().split("step 1/1000")[-1]
     assert shown.count("\n") == 1, "its end"
+
+
+def test_trials_of_chosen_lengths_say_so_and_only_those_of_the_longest_are_on_the_curve():
+    trials = [
+        {"batch": 4, "length": 20, "kind": "trace", "peak_bytes": 10, "seconds": 0.1, "outcome": "fits"},
+        {"batch": 4, "length": 80, "kind": "trace", "peak_bytes": 30, "seconds": 0.1, "outcome": "fits"},
+    ]
+    assert [trial["length"] for trial in on_curve(trials)] == [80]
+    assert on_curve([{"batch": 1}, {"batch": 2}]) == [{"batch": 1}, {"batch": 2}]
+
+
+def test_a_plan_over_lengths_shows_no_sizes_that_no_window_need_have():
+    shown = drawn(plan_view({**PLAN, "by_length": [[30, 64], [300, 1]]}))
+    assert "256 samples a step = micro-batches by length" in shown
+
+
+def test_a_training_over_lengths_says_what_cutting_by_length_gave():
+    lengths = {"tokens": 900, "tokens_per_second": 450.0, "padding": 0.1, "padding_unsorted": 0.5,
+               "micro_batches": {"3": 2, "10": 1}}  # fmt: skip
+    shown = drawn(fit_view({"history": [{"step": 1, "loss": 1.0, "lr": 0.1, "seconds": 2.0}], "lengths": lengths}))
+    assert "450" in shown
+    assert "10.0%" in shown
+    assert "3 to 10" in shown

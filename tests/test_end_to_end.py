@@ -52,6 +52,19 @@ def test_the_third_example_kills_a_training_and_ends_where_the_other_did():
     assert "bit for bit" in done.stdout
 
 
+def test_the_fourth_example_cuts_windows_of_text_by_length():
+    done = run("examples/04_text.py")
+    assert done.returncode == 0, done.stderr
+    padded, plain = map(float, re.search(r"padding: ([\d.]+)% .* would have been ([\d.]+)%", done.stdout).groups())
+    assert padded < 15
+    assert plain > 40
+    low, high = map(int, re.search(r"micro-batches: (\d+) to (\d+) a window", done.stdout).groups())
+    assert low < high
+    last, first = map(float, re.search(r"loss ([\d.]+) a byte, ([\d.]+) after one epoch", done.stdout).groups())
+    assert last < first
+    assert "micro-batches by length" in done.stderr
+
+
 def test_probe_prints_one_json_object_and_nothing_else_on_stdout():
     done = command("probe", EXAMPLE, "--target-batch", "256", "--memory", "12MiB", "--json")
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import autoaccum
 from autoaccum.errors import DataError, LossError, NothingFitsError, PlanError, SetupError
 from autoaccum.memory.device import open_device
+from autoaccum.memory.host import HostMemory
 from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.trace import record
 
@@ -326,3 +327,22 @@ def test_a_report_goes_through_json_and_is_drawn(tmp_path):
     assert max(map(sum, zip(*values["timeline"]["bytes"], strict=True))) == report.forecast(report.micro_batch)
     report.plot(tmp_path / "probe.png")
     assert (tmp_path / "probe.png").stat().st_size > 10_000
+
+
+def test_memory_that_others_take_during_the_probe_is_seen_before_the_verdict(monkeypatch):
+    looked = []
+
+    def host():
+        looked.append(4 if len(looked) < 2 else 2)
+        return HostMemory(64 * 2**20, looked[-1] * 2**20, "free in the test", "machine")
+
+    monkeypatch.setattr("autoaccum.memory.device.host_memory", host)
+    x, y = images(300)
+    model = cnn()
+    report = autoaccum.probe(model, (x, y), loss=nn.CrossEntropyLoss(), device="cpu", cache=False, optimizer="sgd")
+    assert report.micro_batch < 300
+    chosen = [trial for trial in report.trials if trial.batch == report.micro_batch]
+    assert chosen[-1].peak_bytes <= report.budget_bytes < 2 * 2**20
+    assert max(trial.peak_bytes for trial in report.trials) > 2.5 * 2**20, "the first answer was for more"
+    (note,) = (note for note in report.notes if "others took memory" in note)
+    assert "3.6 MiB were free at its start" in note

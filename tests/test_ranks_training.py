@@ -138,6 +138,12 @@ def test_an_error_on_one_rank_ends_both_with_it(found, name):
         assert told in found[1 - failed]["errors"][name]
 
 
+def test_layers_that_share_statistics_keep_to_themselves_while_each_rank_probes(found):
+    (first, *after), (second, *after_too) = (found[rank]["probed alone"] for rank in range(2))
+    assert 1 < first < second
+    assert after == after_too == [True, False]
+
+
 def test_the_group_trains_on_after_all_these_errors(found):
     for rank in range(2):
         assert off(found[rank]["afterwards"], by_hand(Case()).state_dict()) <= EXACT

@@ -252,3 +252,19 @@ def test_a_history_of_another_version_has_none_where_it_lacks_a_column():
     empty = History()
     empty.load_state_dict(History().state_dict())
     assert empty == []
+
+
+def test_no_hook_stays_on_the_model_and_a_second_iteration_pools_again():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    x, y = torch.randn(32, 4), torch.randint(0, 2, (32,))
+    loop = autoaccum.prepare(
+        model, (x, y), loss=nn.CrossEntropyLoss(), target_batch=16, micro_batch=8, epochs=2, device="cpu", check=False
+    )
+    for _ in loop:
+        break
+    del _
+    counted = int(model[1].num_batches_tracked)
+    assert counted == 1
+    loop.run()
+    assert int(model[1].num_batches_tracked) == 4
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

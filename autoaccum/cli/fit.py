@@ -27,7 +27,7 @@ __all__ = ["fit"]
     "target_batch", "epochs", "max_steps", "memory", "device", "precision", "accumulate", "reduction",
     "optimizer", "lr", "lr_batch", "lr_rule", "schedule", "warmup_steps", "clip_norm", "batch_norm", "tail", "shuffle",
     "prefer", "micro_batch", "plan", "multiple_of", "max_batch", "isolate", "cache", "check",
-    "checkpoint", "checkpoint_every", "resume", "compile", "regrow_after", "on_nonfinite", "seed", "progress",
+    "checkpoint", "checkpoint_every", "resume", "compile", "ladder", "regrow_after", "on_nonfinite", "seed", "progress",
 )  # fmt: skip
 @new_file("save", "Save the trained weights: the model's state_dict.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")

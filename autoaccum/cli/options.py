@@ -128,6 +128,11 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     "checkpoint_every": _option("checkpoint_every", COUNT, "Optimizer steps between checkpoints.", "N"),
     "resume": _switch("resume", "auto", "Go on from the last checkpoint: it must be there, or only if it is."),
     "compile": _flag("compile", "Compile the model with torch.compile."),
+    "ladder": _option(
+        "ladder",
+        _choice("auto", "bf16", "checkpointing", "save_on_cpu", "checkpointing+save_on_cpu"),
+        "Where not even one sample fits: take the cheapest of these that does (auto), or this one.",
+    ),
     "regrow_after": _option("regrow_after", COUNT, "Windows after which to try larger micro-batches again.", "N"),
     "on_nonfinite": _option("on_nonfinite", _choice("raise", "skip"), "What to do at a loss that is not finite."),
     "seed": _option("seed", click.IntRange(min=0), "Seed of all random numbers.", "N"),

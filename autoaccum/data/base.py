@@ -12,7 +12,7 @@ Choices made here:
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,24 @@ from torch import Tensor
 from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import draw, mix, preserved
+from autoaccum.data.lengths import ByLength, Padding, Ruler, find_ruler, measured
 from autoaccum.errors import CheckpointError, DataError
+from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
 
 __all__ = ["Read", "Source"]
 
-Read = tuple[int, tuple[int, ...], list[Any]]
-"""A window as a source reads it: samples over all ranks, this rank's sizes, this rank's micro-batches."""
+
+class Read(NamedTuple):
+    """A window as a source reads it."""
+
+    total: int
+    """Samples over all ranks."""
+    sizes: tuple[int, ...]
+    """Of this rank's micro-batches."""
+    batches: list[Any]
+    padding: Padding | None = None
+    """Where it was cut by length."""
 
 
 class Source(ABC):
@@ -39,6 +50,7 @@ class Source(ABC):
         drop_last: the DataLoader drops a short last batch.
         one_shot: it can be read only once.
         varies: one line on samples that differ in size, once a trial has looked at some; None where they do not.
+        mixed: why no one length tells the memory, where samples differ in size in more than one way.
     """
 
     kind: str
@@ -47,23 +59,33 @@ class Source(ABC):
     drop_last: bool = False
     one_shot: bool = False
     varies: str | None = None
+    mixed: str | None = None
 
     def __init__(self, *, seed: int | None, ranks: Ranks, worst_case: Any) -> None:
         self._seed, self._ranks, self._worst_case = seed, ranks, worst_case
         self._epoch: int | None = None
         self._starts: list[Tensor] = []
+        self._ruler: Ruler | None = None
+        self._lengths: tuple[int, ...] | None = None
+        self._measured: list[tuple[int, Any]] = []  # the samples looked at, each after its length
 
-    def trial(self, size: int) -> Any:
+    def trial(self, size: int, length: int | None = None) -> Any:
         """`size` real samples as one batch on the host; where there are fewer, they are repeated.
 
         Nothing is used up, and no generator is changed. Where samples differ in size, the largest of those looked at
-        are taken. `worst_case` is taken instead, where it was given.
+        are taken, or those of a `length`, one of `lengths()`. `worst_case` is taken instead, where it was given.
 
         Raises:
             DataError: there are no samples, or they cannot be read or collated.
         """
         if size < 1:
             raise DataError(f"a trial of {size} samples: it needs at least one")
+        if length is not None:
+            if not self._measured:
+                self._measure()
+            alike = [sample for own, sample in self._measured if own == length]
+            with preserved():
+                return self._collated([tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)])
         if self._worst_case is None:
             return self._trial(size)
         if not callable(self._worst_case):
@@ -75,6 +97,44 @@ class Source(ABC):
                 f"worst_case({size}) returned a batch of {found} samples: it must have as many as asked for"
             )
         return batch
+
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths of the samples looked at, rising, where one size of a batch follows from its samples; else none.
+
+        With a `worst_case` there are none: what to make room for was said.
+        """
+        if self._lengths is None:
+            self._measure()
+        return self._lengths or ()
+
+    def short_and_long(self) -> tuple[tuple[Any, Any], Any] | None:
+        """A short and a long sample, each as a batch alone, and both in one; None where that cannot be compared.
+
+        A collate function that draws, to mask words for example, makes another batch each time.
+        """
+        lengths = self.lengths()
+        if not lengths:
+            return None
+        if not self._measured:
+            self._measure()
+        chosen = [lengths[len(lengths) // 4], lengths[-1]]
+        pair = [next(sample for own, sample in self._measured if own == length) for length in chosen]
+        with preserved():
+            groups = [pair[:1], pair[1:], pair, pair]
+            short, long, both, again = (
+                self._collated([tree.map_tensors(_itself, sample) for sample in group]) for group in groups
+            )
+        same = all(torch.equal(a, b) for (_, a), (_, b) in zip(tree.tensors(both), tree.tensors(again)))
+        return ((short, long), both) if same else None
+
+    def by_length(self, plan: Plan) -> ByLength | None:
+        """How windows are cut by length; None where the plan does not say so, or samples do not differ."""
+        rule = plan.length_rule
+        if rule is None:
+            return None
+        self.lengths()
+        self._measured = []  # trials are over: what was kept for them is let go
+        return None if self._ruler is None else ByLength(rule, self._ruler)
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this data from other data, for checkpoints and caches: plain values."""
@@ -133,6 +193,23 @@ class Source(ABC):
     def _trial(self, size: int) -> Any:
         """`size` samples of the data as one batch."""
 
+    # --- lengths ---
+
+    def _some_samples(self) -> list[Any]:
+        """A few of the samples, those that trials are made of; none where they do not differ in size."""
+        return []
+
+    def _collated(self, samples: list[Any]) -> Any:
+        """The samples as one batch."""
+        raise DataError(f"{self.kind} are not collated here")
+
+    def _measure(self) -> None:
+        samples = [] if self._worst_case is not None else self._some_samples()
+        self._ruler, self.mixed = find_ruler(samples, self._collated) if samples else (None, None)
+        if self._ruler is not None:
+            self._measured = list(zip(measured(samples, self._collated, self._ruler), samples))
+        self._lengths = tuple(sorted({length for length, _ in self._measured}))
+
     # --- an epoch's base ---
 
     def _own_generators(self) -> list[torch.Generator]:
@@ -164,3 +241,7 @@ class Source(ABC):
         if self._ranks.size > 1:
             base = int(self._ranks.broadcast(torch.tensor(base, dtype=torch.int64)))
         return base
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

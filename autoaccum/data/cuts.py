@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.data import tree
+from autoaccum.data.lengths import ByLength
 from autoaccum.errors import DataError, PlanError
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split, look_ahead, next_window
@@ -69,8 +70,8 @@ class Cutter:
             self._cuts[total] = Cut(total, *plan.share(total), plan.split(total))
         return self._cuts[total]
 
-    def pieces(self, portions: Sequence[Any]) -> list[Any]:
-        """Ready batches, or what a window takes of them, each cut evenly into micro-batches.
+    def pieces(self, portions: Sequence[Any], by_length: ByLength | None = None) -> list[Any]:
+        """Ready batches, or what a window takes of them, each cut evenly into micro-batches that fit at its length.
 
         One that is below the plan's minimum joins its neighbour.
 
@@ -82,6 +83,8 @@ class Cutter:
         pieces = []
         for portion in _joined(portions, plan.minimum):
             samples = tree.batch_size(portion)
+            if by_length is not None:
+                limit = by_length.limit(portion)
             if plan.minimum <= samples <= limit:
                 pieces.append(portion)
                 continue

@@ -10,19 +10,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from autoaccum.data.draws import mix, seed_sample
+from autoaccum.data.lengths import ByLength, Padding, cut
 from autoaccum.errors import DataError
 
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
 
 
 class Ask(NamedTuple):
-    """One micro-batch that is wanted."""
+    """One micro-batch that is wanted; or a window's part, to be cut by length."""
 
     indices: Sequence[Any]
     position: int
     """Of the first index in the epoch's order."""
     base: int | None
     """The epoch's base, where every sample is to be seeded from it."""
+    by_length: ByLength | None = None
 
 
 class WorkerTraceback(Exception):
@@ -62,6 +64,24 @@ class Fetcher:
         if ask.base is not None:
             seed_sample(mix(ask.base, ask.position, 1))  # a collate function may draw too, as for masked words
         return self.collated(samples, ask.indices)
+
+    def window(self, ask: Ask) -> tuple[list[Any], Padding | None]:
+        """The micro-batches of a window's part, cut by length.
+
+        Raises:
+            DataError: as `batch`; or a sample is too long.
+        """
+        assert ask.by_length is not None
+        samples = self._asked_for(ask)
+        pieces, padding = cut(samples, ask.by_length, self.collated, ask.indices)
+        batches = []
+        for places in pieces:
+            if ask.base is not None:
+                seed_sample(mix(ask.base, ask.position + places[0], 1))
+            batches.append(
+                self.collated([samples[place] for place in places], [ask.indices[place] for place in places])
+            )
+        return batches, padding
 
     def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
         """The samples, each after its seed is set, where there are seeds.
@@ -146,7 +166,7 @@ class WorkerDataset:
         """The batch, or what went wrong."""
         fetcher: Fetcher = vars(self)["_autoaccum"][1]
         try:
-            return fetcher.batch(ask)
+            return fetcher.batch(ask) if ask.by_length is None else fetcher.window(ask)
         except DataError as error:
             cause = error.__cause__
             return Failure(str(error), cause if isinstance(cause, Exception) else error)

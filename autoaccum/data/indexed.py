@@ -144,16 +144,16 @@ class TensorSource(IndexedSource):
                 rows = _part(rows, cut.start, cut.stop)
             sizes = cut.sizes
             if not sizes:
-                yield total, sizes, []
+                yield Read(total, sizes, [])
                 continue
             window = self._gather(rows)
             if len(sizes) == 1:
-                yield total, sizes, [self._like(window)]
+                yield Read(total, sizes, [self._like(window)])
             elif self._strided:
                 pieces = [torch.split_with_sizes(tensor, sizes) for tensor in window]
-                yield total, sizes, [self._like(parts) for parts in zip(*pieces)]
+                yield Read(total, sizes, [self._like(parts) for parts in zip(*pieces)])
             else:
-                yield total, sizes, tree.split(self._like(window), sizes)
+                yield Read(total, sizes, tree.split(self._like(window), sizes))
 
     def _gather(self, rows: Tensor | slice) -> list[Tensor]:
         if not self._strided:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from autoaccum.data import tree
@@ -24,9 +25,11 @@ from autoaccum.data.cuts import Cut, Cutter
 from autoaccum.data.draws import mix, preserved
 from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
+from autoaccum.data.lengths import ByLength
 from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.pool import Pool, spread
 from autoaccum.errors import DataError
+from autoaccum.planning.plan import Plan
 
 __all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "rebuilt"]
 
@@ -58,23 +61,33 @@ class MapSource(IndexedSource):
         with preserved(self._dataset):
             return self._fetcher.collated(samples)
 
+    def _some_samples(self) -> list[Any]:
+        return self._pool.look()
+
+    def _collated(self, samples: list[Any]) -> Any:
+        return self._fetcher.collated(samples)
+
     def _samples_from(self, start: int) -> Iterator[Any]:
         candidates = possible_indices(self._sampler, self._rows)
         return (self._fetcher.samples([candidates[number]])[0] for number in spread(len(candidates), start))
 
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
         self._pool.close()
-        schedule = _Schedule(order, cutter, position)
+        schedule = _Schedule(order, cutter, position, self.by_length)
         if self._workers is not None:
             return self._workers.windows(schedule, base)
         return self._in_this_process(schedule)
 
     def _in_this_process(self, schedule: "_Schedule") -> Iterator[Read]:
         while entry := schedule.next():
-            batches = [self._fetcher.batch(ask) for ask in entry.asks(None)]
-            if self._pin:
-                batches = [tree.map_tensors(lambda tensor: tensor.pin_memory(), batch) for batch in batches]
-            yield entry.cut.total, entry.cut.sizes, batches
+            yield entry.read([self._fetched(ask) for ask in entry.asks(None)])
+
+    def _fetched(self, ask: Ask) -> Any:
+        if ask.by_length is None:
+            batch = self._fetcher.batch(ask)
+            return tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch
+        batches, padding = self._fetcher.window(ask)
+        return [tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch for batch in batches], padding
 
 
 class _Entry(NamedTuple):
@@ -83,34 +96,55 @@ class _Entry(NamedTuple):
     cut: Cut
     indices: Sequence[Any]
     position: int
+    by_length: ByLength | None = None
+
+    @property
+    def asked(self) -> int:
+        """How many asks it takes."""
+        return len(self.cut.sizes) if self.by_length is None else min(len(self.cut.sizes), 1)
 
     def asks(self, base: int | None) -> Iterator[Ask]:
-        """This rank's micro-batches."""
-        start = self.cut.start
+        """This rank's micro-batches; where they are cut by length, all of them in one."""
+        start, stop = self.cut.start, self.cut.stop
+        if self.by_length is not None:
+            if start < stop:
+                yield Ask(self.indices[start:stop], self.position + start, base, self.by_length)
+            return
         for size in self.cut.sizes:
             yield Ask(self.indices[start : start + size], self.position + start, base)
             start += size
+
+    def read(self, fetched: list[Any]) -> Read:
+        """The window, from what its asks gave."""
+        if self.by_length is None or not fetched:
+            return Read(self.cut.total, self.cut.sizes, fetched)
+        ((batches, padding),) = fetched
+        return Read(self.cut.total, tuple(map(tree.batch_size, batches)), batches, padding)
 
 
 class _Schedule:
     """The windows of an epoch, one after another, cut by the plan of the moment."""
 
-    def __init__(self, order: Order, cutter: Cutter, position: int) -> None:
-        self._order, self._cutter, self._position = order, cutter, position
+    def __init__(
+        self, order: Order, cutter: Cutter, position: int, by_length: Callable[[Plan], ByLength | None]
+    ) -> None:
+        self._order, self._cutter, self._position, self._by_length = order, cutter, position, by_length
 
     def next(self) -> _Entry | None:
         """The next window; None at the epoch's end."""
         total = self._cutter.total(self._order.look)
         if not total:
             return None
-        entry = _Entry(self._cutter.cut(total), self._order.take(total), self._position)
+        by_length = self._by_length(self._cutter.plan)
+        entry = _Entry(self._cutter.cut(total), self._order.take(total), self._position, by_length)
         self._position += total
         return entry
 
     def recut(self, entry: _Entry) -> _Entry:
         """The window cut by the plan as it is now: the same entry, where that changes nothing."""
-        cut = self._cutter.cut(entry.cut.total)
-        return entry if cut == entry.cut else entry._replace(cut=cut)
+        cut, by_length = self._cutter.cut(entry.cut.total), self._by_length(self._cutter.plan)
+        same = cut == entry.cut and by_length == entry.by_length
+        return entry if same else entry._replace(cut=cut, by_length=by_length)
 
 
 class _Workers:
@@ -131,12 +165,12 @@ class _Workers:
             if wanted is not entry:
                 asks.again()
                 batches, entry = None, wanted
-            if batches is None and entry.cut.sizes:
+            if batches is None and entry.asked:
                 self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
                 batches = iter(self._loader)
-            fetched = [_fetched(batches) for _ in entry.cut.sizes] if batches is not None else []
+            fetched = [_fetched(batches) for _ in range(entry.asked)] if batches is not None else []
             asks.done()
-            yield entry.cut.total, entry.cut.sizes, fetched
+            yield entry.read(fetched)
 
 
 class _Asks:

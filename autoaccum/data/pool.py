@@ -55,6 +55,20 @@ class Pool:
         self._let_go()
         return chosen, varies
 
+    def look(self) -> list[Any]:
+        """The samples looked at, where they differ in size; else none.
+
+        Raises:
+            DataError: reading them failed.
+        """
+        with preserved(*self._owners):
+            samples = self._first(_FIRST_LOOK)
+            if len({weight(sample) for sample in samples}) > 1:
+                samples = self._first(LOOKED_AT)
+        found = samples if len({weight(sample) for sample in samples}) > 1 else []
+        self._let_go()
+        return found
+
     def close(self) -> None:
         """Lets everything go that was kept."""
         self._kept, self._reader = [], None

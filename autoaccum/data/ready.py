@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autoaccum.data import tree
+from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import preserved
 from autoaccum.data.fetch import Fetcher
@@ -84,10 +85,10 @@ class BatchSource(StreamSource):
             taken.append(batch)
         return taken
 
-    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
         cut = cutter.cut(total)
-        pieces = cutter.pieces(_between(drawn, cut.start, cut.stop))
-        return tuple(map(tree.batch_size, pieces)), pieces
+        pieces = cutter.pieces(_between(drawn, cut.start, cut.stop), self.by_length(cutter.plan))
+        return Read(total, tuple(map(tree.batch_size, pieces)), pieces)
 
     def _own_generators(self) -> list[torch.Generator]:
         found = [getattr(owner, "generator", None) for owner in (self._loader, *self._samplers)]
@@ -112,6 +113,12 @@ class BatchSource(StreamSource):
             )
         order = sorted(range(len(batches)), key=lambda number: -each[number])
         return tree.repeat(_joined([batches[number] for number in order], size), size)
+
+    def _some_samples(self) -> list[Any]:
+        return [] if self._pool is None else self._pool.look()
+
+    def _collated(self, samples: list[Any]) -> Any:
+        return self._fetcher.collated(samples)
 
     def _samples_from(self, start: int) -> Iterator[Any]:
         indices = possible_indices(self._inner_sampler(), length_of(self._loader.dataset))

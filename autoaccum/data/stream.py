@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import Lane, mix, preserved
 from autoaccum.data.fetch import Fetcher
+from autoaccum.data.lengths import cut
 from autoaccum.data.mapped import as_is, rebuilt
 from autoaccum.data.pool import LOOKED_AT, Pool, pick
 from autoaccum.errors import DataError
@@ -126,16 +127,15 @@ class StreamSource(Source):
         while total := cutter.total(reader.look):
             drawn = self._take(reader, total)
             reader.index += 1
-            sizes, batches = self._micro_batches(drawn, cutter, total)
-            yield total, sizes, batches
+            yield self._micro_batches(drawn, cutter, total)
 
     @abstractmethod
     def _take(self, reader: Reader, samples: int) -> list[Any]:
         """The next `samples` samples, out of the reader."""
 
     @abstractmethod
-    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
-        """This rank's micro-batches of a window of `total` samples, and their sizes."""
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
+        """This rank's micro-batches of a window of `total` samples."""
 
     @abstractmethod
     def _samples_in(self, item: Any) -> int:
@@ -234,14 +234,29 @@ class SampleSource(StreamSource):
         reader.ahead -= samples
         return [reader.drawn.popleft() for _ in range(samples)]
 
-    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> tuple[tuple[int, ...], list[Any]]:
-        cut = cutter.cut(total)
-        batches, start = [], cut.start
-        for size in cut.sizes:
-            batch = self._collate(drawn[start : start + size])
-            batches.append(tree.map_tensors(torch.Tensor.pin_memory, batch) if self._pin else batch)
-            start += size
-        return cut.sizes, batches
+    def _some_samples(self) -> list[Any]:
+        if self.one_shot:
+            reader = self._only_reader()
+            reader.look(LOOKED_AT)
+            return list(islice(reader.drawn, LOOKED_AT))
+        return self._pool.look()
+
+    def _collated(self, samples: list[Any]) -> Any:
+        return self._collate(samples)
+
+    def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
+        share, by_length = cutter.cut(total), self.by_length(cutter.plan)
+        samples = drawn[share.start : share.stop]
+        padding = None
+        if by_length is None:
+            stops = list(accumulate(share.sizes))
+            pieces = [list(range(stop - size, stop)) for size, stop in zip(share.sizes, stops)]
+        else:
+            pieces, padding = cut(samples, by_length, self._collate)
+        batches = [self._collate([samples[place] for place in places]) for places in pieces]
+        if self._pin:
+            batches = [tree.map_tensors(torch.Tensor.pin_memory, batch) for batch in batches]
+        return Read(total, tuple(map(len, pieces)), batches, padding)
 
 
 def reads_once(items: Iterable[Any]) -> bool:

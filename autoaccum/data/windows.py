@@ -10,6 +10,7 @@ from typing import Any
 
 from autoaccum.data.base import Source
 from autoaccum.data.cuts import Cutter
+from autoaccum.data.lengths import Padding
 from autoaccum.planning.plan import Plan
 
 __all__ = ["Window", "indices_of", "windows"]
@@ -26,6 +27,7 @@ class Window:
         total: samples of the window over all ranks.
         epoch: the epoch it belongs to.
         index: its number in the epoch.
+        padding: what its micro-batches are padded to, where it was cut by length.
     """
 
     batches: list[Any]
@@ -34,6 +36,7 @@ class Window:
     total: int
     epoch: int
     index: int
+    padding: Padding | None = None
 
 
 def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0) -> Iterator[Window]:
@@ -55,8 +58,8 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
     """
     cutter = Cutter(plan, source.drop_last)
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
-    for index, (total, sizes, batches) in enumerate(source.read(epoch, cutter, start), start):
-        yield Window(batches, sizes, sum(sizes), total, epoch, index)
+    for index, (total, sizes, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
+        yield Window(batches, sizes, sum(sizes), total, epoch, index, padding)
 
 
 def indices_of(window: Window, source: Source, plan: Plan) -> Sequence[Any] | None:

@@ -1,7 +1,7 @@
 """What the views and the progress lines share: the console, the three columns, how numbers are written."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -10,10 +10,18 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Row", "facts", "lines", "number", "of_budget", "open_console", "outcome_style"]
+__all__ = ["Bar", "Row", "facts", "lines", "number", "of_budget", "on_curve", "open_console", "outcome_style"]
 
 _BAR = 20  # cells of a full bar
 Row = tuple[str, object, str]  # what it is, its value, why
+
+
+def on_curve(trials: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The trials that a curve over batches is of: where some chose a length, those of the longest."""
+    trials = list(trials)
+    longest = max((trial.get("length") or 0 for trial in trials), default=0)
+    return [trial for trial in trials if (trial.get("length") or longest) == longest]
+
 
 _PLAIN = str.maketrans({
     "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "…": "...", "’": "'",

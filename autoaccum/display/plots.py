@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from autoaccum.display.layout import on_curve
 from autoaccum.errors import MissingExtraError, SetupError
 from autoaccum.units import GIB, KIB, MIB, format_bytes
 
@@ -85,7 +86,7 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     """Peak over batch size."""
     from matplotlib.ticker import MaxNLocator
 
-    scale, chosen, trials = frame.scale, report["micro_batch"], report.get("trials") or ()
+    scale, chosen, trials = frame.scale, report["micro_batch"], on_curve(report.get("trials") or ())
     if frame.curve:
         panel.plot(*_columns(frame.curve, scale), color=_CURVE, linewidth=2, label="forecast")
     fitted = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("outcome", "fits") == "fits"]

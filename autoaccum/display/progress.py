@@ -37,6 +37,7 @@ class TrialLines:
         if peak is not None and self.budget_bytes:
             memory += f" of {format_bytes(self.budget_bytes)}"
         line = Text("  ").append(f"{trial.get('kind', ''):<10}", style="dim").append(f" batch {trial['batch']:>6}")
+        line.append(f" × {trial['length']:<5}" if trial.get("length") else "")
         line.append(f"  {memory:>11}").append(f"  {seconds:6.2f} s" if seconds is not None else "", style="dim")
         line.append(f"  {trial.get('outcome', '')}", style=outcome_style(trial.get("outcome")))
         self.console.print(line, soft_wrap=True)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autoaccum.display.chart import MemoryChart
-from autoaccum.display.layout import Bar, Row, facts, lines, number, of_budget, open_console, outcome_style
+from autoaccum.display.layout import Bar, Row, facts, lines, number, of_budget, on_curve, open_console, outcome_style
 from autoaccum.display.progress import TrainingProgress, TrialLines
 from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
@@ -54,7 +54,7 @@ def plan_view(plan: Mapping[str, Any]) -> RenderableType:
     if plan.get("world_size", 1) > 1:
         title.append(f" over {plan['world_size']} ranks; rank {plan.get('rank', 0)} has {_sum(plan['micro_batches'])}")
     else:
-        title.append(f" = {_sum(plan['micro_batches'])}")
+        title.append(f" = {_sizes(plan)}")
     reasons = dict(plan.get("reasons") or {})
     rows = []
     for name in dict.fromkeys([*_PLAN_ORDER, *reasons]):
@@ -76,7 +76,7 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
         ("Probe  ", "bold"), "micro-batch ", (str(micro), "bold green"), f" fits on {report.get('device')}"
     )
     rows: list[Row] = []
-    peak = max((trial.get("peak_bytes") or 0 for trial in trials if trial["batch"] == micro), default=0)
+    peak = max((trial.get("peak_bytes") or 0 for trial in on_curve(trials) if trial["batch"] == micro), default=0)
     if peak:
         rows.append(("peak", format_bytes(peak), f"measured at {micro}{of_budget(peak, budget)}"))
     rows.append(("limit", report.get("limit") or "not looked for", _proof(report, curve)))
@@ -96,7 +96,7 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     if report.get("parts"):
         blocks += [Text(), _parts(report["parts"], micro)]
     if len(curve) > 1:
-        measured = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("peak_bytes")]
+        measured = [(trial["batch"], trial["peak_bytes"]) for trial in on_curve(trials) if trial.get("peak_bytes")]
         blocks += [Text(), MemoryChart(curve, measured=measured, budget=budget, chosen=micro)]
     return Group(*blocks)
 
@@ -167,6 +167,7 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
         samples = sum(record.get("samples") or 0 for record in history)
         if seconds:
             rows.append(("samples/s", f"{samples / seconds:,.1f}", f"{samples:,} samples in {seconds:,.1f} s of steps"))
+        rows += _length_rows(result.get("lengths"))
         peak = max(record.get("peak_bytes") or 0 for record in history)
         if peak:
             budget = (result.get("probe") or {}).get("budget_bytes")
@@ -179,8 +180,20 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
     title = Text.assemble(("Trained  ", "bold"), (str(history[-1]["step"] if history else 0), "bold green"), " steps")
     if result.get("plan"):
         plan = result["plan"]
-        title.append(f" of {plan['target_batch']} samples = {_sum(plan.get('micro_batches') or ())}")
+        title.append(f" of {plan['target_batch']} samples = {_sizes(plan)}")
     return Group(title, facts(rows))
+
+
+def _length_rows(lengths: Mapping[str, Any] | None) -> list[Row]:
+    if not lengths:
+        return []
+    counts = [int(count) for count in lengths["micro_batches"]]
+    windows = sum(lengths["micro_batches"].values())
+    return [
+        ("tokens/s", f"{lengths['tokens_per_second']:,.0f}", f"{lengths['tokens']:,} tokens, padding not counted"),
+        ("padding", f"{lengths['padding']:.1%}", f"{lengths['padding_unsorted']:.1%} in micro-batches of one size"),
+        ("micro-batches", f"{min(counts)} to {max(counts)}", f"a window, over {windows} windows"),
+    ]
 
 
 def search_view(result: Mapping[str, Any]) -> RenderableType:
@@ -221,7 +234,7 @@ def _trials(trials: Sequence[Mapping[str, Any]], budget: int | None, out_of_memo
     for trial in trials:
         peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
         table.add_row(
-            str(trial["batch"]),
+            str(trial["batch"]) + (f" × {trial['length']}" if trial.get("length") else ""),
             format_bytes(peak) if peak is not None else "",
             f"{peak / budget:.0%}" if peak is not None and budget else "",
             f"{seconds:.2f} s" if seconds is not None else "",
@@ -265,6 +278,10 @@ def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
     if proof == "cap":
         return "the largest size that was allowed or that the data has; memory has room for more"
     return ""
+
+
+def _sizes(plan: Mapping[str, Any]) -> str:
+    return "micro-batches by length" if plan.get("by_length") else _sum(plan.get("micro_batches") or ())
 
 
 def _sum(sizes: Sequence[int]) -> str:

@@ -21,6 +21,7 @@ from autoaccum.errors import PlanError
 from autoaccum.planning import learning_rate, split, stored
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
+from autoaccum.planning.lengths import LengthRule, Room, check_room, scaled
 from autoaccum.planning.reasons import batch_norm_lines, size_lines, tail_line
 from autoaccum.planning.stored import SCHEMA
 
@@ -69,6 +70,16 @@ class Plan:
     """Of an epoch, where known."""
     reasons: dict[str, str]
     """One line on each value: what it is, and why."""
+    by_length: Room = ()
+    """Where samples differ in length: (length, samples), so many fit at once up to that padded length. Sizes above are
+    those of the longest samples seen; each window is cut by the lengths in it, and k varies."""
+    ladder: str | None = None
+    """What makes the step smaller, without which not even the smallest micro-batch fits; None where nothing does."""
+
+    @property
+    def length_rule(self) -> LengthRule | None:
+        """How this rank's share of a window is cut where samples differ in length; None where they do not."""
+        return LengthRule(self.by_length, self.minimum, self.limits[self.rank]) if self.by_length else None
 
     def share(self, samples: int) -> tuple[int, int]:
         """This rank's part [start, stop) of a window of `samples` samples; the parts of all ranks tile the window.
@@ -111,7 +122,8 @@ class Plan:
         """The plan for the same target with at most `limit` samples at once, on every rank.
 
         Roomier ranks come down to `limit`. Where all have less, the roomiest rise to it, and those that were smaller
-        than these stay as they are.
+        than these stay as they are. Where samples differ in length, `limit` is for the longest ones, and what shorter
+        ones may take changes in proportion.
 
         Args:
             limit: the new limit.
@@ -123,7 +135,9 @@ class Plan:
         limit = split.whole("limit", limit, 1)
         roomiest = max(self.limits)
         limits = tuple(limit if own == roomiest else min(own, limit) for own in self.limits)
-        return _arranged(dataclasses.replace(self, limits=limits, reasons={**self.reasons, "limit": reason}))
+        room = scaled(self.by_length, limit, roomiest, self.minimum)
+        reasons = {**self.reasons, "limit": reason}
+        return _arranged(dataclasses.replace(self, limits=limits, by_length=room, reasons=reasons))
 
     def on_rank(self, rank: int) -> "Plan":
         """The same plan as another rank has it: what a plan read from one rank's file becomes on the others.
@@ -191,6 +205,7 @@ def plan(
     multiple_of: int = 1,
     tail: str = "step",
     reasons: Mapping[str, str] | None = None,
+    by_length: Room = (),
 ) -> Plan:
     """The plan for `target_batch` where at most `limit` samples fit at once: arithmetic only, nothing is run.
 
@@ -213,6 +228,8 @@ def plan(
         multiple_of: prefer such sizes where that does not raise the number of micro-batches.
         tail: "step" or "drop" a short last window.
         reasons: the caller's lines, such as where `limit` is from; under a name of the plan's own they replace that.
+        by_length: where samples differ in length: pairs (length, samples), so many fit at once up to that padded
+            length; `limit` is then for the longest samples seen.
 
     Raises:
         PlanError: a value out of range, or a target that cannot be cut, with the nearest that can.
@@ -249,6 +266,7 @@ def plan(
             tail=_one_of("tail", tail, split.TAILS),
             samples=samples,
             reasons={**rates.reasons, **given},
+            by_length=check_room(by_length),
         )
     )
     return dataclasses.replace(arranged, reasons={**arranged.reasons, **given})
@@ -304,6 +322,7 @@ def _check(found: Plan) -> None:
     _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
     _one_of("batch_norm", found.batch_norm, MODES)
     _one_of("tail", found.tail, split.TAILS)
+    check_room(found.by_length)
     sizes = found.split(found.target_batch)
     if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), len(sizes)):
         raise PlanError(

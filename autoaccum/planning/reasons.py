@@ -37,13 +37,16 @@ def size_lines(plan: Plan, sizes: tuple[int, ...]) -> dict[str, str]:
         lines["share"] = _share_line(plan, sum(sizes))
     if "limit" in plan.reasons:
         lines["limit"] = plan.reasons["limit"]  # the caller's, put where it is read first
-    lines |= _micro_batch_lines(plan.limits[plan.rank], sizes, "limit" in plan.reasons)
+    if plan.by_length and sizes:
+        lines |= _by_length_lines(plan, sizes)
+    else:
+        lines |= _micro_batch_lines(plan.limits[plan.rank], sizes, "limit" in plan.reasons)
     if plan.minimum > 1:
         lines["minimum"] = (
             f"{plan.minimum}: a layer forbids smaller micro-batches (BatchNorm needs two values a channel)"
         )
     if plan.multiple_of > 1 and sizes:
-        lines["multiple_of"] = _multiple_line(plan.multiple_of, sizes)
+        lines["multiple_of"] = _multiple_line(plan.multiple_of, sizes, by_length=bool(plan.by_length))
     return lines
 
 
@@ -68,6 +71,20 @@ def _micro_batch_lines(limit: int, sizes: tuple[int, ...], explained: bool) -> d
     }
 
 
+def _by_length_lines(plan: Plan, sizes: tuple[int, ...]) -> dict[str, str]:
+    """The lines on sizes that follow from the lengths in each window."""
+    room = plan.by_length
+    shown = [room[0], room[len(room) // 2], room[-1]] if len(room) > 3 else list(room)
+    told = ", ".join(f"{samples} of up to {length}" for length, samples in shown)
+    return {
+        "micro_batch": f"{sizes[0]}: of the longest samples seen; shorter ones run more at once",
+        "accumulation_steps": f"{len(sizes)} micro-batches{',' if len(sizes) > 4 else ' of'} {format_sizes(sizes)}, "
+        "were all samples of a window as long as the longest seen; each window takes as many as its lengths need",
+        "by_length": f"samples at once by padded length: {told}; a window is sorted by length and cut where that costs "
+        f"least, and none longer than {room[-1][0]} fits",
+    }
+
+
 def _share_line(plan: Plan, share: int) -> str:
     parts = shares(plan.target_batch, plan.limits, minimum=plan.minimum)
     alike = len(set(plan.limits)) == 1
@@ -78,7 +95,9 @@ def _share_line(plan: Plan, share: int) -> str:
     return text
 
 
-def _multiple_line(unit: int, sizes: tuple[int, ...]) -> str:
+def _multiple_line(unit: int, sizes: tuple[int, ...], *, by_length: bool) -> str:
+    if by_length:
+        return f"{unit}: set aside, since sizes follow from the lengths in each window"
     odd = [size for size in sizes if size % unit]
     if not odd:
         return f"{unit}: every micro-batch is a multiple of it"

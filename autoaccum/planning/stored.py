@@ -47,6 +47,15 @@ def _integers(value: Any) -> tuple[int, ...]:
     return tuple(_integer(part) for part in value)
 
 
+def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError("a list of pairs of integers")
+    pairs = tuple(_integers(part) for part in value)
+    if any(len(pair) != 2 for pair in pairs):
+        raise TypeError("a list of pairs of integers")
+    return tuple((first, second) for first, second in pairs)
+
+
 def _overrides(value: Any) -> dict[str, float | tuple[float, ...]]:
     if not isinstance(value, Mapping):
         raise TypeError("an object of settings")
@@ -90,7 +99,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "tail": _text,
     "samples": _optional(_integer),
     "reasons": _lines,
+    "by_length": _pairs,
+    "ladder": _optional(_text),
 }
+_LATER: dict[str, Any] = {"by_length": (), "ladder": None}  # fields that a plan written before they came does not have
 
 
 def read_values(data: Any) -> dict[str, Any]:
@@ -108,6 +120,7 @@ def read_values(data: Any) -> dict[str, Any]:
             f"this plan has schema {data.get('schema')!r}, and this version of autoaccum reads schema {SCHEMA}: "
             "make the plan anew, or use the version that wrote it"
         )
+    data = {**_LATER, **data}
     missing = [name for name in _READERS if name not in data]
     if missing:
         raise PlanError(f"this plan lacks {', '.join(missing)}: make it anew with autoaccum.plan")

@@ -47,14 +47,16 @@ class Journal:
         self._path, self._key = path, key
         self._owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
 
-    def killed_sizes(self) -> set[int]:
-        """The sizes that killed their process twice."""
-        kills = Counter(size for size, _ in self.unfinished())
+    def killed_sizes(self, length: int | None = None) -> set[int]:
+        """The sizes that killed their process twice; those of samples of a `length`, where trials chose one."""
+        kills: Counter[int] = Counter()
+        for (size, _, own), times in self._unfinished().items():
+            kills[size] += times if own == length else 0
         return {size for size, times in kills.items() if times >= KILLS_BELIEVED}
 
     def unfinished(self) -> list[tuple[int, str]]:
         """(size, kind) of each trial that a process which is gone began and never ended."""
-        return [trial for trial, times in self._unfinished().items() for _ in range(times)]
+        return [(size, kind) for (size, kind, _), times in self._unfinished().items() for _ in range(times)]
 
     def clear(self) -> None:
         """Takes the file away once the answer is found, unless another process is in the middle of a trial."""
@@ -62,9 +64,10 @@ class Journal:
             return
         self._path.unlink(missing_ok=True)
 
-    def start(self, size: int, kind: str) -> None:
+    def start(self, size: int, kind: str, length: int | None = None) -> None:
         """Writes down that a trial begins; on disk before this returns."""
-        self._append({"event": "start", "size": size, "kind": kind})
+        chosen = {} if length is None else {"length": length}
+        self._append({"event": "start", "size": size, "kind": kind, **chosen})
 
     def end(self, size: int, outcome: str) -> None:
         """Writes down how the trial ended."""
@@ -86,14 +89,14 @@ class Journal:
             )
             self._path = None
 
-    def _unfinished(self) -> Counter[tuple[int, str]]:
+    def _unfinished(self) -> Counter[tuple[int, str, int | None]]:
         """How often each trial was started by a process that died before its end."""
-        begun: dict[tuple[int, float], tuple[int, str]] = {}  # a process runs one trial at a time
-        counted: Counter[tuple[int, str]] = Counter()
+        begun: dict[tuple[int, float], tuple[int, str, int | None]] = {}  # a process runs one trial at a time
+        counted: Counter[tuple[int, str, int | None]] = Counter()
         for entry in self._entries():
             owner = (entry["pid"], entry["started"])
             if entry["event"] == "start":
-                begun[owner] = (entry["size"], entry.get("kind", "verify"))
+                begun[owner] = (entry["size"], entry.get("kind", "verify"), entry.get("length"))
             else:
                 begun.pop(owner, None)
         for (pid, started), trial in begun.items():

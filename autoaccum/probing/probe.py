@@ -1,7 +1,7 @@
 """The probe on a real model: snapshot, floor, trials, report; everything put back."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,11 +10,12 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError
 from autoaccum.memory.device import Budget, Device
-from autoaccum.memory.forecast import Forecast
+from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.planning.split import can_split, even_split
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
+from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.report import ProbeReport, Trial
 from autoaccum.probing.search import Answer, find
 from autoaccum.probing.trial import Bench, Counted
@@ -30,6 +31,10 @@ __all__ = ["Question", "as_lines", "fastest", "run_probe"]
 # Without a target, no more samples are tried at once than run in about so many seconds: on a host with much memory the
 # largest micro-batch that fits would run for hours.
 PATIENCE_SECONDS = 60.0
+
+# Memory that others may take and give back is read again at the end; by so much it moves on any machine.
+UNSTEADY = 0.05
+MOST_LOOKS = 3
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,17 @@ def run_probe(
             model.train()
             floor = _floor(objective, source, device, accumulator)
             bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener)
-            ceiling, reach = _ceilings(question, source, floor)
-            known = cache.read() if cache is not None else None
-            wanted = _wanted(question, floor)
             try:
-                answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
+                report = _look(bench, source, device, question, floor, cache)
+                for _ in range(MOST_LOOKS - 1):
+                    left = _less_by_now(bench, report, device, question)
+                    if left is None:
+                        break
+                    budget, before = left, bench.lower(left)
+                    report = _look(bench, source, device, question, floor, cache)
+                    report = replace(report, notes=(*report.notes, _taken(before, left)))
             except NothingFitsError as error:
                 raise _nothing_fits(bench, accumulator, device, budget, floor) from error
-            throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-            report = _report(bench, answer, device, floor, source, throughput)
-            if cache is not None and isinstance(report.forecaster, Forecast):
-                cache.write(as_lines(report.forecaster, report.trials))
         finally:
             accumulator.close()
             accumulator.discard()
@@ -105,6 +110,93 @@ def run_probe(
     if journal is not None:
         journal.clear()
     return report
+
+
+def _look(
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
+) -> ProbeReport:
+    over_lengths = _over_lengths(bench, source, question, floor)
+    if over_lengths is not None:
+        return _report_over_lengths(bench, over_lengths, device, floor, source, question)
+    return _of_the_largest(bench, source, device, question, floor, cache)
+
+
+def _less_by_now(bench: Bench, report: ProbeReport, device: Device, question: Question) -> Budget | None:
+    """The budget as it is now, where others took so much meanwhile that the answer no longer fits in it."""
+    if question.memory is not None or not bench.shared:
+        return None
+    now = device.budget(held=bench.held())
+    return None if bench.measured(report.micro_batch) <= now.bytes * (1.0 + UNSTEADY) else now
+
+
+def _taken(before: Budget, now: Budget) -> str:
+    return (
+        f"others took memory while the probe ran: {format_bytes(before.bytes)} were free at its start, and "
+        f"{format_bytes(now.bytes)} when its answer was looked at again"
+    )
+
+
+def _of_the_largest(
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
+) -> ProbeReport:
+    """The size that fits for samples that are alike, or for the largest of those looked at."""
+    ceiling, reach = _ceilings(question, source, floor)
+    known = cache.read() if cache is not None else None
+    answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach, known=known)
+    throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
+    report = _report(bench, answer, device, floor, source, throughput)
+    if cache is not None and isinstance(report.forecaster, Forecast):
+        cache.write(as_lines(report.forecaster, report.trials))
+    return report
+
+
+def _over_lengths(bench: Bench, source: Source, question: Question, floor: int) -> LengthAnswer | None:
+    """What fits at every length, where samples differ in length and a target says how many are wanted at once."""
+    if question.share is None:
+        return None
+    lengths = source.lengths()
+    most = min(question.share, question.max_batch or question.share)
+    if len(lengths) < 3 or most < floor:
+        return None
+    try:
+        return find_by_length(bench, lengths, floor=floor, most=most)
+    except ForecastFailed:  # an allocator that is not simulated
+        return None
+
+
+def _report_over_lengths(
+    bench: Bench, answer: LengthAnswer, device: Device, floor: int, source: Source, question: Question
+) -> ProbeReport:
+    assert isinstance(answer.forecast, Counted)
+    forecaster = OverLengths(answer.forecast.whole, answer.longest, answer.residual)
+    lengths = source.lengths()
+    notes = [
+        f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"
+        ", sizes are those of the longest, and each window is cut by the lengths in it"
+    ]
+    if bench.suffers and not bench.caches:
+        notes.append(
+            "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 in the environment bounds it"
+        )
+    if question.prefer == "fastest":
+        notes.append('prefer="fastest" is set aside, since sizes follow from the lengths in each window')
+    return ProbeReport(
+        micro_batch=answer.micro_batch,
+        limit=answer.micro_batch,
+        limit_proof="cap" if answer.micro_batch in (question.share, question.max_batch) else "forecast",
+        budget_bytes=bench.budget,
+        budget_reason=bench.budget_reason,
+        device=device.name,
+        trials=tuple(bench.trials),
+        residual=answer.residual,
+        parts=bench.parts(answer.micro_batch, forecaster),
+        notes=tuple(notes),
+        floor=floor,
+        device_type=device.type,
+        by_length=answer.room,
+        forecaster=forecaster,
+    )
 
 
 def _floor(objective: Objective, source: Source, device: Device, accumulator: Accumulator) -> int:
@@ -173,6 +265,7 @@ def _report(
     bench: Bench, answer: Answer, device: Device, floor: int, source: Source, throughput: tuple[tuple[int, float], ...]
 ) -> ProbeReport:
     notes = [source.varies] if source.varies else []
+    notes += [source.mixed] if source.mixed else []
     forecaster: Forecast | Lines | None
     if isinstance(answer.forecast, Lines):
         forecaster = answer.forecast
@@ -224,12 +317,12 @@ def _nothing_fits(
     samples = (
         "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
     )
-    peaks = [trial.peak_bytes for trial in bench.trials if trial.peak_bytes is not None]
+    peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
     others = device.describe()["processes"]
     beside = f" Beside it run {', '.join(str(process) for process in others)}." if others else ""
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
         f"the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
-        'precision="bf16", activation checkpointing in the model, an optimizer with less state (SGD), smaller samples'
+        "an optimizer with less state (SGD), smaller samples"
     )

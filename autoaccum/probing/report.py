@@ -10,6 +10,7 @@ from autoaccum.planning.plan import Plan
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
     from autoaccum.probing.cache import Lines
+    from autoaccum.probing.lengths import OverLengths
 
 __all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "ProbeReport", "Trial"]
 
@@ -27,6 +28,7 @@ class Trial:
         reserved_bytes: the most bytes the caching allocator held; None on the CPU, which has none.
         seconds: how long it took.
         outcome: "fits", "out of memory", "over budget" or "killed".
+        length: of its samples, where that was chosen; None where they were the largest looked at.
     """
 
     batch: int
@@ -35,6 +37,7 @@ class Trial:
     reserved_bytes: int | None
     seconds: float
     outcome: str
+    length: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -66,6 +69,9 @@ class ProbeReport:
         plan: the plan for the target batch; None without a target.
         throughput: (micro-batch, samples per second), where prefer="fastest" measured it.
         floor: the smallest micro-batch the model takes: 2 where BatchNorm sees one value a channel.
+        by_length: where samples differ in length: (length, samples), so many fit at once up to that padded length;
+            `micro_batch` and `limit` are then of the longest samples looked at.
+        ladder: the rung under which this holds, such as "checkpointing"; None where the step ran as it is.
     """
 
     micro_batch: int
@@ -82,7 +88,9 @@ class ProbeReport:
     throughput: tuple[tuple[int, float], ...] = ()
     floor: int = 1
     device_type: str = "cpu"
-    forecaster: "Forecast | Lines | None" = field(default=None, repr=False, compare=False)
+    by_length: tuple[tuple[int, int], ...] = ()
+    ladder: str | None = None
+    forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
 
     @property
     def out_of_memory_count(self) -> int:
@@ -121,6 +129,8 @@ class ProbeReport:
             "throughput": [list(point) for point in self.throughput],
             "floor": self.floor,
             "device_type": self.device_type,
+            "by_length": [list(pair) for pair in self.by_length],
+            "ladder": self.ladder,
             "curve": self._curve(),
             "timeline": self._timeline(),
         }
@@ -144,6 +154,7 @@ class ProbeReport:
             name: tuple(value) if isinstance(value := values[name], list) else value for name in names
         }
         given["trials"] = tuple(Trial(**trial) for trial in values["trials"])
+        given["by_length"] = tuple((int(length), int(samples)) for length, samples in values.get("by_length", ()))
         given["throughput"] = tuple((int(size), float(rate)) for size, rate in values["throughput"])
         return cls(**given, forecaster=forecaster)
 

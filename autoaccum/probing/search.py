@@ -176,8 +176,9 @@ class _Search:
                     return size
             smaller = run[0] - 1
             return smaller if smaller >= self._floor else None
-        third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // THIRD_TRACE
-        return third if third > run[-1] else None
+        # Odd: at powers of two, rounding to pages and blocks shows nothing of itself.
+        third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // THIRD_TRACE | 1
+        return third if run[-1] < third < self._bracket.high else None
 
     def _bound(self, size: int) -> int:
         """An upper bound on the peak: memory that does not shrink with the batch grows at most in proportion to it."""
@@ -194,7 +195,8 @@ class _Search:
         if self._forecast is None:
             return self._useful(bracket.next() or bracket.low + 1)
         settled = bracket.low > max(self._traced, default=0)
-        if settled and (self._runs >= ENOUGH_RUNS or (self._overruns and bracket.high <= CLOSE_ENOUGH * bracket.low)):
+        overran = self._overruns or (self._machine.suffers and self._last_high is not None)
+        if settled and (self._runs >= ENOUGH_RUNS or (overran and bracket.high <= CLOSE_ENOUGH * bracket.low)):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
         if self._exact and self._machine.suffers and self._runs == 0:

@@ -8,6 +8,8 @@ steps on the same samples cannot diverge; what moves all the same is put back by
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,19 +18,23 @@ from autoaccum.data.source import Source
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory
-from autoaccum.memory.resident import resident_parts
+from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
+from autoaccum.probing.lengths import OverLengths
 from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
 
 __all__ = ["Bench", "Counted"]
 
-# What stays behind in the process from step to step: allocators cannot give back what lies between live blocks.
-PROCESS_DRIFT = 0.03
+Shape = tuple[int, ...]
+
+
+# Of a process's limit: a size next to the one that was run, in the same window, is new to the libraries once more.
+CUSHION = 0.01
 
 
 class Bench:
@@ -36,8 +42,8 @@ class Bench:
 
     Attributes:
         trials: in order.
-        traces: the recorded allocations by size, the optimizer's state present.
-        resident: bytes by part that live before the traced step begins, by size.
+        traces: the recorded allocations by shape, (size,) or (size, length), the optimizer's state present.
+        resident: bytes by part that live before the traced step begins, by shape.
     """
 
     def __init__(
@@ -52,25 +58,24 @@ class Bench:
         """Sets learning rates to 0; the caller's snapshot puts them back."""
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
         self._journal, self._listener = journal, listener
-        self._killed = journal.killed_sizes()
+        self._killed = cache(journal.killed_sizes)
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._growth = ProcessGrowth(budget.kind)
-        self._grown: dict[int, tuple[int, int]] = {}  # by size: bytes above the start, PyTorch's and all
+        self._held_at_start = resident_bytes(accumulator.model, accumulator.optimizer)
+        self._grown: dict[Shape, tuple[int, int]] = {}  # by shape: bytes above the start, PyTorch's and all
         self.trials: list[Trial] = []
-        self.traces: dict[int, Trace] = {}
-        self.resident: dict[int, dict[str, int]] = {}
+        self.traces: dict[Shape, Trace] = {}
+        self.resident: dict[Shape, dict[str, int]] = {}
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
 
     @property
     def budget(self) -> int:
-        """Bytes that PyTorch may have in use, by what the trials showed of the process's own overhead."""
+        """Bytes that PyTorch may have in use, by what the trials showed of the process's own needs."""
         if not self._grown:
             return self._budget.bytes
-        held = min(sum(parts.values()) for parts in self.resident.values())
-        fixed, rate = self._process_needs()
-        room = (self._budget.bytes - held) * (1.0 - PROCESS_DRIFT) - fixed
-        return min(self._budget.bytes, held + int(room / rate))
+        needs, growth = self._process_needs()
+        return self._budget.bytes - needs - growth
 
     @property
     def suffers(self) -> bool:
@@ -78,39 +83,73 @@ class Bench:
         return self._device.type != "cpu" or self._budget.kind != "torch"
 
     @property
+    def shared(self) -> bool:
+        """Whether others may take of the budget: what is free, of a device or of a host."""
+        return not self._budget.hard and self._budget.kind != "data segment"
+
+    def lower(self, budget: Budget) -> Budget:
+        """From here on trials have this budget; gives back the one before."""
+        before, self._budget = self._budget, budget
+        return before
+
+    def held(self) -> int:
+        """Bytes that the training holds between two steps."""
+        return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
+
+    def measured(self, size: int) -> int:
+        """The most that a step at `size` was measured to take, as the budget counts."""
+        return max((t.reserved_bytes or t.peak_bytes or 0 for t in self.trials if t.batch == size), default=0)
+
+    @property
+    def caches(self) -> bool:
+        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
+        return self._device.reserved() is not None
+
+    @property
     def budget_reason(self) -> str:
         """Where the budget comes from, in one line."""
         if self.budget == self._budget.bytes:
             return self._budget.reason
-        fixed, rate = self._process_needs()
+        needs, growth = self._process_needs()
         return (
             f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to "
-            f"need {format_bytes(fixed)} and {rate - 1.0:.1%} more than PyTorch counts"
+            f"need {format_bytes(needs)} more than PyTorch counts, and {format_bytes(growth)} more with another size"
         )
 
-    def _process_needs(self) -> tuple[int, float]:
-        """What the process needs beyond PyTorch's count: (bytes whatever the size, bytes for each of PyTorch's)."""
-        grown = sorted(self._grown.values())
-        torchs, process = grown[-1]
-        rate = 1.0
-        if len(grown) > 1 and torchs > grown[-2][0]:
-            rate = max(rate, (process - grown[-2][1]) / (torchs - grown[-2][0]))
-        return max(0, round(process - rate * torchs)), rate
+    def _process_needs(self) -> tuple[int, int]:
+        """(bytes that the process needs beyond PyTorch's count, by how many one more size makes them grow).
+
+        Libraries keep kernels and scratch for each shape they have met, and an allocator cannot give back what lies
+        between live blocks: the needs grow from trial to trial, whatever the sizes.
+        """
+        needs = [process - torchs for torchs, process in self._grown.values()]
+        return max(needs), max((after - before for before, after in pairwise(needs)), default=0)
+
+    def _within(self, peak: int) -> bool:
+        """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
+        if self._growth.bytes is None:
+            return peak <= self._budget.bytes
+        return self._held_at_start + self._growth.bytes <= self._budget.bytes * (1.0 - CUSHION)
 
     def forecast(self) -> "Counted | None":
-        """From all traces so far; None where they do not line up."""
-        sizes = sorted(self.traces)
+        """From all traces so far of the largest samples looked at; None where they do not line up."""
+        return self._forecast(1)
+
+    def forecast_over_lengths(self) -> "Counted | None":
+        """From all traces so far of chosen lengths; None where they do not line up."""
+        return self._forecast(2)
+
+    def _forecast(self, dimensions: int) -> "Counted | None":
+        shapes = sorted(shape for shape in self.traces if len(shape) == dimensions)
         try:
             fitted = Forecast.fit(
-                [self.traces[size] for size in sizes],
-                [(size,) for size in sizes],
-                [self.resident[size] for size in sizes],
+                [self.traces[shape] for shape in shapes], shapes, [self.resident[shape] for shape in shapes]
             )
         except ForecastFailed:
             return None
-        return Counted(fitted, reserves=self._device.reserved() is not None)
+        return Counted(fitted, reserves=self.caches)
 
-    def parts(self, size: int, forecast: Forecast | Lines | None) -> dict[str, int]:
+    def parts(self, size: int, forecast: Forecast | Lines | OverLengths | None) -> dict[str, int]:
         """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
         held, side = self.resident[max(self.resident)], self._accumulator.gradient_dtype
         parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
@@ -123,20 +162,20 @@ class Bench:
             parts["per_sample"] = (at_b - at_a) // max(b - a, 1)
         return parts
 
-    def run(self, size: int, kind: str) -> Trial:
-        """Runs `size` samples and says how it went.
+    def run(self, size: int, kind: str, length: int | None = None) -> Trial:
+        """Runs `size` samples, of a `length` where one is given, and says how it went.
 
         Raises:
             Exception: whatever the step raises that is not for want of memory, as it is.
         """
-        if size in self._killed:
-            return self._note(Trial(size, kind, None, None, 0.0, KILLED))
-        batch = self._source.trial(size)
-        self._journal.start(size, kind)
+        if size in self._killed(length):
+            return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
+        batch = self._source.trial(size, length)
+        self._journal.start(size, kind, length)
         started = time.perf_counter()
         retries = self._device.retries()
         try:
-            peak = self._step(size, batch, kind)
+            peak = self._step((size,) if length is None else (size, length), batch, kind)
         except Exception as error:
             if not self._for_want_of_memory(error, size):
                 raise
@@ -149,9 +188,9 @@ class Bench:
             outcome = OUT_OF_MEMORY
         else:
             strained = self._device.retries() > retries
-            outcome = OVER_BUDGET if strained or (reserved or peak) > self.budget else FITS
+            outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         self._journal.end(size, outcome)
-        return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome))
+        return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
     def time(self, size: int) -> float:
         """Samples per second of one micro-batch at `size`, which has fitted before; nothing is recorded."""
@@ -166,7 +205,7 @@ class Bench:
         self._note(Trial(size, "throughput", None, None, seconds, FITS))
         return size / seconds
 
-    def _step(self, size: int, batch: Any, kind: str) -> int:
+    def _step(self, shape: Shape, batch: Any, kind: str) -> int:
         """The peak in bytes."""
         accumulator = self._accumulator
         counted = self._device.type != "cpu" and kind != "trace"
@@ -188,10 +227,10 @@ class Bench:
             accumulator.finish()
         accumulator.on_phase = ignore
         trace = recording.trace
-        self.traces[size], self.resident[size] = trace, held
+        self.traces[shape], self.resident[shape] = trace, held
         if growth.bytes is not None:
-            above = trace.peak + sum(held.values()) - min(sum(parts.values()) for parts in self.resident.values())
-            self._grown[size] = (above, growth.bytes)
+            above = sum(held.values()) + trace.peak - self._held_at_start
+            self._grown[shape] = (above, growth.bytes)
         return sum(held.values()) + trace.peak
 
     def _window(self, batch: Any) -> None:
@@ -253,6 +292,10 @@ class Counted:
         """Relative error at a trace that the fit did not use."""
         return self.whole.residual
 
-    def reserved(self, batch: int) -> int:
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The peak at `batch` samples in bytes in use."""
+        return self.whole.peak(batch, length)
+
+    def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak at `batch` samples."""
-        return self.whole.reserved(batch) if self.reserves else self.whole.peak(batch)
+        return self.whole.reserved(batch, length) if self.reserves else self.whole.peak(batch, length)

@@ -24,7 +24,8 @@ from autoaccum.searching.locks import FolderLock
 __all__ = ["Limits", "forecast_bytes"]
 
 # What of fit's arguments decides the answer beside model, batch and optimizer.
-_DECIDING = ("precision", "accumulate", "clip_norm", "batch_norm", "memory", "max_batch", "multiple_of", "prefer")
+_DECIDING = ("precision", "accumulate", "clip_norm", "batch_norm", "memory", "max_batch", "multiple_of", "prefer",
+             "compile", "ladder")  # fmt: skip
 _SCHEMA = 1
 
 

@@ -5,8 +5,9 @@ error in the middle of a window: that window is then as if it had not begun. The
 """
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from autoaccum.data.draws import mix
@@ -30,6 +31,7 @@ from autoaccum.training.events import (
 )
 from autoaccum.training.generators import seed_everything
 from autoaccum.training.history import History
+from autoaccum.training.lengths import LengthSummary, length_summary
 from autoaccum.training.parts import Boundary, TrainingParts
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
 from autoaccum.training.result import FitResult
@@ -81,8 +83,9 @@ class TrainingLoop:
         seed: int | None = None,
         shuffle: bool = True,
         folder: RunFolder | None = None,
+        running: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Wires the parts; trains nothing."""
+        """Wires the parts; trains nothing. The model is trained inside `running()`, compiled for instance."""
         self.model, self.optimizer = accumulator.model, accumulator.optimizer
         self.scheduler = accumulator.scheduler
         self.probe, self.verify, self.folder = probe, verify, folder
@@ -90,7 +93,7 @@ class TrainingLoop:
         self.evaluations: list[dict[str, float]] = []
         self.epoch, self.total_steps = 0, total_steps
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
-        self._epochs, self._max_steps, self._seed = epochs, max_steps, seed
+        self._epochs, self._max_steps, self._seed, self._running = epochs, max_steps, seed, running
         self._events = events if events is not None else Events()
         self._evaluator = evaluator
         self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
@@ -104,6 +107,8 @@ class TrainingLoop:
             indices=lambda window: indices_of(window, source, self.plan),
             wants_checkpoint=(lambda: False) if folder is None else folder.overdue,
         )
+        if self.plan.by_length:
+            accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
         self._window_index = self._epoch_began_at = 0
         self._evaluation_due = False
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
@@ -138,10 +143,13 @@ class TrainingLoop:
         try:
             self._begin()
             self.model.train()
-            with self._device.limit(self._budget) if self._budget is not None else nullcontext():
+            with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 yield from self._rest()
             self._save()
             self._accumulator.ranks.tally()  # whoever failed since the last window is heard by all
+            lengths = self._lengths()
+            for line in [] if lengths is None else lengths.lines():
+                self._events.tell(Noted(line))
             scale = self._accumulator.noise_scale.value
             if scale is not None:
                 self._events.tell(Noted(advice(scale, self.plan.target_batch)))
@@ -158,7 +166,9 @@ class TrainingLoop:
             self._rescue()
             raise
         finally:
-            self.model.train(was_training)
+            if self.model.training != was_training:
+                self.model.train(was_training)
+            self._accumulator.close()  # no hook of ours stays on the model
             if self.folder is not None:
                 self.folder.close()
             self._events.close()
@@ -169,7 +179,7 @@ class TrainingLoop:
             pass
         return FitResult(
             self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
-            None if self.folder is None else self.folder.unsaved, self._safe.stopped,
+            None if self.folder is None else self.folder.unsaved, self._safe.stopped, self._lengths(),
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -182,6 +192,9 @@ class TrainingLoop:
         if evaluator is None:
             raise DataError("evaluate() has no data: pass some, or give val_data to prepare() or fit()")
         return evaluator.evaluate(open_source(data, shuffle=False) if data is not None else None)
+
+    def _lengths(self) -> LengthSummary | None:
+        return length_summary(self.history) if self.plan.by_length else None
 
     # --- windows ---
 
@@ -216,6 +229,9 @@ class TrainingLoop:
         for window in self._windows():
             self._left = window
             record = self._safe.train(window)
+            if window.padding is not None:
+                own, padded, unsorted = window.padding
+                record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
             self._left = self._boundary = None
             self._window_index += 1
             self.history.append(record)

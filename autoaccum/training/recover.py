@@ -27,7 +27,7 @@ from autoaccum.memory.oom import out_of_memory as judge
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
 from autoaccum.training.generators import Generators
-from autoaccum.training.smaller import Replays, cut_smaller, with_floor
+from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.loss import Objective
@@ -194,7 +194,10 @@ class SafeWindow:
         accumulator, step = self._accumulator, self._accumulator.step + 1
         largest = max(map(tree.batch_size, pieces), default=0)
         plan, limit = self.replays.shrink(accumulator.plan, largest, ran_out, accumulator.ranks, step)
-        smaller = cut_smaller(pieces, limit, plan.minimum)
+        if not plan.by_length:
+            smaller = cut_smaller(pieces, limit, plan.minimum)
+        else:
+            smaller = cut_in_half(pieces, plan.minimum) if ran_out else pieces
         accumulator.plan = plan
         text = plan.reasons["limit"]
         self._events.warn(text, WindowReplayed(step, plan.micro_batch, plan.accumulation_steps, text))

@@ -8,6 +8,7 @@ from torch import nn
 
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
+from autoaccum.training.lengths import LengthSummary
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
 
@@ -27,6 +28,7 @@ class FitResult:
         evaluations: one dict an epoch, with "epoch" and "step"; empty without validation data.
         unsaved: what of the checkpoints and the run's record could not be saved; None where all was.
         stopped: why the training ended before its time, at a listener's wish; None where it ran to its end.
+        lengths: tokens a second, padding, and micro-batches a window, where samples differ in length; else None.
     """
 
     model: nn.Module = field(repr=False)
@@ -37,6 +39,7 @@ class FitResult:
     evaluations: list[dict[str, float]]
     unsaved: str | None = None
     stopped: str | None = None
+    lengths: LengthSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the model."""
@@ -48,4 +51,5 @@ class FitResult:
             "evaluations": self.evaluations,
             "unsaved": self.unsaved,
             "stopped": self.stopped,
+            "lengths": self.lengths.to_dict() if self.lengths is not None else None,
         }

@@ -10,11 +10,12 @@ from typing import Any
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError, NothingFitsError, PlanError
+from autoaccum.planning.lengths import halved
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks
 
-__all__ = ["Replays", "cut_smaller", "plan_for", "with_floor"]
+__all__ = ["Replays", "cut_in_half", "cut_smaller", "plan_for", "with_floor"]
 
 
 class Replays:
@@ -52,6 +53,8 @@ class Replays:
                 "something else has taken the memory, or a sample is larger than those probed. Free memory, or train "
                 "a smaller model"
             )
+        if plan.by_length:  # whichever length it was that ran out: half as many run at every length from here on
+            largest, half = now, max((now + 1) // 2, plan.minimum)
         tops = ranks.gather(largest if ran_out else now)
         limits = ranks.gather(half if ran_out else now)
         failed = [rank for rank, flag in enumerate(ranks.gather(int(ran_out))) if flag]
@@ -61,7 +64,14 @@ class Replays:
             f"samples run again in micro-batches of at most {max(limits[rank] for rank in failed)}, and so do later "
             f"windows; the batch stays {plan.target_batch}"
         )
+        if plan.by_length:
+            text = (
+                f"out of memory in step {step}{where}: the same samples run again with each micro-batch in two, and "
+                f"later windows run half as many samples at once at every length; the batch stays {plan.target_batch}"
+            )
         smaller = _feasible(plan, limits, tops, text)
+        if plan.by_length:
+            smaller = dataclasses.replace(smaller, by_length=halved(plan.by_length, plan.minimum))
         if self._grew and self._patience is not None:
             self._patience *= 2  # it was too soon: the next time is later
         self.before, self.undisturbed, self._grew = self.before or plan, 0, False
@@ -131,6 +141,21 @@ def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str)
         except PlanError as error:
             refusal = error
     raise NothingFitsError(f"memory ran out, and no smaller micro-batches make the same batch: {refusal}")
+
+
+def cut_in_half(batches: Sequence[Any], minimum: int) -> list[Any]:
+    """The same samples in the same order, each micro-batch in two, where each has its own length and its own limit.
+
+    Raises:
+        NothingFitsError: not one can be cut.
+    """
+    pieces = []
+    for batch in batches:
+        size = tree.batch_size(batch)
+        pieces += tree.split(batch, [(size + 1) // 2, size // 2]) if size // 2 >= minimum else [batch]
+    if len(pieces) == len(batches):
+        raise NothingFitsError(f"memory ran out, and the window cannot be cut smaller with at least {minimum} at once")
+    return pieces
 
 
 def cut_smaller(batches: Sequence[Any], limit: int, minimum: int) -> list[Any]:

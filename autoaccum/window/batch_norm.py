@@ -77,12 +77,9 @@ class PooledStatistics:
         self._layers = [NormLayer(self, index, name, module) for index, (name, module) in enumerate(hooked)]
         self._groups: list[tuple[Pool, list[NormLayer]]] = []
         self._pooled_buffers: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._model = model
         self._hooks: list[Any] = []
-        for layer in self._layers:
-            self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
-            self._hooks.append(layer.module.register_forward_hook(layer.after))
-        if self._layers:
-            self._hooks.append(model.register_forward_hook(self._layers[0].after_model))
+        self._attach()
 
     @property
     def synchronised(self) -> bool:
@@ -100,6 +97,7 @@ class PooledStatistics:
         """
         self._end_windows()
         self.k = self.k if k is None else k
+        self._attach()
         self._regroup()
         for pool, _ in self._groups:
             pool.begin()
@@ -139,7 +137,7 @@ class PooledStatistics:
             self._end()
 
     def close(self) -> None:
-        """Discards an open window and removes every hook."""
+        """Discards an open window and removes every hook; the next `begin` would put them back."""
         self.discard()
         for hook in self._hooks:
             hook.remove()
@@ -183,6 +181,15 @@ class PooledStatistics:
         layer.dirty = False
 
     # Parts.
+
+    def _attach(self) -> None:
+        """Puts the hooks on, unless they are: before the model is first compiled, which would not see them later."""
+        if self._hooks or not self._layers:
+            return
+        for layer in self._layers:
+            self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
+            self._hooks.append(layer.module.register_forward_hook(layer.after))
+        self._hooks.append(self._model.register_forward_hook(self._layers[0].after_model))
 
     def _end_windows(self) -> None:
         self.discard()

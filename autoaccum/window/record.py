@@ -23,6 +23,9 @@ class StepRecord:
         peak_bytes: the most bytes in use on the device during the window; None where the backend keeps no count (CPU).
         noise_scale: the gradient noise scale in samples, smoothed; None where it was not measured.
         skipped: why the optimizer was not stepped; None where it was.
+        tokens: where windows are cut by length, the lengths of this rank's samples added up; else None.
+        padded_tokens: the same with their padding, as they ran.
+        unsorted_tokens: the same with the padding of micro-batches of one size, in the order the samples came.
     """
 
     step: int
@@ -37,6 +40,9 @@ class StepRecord:
     peak_bytes: int | None = None
     noise_scale: float | None = None
     skipped: str | None = None
+    tokens: int | None = None
+    padded_tokens: int | None = None
+    unsorted_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,4 +1,4 @@
-"""What checkpoints every fifty windows cost: two like trainings, one with and one without them, fifty windows in turn."""
+"""What checkpoints every fifty windows cost: of two like trainings one saves, and they run fifty windows in turn."""
 
 import itertools
 import statistics

@@ -1,0 +1,189 @@
+"""Samples whose lengths differ: how long each is, and a window of them as micro-batches that go together.
+
+Choices made here:
+
+- A sample is as long as the batch that the collate function makes of it alone: the one size beyond the batch dimension
+  that varies. That holds for whatever the collate function does, tokenising included, and costs one more call of it
+  for each sample. Where no size varies so, nothing is measured and windows are cut as they always were.
+- Several sizes may vary together (ids, mask, labels), as long as all follow from one. Where they vary on their own, as
+  the height and the width of images do, or a text and its translation, one number does not tell the memory: trials take
+  the largest samples looked at, and all micro-batches are as small as those need.
+- Measuring leaves the generators alone: a collate function may draw, to mask words for example.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from autoaccum.data import tree
+from autoaccum.data.draws import preserved
+from autoaccum.errors import DataError
+from autoaccum.planning.lengths import LengthRule
+from autoaccum.planning.split import even_split
+
+__all__ = ["ByLength", "Padding", "Ruler", "cut", "find_ruler", "measured"]
+
+Collate = Callable[[list[Any]], Any]
+_FEWEST_LENGTHS = 3  # below that there is no forecast over lengths
+
+
+class Ruler(NamedTuple):
+    """Where in a batch its length is: a dimension of one of its tensors."""
+
+    tensor: int
+    """Its number, as `tree.tensors` counts."""
+    dimension: int
+    name: str
+    """For a person."""
+
+    def of(self, batch: Any) -> int:
+        """The length of a batch."""
+        _, tensor = next(islice(tree.tensors(batch), self.tensor, None))
+        return int(tensor.shape[self.dimension])
+
+
+class ByLength(NamedTuple):
+    """All that cutting a window by length takes; it travels to workers."""
+
+    rule: LengthRule
+    ruler: Ruler
+
+    def limit(self, batch: Any) -> int:
+        """The most samples of a ready batch that fit at once.
+
+        Raises:
+            DataError: it is too long for even the fewest.
+        """
+        length = self.ruler.of(batch)
+        if length > self.rule.longest:
+            raise self.too_long("a ready batch", length)
+        return self.rule.limit(length)
+
+    def too_long(self, what: str, length: int) -> DataError:
+        """What to tell a person whose sample cannot be run."""
+        alone = "even alone" if self.rule.minimum == 1 else f"in a micro-batch of {self.rule.minimum}"
+        return DataError(
+            f"{what} has a length of {length} ({self.ruler.name}), and is forecast not to fit {alone}: the longest "
+            f"that does has {self.rule.longest}. Shorten it or leave it out, or give more memory="
+        )
+
+
+class Padding(NamedTuple):
+    """What a window on this rank was padded to, in tokens: units of the length that varies."""
+
+    tokens: int
+    """The samples' own."""
+    padded: int
+    """With their padding, as they run."""
+    unsorted: int
+    """With their padding, had they run in the order they came, in micro-batches that fit the longest samples seen."""
+
+
+def measured(samples: Sequence[Any], collate: Collate, ruler: Ruler) -> list[int]:
+    """Each sample's length."""
+    with preserved():
+        return [ruler.of(collate([tree.map_tensors(_itself, sample)])) for sample in samples]
+
+
+def cut(
+    samples: Sequence[Any], by_length: ByLength, collate: Collate, names: Sequence[Any] | None = None
+) -> tuple[list[list[int]], Padding]:
+    """The places of the samples in each micro-batch, and what that costs in padding.
+
+    Args:
+        samples: of a window on this rank.
+        by_length: how it is cut.
+        collate: makes a batch of samples.
+        names: the samples' indices in the dataset, where they have some.
+
+    Raises:
+        DataError: a sample is too long to be run even alone.
+        PlanError: they cannot be cut with the plan's minimum.
+    """
+    rule = by_length.rule
+    lengths = measured(samples, collate, by_length.ruler)
+    longest = max(lengths, default=0)
+    if longest > rule.longest:
+        place = lengths.index(longest)
+        which = f"sample {names[place]!r} of the dataset" if names is not None else f"sample {place} of the window"
+        raise by_length.too_long(which, longest)
+    pieces = rule.split(lengths)
+    padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
+    return pieces, Padding(sum(lengths), padded, _unsorted(lengths, rule.even))
+
+
+def _unsorted(lengths: Sequence[int], limit: int) -> int:
+    padded = start = 0
+    for size in even_split(len(lengths), max(limit, 1)):
+        padded += size * max(lengths[start : start + size])
+        start += size
+    return padded
+
+
+def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, str | None]:
+    """How samples are measured, where a batch's size follows from them; and why not, where their sizes do vary.
+
+    Args:
+        samples: some that were looked at.
+        collate: makes a batch of samples.
+    """
+    with preserved():
+        try:
+            alone = [_shapes(collate([tree.map_tensors(_itself, sample)])) for sample in samples]
+        except DataError:
+            return None, None  # reading on will say what is wrong
+    if len({tuple((path, len(shape)) for path, shape in shapes) for shapes in alone}) != 1:
+        return None, None
+    sizes = [[shape for _, shape in shapes] for shapes in alone]
+    varying = [
+        (number, dimension)
+        for number, shape in enumerate(sizes[0])
+        for dimension in range(len(shape))
+        if len({each[number][dimension] for each in sizes}) > 1
+    ]
+    if not varying:
+        return None, None
+    number, dimension = max(varying, key=lambda at: max(each[at[0]][at[1]] for each in sizes))
+    name = f"dimension {dimension} of {alone[0][number][0] or 'the batch'}"
+    column = [each[number][dimension] for each in sizes]
+    for other, along in varying:
+        if not _follows([each[other][along] for each in sizes], column):
+            second = f"dimension {along} of {alone[0][other][0] or 'the batch'}"
+            return None, f"{name} and {second} vary on their own, so that no one length tells the memory"
+    if len(set(column)) < _FEWEST_LENGTHS:
+        return None, None
+    ruler = Ruler(number, dimension, name)
+    return (ruler, None) if dimension and _pads(samples, column, collate, ruler) else (None, None)
+
+
+def _shapes(batch: Any) -> list[tuple[str, tuple[int, ...]]]:
+    return [(path, tuple(tensor.shape)) for path, tensor in tree.tensors(batch)]
+
+
+def _follows(sizes: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether the sizes are a rising line over the lengths."""
+    low, high = lengths.index(min(lengths)), lengths.index(max(lengths))
+    rise, run = sizes[high] - sizes[low], lengths[high] - lengths[low]
+    return rise > 0 and all(
+        (size - sizes[low]) * run == rise * (length - lengths[low]) for size, length in zip(sizes, lengths)
+    )
+
+
+def _pads(samples: Sequence[Any], lengths: Sequence[int], collate: Collate, ruler: Ruler) -> bool:
+    """Whether a short and a long sample together become as long as the long one."""
+    short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
+    with preserved():
+        try:
+            batch = collate([tree.map_tensors(_itself, samples[place]) for place in (short, long)])
+        except DataError:
+            return False
+    try:
+        return tree.batch_size(batch) == 2 and ruler.of(batch) == lengths[long]
+    except DataError:
+        return False
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

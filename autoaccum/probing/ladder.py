@@ -1,0 +1,69 @@
+"""Pure: up the ladder, rung by rung, where not even the smallest micro-batch fits; and what was found, in words.
+
+A rung is not judged by a forecast: its smallest step is run, which is the very question, and shows its peak.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from autoaccum.units import format_bytes
+
+__all__ = ["Tried", "climb", "told"]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What one rung showed.
+
+    Attributes:
+        rung: its name.
+        peak_bytes: of the smallest micro-batch; None where it did not come to its end, or was not run.
+        fits: whether that is within the budget.
+        obstacle: why the rung was not run, or could not be; None where it was.
+    """
+
+    rung: str
+    peak_bytes: int | None = None
+    fits: bool = False
+    obstacle: str | None = None
+
+    @property
+    def text(self) -> str:
+        """One clause."""
+        if self.obstacle is not None:
+            return self.obstacle
+        if self.peak_bytes is None:
+            return "ran out of memory"
+        return f"{'fits' if self.fits else 'does not fit'}, at {format_bytes(self.peak_bytes)}"
+
+
+def climb(
+    rungs: Iterable[str], attempt: Callable[[str], Tried], enough: Callable[[bool], bool]
+) -> tuple[list[Tried], str | None]:
+    """(what each rung showed, the one that is taken: None where none is).
+
+    Args:
+        rungs: cheapest first.
+        attempt: runs the smallest micro-batch under one.
+        enough: asked after each, with whether it fits, whether it is taken.
+    """
+    tried = []
+    for rung in rungs:
+        tried.append(attempt(rung))
+        if enough(tried[-1].fits):
+            return tried, rung
+    return tried, None
+
+
+def told(tried: Iterable[Tried]) -> str:
+    """The end of an error's message: what each rung showed, and how the cheapest that fits is taken."""
+    tried = list(tried)
+    alike: dict[str, list[str]] = {}
+    for each in tried:
+        alike.setdefault(each.text, []).append(each.rung)
+    found = "; ".join(f"{', '.join(rungs)}: {text}" for text, rungs in alike.items())
+    fitting = next((each.rung for each in tried if each.fits), None)
+    end = "None of them is enough"
+    if fitting is not None:
+        end = f'ladder="auto" takes {fitting}, the cheapest that fits'
+    return f"The ladder, with the smallest micro-batch: {found}. {end}"

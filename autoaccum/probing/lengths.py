@@ -1,0 +1,247 @@
+"""Pure: where samples differ in length, how many fit at once at every length.
+
+Six small steps, two batch sizes at three lengths, give the peak at any shape (DESIGN: what an operator allocates is a
+sum of 1, B, L, BL, L², BL²). From that follows a table of what fits at which padded length; its two corners that most
+windows meet, the longest samples looked at and those of middling length, are run. A surprise there makes the whole
+forecast larger by as much. Where surprises do not end, the largest shape that did fit is the measure of all others.
+
+Everything real is behind `LengthMachine`, as in search.py. Where the traces do not line up there is no table, and the
+search goes on with the largest samples, whatever the others are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Protocol
+
+from autoaccum.errors import NothingFitsError
+from autoaccum.planning.lengths import Room, limit_at, room_of
+from autoaccum.probing.report import Trial
+from autoaccum.units import MIB
+
+__all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "OverLengths", "find_by_length", "three_lengths"]
+
+MOST_ROUNDS = 8
+# Where an overrun is suffered and not only counted, this part of the size wanted is run first: what the small traces
+# could not show, such as the process's own growth, is then known before it can do harm.
+STEPPING_STONE = 4
+# A caching allocator that serves many shapes in turn keeps blocks that fit none of the next: room for them.
+MIXED_SHAPES = 1.05
+# On the CPU the libraries under PyTorch keep kernels for each shape they have met (oneDNN up to 1024): half a GiB was
+# measured after 150 windows. Under a limit of the process's own that is kept free, as far as half of the limit.
+KEPT_KERNELS = 512 * MIB
+OVERRUN = 1.3  # how much more is expected after a step ran out of memory, which shows no figure
+
+
+class LengthForecaster(Protocol):
+    """Tells the peak at shapes that were not run."""
+
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """In bytes in use."""
+
+    def reserved(self, batch: int, length: int | None = None) -> int:
+        """In the bytes that the budget counts."""
+
+
+class LengthMachine(Protocol):
+    """Runs steps and fits forecasts."""
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a step may use."""
+
+    @property
+    def suffers(self) -> bool:
+        """Whether a step over the budget runs out of memory; else it is only counted as over it."""
+
+    @property
+    def caches(self) -> bool:
+        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
+
+    def run(self, size: int, kind: str, length: int | None = None) -> Trial:
+        """One step at `size` samples of `length`."""
+
+    def forecast_over_lengths(self) -> LengthForecaster | None:
+        """From the traces so far; None where they do not line up."""
+
+
+@dataclass(frozen=True)
+class LengthAnswer:
+    """What was found.
+
+    Attributes:
+        room: so many samples fit at once up to such a padded length.
+        micro_batch: fits at the longest length looked at, and was run.
+        longest: that length.
+        forecast: what the table was read off.
+        residual: how far it was off where it was checked, relative to the measured peak.
+    """
+
+    room: Room
+    micro_batch: int
+    longest: int
+    forecast: LengthForecaster
+    residual: float
+
+
+class OverLengths:
+    """A forecast over batches and lengths that can be asked for batches alone: then of the longest length looked at."""
+
+    def __init__(self, whole: Any, longest: int, residual: float) -> None:
+        """`whole` is a memory.forecast.Forecast."""
+        self.whole, self.longest, self.residual = whole, longest, residual
+
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The peak in requested bytes."""
+        return int(self.whole.peak(batch, self.longest if length is None else length))
+
+    def timeline(self, batch: int) -> dict[str, Any]:
+        """Memory over the window by part, for a plot."""
+        found: dict[str, Any] = self.whole.timeline(batch, self.longest)
+        return found
+
+
+def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
+    """A quarter, a half and the whole of the longest, or what there is nearest to these; None where there are fewer.
+
+    Args:
+        lengths: of the samples looked at, rising.
+    """
+    if len(lengths) < 3:
+        return None
+    longest = lengths[-1]
+    shortest = max(longest // 4, lengths[0])
+    low = min(lengths[:-2], key=lambda length: abs(length - shortest))
+    middle = min(lengths[lengths.index(low) + 1 : -1], key=lambda length: abs(2 * length - low - longest))
+    return low, middle, longest
+
+
+def find_by_length(machine: LengthMachine, lengths: Sequence[int], *, floor: int, most: int) -> LengthAnswer | None:
+    """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
+
+    Args:
+        machine: runs the steps.
+        lengths: of the samples looked at, rising.
+        floor: the smallest micro-batch that the model takes.
+        most: no more samples than these are wanted at once.
+
+    Raises:
+        NothingFitsError: the floor does not fit at the longest length.
+    """
+    chosen = three_lengths(lengths)
+    traced = None if chosen is None else _traced(machine, chosen, floor, most)
+    if traced is None:
+        return None
+    forecast = machine.forecast_over_lengths()
+    return None if forecast is None else _Check(machine, forecast, lengths, floor, most, traced).run()
+
+
+def _traced(machine: LengthMachine, lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
+    """Two batch sizes at each length; None where they did not run."""
+    first = max(floor, min(2, most // 2))
+    for start in dict.fromkeys((first, floor)):
+        trials = []
+        for size, length in product((start, 2 * start), lengths):
+            trials.append(machine.run(size, "trace", length))
+            if trials[-1].peak_bytes is None:
+                break
+        else:
+            return trials
+    return None
+
+
+class _Check:
+    """Reads the table off the forecast, runs what it says, and corrects it by what that shows."""
+
+    def __init__(
+        self,
+        machine: LengthMachine,
+        forecast: LengthForecaster,
+        lengths: Sequence[int],
+        floor: int,
+        most: int,
+        traced: Sequence[Trial],
+    ) -> None:
+        self._machine, self._forecast = machine, forecast
+        self._longest, self._usual = lengths[-1], lengths[len(lengths) // 2]
+        self._floor, self._most = floor, most
+        self._factor = self._mixed = 1.0  # of what the budget counts to what the forecast says; of what shapes leave
+        self._reserve = 0
+        self._residual = 0.0
+        self._fits = {(trial.batch, trial.length or 0) for trial in traced if trial.fits}
+
+    def run(self) -> LengthAnswer:
+        self._begin()
+        for _ in range(MOST_ROUNDS):
+            room = self._room(self._believed())
+            wanted = [(limit_at(room, length), length) for length in (self._longest, self._usual)]
+            if wanted[0][0] < self._floor:
+                break
+            missing = [shape for shape in wanted if not self._known(*shape)]
+            if not missing:
+                return self._answer(room)
+            for size, length in missing:
+                if not self._try(size, length):
+                    break
+        return self._by_what_fitted()
+
+    def _answer(self, room: Room) -> LengthAnswer:
+        return LengthAnswer(room, limit_at(room, self._longest), self._longest, self._forecast, self._residual)
+
+    def _by_what_fitted(self) -> LengthAnswer:
+        """The table by the largest forecast among the shapes that fitted: where the budget itself goes up and down."""
+        room = self._room(max((self._forecast.peak(*shape) for shape in self._fits), default=0))
+        if limit_at(room, self._longest) < self._floor:
+            raise NothingFitsError(
+                f"a micro-batch of {self._floor} of the longest samples looked at, of length {self._longest}, does not "
+                "fit"
+            )
+        return self._answer(room)
+
+    def _known(self, size: int, length: int) -> bool:
+        """Whether as many samples as long, or more, were run."""
+        return any(size <= ran and length <= as_long for ran, as_long in self._fits)
+
+    def _begin(self) -> None:
+        """A stepping stone; and where an allocator reserves, what it makes of the requests where it matters most."""
+        if self._machine.suffers and not self._machine.caches:
+            self._reserve = min(KEPT_KERNELS, self._machine.budget // 2)
+        size = self._limit()
+        stone = size // STEPPING_STONE
+        if self._machine.suffers and stone > self._floor:
+            self._try(stone, self._longest)
+            size = self._limit()
+        if size < self._floor:
+            return
+        requested, counted = (ask(size, self._longest) for ask in (self._forecast.peak, self._forecast.reserved))
+        if counted > requested:
+            self._mixed = MIXED_SHAPES
+            self._factor = max(self._factor, self._mixed * counted / requested)
+
+    def _limit(self) -> int:
+        return limit_at(self._room(self._believed()), self._longest)
+
+    def _believed(self) -> float:
+        """Bytes that a shape's forecast may come to."""
+        return max(self._machine.budget - self._reserve, 0) / self._factor
+
+    def _room(self, most: float) -> Room:
+        return room_of(lambda size, length: self._forecast.peak(size, length) <= most, self._most, self._longest)
+
+    def _try(self, size: int, length: int) -> bool:
+        """Runs one shape; the forecast is made larger where that shows more than it said."""
+        trial = self._machine.run(size, "verify", length)
+        measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
+        if measured is None:
+            self._factor *= OVERRUN
+            return False
+        expected = self._forecast.peak(size, length)
+        if trial.peak_bytes is not None:
+            self._residual = max(self._residual, abs(expected / trial.peak_bytes - 1.0))
+        larger = max(self._factor, self._mixed * measured / expected)
+        if trial.fits:
+            self._fits.add((size, length))
+        elif larger == self._factor:  # over the budget for another reason, such as a retry
+            larger *= OVERRUN
+        self._factor = larger
+        return trial.fits

@@ -1,0 +1,158 @@
+"""torch.compile on the model's forward, for as long as it trains: one graph for all sizes, and a word on every other.
+
+Choices made here:
+
+- The batch dimension is marked dynamic from the first call. Left to itself, torch compiles for the first size, and
+  again at the second; a probe runs several, and a tail is another.
+- Only forwards that train are compiled. Evaluation, and the few questions that a model is asked without gradients, run
+  as they are: each would be one more graph, in the middle of a training.
+- torch has no graph for one sample and for more: size 1 is always a graph of its own. It is compiled only where all
+  micro-batches are of one sample; elsewhere a single sample that is left over runs as it is.
+- What cannot be compiled runs as it is, and that is said, with the reason.
+- Graphs are counted by torch's own counters, around each call.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.data import tree
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.window.forward import StandIn
+
+__all__ = ["BACKEND", "Compiled"]
+
+BACKEND = "inductor"
+
+
+class Compiled(StandIn):
+    """A model's forward, compiled. The same object is put in place again and again, and keeps its graphs.
+
+    Attributes:
+        graphs: compiled so far.
+        seconds: that the calls took in which they were.
+        failed: why the model runs without compilation; None while it does not.
+        single: whether one sample is compiled too, because there are only such micro-batches.
+    """
+
+    def __init__(self, module: nn.Module, tell: Callable[[str], None], *, backend: Any = None) -> None:
+        """Compiles nothing yet.
+
+        Args:
+            module: the model.
+            tell: told of each compilation and each fallback, in one line.
+            backend: torch.compile's; None: its default.
+        """
+        super().__init__(module)
+        self.graphs, self.seconds, self.single = 0, 0.0, True
+        self.failed: str | None = None
+        self._tell, self._backend = tell, backend or BACKEND
+        self._calls = 0
+        self._compiled: Callable[..., Any] | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        super().__exit__(kind, error, tb)
+        if not self._calls and error is None:
+            self._calls = 1  # said once
+            self._tell("torch.compile: nothing was compiled, since the model's forward was not called: let step= call "
+                       "the model itself, as model(batch)")  # fmt: skip
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward, compiled where it trains."""
+        if self.failed is not None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.forward(*args, **kwargs)
+        self._calls += 1
+        size = _marked((args, kwargs))
+        if size == 1 and not self.single:
+            return self.forward(*args, **kwargs)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.forward, backend=self._backend)
+        from torch._dynamo.exc import TorchDynamoException
+
+        before, started = _Counts(), time.perf_counter()
+        try:
+            outputs = self._compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            if out_of_memory(error) is not Verdict.NO:
+                raise
+            failure = error.with_traceback(None)
+        else:
+            self._count(before, size, time.perf_counter() - started)
+            return outputs
+        # Without compilation; an error of the user's own, which ended the compilation, comes out as itself here.
+        outputs = self.forward(*args, **kwargs)
+        self.failed = _one_line(failure)
+        self._tell(f"torch.compile failed, and the model runs without it: {self.failed}")
+        return outputs
+
+    def _count(self, before: "_Counts", size: int | None, seconds: float) -> None:
+        now = _Counts()
+        if now.frames == before.frames:
+            return
+        more, first = now.graphs - before.graphs, self.graphs == 0
+        self.graphs, self.seconds = self.graphs + more, self.seconds + seconds
+        breaks = [reason for reason in now.breaks if reason not in before.breaks]
+        without = bool(breaks) or now.refused > before.refused
+        took = f"in {seconds:.1f} s"
+        if not more:
+            text = f"no graph for a batch of {size}"
+        elif not first:
+            text = f"{_graphs(more)} more at a batch of {size}, {took}; {self.graphs} in all"
+        elif size == 1:
+            text = f"{_graphs(more)} for a single sample, {took}"
+        else:
+            text = f"{_graphs(more)}{'' if without else ' for all batch sizes'}, {took}"
+        if without:
+            text += f"; parts of the model run without it: {_one_line(breaks[0]) if breaks else _gave_up()}"
+        if more or without:
+            self._tell(f"torch.compile: {text}")
+
+
+class _Counts:
+    """torch's counters at one moment."""
+
+    def __init__(self) -> None:
+        from torch._dynamo.utils import counters
+
+        self.graphs = counters["stats"]["unique_graphs"]
+        self.frames = counters["frames"]["total"]
+        self.refused = self.frames - counters["frames"]["ok"]
+        self.breaks = list(counters["graph_break"])
+
+
+def _marked(arguments: Any) -> int | None:
+    """Marks dimension 0 of every tensor as one that varies; the size of the first, None where there is no tensor."""
+    from torch._dynamo import maybe_mark_dynamic
+
+    first = None
+    for tensor in _tensors(arguments):
+        size = tensor.shape[0]
+        first = size if first is None else first
+        if size > 1:
+            maybe_mark_dynamic(tensor, 0)
+    return first
+
+
+def _tensors(arguments: Any) -> Iterator[Tensor]:
+    for _, tensor in tree.tensors(arguments):
+        if tensor.dim() and not isinstance(tensor, nn.Parameter):
+            yield tensor
+
+
+def _graphs(count: int) -> str:
+    return f"{count} graph{'s' * (count != 1)}"
+
+
+def _one_line(reason: Any) -> str:
+    kind = f"{type(reason).__name__}: " if isinstance(reason, BaseException) else ""
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    return kind + " ".join(lines[:2])[:240]
+
+
+def _gave_up() -> str:
+    limit = getattr(torch._dynamo.config, "recompile_limit", None)
+    return f"torch compiled them as often as it may (recompile_limit {limit})" if limit else "torch gave up on them"

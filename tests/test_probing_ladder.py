@@ -1,0 +1,37 @@
+"""Up the ladder, purely: which rungs are looked at, which is taken, and what is said of them."""
+
+from autoaccum.probing.ladder import Tried, climb, told
+
+MIB = 2**20
+SHOWN = {
+    "cheap": Tried("cheap", 9 * MIB),
+    "middle": Tried("middle", 5 * MIB, fits=True),
+    "dear": Tried("dear", 3 * MIB, fits=True),
+    "broken": Tried("broken", obstacle="cannot be run, ValueError: no"),
+    "gone": Tried("gone"),
+    "gone too": Tried("gone too"),
+}
+
+
+def test_the_first_rung_that_fits_is_taken_and_none_after_it_is_looked_at():
+    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda fits: fits)
+    assert taken == "middle"
+    assert [each.rung for each in tried] == ["cheap", "middle"]
+
+
+def test_where_none_is_to_be_taken_all_are_looked_at():
+    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda fits: False)
+    assert taken is None
+    assert [each.rung for each in tried] == ["cheap", "middle", "dear"]
+
+
+def test_the_text_names_each_rung_with_its_peak_and_the_cheapest_that_fits():
+    text = told(SHOWN[name] for name in ("cheap", "broken", "middle", "dear"))
+    assert "cheap: does not fit, at 9.0 MiB; broken: cannot be run, ValueError: no; middle: fits, at 5.0 MiB" in text
+    assert text.endswith('ladder="auto" takes middle, the cheapest that fits')
+
+
+def test_rungs_with_the_same_answer_share_a_clause_and_none_that_fits_is_said():
+    text = told([SHOWN["gone"], SHOWN["gone too"]])
+    assert "gone, gone too: ran out of memory" in text
+    assert text.endswith("None of them is enough")

@@ -1,0 +1,91 @@
+"""A probe under a limit that the process has, not PyTorch: RLIMIT_DATA, in processes of their own."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from autoaccum.memory.watch import small_stacks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts all that a process has mapped")
+
+LIBC = ctypes.CDLL(None)
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+SETUP = """
+    import json, resource, torch
+    from torch import nn
+    import autoaccum.api
+    from autoaccum.memory.watch import ProcessGrowth
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10))
+    x, y = torch.randn(8192, 64), torch.randint(0, 10, (8192,))
+    optimizer, loss = torch.optim.AdamW(model.parameters()), nn.CrossEntropyLoss()
+
+    def window(size):
+        for _ in range(2):
+            loss(model(x[:size]), y[:size]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    used = ProcessGrowth("data segment")._read()
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 180 * 2**20, resource.RLIM_INFINITY))
+"""
+
+
+def child(*lines):
+    """What a fresh process prints after the setup above, or None where it runs out of memory."""
+    code = textwrap.dedent(SETUP) + "\n".join(lines)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    if done.returncode and ("not enough memory" in done.stderr or "allocate memory" in done.stderr):
+        return None
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def default_stack():
+    attributes, size = ctypes.create_string_buffer(256), ctypes.c_size_t()
+    LIBC.pthread_getattr_default_np(attributes)
+    LIBC.pthread_attr_getstacksize(attributes, ctypes.byref(size))
+    return size.value
+
+
+def test_what_is_found_trains_on_and_little_more_would_not_fit():
+    found = child(
+        "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
+        "[window(report.micro_batch) for _ in range(3)]",
+        "reason = report.budget_reason",
+        "print(json.dumps([report.micro_batch, report.out_of_memory_count, report.limit_proof, reason]))",
+    )
+    assert found is not None, "the size found must train in the process that found it"
+    size, out_of_memory, proof, reason = found
+    assert (out_of_memory, proof) == (0, "forecast")
+    assert "more than PyTorch counts" in reason
+    assert child(f"window({size}); window({size}); print('true')")
+    assert child(f"window({int(1.12 * size)}); window({int(1.12 * size)}); print('true')") is None
+
+
+def test_the_profilers_thread_takes_a_small_stack():
+    grown = child(
+        "from types import SimpleNamespace",
+        "from autoaccum.memory.trace import record",
+        "before = ProcessGrowth('data segment')._read()",
+        "with record(SimpleNamespace(torch_device=torch.device('cpu'))): pass",
+        "print(ProcessGrowth('data segment')._read() - before)",
+    )
+    assert grown < 4 * 2**20, "the usual stack alone is 8 MiB"
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "pthread_getattr_default_np"), reason="glibc has a default size of stacks")
+def test_the_usual_stack_is_back_afterwards():
+    usual = default_stack()
+    with small_stacks():
+        assert default_stack() < usual
+    assert default_stack() == usual
