@@ -164,7 +164,9 @@ def main() -> None:
         ]
         for found in results
     ]
-    print(table(["case", "tokens/s", "one size", "ratio", "padding", "one size", "gradient error"], rows))
+    print(
+        table(["case", "tokens/s", "one size", "ratio", "padding", "micro-batch of one size", "gradient error"], rows)
+    )
 
 
 if __name__ == "__main__":
