@@ -75,7 +75,7 @@ class Bench:
         if not self._grown:
             return self._budget.bytes
         needs, growth = self._process_needs()
-        return self._budget.bytes - needs - growth
+        return int(self._budget.bytes * (1.0 - CUSHION)) - needs - growth
 
     @property
     def suffers(self) -> bool:

@@ -135,10 +135,10 @@ CASES = {
     "BatchNorm CNN": Case(lambda: convolutions((32, 64, 128)), images(32), 160),
     "BatchNorm CNN, large images": Case(lambda: convolutions((32, 64)), images(160), 160),
     "ResNet": Case(resnet, images(32), 140),
-    "GPT-2-like": Case(lambda: Text(3, 128, 1000, True), tokens(64, True), 240),
-    "BERT-like": Case(lambda: Text(3, 128, 1000, False), tokens(64, False), 200),
+    "GPT-2-like": Case(lambda: Text(3, 128, 1000, True), tokens(64, True), 360),
+    "BERT-like": Case(lambda: Text(3, 128, 1000, False), tokens(64, False), 300),
     "LSTM": Case(Recurrent, lambda n: (torch.randn(n, 100, 16), torch.randint(0, 5, (n,))), 140),
-    "checkpointed perceptron": Case(Checkpointed, lambda n: (torch.randn(n, 128), torch.randint(0, 10, (n,))), 112),
+    "checkpointed perceptron": Case(Checkpointed, lambda n: (torch.randn(n, 128), torch.randint(0, 10, (n,))), 100),
 }
 
 
