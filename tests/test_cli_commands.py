@@ -101,7 +101,7 @@ class Library:
         return SimpleNamespace(to_dict=lambda: values, **values)
 
     def search(self, setup, *, n_trials, workers=1, storage=None, study_name=None, target_batch=(64,), progress=None,
-               budget=None):  # fmt: skip
+               budget=None, space=None):  # fmt: skip
         self._called("search", locals())
         values = {"best_params": {"lr": 0.1}, "best_value": 0.5, "best_plan": None, "trials": []}
         return SimpleNamespace(
@@ -173,6 +173,34 @@ def test_a_search_gets_the_function_that_takes_a_trial(library):
     assert done.exit_code == 0, done.stderr
     assert (name, arguments["n_trials"], arguments["study_name"], arguments["workers"]) == ("search", 4, "s", 1)
     assert setup("a trial") == {"model": "a trial", "data": [], "memory": "8GiB"}
+
+
+def test_a_search_gets_the_space_and_the_batches_to_choose_from(library):
+    words = ["search", "train.py:tries", "--n-trials", "4"]
+    done = run(*words, "--space", "lr=1e-4:1e-1:log", "--space", "layers=2:6", "--space", "trial=0,1e-4")
+    assert done.exit_code == 0, done.stderr
+    assert library.calls[-1][1]["space"] == {"lr": (1e-4, 1e-1, "log"), "layers": (2, 6), "trial": [0, 1e-4]}
+
+    done = run(*words, "--space", "lr=1e-4,1e-3", "--target-batch", "64", "--target-batch", "128")
+    assert done.exit_code == 0, done.stderr
+    assert library.calls[-1][1]["space"] == {"lr": [1e-4, 1e-3], "target_batch": [64, 128]}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--space", "lr"], "'lr' says no values for a parameter: write NAME=LOW:HIGH"),
+        (["--space", "lr=2:1"], "empty range: 2 is not below 1"),
+        (["--space", "lr=1,2", "--space", "lr=3"], "is given twice"),
+        (["--space", "target_batch=32,64", "--target-batch", "8"], "say the same: leave one out"),
+    ],
+)
+def test_a_space_that_cannot_be_read_is_a_usage_error(library, words, said):
+    done = run("search", "train.py:tries", "--n-trials", "4", *words)
+
+    assert done.exit_code == 2
+    assert said in " ".join(done.stderr.split())
+    assert not library.calls
 
 
 # --- what is printed -------------------------------------------------------------------------------------------------

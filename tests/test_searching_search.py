@@ -14,6 +14,7 @@ import autoaccum
 from autoaccum.errors import MissingExtraError, NothingFitsError, SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.best import read_best
+from autoaccum.searching.extra import make_pruner
 from autoaccum.searching.limits import Limits
 from tests.search_setups import (
     arguments,
@@ -100,8 +101,17 @@ def test_values_are_reported_against_samples_and_weak_trials_end_early(tmp_path)
         amounts = [amount for amount, _ in row["reports"]]
         assert amounts == sorted(set(amounts))
         assert (amounts[-1] == whole) == (row["state"] == "complete")
-    assert any(row["state"] == "pruned" for row in result.trials)
+    assert {len(row["reports"]) for row in result.trials if row["state"] == "pruned"} == {1}, "at a ninth, if at all"
     assert any(row["state"] == "complete" for row in result.trials)
+
+
+def test_an_epoch_longer_than_a_ninth_is_looked_at_in_its_middle(tmp_path):
+    result = search(tmp_path, lambda: arguments(epochs=1), n_trials=10, space={"lr": (1e-5, 1e-1, "log"),
+                    "target_batch": [8]})  # fmt: skip
+
+    pruned = [row for row in result.trials if row["state"] == "pruned"]
+    assert pruned
+    assert {row["reports"][-1][0] for row in pruned} == {16}, "the first window's end after a ninth of 90 samples"
 
 
 def test_a_report_in_mid_epoch_does_not_change_the_training(tmp_path):
@@ -197,6 +207,51 @@ def test_nothing_fits_anywhere_is_said_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Limits, "report", report)
     with pytest.raises(NothingFitsError, match=r"any of the 3 settings.*in 3 B"):
         search(tmp_path, probed, n_trials=3)
+
+
+# --- the pruner ------------------------------------------------------------------------------------------------------
+
+
+def looked_at(direction, amount, trials):
+    """Whether the pruner gives up, at each report of trials that are told one after another."""
+    study = optuna.create_study(direction=direction, pruner=make_pruner("once", amount))
+    found = []
+    for reports in trials:
+        trial, answers = study.ask(), []
+        for at, value in reports:
+            trial.report(value, at)
+            answers.append(trial.should_prune())
+        ended = {"state": optuna.trial.TrialState.PRUNED} if any(answers) else {"values": reports[-1][1]}
+        study.tell(trial, **ended)
+        found.append(answers)
+    return found
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("minimize", 1.0), ("maximize", -1.0)])
+def test_one_look_at_a_ninth_of_the_budget_lets_the_best_third_go_on(direction, sign):
+    values = [5.0, 6.0, 4.0, 4.5, 7.0, 4.2, 3.0, 8.0, 3.5]
+    trials = [[(100, sign * value), (200, sign * 9.9), (900, sign * value)] for value in values]
+    found = looked_at(direction, 900, trials)
+
+    #       the best so far goes on; from six on, the best two; from nine on, the best three
+    assert [answers[0] for answers in found] == [False, True, False, True, True, False, False, True, False]
+    assert not any(any(answers[1:]) for answers in found), "a bad value later ends no trial"
+
+
+def test_the_look_waits_for_the_first_report_after_a_ninth():
+    found = looked_at("minimize", 900, [[(90, 1.0), (130, 1.0)], [(90, 9.0), (140, 2.0)], [(95, 9.0), (150, 0.5)]])
+
+    assert found == [[False, False], [False, True], [False, False]]
+
+
+def test_trials_that_failed_are_no_measure_for_others():
+    study = optuna.create_study(pruner=make_pruner("once", 900))
+    failed, own = study.ask(), study.ask()
+    failed.report(0.1, 100)
+    study.tell(failed, state=optuna.trial.TrialState.FAIL)
+    own.report(5.0, 100)
+
+    assert not own.should_prune()
 
 
 # --- going on --------------------------------------------------------------------------------------------------------

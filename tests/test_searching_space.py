@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import SetupError
 from autoaccum.planning.plan import plan
-from autoaccum.searching.space import read_space
+from autoaccum.searching.space import read_space, space_of_texts
 from autoaccum.searching.terms import check_targets, read_budget, steps_for
 
 
@@ -56,6 +56,71 @@ def test_a_space_that_cannot_be_searched_names_the_parameter(space, said):
 def test_a_function_that_returns_no_dict_is_told_so():
     with pytest.raises(SetupError, match="space returned int"):
         drawn(lambda trial: 3, 1)
+
+
+def test_a_space_written_as_text_means_the_same_as_in_python():
+    texts = [
+        "lr=1e-4:1e-1:log",
+        "weight_decay=0,1e-4,1e-2",
+        "layers=2:6",
+        "p=0:0.5",
+        "name=sgd",
+        "fast=true,False,none",
+    ]
+
+    assert space_of_texts([*texts, " clip_norm = 1 , 2.5 "]) == {
+        "lr": (1e-4, 1e-1, "log"),
+        "weight_decay": [0, 1e-4, 1e-2],
+        "layers": (2, 6),
+        "p": (0, 0.5),
+        "name": ["sgd"],
+        "fast": [True, False, None],
+        "clip_norm": [1, 2.5],
+    }
+    assert [type(end) for end in space_of_texts(["layers=2:6"])["layers"]] == [int, int]
+    assert [type(end) for end in space_of_texts(["p=0:0.5"])["p"]] == [int, float]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["lr", "depth", "decay"]),
+        st.one_of(
+            st.tuples(st.floats(1e-9, 1.0), st.floats(1.5, 1e9), st.just("log")),
+            st.tuples(st.integers(-9, 0), st.integers(1, 9)),
+            st.lists(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans()),
+                     min_size=1, max_size=4, unique_by=lambda value: (type(value), value)),
+        ),
+        min_size=1,
+    )
+)  # fmt: skip
+def test_what_is_written_from_a_space_is_read_as_that_space(space):
+    texts = [f"{name}={(':' if isinstance(part, tuple) else ',').join(map(str, part))}" for name, part in space.items()]
+
+    assert space_of_texts(texts) == space
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["lr"], "'lr' says no values"),
+        (["lr="], "'lr=' says no values"),
+        (["=1:2"], "says no values"),
+        (["lr=1:"], "neither a range nor choices: write NAME=LOW:HIGH"),
+        (["lr=1,,2"], "neither a range nor choices"),
+        (["lr=1:2:log:3"], "neither a range nor choices"),
+        (["lr=1e-1:1e-4:log"], "empty range"),
+        (["lr=0:1:log"], "logarithmic"),
+        (["lr=1e-4:1:lin"], 'can only be "log"'),
+        (["lr=low:high"], "'low' is not a finite number"),
+        (["lr=nan"], "numbers must be finite"),
+        (["lr=1,1"], "a choice twice"),
+        (["lr=1:2", "lr=3"], "'lr' is given twice"),
+        (["weight-decay=1,2"], "'weight-decay': names are keywords"),
+    ],
+)
+def test_a_text_that_says_no_space_is_refused_with_the_way_to_write_it(texts, said):
+    with pytest.raises(SetupError, match=said):
+        space_of_texts(texts)
 
 
 @pytest.mark.parametrize("targets", [(), (0,), (True,), ("64",), None, -3])

@@ -10,6 +10,7 @@ from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, takes, target_argument
 from autoaccum.cli.saving import saved
+from autoaccum.errors import SetupError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,15 +27,36 @@ def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> i
     return int(value)
 
 
+def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
+    """The parameters to search; None where there are none."""
+    if not values:
+        return None
+    from autoaccum.searching.space import space_of_texts
+
+    try:
+        return space_of_texts(values)
+    except SetupError as error:
+        raise click.BadParameter(str(error), ctx, param) from None
+
+
 @click.command(cls=Command, short_help="Search hyperparameters with Optuna.")
 @target_argument
 @click.option("--n-trials", type=COUNT, metavar="N", required=True, help="Trials in total, over restarts and workers.")
+@click.option(
+    "--space",
+    metavar="NAME=VALUES",
+    multiple=True,
+    callback=_space,
+    help="What to search, once a parameter: lr=1e-4:1e-1:log, layers=2:6, weight_decay=0,1e-4,1e-2.",
+)
 @click.option("--target-batch", type=COUNT, metavar="N", multiple=True, help="A batch to choose from; may be repeated.")
 @click.option("--metric", metavar="NAME", help='"loss", one of the metrics, or "train_loss".')
 @click.option("--direction", type=click.Choice(["minimize", "maximize"]), help="Whether less of the metric is better.")
 @click.option("--budget", metavar="B", help='What a trial trains on: samples, or a time such as "90s".')
 @click.option("--sampler", type=click.Choice(["tpe", "random", "gp", "cmaes", "qmc"]), help="Draws the parameters.")
-@click.option("--pruner", type=click.Choice(["hyperband", "halving", "median", "none"]), help="Ends weak trials early.")
+@click.option(
+    "--pruner", type=click.Choice(["once", "hyperband", "halving", "median", "none"]), help="Ends weak trials early."
+)
 @click.option("--workers", metavar="N", callback=_workers, help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
@@ -45,6 +67,7 @@ def search(
     *,
     target: str,
     n_trials: int,
+    space: dict[str, Any] | None,
     target_batch: tuple[int, ...],
     save: Path | None,
     plot: Path | None,
@@ -52,8 +75,9 @@ def search(
 ) -> Answer:
     """Train with many hyperparameters and find the best.
 
-    TARGET is called for every trial, with those of the trial's parameters that it takes: without more, the learning
-    rate around the one it returns, and the target batch. The same command after an interruption goes on.
+    TARGET is called for every trial, with those of the trial's parameters that it takes; the others are arguments of
+    fit. Without --space they are the learning rate around the one it returns, and the target batch. The same command
+    after an interruption goes on.
     """
     import autoaccum
     from autoaccum.cli.target import Target
@@ -64,7 +88,9 @@ def search(
     budget = settings.get("budget")
     if budget is not None and budget.isdigit():
         settings["budget"] = int(budget)
-    if target_batch:
+    if space is not None:
+        settings["space"] = _with_targets(space, target_batch)
+    elif target_batch:
         settings["target_batch"] = target_batch
     settings["progress"] = first_rank() if progress is None else progress
     setup = Target.parse(target, given(options))
@@ -75,6 +101,15 @@ def search(
         done = saved(save, "the result", result.save)
         done &= saved(plot, "the plot", result.plot)
     return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
+
+
+def _with_targets(space: dict[str, Any], targets: tuple[int, ...]) -> dict[str, Any]:
+    """The space, with the batches of --target-batch among it."""
+    if not targets:
+        return space
+    if "target_batch" in space:
+        raise click.UsageError("--space target_batch=... and --target-batch say the same: leave one out")
+    return {**space, "target_batch": list(dict.fromkeys(targets))}
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":

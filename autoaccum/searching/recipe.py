@@ -86,9 +86,10 @@ class Recipe:
         for name in names:
             if name in ("model", "data") or not (self.takes(name) or name in known):
                 close = difflib.get_close_matches(name, [*own, *known], n=1)
-                meant = f": did you mean {close[0]!r}?" if close else f"; the setup takes {', '.join(own) or 'nothing'}"
+                takes = ", ".join(own) or "nothing"
+                meant = f": did you mean {close[0]!r}?" if close else f"; the setup takes {takes}."
                 raise SetupError(
-                    f"space has the parameter {name!r}, which neither the setup nor fit takes{meant}. Give the setup a "
+                    f"space has the parameter {name!r}, which neither the setup nor fit takes{meant} Give the setup a "
                     "parameter of that name to use it there"
                 )
         for name in self.needs():

@@ -4,17 +4,21 @@
 
 A tuple of two integers is a range of integers, both ends included; with a float in it, of floats. A list is a set of
 choices. Everything is checked before the first trial, with the name of the parameter in each error.
+
+On the command line the same is written as text: lr=1e-4:1e-1:log, weight_decay=0,1e-4,1e-2, layers=2:6. A comma makes
+choices, a colon a range, neither of them one fixed value.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError
 
-__all__ = ["Choices", "Range", "Space", "read_space"]
+__all__ = ["Choices", "Range", "Space", "read_space", "space_of_texts"]
 
+WRITTEN = "write NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,..., such as lr=1e-4:1e-1:log"
 EXAMPLE = 'write (low, high), (low, high, "log") or a list of choices, such as {"lr": (1e-4, 1e-1, "log")}'
 
 
@@ -108,6 +112,53 @@ def read_space(space: Any) -> Space:
     return Space({_name(name): _part(name, value) for name, value in space.items()})
 
 
+def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
+    """The space as it is written on the command line, in the terms of `read_space`, which has checked it.
+
+    Args:
+        texts: one a parameter, NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,...
+
+    Raises:
+        SetupError: not of these forms, a parameter given twice, or what `read_space` refuses.
+    """
+    space: dict[str, Any] = {}
+    for text in texts:
+        name, equals, written = text.partition("=")
+        name = name.strip()
+        if not equals or not name or not written.strip():
+            raise SetupError(f"{text!r} says no values for a parameter: {WRITTEN}")
+        if name in space:
+            raise SetupError(f"{text!r}: the parameter {name!r} is given twice; leave one out")
+        space[name] = _written(text, written)
+    read_space(space)
+    return space
+
+
+def _written(text: str, written: str) -> tuple[Any, ...] | list[Any]:
+    """A range or choices, from what stands behind the equals sign."""
+    ends = [part.strip() for part in written.split(":")]
+    is_range = "," not in written and len(ends) > 1
+    parts = ends if is_range else [part.strip() for part in written.split(",")]
+    if "" in parts or (is_range and len(parts) > 3):
+        raise SetupError(f"{text!r} is neither a range nor choices: {WRITTEN}")
+    if not is_range:
+        return [_value(part) for part in parts]
+    return (*map(_value, parts[:2]), *parts[2:])
+
+
+def _value(text: str) -> Any:
+    """A whole number, a number, a truth value, None, or the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier():
         raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
@@ -131,6 +182,8 @@ def _choices(name: str, values: list[Any]) -> Choices:
                 f"space[{name!r}] has the choice {value!r}: choices are kept in the study as numbers, texts, True, "
                 "False or None; give a name there, and look it up in the setup"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SetupError(f"space[{name!r}] has the choice {value!r}: numbers must be finite")
     if len({(type(value), value) for value in values}) < len(values):
         raise SetupError(f"space[{name!r}]={values!r} has a choice twice: leave one out")
     return Choices(tuple(values))

@@ -1,7 +1,7 @@
 """One trial's training: built, planned by arithmetic, run to its budget, and reported against the samples it has seen.
 
 Choices:
-- Reports come at ninths of the budget, which the pruner's rungs (two, five) are among. Where an epoch is no
+- Reports come at ninths of the budget, which the pruners' rungs (one; two and five) are among. Where an epoch is no
   longer than a ninth they wait for its end, where the loop evaluates anyway; else the held-out data is run at the
   rungs in mid-epoch as well, with the random generators put back: the training is the same as without.
 - A loss that is not finite is a bad value and no failure: the trial counts as pruned, and the sampler learns from it.
@@ -31,7 +31,7 @@ from autoaccum.window.snapshot import RandomState
 __all__ = ["Diverged", "Finished", "Infeasible", "Pruned", "Refused", "Trainer"]
 
 NINTHS = 9
-RUNGS = (2, 5)  # ninths at which a trial may be given up before an epoch's end
+RUNGS = (1, 2, 5)  # ninths at which a trial may be given up before an epoch's end
 _ASSEMBLING = ("model", "data", "loss", "step", "reduction", "optimizer", "lr", "device", "precision", "clip_norm",
                "shuffle", "seed", "worst_case")  # fmt: skip
 
