@@ -26,7 +26,7 @@ def holds_indices(targets: Any) -> bool:
 
 def tokens(targets: Tensor, ignore_index: int = IGNORED) -> float:
     """Class indices in `targets`, of any shape, other than `ignore_index`."""
-    if ignore_index < 0 and targets.numel() and targets.min() > ignore_index:
+    if ignore_index < 0 and targets.numel() and targets.min().item() > ignore_index:
         return float(targets.numel())  # the common case, at half the cost
     return float(torch.count_nonzero(targets.ne(ignore_index)))
 
