@@ -1,12 +1,13 @@
 """The global random generators at one moment: torch's, the device's, Python's and numpy's; also as plain values.
 
 They are captured at every window, for the rare one that has to be run again, so that has to be quick. numpy takes a
-hundred microseconds to copy its state, and most trainings draw nothing from it: a quick capture compares its raw bytes
-with those seen last, and copies only a change. That is exact unless the user's code seeds numpy with the same number
-again in between and draws one normal value more or less, since the one that numpy keeps for later is not in those
-bytes. What goes into a regular checkpoint is captured in full.
+hundred microseconds to copy its state and Python ten, and most trainings draw nothing from them: a quick capture
+compares their raw bytes with those seen last, and copies only a change. That is exact for Python's; for numpy's unless
+the user's code seeds it with the same number again in between and draws one normal value more or less, since the one
+that numpy keeps for later is not in those bytes. What goes into a regular checkpoint is captured in full.
 """
 
+import _random
 import ctypes
 import random
 import sys
@@ -17,7 +18,7 @@ import torch
 
 __all__ = ["Generators", "seed_everything"]
 
-_MT19937_BYTES = 624 * 4 + 4  # numpy's struct: the key, and the place in it
+_MT19937_BYTES = 624 * 4 + 4  # the key, and the place in it: numpy's struct, and the least of Python's
 
 
 class Generators:
@@ -28,8 +29,8 @@ class Generators:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        self._python = random.getstate()
-        self._numpy = _seen.state_of(_numpy(), quick)
+        self._python = _python_seen.state(quick)
+        self._numpy = _numpy_seen.state_of(_numpy(), quick)
 
     def restore(self) -> None:
         """Sets every generator back."""
@@ -40,7 +41,7 @@ class Generators:
         numpy = _numpy()
         if numpy is not None and self._numpy is not None:
             numpy.set_state(self._numpy)
-            _seen.raw = None  # it may have the same bytes by another way: look at it in full the next time
+            _numpy_seen.raw = None  # it may have the same bytes by another way: look at it in full the next time
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -78,7 +79,29 @@ class Generators:
         return made
 
 
-class _Seen:
+class _PythonSeen:
+    """Python's state as it was copied last."""
+
+    def __init__(self) -> None:
+        self._raw: bytes | None = None
+        self._state = random.getstate()
+        generator: Any = getattr(random.getstate, "__self__", None)
+        begin, end = object.__basicsize__, _random.Random.__basicsize__
+        # CPython keeps the words inside the object; whoever else need not.
+        inside = sys.implementation.name == "cpython" and end - begin >= _MT19937_BYTES
+        self._address = id(generator) + begin if inside and type(generator) is random.Random else None
+        self._generator, self._bytes = generator, end - begin
+
+    def state(self, quick: bool) -> tuple[Any, ...]:
+        if not quick or self._address is None:
+            return random.getstate()
+        raw = ctypes.string_at(self._address, self._bytes)
+        if raw != self._raw or self._generator.gauss_next != self._state[2]:
+            self._raw, self._state = raw, random.getstate()
+        return self._state
+
+
+class _NumpySeen:
     """numpy's state as it was copied last."""
 
     def __init__(self) -> None:
@@ -103,7 +126,7 @@ class _Seen:
         return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
 
-_seen = _Seen()
+_python_seen, _numpy_seen = _PythonSeen(), _NumpySeen()
 
 
 def _numpy() -> Any:
@@ -118,4 +141,4 @@ def seed_everything(seed: int) -> None:
     numpy = _numpy()
     if numpy is not None:
         numpy.seed(seed % 2**32)
-        _seen.raw = None
+        _numpy_seen.raw = None

@@ -25,6 +25,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.loss import Mean, Objective
 from autoaccum.window.noise_scale import NoiseScale
@@ -207,9 +208,7 @@ class Accumulator:
             share = torch.stack([tensor * factor for tensor, factor in parts]).sum()
             scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             return
-        torch.autograd.backward(
-            [tensor for tensor, _ in parts], [torch.full_like(tensor, factor) for tensor, factor in parts]
-        )
+        backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
 
     def finish(self) -> StepRecord:
         """Sums over the ranks, corrects, clips, steps and zeroes; commits statistics; advances the scheduler.

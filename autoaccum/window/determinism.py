@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.window.engine import run_engine
 from autoaccum.window.noise import SampleNoise
 from autoaccum.window.snapshot import RandomState
 
@@ -207,9 +208,7 @@ def _backward(losses: Any, begin: Any) -> None:
     """The backward pass without asking the mode again, which torch's own two functions do."""
     losses = (losses,) if isinstance(losses, Tensor) else tuple(losses)
     given = (begin,) * len(losses) if begin is None or isinstance(begin, Tensor) else tuple(begin)
-    begins = tuple(torch.ones_like(loss) if at is None else at for loss, at in zip(losses, given))
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.run_backward(losses, begins, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    run_engine(losses, [torch.ones_like(loss) if at is None else at for loss, at in zip(losses, given)])
 
 
 def _by_running_statistics(
