@@ -1,12 +1,14 @@
-"""The records of all windows so far, in columns: about a hundred bytes a window instead of a thousand.
+"""The records of all windows so far, as rows of numbers: about a hundred bytes a window instead of a thousand.
 
 A run of days has millions of windows. A list of records would be the one thing that grows without end in memory and in
-every checkpoint; columns grow ten times slower, and go into a checkpoint as tensors, without a step for each record.
+every checkpoint; rows grow ten times slower, and go into a checkpoint as tensors, a column for each field, without a
+step for each record.
 """
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -18,6 +20,7 @@ __all__ = ["History"]
 
 _NUMBERS = tuple(field.name for field in fields(StepRecord) if "str" not in str(field.type))
 _TEXTS = tuple(field.name for field in fields(StepRecord) if "str" in str(field.type))
+_numbers_of = attrgetter(*_NUMBERS)
 _WHOLE = frozenset(field.name for field in fields(StepRecord) if "int" in str(field.type))
 
 
@@ -25,7 +28,7 @@ class History(Sequence[StepRecord]):
     """A sequence of records that can be appended to; an index gives a record, a slice gives a list of them."""
 
     def __init__(self, records: Iterable[StepRecord] = ()) -> None:
-        self._columns = {name: array("d") for name in _NUMBERS}  # float64 holds counts up to 2**53 exactly
+        self._rows = array("d")  # a row of numbers for each record; float64 holds counts up to 2**53 exactly
         self._absent = array("q")  # a bit for each number that is None
         self._texts: dict[str, dict[int, str]] = {name: {} for name in _TEXTS}
         for record in records:
@@ -33,12 +36,11 @@ class History(Sequence[StepRecord]):
 
     def append(self, record: StepRecord) -> None:
         """Adds a record at the end."""
+        numbers: Sequence[float | None] = _numbers_of(record)
         absent = 0
-        for place, name in enumerate(_NUMBERS):
-            value = getattr(record, name)
-            if value is None:
-                absent |= 1 << place
-            self._columns[name].append(0.0 if value is None else value)
+        if None in numbers:
+            absent = sum([1 << place for place, number in enumerate(numbers) if number is None])
+        self._rows.extend(0.0 if number is None else number for number in numbers)
         for name in _TEXTS:
             text = getattr(record, name)
             if text is not None:
@@ -68,14 +70,14 @@ class History(Sequence[StepRecord]):
         absent = self._absent[index]
         values: dict[str, Any] = {name: texts.get(index) for name, texts in self._texts.items()}
         for place, name in enumerate(_NUMBERS):
-            number = self._columns[name][index]
+            number = self._rows[index * len(_NUMBERS) + place]
             values[name] = None if absent >> place & 1 else int(number) if name in _WHOLE else number
         return StepRecord(**values)
 
     def state_dict(self) -> dict[str, Any]:
         """The columns as tensors, the texts by their places."""
         return {
-            "numbers": {name: _tensor(column, torch.float64) for name, column in self._columns.items()},
+            "numbers": dict(zip(_NUMBERS, _tensor(self._rows, torch.float64).view(-1, len(_NUMBERS)).T.contiguous())),
             "absent": _tensor(self._absent, torch.int64),
             "texts": {name: dict(texts) for name, texts in self._texts.items()},
         }
@@ -83,12 +85,11 @@ class History(Sequence[StepRecord]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Becomes the history that gave `state`; a column that one of the two does not know counts as None."""
         self._absent = array("q", state["absent"].tolist())
-        for place, name in enumerate(_NUMBERS):
-            column = state["numbers"].get(name)
-            known = column is not None
-            self._columns[name] = array("d", column.tolist() if known else bytes(8 * len(self)))
-            if not known:
-                self._absent = array("q", (bits | 1 << place for bits in self._absent))
+        unknown = torch.zeros(len(self), dtype=torch.float64)
+        columns = [state["numbers"].get(name, unknown) for name in _NUMBERS]
+        missing = sum(1 << place for place, column in enumerate(columns) if column is unknown)
+        self._absent = array("q", (bits | missing for bits in self._absent))
+        self._rows = array("d", torch.stack(columns, dim=1).flatten().tolist())
         self._texts = {name: dict(state["texts"].get(name, {})) for name in _TEXTS}
 
 

@@ -97,6 +97,9 @@ class PooledStatistics:
         """
         self._end_windows()
         self.k = self.k if k is None else k
+        if not self._layers:
+            self.is_open = True
+            return
         self._attach()
         self._regroup()
         for pool, _ in self._groups:
