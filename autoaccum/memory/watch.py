@@ -1,8 +1,9 @@
 """How far a process's own memory rises while something runs.
 
 Limits on the data segment or the address space count what the process maps, which is more than PyTorch has allocated:
-libraries keep scratch of their own, and an allocator cannot give back what lies between live blocks. The kernel keeps
-no high-water mark of these two figures, so a thread reads them, every millisecond.
+libraries keep scratch of their own, and an allocator cannot give back what lies between live blocks. A thread reads the
+two figures, every millisecond. The kernel's high-water mark is of the address space alone and never goes down: where a
+measured stretch raises it, and maps nothing but data, it tells the data segment's too, to the page.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ __all__ = ["ProcessGrowth", "small_stacks"]
 
 STACK_BYTES = 256 * 1024
 LIBRARY_STACK_BYTES = 1024 * 1024
+OTHER_MAPPINGS = 1024 * 1024  # bytes of code or reserved addresses that do not matter beside what is measured
 _FIELDS = {"data segment": "VmData", "address space": "VmSize"}
 _STATUS = Path("/proc/self/status")
 
@@ -33,12 +35,14 @@ class ProcessGrowth:
         self._field = _FIELDS.get(kind) if _STATUS.exists() else None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._before: dict[str, int] = {}
         self._start = self._most = self._read() if self._field is not None else 0
         self.bytes: int | None = None
 
     def __enter__(self) -> "ProcessGrowth":
         if self._field is not None:
-            self._most = self._read()
+            self._before = _status()
+            self._most = self._before[self._field]
             self._stop.clear()
             # A thread's stack counts too: 8 MiB by default, which would be most of what is measured in small steps.
             before = threading.stack_size(STACK_BYTES)
@@ -51,17 +55,32 @@ class ProcessGrowth:
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
-            self.bytes = max(self._most, self._read()) - self._start
+            self.bytes = max(self._most, self._high_water()) - self._start
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
             self._most = max(self._most, self._read())
 
+    def _high_water(self) -> int:
+        """The highest by the kernel's own mark of the address space, where this `with` set a new one; else as now."""
+        assert self._field is not None
+        before, now = self._before, _status()
+        mapped = now["VmSize"] - before["VmSize"]
+        if now["VmPeak"] <= before["VmPeak"]:
+            return now[self._field]
+        if self._field == "VmData" and abs(mapped - (now["VmData"] - before["VmData"])) > OTHER_MAPPINGS:
+            return now[self._field]
+        return before[self._field] + now["VmPeak"] - before["VmSize"]
+
     def _read(self) -> int:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith(f"{self._field}:"):
-                return int(line.split()[1]) * 1024
-        return 0
+        assert self._field is not None
+        return _status()[self._field]
+
+
+def _status() -> dict[str, int]:
+    """VmPeak, VmSize and VmData of this process, in bytes."""
+    fields = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
+    return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
 @contextmanager

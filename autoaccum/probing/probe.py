@@ -12,6 +12,7 @@ from autoaccum.errors import NothingFitsError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
+from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.planning.split import can_split, even_split
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
@@ -86,12 +87,13 @@ def run_probe(
     model, optimizer = accumulator.model, accumulator.optimizer
     held = resident_bytes(model, optimizer)
     budget = device.budget(question.memory, held=held)
+    growth = ProcessGrowth(budget.kind)
     others = [other for other in (objective.loss,) if isinstance(other, nn.Module)]
     with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device):
         try:
             model.train()
             floor = _floor(objective, source, device, accumulator)
-            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener)
+            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth)
             try:
                 report = _look(bench, source, device, question, floor, cache)
                 for _ in range(MOST_LOOKS - 1):

@@ -54,13 +54,17 @@ class Bench:
         budget: Budget,
         journal: Journal,
         listener: Callable[[Trial], None] | None = None,
+        growth: ProcessGrowth | None = None,
     ) -> None:
-        """Sets learning rates to 0; the caller's snapshot puts them back."""
+        """Sets learning rates to 0; the caller's snapshot puts them back.
+
+        `growth` was made when the budget was read, so that what happened since counts; None: that was just now.
+        """
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
         self._journal, self._listener = journal, listener
         self._killed = cache(journal.killed_sizes)
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
-        self._growth = ProcessGrowth(budget.kind)
+        self._growth = growth or ProcessGrowth(budget.kind)
         self._held_at_start = resident_bytes(accumulator.model, accumulator.optimizer)
         self._grown: dict[Shape, tuple[int, int]] = {}  # by shape: bytes above the start, PyTorch's and all
         self.trials: list[Trial] = []
