@@ -35,7 +35,7 @@ class FakeMachine:
     levels: list[Level]
     hard: bool = True
     aligned: bool = True
-    traces_every_trial: bool = False
+    traces_all: bool = False
     trials: list[Trial] = field(default_factory=list)
     traces: dict[int, list[float]] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class FakeMachine:
     def run(self, size: int, kind: str) -> Trial:
         peak = self.peak(size)
         fits = peak <= self.budget
-        if (fits or not self.hard) and (kind == "trace" or self.traces_every_trial):
+        if (fits or not self.hard) and (kind == "trace" or self.traces_all):
             self.traces[size] = [level(size) for level in self.levels]
         outcome = FITS if fits else OUT_OF_MEMORY if self.hard else OVER_BUDGET
         trial = Trial(size, kind, peak if fits or not self.hard else None, None, 1e-3 * size, outcome)

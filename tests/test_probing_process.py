@@ -37,11 +37,11 @@ SETUP = """
 """
 
 
-def child(*lines):
+def child(*lines, threads=1):
     """What a fresh process prints after the setup above, or None where it runs out of memory."""
     code = textwrap.dedent(SETUP) + "\n".join(lines)
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code], check=False, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     if done.returncode and ("not enough memory" in done.stderr or "allocate memory" in done.stderr):
@@ -57,19 +57,53 @@ def default_stack():
     return size.value
 
 
-def test_what_is_found_trains_on_and_little_more_would_not_fit():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_is_found_trains_on_and_little_more_would_not_fit(threads):
     found = child(
         "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
         "[window(report.micro_batch) for _ in range(3)]",
         "reason = report.budget_reason",
         "print(json.dumps([report.micro_batch, report.out_of_memory_count, report.limit_proof, reason]))",
+        threads=threads,
     )
     assert found is not None, "the size found must train in the process that found it"
     size, out_of_memory, proof, reason = found
     assert (out_of_memory, proof) == (0, "forecast")
     assert "more than PyTorch counts" in reason
-    assert child(f"window({size}); window({size}); print('true')")
-    assert child(f"window({int(1.12 * size)}); window({int(1.12 * size)}); print('true')") is None
+    assert child(f"window({size}); window({size}); print('true')", threads=threads)
+    larger = int(1.12 * size)
+    assert child(f"window({larger}); window({larger}); print('true')", threads=threads) is None
+
+
+def test_what_the_first_forward_starts_counts():
+    """Threads and their stacks, for instance: mapped between the reading of the limit and the first trial."""
+    found = child(
+        "import mmap",
+        "class Starting(nn.BatchNorm1d):",
+        "    started = None",
+        "    def forward(self, x):",
+        "        self.started = self.started or mmap.mmap(-1, 24 * 2**20, mmap.MAP_PRIVATE)",
+        "        return super().forward(x)",
+        "model.append(Starting(10))",
+        "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
+        "print(json.dumps([report.out_of_memory_count, report.limit_proof]))",
+    )
+    assert found == [0, "forecast"]
+
+
+def test_a_peak_too_short_to_be_looked_at_is_measured_to_the_page():
+    grown = child(
+        "import mmap",
+        "growth = ProcessGrowth('data segment')",
+        "kept = mmap.mmap(-1, 8 * 2**20, mmap.MAP_PRIVATE)",
+        "with growth:",
+        "    for _ in range(3):",
+        "        mmap.mmap(-1, 100 * 2**20, mmap.MAP_PRIVATE).close()",
+        "print(json.dumps([growth.bytes, growth.now()]))",
+    )
+    most, after = grown
+    assert 108 * 2**20 <= most < 110 * 2**20
+    assert 8 * 2**20 <= after < 10 * 2**20
 
 
 def test_the_profilers_thread_takes_a_small_stack():

@@ -133,9 +133,12 @@ def test_a_limit_by_out_of_memory_says_so():
     assert answer.micro_batch <= 50
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_an_exact_forecast_needs_one_run_or_two(hard):
-    machine, true = card(7, hard=hard, traces_every_trial=not hard)
+@pytest.mark.parametrize(("hard", "traces_all"), [(True, False), (True, True), (False, True)])
+def test_an_exact_forecast_needs_one_run_or_two(hard, traces_all):
+    machine, true = card(0, hard=hard, traces_all=traces_all)
     answer = find(machine, floor=1, ceiling=REACH)
     assert (answer.limit, answer.micro_batch, answer.proof) == (true, true, "forecast")
-    assert besides_traces(machine) == 1 + hard  # where an overrun hurts, a size below the limit is measured first
+    # Where an overrun hurts, and not all that is run is traced, a size below the limit is measured first.
+    assert besides_traces(machine) == (2 if hard and not traces_all else 1)
+    largest_trace = max(trial.batch for trial in machine.trials if trial.kind == "trace")
+    assert largest_trace == (true // 2 | 1 if hard and traces_all else true // 4 | 1)

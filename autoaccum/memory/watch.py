@@ -39,6 +39,10 @@ class ProcessGrowth:
         self._start = self._most = self._read() if self._field is not None else 0
         self.bytes: int | None = None
 
+    def now(self) -> int | None:
+        """Bytes above the start at this moment; None where `bytes` is."""
+        return None if self._field is None else self._read() - self._start
+
     def __enter__(self) -> "ProcessGrowth":
         if self._field is not None:
             self._before = _status()

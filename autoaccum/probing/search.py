@@ -16,10 +16,10 @@ from autoaccum.probing.report import Trial
 
 __all__ = ["Answer", "Forecaster", "Machine", "find"]
 
-THIRD_TRACE = 4  # times smaller than the size it points to: shows kernels that change, at a quarter of that step's cost
-# Where an overrun is suffered and not only counted, the limit itself is run after this share of it was measured: what
-# the small traces could not show is then known before it can do harm.
-STEPPING_STONE = 0.85
+# The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
+# step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
+# step is traced, by a third trace that is nearer; elsewhere by running this share of the limit before the limit itself.
+THIRD_TRACE, NEAR_TRACE, STEPPING_STONE = 4, 2, 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
@@ -56,6 +56,10 @@ class Machine(Protocol):
     @property
     def suffers(self) -> bool:
         """Whether a step over the budget runs out of memory; else it is only counted as over it."""
+
+    @property
+    def traces_all(self) -> bool:
+        """Whether every step is traced, in the bytes that the budget counts: all that ran then helps to forecast."""
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -177,7 +181,8 @@ class _Search:
             smaller = run[0] - 1
             return smaller if smaller >= self._floor else None
         # Odd: at powers of two, rounding to pages and blocks shows nothing of itself.
-        third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // THIRD_TRACE | 1
+        times = NEAR_TRACE if self._machine.suffers and self._machine.traces_all else THIRD_TRACE
+        third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // times | 1
         return third if run[-1] < third < self._bracket.high else None
 
     def _bound(self, size: int) -> int:
@@ -199,7 +204,7 @@ class _Search:
         if settled and (self._runs >= ENOUGH_RUNS or (overran and bracket.high <= CLOSE_ENOUGH * bracket.low)):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
-        if self._exact and self._machine.suffers and self._runs == 0:
+        if self._exact and self._machine.suffers and not self._machine.traces_all and self._runs == 0:
             size = max(min(size, self._floor), int(size * STEPPING_STONE))
         if size > bracket.low:
             return size

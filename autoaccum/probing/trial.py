@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,8 +32,9 @@ __all__ = ["Bench", "Counted"]
 Shape = tuple[int, ...]
 
 
-# Of a process's limit: a size next to the one that was run, in the same window, is new to the libraries once more.
-CUSHION = 0.01
+# Of a process's limit. What libraries will take for a size that was not run is known to about a hundredth; and a size
+# that ran leaves so much that one next to it, in the same window, may be new to them once more.
+UNKNOWN, CUSHION = 0.01, 0.005
 
 
 class Bench:
@@ -66,7 +66,7 @@ class Bench:
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._growth = growth or ProcessGrowth(budget.kind)
         self._held_at_start = resident_bytes(accumulator.model, accumulator.optimizer)
-        self._grown: dict[Shape, tuple[int, int]] = {}  # by shape: bytes above the start, PyTorch's and all
+        self._needs = self._passing = self._rest = 0  # of the process beyond PyTorch's count: see _process_needs
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
@@ -76,15 +76,20 @@ class Bench:
     @property
     def budget(self) -> int:
         """Bytes that PyTorch may have in use, by what the trials showed of the process's own needs."""
-        if not self._grown:
+        if self._growth.bytes is None:
             return self._budget.bytes
         needs, growth = self._process_needs()
-        return int(self._budget.bytes * (1.0 - CUSHION)) - needs - growth
+        return int(self._budget.bytes * (1.0 - UNKNOWN)) - needs - growth
 
     @property
     def suffers(self) -> bool:
         """On the CPU a budget in PyTorch's bytes is counted; everything else runs out of memory."""
         return self._device.type != "cpu" or self._budget.kind != "torch"
+
+    @property
+    def traces_all(self) -> bool:
+        """On the CPU every step is traced; elsewhere only the small ones, and the allocator tells the others' peaks."""
+        return self._device.type == "cpu"
 
     @property
     def shared(self) -> bool:
@@ -121,13 +126,17 @@ class Bench:
         )
 
     def _process_needs(self) -> tuple[int, int]:
-        """(bytes that the process needs beyond PyTorch's count, by how many one more size makes them grow).
+        """(bytes that the process needed beyond PyTorch's count in the last step, and how many more the next will).
 
         Libraries keep kernels and scratch for each shape they have met, and an allocator cannot give back what lies
-        between live blocks: the needs grow from trial to trial, whatever the sizes.
+        between live blocks: what rests in the process between steps grows with every size that is run. What a step
+        needs above that and gives back hardly depends on the size.
         """
-        needs = [process - torchs for torchs, process in self._grown.values()]
-        return max(needs), max((after - before for before, after in pairwise(needs)), default=0)
+        return self._needs, max(0, self._rest + self._passing - self._needs)
+
+    def _at_rest(self) -> int:
+        """Bytes beyond PyTorch's count that the process has between two steps, above where it stood at first."""
+        return (self._growth.now() or 0) - (self.held() - self._held_at_start)
 
     def _within(self, peak: int) -> bool:
         """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
@@ -174,6 +183,7 @@ class Bench:
         """
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
+        self._rest = self._at_rest()
         batch = self._source.trial(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
@@ -193,6 +203,8 @@ class Bench:
         else:
             strained = self._device.retries() > retries
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
+        del batch
+        self._rest = self._at_rest()
         self._journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
@@ -212,7 +224,7 @@ class Bench:
     def _step(self, shape: Shape, batch: Any, kind: str) -> int:
         """The peak in bytes."""
         accumulator = self._accumulator
-        counted = self._device.type != "cpu" and kind != "trace"
+        counted = not self.traces_all and kind != "trace"
         if self._used is None:
             self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
         if counted:
@@ -233,8 +245,8 @@ class Bench:
         trace = recording.trace
         self.traces[shape], self.resident[shape] = trace, held
         if growth.bytes is not None:
-            above = sum(held.values()) + trace.peak - self._held_at_start
-            self._grown[shape] = (above, growth.bytes)
+            self._needs = growth.bytes - (sum(held.values()) + trace.peak - self._held_at_start)
+            self._passing = self._needs - self._rest
         return sum(held.values()) + trace.peak
 
     def _window(self, batch: Any) -> None:

@@ -3,8 +3,9 @@
 Each finder runs in a fresh child process, on the same model, data and optimizer. The child builds everything, imports
 what it needs, and then lets its data segment grow by a fixed room and no further (RLIMIT_DATA), so that overruns raise
 PyTorch's own allocation errors. Trials, sample-steps and errors are counted in the model's own forward.
-All run on one thread, or as many as OMP_NUM_THREADS says. "True" is a bisection with two steps a trial. At the size found, ten windows of two micro-batches
-each are then trained in another fresh child under the same limit; "÷ window" is the finder's time over one of these.
+All run on one thread, or as many as OMP_NUM_THREADS says. "True" is a bisection with two steps a trial. At the size
+found, ten windows of two micro-batches each are then trained in another fresh child under the same limit; "÷ window" is
+the finder's time over one of these.
 
     python -m tests.benchmarks.peers [--models "ResNet|LSTM"] [--finders autoaccum,true]
 """
