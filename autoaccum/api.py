@@ -34,6 +34,7 @@ from autoaccum.pipeline import (
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import Send
+from autoaccum.probing.lengths import OverLengths
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, ends_all
@@ -355,7 +356,7 @@ def _child_probe(send: Send, factory: Callable[[], Mapping[str, Any]], asked: Ma
     arguments["callbacks"] = [lambda event: _heard(event, send)]
     report = probe(**arguments)
     lines = report.forecaster
-    if isinstance(lines, Forecast):
+    if isinstance(lines, (Forecast, OverLengths)):
         lines = as_lines(lines, report.trials)
     return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
 

@@ -21,7 +21,28 @@ def test_the_envelope_is_the_maximum_everywhere(lines, n):
     assert [b for _, b in kept] == sorted({b for _, b in kept})
 
 
-def test_what_is_written_is_read(tmp_path):
+six = st.tuples(*[st.integers(-1000, 10**6)] * 6)
+
+
+@given(st.lists(six, min_size=1, max_size=30), st.integers(1, 1000), st.integers(1, 1000))
+def test_over_lengths_the_maximum_stays_the_same_everywhere(functions, batch, length):
+    kept = envelope(functions)
+    assert set(kept) <= set(functions)
+    want, got = (Lines(tuple(lines), None, longest=8).peak(batch, length) for lines in (functions, kept))
+    assert got == want
+    if len(functions) > 1:
+        topped = tuple(number - 1 for number in functions[0])
+        assert topped not in envelope([*functions, topped])
+
+
+@pytest.mark.parametrize("lines", [Lines(((1.5, 0.0), (0.25, 3.0)), 0.001, 1.02), Lines(((1.0,) * 6,), None, 1.0, 40)])
+def test_what_is_written_is_read_back(tmp_path, lines):
+    cache = Cache("key", tmp_path)
+    cache.write(lines)
+    assert cache.read() == lines
+
+
+def test_what_is_kept_tells_peaks(tmp_path):
     lines = Lines(((1.5, 0.0), (0.25, 3.0)), 0.001, 1.02)
     cache = Cache("key", tmp_path)
     assert cache.read() is None
@@ -34,7 +55,15 @@ def test_what_is_written_is_read(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", json.dumps({"schema": 99}), json.dumps({"schema": 1, "lines": [["a", 2]], "residual": None})],
+    [
+        "",
+        "{",
+        "[]",
+        json.dumps({"schema": 99}),
+        json.dumps({"schema": 2, "lines": [["a", 2]], "residual": None}),
+        json.dumps({"schema": 2, "lines": [], "residual": None, "reserve": 1.0, "longest": None}),
+        json.dumps({"schema": 2, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": 40}),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(tmp_path, text):
     (tmp_path / "key.json").write_text(text)

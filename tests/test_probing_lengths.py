@@ -1,5 +1,6 @@
 """What fits at every length: read off a forecast over lengths, checked by two runs, corrected where they surprise."""
 
+import json
 from dataclasses import dataclass, field
 
 import pytest
@@ -174,7 +175,29 @@ def test_samples_that_are_alike_are_probed_as_ever(tmp_path, monkeypatch):
     assert all(trial.length is None for trial in report.trials)
 
 
-def test_a_probe_in_a_child_brings_its_table_back(tmp_path, monkeypatch, report):
-    monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
+def test_the_second_probe_takes_the_cached_forecast_after_one_small_step(report):
+    second = autoaccum.probe(Reader(), loader(), target_batch=32, memory="5MiB", device="cpu")
+    assert sum(trial.kind == "trace" for trial in report.trials) == 6
+    assert [trial.kind for trial in second.trials] == ["trace", "verify", "verify"]
+    assert (second.micro_batch, second.by_length) == (report.micro_batch, report.by_length)
+    for shape in ((1, 8), (4, 77), (9, 30), (2, 300), (5, None)):
+        assert second.forecast(*shape) == report.forecast(*shape)
+    assert "earlier run" in second.notes[-1]
+    other = autoaccum.probe(Reader(), loader(), target_batch=32, memory="4MiB", device="cpu")
+    assert other.by_length[-1][0] < report.by_length[-1][0]  # the same forecast, for another budget
+
+
+def test_a_cached_forecast_that_no_longer_holds_is_traced_anew(tmp_path, report):
+    (path,) = tmp_path.glob("*.json")
+    kept = json.loads(path.read_text())
+    kept["lines"] = [[2 * number for number in line] for line in kept["lines"]]
+    path.write_text(json.dumps(kept))
+    again = autoaccum.probe(Reader(), loader(), target_batch=32, memory="5MiB", device="cpu")
+    assert sum(trial.kind == "trace" for trial in again.trials) == 7
+    assert again.by_length == report.by_length
+
+
+def test_a_probe_in_a_child_brings_its_table_and_its_forecast_back(report):
     found = autoaccum.probe(**setup(), target_batch=32, memory="5MiB", device="cpu", isolate=setup)
     assert found.by_length == found.plan.by_length == report.by_length
+    assert found.forecast(9, 30) == report.forecast(9, 30)

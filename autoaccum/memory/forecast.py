@@ -112,19 +112,14 @@ class Forecast:
         """The same above the start of the window; at least 0."""
         return round(self._above(self._point(batch, length))) + self._background
 
-    def lines(self) -> list[tuple[float, float]]:
-        """The affine functions a + b·batch whose maximum the peak is, in bytes, what was there before included.
+    def lines(self) -> list[tuple[float, ...]]:
+        """The functions whose maximum the peak is, in bytes, what was there before included: (a, b) of a + b·batch.
 
-        Raises:
-            ForecastFailed: the forecast is over lengths too, and has no such lines.
+        Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL².
         """
-        if self._levels.shape[1] != 2:
-            raise ForecastFailed(
-                "the traces are of sequences of several lengths: their peak is no function of the batch alone"
-            )
         rows = self._levels + self._residents.sum(0)
         rows[:, 0] += self._background
-        return [(float(a), float(b)) for a, b in rows.tolist()]
+        return [tuple(row) for row in rows.tolist()]
 
     def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
         """Memory over the window by part, for a plot.

@@ -1,6 +1,6 @@
 """Answers kept between runs: the second run of the same training goes straight to one verifying trial.
 
-What is kept is the forecast, as the few lines whose maximum it is, under a key of all that decides it: the model's
+What is kept is the forecast, as the few functions whose maximum it is, under a key of all that decides it: the model's
 structure, code and shapes, the batch, the optimizer, the formats, the device and the versions. A cached forecast is
 believed only after a small step was measured and is where it says; anything unreadable costs a warning and a new probe.
 """
@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +21,57 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
+from autoaccum.memory.fitting import basis
 from autoaccum.probing.journal import cache_folder
 
 __all__ = ["Cache", "Lines", "training_key"]
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Lines:
-    """A forecast as the upper envelope of lines: peak(n) = max(a + b·n), in bytes.
+    """A forecast as the functions whose maximum it is: peak(n) = max(a + b·n), in bytes; or of a length too.
 
     Attributes:
-        lines: (a, b) by rising b.
+        lines: (a, b) each; over batches and lengths the coefficients of 1, B, L, BL, L², BL².
         residual: as the forecast from which they were taken.
         reserve: reserved over requested bytes, as measured at the size verified; 1 without a caching allocator.
+        longest: over lengths, the one that is meant where none is given; else None.
     """
 
-    lines: tuple[tuple[float, float], ...]
+    lines: tuple[tuple[float, ...], ...]
     residual: float | None
     reserve: float = 1.0
+    longest: int | None = None
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        return torch.tensor(self.lines, dtype=torch.float64, device="cpu")
 
     def peak(self, batch: int, length: int | None = None) -> int:
-        """The peak in requested bytes at `batch` samples; sizes beside the batch are part of the key."""
-        return round(max(a + b * batch for a, b in self.lines))
+        """The peak in requested bytes at `batch` samples; sizes beside batch and length are part of the key."""
+        size = (batch,) if self.longest is None else (batch, self.longest if length is None else length)
+        return round(float((self._rows @ basis(size, self._rows.shape[1])).max()))
 
-    def reserved(self, batch: int) -> int:
+    def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
-        return round(self.peak(batch) * self.reserve)
+        return round(self.peak(batch, length) * self.reserve)
 
 
-def envelope(lines: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Those of the lines a + b·n that are the highest somewhere in n >= 1."""
-    kept: list[tuple[float, float]] = []
-    for a, b in sorted(set(lines), key=lambda line: (line[1], line[0])):
+def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
+    """Those of the functions that may be the highest at some batch, and length, of 1 and above.
+
+    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths those that no other one tops
+    in each of its six coefficients.
+    """
+    distinct = sorted(set(lines), key=lambda line: (line[1], line[0]))
+    if len(distinct[0]) > 2:
+        rows = torch.tensor(distinct, dtype=torch.float64, device="cpu")
+        topped = (rows[:, None] <= rows).all(2).sum(1) > 1  # by another one: each is as high as itself
+        return tuple(line for line, below in zip(distinct, topped.tolist()) if not below)
+    kept: list[tuple[float, ...]] = []
+    for a, b in distinct:
         if kept and kept[-1][1] == b:
             kept.pop()
         while kept and _hidden(kept, (a, b)):
@@ -62,7 +80,7 @@ def envelope(lines: Iterable[tuple[float, float]]) -> tuple[tuple[float, float],
     return tuple(kept)
 
 
-def _hidden(kept: list[tuple[float, float]], new: tuple[float, float]) -> bool:
+def _hidden(kept: list[tuple[float, ...]], new: tuple[float, float]) -> bool:
     """Whether the last line kept is nowhere the highest, between the one before it (or n = 1) and the new one."""
     a, b = kept[-1]
     crossing = (a - new[0]) / (new[1] - b)  # from here on the new one is higher
@@ -87,9 +105,12 @@ class Cache:
             values = json.loads(self._path.read_text(encoding="utf-8"))
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
-            lines = tuple((float(a), float(b)) for a, b in values["lines"])
+            lines = tuple(tuple(map(float, line)) for line in values["lines"])
             residual = None if values["residual"] is None else float(values["residual"])
-            return Lines(lines, residual, float(values["reserve"])) if lines else None
+            longest = None if values["longest"] is None else int(values["longest"])
+            if {len(line) for line in lines} != {2 if longest is None else 6}:
+                raise ValueError("the forecast's functions do not have as many coefficients as they need")
+            return Lines(lines, residual, float(values["reserve"]), longest)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

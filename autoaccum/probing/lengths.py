@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.lengths import Room, limit_at, room_of
 from autoaccum.probing.report import Trial
+from autoaccum.probing.search import SAME_PEAK
 from autoaccum.units import MIB
 
 __all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "OverLengths", "find_by_length", "three_lengths"]
@@ -116,7 +117,9 @@ def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
     return low, middle, longest
 
 
-def find_by_length(machine: LengthMachine, lengths: Sequence[int], *, floor: int, most: int) -> LengthAnswer | None:
+def find_by_length(
+    machine: LengthMachine, lengths: Sequence[int], *, floor: int, most: int, known: LengthForecaster | None = None
+) -> LengthAnswer | None:
     """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
 
     Args:
@@ -124,22 +127,32 @@ def find_by_length(machine: LengthMachine, lengths: Sequence[int], *, floor: int
         lengths: of the samples looked at, rising.
         floor: the smallest micro-batch that the model takes.
         most: no more samples than these are wanted at once.
+        known: a forecast from an earlier run of the same training; spares the small steps but one where it still holds.
 
     Raises:
         NothingFitsError: the floor does not fit at the longest length.
     """
     chosen = three_lengths(lengths)
-    traced = None if chosen is None else _traced(machine, chosen, floor, most)
+    if chosen is None:
+        return None
+    if known is not None:
+        trial = machine.run(_first(floor, most), "trace", chosen[0])
+        if trial.peak_bytes and abs(known.peak(trial.batch, chosen[0]) / trial.peak_bytes - 1.0) <= SAME_PEAK:
+            return _Check(machine, known, lengths, floor, most, [trial]).run()
+    traced = _traced(machine, chosen, floor, most)
     if traced is None:
         return None
     forecast = machine.forecast_over_lengths()
     return None if forecast is None else _Check(machine, forecast, lengths, floor, most, traced).run()
 
 
+def _first(floor: int, most: int) -> int:
+    return max(floor, min(2, most // 2))
+
+
 def _traced(machine: LengthMachine, lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
     """Two batch sizes at each length; None where they did not run."""
-    first = max(floor, min(2, most // 2))
-    for start in dict.fromkeys((first, floor)):
+    for start in dict.fromkeys((_first(floor, most), floor)):
         trials = []
         for size, length in product((start, 2 * start), lengths):
             trials.append(machine.run(size, "trace", length))

@@ -37,6 +37,8 @@ PATIENCE_SECONDS = 60.0
 UNSTEADY = 0.05
 MOST_LOOKS = 3
 
+FROM_CACHE = "the forecast is from an earlier run of the same training; a small step and the answer were run again"
+
 
 @dataclass(frozen=True)
 class Question:
@@ -117,10 +119,16 @@ def run_probe(
 def _look(
     bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
 ) -> ProbeReport:
-    over_lengths = _over_lengths(bench, source, question, floor)
+    known = cache.read() if cache is not None else None
+    by_length = known is not None and known.longest is not None
+    over_lengths = _over_lengths(bench, source, question, floor, known if by_length else None)
     if over_lengths is not None:
-        return _report_over_lengths(bench, over_lengths, device, floor, source, question)
-    return _of_the_largest(bench, source, device, question, floor, cache)
+        report = _report_over_lengths(bench, over_lengths, device, floor, source, question)
+    else:
+        report = _of_the_largest(bench, source, device, question, floor, None if by_length else known)
+    if cache is not None and isinstance(report.forecaster, (Forecast, OverLengths)):
+        cache.write(as_lines(report.forecaster, report.trials))
+    return report
 
 
 def _less_by_now(bench: Bench, report: ProbeReport, device: Device, question: Question) -> Budget | None:
@@ -139,20 +147,18 @@ def _taken(before: Budget, now: Budget) -> str:
 
 
 def _of_the_largest(
-    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None
 ) -> ProbeReport:
     """The size that fits for samples that are alike, or for the largest of those looked at."""
     ceiling, reach = _ceilings(question, source, floor)
-    known = cache.read() if cache is not None else None
     answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach, known=known)
     throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-    report = _report(bench, answer, device, floor, source, throughput)
-    if cache is not None and isinstance(report.forecaster, Forecast):
-        cache.write(as_lines(report.forecaster, report.trials))
-    return report
+    return _report(bench, answer, device, floor, source, throughput)
 
 
-def _over_lengths(bench: Bench, source: Source, question: Question, floor: int) -> LengthAnswer | None:
+def _over_lengths(
+    bench: Bench, source: Source, question: Question, floor: int, known: Lines | None
+) -> LengthAnswer | None:
     """What fits at every length, where samples differ in length and a target says how many are wanted at once."""
     if question.share is None:
         return None
@@ -161,7 +167,7 @@ def _over_lengths(bench: Bench, source: Source, question: Question, floor: int) 
     if len(lengths) < 3 or most < floor:
         return None
     try:
-        return find_by_length(bench, lengths, floor=floor, most=most)
+        return find_by_length(bench, lengths, floor=floor, most=most, known=known)
     except ForecastFailed:  # an allocator that is not simulated
         return None
 
@@ -169,13 +175,19 @@ def _over_lengths(bench: Bench, source: Source, question: Question, floor: int) 
 def _report_over_lengths(
     bench: Bench, answer: LengthAnswer, device: Device, floor: int, source: Source, question: Question
 ) -> ProbeReport:
-    assert isinstance(answer.forecast, Counted)
-    forecaster = OverLengths(answer.forecast.whole, answer.longest, answer.residual)
+    forecaster: OverLengths | Lines
     lengths = source.lengths()
+    if isinstance(answer.forecast, Lines):
+        forecaster = replace(answer.forecast, longest=answer.longest)
+    else:
+        assert isinstance(answer.forecast, Counted)
+        forecaster = OverLengths(answer.forecast.whole, answer.longest, answer.residual)
     notes = [
         f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"
         ", sizes are those of the longest, and each window is cut by the lengths in it"
     ]
+    if isinstance(forecaster, Lines):
+        notes.append(FROM_CACHE)
     if bench.suffers and not bench.caches:
         notes.append(
             "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
@@ -271,9 +283,7 @@ def _report(
     forecaster: Forecast | Lines | None
     if isinstance(answer.forecast, Lines):
         forecaster = answer.forecast
-        notes.append(
-            "the forecast is from an earlier run of the same training; a small step and the answer were run again"
-        )
+        notes.append(FROM_CACHE)
     else:
         forecaster = answer.forecast.whole if isinstance(answer.forecast, Counted) else None
     if forecaster is None:
@@ -299,12 +309,13 @@ def _report(
     )
 
 
-def as_lines(forecast: Forecast, trials: Sequence[Trial]) -> Lines:
-    """The forecast as a few lines, and what the allocator reserved above it at the largest size that was measured."""
+def as_lines(forecast: Forecast | OverLengths, trials: Sequence[Trial]) -> Lines:
+    """The forecast as a few functions, and what the allocator reserved above it at the largest step measured."""
+    whole, longest = (forecast.whole, forecast.longest) if isinstance(forecast, OverLengths) else (forecast, None)
     ran = [trial for trial in trials if trial.reserved_bytes is not None and trial.peak_bytes]
-    largest = max(ran, key=lambda trial: trial.batch, default=None)
+    largest = max(ran, key=lambda trial: trial.peak_bytes or 0, default=None)
     reserve = 1.0 if largest is None else (largest.reserved_bytes or 0) / (largest.peak_bytes or 1)
-    return Lines(envelope(forecast.lines()), forecast.residual, reserve)
+    return Lines(envelope(whole.lines()), forecast.residual, reserve, longest)
 
 
 def _nothing_fits(
