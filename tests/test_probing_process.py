@@ -37,11 +37,11 @@ SETUP = """
 """
 
 
-def child(*lines, threads=1):
+def child(*lines, threads=1, malloc=MALLOC):
     """What a fresh process prints after the setup above, or None where it runs out of memory."""
     code = textwrap.dedent(SETUP) + "\n".join(lines)
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, env={**os.environ, **MALLOC, "OMP_NUM_THREADS": str(threads)},
+        [sys.executable, "-c", code], check=False, env={**os.environ, **malloc, "OMP_NUM_THREADS": str(threads)},
         capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     if done.returncode and ("not enough memory" in done.stderr or "allocate memory" in done.stderr):
@@ -73,6 +73,25 @@ def test_what_is_found_trains_on_and_little_more_would_not_fit(threads):
     assert child(f"window({size}); window({size}); print('true')", threads=threads)
     larger = int(1.12 * size)
     assert child(f"window({larger}); window({larger}); print('true')", threads=threads) is None
+
+
+def test_where_malloc_would_keep_what_is_freed_it_is_told_not_to_and_the_report_says_so():
+    found = child(
+        "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
+        "[window(report.micro_batch) for _ in range(3)]",
+        "print(json.dumps([report.micro_batch, report.out_of_memory_count, report.notes]))",
+        malloc={},
+    )
+    assert found is not None, "the size found must train in the process that found it"
+    size, out_of_memory, notes = found
+    assert out_of_memory == 0
+    assert any("MALLOC_MMAP_THRESHOLD_=65536" in note for note in notes)
+    assert child(f"window({size}); window({size}); print('true')")
+    left_alone = child(
+        "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, max_batch=9, device='cpu')",
+        "print(json.dumps(report.notes))",
+    )
+    assert not any("MALLOC" in note for note in left_alone), "the environment has decided"
 
 
 def test_what_the_first_forward_starts_counts():

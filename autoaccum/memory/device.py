@@ -32,6 +32,7 @@ import torch
 
 from autoaccum.errors import DeviceError, SetupError
 from autoaccum.memory.host import host_memory
+from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes, parse_bytes
 
 __all__ = ["Budget", "CpuDevice", "Device", "devices", "less", "open_device", "plus"]
@@ -195,6 +196,12 @@ class CpuDevice(Device):
         if memory.kind in ("data segment", "address space"):
             return f", for {memory.reason}"
         return f", and the system may end a process that takes more ({memory.reason})"
+
+    def limit(self, budget: Budget) -> AbstractContextManager[None]:
+        """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc stops keeping blocks."""
+        if budget.kind == "data segment":
+            give_blocks_back()
+        return contextlib.nullcontext()
 
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`, with where the limit comes from."""

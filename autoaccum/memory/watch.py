@@ -7,6 +7,7 @@ measured stretch raises it, and maps nothing but data, it tells the data segment
 """
 
 import ctypes
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["ProcessGrowth", "small_stacks"]
+__all__ = ["ProcessGrowth", "give_blocks_back", "heap_advice", "small_stacks"]
 
 STACK_BYTES = 256 * 1024
 LIBRARY_STACK_BYTES = 1024 * 1024
 OTHER_MAPPINGS = 1024 * 1024  # bytes of code or reserved addresses that do not matter beside what is measured
+_MALLOC_SETTINGS = ((-3, 64 * 1024), (-1, 0), (-8, 1))  # malloc.h: M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
 _FIELDS = {"data segment": "VmData", "address space": "VmSize"}
 _STATUS = Path("/proc/self/status")
 
@@ -85,6 +87,35 @@ def _status() -> dict[str, int]:
     """VmPeak, VmSize and VmData of this process, in bytes."""
     fields = (line.split() for line in _STATUS.read_text().splitlines() if line.startswith("Vm"))
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
+
+
+def give_blocks_back() -> None:
+    """Has glibc's malloc map large blocks one by one, and unmap them when they are freed, from here on.
+
+    By default it keeps them in a heap, whose holes count under a limit on the process although only what happens to fit
+    them can use them: half of the limit was lost so, and after one failed allocation nothing would fit any more. Where
+    the environment says how malloc shall do, that stands.
+    """
+    if _may_be_told():
+        libc = ctypes.CDLL(None)
+        for setting, value in _MALLOC_SETTINGS:
+            libc.mallopt(ctypes.c_int(setting), ctypes.c_int(value))
+
+
+def heap_advice() -> str | None:
+    """What `give_blocks_back` changed, and what that means for a training elsewhere; None where it changes nothing."""
+    if not _may_be_told():
+        return None
+    return (
+        "this limit counts what the C library keeps of freed memory, so malloc gives large blocks back at once from "
+        "here on, which costs some speed; a training in another process has as much room with MALLOC_MMAP_THRESHOLD_="
+        "65536 MALLOC_TRIM_THRESHOLD_=0 MALLOC_ARENA_MAX=1 in its environment"
+    )
+
+
+def _may_be_told() -> bool:
+    chosen = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    return sys.platform == "linux" and not chosen and hasattr(ctypes.CDLL(None), "mallopt")
 
 
 @contextmanager

@@ -188,6 +188,7 @@ def _report_over_lengths(
     ]
     if isinstance(forecaster, Lines):
         notes.append(FROM_CACHE)
+    notes += bench.advice
     if bench.suffers and not bench.caches:
         notes.append(
             "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
@@ -280,6 +281,7 @@ def _report(
 ) -> ProbeReport:
     notes = [source.varies] if source.varies else []
     notes += [source.mixed] if source.mixed else []
+    notes += bench.advice
     forecaster: Forecast | Lines | None
     if isinstance(answer.forecast, Lines):
         forecaster = answer.forecast

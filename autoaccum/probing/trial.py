@@ -19,7 +19,7 @@ from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
-from autoaccum.memory.watch import ProcessGrowth
+from autoaccum.memory.watch import ProcessGrowth, heap_advice
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.lengths import OverLengths
@@ -124,6 +124,12 @@ class Bench:
             f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to "
             f"need {format_bytes(needs)} more than PyTorch counts, and {format_bytes(growth)} more with another size"
         )
+
+    @property
+    def advice(self) -> list[str]:
+        """What holding this budget does to the process, where its own memory is limited."""
+        advice = None if self._growth.now() is None else heap_advice()
+        return [] if advice is None else [advice]
 
     def _process_needs(self) -> tuple[int, int]:
         """(bytes that the process needed beyond PyTorch's count in the last step, and how many more the next will).
@@ -282,7 +288,9 @@ class Bench:
                 (t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None
             )
             near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
-            return near and fitted is not None and fitted.batch < size
+            grown = self._growth.now()
+            tight = grown is not None and self._held_at_start + grown >= 0.5 * self._budget.bytes
+            return tight or (near and fitted is not None and fitted.batch < size)
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
     def _recover(self) -> None:
