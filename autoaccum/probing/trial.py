@@ -66,7 +66,8 @@ class Bench:
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._growth = growth or ProcessGrowth(budget.kind)
         self._held_at_start = resident_bytes(accumulator.model, accumulator.optimizer)
-        self._needs = self._passing = self._rest = 0  # of the process beyond PyTorch's count: see _process_needs
+        # Of the process, beyond PyTorch's count: see _process_needs.
+        self._needs = self._passing = self._rest = self._left = self._once = 0
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
@@ -136,9 +137,9 @@ class Bench:
 
         Libraries keep kernels and scratch for each shape they have met, and an allocator cannot give back what lies
         between live blocks: what rests in the process between steps grows with every size that is run. What a step
-        needs above that and gives back hardly depends on the size.
+        needs above that hardly depends on the size; where it left more behind than the one before, that happened once.
         """
-        return self._needs, max(0, self._rest + self._passing - self._needs)
+        return self._needs, max(0, self._rest + self._passing - self._once - self._needs)
 
     def _at_rest(self) -> int:
         """Bytes beyond PyTorch's count that the process has between two steps, above where it stood at first."""
@@ -189,7 +190,7 @@ class Bench:
         """
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
-        self._rest = self._at_rest()
+        before = self._rest = self._at_rest()
         batch = self._source.trial(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
@@ -211,6 +212,8 @@ class Bench:
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         del batch
         self._rest = self._at_rest()
+        if peak is not None:
+            self._once, self._left = max(0, self._rest - before - self._left), self._rest - before
         self._journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
