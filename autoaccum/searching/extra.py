@@ -3,7 +3,7 @@
 Choices:
 - Nothing here imports Optuna when it is loaded: `import autoaccum` and a plain training never need it.
 - The best-known settings of version 5 (multivariate TPE that counts running trials) are set by name, so that a search
-  is the same under both versions.
+  is alike under both versions; how wide TPE's kernels are is each version's own.
 - Optuna's notices of experimental arguments are silenced where these are set, and nowhere else.
 """
 
