@@ -11,6 +11,7 @@ Choices:
   reduces no sparse tensors), and costs what is non-zero instead of the whole table.
 """
 
+import atexit
 import functools
 import os
 import sys
@@ -23,6 +24,12 @@ from torch import Tensor
 
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.units import MIB
+
+if dist.is_available():
+    # It takes the group of the moment as its functions' default. Later, as a part of torch that an optimizer needs,
+    # it would keep a destroyed group and its threads alive, and one that lets go of a tensor while the interpreter
+    # ends aborts the process.
+    import torch.distributed.nn
 
 __all__ = ["BUCKET_BYTES", "Ranks", "ends_all", "here", "join"]
 
@@ -180,10 +187,14 @@ class _Group(Ranks):
 
 
 def join() -> None:
-    """Joins the group where torchrun, or something with its environment, started this process and nobody has yet."""
+    """Joins the group where torchrun, or something with its environment, started this process and nobody has yet.
+
+    Who joins leaves again: the group is destroyed when the process ends, before the interpreter does.
+    """
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if not asked or not dist.is_available() or dist.is_initialized():
         return
+    atexit.register(_leave)
     if not torch.cuda.is_available():
         dist.init_process_group("gloo")
         return
@@ -193,6 +204,11 @@ def join() -> None:
         torch.cuda.set_device(local)
     # A model may be trained on the CPU of a machine with GPUs, and small messages need not wait for a GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def ends_all(function: Callable[P, R]) -> Callable[P, R]:

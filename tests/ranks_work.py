@@ -3,11 +3,14 @@
 Every training is float64, with SGD and momentum, so that its end can be compared with the whole batch's on one process.
 """
 
+import atexit
 import dataclasses
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -346,9 +349,17 @@ def _shuffled(rank: int) -> list[int]:
     return seen
 
 
+def threads_of_gloo() -> list[str]:
+    """The names of this process's threads that belong to a group."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
 def under_torchrun(path: str) -> None:
-    """A script as people write it: nothing is said of ranks."""
+    """A script as people write it: nothing is said of ranks, neither at its start nor at its end."""
     torch.set_num_threads(1)
+    # What is registered first is called last.
+    atexit.register(lambda: Path(path, f"{os.environ['RANK']}.threads").write_text(f"{threads_of_gloo()}"))
     case = CASES["short tail"]
     model = case.model()
     autoaccum.fit(
@@ -356,7 +367,6 @@ def under_torchrun(path: str) -> None:
         shuffle=False, device="cpu", cache=False, progress=True,
     )  # fmt: skip
     torch.save(state(model), f"{path}/{dist.get_rank()}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

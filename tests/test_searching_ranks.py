@@ -11,6 +11,7 @@ import json, os, sys
 import torch
 torch.set_num_threads(1)
 import autoaccum
+from tests.ranks_work import threads_of_gloo
 from tests.search_setups import arguments
 
 def setup(width=4):
@@ -21,9 +22,11 @@ def setup(width=4):
 result = autoaccum.search(setup, n_trials=6, space={"lr": (1e-3, 1e-1, "log"), "width": [4, 5], "target_batch": [16]},
                           folder=sys.argv[1], study_name="ranks", sampler="random")
 values = {"rank": int(os.environ["RANK"]), "best": result.best_value, "sizes": result.best_plan.micro_batches,
-          "world": result.best_plan.world_size, "states": [row["state"] for row in result.trials]}
-print(json.dumps(values), flush=True)
+          "world": result.best_plan.world_size, "states": [row["state"] for row in result.trials],
+          "threads": threads_of_gloo()}
 torch.distributed.destroy_process_group()
+values["left"] = threads_of_gloo()
+print(json.dumps(values), flush=True)
 """
 
 
@@ -44,3 +47,6 @@ def test_two_ranks_search_as_one_worker(tmp_path):
     assert first["sizes"] == [8]
     assert len(first["states"]) == 6
     assert set(first["states"]) >= {"complete", "error"}
+    # Were the group kept alive, a thread of it that lets go of a tensor at the very end would abort the process.
+    assert first["threads"]
+    assert first["left"] == []
