@@ -41,8 +41,13 @@ class ProcessGrowth:
         self._start = self._most = self._read() if self._field is not None else 0
         self.bytes: int | None = None
 
+    @property
+    def counts(self) -> bool:
+        """Whether there is anything to measure."""
+        return self._field is not None
+
     def now(self) -> int | None:
-        """Bytes above the start at this moment; None where `bytes` is."""
+        """Bytes above the start at this moment; None where there is nothing to measure."""
         return None if self._field is None else self._read() - self._start
 
     def __enter__(self) -> "ProcessGrowth":

@@ -23,6 +23,7 @@ from autoaccum.memory.watch import ProcessGrowth, heap_advice
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.lengths import OverLengths
+from autoaccum.probing.process import ProcessNeeds
 from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
@@ -30,11 +31,6 @@ from autoaccum.window.accumulate import Accumulator, ignore
 __all__ = ["Bench", "Counted"]
 
 Shape = tuple[int, ...]
-
-
-# Of a process's limit. What libraries will take for a size that was not run is known to about a hundredth; and a size
-# that ran leaves so much that one next to it, in the same window, may be new to them once more.
-UNKNOWN, CUSHION = 0.01, 0.005
 
 
 class Bench:
@@ -64,10 +60,7 @@ class Bench:
         self._journal, self._listener = journal, listener
         self._killed = cache(journal.killed_sizes)
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
-        self._growth = growth or ProcessGrowth(budget.kind)
-        self._held_at_start = resident_bytes(accumulator.model, accumulator.optimizer)
-        # Of the process, beyond PyTorch's count: see _process_needs.
-        self._needs = self._passing = self._rest = self._left = self._once = 0
+        self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), self.held)
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
@@ -77,10 +70,7 @@ class Bench:
     @property
     def budget(self) -> int:
         """Bytes that PyTorch may have in use, by what the trials showed of the process's own needs."""
-        if self._growth.bytes is None:
-            return self._budget.bytes
-        needs, growth = self._process_needs()
-        return int(self._budget.bytes * (1.0 - UNKNOWN)) - needs - growth
+        return self._process.budget(self._budget.bytes)
 
     @property
     def suffers(self) -> bool:
@@ -120,36 +110,18 @@ class Bench:
         """Where the budget comes from, in one line."""
         if self.budget == self._budget.bytes:
             return self._budget.reason
-        needs, growth = self._process_needs()
-        return (
-            f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since the process was measured to "
-            f"need {format_bytes(needs)} more than PyTorch counts, and {format_bytes(growth)} more with another size"
-        )
+        return f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since {self._process.reason}"
 
     @property
     def advice(self) -> list[str]:
         """What holding this budget does to the process, where its own memory is limited."""
-        advice = None if self._growth.now() is None else heap_advice()
+        advice = heap_advice() if self._process.counted else None
         return [] if advice is None else [advice]
-
-    def _process_needs(self) -> tuple[int, int]:
-        """(bytes that the process needed beyond PyTorch's count in the last step, and how many more the next will).
-
-        Libraries keep kernels and scratch for each shape they have met, and an allocator cannot give back what lies
-        between live blocks: what rests in the process between steps grows with every size that is run. What a step
-        needs above that hardly depends on the size; where it left more behind than the one before, that happened once.
-        """
-        return self._needs, max(0, self._rest + self._passing - self._once - self._needs)
-
-    def _at_rest(self) -> int:
-        """Bytes beyond PyTorch's count that the process has between two steps, above where it stood at first."""
-        return (self._growth.now() or 0) - (self.held() - self._held_at_start)
 
     def _within(self, peak: int) -> bool:
         """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
-        if self._growth.bytes is None:
-            return peak <= self._budget.bytes
-        return self._held_at_start + self._growth.bytes <= self._budget.bytes * (1.0 - CUSHION)
+        limit = self._budget.bytes
+        return self._process.within(limit) if self._process.counted else peak <= limit
 
     def forecast(self) -> "Counted | None":
         """From all traces so far of the largest samples looked at; None where they do not line up."""
@@ -190,7 +162,7 @@ class Bench:
         """
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
-        before = self._rest = self._at_rest()
+        self._process.step_begins()
         batch = self._source.trial(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
@@ -211,9 +183,7 @@ class Bench:
             strained = self._device.retries() > retries
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         del batch
-        self._rest = self._at_rest()
-        if peak is not None:
-            self._once, self._left = max(0, self._rest - before - self._left), self._rest - before
+        self._process.step_ends(ran=peak is not None)
         self._journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
@@ -243,7 +213,7 @@ class Bench:
             return int(self._device.peak() or 0)
         accumulator.open([batch])
         held = self._held(batch)
-        with self._growth as growth, record(self._device) as recording:
+        with self._process.growth, record(self._device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
             self._allocate_gradients()
@@ -253,10 +223,9 @@ class Bench:
         accumulator.on_phase = ignore
         trace = recording.trace
         self.traces[shape], self.resident[shape] = trace, held
-        if growth.bytes is not None:
-            self._needs = growth.bytes - (sum(held.values()) + trace.peak - self._held_at_start)
-            self._passing = self._needs - self._rest
-        return sum(held.values()) + trace.peak
+        peak = sum(held.values()) + trace.peak
+        self._process.step_peaked(peak)
+        return peak
 
     def _window(self, batch: Any) -> None:
         accumulator = self._accumulator
@@ -291,8 +260,7 @@ class Bench:
                 (t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None
             )
             near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
-            grown = self._growth.now()
-            tight = grown is not None and self._held_at_start + grown >= 0.5 * self._budget.bytes
+            tight = self._process.near(self._budget.bytes)
             return tight or (near and fitted is not None and fitted.batch < size)
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
