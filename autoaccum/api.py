@@ -93,27 +93,29 @@ def probe(
     Raises:
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
-    check_counts(target_batch=target_batch, max_batch=max_batch)
-    one_of("prefer", prefer, ("fewest", "fastest"))
-    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
-    parts = assemble(
-        model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
-        precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
-    )  # fmt: skip
-    share = None if target_batch is None else share_of(target_batch, parts.ranks)
-    question = Question(share, memory, max_batch, multiple_of, prefer)
-    events = Events(callbacks)
-    _run_as_asked(parts, compile, ladder, events)
-    report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-                    clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
-    if target_batch is None:
-        return report
-    made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
-                 tail=tail, multiple_of=multiple_of)  # fmt: skip
-    return replace(report, plan=made)
+    together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
+    with ends_all(together):
+        check_counts(target_batch=target_batch, max_batch=max_batch)
+        one_of("prefer", prefer, ("fewest", "fastest"))
+        one_of("ladder", ladder, (None, False, "auto", *RUNGS))
+        parts = assemble(
+            model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
+            precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
+        )  # fmt: skip
+        share = None if target_batch is None else share_of(target_batch, parts.ranks)
+        question = Question(share, memory, max_batch, multiple_of, prefer)
+        events = Events(callbacks)
+        _run_as_asked(parts, compile, ladder, events)
+        report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
+                        clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
+        if target_batch is None:
+            return report
+        made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
+                     tail=tail, multiple_of=multiple_of)  # fmt: skip
+        return replace(report, plan=made)
 
 
-@ends_all
+@ends_all()
 def prepare(
     model: nn.Module,
     data: Any,

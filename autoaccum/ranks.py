@@ -12,11 +12,10 @@ Choices:
 """
 
 import atexit
-import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -32,9 +31,6 @@ if dist.is_available():
     import torch.distributed.nn
 
 __all__ = ["BUCKET_BYTES", "Ranks", "ends_all", "here", "join"]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 # As large as DistributedDataParallel's: large enough that latency does not count, small beside any model.
 BUCKET_BYTES = 25 * MIB
@@ -211,18 +207,15 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def ends_all(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function that all ranks call and that ends in an exchange: an error on one of them ends it on all."""
-
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except Exception:
+@contextmanager
+def ends_all(together: bool = True) -> Iterator[None]:
+    """For what all ranks do together and ends in an exchange: an error on one of them ends it on all."""
+    try:
+        yield
+    except Exception:
+        if together:
             here().fail()
-            raise
-
-    return guarded
+        raise
 
 
 def here(device: torch.device | None = None) -> Ranks:

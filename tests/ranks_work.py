@@ -242,7 +242,7 @@ def _raise_at(name: str, step: int) -> Callable[[Any], None]:
 
 
 def errors(rank: int) -> dict[str, Callable[[], Any]]:
-    """Trainings that fail on rank 1 alone (the last one on rank 0): each must end on both."""
+    """What fails on rank 1 alone (the last one on rank 0): each must end on both."""
     bad = rank == 1
     run = functools.partial(train, Case(), rank, 2)
     norm = functools.partial(Net, norm=True)
@@ -257,6 +257,15 @@ def errors(rank: int) -> dict[str, Callable[[], Any]]:
         "argument": lambda: run(lr=-1.0 if bad else 0.1),
         "argument that is looked at late": lambda: run(clip_norm=-1.0 if bad else None),
         "model": lambda: train(Case(model=Net if not bad else Words), rank, 2),
+        "probe": lambda: autoaccum.probe(
+            Net(),
+            Case().tensors,
+            loss=Case().loss,
+            target_batch=8,
+            memory=1 if bad else None,
+            device="cpu",
+            cache=False,
+        ),
         "loss": lambda: run(loss=_spread if bad else nn.CrossEntropyLoss()),
         "callback at the start, rank 0": lambda: run(callbacks=[_raise_at("start", 0)] if not bad else []),
     }

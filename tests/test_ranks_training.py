@@ -120,6 +120,7 @@ OWN = {
     "callback at the end of an epoch": "Broken: the callback's own error at epoch",
     "argument": "SetupError: lr=-1.0",
     "argument that is looked at late": "SetupError: clip_norm=-1.0",
+    "probe": "NothingFitsError: ",
     "model": "SetupError: the model on rank 1 has tensors of other shapes",
     "loss": "LossError",
     "callback at the start, rank 0": "Broken: the callback's own error at start",
