@@ -12,7 +12,6 @@ Choices made here:
   another's counters, caches, codebooks or power iterations.
 """
 
-import copy
 import random
 import sys
 from collections.abc import Sequence
@@ -29,11 +28,9 @@ from torch.overrides import TorchFunctionMode
 
 from autoaccum.window.engine import run_engine
 from autoaccum.window.noise import SampleNoise
-from autoaccum.window.snapshot import RandomState
+from autoaccum.window.snapshot import Attributes, RandomState
 
 __all__ = ["Determinism"]
-
-_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
 class Determinism:
@@ -131,39 +128,19 @@ class _Start:
     """Buffers, plain attributes and random generators as they were."""
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._modules = [(module, _plain(module), dict(module._buffers)) for module in modules]
-        buffers = {id(b): b for module in modules for b in module._buffers.values() if b is not None and not is_lazy(b)}
+        self._attributes = [Attributes(module) for module in modules]
+        held = (buffer for attributes in self._attributes for buffer in attributes.buffers.values())
+        buffers = {id(buffer): buffer for buffer in held if buffer is not None and not is_lazy(buffer)}
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
         self._random = RandomState(device)
 
     def restore(self) -> None:
-        for module, plain, buffers in self._modules:
-            for name in [name for name in vars(module) if name not in plain and name not in _REGISTRIES]:
-                del module.__dict__[name]
-            for name, (value, contents) in plain.items():
-                _refill(value, contents)
-                module.__dict__[name] = value
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for attributes in self._attributes:
+            attributes.restore()
         with torch.no_grad():
             for buffer, saved in self._buffers:
                 buffer.copy_(saved)
         self._random.restore()
-
-
-def _plain(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module holds besides its registries; of containers their contents too, which are changed in place."""
-    return {
-        name: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
-        for name, value in vars(module).items()
-        if name not in _REGISTRIES
-    }
-
-
-def _refill(container: Any, contents: Any) -> None:
-    if contents is not None:
-        container.clear()
-        container.extend(contents) if isinstance(container, list) else container.update(contents)
 
 
 _DROPOUTS = {

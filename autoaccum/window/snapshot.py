@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from autoaccum.errors import StateNotRestoredError
 
-__all__ = ["RandomState", "Snapshot"]
+__all__ = ["Attributes", "RandomState", "Snapshot"]
 
 
 class RandomState:
@@ -62,7 +62,7 @@ class Snapshot:
         self._modules = [model, *(other for other in others if isinstance(other, nn.Module))]
         self._stateful = [(o, copy.deepcopy(o.state_dict())) for o in others if not isinstance(o, nn.Module)]
         self._optimizer = optimizer
-        self._attributes = [(module, _attributes(module)) for root in self._modules for module in root.modules()]
+        self._attributes = [Attributes(module) for root in self._modules for module in root.modules()]
         self._parameters = [(p, p.requires_grad, p.grad) for root in self._modules for p in root.parameters()]
         self._groups = [
             {k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups
@@ -86,9 +86,9 @@ class Snapshot:
             yield parameter
             if gradient is not None:
                 yield gradient
-        for _, (plain, buffers) in self._attributes:
-            yield from (value for value, _ in plain.values() if isinstance(value, Tensor))
-            yield from (value for value in buffers.values() if value is not None)
+        for held in self._attributes:
+            yield from (value for value, _ in held.plain.values() if isinstance(value, Tensor))
+            yield from (value for value in held.buffers.values() if value is not None)
         for state in self._state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
         for group in self._groups:
@@ -103,14 +103,8 @@ class Snapshot:
         for parameter, requires_grad, gradient in self._parameters:
             parameter.grad = gradient
             parameter.requires_grad_(requires_grad)
-        for module, (plain, buffers) in self._attributes:
-            for name in [name for name in vars(module) if name not in plain and name not in _REGISTRIES]:
-                del module.__dict__[name]
-            for name, (value, contents) in plain.items():
-                _refill(value, contents)
-                module.__dict__[name] = value
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for held in self._attributes:
+            held.restore()
         self._restore_optimizer()
         for other, state in self._stateful:
             other.load_state_dict(state)
@@ -136,13 +130,37 @@ class Snapshot:
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules"})
 
 
-def _attributes(module: nn.Module) -> tuple[dict[str, tuple[Any, Any]], dict[str, Tensor | None]]:
-    plain = {}
-    for name, value in vars(module).items():
-        if name not in _REGISTRIES:
-            # A list or a dict is changed in place: keep its contents too, one level deep.
-            plain[name] = (value, copy.copy(value) if type(value) in (list, dict, set) else None)
-    return plain, dict(module._buffers)
+class Attributes:
+    """What one module holds beside parameters and submodules; what its tensors hold is the owner's to keep.
+
+    Attributes:
+        plain: its plain attributes. A list, dict or set is changed in place: with its contents, one level deep.
+        buffers: the tensors that are its buffers.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.plain: dict[str, tuple[Any, Any]] = {
+            name: (value, copy.copy(value) if type(value) in (list, dict, set) else None)
+            for name, value in vars(module).items()
+            if name not in _REGISTRIES
+        }
+        self.buffers: dict[str, Tensor | None] = dict(module._buffers)
+
+    def restore(self) -> None:
+        """Puts the same objects back, and containers' contents."""
+        held, buffers = vars(self._module), self._module._buffers
+        for name in [name for name in held if name not in self.plain and name not in _REGISTRIES]:
+            del held[name]
+        for name, (value, contents) in self.plain.items():
+            _refill(value, contents)
+            held[name] = value
+        # One at a time: TorchScript's registry is a view of the module in C++, which can be neither cleared nor added
+        # to, and is no iterable but for keys().
+        for name in [name for name in buffers.keys() if name not in self.buffers]:  # noqa: SIM118
+            del buffers[name]
+        for name, buffer in self.buffers.items():
+            buffers[name] = buffer
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -70,25 +70,30 @@ def setup() -> dict[str, object]:
     return example().setup()
 
 
-def searched(folder: Path, **keywords: Any) -> Any:
+def whole_setup(width: int = 16, weight_decay: float = 1e-3) -> dict[str, object]:
+    """The example's, with what its own space varies."""
+    return example().setup(width, weight_decay)
+
+
+def searched(folder: Path, setup: Any = setup, **keywords: Any) -> Any:
     return autoaccum.search(
         setup, **{"space": SPACE, "folder": folder, "study_name": "bench", "progress": False, **keywords}
     )
 
 
 def quality(scratch: Path) -> dict[str, Any]:
-    return compared("quality", scratch, SEEDS, SPACE)
+    return compared("quality", scratch, SEEDS, SPACE, setup)
 
 
 def of_the_example(scratch: Path) -> dict[str, Any]:
-    return compared("example", scratch, EXAMPLE_SEEDS, example().SPACE)
+    return compared("example", scratch, EXAMPLE_SEEDS, example().SPACE, whole_setup)
 
 
-def compared(part: str, scratch: Path, seeds: tuple[int, ...], space: dict[str, Any]) -> dict[str, Any]:
+def compared(part: str, scratch: Path, seeds: tuple[int, ...], space: Any, setup: Any) -> dict[str, Any]:
     """30 trials, the same unpruned, and 60 random ones, for each seed."""
     pairs = []
     for seed in seeds:
-        common = {"workers": 2, "seed": seed, "space": space}
+        common = {"workers": 2, "seed": seed, "space": space, "setup": setup}
         started = time.perf_counter()
         found = searched(scratch / f"tpe-{seed}", n_trials=30, **common)
         seconds = time.perf_counter() - started
