@@ -45,8 +45,10 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-gpu: $(SETUP)
-	$(BIN)/python -m tests.gpu
+# With a GPU's own PyTorch where the interpreter has all that this needs: it may stand where nothing can be installed.
+gpu:
+	@if $(PYTHON) -c "import torch, pytest, hypothesis, psutil, click, rich, pynvml; assert torch.cuda.is_available()" \
+	    2>/dev/null; then $(PYTHON) -m tests.gpu; else $(MAKE) $(SETUP) && $(BIN)/python -m tests.gpu; fi
 
 bench: $(SETUP)
 	$(BIN)/python -m tests.benchmarks

@@ -70,7 +70,8 @@ def setup() -> dict[str, object]:
 
 def main() -> None:
     """Trains under the budget, and says how well it went and where the time was spent."""
-    memory = "64MiB" if torch.cuda.is_available() else "12MiB"
+    # cuBLAS takes up to 64 MiB of a GPU for itself.
+    memory = "96MiB" if torch.cuda.is_available() else "12MiB"
     started = time.perf_counter()
     result = autoaccum.fit(**setup(), memory=memory, progress=True)
     seconds = time.perf_counter() - started

@@ -85,6 +85,19 @@ def test_older_memory_that_is_freed_by_any_thread_counts():
     assert [(event.bytes, event.call >= 0) for event in joined[0]] == [(-400, True), (-300, False)]
 
 
+def test_a_free_outside_any_operator_that_the_profiler_left_out_takes_no_later_ones_place():
+    """PyTorch keeps no event of a GPU's memory without an operator around it: here the first free of address 1."""
+    found = [_profiled(10, 512, 1), _profiled(20, 512, 2), _profiled(30, 512, 1), _profiled(40, -512, 1)]
+    entries = [_entry("alloc", 1, 400), *_freed(1, 400), _entry("alloc", 2, 300), _entry("alloc", 1, 500)]
+    joined = join(found, [*entries, *_freed(1, 500), *_freed(2, 300)])
+    assert joined is not None
+    seen = [(event.bytes, event.time_ns, event.call >= 0) for event in joined[0]]
+    assert seen == [
+        (400, 10, True), (-400, 10, False), (300, 20, True), (500, 30, True), (-500, 40, True), (-300, 40, False),
+    ]  # fmt: skip
+    assert joined[1] == 0
+
+
 def test_a_history_that_does_not_cover_the_recording_is_refused():
     assert join([_profiled(10, 512, 1), _profiled(20, 512, 2)], [_entry("alloc", 2, 512)]) is None
 

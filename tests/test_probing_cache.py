@@ -125,3 +125,22 @@ def test_the_key_changes_with_all_that_decides_the_memory():
         key(device="cuda"),
     ]
     assert len({key(), *others}) == len(others) + 1
+
+
+def test_the_key_reads_torchscript():
+    """Whose class has no forward, and whose containers have no code."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows = nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x):
+            for row in self.rows:
+                x = row(x)
+            return x
+
+    scripted = [torch.jit.script(module) for module in (Net(), Net(), Rows(), nn.Sequential(Net()), Net(5))]
+    keys = [key(model=model) for model in scripted]
+    assert keys[0] == keys[1]
+    assert len({*keys, key()}) == 5

@@ -2,6 +2,9 @@
 
 import copy
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,3 +349,44 @@ def test_memory_that_others_take_during_the_probe_is_seen_before_the_verdict(mon
     assert max(trial.peak_bytes for trial in report.trials) > 2.5 * 2**20, "the first answer was for more"
     (note,) = (note for note in report.notes if "others took memory" in note)
     assert "3.6 MiB were free at its start" in note
+
+
+THREADS = """
+import threading, torch, autoaccum
+from torch.nn import functional as F
+torch.set_num_threads(1)
+found = []
+
+def go():
+    model = torch.nn.Linear(6, 4)
+    data = (torch.randn(64, 6), torch.arange(64) % 4)
+    found.append(autoaccum.probe(model, data, loss=F.cross_entropy, memory="1MiB", device="cpu", cache=False).limit)
+
+threads = [threading.Thread(target=go) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert found == [64, 64, 64], found
+"""
+
+
+def test_threads_probe_in_turn():
+    """PyTorch's profiler has one session a process: two at once ended in a segmentation fault."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False,
+                          cwd=Path(__file__).parents[1])  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_max_batch_under_what_batch_norm_needs_is_refused():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    data, loss = (torch.randn(32, 6), torch.randint(0, 4, (32,))), nn.CrossEntropyLoss()
+    with pytest.raises(PlanError, match="max_batch=1 is less than the 2 samples .*BatchNorm.* give max_batch=2"):
+        autoaccum.probe(model, data, loss=loss, target_batch=8, max_batch=1, device="cpu")
+    report = autoaccum.probe(model, data, loss=loss, target_batch=8, max_batch=2, device="cpu")
+    assert report.plan.micro_batches == (2, 2, 2, 2)
+
+
+def test_where_the_data_end_before_the_memory_the_limit_is_a_cap():
+    report = autoaccum.probe(nn.Linear(6, 4), (torch.randn(32, 6), torch.randint(0, 4, (32,))),
+                             loss=nn.CrossEntropyLoss(), memory="1MiB", device="cpu")  # fmt: skip
+    assert (report.limit, report.limit_proof) == (32, "cap")
+    assert report.forecast(33) < report.budget_bytes

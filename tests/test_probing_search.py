@@ -105,7 +105,7 @@ def test_without_a_forecast_the_bracket_still_finds_the_limit(seed):
 @given(st.integers(0, 10**9), st.integers(1, 64))
 def test_the_ceiling_is_never_passed(seed, ceiling):
     machine, _ = card(seed)
-    answer = find(machine, floor=1, ceiling=ceiling)
+    answer = find(machine, floor=1, ceiling=ceiling, reach=REACH)
     assert max(trial.batch for trial in machine.trials) <= ceiling
     assert answer.limit <= ceiling
     if answer.limit == ceiling:

@@ -24,9 +24,11 @@ from autoaccum.errors import DeviceError
 from autoaccum.memory.device import Budget, Device, less, plus
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
-from autoaccum.units import format_bytes
+from autoaccum.units import MIB, format_bytes
 
 __all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice", "fraction"]
+
+HEADROOM = 256 * MIB
 
 
 class AcceleratorDevice(Device):
@@ -60,7 +62,14 @@ class AcceleratorDevice(Device):
         return str(named(self.torch_device)) if named else str(self.torch_device)
 
     def _count(self, figure: str) -> int:
-        return int(self._stats(self.torch_device).get(figure, 0))
+        nested = getattr(self._api, "memory_stats_as_nested_dict", None)
+        if nested is None:
+            return int(self._stats(self.torch_device).get(figure, 0))
+        # The same before it is flattened into sixty entries, which would be most of what a short window costs.
+        found: Any = nested(self.torch_device)
+        for key in figure.split("."):
+            found = found.get(key, 0) if found else 0
+        return int(found)
 
     def total(self) -> int:
         """The device's memory."""
@@ -96,7 +105,7 @@ class AcceleratorDevice(Device):
             yield
             return
         self.release()  # a cache from before would be charged to the budget, and its release counted as a retry
-        before = self._fraction()
+        before = min(1.0, self._fraction())  # allocators other than PyTorch's own tell no share
         cap(min(before, fraction(budget.bytes, self.total())), self.torch_device)
         try:
             yield
@@ -128,6 +137,14 @@ class AcceleratorDevice(Device):
     def reserved(self) -> int | None:
         """Bytes the allocator holds now."""
         return self._count("reserved_bytes.all.current")
+
+    def headroom(self) -> int:
+        """Kept free of what others leave: for kernels and communication buffers, which the allocator does not hold."""
+        return min(self.total() // 50, HEADROOM)
+
+    def drop_cache(self) -> None:
+        """Returns the allocator's cache to the device; libraries' workspaces stay."""
+        self._function("empty_cache")()
 
     def release(self) -> None:
         """Collects garbage, then returns the allocator's cache to the device."""
@@ -243,6 +260,10 @@ class MpsDevice(Device):
     def reserved(self) -> int | None:
         """Bytes that Metal's driver has given this process now."""
         return int(self._api.driver_allocated_memory())
+
+    def drop_cache(self) -> None:
+        """Returns the allocator's cache to the device."""
+        self._api.empty_cache()
 
     def release(self) -> None:
         """Collects garbage, then returns the allocator's cache to the device."""

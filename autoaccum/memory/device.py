@@ -140,6 +140,13 @@ class Device(ABC):
         """What PyTorch's allocator holds now, its cache too; None where the backend does not count."""
         return None
 
+    def headroom(self) -> int:
+        """Bytes to leave free where the user named no budget, for what is allocated beside PyTorch's own."""
+        return 0
+
+    def drop_cache(self) -> None:  # noqa: B027 - the CPU's allocator keeps none
+        """Returns the allocator's cache to the device; libraries' workspaces stay."""
+
     def release(self) -> None:
         """Collects garbage and returns the allocator's cache to the device."""
         gc.collect()

@@ -48,6 +48,8 @@ class History:
 
     def __init__(self, where: torch.device) -> None:
         self._index = torch.cuda.current_device() if where.index is None else where.index
+        self._backend = torch.cuda.memory.get_allocator_backend()
+        self._kept = self._backend == "native"  # others record none, and say so by an error
         self._ours = False
         self._before = 0
         self._segments: tuple[Segment, ...] = ()
@@ -55,6 +57,8 @@ class History:
 
     def start(self) -> None:
         """Switch the history on, unless it is on, and note the allocator's state."""
+        if not self._kept:
+            return
         if not torch._C._cuda_isHistoryEnabled():
             torch.cuda.memory._record_memory_history("all", context=None)
             self._ours = True
@@ -65,12 +69,14 @@ class History:
 
     def finish(self, found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
         """The profiler's events with requested sizes, and what else the trace wants to know."""
-        entries = torch.cuda.memory._snapshot(self._index)["device_traces"][self._index][self._before :]
-        joined = join(found, entries)
+        joined = None
+        if self._kept:
+            entries = torch.cuda.memory._snapshot(self._index)["device_traces"][self._index][self._before :]
+            joined = join(found, entries)
         extra: dict[str, Any] = {
             "segments": self._segments,
             "expandable": bool(self._settings.get("expandable_segments", False)),
-            "unsupported": unsupported(self._settings, torch.cuda.memory.get_allocator_backend()),
+            "unsupported": unsupported(self._settings, self._backend),
             "requested": joined is not None,
         }
         if joined is None:
@@ -90,11 +96,12 @@ def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tup
 
     `found`: the profiler's events (block sizes) in time order. `entries`: the history, in order. A block
     that another stream still used is freed when that is over ("free_completed"), not when it was asked for.
-    None where a profiled event is not in the history.
+    Frees outside any operator may lack in `found`: PyTorch keeps no event of a GPU's memory that no operator
+    is the parent of. None where a profiled event is not in the history.
     """
-    waiting: dict[tuple[int, bool], deque[RawEvent]] = defaultdict(deque)
+    waiting: dict[int, deque[RawEvent]] = defaultdict(deque)
     for raw in found:
-        waiting[raw.address, raw.bytes > 0].append(raw)
+        waiting[raw.address].append(raw)
     events: list[RawEvent] = []
     foreign: dict[int, int] = {}  # address -> bytes, of other threads' live allocations
     asked: dict[int, tuple[RawEvent | None, int]] = {}  # address -> who asked to free it, events until then
@@ -103,9 +110,11 @@ def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tup
     for entry in entries:
         action, address, size = entry["action"], entry.get("addr", 0), entry["size"]
         if action in ("alloc", "free_requested"):
-            queue = waiting[address, action == "alloc"]
-            # A block is never smaller than the request: if so, the entry is another thread's at the same address.
-            who = queue.popleft() if queue and abs(queue[0].bytes) >= size else None
+            queue = waiting[address]
+            # In turn at each address: what comes next there is this one, or the profiler did not tell this one. A block
+            # is never smaller than the request: if so, the entry is another thread's at the same address.
+            told = bool(queue) and (queue[0].bytes > 0) == (action == "alloc") and abs(queue[0].bytes) >= size
+            who = queue.popleft() if told else None
             now = now if who is None else max(now, who.time_ns)
             if action == "free_requested":
                 asked[address] = (who, len(events))

@@ -156,8 +156,8 @@ def training_key(
 def _structure(module: nn.Module) -> Iterator[str]:
     for name, part in module.named_modules():
         kind = type(part)
-        # TorchScript's class has no forward of its own, and its code is a text.
-        code = part.code if isinstance(part, torch.jit.ScriptModule) else _code(kind.forward)
+        # TorchScript's own code is a text; a container's has none. Its class has no forward to read.
+        code = getattr(part, "code", "") if isinstance(part, torch.jit.ScriptModule) else _code(kind.forward)
         yield f"{name} {kind.__module__}.{kind.__qualname__} {part.extra_repr()} {code} {part.training}"
         tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         yield " ".join(f"{key} {_shape(tensor)}" for key, tensor in tensors)

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum.data import tree
 from autoaccum.data.source import Source
-from autoaccum.errors import NothingFitsError
+from autoaccum.errors import NothingFitsError, PlanError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
@@ -24,14 +25,12 @@ from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.loss import Objective
+from autoaccum.window.modes import TrainingMode
 from autoaccum.window.optimizer import trained_parameters
 from autoaccum.window.snapshot import Snapshot
+from autoaccum.window.torchscript import layer_class
 
 __all__ = ["Question", "as_lines", "fastest", "run_probe"]
-
-# Without a target, no more samples are tried at once than run in about so many seconds: on a host with much memory the
-# largest micro-batch that fits would run for hours.
-PATIENCE_SECONDS = 60.0
 
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
@@ -84,17 +83,24 @@ def run_probe(
 
     Raises:
         NothingFitsError: the smallest micro-batch does not fit; says what fills the device and what would help.
+        PlanError: `max_batch` is smaller than the smallest micro-batch.
         StateNotRestoredError: something could not be put back.
     """
     model, optimizer = accumulator.model, accumulator.optimizer
     held = resident_bytes(model, optimizer)
-    budget = device.budget(question.memory, held=held)
+    budget = device.budget(question.memory, held=held, headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)
     others = [other for other in (objective.loss,) if isinstance(other, nn.Module)]
     with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device):
         try:
-            model.train()
+            TrainingMode(model).on()
             floor = _floor(objective, source, device, accumulator)
+            if question.max_batch is not None and question.max_batch < floor:
+                raise PlanError(
+                    f"max_batch={question.max_batch} is less than the {floor} samples that a micro-batch of this model "
+                    f"needs, since BatchNorm needs two values a channel: give max_batch={floor} or more, or the model "
+                    "a layer without that minimum (GroupNorm for BatchNorm)"
+                )
             bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth)
             try:
                 report = _look(bench, source, device, question, floor, cache)
@@ -135,7 +141,7 @@ def _less_by_now(bench: Bench, report: ProbeReport, device: Device, question: Qu
     """The budget as it is now, where others took so much meanwhile that the answer no longer fits in it."""
     if question.memory is not None or not bench.shared:
         return None
-    now = device.budget(held=bench.held())
+    now = device.budget(held=bench.held(), headroom=device.headroom())
     return None if bench.measured(report.micro_batch) <= now.bytes * (1.0 + UNSTEADY) else now
 
 
@@ -216,13 +222,13 @@ def _report_over_lengths(
 
 def _floor(objective: Objective, source: Source, device: Device, accumulator: Accumulator) -> int:
     """The smallest micro-batch the model takes: 2 where a BatchNorm sees one value a channel in a single sample."""
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in objective.model.modules()):
+    if not any(issubclass(layer_class(module), _BatchNorm) for module in objective.model.modules()):
         return 1
     batch = tree.move(source.trial(1), device.torch_device)
     try:
         with torch.no_grad(), accumulator.precision.autocast():
             objective.forward(batch)
-    except ValueError as error:
+    except (ValueError, torch.jit.Error) as error:
         if not needs_two(error):
             raise
         return 2
@@ -326,6 +332,8 @@ def _nothing_fits(
     model = accumulator.model
     parts = resident_parts(model, accumulator.optimizer)
     parts["gradients"] = sum(p.numel() * p.element_size() for p in trained_parameters(model))
+    if bench.other():
+        parts["libraries' workspaces and other tensors"] = bench.other()
     needs = ", ".join(
         f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts.items() if name != "batch"
     )
@@ -334,10 +342,8 @@ def _nothing_fits(
     )
     peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
-    others = device.describe()["processes"]
-    beside = f" Beside it run {', '.join(str(process) for process in others)}." if others else ""
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
-        f"the rest is what a step needs for its activations{measured}.{beside} What would help: a larger memory=, "
+        f"the rest is what a step needs for its activations{measured}. What would help: a larger memory=, "
         "an optimizer with less state (SGD), smaller samples"
     )

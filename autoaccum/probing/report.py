@@ -64,7 +64,8 @@ class ProbeReport:
         device_type: "cpu", "cuda", ...
         trials: in the order they ran.
         residual: relative error of the forecast at the trace that checks it; None without a forecast.
-        parts: bytes of parameters, buffers, gradients, optimizer_state, and per_sample (what one more sample costs).
+        parts: bytes of parameters, buffers, gradients, optimizer_state, and per_sample (what one more sample costs); on
+            a GPU also "other": what else of this process lies there, such as libraries' workspaces.
         notes: what a person should know: shapes that vary, operators that could not be aligned, a cached answer.
         plan: the plan for the target batch; None without a target.
         throughput: (micro-batch, samples per second), where prefer="fastest" measured it.

@@ -98,16 +98,16 @@ def find(
         floor: the smallest size worth running.
         ceiling: the largest size that may be run.
         wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
-        reach: how far the limit is looked for by forecast alone; None: up to the ceiling.
+        reach: where `wanted` is given, how far the limit is looked for by forecast alone; None: up to the ceiling.
         known: a forecast from an earlier run of the same training; spares the traces where it still holds.
 
     Raises:
         NothingFitsError: the floor does not fit.
         ProbeError: memory is so erratic that no size can be relied on.
     """
-    return _Search(
-        machine, floor, ceiling, wanted or (lambda limit: limit), max(reach or 0, ceiling), wanted is None, known
-    ).run()
+    exact = wanted is None
+    reach = ceiling if exact else max(reach or 0, ceiling)
+    return _Search(machine, floor, ceiling, wanted or (lambda limit: limit), reach, exact, known).run()
 
 
 class _Search:

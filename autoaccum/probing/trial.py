@@ -96,6 +96,10 @@ class Bench:
         """Bytes that the training holds between two steps."""
         return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
 
+    def other(self) -> int:
+        """Bytes of this process on an accelerator that are no part of the training."""
+        return max(0, (self._device.allocated() or 0) - self.held())
+
     def measured(self, size: int) -> int:
         """The most that a step at `size` was measured to take, as the budget counts."""
         return max((t.reserved_bytes or t.peak_bytes or 0 for t in self.trials if t.batch == size), default=0)
@@ -146,6 +150,8 @@ class Bench:
         held, side = self.resident[max(self.resident)], self._accumulator.gradient_dtype
         parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
         parts["gradients"] += sum(p.numel() * side(p).itemsize for p in self._used or ())
+        if held.get("other"):
+            parts["other"] = held["other"]
         peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
         if forecast is not None:
             parts["per_sample"] = forecast.peak(size + 1) - forecast.peak(size)
@@ -207,6 +213,7 @@ class Bench:
         if self._used is None:
             self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
         if counted:
+            self._device.drop_cache()  # of other sizes, which a training at this one would not have in its way
             self._device.reset_peak()
             self._window(batch)
             self._device.synchronize()

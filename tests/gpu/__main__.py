@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -104,29 +105,53 @@ def main() -> int:
         print("skipped: no CUDA device can be seen, and everything here needs one")
         return 0
     RESULTS.mkdir(exist_ok=True)
-    tests = subprocess.run([sys.executable, "-m", "pytest", "tests/gpu", "-q"], check=False).returncode
-    rows = []
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "python": sys.version.split()[0]}
+    name = f"{facts['device'].replace(' ', '-')}-torch-{torch.__version__.split('+')[0]}"
+    path = RESULTS / f"probe-{name}.json"
+    rows: list[dict[str, Any]] = []
     print(
         f"{'model':24}{'cap':>10}{'found':>8}{'true':>8}{'ratio':>8}{'OOMs':>6}{'forecast error':>16}{'survives':>10}"
     )
     for architecture in ARCHITECTURES:
-        for cap in CAPS_MIB:
-            if not architecture.installed:
-                continue
-            row = measure(architecture, cap * 2**20)
-            rows.append(row)
-            error = "-" if row["forecast_error"] is None else f"{row['forecast_error']:.2%}"
-            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
-            print(
-                f"{row['model']:24}{cap:>6} MiB{row['found']:>8}{row['true']:>8}{ratio:>8}{row['ooms']:>6}{error:>16}"
-                f"{row['survives_ten_windows']!s:>10}",
-                flush=True,
-            )
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "python": sys.version.split()[0]}
-    path = RESULTS / f"probe-{facts['device'].replace(' ', '-')}-torch-{torch.__version__.split('+')[0]}.json"
-    path.write_text(json.dumps({**facts, "tests": tests, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    print(path)
-    return tests
+        for cap in CAPS_MIB if architecture.installed else ():
+            rows.append(attempted(architecture, cap))
+            print(line(rows[-1]), flush=True)
+            # After every row, so that nothing is lost where the time runs out.
+            path.write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    print(path, flush=True)
+    # The tests' own figures (record_property) are in the file as well.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "-q",
+        "--tb=short",
+        f"--junitxml={RESULTS}/tests-{name}.xml",
+    ]
+    return max(subprocess.run(command, check=False).returncode, int(any("error" in row for row in rows)))
+
+
+def attempted(architecture: Architecture, cap: int) -> dict[str, Any]:
+    """The row of one model under one cap in MiB; where it raises, the error is the row."""
+    try:
+        return measure(architecture, cap * 2**20)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        return {"model": architecture.name, "cap_mib": cap, "error": f"{type(error).__name__}: {error}", "at": text}
+    finally:
+        open_device("cuda").release()
+
+
+def line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['model']:24}{row['cap_mib']:>6} MiB  {' '.join(row['error'].split())[:200]}"
+    error = "-" if row["forecast_error"] is None else f"{row['forecast_error']:.2%}"
+    ratio = "-" if row["ratio"] is None else f"{row['ratio']:.3f}"
+    return (
+        f"{row['model']:24}{row['cap_mib']:>6} MiB{row['found']:>8}{row['true']:>8}{ratio:>8}{row['ooms']:>6}"
+        f"{error:>16}{row['survives_ten_windows']!s:>10}"
+    )
 
 
 if __name__ == "__main__":

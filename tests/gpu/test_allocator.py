@@ -247,4 +247,5 @@ def test_the_limit_by_forecast_is_the_limit_by_trial():
     budget = windows.measured(16)["reserved"] + 256 * MIB
     largest = forecast.largest(budget, 100_000, reserved=True)
     assert windows.measured(int(largest * 0.98))["reserved"] <= budget
-    assert windows.measured(int(largest * 1.1) + 1)["reserved"] > budget
+    # Reserved bytes grow in steps of whole segments: well above it, the budget is overrun.
+    assert windows.measured(int(largest * 1.3) + 1)["reserved"] > budget
