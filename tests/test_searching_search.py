@@ -1,5 +1,6 @@
 """A whole search in this process: what it finds, what it keeps, how it goes on, and what it refuses."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -367,6 +368,26 @@ def nn_loss(model, batch):
     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def test_a_space_that_raises_whatever_it_may_ends_the_search_and_is_shown(tmp_path):
+    """It was asked again for ever: a trial that never was drawn counted for nothing."""
+
+    def space(trial):
+        if trial.number:
+            raise AttributeError("no such thing")
+        return {"lr": 1e-2, "target_batch": 16}
+
+    result = search(tmp_path, plain, space=space, n_trials=3)
+    assert [row["state"] for row in result.trials] == ["complete", "error", "error"]
+
+
+@pytest.mark.parametrize(("sampler", "package"), [("cmaes", "cmaes"), ("qmc", "scipy"), ("gp", "scipy")])
+def test_a_sampler_whose_package_is_not_there_is_refused(tmp_path, monkeypatch, sampler, package):
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == package else found(name, *rest))
+    with pytest.raises(SetupError, match=f"needs {package}, which is not installed: pip install {package}"):
+        search(tmp_path, sampler=sampler)
+
+
 @pytest.mark.parametrize(
     ("setup", "keywords", "said"),
     [
@@ -380,6 +401,8 @@ def nn_loss(model, batch):
         (plain, {"n_trials": 0}, "n_trials=0"),
         (plain, {"direction": "down"}, "direction='down'"),
         (plain, {"sampler": "best"}, "sampler='best'"),
+        (plain, {"space": {"target_batch": (0, 5)}}, "target_batch=0: it counts samples"),
+        (plain, {"space": {"target_batch": [1.5, 2]}}, "target_batch=1.5: it counts samples"),
         (plain, {"pruner": "harsh"}, "pruner='harsh'"),
         (plain, {"workers": 0}, "workers=0"),
         (plain, {"target_batch": ()}, "target_batch"),

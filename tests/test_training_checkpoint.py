@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -353,6 +355,8 @@ def test_settings_that_need_a_folder_say_so_when_there_is_none(tmp_path):
         prepared(checkpoint_every=5)
     with pytest.raises(SetupError, match="resume=True"):
         prepared(resume=True)
+    with pytest.raises(SetupError, match="checkpoint=3 is of type int: give the path of a folder"):
+        prepared(3)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         prepared(tmp_path / "file")
@@ -460,7 +464,7 @@ def test_the_last_three_are_kept_and_the_best(tmp_path):
     assert names(tmp_path) == [f"step-{5 * n:08}-epoch-{n}-window-0.pt" for n in (2, 4, 5, 6)]
     assert Checkpoints(tmp_path).best() == Entry(10, 2, 0)
     assert names(tmp_path, ".json") == [name.replace(".pt", ".json") for name in names(tmp_path)]
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
 
 
 def test_a_checkpoint_is_told_of_when_it_is_on_the_disk(tmp_path):
@@ -589,3 +593,38 @@ def test_trainings_killed_at_random_moments_come_to_the_same_end(tmp_path):
     figures = json.loads(answer.read_text())["kills"]
     assert figures["bit-identical"] == figures["trainings"] == 5
     assert figures["kills"] >= 5
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from autoaccum.training.locks import FolderLock
+lock = FolderLock(Path(sys.argv[1]), "run")
+assert lock.holder() is None
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
+    root = str(Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "held\n"
+        loop = prepared(tmp_path)
+        with pytest.raises(CheckpointError, match=f"another training, process {process.pid}, writes to"):
+            loop.run()
+    finally:
+        process.communicate("")
+    loop.run()
+    assert names(tmp_path)
+
+
+def test_a_second_loop_of_this_process_may_follow_in_the_same_folder(tmp_path):
+    first = iter(prepared(tmp_path))
+    next(first)  # left where it stands, as in a notebook
+    prepared(tmp_path).run()
+    assert names(tmp_path)

@@ -58,9 +58,9 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     return function(rest.pop("model"), rest.pop("data"), **rest)
 
 
-def need_target_batch(target: str, arguments: Mapping[str, Any], what: str) -> None:
+def need_target_batch(target: str, arguments: Mapping[str, Any], what: str, *, or_plan: bool = False) -> None:
     """A usage error where neither the command line nor TARGET says how large a batch is wanted."""
-    if arguments.get("target_batch") is None and arguments.get("plan") is None:
+    if arguments.get("target_batch") is None and not (or_plan and arguments.get("plan") is not None):
         raise click.UsageError(
             f'{what} needs a target batch: give --target-batch N, or put "target_batch" into the dict that {target} '
             "returns"

@@ -36,7 +36,7 @@ def fit(target: str, save: Path | None, save_plan: Path | None, **options: Any) 
     import autoaccum
 
     arguments = arguments_of(autoaccum.fit, target, options)
-    need_target_batch(target, arguments, "fit")
+    need_target_batch(target, arguments, "fit", or_plan=True)
     result = _trained(arguments)
     done = result.unsaved is None
     if first_rank():

@@ -18,7 +18,7 @@ __all__ = ["verify"]
 
 @click.command(cls=Command, short_help="Check that the accumulated gradient is the large batch's.")
 @target_argument
-@takes("device", "precision", "reduction", "seed")
+@takes("device", "precision", "reduction")
 def verify(target: str, **options: Any) -> Answer:
     """Check on your own model and data that the accumulated gradient is the large batch's gradient.
 

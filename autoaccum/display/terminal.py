@@ -276,7 +276,7 @@ def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
     if proof == "out of memory":
         return "the next larger size ran out of memory"
     if proof == "cap":
-        return "the largest size that was allowed or that the data has; memory has room for more"
+        return "nothing larger was allowed or looked for; memory has room for more"
     return ""
 
 

@@ -9,6 +9,7 @@ Choices:
 
 import contextlib
 import hashlib
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ __all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "make_sampler",
 CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a constraint under Optuna 4
 SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
             "qmc": "QMCSampler"}  # fmt: skip
+NEEDED = {"gp": "scipy", "cmaes": "cmaes", "qmc": "scipy"}  # which Optuna does not bring along
 PRUNERS = ("once", "hyperband", "halving", "median", "none")
 REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
 # Where "once" looks, in parts of the budget. Among good settings a later value says little more about the last one than
@@ -73,7 +75,7 @@ def make_sampler(sampler: Any, *, seed: int, number: int, n_trials: int) -> Any:
         n_trials: of the search; two fifths of them, 5 to 12, are drawn at random first.
 
     Raises:
-        SetupError: an unknown name, or something that is no sampler.
+        SetupError: an unknown name, something that is no sampler, or one that needs a package that is not there.
     """
     optuna = load_optuna()
     if isinstance(sampler, optuna.samplers.BaseSampler):
@@ -82,6 +84,9 @@ def make_sampler(sampler: Any, *, seed: int, number: int, n_trials: int) -> Any:
     if name not in SAMPLERS:
         known = ", ".join(map(repr, SAMPLERS))
         raise SetupError(f"sampler={sampler!r}: choose {known}, or give a sampler of Optuna's")
+    package = NEEDED.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise SetupError(f"sampler={sampler!r} needs {package}, which is not installed: pip install {package}")
     own = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
     settings: dict[str, Any] = {"seed": own}
     if name == "tpe":

@@ -19,7 +19,7 @@ from autoaccum.assembly import Parts
 from autoaccum.errors import NothingFitsError
 from autoaccum.probing.cache import training_key
 from autoaccum.probing.report import ProbeReport
-from autoaccum.searching.locks import FolderLock
+from autoaccum.training.locks import FolderLock
 
 __all__ = ["Limits", "forecast_bytes"]
 

@@ -22,6 +22,9 @@ WRITTEN = "write NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,..., suc
 EXAMPLE = 'write (low, high), (low, high, "log") or a list of choices, such as {"lr": (1e-4, 1e-1, "log")}'
 
 
+COUNTS = {"target_batch", "micro_batch", "max_batch"}
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers from `low` to `high`, both included; evenly over their logarithms where `log`."""
@@ -109,7 +112,17 @@ def read_space(space: Any) -> Space:
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
         raise SetupError(f"space={space!r} has no parameters: {EXAMPLE}")
-    return Space({_name(name): _part(name, value) for name, value in space.items()})
+    parts = {_name(name): _part(name, value) for name, value in space.items()}
+    for name in COUNTS & parts.keys():
+        _check_counts(name, parts[name])
+    return Space(parts)
+
+
+def _check_counts(name: str, part: Range | Choices) -> None:
+    ends = (part.low, part.high) if isinstance(part, Range) else part.values
+    for value in ends:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SetupError(f"space has {name}={value!r}: it counts samples, so give whole numbers of 1 or more")
 
 
 def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from autoaccum.searching import group, weights
 from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler, mark_infeasible
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.locks import FolderLock
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space
 from autoaccum.searching.storage import has_heartbeats, open_storage, shown, telling_of
@@ -37,6 +36,7 @@ from autoaccum.searching.study import (
 )
 from autoaccum.searching.terms import Terms
 from autoaccum.searching.training import Diverged, Finished, Infeasible, Pruned, Refused, Trainer
+from autoaccum.training.locks import FolderLock
 
 __all__ = ["Job", "Worker", "open_job"]
 
@@ -153,7 +153,9 @@ class Worker:
                 trial.set_user_attr(OUTCOME, "void")
                 raise _LeaveError
             return self._job.space.suggest(trial)
-        except (SetupError, TypeError, ValueError, KeyError) as error:  # the user's function of a trial
+        except (_LeaveError, load_optuna().exceptions.UpdateFinishedTrialError):
+            raise
+        except Exception as error:  # whatever the user's function of a trial, or their sampler, raises
             self._write_down(trial, error)
             raise
         finally:

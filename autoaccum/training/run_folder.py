@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from autoaccum.checks import check_kind
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.memory.device import Device
@@ -34,6 +35,7 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.checkpoint import Checkpoints, Entry, Failure, write_json
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
+from autoaccum.training.locks import FolderLock
 
 __all__ = ["PATIENCE_SECONDS", "RunFolder", "open_run"]
 
@@ -66,6 +68,7 @@ class RunFolder:
         self._saved_at = time.monotonic()
         self._plan: Plan | None = None  # as the record has it
         self._metrics: JsonlSink | None = None
+        self._lock = FolderLock(self.folder, "run")
 
     @property
     def writes(self) -> bool:
@@ -122,8 +125,23 @@ class RunFolder:
     # --- saving ---
 
     def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
-        """Readies the folder and begins the record; only the first time it is called."""
-        if not self.writes or self._metrics is not None:
+        """Keeps other processes out of the folder. The first time, readies it and begins the record.
+
+        Raises:
+            CheckpointError: a training in another process writes there.
+        """
+        if not self.writes:
+            return
+        try:
+            other = self._lock.holder()
+        except OSError:
+            other = None  # the folder cannot be written to, which is said below
+        if other not in (None, os.getpid()):
+            raise CheckpointError(
+                f"another training, process {other}, writes to {str(self.folder)!r}: give this one a folder of its "
+                "own, or start it again once that has ended, to go on from there"
+            )
+        if self._metrics is not None:
             return
         try:
             aside = self.checkpoints.begin(self._resumed)
@@ -208,9 +226,10 @@ class RunFolder:
             self._events.tell(CheckpointSaved(entry.step, str(self.checkpoints.path(entry))))
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits for what is being saved, and lets others into the folder."""
         self.poll(wait=True)
         self.checkpoints.close()
+        self._lock.release()
 
     def _lost(self, what: str, error: BaseException) -> None:
         self._failed += 1
@@ -257,7 +276,7 @@ def open_run(
     """The run's folder, where one is wanted, and what the checkpoint in it holds that the training goes on from.
 
     Raises:
-        SetupError: settings that need a folder, and none is given.
+        SetupError: settings that need a folder, and none is given; or it is no path.
         CheckpointError: as `RunFolder` and its `find`.
     """
     if folder is None:
@@ -265,5 +284,6 @@ def open_run(
             given = f"checkpoint_every={every}" if every is not None else "resume=True"
             raise SetupError(f"{given}, and no folder to save to: give checkpoint=FOLDER")
         return None, None
+    check_kind("checkpoint", folder, (str, os.PathLike), 'the path of a folder, such as "run"')
     run = RunFolder(folder, every, ranks, events)
     return run, run.find(resume)

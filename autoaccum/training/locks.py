@@ -1,5 +1,6 @@
 """A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder."""
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -31,11 +32,26 @@ class FolderLock:
 
     def acquire(self) -> None:
         """Waits until nobody else has it."""
+        self._take(wait=True)
+
+    def holder(self) -> int | None:
+        """Takes it if it is free, and then None; else the process id of who has it, which may be this one."""
+        try:
+            self._take(wait=False)
+        except BlockingIOError:
+            written = self._path.read_text()
+            return int(written) if written.isdigit() else -1
+        return None
+
+    def _take(self, *, wait: bool) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("a")
         try:
             if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         except BaseException:
             file.close()
             raise
