@@ -12,13 +12,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.assembly import Parts, assemble, share_model
-from autoaccum.checks import check_counts, one_of
-from autoaccum.data.source import open_source
+from autoaccum.checks import check_counts, listed, one_of
+from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.memory.forecast import Forecast
 from autoaccum.pipeline import (
     Isolation,
     adopt,
-    apply_plan,
+    beside_own_rate,
     checked,
     compile_model,
     for_ranks,
@@ -28,6 +28,7 @@ from autoaccum.pipeline import (
     share_of,
     target_of,
     told_of_padding,
+    told_of_the_plans,
     total_steps,
     verified,
 )
@@ -38,10 +39,11 @@ from autoaccum.probing.lengths import OverLengths
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, ends_all
-from autoaccum.training.evaluate import Evaluator
+from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
 from autoaccum.training.loop import FitResult, TrainingLoop
 from autoaccum.training.parts import kept_answers
+from autoaccum.training.rates import apply_plan, scheduled, take_back
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
@@ -104,7 +106,7 @@ def probe(
         )  # fmt: skip
         share = None if target_batch is None else share_of(target_batch, parts.ranks)
         question = Question(share, memory, max_batch, multiple_of, prefer)
-        events = Events(callbacks)
+        events = Events(listed("callbacks", callbacks))
         _run_as_asked(parts, compile, ladder, events)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
                         clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
@@ -168,7 +170,7 @@ def prepare(
 
     Args:
         model: any module; moved to the device. DistributedDataParallel is taken off: gradients are summed once a
-            window.
+            window. Submodules in evaluation mode inside a model in training mode are frozen, and stay so.
         data: a DataLoader (its dataset, sampler, collate_fn and workers are kept, the batching is ours), a Dataset, an
             iterable of samples, a tensor, a tuple or a dict of equally long tensors. Where the collate function pads
             samples of different lengths, each window is sorted and cut by length: short ones run many at once.
@@ -177,15 +179,18 @@ def prepare(
         step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`.
         reduction: what a mean loss divides by: "auto", "sample_mean", "token_mean", "weighted_mean", "element_mean",
             "sum", or `f(batch) -> float`; a dict of these where `step` returns several terms.
-        optimizer: an Optimizer, a class or factory called as `f(params, lr=lr)`, or a name in torch.optim.
+        optimizer: an Optimizer, a class or factory called as `f(params, lr=lr)`, or a name in torch.optim. An
+            Optimizer's rates are the ones it was tuned with, also where it was trained with here before: they are
+            scaled once.
         lr: the learning rate, 1e-3 unless given; not beside an Optimizer instance, whose own count.
         lr_batch: the batch that rate was tuned at; None: a DataLoader's batch_size where the rate is the user's own,
             else the rate is not scaled.
         lr_rule: "auto", "linear", "sqrt", "adam-sde" or "none".
-        schedule: "constant", "linear", "cosine" or `f(optimizer) -> LRScheduler`, counted in optimizer steps.
+        schedule: "constant", "linear", "cosine" or `f(optimizer) -> LRScheduler`, counted in optimizer steps; none that
+            wants a loss (ReduceLROnPlateau).
         warmup_steps: optimizer steps over which the rate rises.
         epochs: passes over the data; `max_steps`, where given, decides instead, over as many epochs as it takes.
-        val_data: evaluated after each epoch, with `metrics`: `{name: f(outputs, targets) -> Mean}`.
+        val_data: evaluated after each epoch, with `metrics`: `{name: f(outputs, targets) -> Mean}`, not beside `step`.
         shuffle: for Datasets and tensors; a DataLoader keeps its own sampler.
         device: None: where the model is, if that is a GPU, else the best there is.
         memory: a hard budget: bytes, "8GiB" or "80%" of the device; None: what is free, less headroom.
@@ -232,22 +237,28 @@ def prepare(
     given = None if plan is None else given_plan(plan, target_batch)
     target_batch = target_of(given, target_batch)
     check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps,
-                 checkpoint_every=checkpoint_every)  # fmt: skip
+                 checkpoint_every=checkpoint_every, regrow_after=regrow_after)  # fmt: skip
+    listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
     one_of("check", check, (True, False, "warn"))
     one_of("resume", resume, ("auto", True, False))
     one_of("prefer", prefer, ("fewest", "fastest"))
     one_of("ladder", ladder, (None, False, "auto", *RUNGS))
+    check_metrics(metrics, step)
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
-        precision=precision, clip_norm=clip_norm, shuffle=shuffle, seed=seed, worst_case=worst_case,
+        precision=precision, clip_norm=clip_norm, log_grad_norm=log_grad_norm, shuffle=shuffle, seed=seed,
+        worst_case=worst_case,
     )  # fmt: skip
+    take_back(parts.optimizer)
     share_model(parts)
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
-    events = Events([*sinks, *callbacks, *_display(progress, parts.ranks)])
+    if max_steps is None:
+        read_more_than_once(epochs, data=parts.source, val_data=val_source)
+    events = Events([*listeners, *_display(progress, parts.ranks)])
     _run_as_asked(parts, compile, ladder, events)
 
     report: ProbeReport | None = None
@@ -257,6 +268,10 @@ def prepare(
         given, report, verdict = kept_answers(kept, target_batch, parts.ranks)
     if given is not None:
         adopt(parts, given, events)
+        given = beside_own_rate(given, parts) if kept is None else given
+        told_of_the_plans(
+            given, events, micro_batch=micro_batch, lr_batch=lr_batch, lr_rule=lr_rule, tail=tail, batch_norm=batch_norm
+        )
     if given is None and micro_batch is None:
         question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
@@ -265,17 +280,19 @@ def prepare(
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
     if kept is None:
-        verdict = checked(parts, check, max(given.limits), events)
+        verdict = checked(parts, check, given, events)
         told_of_padding(parts, given, check, events)
     apply_plan(given, parts.optimizer)
     if parts.compiled is not None:
         parts.compiled.single = given.micro_batch <= 1
     total = total_steps(given, parts.source.length, epochs, max_steps)
-    scheduler = build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
+    scheduler = scheduled(
+        parts.optimizer, build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
+    )
     accumulator = Accumulator(
         parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler,
         precision=parts.asked_precision,
-        accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=batch_norm,
+        accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=given.batch_norm,
         on_nonfinite=on_nonfinite, device=parts.device.torch_device, ranks=parts.ranks,
     )  # fmt: skip
     evaluator = Evaluator(
@@ -289,7 +306,8 @@ def prepare(
     )
     loop = TrainingLoop(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
-        budget=parts.device.budget(memory), events=events, evaluator=evaluator, probe=report, verify=verdict,
+        budget=parts.device.budget(memory, headroom=parts.device.headroom()), events=events, evaluator=evaluator,
+        probe=report, verify=verdict,
         regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder, running=parts.running,
     )  # fmt: skip
     if kept is not None:

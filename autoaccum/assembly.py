@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
+from autoaccum.checks import check_seed, one_of
 from autoaccum.data import tree
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
@@ -94,6 +95,7 @@ def assemble(
     device: str | torch.device | None = None,
     precision: str = "auto",
     clip_norm: float | None = None,
+    log_grad_norm: bool = False,
     shuffle: bool = True,
     seed: int | None = None,
     worst_case: Any = None,
@@ -105,13 +107,16 @@ def assemble(
     model = unwrapped(model)
     join()
     ranks = here()
+    _check_gradients_are_on()
     _check_rate(lr)
+    check_seed(seed)
+    one_of("shuffle", shuffle, (True, False))
     place = open_device(device if device is not None else _where(model, ranks))
     source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case)
     objective = Objective(model, loss=loss, step=step, reduction=reduction)
     lazy = _is_lazy(model)
     if not lazy:
-        check_model(model, loss=loss, clip_norm=clip_norm)
+        check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
         if isinstance(optimizer, Optimizer):
             build_optimizer(optimizer, model, lr=lr, loss=loss)
     format_ = Precision(precision, place.torch_device, model)
@@ -120,7 +125,7 @@ def assemble(
             module.to(place.torch_device)
     if lazy:
         _materialise(objective, source, place, format_)
-        check_model(model, loss=loss, clip_norm=clip_norm)
+        check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
     made = build_optimizer(optimizer, model, lr=lr, loss=loss)
     _follow(made)
     lr_given = lr is not None or isinstance(optimizer, Optimizer)
@@ -174,6 +179,14 @@ def _where(model: Any, ranks: Ranks) -> torch.device | None:
     if ranks.size > 1 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks.rank % torch.cuda.device_count())))
     return None
+
+
+def _check_gradients_are_on() -> None:
+    if not torch.is_grad_enabled():
+        raise SetupError(
+            "gradients are switched off here, by torch.no_grad(), torch.inference_mode() or "
+            "torch.set_grad_enabled(False), and without them nothing can be trained: call this outside of it"
+        )
 
 
 def _check_rate(lr: Any) -> None:

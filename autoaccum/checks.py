@@ -1,11 +1,11 @@
 """Values that users give, refused in one way: the name, the value, and what to give instead."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from autoaccum.errors import PlanError, SetupError
 
-__all__ = ["check_counts", "one_of"]
+__all__ = ["check_counts", "check_kind", "check_seed", "listed", "one_of"]
 
 
 def check_counts(**counts: Any) -> None:
@@ -17,6 +17,41 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PlanError(f"{name}={value!r}: give a whole number of 1 or more, such as 256")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuses anything but None or a whole number that torch's generators take: from −2**63 to 2**64 − 1.
+
+    Raises:
+        SetupError: naming the value.
+    """
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise SetupError(f"seed={seed!r}: give a whole number of at most 64 bits, such as 0")
+
+
+def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuses a value of another type; `wanted` says in words what to give.
+
+    Raises:
+        SetupError: naming the value.
+    """
+    if not isinstance(value, kinds):
+        raise SetupError(f"{name}={value!r} is of type {type(value).__name__}: give {wanted}")
+
+
+def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
+    """The functions of an event that were given, in a list.
+
+    Raises:
+        SetupError: not an iterable, or something in it cannot be called; it is named.
+    """
+    wanted = f"functions of an event in a list, such as {name}=[print]"
+    check_kind(name, functions, Iterable, wanted)
+    found = list(functions)
+    for each in found:
+        if not callable(each):
+            raise SetupError(f"{name} has {each!r} in it, which cannot be called: give {wanted}")
+    return found
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:

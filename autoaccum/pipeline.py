@@ -1,19 +1,21 @@
 """From the user's parts to a loop that may begin: the probe, the plan, the gradient check, one after another."""
 
+import math
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum.assembly import Parts
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
 from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
+from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
@@ -31,13 +33,15 @@ from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.compiled import Compiled
 from autoaccum.window.ladder import RUNGS, obstacle
+from autoaccum.window.modes import TrainingMode
 from autoaccum.window.padding import padding_error
+from autoaccum.window.torchscript import layer_class
 from autoaccum.window.verify import VerifyReport, verify_gradient
 
 __all__ = [
     "Isolation",
     "adopt",
-    "apply_plan",
+    "beside_own_rate",
     "checked",
     "compile_model",
     "for_ranks",
@@ -47,9 +51,13 @@ __all__ = [
     "share_of",
     "target_of",
     "told_of_padding",
+    "told_of_the_plans",
     "total_steps",
     "verified",
 ]
+
+# A probe puts the process's generators back at its end, and PyTorch's profiler has one session a process.
+_PROBING = threading.RLock()
 
 MOST_CHILDREN = 12  # a probe that is killed more often will not find an answer
 
@@ -75,19 +83,29 @@ def verified(parts: Parts, most: int = 8) -> VerifyReport:
         )
 
 
-def checked(parts: Parts, check: bool | str, most: int, events: Events) -> VerifyReport | None:
+def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> VerifyReport | None:
     """The same before training, with no more samples at once than are known to fit; the ranks agree on the verdict.
+
+    Where nothing could be seen and the loss is a function whose mean is not known, a Python warning says so. Where the
+    whole batch runs at once nothing is accumulated, and what it said is only told.
 
     Raises:
         LossError: it failed, and `check` is not "warn".
     """
     if check is False:
         return None
-    report = verified(parts, most)
-    if parts.ranks.any(not report.ok) and check != "warn":
+    report = verified(parts, max(made.limits))
+    accumulates = made.accumulation_steps > 1
+    if parts.ranks.any(not report.ok and accumulates) and check != "warn":
         text = report.text if not report.ok else "the accumulated gradient is not the large batch's on another rank"
         raise LossError(f'{text}; check="warn" trains all the same')
-    if not report.ok or not report.verifiable:
+    unseen = not report.verifiable or report.untried
+    if unseen and parts.objective.assumed and accumulates:
+        events.warn(
+            f"{report.text}\nif the loss is a mean over anything but samples, such as tokens, declare it: "
+            'reduction="token_mean", or reduction=f(batch)'
+        )
+    elif not report.ok or not report.verifiable:
         events.tell(Noted(report.text))
     return report
 
@@ -155,7 +173,8 @@ def _climbed(
     parts: Parts, question: Question, events: Events, isolation: Isolation | None, cache: bool, takes: bool,
     refusal: str | None, settings: Mapping[str, Any],
 ) -> ProbeReport:  # fmt: skip
-    smallest = replace(question, share=None, max_batch=1, prefer="fewest")
+    # BatchNorm may need two samples; which it does is not tried here, where memory is what lacks.
+    smallest = replace(question, share=None, max_batch=2 if _has_batch_norm(parts) else 1, prefer="fewest")
 
     def attempt(rung: str) -> Tried:
         why = obstacle(rung, parts.model, parts.device.torch_device, parts.asked_precision)
@@ -224,7 +243,7 @@ def _probe(
         parts.model, parts.optimizer, first, objective=parts.objective, precision=precision,
         device=device.torch_device, ranks=alone, **settings,
     )  # fmt: skip
-    with parts.running(alone=True):
+    with _PROBING, parts.running(alone=True):
         report = run_probe(
             accumulator, parts.objective, parts.source, device, question,
             journal=journal, cache=Cache(key) if cache else None, listener=listener,
@@ -277,7 +296,7 @@ def planned(
     lr_rule: str, batch_norm: str, tail: str, multiple_of: int,
 ) -> Plan:  # fmt: skip
     """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
-    layers = [module for module in parts.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
     reasons = _reasons(parts, report)
     if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
         lr_batch = parts.source.loader_batch
@@ -289,7 +308,7 @@ def planned(
         parts.ranks.gather(size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
         samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
         batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
-        minimum=report.floor if report is not None else _floor(parts, layers), multiple_of=multiple_of, tail=tail,
+        minimum=report.floor if report is not None else _floor(parts), multiple_of=multiple_of, tail=tail,
         reasons=reasons, by_length=_by_length(parts, report),
     )  # fmt: skip
     return replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
@@ -302,18 +321,22 @@ def _by_length(parts: Parts, report: ProbeReport | None) -> Room:
     return narrowest([tuple((length, size) for length, size in each["by_length"]) for each in tables])
 
 
-def _floor(parts: Parts, layers: Sequence[nn.Module]) -> int:
+def _has_batch_norm(parts: Parts) -> bool:
+    return any(issubclass(layer_class(module), _BatchNorm) for module in parts.model.modules())
+
+
+def _floor(parts: Parts) -> int:
     """The smallest micro-batch the model takes, where no probe has found it: 2 where a BatchNorm needs two samples."""
-    if not layers:
+    if not _has_batch_norm(parts):
         return 1
     device = parts.device.torch_device
     start, training = WindowStart([parts.model], device), [part for part in parts.model.modules() if part.training]
     start.mark()
-    parts.model.train()
+    TrainingMode(parts.model).on()
     try:
         with torch.no_grad(), parts.precision.autocast(), parts.running(compiled=False, alone=True):
             parts.objective.forward(tree.move(parts.source.trial(1), device))
-    except ValueError as error:
+    except (ValueError, torch.jit.Error) as error:
         if not needs_two(error):
             raise
         return 2
@@ -408,6 +431,29 @@ def adopt(parts: Parts, made: Plan, events: Events) -> None:
         events.tell(Noted(f"the plan is for a model under {made.ladder}, which is left out here: {why}"))
 
 
+def beside_own_rate(given: Plan, parts: Parts) -> Plan:
+    """The plan with the rate that is trained with: its factor on the optimizer's own, which need not be the plan's."""
+    rates = {float(group["lr"]) for group in parts.optimizer.param_groups if group.get("lr") is not None}
+    if given.lr is None or len(rates) != 1:
+        return given
+    (own,) = rates
+    lr = own * given.lr_scale
+    if math.isclose(lr, given.lr, rel_tol=1e-9):
+        return given
+    factor = number(given.lr_scale)
+    reason = f"{number(lr)} = {number(own)}, the rate given beside the plan, × {factor}, the plan's factor"
+    return replace(given, lr=lr, reasons={**given.reasons, "lr": reason})
+
+
+def told_of_the_plans(given: Plan, events: Events, **asked: Any) -> None:
+    """Says which of the settings asked for are set aside, since the plan has them already."""
+    usual = {"lr_rule": "auto", "tail": "step", "batch_norm": "pooled"}
+    for name, value in asked.items():
+        if value != usual.get(name) and value != getattr(given, name):
+            has = f"the plan has {name}={getattr(given, name)!r}"
+            events.tell(Noted(f"{name}={value!r} is set aside: {has}, and make another plan to change it"))
+
+
 def for_ranks(given: Plan, ranks: Ranks) -> Plan:
     """The plan as this rank has it.
 
@@ -424,12 +470,6 @@ def for_ranks(given: Plan, ranks: Ranks) -> Plan:
 def share_of(target_batch: int, ranks: Ranks) -> int:
     """The most samples of a window that one of equal ranks takes."""
     return -(-target_batch // ranks.size)
-
-
-def apply_plan(made: Plan, optimizer: Optimizer) -> None:
-    """Puts the plan's rates and settings into every parameter group alike."""
-    for group in optimizer.param_groups:
-        group.update(made.group_settings(group))
 
 
 def total_steps(made: Plan, length: int | None, epochs: int, max_steps: int | None) -> int | None:

@@ -328,6 +328,9 @@ def test_an_iterable_of_its_own_epochs_is_read_again():
         ([], "empty"),
         (torch.zeros(0, 3), "empty"),
         (Squares(0), "empty"),
+        (TensorDataset, r"the data is the class TensorDataset itself: make an object of it, TensorDataset\(\.\.\.\)"),
+        (DataLoader, "the data is the class DataLoader itself"),
+        (DataLoader(Squares, sampler=[0]), "the DataLoader's dataset is the class Squares itself"),
     ],
 )
 def test_data_that_cannot_be_read_is_refused_when_it_is_opened(data, message):

@@ -264,6 +264,8 @@ def test_the_plan_sets_every_parameter_group():
         ({"minimum": 0}, "minimum=0 is too small"),
         ({"multiple_of": 0}, "multiple_of=0 is too small"),
         ({"tail": "merge"}, "tail='merge' is not known: choose one of 'step', 'drop'"),
+        ({"reasons": 3}, "reasons=3: give a dict of lines"),
+        ({"reasons": ["measured"]}, r"reasons=\['measured'\]: give a dict"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name_and_value(values, message):
@@ -387,6 +389,12 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_plan_whose_values_are_wrong_or_do_not_fit_together_is_refused(changed, message):
     with pytest.raises(PlanError, match=message):
         Plan.from_dict({**plan(8, 32).to_dict(), **changed})
+
+
+@pytest.mark.parametrize("path", [3, None, b"plan.json"])
+def test_what_is_no_path_is_not_loaded(path):
+    with pytest.raises(PlanError, match=r"plan=.* is of type \w+: give a Plan, or the path of its file"):
+        Plan.load(path)
 
 
 def test_planning_imports_no_torch():

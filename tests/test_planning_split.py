@@ -110,8 +110,17 @@ def test_no_samples_need_no_micro_batch():
 
 
 def test_a_limit_under_the_minimum_is_refused_with_both_values():
-    with pytest.raises(PlanError, match="limit=1 is less than minimum=2"):
+    with pytest.raises(PlanError, match="limit=1 is less than minimum=2, .*BatchNorm.*micro_batch=") as refused:
         even_split(4, 1, minimum=2)
+    assert "memory" not in str(refused.value)  # which has nothing to do with it
+
+
+@pytest.mark.parametrize("limit", [1, 2, 8])
+def test_a_batch_under_the_minimum_is_refused_as_a_batch(limit):
+    with pytest.raises(PlanError, match="batch of 1 is too small .*minimum=2; BatchNorm.* can be cut is 2"):
+        even_split(1, limit, minimum=2)
+    with pytest.raises(PlanError, match="batch of 1 is too small"):
+        shares(1, [limit], minimum=2)
 
 
 @pytest.mark.parametrize("value", [True, 4.0, "4", None])

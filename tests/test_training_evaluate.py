@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum.errors import DataError, NothingFitsError
+from autoaccum.errors import DataError, NothingFitsError, SetupError
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(50) % 3
@@ -96,3 +96,32 @@ def test_a_metric_that_is_no_mean_is_refused():
     loop = prepared(Narrow(), loss=nn.CrossEntropyLoss(), metrics={"wrong": lambda outputs, targets: 0.5})
     with pytest.raises(DataError, match="'wrong' returned float"):
         loop.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "match"),
+    [
+        ([accuracy], "give a dict of functions"),
+        ({"loss": accuracy}, "the name 'loss': give it another"),
+        ({"loss/main": accuracy}, "the name 'loss/main': give it another"),
+        ({"accuracy": None}, r"metrics\['accuracy'\]=None: give a function"),
+    ],
+)
+def test_what_can_be_no_metric_is_refused_before_anything_is_trained(metrics, match):
+    with pytest.raises(SetupError, match=match):
+        prepared(Narrow(), loss=nn.CrossEntropyLoss(), metrics=metrics)
+
+
+def test_metrics_beside_a_step_are_refused_before_anything_is_trained():
+    step = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    with pytest.raises(SetupError, match="step= keeps them to itself"):
+        prepared(Narrow(), step=step, metrics={"accuracy": accuracy})
+
+
+@pytest.mark.parametrize("which", ["data", "val_data"])
+def test_data_that_can_be_read_once_is_refused_where_epochs_read_it_again(which):
+    once = iter(list(zip(X, Y)))
+    given = {"data": (X, Y), which: once}
+    with pytest.raises(DataError, match=f"^{which} can be read only once, and epochs=2"):
+        autoaccum.prepare(Narrow(), given.pop("data"), loss=nn.CrossEntropyLoss(), target_batch=16, micro_batch=8,
+                          epochs=2, device="cpu", **given)  # fmt: skip

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
-from autoaccum.errors import DataError, LossError
-from autoaccum.training.events import StopTraining
+from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError
+from autoaccum.training.events import StopTraining, TrainingWarning
 from autoaccum.training.history import History
 from autoaccum.window.record import StepRecord
 
@@ -268,3 +268,132 @@ def test_no_hook_stays_on_the_model_and_a_second_iteration_pools_again():
     loop.run()
     assert int(model[1].num_batches_tracked) == 4
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- a check that could see nothing
+
+
+def tokens_loss(outputs, targets):
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def tokens(even):
+    """32 sequences of 5 labels, of which some do not count: as many in each, or not."""
+    labels = torch.arange(160).view(32, 5) % 7
+    labels[:, 3:] = -100
+    if not even:
+        labels[16:, 1:] = -100
+    return torch.arange(160).view(32, 5) % 7, labels
+
+
+def of_tokens(data, **settings):
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    return autoaccum.prepare(model, data, target_batch=8, device="cpu", **{"loss": tokens_loss, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch": 1}, {"micro_batch": 2}], ids=str)
+def test_a_loss_that_the_check_could_not_see_through_is_warned_of(settings):
+    with pytest.warns(TrainingWarning, match="not verifiable|denominators were not tried") as told:
+        of_tokens(tokens(even=True), **settings)
+    assert 'declare it: reduction="token_mean"' in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"micro_batch": 8}, {"micro_batch": 1, "reduction": "token_mean"}, {"micro_batch": 1, "loss": None}],
+    ids=["one micro-batch", "declared", "torch's own"],
+)
+@pytest.mark.filterwarnings("error::autoaccum.training.events.TrainingWarning")
+def test_nobody_is_warned_where_the_loss_is_known_or_nothing_is_accumulated(settings):
+    if "loss" in settings:
+        settings = {**settings, "loss": nn.CrossEntropyLoss()}
+        data = (torch.randn(32, 5).long().abs() % 7, torch.arange(32) % 7)
+        model = nn.EmbeddingBag(7, 7)
+        autoaccum.prepare(model, data, target_batch=8, device="cpu", **settings)
+    else:
+        of_tokens(tokens(even=True), **settings)
+
+
+def test_the_check_looks_at_samples_from_all_over_the_data():
+    with pytest.raises(LossError, match="token_mean"):
+        of_tokens(tokens(even=False), micro_batch=4)
+
+
+# --- a plan that was made before
+
+
+def from_plan(made, listener=lambda event: None, **settings):
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    torch.manual_seed(0)
+    data = (torch.randn(32, 6), torch.arange(32) % 3)
+    given = {"loss": nn.CrossEntropyLoss(), "plan": made, "device": "cpu", "seed": 0, "callbacks": [listener],
+             **settings}  # fmt: skip
+    return autoaccum.prepare(model, data, **given)
+
+
+@pytest.mark.parametrize("mode", ["keep", "momentum", "pooled"])
+def test_a_given_plan_says_what_becomes_of_batch_norm(mode):
+    made = autoaccum.plan(4, 16, batch_norm=mode, batch_norm_layers=1)
+    by_plan, by_hand = (
+        from_plan(made), from_plan(None, target_batch=16, micro_batch=4, batch_norm=mode)
+    )  # fmt: skip
+    for loop in (by_plan, by_hand):
+        loop.model.load_state_dict(by_hand.model.state_dict())
+    for loop in (by_plan, by_hand):
+        loop.run()
+    assert torch.equal(by_plan.model[1].running_mean, by_hand.model[1].running_mean)
+
+
+def test_a_rate_beside_a_plan_is_the_one_the_plan_then_tells():
+    made = autoaccum.plan(4, 16, optimizer="sgd", lr=0.25, lr_batch=4)
+    assert made.lr == 1.0
+    loop = from_plan(made, optimizer="sgd", lr=0.01)
+    loop.run()
+    assert loop.plan.lr == pytest.approx(0.04)
+    assert [record.lr for record in loop.history] == pytest.approx([0.04, 0.04])
+    assert loop.plan.reasons["lr"] == "0.04 = 0.01, the rate given beside the plan, × 4, the plan's factor"
+
+
+def test_what_a_plan_sets_aside_is_said():
+    made = autoaccum.plan(4, 16, optimizer="sgd", lr=0.25, lr_batch=4)
+    said = []
+    from_plan(made, lambda event: said.append(getattr(event, "text", "")), micro_batch=8, lr_batch=2, tail="drop")
+    aside = [text.partition(" is set aside")[0] for text in said if "set aside" in text]
+    assert aside == ["micro_batch=8", "lr_batch=2", "tail='drop'"]
+
+
+def test_a_loss_that_couples_samples_trains_where_nothing_is_accumulated():
+    def coupled(outputs, targets):
+        return (outputs @ outputs.T).softmax(1).square().mean()
+
+    data, model = (torch.randn(16, 6), torch.arange(16)), nn.Linear(6, 3)
+    with pytest.raises(LossError):
+        autoaccum.prepare(model, data, loss=coupled, target_batch=16, micro_batch=8, device="cpu")
+    autoaccum.prepare(model, data, loss=coupled, target_batch=16, micro_batch=16, device="cpu").run()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"regrow_after": 0}, "regrow_after=0: give a whole number"),
+        ({"regrow_after": -5}, "regrow_after=-5: give a whole number"),
+        ({"callbacks": print}, "callbacks="),
+        ({"callbacks": [3]}, "callbacks"),
+        ({"sinks": None}, "sinks=None"),
+    ],
+)
+def test_settings_that_could_only_fail_later_are_refused(settings, match):
+    with pytest.raises(AutoaccumError, match=match):
+        autoaccum.prepare(
+            nn.Linear(6, 3), (torch.randn(8, 6), torch.arange(8) % 3), loss=nn.CrossEntropyLoss(), target_batch=8,
+            micro_batch=4, device="cpu", **settings,
+        )  # fmt: skip
+
+
+def test_batch_norm_that_needs_two_samples_is_looked_at_on_the_ladder():
+    model = nn.Sequential(nn.Linear(6, 64), nn.BatchNorm1d(64), nn.Linear(64, 3))
+    data = (torch.randn(64, 6), torch.arange(64) % 3)
+    with pytest.raises(NothingFitsError) as raised:
+        autoaccum.prepare(model, data, loss=nn.CrossEntropyLoss(), target_batch=8, memory="2KiB", device="cpu",
+                          cache=False)  # fmt: skip
+    assert "cannot be run" not in str(raised.value)

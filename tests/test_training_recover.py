@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 import autoaccum
-from autoaccum.errors import AutoaccumError, NothingFitsError, StateNotRestoredError
+from autoaccum.errors import AutoaccumError, DataError, NothingFitsError, StateNotRestoredError
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import StopTraining, TrainingWarning
@@ -435,3 +435,117 @@ def test_two_ranks_go_on_from_one_checkpoint_with_generators_of_their_own(found)
     assert [found[rank]["resumed at"] for rank in range(2)] == [4, 4]
     assert found[0]["resumed"]
     assert found[1]["resumed"]
+
+
+# --- what a step changes in other ways
+
+
+class Counting(nn.Module):
+    """Puts a new tensor in its buffer's place at each forward."""
+
+    def __init__(self, act=lambda seen: None):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.act = nn.Linear(6, 3), act
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.seen = self.seen + len(x)
+            self.act(self)
+        return self.layer(x)
+
+
+def once_at(seen, error):
+    """Raises the first time so many samples were seen."""
+    left = [1]
+
+    def act(model):
+        if model.seen == seen and left:
+            left.clear()
+            raise error
+
+    return act
+
+
+def test_a_buffer_that_is_bound_anew_counts_each_sample_once_in_a_replay():
+    model = Counting(once_at(40, torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    with pytest.warns(TrainingWarning, match="out of memory in step 3"):
+        prepared(model, epochs=1, micro_batch=8).run()
+    assert model.seen == 48
+
+
+def test_a_buffer_that_is_bound_anew_keeps_nothing_of_an_interrupted_window():
+    model = Counting(once_at(40, KeyboardInterrupt()))
+    loop = prepared(model, epochs=1, micro_batch=8)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    assert model.seen == 32
+    loop.run()
+    assert model.seen == 48
+
+
+class InPlace(nn.Module):
+    """Scales its input in place, and runs out of memory once."""
+
+    def __init__(self, at):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer, self.left = nn.Linear(6, 3), at
+
+    def forward(self, x):
+        x = x.mul_(2)
+        self.left -= self.training
+        if self.left == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.layer(x)
+
+
+def test_a_window_whose_samples_the_model_wrote_to_is_not_run_again():
+    model = InPlace(at=4)
+    loop = prepared(model, epochs=1)
+    next(iter(loop))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(DataError, match="step 2 ran out of memory .* writes into its inputs"):
+        loop.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+# --- modes
+
+
+def with_frozen():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    model[0].eval()
+    return model
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch": 4}, {"micro_batch": None, "memory": "1GiB"}], ids=str)
+def test_a_layer_that_its_owner_froze_stays_so(settings):
+    model = with_frozen()
+    prepared(model, epochs=1, check=True, val_data=(X, Y), **settings).run()
+    assert [module.training for module in model] == [False, True, True, True]
+    assert model[0].num_batches_tracked == 0
+    assert torch.equal(model[0].running_mean, torch.zeros(6))
+    assert model[2].num_batches_tracked > 0
+
+
+def test_a_model_that_is_in_evaluation_mode_as_a_whole_is_trained_as_a_whole():
+    model = with_frozen().eval()
+    prepared(model, epochs=1).run()
+    assert model[0].num_batches_tracked > 0
+    assert not any(module.training for module in model.modules())
+
+
+def test_looking_at_the_models_answers_between_two_windows_changes_no_training():
+    ends = []
+    for looks in (False, True):
+        model = nn.Sequential(with_frozen(), nn.Dropout(0.5))
+        loop = prepared(model, epochs=1)
+        for _ in loop:
+            if looks:
+                model.eval()
+        ends.append(model.state_dict())
+        assert not model[0][0].training
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].values(), ends[1].values()))

@@ -330,3 +330,65 @@ def test_bad_settings_name_value_and_choices(setting, message):
     model = net()
     with pytest.raises(SetupError, match=message):
         Accumulator(model, sgd(model), plan(4, 8), **setting)
+
+
+# What a DataLoader gives is one batch, a list of alike batches is micro-batches.
+
+
+def seen(accumulator, given):
+    """The structures and sizes of the micro-batches."""
+    found = []
+    for micro in accumulator.window(given):
+        found.append((type(micro[1]), tree.batch_size(micro)))
+        accumulator.backward(sum(p.sum() for p in accumulator.model.parameters()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "collated",
+    [
+        [{"x": torch.ones(8, 6)}, torch.zeros(8)],
+        [[torch.ones(8, 6), torch.ones(8, 2)], torch.zeros(8)],
+        [("a", "b", "c", "d", "e", "f", "g", "h"), torch.ones(8, 6)],
+    ],
+    ids=["dict and tensor", "pair and tensor", "names and tensor"],
+)
+def test_the_parts_of_a_collated_batch_are_no_micro_batches(collated):
+    model = net()
+    accumulator = Accumulator(model, sgd(model), plan(4, 8))
+    assert [size for _, size in seen(accumulator, collated)] == [4, 4]
+    assert accumulator.last.samples == 8
+
+
+def test_a_list_of_alike_batches_is_taken_as_it_is_cut():
+    model = net()
+    accumulator = Accumulator(model, sgd(model), plan(4, 8))
+    micros = [batch(4, seed=1), batch(3, seed=2)]
+    assert [size for _, size in seen(accumulator, micros)] == [4, 3]
+
+
+def test_a_list_that_may_be_one_batch_or_two_is_not_guessed_at():
+    model = net()
+    accumulator = Accumulator(model, sgd(model), plan(4, 8))
+    pair = [{"x": torch.ones(8, 6)}, {"x": torch.ones(8, 6)}]
+    with pytest.raises(SetupError, match="largest of 8 samples, and the plan's limit is 4: .* as a tuple"):
+        seen(accumulator, pair)
+    assert [size for _, size in seen(accumulator, tuple(pair))] == [4, 4]
+
+
+def test_a_window_whose_generator_somebody_holds_is_said_to_be_open():
+    model = net()
+    accumulator = Accumulator(model, sgd(model), plan(4, 8))
+    held = accumulator.window(batch(8))
+    x, y = next(held)
+    accumulator.backward(F.cross_entropy(model(x), y))
+    with pytest.raises(SetupError, match="the window before is still open"):
+        next(accumulator.window(batch(8)))
+    held.close()
+    assert len(seen(accumulator, batch(8))) == 2
+
+
+def test_a_number_is_no_plan():
+    model = net()
+    with pytest.raises(SetupError, match="plan=8.* a Plan, as autoaccum.plan"):
+        Accumulator(model, sgd(model), 8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
@@ -417,6 +418,19 @@ def test_a_head_counts_no_column_it_does_not_have():
     assert Head(first=1, last=1).count(torch.ones(3, 4, dtype=torch.long)) == 6
 
 
+class Unpacking(nn.Linear):
+    def forward(self, packed):
+        return super().forward(pad_packed_sequence(packed, batch_first=True)[0])
+
+
+def test_a_batch_that_cannot_be_cut_is_measured_whole():
+    model = Unpacking(6, VOCABULARY)
+    packed = pack_sequence([torch.randn(T, 6) for _ in range(B)])
+    objective = Objective(model, loss=entropy, reduction="token_mean")
+    objective.measure((packed, labels()))
+    assert objective.denominators((packed, labels())) == {"loss": float((labels() != -100).sum())}
+
+
 def test_micro_batches_padded_to_different_lengths_are_weighted_by_their_shifted_tokens():
     model = Language(shifted).eval()
     data = batch(labels())
@@ -428,5 +442,6 @@ def test_micro_batches_padded_to_different_lengths_are_weighted_by_their_shifted
     known = objective.window_denominators(micros)
     total = sum(d["loss"] for d in known)
     assert total == tokens(data["labels"][:, 1:])
-    loss = sum(objective.terms(m, d)["loss"].over(total).detach() for m, d in zip(micros, known))
+    parts = [objective.terms(m, d)["loss"].part(total) for m, d in zip(micros, known)]
+    loss = sum(tensor.detach() * factor for tensor, factor in parts)
     assert float(loss) == pytest.approx(float(model(**data)["loss"].detach()), rel=1e-12)

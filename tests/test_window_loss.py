@@ -413,15 +413,11 @@ def test_a_mean_of_parts_that_are_no_numbers_is_refused(numerator, denominator, 
 
 def test_outputs_and_targets_are_given_to_metrics_in_the_models_own_call():
     model, y = Net(C), classes(N)
-    outputs, targets = Objective(model, loss=functional.cross_entropy).outputs({"x": X, "label": y})
-    assert torch.equal(outputs, model(X))
-    assert targets is y
-    terms, again, targets = Objective(model, loss=functional.cross_entropy).evaluate((X, y))
-    assert torch.equal(outputs, again)
-    assert targets is y
-    assert terms["loss"].value == functional.cross_entropy(outputs, y)
-    with pytest.raises(SetupError, match="step= keeps them"):
-        Objective(model, step=print).outputs((X, y))
+    for batch in ({"x": X, "label": y}, (X, y)):
+        terms, outputs, targets = Objective(model, loss=functional.cross_entropy).evaluate(batch)
+        assert torch.equal(outputs, model(X))
+        assert targets is y
+        assert terms["loss"].value == functional.cross_entropy(outputs, y)
 
 
 def test_a_bare_forward_runs_a_step_too():

@@ -85,6 +85,16 @@ def test_one_micro_batch_tells_nothing():
     assert accumulator.last.noise_scale is None
 
 
+def test_a_window_whose_gradients_were_taken_away_tells_nothing():
+    """A hook may use each gradient as it comes, and leave none for the window's end."""
+    model = nn.Linear(4, 3)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(4, 16))
+    train(model, 2, accumulator)
+    assert accumulator.last.noise_scale is None
+
+
 def test_the_averages_go_on_from_a_checkpoint():
     weight = nn.Parameter(torch.zeros(3))
     holder = nn.Module()

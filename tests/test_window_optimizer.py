@@ -60,8 +60,29 @@ def test_models_that_cannot_be_trained():
         check_model(3)
     with pytest.raises(SetupError, match="nothing to train"):
         check_model(nn.ReLU())
-    with pytest.raises(SetupError, match="clip_norm=1.0 beside sparse gradients"):
-        check_model(nn.Sequential(nn.Embedding(3, 2, sparse=True)), clip_norm=1.0)
+    with pytest.raises(SetupError, match="on the meta device"):
+        check_model(nn.Linear(2, 2, device="meta"))
+
+
+def test_sparse_gradients_are_refused_where_their_norm_is_wanted():
+    embedding = nn.Embedding(3, 2, sparse=True)
+    check_model(embedding)
+    with pytest.raises(SetupError, match=r"clip_norm=1.0 beside sparse gradients \(of 0\).* leave clip_norm out"):
+        check_model(nn.Sequential(embedding), clip_norm=1.0)
+    with pytest.raises(SetupError, match=r"log_grad_norm=True beside .* \(of Embedding\).* leave log_grad_norm out"):
+        check_model(embedding, log_grad_norm=True)
+
+
+def test_a_model_may_call_something_else_sparse():
+    model = nn.Linear(2, 2)
+    model.sparse = True
+    check_model(model, clip_norm=1.0, log_grad_norm=True)
+
+
+@pytest.mark.parametrize("clip_norm", ["1", True, 0, -1.0, float("nan"), [1.0]])
+def test_a_norm_that_is_none_is_refused_by_its_value(clip_norm):
+    with pytest.raises(SetupError, match=r"clip_norm=.*: give a norm above 0"):
+        check_model(nn.Linear(2, 2), clip_norm=clip_norm)
 
 
 def test_sharded_models_are_refused_for_now():

@@ -68,5 +68,5 @@ def test_clipping_is_torchs(values, limit):
 
 
 def test_sparse_gradients_have_no_norm_here():
-    with pytest.raises(SetupError, match="sparse=False"):
+    with pytest.raises(SetupError, match="sparse=False, or leave clip_norm and log_grad_norm out"):
         global_norm([torch.sparse_coo_tensor([[0]], [1.0], (3,))])

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from autoaccum.errors import DataError, LossError
 from autoaccum.window import verify as verify_module
@@ -197,6 +199,42 @@ def test_one_sample_is_not_verifiable_and_says_so():
     assert (report.ok, report.verifiable, report.relative_error) == (True, False, None)
     assert report.text.startswith("not verifiable: 1 sample ")
     assert not verify(mlp(), (inputs, targets), loss=mean, sizes=(1,)).verifiable
+
+
+class Graph:
+    """A batch of a kind that nobody here knows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+
+class Unpacking(nn.Linear):
+    def forward(self, inputs):
+        rows = inputs.rows if isinstance(inputs, Graph) else pad_packed_sequence(inputs["x"], batch_first=True)[0][:, 0]
+        return super().forward(rows)
+
+
+@pytest.mark.parametrize("samples", [8, 20])
+@pytest.mark.parametrize(
+    ("pack", "place"),
+    [
+        (Graph, r"\[0\] .* type Graph"),
+        (lambda x: {"x": pack_sequence([*x[:, None]])}, r"\[0\]\['x'\] .* type PackedSequence"),
+    ],
+    ids=["unknown", "packed"],
+)
+def test_what_cannot_be_cut_is_not_held_against_the_model(pack, place, samples):
+    batch = pack(torch.randn(samples, 6)), torch.randint(0, 4, (samples,))
+    report = verify(Unpacking(6, 4), batch, loss=F.cross_entropy)
+    assert (report.ok, report.verifiable) == (True, False)
+    assert re.search(f"{place}.* cannot be cut", report.text)
+
+
+def test_what_is_the_same_for_all_samples_need_not_be_cut():
+    model = nn.Linear(6, 4)
+    batch = torch.randn(8, 6), torch.randint(0, 4, (8,)), "train", 3, None, torch.float32
+    report = verify(model, batch, step=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert report.verifiable
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,10 @@ class TensorSource(IndexedSource):
 
     def _trial(self, size: int) -> Any:
         candidates = possible_indices(self._sampler, self._rows)
-        rows = torch.tensor([candidates[number % len(candidates)] for number in range(size)], dtype=torch.int64)
+        count = len(candidates)
+        # From all over, since datasets come sorted; in turn where more are wanted than there are.
+        chosen = [number % count if size > count else number * count // size for number in range(size)]
+        rows = torch.tensor([candidates[number] for number in chosen], dtype=torch.int64)
         return self._like(self._gather(rows))
 
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:

@@ -25,7 +25,21 @@ from autoaccum.data.structure import children, steps
 from autoaccum.errors import DataError
 from autoaccum.ranks import Ranks, here
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "open_source", "read_more_than_once"]
+
+
+def read_more_than_once(epochs: int, **sources: Source | None) -> None:
+    """Refuses, before an epoch is spent, data that can be read only once and would be read in every epoch.
+
+    Raises:
+        DataError: naming the data by its keyword.
+    """
+    for name, source in sources.items():
+        if epochs > 1 and source is not None and source.one_shot:
+            raise DataError(
+                f"{name} can be read only once, and epochs={epochs} reads it {epochs} times: give a list, a Dataset or "
+                "a DataLoader, or set epochs=1"
+            )
 
 
 def open_source(
@@ -47,6 +61,7 @@ def open_source(
     """
     if isinstance(data, Source):
         return data
+    _refuse_class("the data", data)
     common: dict[str, Any] = {"seed": seed, "ranks": here() if ranks is None else ranks, "worst_case": worst_case}
     if isinstance(data, DataLoader):
         return _of_loader(data, {"shuffle": shuffle, **common}, common)
@@ -66,6 +81,7 @@ def open_source(
 
 def _of_loader(loader: DataLoader[Any], indexed: dict[str, Any], common: dict[str, Any]) -> Source:
     dataset: Any = loader.dataset
+    _refuse_class("the DataLoader's dataset", dataset)
     if loader.batch_size is None or iterates_by_itself(loader):
         return BatchSource(loader, **common)
     if isinstance(dataset, IterableDataset):
@@ -119,6 +135,11 @@ def _with_tensors(data: Any) -> Any:
     form = getattr(data, "format", None)
     formatted = form.get("type") if isinstance(form, dict) else getattr(data, "_formatting", data)  # a streaming one
     return give("torch") if callable(give) and formatted is None else data
+
+
+def _refuse_class(what: str, data: Any) -> None:
+    if isinstance(data, type):
+        raise DataError(f"{what} is the class {data.__name__} itself: make an object of it, {data.__name__}(...)")
 
 
 def _unknown(data: Any) -> DataError:

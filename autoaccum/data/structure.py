@@ -7,12 +7,14 @@ Choices made here:
 - A list can be a container of leaves ([inputs, targets]) or hold one item a sample (file names, images of different
   sizes). It is read as the second where its items are alike and as many as the samples, and only where the first
   reading does not fit, or the items are records or hold no tensors. `Reading` decides.
-- What this code does not know (a graph batch, a packed sequence) is a leaf.
+- What this code does not know (a graph batch, a packed sequence) is a leaf. It cannot be cut, and `uncut` names it.
 """
 
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
@@ -82,6 +84,10 @@ def walk(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from walk(child, path + step)
 
 
+# What is the same for all samples wherever it stands alone.
+_SHARED = (str, bytes, Number, Enum, type, type(None), torch.Size, torch.dtype, torch.device)
+
+
 class Reading:
     """A batch read as `size` samples: which of its leaves are cut, and which go to every part."""
 
@@ -136,6 +142,20 @@ class Reading:
             return [node] * count
         columns = [self.parts(child, cut, count) for child in inside]
         return [rebuild(node, [column[index] for column in columns]) for index in range(count)]
+
+    def uncut(self) -> Iterator[tuple[str, Any]]:
+        """Each leaf, with its path, that goes whole to every part though it may hold samples: it is not known here."""
+        yield from self._uncut(self.batch, "")
+
+    def _uncut(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, (Tensor, *_SHARED)) or self.listed(node) or _is_array(node, self.size):
+            return
+        inside = children(node)
+        if inside is None:
+            yield path, node
+            return
+        for step, child in zip(steps(node), inside):
+            yield from self._uncut(child, path + step)
 
     def _fits(self, node: Any) -> bool:
         if isinstance(node, Tensor):

@@ -178,6 +178,8 @@ class Plan:
         Raises:
             PlanError: the file is missing, damaged, not a plan, or of another schema; the path is named.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise PlanError(f"plan={path!r} is of type {type(path).__name__}: give a Plan, or the path of its file")
         data = stored.read_file(Path(path))
         try:
             return cls.from_dict(data)
@@ -242,6 +244,8 @@ def plan(
     rates = learning_rate.decide(
         target_batch, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
     )
+    if reasons is not None and not isinstance(reasons, Mapping):
+        raise PlanError(f'reasons={reasons!r}: give a dict of lines, such as {{"limit": "as measured by hand"}}')
     given = dict(reasons or {})
     arranged = _arranged(
         Plan(

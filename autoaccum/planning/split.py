@@ -92,10 +92,11 @@ def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int =
             argument is not a count.
     """
     samples, minimum = whole("samples", samples, 0), whole("minimum", minimum, 1)
-    multiple_of = whole("multiple_of", multiple_of, 1)
+    limit, multiple_of = whole("limit", limit, 1), whole("multiple_of", multiple_of, 1)
     if samples == 0:
         return ()
-    _require_split(samples, _at_least(minimum, whole("limit", limit, 1)), minimum)
+    _require_room(samples, limit, minimum)
+    _require_split(samples, limit, minimum)
     steps = -(-samples // limit)
     sizes = _spread(samples, steps, multiple_of)
     if max(sizes) > limit or min(sizes) < minimum:
@@ -110,13 +111,20 @@ def _spread(samples: int, steps: int, unit: int) -> tuple[int, ...]:
     return ((low + 1) * unit,) * larger + (low * unit + rest,) + (low * unit,) * (steps - larger - 1)
 
 
-def _at_least(minimum: int, limit: int, where: str = "") -> int:
+def _require_room(samples: int, limit: int, minimum: int, where: str = "") -> None:
+    """That a micro-batch of `minimum` may be run; and, as it says more, that there are so many samples at all."""
+    if 0 < samples < minimum:
+        raise PlanError(
+            f"a batch of {samples} is too small for one micro-batch, which needs {minimum} samples or more "
+            f"(minimum={minimum}; BatchNorm needs two values a channel): the nearest target batch that can be cut is "
+            f"{minimum}"
+        )
     if limit < minimum:
         raise PlanError(
-            f"limit={limit}{where} is less than minimum={minimum}, which a micro-batch needs: "
-            "give the training more memory, or the model a layer without that minimum (GroupNorm for BatchNorm)"
+            f"limit={limit}{where} is less than minimum={minimum}, the fewest samples that a micro-batch may have "
+            f"(BatchNorm needs two values a channel): let {minimum} or more run at once (micro_batch=, max_batch=), "
+            "or give the model a layer without that minimum (GroupNorm for BatchNorm)"
         )
-    return limit
 
 
 def _require_split(samples: int, limit: int, minimum: int) -> None:
@@ -124,11 +132,8 @@ def _require_split(samples: int, limit: int, minimum: int) -> None:
         return
     steps = -(-samples // limit)
     nearest = nearest_targets(samples, limit, minimum)
-    if steps == 1:
-        why = f"a micro-batch needs {minimum} or more (minimum={minimum})"
-    else:
-        hold = "holds" if steps == 2 else "hold"
-        why = f"{steps - 1} {hold} at most {(steps - 1) * limit} and {steps} hold {steps * minimum} or more"
+    hold = "holds" if steps == 2 else "hold"
+    why = f"{steps - 1} {hold} at most {(steps - 1) * limit} and {steps} hold {steps * minimum} or more"
     plural = "target batch that can be cut is" if len(nearest) == 1 else "target batches that can be cut are"
     raise PlanError(
         f"a batch of {samples} cannot be cut into micro-batches of {minimum} to {limit} samples, since {why}: "
@@ -155,7 +160,7 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
     """
     samples, minimum = whole("samples", samples, 0), whole("minimum", minimum, 1)
     for rank, limit in enumerate(limits):
-        _at_least(minimum, whole("limit", limit, 1), f" on rank {rank}" if len(limits) > 1 else "")
+        _require_room(samples, whole("limit", limit, 1), minimum, f" on rank {rank}" if len(limits) > 1 else "")
     _require_split(samples, max(limits), minimum)  # the roomiest rank alone can do all that the ranks can do together
     proposal = _proportional(samples, limits)
     if all(can_split(share, limit, minimum) for share, limit in zip(proposal, limits)):

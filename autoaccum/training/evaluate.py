@@ -13,7 +13,7 @@ from torch import Tensor
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.data.windows import windows
-from autoaccum.errors import DataError, NothingFitsError
+from autoaccum.errors import DataError, NothingFitsError, SetupError
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
@@ -127,6 +127,28 @@ class Evaluator:
             for name, metric in self.metrics.items():
                 means[name] = _checked(name, metric(outputs, targets))
         return means
+
+
+def check_metrics(metrics: Any, step: Any) -> None:
+    """Refuses what could be no metrics, before an epoch is spent on them.
+
+    Raises:
+        SetupError: naming the metric.
+    """
+    if metrics is None:
+        return
+    if not isinstance(metrics, Mapping):
+        raise SetupError(f"metrics={metrics!r}: give a dict of functions f(outputs, targets) -> autoaccum.Mean by name")
+    if metrics and step is not None:
+        raise SetupError(
+            "metrics are given the model's outputs, and step= keeps them to itself: pass loss=f(outputs, targets) "
+            "instead of step, or take metrics away"
+        )
+    for name, metric in metrics.items():
+        if not isinstance(name, str) or name == "loss" or name.startswith("loss/"):
+            raise SetupError(f"metrics has the name {name!r}: give it another, since the loss is reported under that")
+        if not callable(metric):
+            raise SetupError(f"metrics[{name!r}]={metric!r}: give a function f(outputs, targets) -> autoaccum.Mean")
 
 
 def _checked(name: str, value: Any) -> Mean:

@@ -38,6 +38,7 @@ from autoaccum.training.result import FitResult
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.modes import TrainingMode
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
@@ -96,6 +97,7 @@ class TrainingLoop:
         self._epochs, self._max_steps, self._seed, self._running = epochs, max_steps, seed, running
         self._events = events if events is not None else Events()
         self._evaluator = evaluator
+        self._mode = TrainingMode(accumulator.model)
         self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
         self._safe = SafeWindow(
             accumulator,
@@ -139,10 +141,10 @@ class TrainingLoop:
             StateNotRestoredError: an earlier error left the weights half updated.
         """
         began = time.perf_counter()
-        was_training = self.model.training
+        self._mode = TrainingMode(self.model)
         try:
             self._begin()
-            self.model.train()
+            self._mode.on()
             with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 yield from self._rest()
             self._save()
@@ -166,8 +168,7 @@ class TrainingLoop:
             self._rescue()
             raise
         finally:
-            if self.model.training != was_training:
-                self.model.train(was_training)
+            self._mode.back()
             self._accumulator.close()  # no hook of ours stays on the model
             if self.folder is not None:
                 self.folder.close()
@@ -228,6 +229,7 @@ class TrainingLoop:
     def _rest_of_epoch(self) -> Iterator[StepRecord]:
         for window in self._windows():
             self._left = window
+            self._mode.keep()  # between two windows a person may have looked at the model's answers
             record = self._safe.train(window)
             if window.padding is not None:
                 own, padded, unsorted = window.padding

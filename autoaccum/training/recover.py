@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.windows import Window
-from autoaccum.errors import AutoaccumError, LossError
+from autoaccum.errors import AutoaccumError, DataError, LossError
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
@@ -55,7 +55,11 @@ class WindowStart:
         """Reserves room for one copy of the modules' buffers; `mark` fills it."""
         self._device = device
         # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
-        self._owners = [layer._buffers for module in modules for layer in module.modules()]
+        layers = [layer for module in modules for layer in module.modules()]
+        self._owners = [layer._buffers for layer in layers]
+        # TorchScript's are views of the layer in C++, in which no other object can be put.
+        self._rebound = [layer._buffers for layer in layers if not isinstance(layer, torch.jit.ScriptModule)]
+        self._entries: list[dict[str, Tensor | None]] = []
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
         self._random: Generators | None = None
@@ -66,6 +70,7 @@ class WindowStart:
         if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
             self._buffers = buffers
             self._saved = [buffer.detach().clone() for buffer in buffers]
+            self._entries = [dict(owner) for owner in self._rebound]
         elif buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
@@ -82,6 +87,10 @@ class WindowStart:
         if self._buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._buffers, self._saved)
+        # `self.seen = self.seen + 1` puts another tensor in a buffer's place.
+        for owner, entries in zip(self._rebound, self._entries):
+            owner.clear()
+            owner.update(entries)
 
 
 class SafeWindow:
@@ -138,8 +147,9 @@ class SafeWindow:
         self._accumulator.epoch = window.epoch
         self.inside = True
         self._start.mark()
+        versions = _versions(window)
         try:
-            self._run(window)
+            self._run(window, versions)
         except BaseException:
             self._back()
             raise
@@ -152,8 +162,12 @@ class SafeWindow:
             self._events.tell(Noted(text))
         return record
 
-    def _run(self, window: Window) -> None:
-        """Forward and backward of all pieces, until no rank ran out of memory."""
+    def _run(self, window: Window, versions: Sequence[int]) -> None:
+        """Forward and backward of all pieces, until no rank ran out of memory.
+
+        Raises:
+            DataError: it has to run again, and the model wrote into its samples.
+        """
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
             end = self._attempt(pieces)
@@ -168,6 +182,12 @@ class SafeWindow:
             self._accumulator.discard()
             self._start.restore()
             self._device.release()
+            if _versions(window) != versions:
+                raise DataError(
+                    f"step {self._accumulator.step + 1} ran out of memory and cannot be run again in smaller pieces, "
+                    "since the model writes into its inputs in place and its samples are no longer what they were: "
+                    "have it work on a copy (x = x * 2 for x.mul_(2)), or lower max_batch"
+                )
             if too_small:
                 self._accumulator.plan = with_floor(self._accumulator.plan)
                 pieces = cut_smaller(window.batches, self._accumulator.plan.limits[ranks.rank], 2)
@@ -241,6 +261,12 @@ class SafeWindow:
         self._accumulator.discard()
         self._start.restore()
         self.inside = False
+
+
+def _versions(window: Window) -> list[int]:
+    """How often each of the window's tensors was written to."""
+    tensors = [tensor for batch in window.batches for _, tensor in tree.tensors(batch)]
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _is_for_memory(error: BaseException, pieces: Sequence[Any], minimum: int) -> bool:

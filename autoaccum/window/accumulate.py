@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from autoaccum.checks import one_of
+from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
+from autoaccum.data.structure import alike, children
 from autoaccum.errors import LossError, SetupError
 from autoaccum.memory.device import open_device
 from autoaccum.planning.plan import Plan
@@ -81,12 +83,16 @@ class Accumulator:
         Raises:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
         """
-        check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm)
+        check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
+        check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm, log_grad_norm=log_grad_norm)
         check_optimizer(optimizer, model, getattr(objective, "loss", None))
         one_of("accumulate", accumulate, ("fp32", "native"))
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        if clip_norm is not None and not clip_norm > 0:
-            raise SetupError(f"clip_norm={clip_norm!r}: give a norm above 0, or None to leave gradients as they are")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise SetupError(
+                "ReduceLROnPlateau wants a loss at each step, and a schedule here takes one step a window: call its "
+                "step(loss) yourself after each epoch, such as in a callback that gets EpochEnded"
+            )
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
         self.last: StepRecord | None = None
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
@@ -114,7 +120,8 @@ class Accumulator:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
 
         Args:
-            batches: one batch on the host, which is cut by the plan; or a list of micro-batches that are cut already.
+            batches: one batch on the host, which is cut by the plan; or a list of micro-batches that are cut already,
+                each a tuple, list or dict of one structure and within the plan's limit.
 
         Yields:
             Micro-batches of the same structure. Call `backward` once for each.
@@ -161,6 +168,11 @@ class Accumulator:
 
     def open(self, batches: Sequence[Any]) -> Ledger:
         """Opens a window over this rank's micro-batches, which wait on the host; none where the rank idles."""
+        if self._ledger is not None:
+            raise SetupError(
+                "the window before is still open: something holds its generator, which the loop over it was left by; "
+                "let the generator go (del, or its close()) before the next window"
+            )
         for parameter in self._parameters:
             if parameter.grad is not None:
                 raise SetupError(
@@ -336,9 +348,16 @@ class Accumulator:
         self.ranks.sum_gradients(summed)
 
     def _pieces(self, batches: Any) -> list[Any]:
-        if isinstance(batches, list) and batches and not isinstance(batches[0], Tensor):
-            return batches
         limit = self.plan.limits[self.plan.rank]
+        # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
+        if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
+            largest = max(map(tree.batch_size, batches))
+            if largest > limit:
+                raise SetupError(
+                    f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
+                    f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
+                )
+            return batches
         return tree.split(batches, even_split(tree.batch_size(batches), limit, minimum=self.plan.minimum))
 
     def _running(self) -> Ledger:

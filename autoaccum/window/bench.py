@@ -36,6 +36,8 @@ _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torc
 _ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
 _ROUNDING_8_BITS = 5e-2
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
+# What the user's own code raises, TorchScript's among it.
+_RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
 
 Gradient = list[Tensor | None]  # a parameter each; nothing at all where no target counts
@@ -170,7 +172,7 @@ class Bench:
         sizes = " + ".join(str(len(piece)) for piece in pieces)
         try:
             found = self.window(pieces)
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except _RAISED as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
             raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", raised=True) from error

@@ -4,6 +4,7 @@ Choices made here:
 
 - Dropout is off: RNNs by their attribute, everything else through a function mode, which sees functional dropout and
   the `dropout_p` of attention whatever module calls them. Rectifiers with random slopes take their mean slope.
+- The function mode does not see into TorchScript, whose layers of the same kinds are in evaluation mode instead.
 - BatchNorm normalises by its running statistics. In training it normalises by the micro-batch, which makes the
   gradient of a split batch another one, rightly; that difference would hide all others.
 - What is still drawn at random (noise of an autoencoder, diffusion times, stochastic depth) stays on, and belongs to
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from autoaccum.window.engine import run_engine
 from autoaccum.window.noise import SampleNoise
 from autoaccum.window.snapshot import Attributes, RandomState
+from autoaccum.window.torchscript import layer_class
 
 __all__ = ["Determinism"]
 
@@ -116,8 +119,11 @@ class Determinism:
             stack.callback(setattr, module, "training", module.training)
         self._model.train()  # as training will: models may keep parts of theirs in evaluation mode
         for module in self._modules:
-            if isinstance(module, _BatchNorm):
+            kind = layer_class(module)
+            if issubclass(kind, _BatchNorm):
                 self.normalises = self.normalises or module.training
+                module.training = False
+            if issubclass(kind, _RANDOM_LAYERS) and isinstance(module, torch.jit.ScriptModule):
                 module.training = False
             if isinstance(module, nn.RNNBase) and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(setattr, module, "dropout", module.dropout)
@@ -143,6 +149,7 @@ class _Start:
         self._random.restore()
 
 
+_RANDOM_LAYERS = (_DropoutNd, nn.MultiheadAttention, nn.RReLU)
 _DROPOUTS = {
     functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, functional.alpha_dropout,
     functional.feature_alpha_dropout, torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_,

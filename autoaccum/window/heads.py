@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from autoaccum.data import tree
+from autoaccum.data.structure import Reading
 from autoaccum.errors import LossError
 from autoaccum.window.call import relabelled, targets_in
 from autoaccum.window.counting import IGNORED, ClassWeights, tokens
@@ -89,7 +90,7 @@ class Head:
 def measure(
     model: nn.Module, batch: Any, evaluate: Evaluate, *, apart: bool = False, ignore_index: int = IGNORED
 ) -> Head:
-    """Runs the loss a few times on two samples, and says how it counts their labels.
+    """Runs the loss a few times on two samples, and says how it counts their labels; on all that cannot be cut.
 
     Args:
         model: left as it was: flags, buffers, random generators, gradients.
@@ -103,7 +104,8 @@ def measure(
     """
     labels = targets_in(batch, apart=apart)
     size = tree.batch_size(batch)
-    small = tree.split(batch, [_SAMPLES, size - _SAMPLES])[0] if size > _SAMPLES else batch
+    few = size <= _SAMPLES or any(Reading(batch, size).uncut())  # what cannot be cut is run whole
+    small = batch if few else tree.split(batch, [_SAMPLES, size - _SAMPLES])[0]
     bench = _Bench(model, tree.move(small, device_of(model)), evaluate, apart)
     return bench.watch(labels, ignore_index) or bench.ask(labels)
 

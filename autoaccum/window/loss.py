@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.data import tree
-from autoaccum.errors import LossError, SetupError
+from autoaccum.errors import LossError
 from autoaccum.window.call import arrange, returned_loss, scalar, targets_in
 from autoaccum.window.counting import as_denominator, holds_indices
 from autoaccum.window.heads import measure
@@ -177,6 +177,11 @@ class Objective:
         """One line: the denominator, and why it is that. Says more once measured."""
         return self._reduction.reason
 
+    @property
+    def assumed(self) -> bool:
+        """Whether the loss is a function whose mean nobody declared, taken for one over samples."""
+        return self._reduction.assumed
+
     # What is known before the model runs.
 
     def denominators(self, batch: Any) -> dict[str, float] | None:
@@ -249,7 +254,10 @@ class Objective:
         return self.evaluate(batch, denominators)[0]
 
     def evaluate(self, batch: Any, denominators: Mapping[str, float] | None = None) -> tuple[dict[str, Mean], Any, Any]:
-        """(terms, outputs, targets) of one forward; a `step` keeps outputs and targets to itself: None."""
+        """(terms, outputs, targets) of one forward. A `step` keeps outputs and targets to itself: None.
+
+        Targets are None as well where the batch does not say which they are.
+        """
         if denominators is None:
             denominators = self.denominators(batch)
         if self.step is not None:
@@ -264,21 +272,8 @@ class Objective:
         if self.step is not None:
             self.step(self.model, batch)
         else:
-            self.outputs(batch)
-
-    def outputs(self, batch: Any) -> tuple[Any, Any]:
-        """(outputs, targets) for metrics; targets are None where the batch does not say which they are.
-
-        Raises:
-            SetupError: a `step` owns the model's call.
-        """
-        if self.step is not None:
-            raise SetupError(
-                "metrics are given the model's outputs, and step= keeps them to itself: pass loss=f(outputs, targets) "
-                "instead of step, or take metrics away"
-            )
-        call = arrange(batch, apart=self.loss is not None)
-        return self.model(*call.args, **call.kwargs), call.targets
+            call = arrange(batch, apart=self.loss is not None)
+            self.model(*call.args, **call.kwargs)
 
     def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Any, str, Any, Any]:
         """(loss, who returned it, outputs, targets)."""

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoaccum.window.torchscript import layer_class
 
 __all__ = ["NoiseScale", "advice"]
 
@@ -35,9 +38,7 @@ class NoiseScale:
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Decides whether the model can be measured; registers nothing yet."""
-        coupled = [
-            name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
+        coupled = [name for name, module in model.named_modules() if issubclass(layer_class(module), _BatchNorm)]
         self.why_not = (
             f"BatchNorm ({coupled[0]}) makes the samples of a micro-batch act on each other" if coupled else None
         )
@@ -87,8 +88,8 @@ class NoiseScale:
             gradients: of the window, before clipping.
             samples: N.
         """
-        if self._handles and len(self._micro) > 1:
-            norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse]
+        norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
+        if norms and len(self._micro) > 1:  # none are left where a hook of the user's own takes them as they come
             whole = float(torch.stack(norms).square().sum())
             # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
             spread = sum(float(square) / share for share, square in self._micro) - whole

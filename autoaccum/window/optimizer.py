@@ -5,6 +5,7 @@ What cannot be trained by accumulating gradients is refused here, with the reaso
 
 import inspect
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -81,11 +82,14 @@ def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_model(model: nn.Module, *, loss: Any = None, clip_norm: float | None = None) -> None:
-    """Refuses a model that cannot be trained here.
+def check_model(
+    model: nn.Module, *, loss: Any = None, clip_norm: float | None = None, log_grad_norm: bool = False
+) -> None:
+    """Refuses a model that cannot be trained here, or not with these settings of `fit`.
 
     Raises:
-        SetupError: not a module, nothing to train, sharded parameters, sparse gradients beside clipping.
+        SetupError: not a module, nothing to train, parameters that are sharded or hold no numbers, a norm that is none,
+            sparse gradients whose norm is wanted.
     """
     if not isinstance(model, nn.Module):
         raise SetupError(f"model is {type(model).__name__}, not a torch.nn.Module: pass the module itself")
@@ -96,12 +100,12 @@ def check_model(model: nn.Module, *, loss: Any = None, clip_norm: float | None =
             "unfreeze what should learn with parameter.requires_grad_(True)"
         )
     _refuse_sharded(model, parameters)
-    sparse = [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]
-    if sparse and clip_norm is not None:
-        raise SetupError(
-            f"clip_norm={clip_norm} beside sparse gradients (of {', '.join(sparse)}): torch cannot take their norm; "
-            "make those embeddings with sparse=False, or leave clip_norm out"
-        )
+    _refuse_meta(model)
+    if clip_norm is not None and (isinstance(clip_norm, bool) or not isinstance(clip_norm, Real) or not clip_norm > 0):
+        raise SetupError(f"clip_norm={clip_norm!r}: give a norm above 0, or None to leave gradients as they are")
+    if clip_norm is not None or log_grad_norm:
+        setting = "log_grad_norm=True" if clip_norm is None else f"clip_norm={clip_norm}"
+        _refuse_sparse(model, setting)
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) -> None:
@@ -136,6 +140,28 @@ def _refuse_closure(kind: Any) -> None:
         raise SetupError(
             f"{kind.__name__} needs a closure that evaluates the whole batch several times a step, which accumulation "
             "cannot give it: use a first-order optimizer such as AdamW or SGD"
+        )
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise SetupError(
+                f"{name} of {type(model).__name__} is on the meta device, which holds no numbers: build the model on a "
+                'real one, or take model.to_empty(device="cpu") and load its weights'
+            )
+
+
+def _refuse_sparse(model: nn.Module, setting: str) -> None:
+    sparse = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+    ]
+    if sparse:
+        raise SetupError(
+            f"{setting} beside sparse gradients (of {', '.join(sparse)}): torch cannot take their norm; "
+            f"make those embeddings with sparse=False, or leave {setting.partition('=')[0]} out"
         )
 
 

@@ -132,7 +132,8 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     """
     if any(gradient.is_sparse for gradient in gradients):
         raise SetupError(
-            "the norm of sparse gradients cannot be taken: make the embedding with sparse=False, or do not clip"
+            "the norm of sparse gradients cannot be taken: make the embedding with sparse=False, or leave clip_norm "
+            "and log_grad_norm out"
         )
     norms = torch._foreach_norm([gradient.detach() for gradient in gradients])
     first = norms[0].device

@@ -86,6 +86,11 @@ class Reduction:
         return self._loss is None and self.head is not None and self.head.adds_up
 
     @property
+    def assumed(self) -> bool:
+        """Whether samples are counted only because nothing is known of the loss."""
+        return self._loss is not None and self.torch is None and self._declared == "auto"
+
+    @property
     def takes_sums(self) -> bool:
         """Whether what the loss gives is a numerator already: a sum or single elements, with a declared denominator."""
         return self.torch is not None and self._declared != "auto" and self.torch.reduction in ("sum", "none")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
+from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError
 from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed
 from autoaccum.window.call import targets_in
@@ -33,6 +34,7 @@ VERIFIED_SAMPLES = 8
 
 _NOISE_FACTOR = 10  # by which the error may exceed what two runs of the whole batch differ by
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
+_UNTRIED = "all these samples have equally many labels that count, so unequal denominators were not tried"
 _CANCELLED = 1e3  # parts' gradients that are this much larger than the whole's leave rounding
 
 
@@ -42,7 +44,8 @@ class VerifyReport:
 
     Attributes:
         ok: nothing is wrong as far as could be seen.
-        verifiable: there was something to compare; False for a single sample, a gradient of 0, and a random loss.
+        verifiable: there was something to compare; False for a single sample, a batch that cannot be cut, a
+            gradient of 0, and a random loss.
         relative_error: ‖g − ref‖ / ‖ref‖ over all parameters; g accumulated, ref of the whole batch at once.
         ratio: ⟨g, ref⟩ / ⟨ref, ref⟩; about k where the loss is not divided.
         cause: the likely cause in short, one of `diagnosis.Cause`; None where nothing is wrong.
@@ -57,6 +60,11 @@ class VerifyReport:
     cause: str | None
     worst_parameter: str | None
     text: str
+
+    @property
+    def untried(self) -> bool:
+        """Whether the samples have equally many labels, so that a wrong denominator could not show."""
+        return self.text.endswith(_UNTRIED)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -100,6 +108,12 @@ def verify_gradient(
         return _unverifiable(
             f"not verifiable: {samples} sample{'s' * (samples != 1)} in one micro-batch cannot be split, so there is "
             "nothing to compare with; see that the loss is a mean over samples, or declare its reduction"
+        )
+    for place, leaf in Reading(batch, available).uncut():
+        return _unverifiable(
+            f"not verifiable: {place} of the batch is of type {type(leaf).__name__}, which cannot be cut into samples, "
+            "so there is nothing to compare with: see that the loss is a mean over samples, or declare its reduction; "
+            "tensors, and tuples, dicts or dataclasses of them, can be cut"
         )
     name = precision.name if isinstance(precision, Precision) else precision or "auto"
     with Bench(model, objective, batch, samples, torch.device(device), optimizer, name) as bench:
@@ -226,7 +240,7 @@ class _Examination:
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
         if self._even():
-            text += "\nall these samples have equally many labels that count, so unequal denominators were not tried"
+            text += f"\n{_UNTRIED}"
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
 
     def _even(self) -> bool:

@@ -1,0 +1,68 @@
+"""A plan's learning rates and settings in an optimizer's groups, and out again.
+
+The groups are the user's, who may train with the same optimizer twice. Scaling what is scaled already would multiply
+the rate at every call, so what the groups had of their own is remembered for as long as the optimizer lives.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from autoaccum.planning.plan import Plan
+
+__all__ = ["apply_plan", "scheduled", "take_back"]
+
+
+@dataclass
+class _Applied:
+    """By group: the settings before and after. And the schedule that went on from there."""
+
+    own: list[dict[str, Any]]
+    written: list[dict[str, Any]]
+    scheduler: Any = None
+
+
+_applied: WeakKeyDictionary[Optimizer, _Applied] = WeakKeyDictionary()
+
+
+def apply_plan(made: Plan, optimizer: Optimizer) -> None:
+    """Puts the plan's rates and settings into every parameter group alike."""
+    groups = optimizer.param_groups
+    written = [{**({"lr": group["lr"]} if "lr" in group else {}), **made.group_settings(group)} for group in groups]
+    own = [{name: _kept(group[name]) for name in new} for group, new in zip(groups, written, strict=True)]
+    for group, new in zip(groups, written, strict=True):
+        group.update(new)
+    _applied[optimizer] = _Applied(own, written)
+
+
+def scheduled(optimizer: Optimizer, scheduler: Any) -> Any:
+    """The scheduler, whose the rates that `apply_plan` wrote are from here on."""
+    _applied[optimizer].scheduler = scheduler
+    return scheduler
+
+
+def take_back(optimizer: Optimizer) -> None:
+    """Puts the groups' own settings back where an earlier plan's, or those of its schedule, still stand.
+
+    What their owner has changed since is left as it is.
+    """
+    before = _applied.pop(optimizer, None)
+    if before is None:
+        return
+    rates = before.scheduler.get_last_lr() if isinstance(before.scheduler, LRScheduler) else None
+    # Not strict: groups may have been added since.
+    for at, (group, own, written) in enumerate(zip(optimizer.param_groups, before.own, before.written, strict=False)):
+        for name, value in written.items():
+            stands = rates[at] if rates is not None and name == "lr" else value
+            if bool(group[name] == stands):
+                group[name] = own[name]
+        if "initial_lr" not in own:
+            group.pop("initial_lr", None)  # of the schedule that has ended: the next counts from the rate itself
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value  # schedules write into a rate that is a tensor

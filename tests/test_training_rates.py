@@ -1,0 +1,90 @@
+"""A plan's rates in the user's own optimizer: once, however often they train with it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoaccum
+from autoaccum.errors import SetupError
+
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(32) % 4
+
+
+def rates(optimizer, **keywords):
+    """The rate of each step of one more training with this optimizer: batches of 4 as tuned, of 16 as trained."""
+    (parameters,) = [group["params"] for group in optimizer.param_groups]
+    model = nn.Linear(6, 4)
+    model.weight, model.bias = parameters
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
+    found = autoaccum.fit(model, loader, **{"loss": F.cross_entropy, "optimizer": optimizer, "target_batch": 16,
+                                            "micro_batch": 8, "device": "cpu", **keywords})  # fmt: skip
+    return [record.lr for record in found.history]
+
+
+def sgd(**settings):
+    return torch.optim.SGD(nn.Linear(6, 4).parameters(), **{"lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_a_second_training_does_not_scale_what_is_scaled(lr):
+    optimizer = sgd(lr=lr)
+    for _ in range(3):
+        assert rates(optimizer) == pytest.approx([0.4, 0.4])
+
+
+def test_adams_other_settings_are_scaled_once_as_well():
+    optimizer = torch.optim.AdamW(nn.Linear(6, 4).parameters(), lr=0.1)
+    found = []
+    for _ in range(2):
+        rates(optimizer, lr_rule="adam-sde")
+        found.append({name: optimizer.param_groups[0][name] for name in ("lr", "betas", "eps")})
+    assert found[0] == found[1]
+    assert found[0]["betas"] == pytest.approx((0.6, 0.996))
+
+
+def test_a_training_that_could_not_begin_scaled_nothing():
+    optimizer = sgd()
+    for _ in range(2):
+        with pytest.raises(SetupError, match="schedule='cosin'"):
+            rates(optimizer, schedule="cosin")
+    assert rates(optimizer) == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1)])
+def test_a_second_schedule_begins_where_the_first_did(schedule):
+    optimizer = sgd()
+    first = rates(optimizer, schedule=schedule)
+    assert first[0] == pytest.approx(0.4)
+    assert first[1] < 0.3
+    assert rates(optimizer, schedule=schedule) == pytest.approx(first)
+    assert rates(optimizer) == pytest.approx([0.4, 0.4])
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_rate_set_between_two_trainings_holds(schedule):
+    optimizer = sgd()
+    rates(optimizer, schedule=schedule)
+    optimizer.param_groups[0]["lr"] = 0.02
+    assert rates(optimizer, schedule=schedule)[0] == pytest.approx(0.08)
+
+
+def test_a_group_that_was_added_since_is_scaled_from_its_own_rate():
+    optimizer = sgd()
+    rates(optimizer)
+    extra = nn.Parameter(torch.zeros(3))
+    optimizer.add_param_group({"params": [extra], "lr": 1.0})
+    model = nn.Linear(6, 4)
+    model.weight, model.bias, model.extra = *optimizer.param_groups[0]["params"], extra
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4)
+    autoaccum.prepare(
+        model, loader, loss=F.cross_entropy, optimizer=optimizer, target_batch=16, micro_batch=8, device="cpu"
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.4, 4.0])
+
+
+def test_a_scheduler_that_wants_a_loss_is_refused_with_what_to_do():
+    with pytest.raises(SetupError, match="ReduceLROnPlateau wants a loss .* EpochEnded"):
+        rates(sgd(), schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
