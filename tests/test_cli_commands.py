@@ -401,3 +401,17 @@ def test_a_training_that_cannot_be_saved_ends_with_5_and_prints_its_result(libra
     assert json.loads(done.stdout)["schema"] == 1
     assert "the weights could not be saved to 'weights.pt'" in done.stderr
     assert list(Path().glob("*weights*")) + list(Path().glob(".*weights*")) == []
+
+
+def test_several_limits_are_of_as_many_ranks():
+    done = run("plan", "--limit", "100", "--limit", "50", "--target-batch", "256", "--json")
+    assert done.exit_code == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["world_size"], made["limits"]) == (2, [100, 50])
+
+
+def test_a_rank_alone_in_the_environment_silences_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert "256" in run("plan", "--limit", "100", "--target-batch", "256").output
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("plan", "--limit", "100", "--target-batch", "256").output == ""

@@ -103,3 +103,12 @@ def test_the_picture_is_drawn_for_any_search(tmp_path, change):
     assert (tmp_path / "search.png").stat().st_size > 5000
     with pytest.raises(SetupError, match="no plot can be written"):
         search_plot(RESULT, tmp_path / "search.docx")
+
+
+def test_a_trial_that_failed_says_why_in_its_line():
+    console = Console(file=io.StringIO(), width=60, force_terminal=False)
+    with SearchTable(console, 3, "minimize") as table:
+        table.show([row(0), row(1, "error", None, error={"type": "RuntimeError", "message": "no width of 5"})])
+    first, second = console.file.getvalue().splitlines()
+    assert "Error" not in first
+    assert second.endswith("RuntimeError: no width of 5")

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import optuna
 import pytest
@@ -20,6 +21,8 @@ from autoaccum.searching.ledger import Kind
 from autoaccum.searching.storage import dashboard_line, open_storage, shown
 from autoaccum.searching.study import OWNER, is_gone, ledger_of, owner, repeat_broken, sweep
 from tests.search_setups import plain
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -205,3 +208,29 @@ def test_a_process_id_that_is_used_again_is_another_process():
     assert is_gone({**owner(), "pid": 2**22 + 1}, None)
     assert owner()["pid"] == os.getpid()
     assert datetime.datetime.fromtimestamp(owner()["since"]).year >= 2024
+
+
+OPENER = """
+import sys, time
+from pathlib import Path
+import optuna
+from autoaccum.searching.storage import open_storage
+print("ready", flush=True)
+sys.stdin.readline()
+open_storage(sys.argv[1], Path("."))
+"""
+
+
+def test_processes_that_make_the_same_database_at_once_all_open_it(tmp_path):
+    """Each finds no tables and makes them: all but one are refused by the database itself."""
+    command = [sys.executable, "-c", OPENER, f"sqlite:///{tmp_path}/study.db"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said[-1000:]

@@ -38,7 +38,10 @@ def plan(limit: tuple[int, ...], target_batch: int, save_plan: Path | None, **op
     """Work out micro-batches, learning rate and BatchNorm momentum for a target batch, each with its reason."""
     from autoaccum.planning.plan import plan as make
 
-    made = make(limit[0] if len(limit) == 1 else limit, target_batch, **given(options))
+    chosen = given(options)
+    if len(limit) > 1:
+        chosen.setdefault("world_size", len(limit))
+    made = make(limit[0] if len(limit) == 1 else limit, target_batch, **chosen)
     done = saved(save_plan, "the plan", made.save)
     return Answer(made.to_dict(), _view, 0 if done else FAILED)
 

@@ -89,7 +89,9 @@ class SearchTable:
         params = "  ".join(f"{name}={number(value, 4)}" for name, value in row["params"].items())
         text = Text(f"trial {row['number']:>3}  {number(row['value'], 5):>9}  ")
         text.append(f"{row['state']:<12}", style=_STYLES.get(row["state"], ""))
-        return text.append(f"  {_sizes(row):<12}  {params}")
+        text.append(f"  {_sizes(row):<12}  {params}")
+        error = row.get("error")
+        return text if error is None else text.append(f"  {error['type']}: {error['message']}"[:200])
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         done = [row for row in rows if row["state"] in _ENDED and row["state"] != "killed"]

@@ -177,7 +177,8 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
         values = dict(evaluations[-1])
         when = f"held-out data, after step {values.pop('step', '?')}, epoch {values.pop('epoch', '?')}"
         rows += [(str(name), number(value), when) for name, value in values.items()]
-    title = Text.assemble(("Trained  ", "bold"), (str(history[-1]["step"] if history else 0), "bold green"), " steps")
+    steps = history[-1]["step"] if history else 0
+    title = Text.assemble(("Trained  ", "bold"), (str(steps), "bold green"), " step" if steps == 1 else " steps")
     if result.get("plan"):
         plan = result["plan"]
         title.append(f" of {plan['target_batch']} samples = {_sizes(plan)}")

@@ -84,7 +84,11 @@ class Recipe:
         known = fit_keywords()
         own = [p.name for p in self.parameters()]
         for name in names:
-            if name in ("model", "data") or not (self.takes(name) or name in known):
+            if name in ("model", "data"):
+                raise SetupError(
+                    f"space has the parameter {name!r}, which the setup makes itself: search what it takes"
+                )
+            if not (self.takes(name) or name in known):
                 close = difflib.get_close_matches(name, [*own, *known], n=1)
                 takes = ", ".join(own) or "nothing"
                 meant = f": did you mean {close[0]!r}?" if close else f"; the setup takes {takes}."

@@ -10,6 +10,7 @@ Choices:
 import contextlib
 import importlib.util
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = ["dashboard_line", "has_heartbeats", "open_storage", "shown", "telling
 
 HEARTBEAT, GRACE = 60, 240  # seconds between signs of life, and until a trial without one counts as dead
 LOCK_GRACE = 10  # seconds until a journal's lock whose holder is gone is broken; a line takes milliseconds to write
+RACES = 10  # tries to open a database that others open for the first time
 CONNECT = 10  # seconds to wait for a server
 SCHEMES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
 
@@ -158,10 +160,20 @@ def _database(url: str) -> Any:
         arguments = {"connect_args": {"connect_timeout": CONNECT}, "pool_pre_ping": True}
         if url.startswith("postgresql://") and importlib.util.find_spec("psycopg2") is None:
             url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    with quiet():
-        return optuna.storages.RDBStorage(
-            url, engine_kwargs=arguments, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-        )
+    from sqlalchemy.exc import DatabaseError
+
+    for _ in range(RACES):
+        try:
+            with quiet():
+                return optuna.storages.RDBStorage(
+                    url, engine_kwargs=arguments, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+        except DatabaseError as error:
+            # Other processes may be making the same tables at this moment.
+            if not re.search("already exists|unique|duplicate", str(error), re.IGNORECASE):
+                raise
+        time.sleep(0.3)
+    raise SetupError(f"storage {shown(url)!r} is not as Optuna makes it: give a database of its own")
 
 
 def _proxy(text: str, address: str) -> Any:
