@@ -1,6 +1,7 @@
 """The loop: windows in, records out; epochs, steps, evaluation, what is skipped, and how it ends early."""
 
 import signal
+import time
 import warnings
 
 import pytest
@@ -397,3 +398,20 @@ def test_batch_norm_that_needs_two_samples_is_looked_at_on_the_ladder():
         autoaccum.prepare(model, data, loss=nn.CrossEntropyLoss(), target_batch=8, memory="2KiB", device="cpu",
                           cache=False)  # fmt: skip
     assert "cannot be run" not in str(raised.value)
+
+
+def test_the_wait_for_the_samples_counts_in_a_windows_time():
+    class Slow(torch.utils.data.Dataset):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return torch.ones(6), 0
+
+    loop = autoaccum.prepare(
+        nn.Linear(6, 3), Slow(), loss=nn.CrossEntropyLoss(), target_batch=8, micro_batch=8, device="cpu", check=False
+    )
+    for record in loop:
+        assert record.seconds >= 8 * 0.01
+        assert record.samples_per_second == pytest.approx(8 / record.seconds)

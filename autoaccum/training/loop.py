@@ -98,6 +98,7 @@ class TrainingLoop:
         self._events = events if events is not None else Events()
         self._evaluator = evaluator
         self._mode = TrainingMode(accumulator.model)
+        self._waited = 0.0  # seconds, for the samples of the window that runs
         self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
         self._safe = SafeWindow(
             accumulator,
@@ -230,7 +231,7 @@ class TrainingLoop:
         for window in self._windows():
             self._left = window
             self._mode.keep()  # between two windows a person may have looked at the model's answers
-            record = self._safe.train(window)
+            record = _with_waiting(self._safe.train(window), self._waited)
             if window.padding is not None:
                 own, padded, unsorted = window.padding
                 record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
@@ -260,7 +261,9 @@ class TrainingLoop:
         rest = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index)
         while True:
             self._mark_boundary()
+            began = time.perf_counter()
             window = next(rest, None)
+            self._waited = time.perf_counter() - began
             if window is None:
                 self._boundary = None
                 return
@@ -373,3 +376,8 @@ class TrainingLoop:
         if self.folder is None:
             return "There is no checkpoint to go on from: checkpoint=FOLDER keeps them"
         return self.folder.where()
+
+
+def _with_waiting(record: StepRecord, waited: float) -> StepRecord:
+    seconds = record.seconds + waited
+    return replace(record, seconds=seconds, samples_per_second=record.samples / seconds)

@@ -18,7 +18,7 @@ class StepRecord:
         grad_norm: the L2 norm of the window's gradient before clipping; None unless clipped or asked for.
         samples: over all ranks.
         micro_batches: forward and backward passes on this rank.
-        seconds: from the window's opening to the end of the step.
+        seconds: from the window's opening to the end of the step; in a TrainingLoop with the wait for its samples.
         samples_per_second: over all ranks.
         peak_bytes: the most bytes in use on the device during the window; None where the backend keeps no count (CPU).
         noise_scale: the gradient noise scale in samples, smoothed; None where it was not measured.
