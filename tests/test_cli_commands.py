@@ -408,10 +408,3 @@ def test_several_limits_are_of_as_many_ranks():
     assert done.exit_code == 0, done.stderr
     made = json.loads(done.stdout)
     assert (made["world_size"], made["limits"]) == (2, [100, 50])
-
-
-def test_a_rank_alone_in_the_environment_silences_nothing(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert "256" in run("plan", "--limit", "100", "--target-batch", "256").output
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("plan", "--limit", "100", "--target-batch", "256").output == ""

@@ -82,7 +82,7 @@ class Command(click.Command):
 
 def first_rank() -> bool:
     """Whether this process is the one that speaks: of several that a launcher such as torchrun started, the first."""
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
