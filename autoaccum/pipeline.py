@@ -95,7 +95,7 @@ def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> Veri
     if check is False:
         return None
     report = verified(parts, max(made.limits))
-    accumulates = made.accumulation_steps > 1
+    accumulates = made.accumulation_steps > 1 or made.world_size > 1  # over micro-batches, or over ranks
     if parts.ranks.any(not report.ok and accumulates) and check != "warn":
         text = report.text if not report.ok else "the accumulated gradient is not the large batch's on another rank"
         raise LossError(f'{text}; check="warn" trains all the same')

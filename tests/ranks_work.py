@@ -266,6 +266,10 @@ def errors(rank: int) -> dict[str, Callable[[], Any]]:
             device="cpu",
             cache=False,
         ),
+        # Nothing is accumulated on a rank here, but over the ranks.
+        "loss in one micro-batch": lambda: train(
+            Case(limits=(4, 4)), rank, 2, loss=_spread if bad else nn.CrossEntropyLoss()
+        ),
         "loss": lambda: run(loss=_spread if bad else nn.CrossEntropyLoss()),
         "callback at the start, rank 0": lambda: run(callbacks=[_raise_at("start", 0)] if not bad else []),
     }
