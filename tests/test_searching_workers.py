@@ -20,6 +20,7 @@ from tests.search_setups import arguments, counted, fails_in_a_worker, killed_al
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
+import signal
 import sys
 import torch
 torch.set_num_threads(2)
@@ -27,6 +28,8 @@ import autoaccum
 from tests import search_setups
 
 if __name__ == "__main__":
+    # Tests that run in the background of a shell may have inherited that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     setup = getattr(search_setups, sys.argv[2])
     result = autoaccum.search(setup, n_trials=int(sys.argv[3]), workers=int(sys.argv[4]), target_batch=(8, 16),
                               folder=sys.argv[1], study_name="s", pruner="none")
