@@ -1,5 +1,8 @@
 """A plan's rates in the user's own optimizer: once, however often they train with it."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +91,12 @@ def test_a_group_that_was_added_since_is_scaled_from_its_own_rate():
 def test_a_scheduler_that_wants_a_loss_is_refused_with_what_to_do():
     with pytest.raises(SetupError, match="ReduceLROnPlateau wants a loss .* EpochEnded"):
         rates(sgd(), schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
+
+
+def test_an_optimizer_that_nobody_holds_any_more_is_let_go():
+    optimizer = sgd()
+    rates(optimizer, schedule="cosine")
+    seen = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert seen() is None

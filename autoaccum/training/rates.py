@@ -6,7 +6,6 @@ the rate at every call, so what the groups had of their own is remembered for as
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,7 +25,9 @@ class _Applied:
     scheduler: Any = None
 
 
-_applied: WeakKeyDictionary[Optimizer, _Applied] = WeakKeyDictionary()
+# On the optimizer itself, which leaves it out of its state_dict: a table of ours would hold, through the schedule, every
+# optimizer that was ever trained with.
+_NAME = "_autoaccum_applied"
 
 
 def apply_plan(made: Plan, optimizer: Optimizer) -> None:
@@ -36,12 +37,12 @@ def apply_plan(made: Plan, optimizer: Optimizer) -> None:
     own = [{name: _kept(group[name]) for name in new} for group, new in zip(groups, written, strict=True)]
     for group, new in zip(groups, written, strict=True):
         group.update(new)
-    _applied[optimizer] = _Applied(own, written)
+    vars(optimizer)[_NAME] = _Applied(own, written)
 
 
 def scheduled(optimizer: Optimizer, scheduler: Any) -> Any:
     """The scheduler, whose the rates that `apply_plan` wrote are from here on."""
-    _applied[optimizer].scheduler = scheduler
+    vars(optimizer)[_NAME].scheduler = scheduler
     return scheduler
 
 
@@ -50,7 +51,7 @@ def take_back(optimizer: Optimizer) -> None:
 
     What their owner has changed since is left as it is.
     """
-    before = _applied.pop(optimizer, None)
+    before: _Applied | None = vars(optimizer).pop(_NAME, None)
     if before is None:
         return
     rates = before.scheduler.get_last_lr() if isinstance(before.scheduler, LRScheduler) else None
