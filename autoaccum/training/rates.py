@@ -25,8 +25,8 @@ class _Applied:
     scheduler: Any = None
 
 
-# On the optimizer itself, which leaves it out of its state_dict: a table of ours would hold, through the schedule, every
-# optimizer that was ever trained with.
+# On the optimizer itself, which leaves it out of its state_dict: a table of ours would hold, through the schedule,
+# every optimizer that was ever trained with.
 _NAME = "_autoaccum_applied"
 
 
