@@ -1,7 +1,8 @@
 # Everything runs from a virtual environment inside this clone; nothing outside it is touched.
-# Another interpreter: make test PYTHON=python3.12
+# Another interpreter: make test PYTHON=python3.12. More processes: make test JOBS=8
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
@@ -33,8 +34,9 @@ $(PEERS): $(SETUP)
 demo: $(SETUP)
 	$(BIN)/python examples/01_first_fit.py
 
+# One thread in each process: threads that outnumber the cores wait for each other at every operator.
 test: $(SETUP)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist worksteal
 
 # Installs no server and no driver: says what is missing.
 test-postgres: $(SETUP)
