@@ -390,6 +390,16 @@ def test_plan_plot_and_weights_are_saved_where_asked(library):
     assert sorted(path.name for path in Path().glob("*weights*")) == ["weights.pt"]
 
 
+@pytest.mark.parametrize("command", ["probe", "search"])
+def test_a_picture_of_no_known_kind_is_refused_before_the_work(library, command):
+    trials = ["--n-trials", "3"] if command == "search" else []
+    done = run(command, "train.py:build", *trials, "--plot", "plot.xyz")
+
+    assert done.exit_code == 2
+    assert "'plot.xyz': no plot can be written as 'xyz': end the name in .png, .svg or .pdf" in done.stderr
+    assert not library.calls
+
+
 def test_a_training_that_cannot_be_saved_ends_with_5_and_prints_its_result(library, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -13,7 +13,7 @@ PACKAGE = Path(autoaccum.__file__).parent
 
 # From the ground up: each may import from those before it. Files of one room may import each other.
 ROOMS = [
-    "errors", "units", "checks", "display", "planning", "ranks", "memory", "data", "window", "probing",
+    "errors", "units", "files", "checks", "display", "planning", "ranks", "memory", "data", "window", "probing",
     "training", "assembly", "pipeline", "searching", "api", "integrations", "cli", "__main__",
 ]  # fmt: skip
 

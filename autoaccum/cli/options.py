@@ -10,15 +10,16 @@ from typing import Any, TypeVar
 
 import click
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.units import parse_bytes
 
-__all__ = ["COUNT", "Switch", "given", "new_file", "takes", "target_argument"]
+__all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "takes", "target_argument"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COUNT = click.IntRange(min=1)
 _ABOVE_0 = click.FloatRange(min=0, min_open=True)
+_NEW = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -43,6 +44,19 @@ def _folder_there(ctx: click.Context, param: click.Parameter, value: Path | None
     if value is not None and not value.parent.is_dir():
         text = f"{str(value)!r}: there is no folder {str(value.parent)!r}; make it first"
         raise click.BadParameter(text, ctx, param)
+    return value
+
+
+def _picture(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """As `_folder_there`, and a picture has to be of a kind that can be drawn."""
+    from autoaccum.display.plots import picture_format
+
+    if value is not None:
+        _folder_there(ctx, param, value)
+        try:
+            picture_format(value)
+        except AutoaccumError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
     return value
 
 
@@ -153,8 +167,12 @@ def takes(*names: str) -> Callable[[Function], Function]:
 
 def new_file(name: str, text: str) -> Callable[[Function], Function]:
     """An option for a file that the command writes at its end."""
-    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
-    return click.option(f"--{name}", type=kind, metavar="FILE", callback=_folder_there, help=text)
+    return click.option(f"--{name}", type=_NEW, metavar="FILE", callback=_folder_there, help=text)
+
+
+def new_picture(text: str) -> Callable[[Function], Function]:
+    """`--plot`, for a picture that the command draws at its end."""
+    return click.option("--plot", type=_NEW, metavar="FILE", callback=_picture, help=text)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import click
 from autoaccum.cli.calling import arguments_of, call, need_target_batch
 from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
-from autoaccum.cli.options import new_file, takes, target_argument
+from autoaccum.cli.options import new_file, new_picture, takes, target_argument
 from autoaccum.cli.saving import saved
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = ["probe"]
 )  # fmt: skip
 @click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
-@new_file("plot", "Draw the forecast and the trials: .png, .svg or .pdf.")
+@new_picture("Draw the forecast and the trials: .png, .svg or .pdf.")
 @click.option("--for", "cards", multiple=True, metavar="CARD", help="Say what would fit on a card, such as 'RTX 4090'.")
 def probe(
     *,

@@ -4,7 +4,6 @@ The work may have taken days: what cannot be written then is told, the result is
 says that something is missing.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from autoaccum.errors import AutoaccumError
+from autoaccum.files import whole_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,16 +34,7 @@ def saved(path: Path | None, what: str, write: Callable[[Path], object]) -> bool
 
 def write_weights(model: "nn.Module", path: Path) -> None:
     """The model's `state_dict()` by `torch.save`: whole, or the file that was there before stays."""
-    import tempfile
-
     import torch
 
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            torch.save(model.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(path) as file:
+        torch.save(model.state_dict(), file)

@@ -8,7 +8,7 @@ import click
 
 from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
-from autoaccum.cli.options import COUNT, given, new_file, takes, target_argument
+from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes, target_argument
 from autoaccum.cli.saving import saved
 from autoaccum.errors import SetupError
 
@@ -62,7 +62,7 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
 @takes("epochs", "max_steps", "memory", "device", "precision", "max_batch", "cache", "check", "seed", "progress")
 @new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
-@new_file("plot", "Draw history, importance, and values over batch and learning rate.")
+@new_picture("Draw history, importance, and values over batch and learning rate.")
 def search(
     *,
     target: str,

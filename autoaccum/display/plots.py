@@ -16,7 +16,7 @@ from autoaccum.units import GIB, KIB, MIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["probe_plot"]
+__all__ = ["picture_format", "probe_plot"]
 
 _CURVE, _CHOSEN, _BUDGET, _INK = "#0072B2", "#D55E00", "#000000", "#333333"
 _PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#D55E00")
@@ -35,24 +35,36 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         SetupError: matplotlib cannot write that format.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "A plot") from error
+    suffix = picture_format(path)
+    from matplotlib.figure import Figure
+
     timeline = report.get("timeline")
     figure = Figure(figsize=(11.5, 4.8) if timeline else (6.4, 4.8), dpi=150, layout="constrained")
-    suffix = Path(path).suffix.lstrip(".").lower()
-    formats = figure.canvas.get_supported_filetypes()
-    if suffix not in formats:
-        raise SetupError(
-            f"{os.fspath(path)!r}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
-        )
     frame = _frame(report)
     panels = figure.subplots(1, 2 if timeline else 1, squeeze=False, sharey=True)[0]
     _peaks(panels[0], report, frame)
     if timeline:
         _moments(panels[1], report, timeline, frame)
     figure.savefig(path, format=suffix)
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that a picture's name asks for: what comes before hours of work asks this first.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        SetupError: matplotlib cannot write that format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", "A plot") from error
+    suffix = Path(path).suffix.lstrip(".").lower()
+    if suffix not in Figure().canvas.get_supported_filetypes():
+        raise SetupError(
+            f"{os.fspath(path)!r}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
+        )
+    return suffix
 
 
 class _Frame(NamedTuple):

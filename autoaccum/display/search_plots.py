@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autoaccum.errors import MissingExtraError, SetupError
+from autoaccum.display.plots import picture_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,10 +36,9 @@ def search_plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         SetupError: matplotlib cannot write that format.
         OSError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "A plot") from error
+    suffix = picture_format(path)
+    from matplotlib.figure import Figure
+
     drawn: list[Any] = [_history]
     if result.get("importance"):
         drawn.append(_importance)
@@ -48,11 +46,6 @@ def search_plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         drawn.append(_landscape)
     widths = [{_history: 5.2, _importance: 3.6, _landscape: 5.4}[draw] for draw in drawn]
     figure = Figure(figsize=(sum(widths), 4.4), dpi=150, layout="constrained")
-    suffix = Path(path).suffix.lstrip(".").lower()
-    if suffix not in figure.canvas.get_supported_filetypes():
-        raise SetupError(
-            f"{os.fspath(path)!r}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
-        )
     panels = figure.subplots(1, len(drawn), squeeze=False, width_ratios=widths)[0]
     for draw, panel in zip(drawn, panels, strict=True):
         draw(panel, result, figure)

@@ -1,15 +1,13 @@
 """A plan as plain JSON values and in a file: reading checks every value's kind, writing is whole or not at all."""
 
-import contextlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import PlanError
+from autoaccum.files import write_json
 
 __all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
 
@@ -149,24 +147,15 @@ def read_file(path: Path) -> Any:
 
 
 def write_file(path: Path, values: Mapping[str, Any]) -> None:
-    """The values as JSON in the file: written beside it, forced to the disk, then renamed, so nobody reads half of it.
+    """The values as JSON in the file, whole or not at all.
 
     Raises:
         PlanError: it cannot be written there.
     """
-    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_json(path, values)
     except OSError as error:
         why = error.strerror or str(error)
         raise PlanError(
             f"the plan cannot be saved at {path}: {why}; choose a folder that exists and is writable"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone already where all went well
-            temporary.unlink()

@@ -7,8 +7,6 @@ believed only after a small step was measured and is where it says; anything unr
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
+from autoaccum.files import write_json
 from autoaccum.memory.fitting import basis
 from autoaccum.probing.journal import cache_folder
 
@@ -121,9 +120,7 @@ class Cache:
         """Keeps `lines`, whole or not at all; a folder that cannot be written costs a warning."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
-                json.dump({"schema": SCHEMA, **asdict(lines)}, file)
-            os.replace(file.name, self._path)
+            write_json(self._path, {"schema": SCHEMA, **asdict(lines)})
         except OSError as error:
             warnings.warn(f"the answer cannot be kept in {self._path} ({error}): going on without", stacklevel=2)
 

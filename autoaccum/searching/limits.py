@@ -8,8 +8,6 @@ The answers lie in the run's folder, where all workers find them, and one worker
 import hashlib
 import inspect
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from autoaccum.assembly import Parts
 from autoaccum.errors import NothingFitsError
+from autoaccum.files import write_json
 from autoaccum.probing.cache import training_key
 from autoaccum.probing.report import ProbeReport
 from autoaccum.training.locks import FolderLock
@@ -102,9 +101,7 @@ class Limits:
 
     def _write(self, key: str, found: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._folder / f".{key}.{secrets.token_hex(4)}"
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(temporary, self._folder / f"{key}.json")
+        write_json(self._folder / f"{key}.json", found)
 
 
 def forecast_bytes(report: ProbeReport, curve: list[list[int]], micro_batch: int) -> int | None:

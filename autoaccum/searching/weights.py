@@ -4,14 +4,14 @@ A trial that beats the best so far writes its weights before it is told as compl
 study, its file is whole. What is left over by a kill is no best trial's, and goes at the next cleaning.
 """
 
-import os
 import re
-import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from autoaccum.files import whole_file
 
 __all__ = ["best_trial", "clean", "path_of", "save_weights"]
 
@@ -27,15 +27,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
         name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
         for name, value in model.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def clean(folder: Path, kept: set[int]) -> None:

@@ -30,8 +30,9 @@ from typing import Any
 import torch
 
 from autoaccum.errors import CheckpointError
+from autoaccum.files import PARTIAL, write_json
 
-__all__ = ["KEPT", "Checkpoints", "Entry", "Failure", "write_json"]
+__all__ = ["KEPT", "Checkpoints", "Entry", "Failure"]
 
 KEPT = 3
 SCHEMA = 1
@@ -111,7 +112,8 @@ class Checkpoints:
         """
         for path in self._unfinished():
             say(f"{path} was being written when the training ended, and is left out")
-        for entry in reversed(self.entries()):
+        entries = self.entries()
+        for entry in reversed(entries):
             try:
                 damage = self._damage(entry)
                 state = None if damage else self.read(entry)
@@ -120,13 +122,14 @@ class Checkpoints:
             if state is not None:
                 self.last = self.path(entry)
                 return entry, state
-            say(f"the checkpoint {self.path(entry)} is damaged ({damage}), and the one before it is looked at")
+            then = "the training starts anew" if entry == entries[0] else "the one before it is looked at"
+            say(f"the checkpoint {self.path(entry)} is damaged ({damage}), and {then}")
         return None
 
     def _unfinished(self) -> list[Path]:
         whole = {f"{entry.name}.pt" for entry in self.entries()}
         orphans = (path for path in self.folder.glob("step-*.pt") if Entry.of(path) and path.name not in whole)
-        return sorted([*self.folder.glob(".step-*.tmp"), *orphans])
+        return sorted([*self.folder.glob(f".step-*{PARTIAL}"), *orphans])
 
     def _damage(self, entry: Entry) -> str | None:
         """What is wrong with it; None where it is as it was written."""
@@ -193,7 +196,7 @@ class Checkpoints:
             OSError: the folder cannot be made or written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self._unfinished():
+        for path in {*self._unfinished(), *self.folder.glob(f".*{PARTIAL}")}:
             path.unlink()
         entries = self.entries()
         if resumed is not None:  # those behind it are damaged: this training will come to them again
@@ -228,7 +231,7 @@ class Checkpoints:
         """
         self.settle()
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{entry.name}.pt.tmp"
+        temporary = self.folder / f".{entry.name}.pt{PARTIAL}"
         try:
             with temporary.open("wb") as file:
                 torch.save(dict(state), file)
@@ -310,37 +313,6 @@ class Checkpoints:
         """The .json first: without it the other is not a checkpoint."""
         path = self.path(entry)
         return path.with_suffix(".json"), path
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Plain values in a file: whole, or as it was before.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Forces the renaming itself to the disk, where the system lets a folder be opened."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _digest(path: Path) -> str:

@@ -29,11 +29,12 @@ import torch
 from autoaccum.checks import check_kind
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
+from autoaccum.files import write_json
 from autoaccum.memory.device import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
-from autoaccum.training.checkpoint import Checkpoints, Entry, Failure, write_json
+from autoaccum.training.checkpoint import Checkpoints, Entry, Failure
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
 from autoaccum.training.locks import FolderLock
 
