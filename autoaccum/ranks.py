@@ -14,6 +14,7 @@ Choices:
 import atexit
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -204,6 +205,9 @@ def join() -> None:
 
 def _leave() -> None:
     if dist.is_initialized():
+        # A thread of gloo's may still hold a tensor, and wait for the interpreter to let it go. Torch 2.4 joins that
+        # thread without giving way to it, for ever.
+        time.sleep(0.02)
         dist.destroy_process_group()
 
 

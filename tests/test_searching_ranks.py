@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.versions import TORCH
+
 ROOT = Path(__file__).parents[1]
 RANK = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -25,6 +27,7 @@ result = autoaccum.search(setup, n_trials=6, space={"lr": (1e-3, 1e-1, "log"), "
 values = {"rank": int(os.environ["RANK"]), "best": result.best_value, "sizes": result.best_plan.micro_batches,
           "world": result.best_plan.world_size, "states": [row["state"] for row in result.trials],
           "threads": threads_of_gloo()}
+time.sleep(0.02)  # torch 2.4 waits for ever for a thread that still holds a tensor
 torch.distributed.destroy_process_group()
 values["left"] = threads_of_gloo()
 Path(sys.argv[1], f"{values['rank']}.json").write_text(json.dumps(values))
@@ -50,5 +53,5 @@ def test_two_ranks_search_as_one_worker(tmp_path):
     assert len(first["states"]) == 6
     assert set(first["states"]) >= {"complete", "error"}
     # Were the group kept alive, a thread of it that lets go of a tensor at the very end would abort the process.
-    assert first["threads"]
+    assert first["threads"] or TORCH < (2, 5)  # where they have no names
     assert first["left"] == []

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from autoaccum.window.determinism import Determinism
+from tests.versions import since
 
 CPU = torch.device("cpu")
 ROWS = ([0, 1, 2, 3, 4], [5, 6, 7], list(range(8))[::-1], [6], [2, 7, 1])
@@ -251,6 +252,7 @@ def test_no_micro_batch_sees_what_another_left_behind():
     assert random.getstate() == state
 
 
+@since("2.6", "torch.compiler.set_stance")
 def test_a_model_that_was_compiled_and_run_before_runs_eagerly():
     model = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), backend="eager", fullgraph=True)
     inputs = torch.randn(8, 4)

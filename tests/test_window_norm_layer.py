@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoaccum.window.batch_norm import PooledStatistics
 from tests.norms import SIZES, assert_same, batch, float64, state, train_window  # noqa: F401, a fixture
+from tests.versions import since
 
 
 class Checkpointed(nn.Module):
@@ -78,6 +79,7 @@ def test_copies_of_the_model_do_not_feed_its_statistics():
     assert_same(model, state(whole), 1e-12)
 
 
+@since("2.5", "graphs through our hooks")
 def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
     def make():
         torch.manual_seed(3)
@@ -116,6 +118,7 @@ def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
     assert graphs_of(pooled) == graphs_of(alone)
 
 
+@since("2.5", "compiled parts under checkpointing")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
     torch.compiler.reset()
@@ -130,6 +133,7 @@ def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
     assert_same(layer, state(whole), 1e-12)
 
 
+@since("2.5", "a layer of a compiled graph used twice")
 def test_a_layer_used_twice_in_a_compiled_graph_counts_twice():
     torch.compiler.reset()
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)

@@ -10,6 +10,7 @@ Choices made here:
 - Before anything is loaded, all that tells one training from another is compared, and all that differs is named.
 """
 
+import codecs
 import io
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ __all__ = [
 
 SCHEMA = 1
 
+torch.serialization.add_safe_globals([complex, codecs.encode])  # torch 2.4 refuses complex numbers and bytes
 _AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 

@@ -154,5 +154,8 @@ def _one_line(reason: Any) -> str:
 
 
 def _gave_up() -> str:
-    limit = getattr(torch._dynamo.config, "recompile_limit", None)
-    return f"torch compiled them as often as it may (recompile_limit {limit})" if limit else "torch gave up on them"
+    for name in ("recompile_limit", "cache_size_limit"):  # the second before torch 2.6
+        limit = getattr(torch._dynamo.config, name, None)
+        if limit:
+            return f"torch compiled them as often as it may ({name} {limit})"
+    return "torch gave up on them"

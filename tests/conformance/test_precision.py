@@ -6,6 +6,7 @@ from torch import nn
 
 from tests.conformance.models import Named, classifier, seeded, vectors
 from tests.conformance.problems import Problem
+from tests.versions import since
 
 
 @pytest.mark.case(15, "fp16 loss scale: constant in a window, unscaled and clipped once")
@@ -43,6 +44,7 @@ def one_by_one(problem):
     return totals
 
 
+@since("2.6", "the squared error of bf16 on the CPU")
 @pytest.mark.case(17, "bf16 parameters, against a sum in float64 (at most 0.4%: one rounding to bf16)")
 @pytest.mark.parametrize("k", [4, 64, 1024])
 def test_bf16_gradients_are_not_summed_in_bf16(trainer, figures, k):
