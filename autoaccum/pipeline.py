@@ -24,7 +24,7 @@ from autoaccum.probing.isolate import Killed, run_in_child
 from autoaccum.probing.journal import Journal, cache_folder
 from autoaccum.probing.ladder import Tried, climb, told
 from autoaccum.probing.probe import Question, run_probe
-from autoaccum.probing.report import KILLED, ProbeReport, Trial
+from autoaccum.probing.report import KILLED, OVER_BUDGET, ProbeReport, Trial
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.recover import WindowStart
@@ -364,6 +364,8 @@ def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
             "out of memory": f"{report.limit + 1} ran out of memory",
             "cap": "nothing larger was looked for",
         }
+        if any(trial.batch == report.limit + 1 and trial.outcome == OVER_BUDGET for trial in report.trials):
+            proof["forecast"] = f"a step at {report.limit + 1} went over the budget"
         which = "of the longest samples seen fit" if report.by_length else "samples fit"
         reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof or 'cap']}"
     return reasons

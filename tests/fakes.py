@@ -43,6 +43,10 @@ class FakeMachine:
     def suffers(self) -> bool:
         return self.hard
 
+    @property
+    def fixed(self) -> int:
+        return round(min(level(0) for level in self.levels))
+
     def peak(self, size: int) -> int:
         return round(max(level(size) for level in self.levels))
 

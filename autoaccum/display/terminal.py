@@ -269,8 +269,13 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
 
 def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
     limit, proof = report.get("limit"), report.get("limit_proof")
+    trials = report.get("trials") or ()
     if limit is None:
-        return "the target needs no larger size"
+        fit_all = all(trial["outcome"] == "fits" for trial in trials)
+        return "the target needs no larger size" if fit_all else "it is not known which larger sizes fit"
+    for trial in trials:
+        if trial["batch"] == limit + 1 and trial["outcome"] == "over budget":
+            return f"a step at {limit + 1} took {format_bytes(trial['reserved_bytes'] or trial['peak_bytes'])}"
     if proof == "forecast":
         over = dict(curve).get(limit + 1)
         return f"at {limit + 1} the forecast is {'over the budget' if over is None else format_bytes(over)}"

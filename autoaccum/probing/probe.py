@@ -19,7 +19,7 @@ from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.report import ProbeReport, Trial
-from autoaccum.probing.search import Answer, find
+from autoaccum.probing.search import SAME_PEAK, Answer, find
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
@@ -294,9 +294,21 @@ def _report(
         notes.append(FROM_CACHE)
     else:
         forecaster = answer.forecast.whole if isinstance(answer.forecast, Counted) else None
+    residual = None if forecaster is None else forecaster.residual
     if forecaster is None:
-        notes.append("the traces did not line up, so sizes were searched for by running them")
-    elif isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
+        alone = sum(trial.kind == "trace" and trial.fits for trial in bench.trials) == 1
+        why = "no second trace would surely have fitted" if alone else "the traces did not line up"
+        notes.append(f"{why}, so sizes were searched for by running them")
+    else:
+        off = _farthest(forecaster, bench.trials)
+        if off is not None and off[0] > max(SAME_PEAK, 2 * (residual or 0.0)):
+            residual, trial = off
+            notes.append(
+                f"a step at {trial.batch} took {format_bytes(trial.peak_bytes or 0)}, where "
+                f"{format_bytes(forecaster.peak(trial.batch, trial.length))} were forecast: kernels change with the "
+                "size, so that sizes that were not run may take more or less than is told"
+            )
+    if isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
         notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
     micro_batch = fastest(throughput) if throughput else answer.micro_batch
     return ProbeReport(
@@ -307,7 +319,7 @@ def _report(
         budget_reason=bench.budget_reason,
         device=device.name,
         trials=tuple(bench.trials),
-        residual=None if forecaster is None else forecaster.residual,
+        residual=residual,
         parts=bench.parts(micro_batch, forecaster),
         notes=tuple(notes),
         throughput=throughput,
@@ -315,6 +327,16 @@ def _report(
         device_type=device.type,
         forecaster=forecaster,
     )
+
+
+def _farthest(forecaster: Forecast | Lines, trials: Sequence[Trial]) -> tuple[float, Trial] | None:
+    """The step that the forecast missed by most, with the relative error; None where none was measured."""
+    off = [
+        (abs(forecaster.peak(trial.batch, trial.length) / trial.peak_bytes - 1.0), trial)
+        for trial in trials
+        if trial.peak_bytes and trial.kind != "trace"
+    ]
+    return max(off, key=lambda pair: pair[0], default=None)
 
 
 def as_lines(forecast: Forecast | OverLengths, trials: Sequence[Trial]) -> Lines:

@@ -108,8 +108,8 @@ class ProbeReport:
 
         if self.forecaster is None:
             raise ProbeError(
-                "this report has no forecast: the answer came from the cache, a given micro-batch or plain search; "
-                "probe again with cache=False"
+                "this report has no forecast: sizes were run until one did not fit, or the answer came from the cache "
+                "(cache=False probes anew)"
             )
         return self.forecaster.peak(batch, length)
 

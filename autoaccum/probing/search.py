@@ -14,7 +14,7 @@ from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.probing.bracket import Bracket
 from autoaccum.probing.report import Trial
 
-__all__ = ["Answer", "Forecaster", "Machine", "find"]
+__all__ = ["SAME_PEAK", "Answer", "Forecaster", "Machine", "find"]
 
 # The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
 # step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
@@ -60,6 +60,10 @@ class Machine(Protocol):
     @property
     def traces_all(self) -> bool:
         """Whether every step is traced, in the bytes that the budget counts: all that ran then helps to forecast."""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that a step has in use whatever its size, by what has run."""
 
     @property
     def trials(self) -> Sequence[Trial]:
@@ -139,6 +143,8 @@ class _Search:
                 return self._answer()
             self._runs += 1
             self._try(size, "verify" if self._forecast is not None else "search")
+            if self._forecast is None and self._machine.traces_all:
+                self._look_again()
         if self._bracket.low == 0:
             raise ProbeError(
                 f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; "
@@ -166,6 +172,13 @@ class _Search:
             if self._forecast is not None and self._forecast.residual is not None:
                 return
 
+    def _look_again(self) -> None:
+        """Where each step is traced, the larger ones may line up though the small ones did not."""
+        self._forecast = self._machine.forecast()
+        if self._forecast is not None:
+            largest = max(self._bracket.peaks)
+            self._anchor = (largest, self._bracket.peaks[largest])
+
     def _still_holds(self, size: int) -> bool:
         trial = self._machine.trials[-1]
         if self._known is None or trial.batch != size or trial.peak_bytes is None:
@@ -186,9 +199,11 @@ class _Search:
         return third if run[-1] < third < self._bracket.high else None
 
     def _bound(self, size: int) -> int:
-        """An upper bound on the peak: memory that does not shrink with the batch grows at most in proportion to it."""
+        """An upper bound on the peak: what is not there whatever the size grows at most in proportion to it."""
         largest = max(self._bracket.peaks)
-        return self._bracket.peaks[largest] * size // largest
+        peak = self._bracket.peaks[largest]
+        fixed = min(self._machine.fixed, peak)
+        return fixed + -(-(peak - fixed) * size // largest)
 
     # --- the size wanted
 
@@ -290,9 +305,18 @@ class _Search:
         if self._forecast is None:
             limit = bracket.low if self._exact or bracket.closed else None
             return Answer(self._sure(bracket.high - 1), limit, None if limit is None else self._proof(limit), None)
+        if self._refuted() and not self._exact and not bracket.closed:
+            return Answer(self._sure(bracket.low), None, None, self._forecast)
         reached = self._limit(self._reach if self._last_high is None else bracket.high - 1)
         limit = bracket.low if self._exact else max(reached, bracket.low)
         return Answer(self._sure(limit), limit, self._proof(limit), self._forecast)
+
+    def _refuted(self) -> bool:
+        """Whether the forecast would let a size fit that was measured and does not: it tells nothing up to there."""
+        high = self._last_high
+        if high is None or high.peak_bytes is None or high.batch != self._bracket.high:
+            return False
+        return self._scaled(high.batch) <= self._machine.budget
 
     def _sure(self, limit: int) -> int:
         """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
+from autoaccum.data import tree
+from autoaccum.data.pool import LOOKED_AT
 from autoaccum.data.source import Source
+from autoaccum.errors import DataError, ProbeError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory
@@ -27,6 +30,7 @@ from autoaccum.probing.process import ProcessNeeds
 from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
+from autoaccum.window.record import StepRecord
 
 __all__ = ["Bench", "Counted"]
 
@@ -61,9 +65,13 @@ class Bench:
         self._killed = cache(journal.killed_sizes)
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), self.held)
+        self._copies: list[torch.Tensor] = []
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
+        accumulator.rehearses = True  # a step that is left out would take no memory: nor would its optimizer's state
+        if accumulator.precision.scaler.is_enabled():  # at its usual start, 65536, the first steps overflow
+            accumulator.precision.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
 
@@ -95,6 +103,14 @@ class Bench:
     def held(self) -> int:
         """Bytes that the training holds between two steps."""
         return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that a step has in use whatever its size: what the training holds, and the gradients."""
+        return self.held() + self._gradients()
+
+    def _gradients(self) -> int:
+        return sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._used or ())
 
     def other(self) -> int:
         """Bytes of this process on an accelerator that are no part of the training."""
@@ -147,9 +163,9 @@ class Bench:
 
     def parts(self, size: int, forecast: Forecast | Lines | OverLengths | None) -> dict[str, int]:
         """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
-        held, side = self.resident[max(self.resident)], self._accumulator.gradient_dtype
+        held = self.resident[max(self.resident)]
         parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
-        parts["gradients"] += sum(p.numel() * side(p).itemsize for p in self._used or ())
+        parts["gradients"] += self._gradients()
         if held.get("other"):
             parts["other"] = held["other"]
         peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
@@ -169,7 +185,7 @@ class Bench:
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
         self._process.step_begins()
-        batch = self._source.trial(size, length)
+        batch = self._batch(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
         retries = self._device.retries()
@@ -195,7 +211,7 @@ class Bench:
 
     def time(self, size: int) -> float:
         """Samples per second of one micro-batch at `size`, which has fitted before; nothing is recorded."""
-        batch = self._source.trial(size)
+        batch = self._batch(size)
         self._journal.start(size, "throughput")
         self._device.synchronize()
         started = time.perf_counter()
@@ -212,6 +228,8 @@ class Bench:
         counted = not self.traces_all and kind != "trace"
         if self._used is None:
             self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
+            if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
+                self._copies = [buffer.detach().clone() for buffer in accumulator.model.buffers()]
         if counted:
             self._device.drop_cache()  # of other sizes, which a training at this one would not have in its way
             self._device.reset_peak()
@@ -226,7 +244,7 @@ class Bench:
             self._allocate_gradients()
             accumulator.on_phase = recording.mark
             accumulator.run([batch])
-            accumulator.finish()
+            self._stepped(accumulator.finish())
         accumulator.on_phase = ignore
         trace = recording.trace
         self.traces[shape], self.resident[shape] = trace, held
@@ -243,7 +261,32 @@ class Bench:
             # Sparse gradients are not made beforehand: torch would turn them dense.
             found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
             self._used = [parameter for parameter, g in found if g is not None and not g.is_sparse]
-        accumulator.finish()
+        self._stepped(accumulator.finish())
+
+    def _batch(self, size: int, length: int | None = None) -> Any:
+        """Samples of which some have a target that counts: others would be run without a gradient.
+
+        Raises:
+            DataError: there are none among those looked at.
+        """
+        batch = self._source.trial(size, length)
+        if self._accumulator.counts(batch):
+            return batch
+        sizes = [size] * max(LOOKED_AT // size, 2)
+        for piece in tree.split(self._source.trial(sum(sizes), length), sizes):
+            if self._accumulator.counts(piece):
+                return tree.map_tensors(torch.clone, piece)  # a view would hold all of them
+        raise DataError(
+            f"every target of the {sum(sizes)} samples looked at is ignored, so that a trial step has no gradient: "
+            "look at the labels, or give worst_case= a batch whose targets count"
+        )
+
+    def _stepped(self, record: StepRecord) -> None:
+        if record.skipped is not None:
+            raise ProbeError(
+                f"a trial step was left out, and its memory cannot be known: {record.skipped}; give micro_batch= a "
+                "size, or another precision="
+            )
 
     def _allocate_gradients(self) -> None:
         for parameter in self._used or ():

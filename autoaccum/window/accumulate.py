@@ -68,7 +68,10 @@ class Accumulator:
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """Prepares hooks and buffers; nothing is trained. A trace learns the phases through `on_phase`.
+        """Prepares hooks and buffers; nothing is trained.
+
+        A trace learns the phases through `on_phase`. One that `rehearses` steps whatever the loss is: it is there for
+        the memory that a step takes.
 
         Args:
             model: what is trained, on `device` already.
@@ -115,6 +118,7 @@ class Accumulator:
         self._ledger: Ledger | None = None
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
+        self.rehearses = False
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -142,11 +146,11 @@ class Accumulator:
                         f"backward was called {ledger.done - before} times for one micro-batch: "
                         "call accumulator.backward(loss) exactly once for each"
                     )
+            self.finish()
             finished = True
         finally:
-            if not finished:  # left early: part of a window is no step
+            if not finished:  # left early, or no step was taken: part of a window is no step
                 self.discard()
-        self.finish()
 
     def backward(self, loss: Tensor | Mean, denominator: float | Tensor | None = None) -> None:
         """Adds one micro-batch's gradient.
@@ -206,6 +210,7 @@ class Accumulator:
         parts = ledger.parts(terms)
         if parts:
             self.on_phase("backward")
+            self.precision.forget_casts()
             with self.precision.outside():
                 self._backward(parts)
             self._side.collect()
@@ -232,15 +237,17 @@ class Accumulator:
         loss, correction = ledger.close(self.ranks)
         lr = float(self.optimizer.param_groups[0]["lr"])
         norm: float | None = None
+        skipped: str | None = None
         if correction == 0:
-            skipped: str | None = "every target of the window is ignored: its denominator is 0"
+            skipped = "every target of the window is ignored: its denominator is 0"
         elif not math.isfinite(loss):
             skipped = self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
-        else:
+        if skipped is None:
             norm, skipped = self._update(correction)
         self.step += skipped is None
         self.skipped_windows += skipped is not None
-        self._statistics.commit(self.ranks)
+        if self._statistics.is_open:
+            self._statistics.commit(self.ranks)
         self._zero()
         self._ledger = None
         seconds = time.perf_counter() - ledger.started
@@ -259,6 +266,11 @@ class Accumulator:
             skipped=skipped,
         )
         return self.last
+
+    def counts(self, batch: Any) -> bool:
+        """Whether a target in the batch counts, as far as that is known before its step."""
+        denominators = None if self._objective is None else self._objective.window_denominators([batch])
+        return denominators is None or any(denominators[0].values())
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -296,7 +308,7 @@ class Accumulator:
         self._sum_over_ranks()
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
-        gradients = [g for g in map(self._side.gradient, self._parameters) if g is not None]
+        gradients = self._gradients()
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
@@ -309,7 +321,9 @@ class Accumulator:
                 clip_by_norm(gradients, measured, self._clip_norm)
             norm = float(measured)
             if not math.isfinite(norm) and not scaler.is_enabled():
-                return norm, self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
+                skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
+                if skipped is not None:
+                    return norm, skipped
         self._side.give_back()
         scale = scaler.get_scale()
         scaler.step(self.optimizer)
@@ -320,14 +334,23 @@ class Accumulator:
             self.scheduler.step()
         return norm, None
 
-    def _nonfinite(self, what: str) -> str:
+    def _nonfinite(self, what: str) -> str | None:
+        """Why nothing is stepped; None in a rehearsal, which steps all the same, with gradients of 0."""
+        if self.rehearses:
+            for gradient in self._gradients():
+                (gradient._values() if gradient.is_sparse else gradient).zero_()
+            return None
         if self._on_nonfinite == "skip":
+            self._statistics.discard()  # they would stay what the samples made of them, NaN for instance
             return what
         self.discard()
         raise LossError(
             f"{what}, and no step was taken: lower the learning rate, look at the data of this window, "
             'or pass on_nonfinite="skip" to leave such windows out'
         )
+
+    def _gradients(self) -> list[Tensor]:
+        return [g for g in map(self._side.gradient, self._parameters) if g is not None]
 
     def _sum_over_ranks(self) -> None:
         if self.ranks.size == 1:

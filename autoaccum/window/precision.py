@@ -54,6 +54,11 @@ class Precision:
             return _NOTHING
         return torch.autocast(self._device_type, dtype=self._dtype)
 
+    def forget_casts(self) -> None:
+        """Lets the weights' 16-bit copies go: where the caller's autocast is still on, it would keep them all."""
+        if self._dtype is not None:
+            torch.clear_autocast_cache()
+
     def outside(self) -> AbstractContextManager[Any]:
         """The backward pass runs inside this: autocast off, as torch asks."""
         if self._dtype is None:
