@@ -84,6 +84,7 @@ def probe(
     cache: bool = True,
     compile: bool = False,
     ladder: str | bool | None = None,
+    on_nonfinite: str = "raise",
     seed: int | None = None,
     callbacks: Iterable[Listener] = (),
 ) -> ProbeReport:
@@ -109,7 +110,7 @@ def probe(
         events = Events(listed("callbacks", callbacks))
         _run_as_asked(parts, compile, ladder, events)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-                        clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
+                        clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
         if target_batch is None:
             return report
         made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
@@ -275,7 +276,7 @@ def prepare(
     if given is None and micro_batch is None:
         question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-                        clip_norm=clip_norm, batch_norm=batch_norm)  # fmt: skip
+                        clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
     if given is None:
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip

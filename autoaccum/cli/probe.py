@@ -23,7 +23,7 @@ __all__ = ["probe"]
 @takes(
     "target_batch", "memory", "device", "precision", "accumulate", "reduction", "optimizer", "lr", "lr_batch",
     "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "isolate", "cache", "compile",
-    "ladder", "seed",
+    "ladder", "on_nonfinite", "seed",
 )  # fmt: skip
 @click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")

@@ -12,8 +12,19 @@ from typing import Any, NamedTuple
 from autoaccum.data.draws import mix, seed_sample
 from autoaccum.data.lengths import ByLength, Padding, cut
 from autoaccum.errors import DataError
+from autoaccum.memory.oom import Verdict, out_of_memory
 
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
+
+
+_FOR_WANT_OF_MEMORY = (
+    "the host's memory ran out, in which all samples of a step wait: lower target_batch, or keep samples in a smaller "
+    "format (uint8 images) until they are on the device"
+)
+_PAD = (
+    "give a DataLoader with a collate_fn that pads them (a list is read as a dataset of samples; tensors that belong "
+    "together go into a tuple or a dict)"
+)
 
 
 class Ask(NamedTuple):
@@ -99,9 +110,11 @@ class Fetcher:
                     seed_sample(seed)
                     samples.append(dataset[index])
         except Exception as error:
+            scarce = out_of_memory(error) is Verdict.SURELY
+            remedy = _FOR_WANT_OF_MEMORY if scarce else "repair it, or leave its index out with a Subset"
             raise DataError(
                 f"sample {indices[len(samples)]!r} of the dataset ({type(dataset).__name__}) could not be read: "
-                f"{type(error).__name__}: {error}; repair it, or leave its index out with a Subset"
+                f"{type(error).__name__}: {error}; {remedy}"
             ) from error
         return samples
 
@@ -116,10 +129,9 @@ class Fetcher:
         except Exception as error:
             which = f"samples {', '.join(map(repr, indices[:8]))}" if indices else f"{len(samples)} samples"
             which += ", ..." if indices and len(indices) > 8 else ""
+            remedy = _FOR_WANT_OF_MEMORY if out_of_memory(error) is Verdict.SURELY else _PAD
             raise DataError(
-                f"{which} could not be made into one batch: {type(error).__name__}: {error}; give a DataLoader with a "
-                "collate_fn that pads them (a list is read as a dataset of samples; tensors that belong together go "
-                "into a tuple or a dict)"
+                f"{which} could not be made into one batch: {type(error).__name__}: {error}; {remedy}"
             ) from error
 
     def _asked_for(self, ask: Ask) -> list[Any]:

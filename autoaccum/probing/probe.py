@@ -101,11 +101,12 @@ def run_probe(
                     f"needs, since BatchNorm needs two values a channel: give max_batch={floor} or more, or the model "
                     "a layer without that minimum (GroupNorm for BatchNorm)"
                 )
+            budget = _less_the_window(budget, source, device, question)
             bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth)
             try:
                 report = _look(bench, source, device, question, floor, cache)
                 for _ in range(MOST_LOOKS - 1):
-                    left = _less_by_now(bench, report, device, question)
+                    left = _less_by_now(bench, report, source, device, question)
                     if left is None:
                         break
                     budget, before = left, bench.lower(left)
@@ -137,11 +138,24 @@ def _look(
     return report
 
 
-def _less_by_now(bench: Bench, report: ProbeReport, device: Device, question: Question) -> Budget | None:
+def _less_the_window(budget: Budget, source: Source, device: Device, question: Question) -> Budget:
+    """What is left on the CPU where all samples of a step wait, in the very memory that its micro-batches take."""
+    if device.type != "cpu" or budget.kind == "torch" or question.share is None:
+        return budget
+    share = min(question.share, source.length or question.share)
+    waiting = share * tree.nbytes(source.trial(1))
+    what = f"{format_bytes(waiting)} less for the {share} samples of a step (target_batch), which wait there"
+    return replace(budget, bytes=max(0, budget.bytes - waiting), reason=f"{budget.reason}; {what}")
+
+
+def _less_by_now(
+    bench: Bench, report: ProbeReport, source: Source, device: Device, question: Question
+) -> Budget | None:
     """The budget as it is now, where others took so much meanwhile that the answer no longer fits in it."""
     if question.memory is not None or not bench.shared:
         return None
     now = device.budget(held=bench.held(), headroom=device.headroom())
+    now = _less_the_window(now, source, device, question)
     return None if bench.measured(report.micro_batch) <= now.bytes * (1.0 + UNSTEADY) else now
 
 

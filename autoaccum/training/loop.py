@@ -236,6 +236,7 @@ class TrainingLoop:
                 own, padded, unsorted = window.padding
                 record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
             self._left = self._boundary = None
+            window.batches.clear()  # the next window is read while its reader still holds this one
             self._window_index += 1
             self.history.append(record)
             self._tell_record(record)

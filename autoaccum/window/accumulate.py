@@ -70,8 +70,8 @@ class Accumulator:
     ) -> None:
         """Prepares hooks and buffers; nothing is trained.
 
-        A trace learns the phases through `on_phase`. One that `rehearses` steps whatever the loss is: it is there for
-        the memory that a step takes.
+        A trace learns the phases through `on_phase`. One that `rehearses` leaves no window out for its loss: it is
+        there for the memory that a step takes.
 
         Args:
             model: what is trained, on `device` already.
@@ -335,12 +335,12 @@ class Accumulator:
         return norm, None
 
     def _nonfinite(self, what: str) -> str | None:
-        """Why nothing is stepped; None in a rehearsal, which steps all the same, with gradients of 0."""
-        if self.rehearses:
-            for gradient in self._gradients():
-                (gradient._values() if gradient.is_sparse else gradient).zero_()
-            return None
+        """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then."""
         if self._on_nonfinite == "skip":
+            if self.rehearses:
+                for gradient in self._gradients():
+                    (gradient._values() if gradient.is_sparse else gradient).zero_()
+                return None
             self._statistics.discard()  # they would stay what the samples made of them, NaN for instance
             return what
         self.discard()
