@@ -653,3 +653,15 @@ def test_sparse_tensors_are_data_too(shuffle):
         for rows, label in window.batches:
             assert torch.equal(rows.to_dense().argmax(1), label)
     assert [window.sizes for window in found] == [(2, 2), (2, 2), (2,)]
+
+
+def test_a_want_of_memory_while_samples_are_read_is_called_one():
+    class Huge(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return torch.empty(2**60)
+
+    with pytest.raises(DataError, match="the host's memory ran out, in which all samples of a step wait: lower"):
+        next(windows(open_source(Huge()), lambda: plan(2, 4), 0))

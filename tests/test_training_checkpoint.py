@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import autoaccum
 from autoaccum.errors import CheckpointError, DataError, SetupError
 from autoaccum.training.checkpoint import Checkpoints, Entry
 from autoaccum.training.events import TrainingWarning
+from autoaccum.training.locks import FolderLock
 from tests.torture import kills
 
 X = torch.randn(52, 6, generator=torch.Generator().manual_seed(0))
@@ -621,6 +623,26 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
         process.communicate("")
     loop.run()
     assert names(tmp_path)
+
+
+def test_a_killed_trainings_workers_do_not_keep_its_folder(tmp_path):
+    """They live on for seconds, and a supervisor starts the training again at once."""
+    code = HOLDER.replace(
+        "sys.stdin.read()", "import os, time\nif worker := os.fork(): print(worker, flush=True)\ntime.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    worker = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    try:
+        os.kill(worker, 0)  # is still there
+        assert FolderLock(tmp_path, "run").holder() is None
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_a_second_loop_of_this_process_may_follow_in_the_same_folder(tmp_path):

@@ -3,11 +3,12 @@
 import signal
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autoaccum
 from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError
@@ -415,3 +416,29 @@ def test_the_wait_for_the_samples_counts_in_a_windows_time():
     for record in loop:
         assert record.seconds >= 8 * 0.01
         assert record.samples_per_second == pytest.approx(8 / record.seconds)
+
+
+def test_a_window_is_let_go_before_the_next_is_read():
+    """In memory that is short, the samples of two windows would be one too many."""
+    alive, most = weakref.WeakSet(), []
+
+    class Watched(Dataset):
+        def __len__(self):
+            return 32
+
+        def __getitem__(self, index):
+            sample = torch.randn(4)
+            most.append(len(alive))
+            return sample, index % 2
+
+    def collated(samples):
+        inputs = torch.stack([sample for sample, _ in samples])
+        alive.add(inputs)
+        return inputs, torch.tensor([label for _, label in samples])
+
+    data = DataLoader(Watched(), batch_size=8, collate_fn=collated)
+    loop = autoaccum.prepare(nn.Linear(4, 2), data, target_batch=8, loss=nn.CrossEntropyLoss(), micro_batch=2,
+                             check=False, progress=False)  # fmt: skip
+    most.clear()
+    loop.run()
+    assert max(most) == 3  # the micro-batches of one window that were read before its last

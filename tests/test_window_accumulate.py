@@ -392,3 +392,59 @@ def test_a_number_is_no_plan():
     model = net()
     with pytest.raises(SetupError, match="plan=8.* a Plan, as autoaccum.plan"):
         Accumulator(model, sgd(model), 8)
+
+
+def test_a_window_that_is_left_out_leaves_no_trace_in_batch_norm():
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4))
+    accumulator = Accumulator(model, sgd(model), plan(limit=4, target_batch=8), on_nonfinite="skip")
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(8, 5)
+    x[3, 2] = float("nan")
+    for inputs, targets in accumulator.window((x, torch.zeros(8, dtype=torch.long))):
+        accumulator.backward(F.cross_entropy(model(inputs), targets))
+    assert accumulator.last.skipped is not None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_error_inside_the_step_closes_the_window():
+    model = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4))
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=1)
+    accumulator = Accumulator(model, optimizer, plan(limit=4, target_batch=8), scheduler=scheduler)
+    momentum = model[0].momentum
+
+    def window():
+        for inputs, targets in accumulator.window((torch.randn(8, 5), torch.zeros(8, dtype=torch.long))):
+            accumulator.backward(F.cross_entropy(model(inputs), targets))
+
+    window()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Tried to step"):
+            window()
+        assert model[0].momentum == momentum
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_own_loop_takes_no_more_memory_under_autocast_than_a_trial():
+    from autoaccum.memory.device import open_device
+    from autoaccum.memory.trace import record
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(9)])
+    data = torch.randn(16, 256), torch.zeros(16, dtype=torch.long)
+    loss = nn.CrossEntropyLoss()
+
+    def peak(objective):
+        accumulator = Accumulator(model, sgd(model), plan(8, 16), objective=objective, precision="bf16")
+        with record(open_device("cpu")) as recording:
+            if objective is None:
+                for inputs, targets in accumulator.window(data):
+                    accumulator.backward(loss(model(inputs), targets))
+            else:
+                accumulator.open(tree.split(data, [8, 8]))
+                accumulator.run(tree.split(data, [8, 8]))
+                accumulator.finish()
+        accumulator.close()
+        return recording.trace.peak
+
+    assert peak(None) <= 1.02 * peak(Objective(model, loss=loss))

@@ -1,9 +1,13 @@
-"""A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder."""
+"""A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder.
+
+It is the holder's alone: a process that the holder forks does not have it.
+"""
 
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import IO
+from weakref import WeakSet
 
 __all__ = ["FolderLock"]
 
@@ -11,6 +15,19 @@ try:
     import fcntl
 except ImportError:  # Windows: there the ledger's rules alone keep the workers apart
     fcntl = None  # type: ignore[assignment]
+
+
+_held: "WeakSet[FolderLock]" = WeakSet()
+
+
+def _let_go() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # A data loader's workers outlive a killed training by seconds, and would keep its lock from the one that goes on.
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class FolderLock:
@@ -56,6 +73,7 @@ class FolderLock:
             file.close()
             raise
         self._file = file
+        _held.add(self)
 
     def release(self) -> None:
         """Lets go; nothing where it is not held."""
