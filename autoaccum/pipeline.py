@@ -334,9 +334,10 @@ def _floor(parts: Parts) -> int:
     start.mark()
     TrainingMode(parts.model).on()
     try:
-        with torch.no_grad(), parts.precision.autocast(), parts.running(compiled=False, alone=True):
+        # With gradients on: a model may ask for some inside its forward, as force fields do.
+        with parts.precision.autocast(), parts.running(compiled=False, alone=True):
             parts.objective.forward(tree.move(parts.source.trial(1), device))
-    except (ValueError, torch.jit.Error) as error:
+    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
         if not needs_two(error):
             raise
         return 2
