@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from autoaccum.errors import SetupError
-from autoaccum.training.schedule import build_schedule
+from autoaccum.training.schedule import build_schedule, schedule_name
 
 
 def sgd(lr=0.5):
@@ -155,3 +155,13 @@ def test_a_schedule_with_rates_of_its_own_is_told_of_in_one_line(build, used):
 @pytest.mark.parametrize("lr", [0.4, lambda: torch.tensor(0.4)], ids=["number", "tensor"])
 def test_a_schedule_that_counts_from_the_plans_rate_is_not_told_of(build, lr):
     assert told_of(build, sgd(lr=lr() if callable(lr) else lr)) == []
+
+
+def test_a_schedule_is_named_with_its_parts():
+    optimizer = sgd()
+    steps = lr_scheduler.StepLR(optimizer, 2)
+    nested = lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.LinearLR(optimizer), lr_scheduler.ChainedScheduler([steps])], [2]
+    )
+    assert schedule_name(nested) == "SequentialLR(LinearLR, ChainedScheduler(StepLR))"
+    assert schedule_name(None) is None

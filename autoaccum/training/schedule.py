@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 from autoaccum.errors import SetupError
 from autoaccum.planning.learning_rate import number
 
-__all__ = ["build_schedule"]
+__all__ = ["build_schedule", "schedule_name"]
 
 _RATES = ("lr", "initial_lr", "max_lr")  # of a group, that building a schedule may write
 
@@ -53,6 +53,14 @@ def build_schedule(
             f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps"
         )
     return LambdaLR(optimizer, _factor(schedule, warmup_steps, total_steps or 0))
+
+
+def schedule_name(scheduler: Any) -> str | None:
+    """Its class, with those of the schedulers it is made of, in order; None where the rate never changes."""
+    if scheduler is None:
+        return None
+    inner = ", ".join(str(schedule_name(each)) for each in getattr(scheduler, "_schedulers", ()))
+    return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
 
 
 def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell: Callable[[str], None]) -> Any:
