@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoaccum.assembly import Parts
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
+from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
 from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
@@ -32,6 +33,7 @@ from autoaccum.training.state import gathered
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.compiled import Compiled
+from autoaccum.window.counting import holds_indices
 from autoaccum.window.ladder import RUNGS, obstacle
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.padding import padding_error
@@ -77,10 +79,20 @@ def verified(parts: Parts, most: int = 8) -> VerifyReport:
         return verify_gradient(
             parts.model,
             parts.objective,
-            parts.source.trial(size),
+            _looked_at(parts, size),
             device=parts.device.torch_device,
             precision=parts.precision.name,
+            most=size,
         )
+
+
+def _looked_at(parts: Parts, size: int) -> Any:
+    """What the check chooses its samples from: more of them where their labels may count unequally, and are small."""
+    few = parts.source.trial(size)
+    if not holds_indices(parts.objective.targets(few)):
+        return few
+    room = min(LOOKED_AT, KEPT_BYTES * size // max(1, tree.nbytes(few)), parts.source.length or LOOKED_AT)
+    return parts.source.trial(room) if room > size else few
 
 
 def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> VerifyReport | None:

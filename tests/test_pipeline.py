@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.assembly import assemble
-from autoaccum.pipeline import planned
+from autoaccum.pipeline import _looked_at, planned
 from tests.norms import Force
 
+LOSS = nn.CrossEntropyLoss()
 DATA = torch.randn(32, 5), torch.randn(32, 5)
 
 
@@ -40,3 +42,40 @@ def test_other_errors_of_the_models_come_out_as_they_are():
 
     with pytest.raises(RuntimeError, match="^of the model's own$"):
         autoaccum.prepare(Broken(), DATA, loss=nn.MSELoss(), target_batch=16, micro_batch=8, device="cpu")
+
+
+# --- the samples that the gradient check is given ---
+
+
+def of_those_that_count(outputs, labels):
+    """A mean whose denominator is not declared: right only where no label is ignored."""
+    return F.cross_entropy(outputs[labels != -100], labels[labels != -100])
+
+
+def labelled(ignored, seed=0):
+    chance = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (400,), generator=chance)
+    labels[torch.rand(400, generator=chance) < ignored] = -100
+    return torch.randn(400, 5, generator=chance), labels
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_few_ignored_labels_are_among_the_samples_checked(seed):
+    """One in twenty: of eight samples, two times in three none is ignored."""
+    data = labelled(0.05, seed)
+    assert not autoaccum.verify(nn.Linear(5, 4), data, loss=of_those_that_count, device="cpu").ok
+    assert autoaccum.verify(nn.Linear(5, 4), data, loss=nn.CrossEntropyLoss(), device="cpu").ok
+
+
+def test_labels_that_all_count_pass_without_a_caveat():
+    report = autoaccum.verify(nn.Linear(5, 4), labelled(0), loss=of_those_that_count, device="cpu")
+    assert report.ok
+    assert not report.untried
+
+
+@pytest.mark.parametrize(("width", "targets", "want"), [(5, 4, 64), (2**22, 4, 15), (5, None, 8)])
+def test_more_samples_are_looked_at_where_labels_may_count_unequally_and_samples_are_small(width, targets, want):
+    """Samples of 16 MiB: 16 of them are 256 MiB."""
+    labels = torch.randn(400) if targets is None else torch.arange(400) % targets
+    parts = assemble(nn.Linear(5, 4), (torch.zeros(1).expand(400, width), labels), loss=LOSS, device="cpu")
+    assert len(_looked_at(parts, 8)[1]) == want
