@@ -288,8 +288,12 @@ def prepare(
         parts.compiled.single = given.micro_batch <= 1
     total = total_steps(given, parts.source.length, epochs, max_steps)
     scheduler = scheduled(
-        parts.optimizer, build_schedule(schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total)
-    )
+        parts.optimizer,
+        build_schedule(
+            schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total,
+            tell=events.warn if given.lr_scale != 1 else lambda text: events.tell(Noted(text)),
+        ),
+    )  # fmt: skip
     accumulator = Accumulator(
         parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler,
         precision=parts.asked_precision,

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoaccum.assembly import Parts
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
+from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
 from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
@@ -32,6 +33,7 @@ from autoaccum.training.state import gathered
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.compiled import Compiled
+from autoaccum.window.counting import holds_indices
 from autoaccum.window.ladder import RUNGS, obstacle
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.padding import padding_error
@@ -77,10 +79,20 @@ def verified(parts: Parts, most: int = 8) -> VerifyReport:
         return verify_gradient(
             parts.model,
             parts.objective,
-            parts.source.trial(size),
+            _looked_at(parts, size),
             device=parts.device.torch_device,
             precision=parts.precision.name,
+            most=size,
         )
+
+
+def _looked_at(parts: Parts, size: int) -> Any:
+    """What the check chooses its samples from: more of them where their labels may count unequally, and are small."""
+    few = parts.source.trial(size)
+    if not holds_indices(parts.objective.targets(few)):
+        return few
+    room = min(LOOKED_AT, KEPT_BYTES * size // max(1, tree.nbytes(few)), parts.source.length or LOOKED_AT)
+    return parts.source.trial(room) if room > size else few
 
 
 def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> VerifyReport | None:
@@ -334,9 +346,10 @@ def _floor(parts: Parts) -> int:
     start.mark()
     TrainingMode(parts.model).on()
     try:
-        with torch.no_grad(), parts.precision.autocast(), parts.running(compiled=False, alone=True):
+        # With gradients on: a model may ask for some inside its forward, as force fields do.
+        with parts.precision.autocast(), parts.running(compiled=False, alone=True):
             parts.objective.forward(tree.move(parts.source.trial(1), device))
-    except (ValueError, torch.jit.Error) as error:
+    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
         if not needs_two(error):
             raise
         return 2

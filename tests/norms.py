@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 SIZES = (5, 4, 4)  # ragged: 13 is prime
 
@@ -45,3 +46,24 @@ def assert_same(module, expected, tolerance=0.0):
             )
         else:
             assert torch.equal(found[name], value), f"{name}: {found[name]} is not {value}"
+
+
+class Force(nn.Module):
+    """A force field in small: asks for gradients inside its forward, with a BatchNorm on the way."""
+
+    def __init__(self, spatial: bool) -> None:
+        """`spatial`: BatchNorm sees several values a channel in each sample."""
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 1)
+        self.norm = nn.BatchNorm2d(8) if spatial else nn.BatchNorm1d(8)
+        self.spatial = spatial
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        hidden = self.first(x)
+        if self.spatial:
+            hidden = self.norm(torch.stack((hidden, 2 * hidden), -1)[..., None]).mean((2, 3))
+        else:
+            hidden = self.norm(hidden)
+        energy = self.last(torch.tanh(hidden)).sum()
+        return -torch.autograd.grad(energy, x, create_graph=self.training)[0]

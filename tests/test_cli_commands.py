@@ -139,6 +139,16 @@ def test_only_what_was_given_is_passed_on_and_wins_over_the_dict(library):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("card", ["Nonsense", ""])
+def test_an_unknown_card_is_refused_before_anything_is_run(library, card):
+    done = run("probe", "train.py:build", "--for", "RTX 4090", "--for", card)
+
+    assert done.exit_code == 2
+    assert f'--for "{card}": no such card is known' in done.stderr
+    assert library.calls == []
+    assert "the user's own words" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [(["--check"], True), (["--no-check"], False), (["--check=warn"], "warn"), ([], True), (["--check=no"], False)],

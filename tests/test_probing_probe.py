@@ -17,6 +17,7 @@ from autoaccum.memory.device import open_device
 from autoaccum.memory.host import HostMemory
 from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.trace import record
+from tests.norms import Force
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +245,21 @@ def test_batch_norm_over_single_values_makes_the_floor_two():
     assert report.floor == 2
     assert min(report.plan.micro_batches) >= 2
     assert all(trial.batch >= 2 for trial in report.trials)
+
+
+@pytest.mark.parametrize(
+    ("model", "floor"),
+    [
+        (lambda: torch.compile(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)), backend="eager"), 2),
+        (lambda: Force(False), 2),
+        (lambda: Force(True), 1),
+    ],
+    ids=["compiled", "asks for gradients", "asks for gradients, spatial"],
+)
+def test_the_floor_is_found_whatever_the_refusal_is_wrapped_in_and_with_gradients_on(model, floor):
+    data = torch.randn(32, 5), torch.randn(32, 5)
+    report = autoaccum.probe(model(), data, loss=nn.MSELoss(), target_batch=16, device="cpu")
+    assert report.floor == floor
 
 
 def test_the_second_probe_takes_the_cached_forecast_and_runs_the_answer_once():

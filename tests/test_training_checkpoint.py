@@ -329,6 +329,43 @@ def test_a_checkpoint_of_another_training_is_refused_with_both_values(tmp_path, 
         prepared(tmp_path, **changed)
 
 
+def steps(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 2)
+
+
+def warmed_up(optimizer):
+    parts = [torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, [2])
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "was", "here"),
+    [
+        (steps, "cosine", "StepLR", "LambdaLR"),
+        (steps, "constant", "StepLR", "None"),
+        ("constant", "cosine", "None", "LambdaLR"),
+        (steps, warmed_up, "StepLR", r"SequentialLR\(LinearLR, StepLR\)"),
+    ],
+)
+def test_another_schedule_is_another_training_and_changes_nothing(tmp_path, then, now, was, here):
+    state = run_until(6, tmp_path, schedule=then).state_dict()
+    with pytest.raises(CheckpointError, match=rf"schedule: {was} in the checkpoint, {here} here.*resume=False"):
+        prepared(tmp_path, schedule=now)
+    other = prepared(schedule=now, model=net())
+    before = [tensor.clone() for tensor in other.model.state_dict().values()]
+    with pytest.raises(CheckpointError, match="schedule: "):
+        other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.model.state_dict().values()))
+    prepared(tmp_path, schedule=then)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_checkpoint_that_does_not_say_its_schedule_is_gone_on_from(schedule):
+    state = prepared(schedule=schedule).state_dict()
+    del state["identity"]["schedule"]
+    prepared(schedule=schedule).load_state_dict(state)
+
+
 def test_a_refused_state_changes_nothing(tmp_path):
     state = prepared().state_dict()
     other = prepared(model=net(width=20))

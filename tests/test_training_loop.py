@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autoaccum
-from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError
+from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError, SetupError
 from autoaccum.training.events import StopTraining, TrainingWarning
 from autoaccum.training.history import History
 from autoaccum.window.record import StepRecord
@@ -55,6 +55,58 @@ def test_nothing_but_iteration_trains_and_leaving_goes_on_later():
     whole.run()
     assert [record.step for record in (*first, *rest)] == list(range(1, 9))
     assert torch.equal(loop.model[0].weight, whole.model[0].weight)
+
+
+def test_an_iterator_that_was_left_and_kept_gives_way_to_the_next():
+    loop = prepared(epochs=2)
+    loop.model.eval()
+    left = iter(loop)
+    next(left)
+    assert [record.step for record in loop] == list(range(2, 9))
+    assert not loop.model.training
+    with pytest.raises(SetupError, match="another iteration .* is at step 8"):
+        next(left)
+
+
+def test_a_loop_that_ended_goes_on_ending():
+    loop = prepared()
+    ended = iter(loop)
+    assert len(list(ended)) == 4
+    assert list(loop) == []
+    assert list(ended) == []
+
+
+def test_two_iterators_in_turn_train_no_window_twice():
+    loop, steps = prepared(epochs=2), []
+    with pytest.raises(SetupError, match="a loop trains each window once"):
+        for pair in zip(loop, loop):
+            steps += [record.step for record in pair]
+    assert steps == [1, 2]
+    assert [record.step for record in loop] == list(range(3, 9))
+
+
+@pytest.mark.parametrize("again", [list, autoaccum.TrainingLoop.run])
+def test_a_loop_is_not_trained_from_inside_its_own_window(again):
+    asked = []
+
+    def listen(event):
+        if event.name == "step" and not asked:
+            asked.append(event)
+            again(loop)
+
+    loop = prepared(callbacks=[listen])
+    with pytest.raises(SetupError, match=r"iterated while it trains .*loop\.history"):
+        loop.run()
+    assert [record.step for record in loop] == [2, 3, 4]
+
+
+def test_leaving_a_loop_ends_it_at_once():
+    loop = prepared(epochs=2)
+    loop.model.eval()
+    for _ in loop:
+        assert loop.model.training
+        break
+    assert not loop.model.training
 
 
 def test_the_same_seed_trains_the_same_twice():

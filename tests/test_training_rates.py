@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
 from autoaccum.errors import SetupError
+from autoaccum.training.events import TrainingWarning
 
 X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(32) % 4
@@ -100,3 +101,25 @@ def test_an_optimizer_that_nobody_holds_any_more_is_let_go():
     del optimizer
     gc.collect()
     assert seen() is None
+
+
+def test_a_schedule_that_was_built_beforehand_is_refused_and_may_be_kept_without_scaling():
+    optimizer = sgd()
+    before = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(SetupError, match=r'counts from 0.1, and the plan\'s rate is 0.4.*lr_rule="none"'):
+        rates(optimizer, schedule=lambda optimizer: before)
+    assert rates(optimizer, schedule=lambda optimizer: before, lr_rule="none") == pytest.approx([0.1, 0.01])
+
+
+def test_a_schedule_with_rates_of_its_own_is_warned_of_where_the_plan_had_scaled():
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
+
+    with pytest.warns(TrainingWarning, match="the plan's rate of 0.4 is not used"):
+        rates(sgd(), schedule=schedule)
+    notes = []
+    rates(sgd(), schedule=schedule, lr_rule="none", callbacks=[lambda event: notes.append(getattr(event, "text", ""))])
+    assert any("the plan's rate of 0.1 is not used" in note for note in notes) is False
+    rates(sgd(lr=0.2), schedule=schedule, lr_rule="none",
+          callbacks=[lambda event: notes.append(getattr(event, "text", ""))])  # fmt: skip
+    assert any("the plan's rate of 0.2 is not used" in note for note in notes)

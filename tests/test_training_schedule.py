@@ -4,9 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from autoaccum.errors import SetupError
-from autoaccum.training.schedule import build_schedule
+from autoaccum.training.schedule import build_schedule, schedule_name
+
+
+def sgd(lr=0.5):
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
 
 
 def rates(schedule, steps, *, warmup=0, total=None):
@@ -64,8 +69,99 @@ def test_a_schedule_holds_no_state_that_a_longer_training_would_contradict():
         ("constant", {"warmup": -1}, "warmup_steps=-1"),
         ("constant", {"warmup": True}, "warmup_steps=True"),
         (lambda optimizer: None, {"warmup": 3}, "schedule of your own"),
+        (lambda optimizer: None, {}, "schedule= gave None, which is no schedule: return something with step"),
+        (lambda optimizer: 3, {}, "schedule= gave 3, which is no schedule"),
+        (lambda optimizer: lr_scheduler.StepLR(sgd(), 2), {}, "a StepLR of another optimizer, a SGD"),
+        (
+            lambda optimizer: lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(sgd(), 2)]),
+            {},
+            "gave a ChainedScheduler of another optimizer",
+        ),
     ],
 )
 def test_what_makes_no_schedule_is_refused(schedule, settings, message):
     with pytest.raises(SetupError, match=message):
         rates(schedule, 1, **settings)
+
+
+def told_of(schedule, optimizer):
+    told = []
+    made = build_schedule(schedule, optimizer, warmup_steps=0, total_steps=4, tell=told.append)
+    assert made.step is not None
+    return told
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), "LambdaLR"),
+        (lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=4), "OneCycleLR"),
+    ],
+)
+def test_a_schedule_that_was_built_before_the_rate_was_scaled_is_refused_with_both_rates(build, name):
+    optimizer = sgd(lr=0.1)
+    before = build(optimizer)
+    counts_from = before.base_lrs[0]
+    for group in optimizer.param_groups:  # as a plan does
+        group.update(lr=group["lr"] * 4, initial_lr=group["initial_lr"] * 4)
+    peak = optimizer.param_groups[0]["initial_lr"]
+    with pytest.raises(SetupError, match=rf"a {name} that was built before .* from {counts_from:.6g}, .*{peak:.6g}, w"):
+        told_of(lambda optimizer: before, optimizer)
+
+
+def test_a_schedule_from_before_may_go_on_where_nothing_was_scaled():
+    optimizer = sgd()
+    before = lr_scheduler.StepLR(optimizer, 2)
+    assert told_of(lambda optimizer: before, optimizer) == []
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1),
+        lambda optimizer: lr_scheduler.SequentialLR(
+            optimizer,
+            [lr_scheduler.LinearLR(optimizer), lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)],
+            [2],
+        ),
+    ],
+)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_schedule_with_rates_of_its_own_is_told_of_in_one_line(build, used):
+    optimizer = sgd(lr=0.4)
+    if used:
+        lr_scheduler.StepLR(optimizer, 2)
+    (text,) = told_of(build, optimizer)
+    assert "sets its own rates" in text
+    assert "the plan's rate of 0.4 is not used" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1),
+        lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8)),
+        lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 4),
+        lambda optimizer: lr_scheduler.OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=4),
+        lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, float(optimizer.param_groups[0]["lr"])),
+        lambda optimizer: lr_scheduler.SequentialLR(
+            optimizer, [lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 2)], [2]
+        ),
+        lr_scheduler.ReduceLROnPlateau,
+    ],
+)
+@pytest.mark.parametrize("lr", [0.4, lambda: torch.tensor(0.4)], ids=["number", "tensor"])
+def test_a_schedule_that_counts_from_the_plans_rate_is_not_told_of(build, lr):
+    assert told_of(build, sgd(lr=lr() if callable(lr) else lr)) == []
+
+
+def test_a_schedule_is_named_with_its_parts():
+    optimizer = sgd()
+    steps = lr_scheduler.StepLR(optimizer, 2)
+    nested = lr_scheduler.SequentialLR(
+        optimizer, [lr_scheduler.LinearLR(optimizer), lr_scheduler.ChainedScheduler([steps])], [2]
+    )
+    assert schedule_name(nested) == "SequentialLR(LinearLR, ChainedScheduler(StepLR))"
+    assert schedule_name(None) is None

@@ -446,6 +446,28 @@ def test_samples_with_equally_many_tokens_are_said_to_show_less():
     assert "equally many labels" not in verify(Tagger(), tokens(), loss=nn.CrossEntropyLoss()).text
 
 
+@pytest.mark.parametrize(("ignored", "untried"), [(None, False), (20, True), (22, False)])
+def test_an_ignored_label_that_none_of_the_samples_shows_is_said(ignored, untried):
+    """Samples are chosen by their weights, as declared: of 40 the one at 22 is among them, the one at 20 is not."""
+    inputs, labels = torch.randn(40, 6), torch.arange(40) % 4
+    inputs[:, 0] = torch.arange(1.0, 41.0)
+    if ignored is not None:
+        labels[ignored] = -100
+
+    def step(model, batch):
+        weights = batch[0][:, 0]
+        return (weights * F.cross_entropy(model(batch[0] / 40), batch[1], reduction="none")).sum() / weights.sum()
+
+    report = verify(nn.Linear(6, 4), (inputs, labels), step=step, reduction=lambda batch: batch[0][:, 0].sum())
+    assert report.ok, report.text
+    assert report.untried == untried
+
+
+def test_no_more_samples_run_at_once_than_are_said_to_fit():
+    made = Objective(model := mlp(), loss=mean)
+    assert "5 samples at once" in verify_gradient(model, made, pairs(), device=CPU, precision="fp32", most=5).text
+
+
 def test_batch_norm_is_said_to_have_used_its_running_statistics():
     model, batch, objective = RIGHT["residual net"]()
     assert "running statistics" in verify(model, batch, **objective).text

@@ -44,6 +44,10 @@ def probe(
     """
     import autoaccum
 
+    if cards:
+        from autoaccum.probing.elsewhere import elsewhere, known_card
+
+        cards = tuple(map(known_card, cards))  # an unknown one is refused before the probe, not after
     arguments = arguments_of(autoaccum.probe, target, options)
     if save_plan is not None:
         need_target_batch(target, arguments, "--save-plan")
@@ -57,8 +61,6 @@ def probe(
     plan = report.plan.to_dict() if report.plan is not None else {}
     values = {**plan, **report.to_dict()}
     if cards:
-        from autoaccum.probing.elsewhere import elsewhere
-
         values["elsewhere"] = [elsewhere(report, card, on_cpu=report.device_type == "cpu").to_dict() for card in cards]
     return Answer(values, _view, 0 if done else FAILED)
 

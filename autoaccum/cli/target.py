@@ -62,6 +62,11 @@ class Target:
         if not where.endswith(".py") and os.sep not in where:
             return cls(text, os.getcwd(), None, where, name, dict(overrides or {}))
         path = Path(where).resolve()
+        if path.is_dir():
+            raise SetupError(
+                f"{text!r}: {str(path)!r} is a folder, and no file: name the Python file in it that defines {name}, "
+                f"such as {Path(where) / 'train.py'}:{name}"
+            )
         if not path.is_file():
             raise SetupError(f"{text!r}: there is no file {str(path)!r}{_near(path)}")
         return cls(text, str(path.parent), str(path), path.stem, name, dict(overrides or {}))

@@ -13,7 +13,7 @@ from autoaccum.errors import SetupError
 from autoaccum.probing.report import ProbeReport
 from autoaccum.units import GIB
 
-__all__ = ["CARDS", "Elsewhere", "elsewhere"]
+__all__ = ["CARDS", "Elsewhere", "elsewhere", "known_card"]
 
 CONTEXT_BYTES = GIB // 2
 
@@ -62,7 +62,7 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
         SetupError: an unknown card; the nearest names are given.
         ProbeError: the report has no forecast.
     """
-    name = _known(card)
+    name = known_card(card)
     memory = CARDS[name] * GIB
     budget = memory - CONTEXT_BYTES
     low, high = 0, 1
@@ -77,7 +77,12 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
     return Elsewhere(name, memory, budget, low, note)
 
 
-def _known(card: str) -> str:
+def known_card(card: str) -> str:
+    """The card's name in CARDS.
+
+    Raises:
+        SetupError: an unknown card; the nearest names are given.
+    """
     plain = card.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "").strip()
     by_name = {name.lower(): name for name in CARDS}
     if plain in by_name:

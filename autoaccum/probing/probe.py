@@ -240,9 +240,10 @@ def _floor(objective: Objective, source: Source, device: Device, accumulator: Ac
         return 1
     batch = tree.move(source.trial(1), device.torch_device)
     try:
-        with torch.no_grad(), accumulator.precision.autocast():
+        # With gradients on: a model may ask for some inside its forward, as force fields do.
+        with accumulator.precision.autocast():
             objective.forward(batch)
-    except (ValueError, torch.jit.Error) as error:
+    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
         if not needs_two(error):
             raise
         return 2

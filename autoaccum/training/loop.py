@@ -4,8 +4,10 @@ Nothing but iteration trains. Leaving the loop and iterating again goes on where
 error in the middle of a window: that window is then as if it had not begun. The loop prints nothing; it tells events.
 """
 
+import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,7 +16,14 @@ from autoaccum.data.draws import mix
 from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, indices_of, windows
-from autoaccum.errors import CheckpointError, DataError, LossError, NothingFitsError, StateNotRestoredError
+from autoaccum.errors import (
+    CheckpointError,
+    DataError,
+    LossError,
+    NothingFitsError,
+    SetupError,
+    StateNotRestoredError,
+)
 from autoaccum.memory.device import Budget, Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
@@ -116,6 +125,8 @@ class TrainingLoop:
         self._evaluation_due = False
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
         self._left: Window | None = None  # fetched, and not trained yet
+        self._iteration: weakref.ref[_Iteration] | None = None  # who breaks off lets it go, and it must end then
+        self._at_work = False  # a record is being made: what iterates is not merely left
 
     @property
     def plan(self) -> Plan:
@@ -140,7 +151,11 @@ class TrainingLoop:
             LossError: a loss that is not finite, unless such windows are skipped.
             DataError: an epoch gave no window.
             StateNotRestoredError: an earlier error left the weights half updated.
+            SetupError: a window is being trained already, or another iteration has gone on from where this one stood.
         """
+        return _Iteration(self)
+
+    def _records(self) -> Generator[StepRecord, None, None]:
         began = time.perf_counter()
         self._mode = TrainingMode(self.model)
         try:
@@ -377,6 +392,49 @@ class TrainingLoop:
         if self.folder is None:
             return "There is no checkpoint to go on from: checkpoint=FOLDER keeps them"
         return self.folder.where()
+
+
+class _Iteration:
+    """One iteration over a loop. Of several, the one that was begun last trains: windows belong to the loop."""
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop, self._records = loop, loop._records()
+        self._replaced = False
+
+    def __iter__(self) -> "_Iteration":
+        return self
+
+    def __next__(self) -> StepRecord:
+        loop = self._loop
+        if loop._at_work:
+            raise SetupError(
+                f"the loop is iterated while it trains step {loop.step + 1}, from a callback or another thread, and "
+                "would train its windows twice: iterate it in one place, and look at loop.history from there"
+            )
+        if self._replaced:
+            raise SetupError(
+                f"another iteration over the loop has gone on from where this one stood, and is at step {loop.step}: "
+                "a loop trains each window once, so keep to one iterator, or prepare() a loop for each"
+            )
+        current = None if loop._iteration is None else loop._iteration()
+        if current is not self:
+            loop._iteration = weakref.ref(self)
+            if current is not None:
+                current._give_way()
+        loop._at_work = True
+        try:
+            return next(self._records)
+        finally:
+            loop._at_work = False
+
+    def _give_way(self) -> None:
+        """Ends where it was left: ended later, it would take the model out of training mode under the next one."""
+        self._replaced = inspect.getgeneratorstate(self._records) != inspect.GEN_CLOSED
+        self._records.close()
+
+    def close(self) -> None:
+        """Ends the iteration, as leaving a for loop does."""
+        self._records.close()
 
 
 def _with_waiting(record: StepRecord, waited: float) -> StepRecord:

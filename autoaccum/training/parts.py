@@ -19,6 +19,7 @@ from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Noted
 from autoaccum.training.generators import Generators
+from autoaccum.training.schedule import schedule_name
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
     SCHEMA,
@@ -110,6 +111,7 @@ class TrainingParts:
             "target_batch": self._accumulator.plan.target_batch,
             **data,
             "optimizer": optimizer_name(self._accumulator.optimizer),
+            "schedule": schedule_name(self._accumulator.scheduler),
             "ranks": self._accumulator.ranks.size,
             **self._settings,
         }
@@ -146,7 +148,10 @@ class TrainingParts:
             CheckpointError: it is of another training; nothing was changed.
         """
         accumulator = self._accumulator
-        check_same(state, plain(self.identity(), "the training's identity"), self.modules)
+        identity = plain(self.identity(), "the training's identity")
+        if "schedule" not in state.get("identity", {}):
+            del identity["schedule"]  # older checkpoints do not say what they had
+        check_same(state, identity, self.modules)
         for name, module in self.modules.items():
             load_module(module, state["modules"][name])
         load_optimizer(accumulator.optimizer, state["optimizer"])

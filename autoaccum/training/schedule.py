@@ -1,19 +1,27 @@
 """Learning-rate schedules, counted in optimizer steps: one step per update, whatever k and the ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from autoaccum.errors import SetupError
+from autoaccum.planning.learning_rate import number
 
-__all__ = ["build_schedule"]
+__all__ = ["build_schedule", "schedule_name"]
+
+_RATES = ("lr", "initial_lr", "max_lr")  # of a group, that building a schedule may write
 
 
 def build_schedule(
-    schedule: str | Callable[[Optimizer], Any], optimizer: Optimizer, *, warmup_steps: int, total_steps: int | None
+    schedule: str | Callable[[Optimizer], Any],
+    optimizer: Optimizer,
+    *,
+    warmup_steps: int,
+    total_steps: int | None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Any:
     """The scheduler, or None where the rate never changes.
 
@@ -22,9 +30,11 @@ def build_schedule(
         optimizer: whose groups' rates are the peak.
         warmup_steps: optimizer steps over which the rate rises linearly from 1/warmup_steps of the peak.
         total_steps: optimizer steps in the whole training; None where nobody knows.
+        tell: hears, in one line, of a schedule of the user's own that has rates of its own.
 
     Raises:
-        SetupError: an unknown name, a schedule that needs a length the data does not have, or bad warm-up steps.
+        SetupError: an unknown name, a schedule that needs a length the data does not have, bad warm-up steps, or what
+            the function gave is no schedule of this optimizer and its rates.
     """
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise SetupError(f"warmup_steps={warmup_steps!r}: give a whole number of optimizer steps, 0 or more")
@@ -33,7 +43,7 @@ def build_schedule(
             raise SetupError(
                 f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule"
             )
-        return schedule(optimizer)
+        return _users_own(schedule, optimizer, tell)
     if schedule not in ("constant", "linear", "cosine"):
         raise SetupError(f'schedule={schedule!r}: choose "constant", "linear", "cosine" or a function of the optimizer')
     if schedule == "constant" and warmup_steps == 0:
@@ -43,6 +53,85 @@ def build_schedule(
             f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps"
         )
     return LambdaLR(optimizer, _factor(schedule, warmup_steps, total_steps or 0))
+
+
+def schedule_name(scheduler: Any) -> str | None:
+    """Its class, with those of the schedulers it is made of, in order; None where the rate never changes."""
+    if scheduler is None:
+        return None
+    inner = ", ".join(str(schedule_name(each)) for each in getattr(scheduler, "_schedulers", ()))
+    return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
+
+
+def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell: Callable[[str], None]) -> Any:
+    """What the user's function makes, once it is known to be a schedule of this optimizer that counts from its rates.
+
+    A schedule counts from the rates that stood when it was made. One that was made before the plan scaled them would
+    take them back after the first step.
+    """
+    before = [{name: _figure(group.get(name)) for name in _RATES} for group in optimizer.param_groups]
+    peaks = [rates["lr"] if rates["initial_lr"] is None else rates["initial_lr"] for rates in before]
+    made = schedule(optimizer)
+    if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+        raise SetupError(
+            f"schedule= gave {made!r}, which is no schedule: return something with step(), state_dict() and "
+            "load_state_dict(), such as torch.optim.lr_scheduler.LambdaLR(optimizer, ...)"
+        )
+    after = [{name: _figure(group.get(name)) for name in _RATES} for group in optimizer.param_groups]
+    parts = list(_parts(made))
+    for part in parts:
+        other = getattr(part, "optimizer", optimizer)
+        if isinstance(other, Optimizer) and other is not optimizer:
+            raise SetupError(
+                f"schedule= gave a {type(part).__name__} of another optimizer, a {type(other).__name__}, so the rates "
+                "that are trained with would never change: build it on the optimizer that the function is given, "
+                f"schedule=lambda optimizer: {type(part).__name__}(optimizer, ...)"
+            )
+    for part in parts:
+        found = _differing(getattr(part, "base_lrs", ()), peaks)
+        if found is None or _climbs_to(part, peaks):
+            continue
+        own, peak = found
+        # What builds a schedule writes the rates it counts from; but a CyclicLR does not, beside an older schedule's.
+        if before == after and not isinstance(part, CyclicLR):
+            raise SetupError(
+                f"schedule= gave a {type(part).__name__} that was built before the plan's rate was set: it counts from "
+                f"{number(own)}, and the plan's rate is {number(peak)}, which would hold for the first step only: "
+                f"build it inside the function, schedule=lambda optimizer: {type(part).__name__}(optimizer, ...), or "
+                'keep the optimizer\'s rate with lr_rule="none"'
+            )
+        tell(
+            f"the schedule sets its own rates, a {type(part).__name__} that counts from {number(own)}, and the plan's "
+            f"rate of {number(peak)} is not used: give the schedule rates that suit the target batch"
+        )
+        break
+    return made
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """The schedulers that a scheduler is made of, in order, itself first."""
+    yield scheduler
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(inner)
+
+
+def _climbs_to(scheduler: Any, peaks: list[float | None]) -> bool:
+    """Whether it is a cycle with a lowest and a highest rate of its own, the highest of which are these."""
+    if isinstance(scheduler, OneCycleLR):
+        return _differing([group["max_lr"] for group in scheduler.optimizer.param_groups], peaks) is None
+    return isinstance(scheduler, CyclicLR) and _differing(scheduler.max_lrs, peaks) is None
+
+
+def _figure(rate: Any) -> float | None:
+    return None if rate is None else float(rate)  # a tensor's: schedules write into it
+
+
+def _differing(rates: Any, peaks: list[float | None]) -> tuple[float, float] | None:
+    """The first of `rates` that is not its group's peak, and that; None where all are, or there are none to compare."""
+    for rate, peak in zip(rates, peaks, strict=False):
+        if rate is not None and peak is not None and not math.isclose(float(rate), peak, rel_tol=1e-6):
+            return float(rate), peak
+    return None
 
 
 def _factor(schedule: str, warmup: int, total: int) -> Callable[[int], float]:

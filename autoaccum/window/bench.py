@@ -21,7 +21,6 @@ from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.call import targets_in
 from autoaccum.window.counting import holds_indices
 from autoaccum.window.determinism import Determinism
 from autoaccum.window.loss import Objective
@@ -79,6 +78,7 @@ class Bench:
         objective: whose weighting is looked at.
         precision: "fp32", "bf16" or "fp16".
         fixed: what holds the model still.
+        ignores: some label in the whole of `batch`, of which samples are chosen, is negative, and thus ignored.
     """
 
     def __init__(
@@ -122,6 +122,8 @@ class Bench:
             stack.callback(self._accumulator.close)
             self.precision = self._accumulator.precision.name
             self.objective.measure(self._batch)
+            labels = self.objective.targets(self._batch)
+            self.ignores = holds_indices(labels) and bool((labels < 0).any())
             self._batch = _arranged(self.objective, self._batch, self.samples)
             self._stack = stack.pop_all()
         return self
@@ -264,11 +266,16 @@ def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
     return _take(batch, order)
 
 
+def counted_labels(labels: Any) -> float:
+    """Class indices that are not ignored, whatever negative number marks those that are; 0 for other targets."""
+    return float((labels >= 0).sum()) if holds_indices(labels) else 0.0
+
+
 def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:
     """What may count in a sample: its denominators as declared, its labels, its masks."""
     declared = objective.denominators(sample) or {}
-    labels = targets_in(sample, apart=objective.loss is not None or objective.step is not None)
-    tokens = float((labels >= 0).sum()) if holds_indices(labels) else 0.0
+    labels = objective.targets(sample)
+    tokens = counted_labels(labels)
     masks = [
         float((leaf != 0).sum())
         for _, leaf in tree.tensors(sample)

@@ -184,6 +184,10 @@ class Objective:
 
     # What is known before the model runs.
 
+    def targets(self, batch: Any) -> Any:
+        """The batch's targets, where it is clear which they are; else None."""
+        return targets_in(batch, apart=self.loss is not None or self.step is not None)
+
     def denominators(self, batch: Any) -> dict[str, float] | None:
         """What each term's mean over `batch` was divided by; None where only the step knows, once it ran.
 

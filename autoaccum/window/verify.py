@@ -21,8 +21,7 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError
-from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed
-from autoaccum.window.call import targets_in
+from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed, counted_labels
 from autoaccum.window.counting import holds_indices
 from autoaccum.window.diagnosis import Cause, Diagnosis, Evidence, Rows, diagnose, ragged
 from autoaccum.window.loss import Objective
@@ -80,6 +79,7 @@ def verify_gradient(
     optimizer: Optimizer | None = None,
     precision: Precision | str | None = None,
     sizes: Sequence[int] | None = None,
+    most: int = VERIFIED_SAMPLES,
 ) -> VerifyReport:
     """Compares the gradient of a batch at once with the same accumulated over ragged micro-batches; about four steps.
 
@@ -88,12 +88,12 @@ def verify_gradient(
     Args:
         model: on `device`; run in training mode, but without dropout, and with BatchNorm by its running statistics.
         objective: the loss as declared, whose weighting is examined.
-        batch: on the host; at most 8 of its samples are used, chosen so that their denominators differ. They run at
-            once, so give no more than fit.
+        batch: on the host; some of its samples are used, chosen so that their denominators differ.
         device: where the model is.
         optimizer: where given, only what it trains is compared.
         precision: as in `fit`; None: "auto".
         sizes: of the micro-batches, which sum to the samples used; None: two ragged ones.
+        most: samples that may be used where no `sizes` are given. They run at once.
 
     Raises:
         LossError: the loss of the whole batch is not a scalar with a graph.
@@ -101,7 +101,7 @@ def verify_gradient(
         SetupError: the model cannot be trained.
     """
     available = tree.batch_size(batch)
-    samples = sum(sizes) if sizes is not None else min(available, VERIFIED_SAMPLES)
+    samples = sum(sizes) if sizes is not None else min(available, most)
     if samples > available:
         raise DataError(f"sizes={tuple(sizes or ())} asks for {samples} samples, and the batch has {available}")
     if samples < 2 or (sizes is not None and len(sizes) < 2):
@@ -244,12 +244,19 @@ class _Examination:
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
 
     def _even(self) -> bool:
-        """Whether labels are tokens, and could not show whether the loss is divided by tokens or by samples."""
-        objective, batch = self._bench.objective, self._bench.batch(self._whole)
-        labels = targets_in(batch, apart=objective.loss is not None or objective.step is not None)
-        if not holds_indices(labels) or labels.dim() < 2:
+        """Whether labels could not show whether the loss is divided by those that count or by samples.
+
+        One label a sample could only where some are ignored, so it is held against the samples only where some of those
+        looked at are.
+        """
+        bench = self._bench
+        labels = bench.objective.targets(bench.batch(self._whole))
+        if not holds_indices(labels):
             return False
-        counts = [objective.denominators(self._bench.batch([row])) for row in self._whole]
+        rows = [bench.batch([row]) for row in self._whole]
+        if labels.dim() < 2:
+            return bench.ignores and len({counted_labels(bench.objective.targets(row)) for row in rows}) == 1
+        counts = [bench.objective.denominators(row) for row in rows]
         return counts[0] is not None and all(count == counts[0] for count in counts)
 
     def _failed(self, split: Difference | None, diagnosis: Diagnosis) -> VerifyReport:
