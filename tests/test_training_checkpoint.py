@@ -286,6 +286,17 @@ def test_a_scheduler_of_the_users_own_goes_on(tmp_path):
     assert len({record["lr"] for record in got[0]}) == 20
 
 
+def test_schedulers_one_after_another_go_on_with_the_milestones_they_had(tmp_path):
+    rates = torch.optim.lr_scheduler
+
+    def schedule(optimizer):
+        steps = [rates.LinearLR(optimizer, 0.1, total_iters=4), rates.MultiStepLR(optimizer, [2, 5, 5], gamma=0.5)]
+        return rates.SequentialLR(optimizer, steps, milestones=[4])
+
+    run_until(2, tmp_path, checkpoint_every=1, schedule=schedule)  # where the second takes over it counts them
+    assert_same(finished(tmp_path, checkpoint_every=1, schedule=schedule), undisturbed(schedule=schedule))
+
+
 def test_an_error_of_the_data_is_saved_up_to_and_gone_on_from_once_it_is_repaired(tmp_path):
     class Broken(torch.utils.data.Dataset):
         broken = True
