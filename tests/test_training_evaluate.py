@@ -128,6 +128,71 @@ def test_of_several_terms_those_over_something_are_the_loss():
     assert found["loss"] == found["loss/main"]
 
 
+class Forces(nn.Module):
+    """Gives the gradient of an energy, which is of use in training only with a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.differentiated = 0
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        noise = torch.rand(1)
+        energy = self.energy(x * (1 + 0 * noise)).sum()
+        forces = torch.autograd.grad(energy, x, create_graph=self.training)[0]
+        self.differentiated += 1
+        return forces
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_a_model_that_differentiates_inside_its_forward_is_evaluated_and_leaves_no_graph(by_step):
+    seen = []
+
+    def error(outputs, targets):
+        seen.append(outputs.requires_grad or not torch.isfinite(torch.from_numpy(outputs.numpy())).all())
+        return autoaccum.Mean((outputs - targets).abs().sum(), len(targets))
+
+    how = {"loss": nn.MSELoss(), "metrics": {"error": error}}
+    if by_step:
+        how = {"step": lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])}
+    model, data = Forces(), (X, torch.zeros_like(X))
+    loop = autoaccum.prepare(
+        model, data, target_batch=16, micro_batch=8, seed=3, check=False, device="cpu", val_data=data, **how
+    )
+    torch.manual_seed(5)
+    first = loop.evaluate()
+    assert first["loss"] == pytest.approx(float(model.eval()(X).square().mean()), rel=1e-5)
+    assert model.differentiated == 7 + 1
+    assert loop.evaluate() == first
+    assert not any(seen)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loop.run()
+    assert len(loop.evaluations) == 1
+
+    torch.manual_seed(5)
+    loop.evaluate()
+    after = torch.rand(1)
+    fresh = autoaccum.prepare(
+        Forces(), data, target_batch=16, micro_batch=8, check=False, device="cpu", val_data=data, **how
+    )
+    torch.manual_seed(5)
+    fresh.evaluate()
+    assert torch.equal(torch.rand(1), after), "the attempt that failed drew nothing"
+
+
+def test_another_error_of_the_model_is_told_as_it_is():
+    class Wrong(Narrow):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("of its own")
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        prepared(Wrong(), loss=nn.CrossEntropyLoss()).evaluate()
+
+
 def test_not_even_one_sample_is_an_error_that_leaves_the_plan_alone():
     loop = prepared(Narrow(0), loss=nn.CrossEntropyLoss())
     with pytest.raises(NothingFitsError, match="single sample; the training's plan is untouched"):

@@ -3,6 +3,9 @@
 A mean over nothing is NaN: where all targets are ignored there is no loss, and 0 would look like the best one. Of a
 loss of several terms those count that are over something, as in training.
 
+There is no graph, but for models that differentiate inside their forward, to give forces for example: their first
+batch says so by an error, and is run again.
+
 Validation has a micro-batch of its own: running out of memory here halves it and leaves the training's plan alone.
 """
 
@@ -22,6 +25,7 @@ from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
+from autoaccum.training.generators import Generators
 from autoaccum.window.loss import Mean, Objective, Sum
 from autoaccum.window.precision import Precision
 
@@ -47,6 +51,7 @@ class Evaluator:
     micro_batch: int
     source: Source | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
     @property
     def has_data(self) -> bool:
@@ -132,13 +137,32 @@ class Evaluator:
             for name, mean in parts[0].items()
         }
 
-    @torch.no_grad()
     def _forward(self, batch: Any) -> dict[str, Mean]:
+        """The means of one forward pass. The first one tells whether it needs a graph."""
+        if self._with_graph is None:
+            before = Generators(self.device.torch_device)
+            try:
+                means = self._without_trace(batch)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                before.restore()
+                self._with_graph = True
+            else:
+                self._with_graph = False
+                return means
+        return self._without_trace(batch)
+
+    @torch.no_grad()
+    def _without_trace(self, batch: Any) -> dict[str, Mean]:
         known = self.objective.denominators(batch)  # counted on the host, which waits for no device
         placed = tree.move(batch, self.device.torch_device)
         with self.precision.autocast():
-            terms, outputs, targets = self.objective.evaluate(placed, known)
-            means = {_term(name): term for name, term in terms.items()}
+            with torch.set_grad_enabled(bool(self._with_graph)):
+                terms, outputs, targets = self.objective.evaluate(placed, known, graph=False)
+            means = {_term(name): type(term)(term.numerator.detach(), term.denominator) for name, term in terms.items()}
+            if self._with_graph and self.metrics:
+                outputs = tree.map_tensors(Tensor.detach, outputs)
             for name, metric in self.metrics.items():
                 means[name] = _checked(name, metric(outputs, targets))
         return means
