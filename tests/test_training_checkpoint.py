@@ -1,6 +1,7 @@
 """Checkpoints: a training that ended early goes on to the very end it would have come to; what is damaged is seen."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -287,6 +288,17 @@ def test_a_scheduler_of_the_users_own_goes_on(tmp_path):
     assert len({record["lr"] for record in got[0]}) == 20
 
 
+def test_schedulers_one_after_another_go_on_with_the_milestones_they_had(tmp_path):
+    rates = torch.optim.lr_scheduler
+
+    def schedule(optimizer):
+        steps = [rates.LinearLR(optimizer, 0.1, total_iters=4), rates.MultiStepLR(optimizer, [2, 5, 5], gamma=0.5)]
+        return rates.SequentialLR(optimizer, steps, milestones=[4])
+
+    run_until(2, tmp_path, checkpoint_every=1, schedule=schedule)  # where the second takes over it counts them
+    assert_same(finished(tmp_path, checkpoint_every=1, schedule=schedule), undisturbed(schedule=schedule))
+
+
 def test_an_error_of_the_data_is_saved_up_to_and_gone_on_from_once_it_is_repaired(tmp_path):
     class Broken(torch.utils.data.Dataset):
         broken = True
@@ -504,6 +516,20 @@ def test_the_last_three_are_kept_and_the_best(tmp_path):
     assert Checkpoints(tmp_path).best() == Entry(10, 2, 0)
     assert names(tmp_path, ".json") == [name.replace(".pt", ".json") for name in names(tmp_path)]
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
+
+
+def test_an_epoch_without_a_validation_loss_is_neither_the_best_nor_in_the_way_of_it(tmp_path):
+    losses = iter([math.nan, 3.0, 1.0, math.nan])
+    loop = prepared(tmp_path, val_data=(X[:10], Y[:10]))
+    loop._evaluator.evaluate = lambda: {"loss": next(losses)}
+    loop.run()
+    assert Checkpoints(tmp_path).best() == Entry(15, 3, 0)
+
+    losses = iter([math.nan, 3.0, 1.0, math.nan])
+    loop = prepared(tmp_path / "rare", val_data=(X[:10], Y[:10]), checkpoint_every=100)
+    loop._evaluator.evaluate = lambda: {"loss": next(losses)}
+    loop.run()
+    assert Checkpoints(tmp_path / "rare").best() == Entry(15, 3, 0), "only the best and the last are saved"
 
 
 def test_a_checkpoint_is_told_of_when_it_is_on_the_disk(tmp_path):

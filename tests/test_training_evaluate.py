@@ -1,8 +1,11 @@
 """Evaluation: means over all of the data, whatever it was cut into; memory that runs out costs the training nothing."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import autoaccum
 from autoaccum.errors import DataError, NothingFitsError, SetupError
@@ -27,6 +30,14 @@ class Narrow(nn.Module):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
             self.given.append(len(x))
         return self.body(x)
+
+
+class Stream(IterableDataset):
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
 
 
 def accuracy(outputs, targets):
@@ -71,6 +82,115 @@ def test_other_data_can_be_given_and_the_modes_come_back():
     assert model.training
     assert model.body.training
     assert not model.body[2].training
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "stream"])
+@pytest.mark.parametrize("micro", [2, 5, 16, 50])
+def test_a_loader_that_drops_its_last_batch_drops_that_and_no_more(micro, kind):
+    data = {"tensors": TensorDataset(X[:47], Y[:47]), "dataset": list(zip(X[:47], Y[:47].tolist()))}
+    loader = DataLoader(data.get(kind) or Stream(data["dataset"]), batch_size=6, drop_last=True)
+    model = Narrow()
+    found = prepared(model, loss=nn.CrossEntropyLoss(), micro_batch=micro, target_batch=50, val_data=loader).evaluate()
+    with torch.no_grad():
+        outputs = model.body.eval()(X[:42])
+    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, Y[:42])), rel=1e-5)
+    assert sum(model.given) == 42
+
+
+@pytest.mark.parametrize("kind", ["tensors", "stream"])
+def test_where_not_one_sample_is_left_there_is_no_loss_to_give(kind):
+    data = TensorDataset(X[:5], Y[:5]) if kind == "tensors" else Stream(list(zip(X[:5], Y[:5])))
+    loader = DataLoader(data, batch_size=6, drop_last=True)
+    with pytest.raises(DataError, match="val_data gives no samples: .* fewer samples than a batch of 6; set"):
+        prepared(Narrow(), loss=nn.CrossEntropyLoss(), val_data=loader).evaluate()
+    with pytest.raises(DataError, match="^the data to evaluate gives no samples"):
+        prepared(Narrow(), loss=nn.CrossEntropyLoss(), val_data=None).evaluate(loader)
+
+
+def test_a_mean_over_nothing_is_nan_and_a_sum_over_nothing_is_zero():
+    nothing = (X[:9], torch.full((9,), -100))
+    loop = prepared(Narrow(), loss=nn.CrossEntropyLoss(), metrics={"accuracy": accuracy}, val_data=nothing)
+    found = loop.evaluate()
+    assert math.isnan(found["loss"])
+    assert math.isnan(found["accuracy"])
+    assert prepared(Narrow(), loss=nn.CrossEntropyLoss(reduction="sum"), val_data=nothing).evaluate()["loss"] == 0
+
+
+def test_of_several_terms_those_over_something_are_the_loss():
+    def step(model, batch):
+        x, y = batch
+        loss = nn.functional.cross_entropy(model(x), y, reduction="sum")
+        return {"main": autoaccum.Mean(loss, len(x)), "rare": autoaccum.Mean(loss * 0, (y == 7).sum())}
+
+    count = {"main": lambda batch: len(batch[0]), "rare": lambda batch: float((batch[1] == 7).sum())}
+    found = prepared(Narrow(), step=step, reduction=count, val_data=(X[:6], Y[:6])).evaluate()
+    assert math.isnan(found["loss/rare"])
+    assert found["loss"] == found["loss/main"]
+
+
+class Forces(nn.Module):
+    """Gives the gradient of an energy, which is of use in training only with a graph of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.differentiated = 0
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        noise = torch.rand(1)
+        energy = self.energy(x * (1 + 0 * noise)).sum()
+        forces = torch.autograd.grad(energy, x, create_graph=self.training)[0]
+        self.differentiated += 1
+        return forces
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_a_model_that_differentiates_inside_its_forward_is_evaluated_and_leaves_no_graph(by_step):
+    seen = []
+
+    def error(outputs, targets):
+        seen.append(outputs.requires_grad or not torch.isfinite(torch.from_numpy(outputs.numpy())).all())
+        return autoaccum.Mean((outputs - targets).abs().sum(), len(targets))
+
+    how = {"loss": nn.MSELoss(), "metrics": {"error": error}}
+    if by_step:
+        how = {"step": lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])}
+    model, data = Forces(), (X, torch.zeros_like(X))
+    loop = autoaccum.prepare(
+        model, data, target_batch=16, micro_batch=8, seed=3, check=False, device="cpu", val_data=data, **how
+    )
+    torch.manual_seed(5)
+    first = loop.evaluate()
+    assert first["loss"] == pytest.approx(float(model.eval()(X).square().mean()), rel=1e-5)
+    assert model.differentiated == 7 + 1
+    assert loop.evaluate() == first
+    assert not any(seen)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    loop.run()
+    assert len(loop.evaluations) == 1
+
+    torch.manual_seed(5)
+    loop.evaluate()
+    after = torch.rand(1)
+    fresh = autoaccum.prepare(
+        Forces(), data, target_batch=16, micro_batch=8, check=False, device="cpu", val_data=data, **how
+    )
+    torch.manual_seed(5)
+    fresh.evaluate()
+    assert torch.equal(torch.rand(1), after), "the attempt that failed drew nothing"
+
+
+def test_another_error_of_the_model_is_told_as_it_is():
+    class Wrong(Narrow):
+        def forward(self, x):
+            if not self.training:
+                raise RuntimeError("of its own")
+            return super().forward(x)
+
+    with pytest.raises(RuntimeError, match="of its own"):
+        prepared(Wrong(), loss=nn.CrossEntropyLoss()).evaluate()
 
 
 def test_not_even_one_sample_is_an_error_that_leaves_the_plan_alone():

@@ -3,7 +3,7 @@
 import enum
 import io
 import random
-from collections import OrderedDict, UserDict, deque, namedtuple
+from collections import Counter, OrderedDict, UserDict, deque, namedtuple
 
 import numpy
 import pytest
@@ -35,6 +35,7 @@ def test_what_is_not_plain_is_made_so_and_survives_a_file():
     value = {
         "plain": [None, True, 1, 2.5, 1 + 2j, "text", b"bytes", (1, 2), torch.float16, CPU],
         "mappings": OrderedDict(a=UserDict(b=1)),
+        "counts": Counter([2, 2, 5]),
         "sequences": [deque([1]), point(1, 2), torch.Size([2, 3]), range(3)],
         "numpy": [numpy.float64(0.1), numpy.int32(7), numpy.arange(3), numpy.bool_(True)],
         "subclasses": [Colour.RED],
@@ -43,6 +44,7 @@ def test_what_is_not_plain_is_made_so_and_survives_a_file():
     got = written_and_read(plain(value, "it"))
     assert got["plain"] == value["plain"]
     assert got["mappings"] == {"a": {"b": 1}}
+    assert got["counts"].most_common() == [(2, 2), (5, 1)]
     assert got["sequences"] == [[1], (1, 2), (2, 3), [0, 1, 2]]
     assert got["numpy"][:2] == [0.1, 7]
     assert [type(item) for item in got["numpy"][:2]] == [float, int]

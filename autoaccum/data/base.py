@@ -7,6 +7,9 @@ Choices made here:
 - The state that makes an epoch repeatable is that of the generators it drew from, at its start. It is kept for the
   epoch in progress and goes into checkpoints; an epoch that is entered again in the middle (`start > 0`) begins from it
   and leaves the global generators as they are.
+- Generators that the user's own objects hold (see `held.py`) are of two kinds. What is asked again for the windows
+  passed over, as a sampler is, begins again where the epoch began. What is not, as a dataset whose samples are not
+  fetched again, goes on from where it is.
 """
 
 from abc import ABC, abstractmethod
@@ -20,6 +23,7 @@ from torch import Tensor
 from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import draw, mix, preserved
+from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.lengths import ByLength, Padding, Ruler, find_ruler, measured
 from autoaccum.errors import CheckpointError, DataError
 from autoaccum.planning.plan import Plan
@@ -65,6 +69,7 @@ class Source(ABC):
         self._seed, self._ranks, self._worst_case = seed, ranks, worst_case
         self._epoch: int | None = None
         self._starts: list[Tensor] = []
+        self._held_starts: dict[str, Any] = {}
         self._ruler: Ruler | None = None
         self._lengths: tuple[int, ...] | None = None
         self._measured: list[tuple[int, Any]] = []  # the samples looked at, each after its length
@@ -84,7 +89,7 @@ class Source(ABC):
             if not self._measured:
                 self._measure()
             alike = [sample for own, sample in self._measured if own == length]
-            with preserved():
+            with self._untouched():
                 return self._collated([tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)])
         if self._worst_case is None:
             return self._trial(size)
@@ -119,7 +124,7 @@ class Source(ABC):
             self._measure()
         chosen = [lengths[len(lengths) // 4], lengths[-1]]
         pair = [next(sample for own, sample in self._measured if own == length) for length in chosen]
-        with preserved():
+        with self._untouched():
             groups = [pair[:1], pair[1:], pair, pair]
             short, long, both, again = (
                 self._collated([tree.map_tensors(_itself, sample) for sample in group]) for group in groups
@@ -146,6 +151,8 @@ class Source(ABC):
             "epoch": self._epoch,
             "starts": list(self._starts),
             "generators": [generator.get_state() for generator in self._own_generators()],
+            "held": {name: state_of(generator) for name, generator in self._held(self._owners()).items()},
+            "held_starts": dict(self._held_starts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -154,6 +161,15 @@ class Source(ABC):
         Raises:
             CheckpointError: that source drew from other generators.
         """
+        here = self._held(self._owners())
+        kept_of = state.get("held", {})  # older checkpoints have none
+        for name, kept in kept_of.items():
+            kind = state_of(here[name])["kind"] if name in here else "none"
+            if kind != kept["kind"]:
+                raise CheckpointError(
+                    f"the checkpoint's data drew from {name}, a {kept['kind']}, and here that is {kind}: give the same "
+                    "data, with its generators made when it is made, or start a training of its own"
+                )
         own, starts = self._own_generators(), list(state["starts"])
         expected = len(self._generators())
         if len(own) != len(state["generators"]) or (state["epoch"] is not None and len(starts) not in (0, expected)):
@@ -163,7 +179,9 @@ class Source(ABC):
             )
         for generator, kept in zip(own, state["generators"]):
             generator.set_state(kept)
-        self._epoch, self._starts = state["epoch"], starts
+        for name, kept in kept_of.items():
+            restore(here[name], kept)
+        self._epoch, self._starts, self._held_starts = state["epoch"], starts, dict(state.get("held_starts", {}))
 
     def expect_ranks(self, rank: int, world_size: int) -> None:
         """Checks that a plan for one of several ranks is for this one.
@@ -205,9 +223,10 @@ class Source(ABC):
 
     def _measure(self) -> None:
         samples = [] if self._worst_case is not None else self._some_samples()
-        self._ruler, self.mixed = find_ruler(samples, self._collated) if samples else (None, None)
-        if self._ruler is not None:
-            self._measured = list(zip(measured(samples, self._collated, self._ruler), samples))
+        with self._untouched():
+            self._ruler, self.mixed = find_ruler(samples, self._collated) if samples else (None, None)
+            if self._ruler is not None:
+                self._measured = list(zip(measured(samples, self._collated, self._ruler), samples))
         self._lengths = tuple(sorted({length for length, _ in self._measured}))
 
     # --- an epoch's base ---
@@ -224,18 +243,42 @@ class Source(ABC):
         found = [*self._own_generators(), self._base_generator()]
         return list({id(generator): generator for generator in found if generator is not None}.values())
 
+    def _replayed(self) -> dict[str, Any]:
+        """The user's objects that are asked again where an epoch is entered in its middle, by name."""
+        return {}
+
+    def _continued(self) -> dict[str, Any]:
+        """Those that are not, by name."""
+        return {}
+
+    def _owners(self) -> dict[str, Any]:
+        return {**self._replayed(), **self._continued()}
+
+    def _held(self, owners: Mapping[str, Any]) -> dict[str, Any]:
+        """What they hold beside the generators that are known without looking."""
+        known = set(map(id, self._own_generators()))
+        return {name: generator for name, generator in held(owners).items() if id(generator) not in known}
+
+    def _untouched(self) -> AbstractContextManager[None]:
+        """Where samples are looked at: no generator changes, neither a global one nor one that the user holds."""
+        return preserved(*self._owners().values())
+
     def _beginning(self, again: bool) -> AbstractContextManager[None]:
         """Where an epoch is begun: the second time without a trace in the global generators."""
         return preserved() if again else nullcontext()
 
     def _begin(self, epoch: int, again: bool) -> int:
         """The epoch's base; `again` where its windows up to some were read before."""
-        generators = self._generators()
+        generators, replayed = self._generators(), self._held(self._replayed())
         if again and epoch == self._epoch and len(self._starts) == len(generators):
+            for name, state in self._held_starts.items():
+                if name in replayed:
+                    restore(replayed[name], state)
             for generator, state in zip(generators, self._starts):
                 generator.set_state(state)
         else:
             self._epoch, self._starts = epoch, [generator.get_state() for generator in generators]
+            self._held_starts = {name: state_of(generator) for name, generator in replayed.items()}
         source = self._base_generator()
         base = mix(self._seed or 0, epoch) if source is None else draw(source)
         if self._ranks.size > 1:

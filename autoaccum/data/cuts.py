@@ -31,10 +31,18 @@ class Cut:
 
 
 class Cutter:
-    """Cuts windows by whatever `plan()` says at the time."""
+    """Cuts windows by whatever `plan()` says at the time.
 
-    def __init__(self, plan: Callable[[], Plan], drop_last: bool) -> None:
-        self._ask, self._drop_last = plan, drop_last
+    Args:
+        plan: gives the plan as it is now.
+        drop_last: a short last window is dropped, whatever the plan says.
+        batch: where given, samples at the epoch's end that are short of a batch of so many are left out, whatever the
+            windows are. Such a cutter begins at the epoch's beginning.
+    """
+
+    def __init__(self, plan: Callable[[], Plan], drop_last: bool, batch: int = 1) -> None:
+        self._ask, self._drop_last, self._batch = plan, drop_last, batch
+        self._before = 0
         self._known: Plan | None = None
         self._cuts: dict[int, Cut] = {}
         self._refresh()
@@ -50,13 +58,17 @@ class Cutter:
         A tail that is too small to be cut (see `planning.split.next_window`) is part of the window before it.
         """
         plan = self._refresh()
-        ahead, ended = look(self._needed)
+        ahead, ended = look(self._needed + self._batch - 1)
+        if self._batch > 1:  # up to the end of the last batch that is seen to be full
+            ahead -= (self._before + ahead) % self._batch
         if ahead > 2 * self._needed:
+            self._before += plan.target_batch
             return plan.target_batch
         total = next_window(
             ahead, plan.target_batch, ended=ended, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
         )
         assert total is not None  # as much was looked for as the answer needs
+        self._before += total
         return total
 
     def cut(self, total: int) -> Cut:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoaccum.data.held import held, restore, state_of
+
 __all__ = ["Lane", "draw", "mix", "preserved", "seed_sample"]
 
 _MASK = 2**64 - 1
@@ -100,46 +102,13 @@ class Lane:
 def preserved(*owners: Any) -> Iterator[None]:
     """Leaves every generator as it was: the global ones, and those that `owners` (datasets, samplers) hold."""
     before = _Globals()
-    held = [(generator, _state(generator)) for owner in owners for generator in _held_by(owner)]
+    own = [(generator, state_of(generator)) for generator in held({str(n): o for n, o in enumerate(owners)}).values()]
     try:
         yield
     finally:
         before.restore()
-        for generator, state in held:
-            _set_state(generator, state)
-
-
-def _held_by(owner: Any, depth: int = 3) -> Iterator[Any]:
-    """Generators among the attributes of `owner`, and of the dataset that it wraps, as a Subset does."""
-    for value in getattr(owner, "__dict__", {}).values():
-        if _state(value) is not None:
-            yield value
-    inner = getattr(owner, "dataset", None)
-    if inner is not None and depth:
-        yield from _held_by(inner, depth - 1)
-
-
-def _state(value: Any) -> Any:
-    """The state of a generator of torch, Python or numpy; None for any other object."""
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, random.Random):
-        return value.getstate()
-    numpy = _numpy()
-    if numpy is not None and isinstance(value, numpy.Generator):
-        return value.bit_generator.state
-    if numpy is not None and isinstance(value, numpy.RandomState):
-        return value.get_state()
-    return None
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, (torch.Generator,)) or hasattr(generator, "set_state"):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state
+        for generator, state in own:
+            restore(generator, state)
 
 
 def _numpy() -> Any:

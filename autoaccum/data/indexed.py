@@ -11,6 +11,7 @@ Choices made here:
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from autoaccum.data import tree
 from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
+from autoaccum.data.draws import preserved
 from autoaccum.data.orders import (
     Order,
     Permutation,
@@ -81,10 +83,11 @@ class IndexedSource(Source):
             return None
         generators = self._own_generators()
         states = [generator.get_state() for generator in generators]
-        order, _ = self._order(epoch, again=True)
-        for _ in range(index):
-            order.take(cutter.total(order.look))
-        found = order.take(cutter.total(order.look))
+        with self._untouched():
+            order, _ = self._order(epoch, again=True)
+            for _ in range(index):
+                order.take(cutter.total(order.look))
+            found = order.take(cutter.total(order.look))
         for generator, state in zip(generators, states):
             generator.set_state(state)
         return found
@@ -106,6 +109,13 @@ class IndexedSource(Source):
                 sampler.set_epoch(epoch)
             make = partial(SamplerOrder, sampler, base, follow_global=self._seed is None)
             return (make() if self._ranks.size == 1 else shared_order(make, self.length, self._ranks)), base
+
+    def _replayed(self) -> dict[str, Any]:
+        return {"sampler": self._sampler}
+
+    def _beginning(self, again: bool) -> AbstractContextManager[None]:
+        # A sampler that leads to its dataset leads to generators that the windows passed over have used already.
+        return preserved(*self._continued().values()) if again else nullcontext()
 
     def _own_generators(self) -> list[torch.Generator]:
         found = [getattr(owner, "generator", None) for owner in (self._loader, self._sampler)]

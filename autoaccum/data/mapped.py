@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from autoaccum.data import tree
 from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cut, Cutter
-from autoaccum.data.draws import mix, preserved
+from autoaccum.data.draws import mix
 from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.lengths import ByLength
@@ -49,7 +49,7 @@ class MapSource(IndexedSource):
         self, dataset: Any, collate: Callable[[list[Any]], Any], loader: DataLoader[Any] | None = None, **common: Any
     ) -> None:
         super().__init__(length_of(dataset), loader, **common)
-        self._fetcher, self._dataset = Fetcher(dataset, collate), dataset
+        self._fetcher, self._dataset, self._collate = Fetcher(dataset, collate), dataset, collate
         self._pool = Pool(self._samples_from, dataset)
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         self._workers: _Workers | None = None
@@ -58,8 +58,11 @@ class MapSource(IndexedSource):
 
     def _trial(self, size: int) -> Any:
         samples, self.varies = self._pool.choose(size)
-        with preserved(self._dataset):
+        with self._untouched():
             return self._fetcher.collated(samples)
+
+    def _continued(self) -> dict[str, Any]:
+        return {"dataset": self._dataset, "collate_fn": self._collate}
 
     def _some_samples(self) -> list[Any]:
         return self._pool.look()

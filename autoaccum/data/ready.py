@@ -20,7 +20,6 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from autoaccum.data import tree
 from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cutter
-from autoaccum.data.draws import preserved
 from autoaccum.data.fetch import Fetcher
 from autoaccum.data.mapped import rebuilt
 from autoaccum.data.orders import length_of, possible_indices, undistributed
@@ -94,12 +93,16 @@ class BatchSource(StreamSource):
         found = [getattr(owner, "generator", None) for owner in (self._loader, *self._samplers)]
         return list({id(generator): generator for generator in found if generator is not None}.values())
 
+    def _replayed(self) -> dict[str, Any]:
+        # Batches are read again whole, dataset and collate function included; one-time data is not read again.
+        return {} if self.one_shot else {"loader": self._loader}
+
     # --- trials ---
 
     def _trial(self, size: int) -> Any:
         if self._pool is not None:
             samples, self.varies = self._pool.choose(size)
-            with preserved(self._loader.dataset):
+            with self._untouched():
                 return self._fetcher.collated(samples)
         batches = self._some_batches(size)
         if not batches:
@@ -135,7 +138,7 @@ class BatchSource(StreamSource):
             return list(reader.drawn)
         looked_at = self._looked_at
         if sum(map(_checked_size, looked_at)) < size:
-            with preserved(self._loader, *self._samplers):
+            with self._untouched():
                 looked_at = []
                 samples = 0
                 for batch in self._batches_for_trials():

@@ -14,7 +14,7 @@ Choices made here:
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import accumulate, islice
 from typing import Any
@@ -129,6 +129,12 @@ class StreamSource(Source):
             reader.index += 1
             yield self._micro_batches(drawn, cutter, total)
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on as the source that gave `state` would have."""
+        super().load_state_dict(state)
+        if not self.one_shot:
+            self._reader = None  # it stands where it stands; what it drew since that state is to be drawn again
+
     @abstractmethod
     def _take(self, reader: Reader, samples: int) -> list[Any]:
         """The next `samples` samples, out of the reader."""
@@ -201,7 +207,7 @@ class SampleSource(StreamSource):
                 items = rebuilt(loader, samples, batch_size=None, collate_fn=as_is, pin_memory=False)
         # A worker iterates a copy of its own, from the beginning each epoch: one-time data is so in this process only.
         super().__init__(items, shared and items is samples, **common)
-        self._collate = Fetcher((), collate).collated
+        self._collate, self._collate_fn, self._samples = Fetcher((), collate).collated, collate, samples
         self._loader = loader
         self._told_epochs = [samples]
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
@@ -220,8 +226,14 @@ class SampleSource(StreamSource):
             samples, self.varies = pick(list(islice(reader.drawn, max(size, LOOKED_AT))), size)
         else:
             samples, self.varies = self._pool.choose(size)
-        with preserved():
+        with self._untouched():
             return self._collate(samples)
+
+    def _replayed(self) -> dict[str, Any]:
+        return {} if self.one_shot else {"dataset": self._samples}
+
+    def _continued(self) -> dict[str, Any]:
+        return {"collate_fn": self._collate_fn}
 
     def _own_generators(self) -> list[torch.Generator]:
         generator = self._loader.generator if self._loader is not None else None

@@ -13,7 +13,7 @@ from autoaccum.data.cuts import Cutter
 from autoaccum.data.lengths import Padding
 from autoaccum.planning.plan import Plan
 
-__all__ = ["Window", "indices_of", "windows"]
+__all__ = ["Window", "evaluation_windows", "indices_of", "windows"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,20 @@ class Window:
     padding: Padding | None = None
 
 
+def evaluation_windows(source: Source, plan: Callable[[], Plan]) -> Iterator[Window]:
+    """The windows of all samples that the loader itself would show, whatever the plan cuts them into.
+
+    A loader with `drop_last` leaves out what is short of its own batch, not what is short of a window.
+
+    Raises:
+        DataError, PlanError: as `windows`.
+    """
+    batch = source.loader_batch if source.drop_last and source.loader_batch is not None else 1
+    return _cut(source, Cutter(plan, drop_last=False, batch=batch), 0, 0)
+
+
 def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0) -> Iterator[Window]:
-    """The windows of one epoch.
+    """The windows of one epoch, to train on.
 
     Each has the plan's target over all ranks, but the last, which is short, or takes in a tail that is too small to be
     cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say.
@@ -56,7 +68,10 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
         DataError: the data is empty, cannot be read, or could be read only once; or the plan is for other ranks.
         PlanError: the plan cannot cut a window.
     """
-    cutter = Cutter(plan, source.drop_last)
+    return _cut(source, Cutter(plan, source.drop_last), epoch, start)
+
+
+def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Window]:
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
     for index, (total, sizes, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
         yield Window(batches, sizes, sum(sizes), total, epoch, index, padding)

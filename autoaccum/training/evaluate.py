@@ -1,8 +1,15 @@
 """The loss and the metrics over held-out data, as means over all of it: Σ numerators / Σ denominators.
 
+A mean over nothing is NaN: where all targets are ignored there is no loss, and 0 would look like the best one. Of a
+loss of several terms those count that are over something, as in training.
+
+There is no graph, but for models that differentiate inside their forward, to give forces for example: their first
+batch says so by an error, and is run again.
+
 Validation has a micro-batch of its own: running out of memory here halves it and leaves the training's plan alone.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +19,13 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.source import Source
-from autoaccum.data.windows import windows
+from autoaccum.data.windows import evaluation_windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
+from autoaccum.training.generators import Generators
 from autoaccum.window.loss import Mean, Objective, Sum
 from autoaccum.window.precision import Precision
 
@@ -43,6 +51,7 @@ class Evaluator:
     micro_batch: int
     source: Source | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
     @property
     def has_data(self) -> bool:
@@ -53,7 +62,7 @@ class Evaluator:
         """{"loss": ..., and each metric}, over `source` or the validation data.
 
         Raises:
-            DataError: no data, or a metric that returns something other than a Mean.
+            DataError: no data, or not one sample of it; or a metric that returns something other than a Mean.
             NothingFitsError: out of memory with a single sample.
         """
         chosen = source if source is not None else self.source
@@ -63,31 +72,42 @@ class Evaluator:
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            return self._means(chosen)
+            return self._means(chosen, "val_data" if source is None else "the data to evaluate")
         finally:
             for module in training:
                 module.training = True
 
-    def _means(self, source: Source) -> dict[str, float]:
+    def _means(self, source: Source, called: str) -> dict[str, float]:
         sums: dict[str, list[float | Tensor]] = {}
+        samples, added_up = 0, set()
         for batch in self._batches(source):
+            samples += tree.batch_size(batch)
             for name, mean in self._run(batch).items():
                 numerator, denominator = sums.setdefault(name, [0.0, 0.0])
-                # A loss that is added up is never divided: its denominator is 1 in all.
-                own = 0.0 if isinstance(mean, Sum) else mean.denominator
-                sums[name] = [numerator + mean.numerator.detach(), denominator + own]
+                sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
+                if isinstance(mean, Sum):
+                    added_up.add(name)
         names = sorted({*self.metrics, *map(_term, self.objective.names), *sums})
+        # A rank without a batch knows neither: the others tell it.
+        samples, *flags = map(int, self.ranks.tally([samples, *(name in added_up for name in names)]))
+        if not samples:
+            raise DataError(_nothing(source, called))
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
         totals = self.ranks.tally([float(value) for pair in pairs for value in pair])
-        means = {name: top / bottom if bottom else top for name, top, bottom in zip(names, totals[::2], totals[1::2])}
+        means = {
+            name: top if flag else top / bottom if bottom else math.nan
+            for name, flag, top, bottom in zip(names, flags, totals[::2], totals[1::2])
+        }
         if "loss" not in means:
-            means["loss"] = sum(value for name, value in means.items() if name.startswith("loss/"))
+            terms = zip(names, flags, totals[1::2])
+            counting = [name for name, flag, bottom in terms if name.startswith("loss/") and (flag or bottom)]
+            means["loss"] = sum(means[name] for name in counting) if counting else math.nan
         return means
 
     def _batches(self, source: Source) -> Iterator[Any]:
         target = self.micro_batch * self.ranks.size
         cut = plan(self.micro_batch, target, world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
-        for window in windows(source, lambda: cut, 0):
+        for window in evaluation_windows(source, lambda: cut):
             yield from window.batches
 
     def _run(self, batch: Any) -> dict[str, Mean]:
@@ -117,13 +137,32 @@ class Evaluator:
             for name, mean in parts[0].items()
         }
 
-    @torch.no_grad()
     def _forward(self, batch: Any) -> dict[str, Mean]:
+        """The means of one forward pass. The first one tells whether it needs a graph."""
+        if self._with_graph is None:
+            before = Generators(self.device.torch_device)
+            try:
+                means = self._without_trace(batch)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                before.restore()
+                self._with_graph = True
+            else:
+                self._with_graph = False
+                return means
+        return self._without_trace(batch)
+
+    @torch.no_grad()
+    def _without_trace(self, batch: Any) -> dict[str, Mean]:
         known = self.objective.denominators(batch)  # counted on the host, which waits for no device
         placed = tree.move(batch, self.device.torch_device)
         with self.precision.autocast():
-            terms, outputs, targets = self.objective.evaluate(placed, known)
-            means = {_term(name): term for name, term in terms.items()}
+            with torch.set_grad_enabled(bool(self._with_graph)):
+                terms, outputs, targets = self.objective.evaluate(placed, known, graph=False)
+            means = {_term(name): type(term)(term.numerator.detach(), term.denominator) for name, term in terms.items()}
+            if self._with_graph and self.metrics:
+                outputs = tree.map_tensors(Tensor.detach, outputs)
             for name, metric in self.metrics.items():
                 means[name] = _checked(name, metric(outputs, targets))
         return means
@@ -158,6 +197,15 @@ def _checked(name: str, value: Any) -> Mean:
             "as Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
         )
     return value
+
+
+def _nothing(source: Source, called: str) -> str:
+    if source.drop_last:
+        return (
+            f"{called} gives no samples: its DataLoader has drop_last=True, and fewer samples than a batch of "
+            f"{source.loader_batch}; set drop_last=False"
+        )
+    return f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
 
 
 def _term(name: str) -> str:

@@ -5,6 +5,7 @@ error in the middle of a window: that window is then as if it had not begun. The
 """
 
 import inspect
+import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -315,7 +316,8 @@ class TrainingLoop:
         self._boundary, self._evaluation_due = None, False
         self._events.tell(EpochEnded(self.epoch, self.step, results))
         loss = None if results is None else results["loss"]
-        best = loss is not None and loss <= min(each["loss"] for each in self.evaluations)
+        finite = [each["loss"] for each in self.evaluations if math.isfinite(each["loss"])]
+        best = loss is not None and bool(finite) and loss <= min(finite)  # NaN is the best of nothing
         if self.folder is not None and (best or self.folder.every is None):
             self._save(loss)
 

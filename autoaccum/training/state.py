@@ -12,7 +12,7 @@ Choices made here:
 
 import codecs
 import io
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,14 +44,17 @@ _AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, 
 def plain(value: Any, where: str) -> Any:
     """`value` as a checkpoint can hold it: mappings become dicts, sequences lists or tuples, numpy's values torch's.
 
+    A Counter stays one: torch's MultiStepLR has its milestones in it, and others call its methods.
+
     Raises:
         CheckpointError: there is something in it that only code can make; `where` says what holds it.
     """
     if isinstance(value, Mapping):
-        return {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        items = {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return Counter(items) if type(value) is Counter else items
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-        items = [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
+        entries = [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
+        return tuple(entries) if isinstance(value, tuple) else entries
     if type(value) not in _AS_THEY_ARE:
         return _single(value, where)
     return value

@@ -233,7 +233,7 @@ class Objective:
 
         def evaluate(small: Any) -> Tensor:
             if self.step is not None:  # may differentiate inside: the grad mode stays as it is
-                (term,) = self._late_terms(self.step(model, small), small).values()
+                (term,) = self._late_terms(self.step(model, small), small, graph=True).values()
                 return term.value
             with torch.no_grad():
                 loss, source, _, _ = self._loss_of(model, small)
@@ -257,19 +257,22 @@ class Objective:
         """
         return self.evaluate(batch, denominators)[0]
 
-    def evaluate(self, batch: Any, denominators: Mapping[str, float] | None = None) -> tuple[dict[str, Mean], Any, Any]:
+    def evaluate(
+        self, batch: Any, denominators: Mapping[str, float] | None = None, *, graph: bool = True
+    ) -> tuple[dict[str, Mean], Any, Any]:
         """(terms, outputs, targets) of one forward. A `step` keeps outputs and targets to itself: None.
 
-        Targets are None as well where the batch does not say which they are.
+        Targets are None as well where the batch does not say which they are. `graph`: whether the loss must have one,
+        where gradients are enabled; nothing is learned from a validation loss.
         """
         if denominators is None:
             denominators = self.denominators(batch)
         if self.step is not None:
-            return self._step_terms(self.step(self.model, batch), batch, denominators), None, None
+            return self._step_terms(self.step(self.model, batch), batch, denominators, graph), None, None
         loss, source, outputs, targets = self._loss_of(self.model, batch)
         assert denominators is not None  # late only with a step
         ((name, denominator),) = denominators.items()
-        return {name: self._term(loss, denominator, name, source)}, outputs, targets
+        return {name: self._term(loss, denominator, name, source, graph)}, outputs, targets
 
     def forward(self, batch: Any) -> None:
         """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
@@ -292,15 +295,17 @@ class Objective:
             loss = loss.sum() if self._reduction.takes_sums else loss.mean()
         return loss, self._source, outputs, call.targets
 
-    def _term(self, loss: Any, denominator: float, name: str, source: str) -> Mean:
-        loss = scalar(loss, source, graph=denominator > 0)
+    def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
+        loss = scalar(loss, source, graph=graph and denominator > 0)
         if self._reduction.adds_up(name):
             return Sum(loss, denominator)
         return Mean(loss, denominator) if self._reduction.takes_sums else Mean.of(loss, denominator)
 
-    def _step_terms(self, result: Any, batch: Any, denominators: Mapping[str, float] | None) -> dict[str, Mean]:
+    def _step_terms(
+        self, result: Any, batch: Any, denominators: Mapping[str, float] | None, graph: bool
+    ) -> dict[str, Mean]:
         if denominators is None:
-            return self._late_terms(result, batch)
+            return self._late_terms(result, batch, graph)
         if not isinstance(result, Mapping):
             result = {"loss": result}
         elif len(result) == 1 and self.names == ("loss",):
@@ -310,11 +315,11 @@ class Objective:
                 f"the step returned the terms {', '.join(map(repr, result))}, and reduction declares "
                 f"{', '.join(map(repr, denominators))}: declare each term, as reduction={_remedy(result)}"
             )
-        return {name: self._declared_term(name, result[name], denominators[name]) for name in denominators}
+        return {name: self._declared_term(name, result[name], denominators[name], graph) for name in denominators}
 
-    def _declared_term(self, name: str, value: Any, denominator: float) -> Mean:
+    def _declared_term(self, name: str, value: Any, denominator: float, graph: bool) -> Mean:
         if not isinstance(value, Mean):
-            return self._term(value, denominator, name, "the step")
+            return self._term(value, denominator, name, "the step", graph)
         own = value.denominator
         if isinstance(own, float) and not math.isclose(own, denominator, rel_tol=1e-6):
             raise LossError(
@@ -325,9 +330,9 @@ class Objective:
             raise LossError(
                 f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
             )
-        return Mean(scalar(value.numerator, "the step's Mean", graph=denominator > 0), denominator)
+        return Mean(scalar(value.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
 
-    def _late_terms(self, result: Any, batch: Any) -> dict[str, Mean]:
+    def _late_terms(self, result: Any, batch: Any, graph: bool) -> dict[str, Mean]:
         """One term at most: several whose denominators come late cannot share one gradient."""
         if not isinstance(result, Mapping):
             result = {"loss": result}
@@ -339,10 +344,10 @@ class Objective:
             )
         ((name, value),) = result.items()
         if not isinstance(value, Mean):
-            return {name: Mean.of(scalar(value, "the step"), float(tree.batch_size(batch)))}
+            return {name: Mean.of(scalar(value, "the step", graph=graph), float(tree.batch_size(batch)))}
         # A tensor on a device is not waited for; where it is 0 there may be no graph either.
         counts = isinstance(value.denominator, Tensor) or value.denominator > 0
-        scalar(value.numerator, "the step's Mean", graph=counts)
+        scalar(value.numerator, "the step's Mean", graph=graph and counts)
         return {name: value}
 
 
