@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.assembly import Parts, assemble, share_model
-from autoaccum.checks import check_counts, listed, one_of
+from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.memory.forecast import Forecast
 from autoaccum.pipeline import (
@@ -99,8 +99,7 @@ def probe(
     together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
     with ends_all(together):
         check_counts(target_batch=target_batch, max_batch=max_batch)
-        one_of("prefer", prefer, ("fewest", "fastest"))
-        one_of("ladder", ladder, (None, False, "auto", *RUNGS))
+        _check_choices(prefer, ladder, cache=cache, compile=compile)
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
@@ -242,8 +241,7 @@ def prepare(
     listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
     one_of("check", check, (True, False, "warn"))
     one_of("resume", resume, ("auto", True, False))
-    one_of("prefer", prefer, ("fewest", "fastest"))
-    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
+    _check_choices(prefer, ladder, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
     check_metrics(metrics, step)
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
@@ -361,6 +359,12 @@ def verify(
     parts = assemble(model, data, loss=loss, step=step, reduction=reduction, device=device, precision=precision,
                      worst_case=worst_case)  # fmt: skip
     return verified(parts)
+
+
+def _check_choices(prefer: str, ladder: str | bool | None, **switches: bool) -> None:
+    one_of("prefer", prefer, ("fewest", "fastest"))
+    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
+    check_switches(**switches)
 
 
 def _run_as_asked(parts: Parts, compile: bool, ladder: str | bool | None, events: Events) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from autoaccum.errors import PlanError, SetupError
 
-__all__ = ["check_counts", "check_kind", "check_seed", "listed", "one_of"]
+__all__ = ["check_counts", "check_kind", "check_seed", "check_switches", "listed", "one_of"]
 
 
 def check_counts(**counts: Any) -> None:
@@ -17,6 +17,16 @@ def check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise PlanError(f"{name}={value!r}: give a whole number of 1 or more, such as 256")
+
+
+def check_switches(**switches: Any) -> None:
+    """Refuses anything but True and False, whatever the name: a word would be taken for True.
+
+    Raises:
+        SetupError: naming the value.
+    """
+    for name, value in switches.items():
+        one_of(name, value, (True, False))
 
 
 def check_seed(seed: Any) -> None:

@@ -1,7 +1,10 @@
 """Values are refused by name, with what to give instead."""
 
 import pytest
+import torch
+from torch import nn
 
+import autoaccum
 from autoaccum.checks import check_counts, check_kind, check_seed, listed, one_of
 from autoaccum.errors import PlanError, SetupError
 
@@ -57,3 +60,20 @@ def test_one_of_takes_the_very_choices():
     one_of("check", True, (True, False, "warn"))
     with pytest.raises(SetupError, match="check=1: choose True, False, 'warn'"):
         one_of("check", 1, (True, False, "warn"))
+
+
+@pytest.mark.parametrize("name", ["cache", "compile", "log_grad_norm"])
+def test_a_word_is_no_switch(name):
+    with pytest.raises(SetupError, match=f"{name}='no': choose True, False"):
+        autoaccum.prepare(nn.Linear(2, 2), (torch.randn(8, 2), torch.randn(8, 2)), target_batch=4, loss=nn.MSELoss(),
+                          device="cpu", **{name: "no"})  # fmt: skip
+
+
+def test_an_optimizer_that_refuses_the_parameters_is_named():
+    with pytest.raises(SetupError, match="optimizer=refusing refuses this model's parameters or its lr=0.001: only"):
+        autoaccum.prepare(nn.Linear(2, 2), (torch.randn(8, 2), torch.randn(8, 2)), target_batch=4, loss=nn.MSELoss(),
+                          device="cpu", optimizer=refusing)  # fmt: skip
+
+
+def refusing(parameters, lr):
+    raise ValueError("only matrices are taken")

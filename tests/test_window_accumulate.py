@@ -123,6 +123,9 @@ def test_a_window_in_which_nothing_counts_takes_no_step():
     assert (record.step, accumulator.skipped_windows, optimizer.param_groups[0]["lr"]) == (0, 1, 0.5)
     assert error(model, before) == 0
     assert not optimizer.state
+    own = Accumulator(model, optimizer, plan(4, 8))
+    assert [*own.window((x[:0], y[:0]))] == []
+    assert own.last.skipped == "the window has no samples"
 
 
 def test_clipping_is_of_the_whole_windows_gradient():

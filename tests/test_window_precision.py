@@ -19,6 +19,7 @@ def test_auto_on_a_cpu_is_fp32_and_says_why():
     assert not precision.scaler.is_enabled()
     with precision.autocast():
         assert not torch.is_autocast_enabled("cpu")
+    assert "its own float64" in Precision("auto", CPU, nn.Linear(2, 2).double()).reason
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

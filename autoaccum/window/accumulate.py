@@ -239,7 +239,8 @@ class Accumulator:
         norm: float | None = None
         skipped: str | None = None
         if correction == 0:
-            skipped = "every target of the window is ignored: its denominator is 0"
+            ignored = "every target of the window is ignored: its denominator is 0"
+            skipped = ignored if ledger.total_samples else "the window has no samples"
         elif not math.isfinite(loss):
             skipped = self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
         if skipped is None:

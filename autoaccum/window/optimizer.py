@@ -65,7 +65,14 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     if not callable(factory):
         raise SetupError(f"optimizer={optimizer!r} is not an Optimizer, a factory f(params, lr=lr) or a torch name")
     _refuse_closure(factory)
-    made = factory(parameters, lr=lr)
+    try:
+        made = factory(parameters, lr=lr)
+    except ValueError as error:
+        named = repr(optimizer) if isinstance(optimizer, str) else getattr(optimizer, "__name__", "its factory")
+        raise SetupError(
+            f"optimizer={named} refuses this model's parameters or its lr={lr!r}: {error}; choose another, or make one "
+            "for these parameters and pass it"
+        ) from error
     if not isinstance(made, Optimizer):
         raise SetupError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer")
     return made

@@ -38,6 +38,9 @@ class Precision:
         if precision not in ("auto", "fp32", "bf16", "fp16"):
             raise SetupError(f'precision={precision!r}: choose "auto", "fp32", "bf16" or "fp16"')
         self.name, self.reason = _decide(precision, device)
+        own = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
+        if precision == "auto" and self.name == "fp32" and own:
+            self.reason = f"fp32: no autocast, so that the model computes in its own {' and '.join(sorted(own))}"
         half = {p.dtype for p in model.parameters()} & set(_HALF)
         if self.name == "fp16" and half:
             raise SetupError(
