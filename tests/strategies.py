@@ -1,14 +1,10 @@
 """Hypothesis strategies that several test files share: sizes as people have them, and plans over them."""
 
-from hypothesis import HealthCheck, assume, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.split import can_split
-
-# No example may fail for being slow: machines that test are often busy ones.
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")
 
 targets = st.one_of(st.integers(1, 40), st.integers(1, 5000))
 limits = st.one_of(st.integers(1, 12), st.integers(1, 1500))

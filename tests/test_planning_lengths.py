@@ -10,7 +10,6 @@ from autoaccum.errors import PlanError
 from autoaccum.planning import lengths as module
 from autoaccum.planning.lengths import LengthRule, check_room, halved, limit_at, narrowest, room_of, scaled
 from autoaccum.planning.plan import Plan, plan
-from tests import strategies  # noqa: F401  (the profile without deadlines)
 
 sample_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
