@@ -8,6 +8,7 @@ from torch.optim import lr_scheduler
 
 from autoaccum.errors import SetupError
 from autoaccum.training.schedule import build_schedule, schedule_name
+from tests.versions import since
 
 
 def sgd(lr=0.5):
@@ -157,6 +158,7 @@ def test_a_schedule_that_counts_from_the_plans_rate_is_not_told_of(build, lr):
     assert told_of(build, sgd(lr=lr() if callable(lr) else lr)) == []
 
 
+@since("2.5", "a chain inside a sequence")
 def test_a_schedule_is_named_with_its_parts():
     optimizer = sgd()
     steps = lr_scheduler.StepLR(optimizer, 2)
