@@ -8,7 +8,7 @@ from torch.optim import lr_scheduler
 
 from autoaccum.errors import SetupError
 from autoaccum.training.schedule import build_schedule, schedule_name
-from tests.versions import since
+from tests.versions import TORCH, since
 
 
 def sgd(lr=0.5):
@@ -155,6 +155,8 @@ def test_a_schedule_with_rates_of_its_own_is_told_of_in_one_line(build, used):
 )
 @pytest.mark.parametrize("lr", [0.4, lambda: torch.tensor(0.4)], ids=["number", "tensor"])
 def test_a_schedule_that_counts_from_the_plans_rate_is_not_told_of(build, lr):
+    if TORCH < (2, 5) and callable(lr):
+        pytest.skip("torch 2.4 writes into a first rate that is a tensor")
     assert told_of(build, sgd(lr=lr() if callable(lr) else lr)) == []
 
 
