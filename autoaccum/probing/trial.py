@@ -185,11 +185,12 @@ class Bench:
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
         self._process.step_begins()
-        batch = self._batch(size, length)
+        batch = self._source.trial(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
         retries = self._device.retries()
         try:
+            batch = self._counting(batch, size, length)  # in here: how a loss counts is found out by running it
             peak = self._step((size,) if length is None else (size, length), batch, kind)
         except Exception as error:
             if not self._for_want_of_memory(error, size):
@@ -211,7 +212,7 @@ class Bench:
 
     def time(self, size: int) -> float:
         """Samples per second of one micro-batch at `size`, which has fitted before; nothing is recorded."""
-        batch = self._batch(size)
+        batch = self._counting(self._source.trial(size), size)
         self._journal.start(size, "throughput")
         self._device.synchronize()
         started = time.perf_counter()
@@ -263,13 +264,12 @@ class Bench:
             self._used = [parameter for parameter, g in found if g is not None and not g.is_sparse]
         self._stepped(accumulator.finish())
 
-    def _batch(self, size: int, length: int | None = None) -> Any:
-        """Samples of which some have a target that counts: others would be run without a gradient.
+    def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
+        """The batch, or another of samples of which some have a target that counts: it would have no gradient.
 
         Raises:
             DataError: there are none among those looked at.
         """
-        batch = self._source.trial(size, length)
         if self._accumulator.counts(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)
