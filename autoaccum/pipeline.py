@@ -293,11 +293,7 @@ def _probe_in_child(
                 listener(trial)
             continue
         journal.clear()
-        lines = (
-            Lines(**{**answer["lines"], "lines": tuple(map(tuple, answer["lines"]["lines"]))})
-            if answer["lines"]
-            else None
-        )
+        lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
         report = ProbeReport.from_dict(answer["report"], lines)
         return replace(report, trials=(*killed, *report.trials))
     raise ProbeError(f"{MOST_CHILDREN} child processes were killed one after another: give memory= a smaller budget")

@@ -15,7 +15,7 @@ from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.units import MIB
-from tests.architectures import ARCHITECTURES, BY_NAME, Architecture
+from tests.architectures import ARCHITECTURES, BY_NAME, Architecture, lstm_is_known
 from tests.synthetic import play
 
 CPU = SimpleNamespace(torch_device=torch.device("cpu"))
@@ -28,6 +28,8 @@ class Windows:
     def __init__(self, architecture: Architecture, optimizer=torch.optim.AdamW, *, bf16: bool = False) -> None:
         if not architecture.installed:
             pytest.skip(f"{architecture.needs} is not installed")
+        if architecture.name == "lstm" and not lstm_is_known():
+            pytest.skip("oneDNN's layout of an LSTM was measured on processors up to AVX2 only")
         torch.manual_seed(0)
         self.architecture, self.bf16 = architecture, bf16
         self.model = architecture.make().train()
@@ -36,7 +38,7 @@ class Windows:
 
     def trace(self, n: int, length: int | None = None) -> Trace:
         batches = [self.architecture.samples(n, length) for _ in range(2)]
-        with record(CPU) as recording:
+        with record(CPU, shapes=True) as recording:
             for batch in batches:
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
                     loss = self.architecture.step(self.model, batch)
@@ -67,15 +69,12 @@ def _windows(architecture: Architecture, optimizer, bf16: bool) -> Windows:
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 def test_the_forecast_is_what_is_measured(architecture, optimizer, bf16):
     windows = _windows(architecture, optimizer, bf16)
-    # oneDNN rounds an LSTM's workspace up to pages: exact only from and to sizes that fill them.
-    rounds = architecture.name == "lstm"
-    forecast = windows.forecast(*(4, 8, 16) if rounds else (2, 4, 8))
+    forecast = windows.forecast(2, 4, 8)
     assert forecast.unaligned == 0
     for n in (24, 61):
-        measured = windows.trace(n).peak
-        assert forecast.above(n) == measured or (rounds and forecast.above(n) == pytest.approx(measured, rel=2.5e-3))
+        assert forecast.above(n) == windows.trace(n).peak
     assert forecast.residual is not None
-    assert forecast.residual < (2e-3 if rounds else 1e-9)
+    assert forecast.residual < 1e-9
 
 
 SEQUENCES = [architecture for architecture in ARCHITECTURES if architecture.sequence]
@@ -88,13 +87,8 @@ def test_the_forecast_holds_for_other_lengths(architecture):
     forecast = Forecast.fit([windows.trace(*size) for size in LENGTHS], LENGTHS)
     assert forecast.residual is not None
     for n, length in ((3, 40), (12, 16)):
-        measured = windows.trace(n, length).peak
-        if architecture.name == "lstm":
-            assert forecast.above(n, length) == pytest.approx(measured, rel=0.1)
-            assert forecast.residual > 1e-6
-        else:
-            assert forecast.above(n, length) == measured
-            assert forecast.residual < 1e-9
+        assert forecast.above(n, length) == windows.trace(n, length).peak
+        assert forecast.residual < 1e-9
 
 
 # --- what must not be a silent guess

@@ -25,7 +25,8 @@ import torch
 
 from autoaccum.memory.alignment import Cell, ForecastFailed, align
 from autoaccum.memory.allocator import Block, CachingAllocator, SimulatedOutOfMemory
-from autoaccum.memory.fitting import basis, columns, determined, fit, volume
+from autoaccum.memory.fitting import columns, determined, fit, point, volume
+from autoaccum.memory.pages import Stairs, stairs_of
 from autoaccum.memory.replay import FOREVER, Flow, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
@@ -57,6 +58,7 @@ class Forecast:
             trace could be spared.
         unaligned: the share of a step's allocated bytes that could not be matched between the traces.
         requested: False where block sizes had to stand for requested sizes (see trace.Trace).
+        stairs: the functions, beside those of the basis, of blocks that are rounded up to pages.
     """
 
     sizes: tuple[tuple[int, ...], ...]
@@ -70,6 +72,7 @@ class Forecast:
         self._lengths = {size[1] for size in sizes if len(size) > 1}
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
+        self.stairs = stairs_of([trace.layers for trace in traces], sizes)
 
     @classmethod
     def fit(cls, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]], resident: Resident = None) -> Forecast:
@@ -93,7 +96,7 @@ class Forecast:
         forecast.unaligned = unaligned
         forecast.requested = all(trace.requested for trace in traces)
         forecast._solve(table, sizes, {name: [each[at] for at in used] for name, each in held.items()})
-        forecast.residual = _residual(table, sizes)
+        forecast.residual = _residual(table, sizes, forecast.stairs)
         if unaligned > MOST_UNALIGNED and (forecast.residual is None or forecast.residual > MOST_RESIDUAL):
             seen = "there is no further trace to check the rest on"
             if forecast.residual is not None:
@@ -115,7 +118,7 @@ class Forecast:
     def lines(self) -> list[tuple[float, ...]]:
         """The functions whose maximum the peak is, in bytes, what was there before included: (a, b) of a + b·batch.
 
-        Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL².
+        Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL²; then of `stairs`, one each.
         """
         rows = self._levels + self._residents.sum(0)
         rows[:, 0] += self._background
@@ -237,15 +240,15 @@ class Forecast:
         return low
 
     def _solve(self, table: Table, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
-        self._deltas = fit(table.deltas, sizes)
-        self._flows = fit(table.sizes, sizes)
+        self._deltas = fit(table.deltas, sizes, self.stairs, [row.operator for row in table.rows])
+        self._flows = fit(table.sizes, sizes, self.stairs, [flow.operator for flow in table.flows])
         self._levels = _levels(self._deltas)
         self._resident_names = list(residents)
-        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
+        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes, self.stairs)
 
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
         if not self._lengths:
-            return basis((batch,), self._count)
+            return point((batch,), self._count, self.stairs)
         if length is None and len(self._lengths) == 1:
             length = next(iter(self._lengths))
         if length is None:
@@ -255,7 +258,7 @@ class Forecast:
                 f"all traces have length {next(iter(self._lengths))}: nothing is known of length {length}; "
                 "trace two batch sizes at three lengths"
             )
-        return basis((batch, length), self._count)
+        return point((batch, length), self._count, self.stairs)
 
     def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
         """(parts × levels): what the flows hold at the start and after each row."""
@@ -333,7 +336,7 @@ def _levels(deltas: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(deltas[:1]), deltas.cumsum(0)])
 
 
-def _residual(table: Table, sizes: Sequence[tuple[int, ...]]) -> float | None:
+def _residual(table: Table, sizes: Sequence[tuple[int, ...]], stairs: Sequence[Stairs]) -> float | None:
     """How far the forecast from the other traces misses the largest that can be spared; None: none can."""
     count = columns(sizes)
     for held_out in sorted(range(len(sizes)), key=lambda at: -volume(sizes[at])):
@@ -341,7 +344,8 @@ def _residual(table: Table, sizes: Sequence[tuple[int, ...]]) -> float | None:
         others = [sizes[at] for at in rest]
         if not determined(others, count):
             continue
-        forecast = _levels(fit(table.deltas[:, rest], others)) @ basis(sizes[held_out], count)
+        rows = fit(table.deltas[:, rest], others, stairs, [row.operator for row in table.rows])
+        forecast = _levels(rows) @ point(sizes[held_out], count, stairs)
         measured = _levels(table.deltas[:, held_out : held_out + 1]).squeeze(1)
         return float((forecast - measured).abs().max() / measured.max().clamp(min=1))
     return None

@@ -8,7 +8,7 @@ believed only after a small step was measured and is where it says; anything unr
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,13 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.files import write_json
-from autoaccum.memory.fitting import basis
+from autoaccum.memory.fitting import point
+from autoaccum.memory.pages import Stairs
 from autoaccum.probing.journal import cache_folder
 
 __all__ = ["Cache", "Lines", "training_key"]
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,33 @@ class Lines:
     """A forecast as the functions whose maximum it is: peak(n) = max(a + b·n), in bytes; or of a length too.
 
     Attributes:
-        lines: (a, b) each; over batches and lengths the coefficients of 1, B, L, BL, L², BL².
+        lines: (a, b) each; over batches and lengths the coefficients of 1, B, L, BL, L², BL²; then those of `stairs`.
         residual: as the forecast from which they were taken.
         reserve: reserved over requested bytes, as measured at the size verified; 1 without a caching allocator.
         longest: over lengths, the one that is meant where none is given; else None.
+        stairs: what blocks take that are rounded up to pages, beside the batch and the length.
     """
 
     lines: tuple[tuple[float, ...], ...]
     residual: float | None
     reserve: float = 1.0
     longest: int | None = None
+    stairs: tuple[Stairs, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Lines":
+        """From what `asdict` made, also by way of JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: something is missing or is not what it has to be.
+        """
+        lines = tuple(tuple(map(float, line)) for line in values["lines"])
+        residual = None if values["residual"] is None else float(values["residual"])
+        longest = None if values["longest"] is None else int(values["longest"])
+        stairs = tuple(Stairs(**{**each, "steps": tuple(map(int, each["steps"]))}) for each in values["stairs"])
+        if {len(line) for line in lines} != {(2 if longest is None else 6) + len(stairs)}:
+            raise ValueError("the forecast's functions do not have as many coefficients as they need")
+        return cls(lines, residual, float(values["reserve"]), longest, stairs)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -51,7 +69,7 @@ class Lines:
     def peak(self, batch: int, length: int | None = None) -> int:
         """The peak in requested bytes at `batch` samples; sizes beside batch and length are part of the key."""
         size = (batch,) if self.longest is None else (batch, self.longest if length is None else length)
-        return round(float((self._rows @ basis(size, self._rows.shape[1])).max()))
+        return round(float((self._rows @ point(size, 2 if self.longest is None else 6, self.stairs)).max()))
 
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
@@ -61,8 +79,8 @@ class Lines:
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
     """Those of the functions that may be the highest at some batch, and length, of 1 and above.
 
-    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths those that no other one tops
-    in each of its six coefficients.
+    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths, and with stairs, those that
+    no other one tops in each of its coefficients.
     """
     distinct = sorted(set(lines), key=lambda line: (line[1], line[0]))
     if len(distinct[0]) > 2:
@@ -104,12 +122,7 @@ class Cache:
             values = json.loads(self._path.read_text(encoding="utf-8"))
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
-            lines = tuple(tuple(map(float, line)) for line in values["lines"])
-            residual = None if values["residual"] is None else float(values["residual"])
-            longest = None if values["longest"] is None else int(values["longest"])
-            if {len(line) for line in lines} != {2 if longest is None else 6}:
-                raise ValueError("the forecast's functions do not have as many coefficients as they need")
-            return Lines(lines, residual, float(values["reserve"]), longest)
+            return Lines.from_dict(values)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

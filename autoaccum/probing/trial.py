@@ -66,6 +66,8 @@ class Bench:
         self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
         self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), self.held)
         self._copies: list[torch.Tensor] = []
+        modules = accumulator.model.modules()
+        self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
@@ -239,7 +241,7 @@ class Bench:
             return int(self._device.peak() or 0)
         accumulator.open([batch])
         held = self._held(batch)
-        with self._process.growth, record(self._device) as recording:
+        with self._process.growth, record(self._device, shapes=self._shapes) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
             self._allocate_gradients()
