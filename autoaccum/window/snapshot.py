@@ -65,7 +65,8 @@ class Snapshot:
         self._attributes = [Attributes(module) for root in self._modules for module in root.modules()]
         self._parameters = [(p, p.requires_grad, p.grad) for root in self._modules for p in root.parameters()]
         self._groups = [
-            {k: copy.copy(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+            {k: v if isinstance(v, Tensor) else copy.copy(v) for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
         ]
         self._state = {key: dict(value) for key, value in optimizer.state.items()}
         self._random = RandomState(device)
