@@ -3,8 +3,14 @@
 A trial runs one micro-batch with the gradients already there, as every micro-batch but a window's first finds them,
 then the optimizer step: it shows a window's peak at half of its cost. Learning rates are 0 meanwhile, so that many
 steps on the same samples cannot diverge; what moves all the same is put back by the snapshot around the probe.
+
+A trial is meant to be no easier than any step of the training:
+- The optimizer is long past its warm-up, at a step at which whatever it does every so often is due.
+- Parameters that the few samples of a trial leave without a gradient have one, since other samples may give it to them.
+- Sparse gradients hold the rows that the rest of the window has left.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +42,9 @@ __all__ = ["Bench", "Counted"]
 
 Shape = tuple[int, ...]
 
+# Of an optimizer in a trial: divided by 1 to 10, and by most of the periods that people write (12, 50, 100, ...).
+STEP = 25_200
+
 
 class Bench:
     """Where trials run: the model, its optimizer and the device, with what they showed so far.
@@ -55,15 +64,20 @@ class Bench:
         journal: Journal,
         listener: Callable[[Trial], None] | None = None,
         growth: ProcessGrowth | None = None,
+        share: int | None = None,
     ) -> None:
         """Sets learning rates to 0; the caller's snapshot puts them back.
 
-        `growth` was made when the budget was read, so that what happened since counts; None: that was just now.
+        `growth` was made when the budget was read, so that what happened since counts; None: that was just now. `share`
+        is how many samples a window has; None: twice those of a trial.
         """
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
         self._journal, self._listener = journal, listener
         self._killed = cache(journal.killed_sizes)
-        self._used: list[torch.nn.Parameter] | None = None  # parameters that get a gradient: known after one step
+        self._share = share
+        self._dense: list[torch.nn.Parameter] | None = None  # those that get a gradient: known after one step
+        self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
+        self._unused: list[torch.nn.Parameter] = []  # without a gradient in that step
         self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), self.held)
         self._copies: list[torch.Tensor] = []
         modules = accumulator.model.modules()
@@ -112,7 +126,7 @@ class Bench:
         return self.held() + self._gradients()
 
     def _gradients(self) -> int:
-        return sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._used or ())
+        return sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._dense or ())
 
     def other(self) -> int:
         """Bytes of this process on an accelerator that are no part of the training."""
@@ -135,10 +149,21 @@ class Bench:
         return f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since {self._process.reason}"
 
     @property
-    def advice(self) -> list[str]:
-        """What holding this budget does to the process, where its own memory is limited."""
+    def notes(self) -> list[str]:
+        """What there is to know beside the trials: what the budget does to the process, what was counted on top."""
         advice = heap_advice() if self._process.counted else None
-        return [] if advice is None else [advice]
+        notes = [] if advice is None else [advice]
+        if self._unused:
+            names = {id(parameter): name for name, parameter in self._accumulator.model.named_parameters()}
+            first = names.get(id(self._unused[0]), "one of the optimizer's")
+            more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
+            size = sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._unused)
+            notes.append(
+                f"{first}{more} got no gradient from the samples tried: {format_bytes(size)} are counted for one all "
+                "the same, and what the optimizer keeps for it, since other samples may give it one; freeze what is "
+                "never used (requires_grad_(False))"
+            )
+        return notes
 
     def _within(self, peak: int) -> bool:
         """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
@@ -229,10 +254,13 @@ class Bench:
         """The peak in bytes."""
         accumulator = self._accumulator
         counted = not self.traces_all and kind != "trace"
-        if self._used is None:
+        if self._dense is None:
             self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
+            if self._unused:
+                self._window(batch)  # theirs as well
             if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
                 self._copies = [buffer.detach().clone() for buffer in accumulator.model.buffers()]
+        age(accumulator.optimizer)
         if counted:
             self._device.drop_cache()  # of other sizes, which a training at this one would not have in its way
             self._device.reset_peak()
@@ -244,7 +272,7 @@ class Bench:
         with self._process.growth, record(self._device, shapes=self._shapes) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
-            self._allocate_gradients()
+            self._allocate_gradients(shape[0])
             accumulator.on_phase = recording.mark
             accumulator.run([batch])
             self._stepped(accumulator.finish())
@@ -257,14 +285,21 @@ class Bench:
 
     def _window(self, batch: Any) -> None:
         accumulator = self._accumulator
+        size = tree.batch_size(batch)
         accumulator.open([batch])
-        self._allocate_gradients()
+        self._allocate_gradients(size)
         accumulator.run([batch])
-        if self._used is None:
-            # Sparse gradients are not made beforehand: torch would turn them dense.
-            found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
-            self._used = [parameter for parameter, g in found if g is not None and not g.is_sparse]
+        if self._dense is None:
+            self._look_at_gradients(size)
         self._stepped(accumulator.finish())
+
+    def _look_at_gradients(self, size: int) -> None:
+        """What kind of gradient each parameter gets, by a step of `size` samples."""
+        accumulator = self._accumulator
+        found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
+        self._rows = {parameter: g._nnz() / size for parameter, g in found if g is not None and g.is_sparse}
+        self._unused = [p for p, g in found if g is None and p.requires_grad and not accumulator.is_sparse(p)]
+        self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self._unused
 
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
         """The batch, or another of samples of which some have a target that counts: it would have no gradient.
@@ -290,9 +325,13 @@ class Bench:
                 "size, or another precision="
             )
 
-    def _allocate_gradients(self) -> None:
-        for parameter in self._used or ():
+    def _allocate_gradients(self, size: int) -> None:
+        """What the other micro-batches of a window leave to one of `size`."""
+        for parameter in self._dense or ():
             self._accumulator.allocate_gradient(parameter)
+        others = size if self._share is None else max(self._share - size, 0)
+        for parameter, rows in self._rows.items():
+            self._accumulator.allocate_gradient(parameter, 1, min(math.ceil(rows * others), parameter.shape[0]))
 
     def _held(self, batch: Any) -> dict[str, int]:
         """Bytes in use before a step, by part; on an accelerator also what else of this process lies there."""
@@ -325,6 +364,16 @@ class Bench:
         if self._listener is not None:
             self._listener(trial)
         return trial
+
+
+def age(optimizer: torch.optim.Optimizer) -> None:
+    """The next step is number `STEP`, where the optimizer counts: RAdam allocates more from its sixth step on."""
+    for state in (*optimizer.state.values(), *optimizer.param_groups):
+        step = state.get("step")
+        if isinstance(step, torch.Tensor):
+            step.fill_(STEP - 1)
+        elif isinstance(step, (int, float)) and not isinstance(step, bool):
+            state["step"] = STEP - 1
 
 
 @dataclass(frozen=True)

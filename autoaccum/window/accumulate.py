@@ -34,6 +34,7 @@ from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.record import StepRecord
+from autoaccum.window.sparse import SparseGradients, untouched_rows
 
 __all__ = ["Accumulator", "ignore"]
 
@@ -113,6 +114,7 @@ class Accumulator:
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
         self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
+        self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
         self.noise_scale = NoiseScale(model, self._parameters)
         self._ledger: Ledger | None = None
@@ -213,6 +215,7 @@ class Accumulator:
             self.precision.forget_casts()
             with self.precision.outside():
                 self._backward(parts)
+            self._sparse.merge()
             self._side.collect()
         if self.noise_scale.watches:
             self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
@@ -286,10 +289,17 @@ class Accumulator:
         """The format that the window's gradient of `parameter` is summed in."""
         return self._side.dtype(parameter)
 
-    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0) -> None:
+    def is_sparse(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradients of `parameter` are sparse, as far as its layer says or one was seen."""
+        return parameter in self._sparse
+
+    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0, rows: int = 0) -> None:
         """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one; or a sparse one."""
-        zeros = torch.zeros_like(parameter, dtype=self.gradient_dtype(parameter))
-        self._side.put(parameter, zeros.to_sparse(sparse_dimensions) if sparse_dimensions else zeros)
+        dtype = self.gradient_dtype(parameter)
+        if sparse_dimensions:
+            self._side.put(parameter, untouched_rows(parameter, rows, dtype, sparse_dimensions))
+        else:
+            self._side.put(parameter, torch.zeros_like(parameter, dtype=dtype))
 
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
