@@ -372,11 +372,12 @@ def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
             "forecast": f"{report.limit + 1} is forecast to overrun the budget",
             "out of memory": f"{report.limit + 1} ran out of memory",
             "cap": "nothing larger was looked for",
+            None: "the largest that was run: larger ones did not fit where the forecast let them",
         }
         if any(trial.batch == report.limit + 1 and trial.outcome == OVER_BUDGET for trial in report.trials):
             proof["forecast"] = f"a step at {report.limit + 1} went over the budget"
         which = "of the longest samples seen fit" if report.by_length else "samples fit"
-        reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof or 'cap']}"
+        reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof]}"
     return reasons
 
 

@@ -283,7 +283,7 @@ def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
         return "the next larger size ran out of memory"
     if proof == "cap":
         return "nothing larger was allowed or looked for; memory has room for more"
-    return ""
+    return "the largest that was run: larger ones did not fit where the forecast let them"
 
 
 def _sizes(plan: Mapping[str, Any]) -> str:

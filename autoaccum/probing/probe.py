@@ -19,7 +19,7 @@ from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.report import ProbeReport, Trial
-from autoaccum.probing.search import SAME_PEAK, Answer, find
+from autoaccum.probing.search import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
@@ -102,7 +102,8 @@ def run_probe(
                     "a layer without that minimum (GroupNorm for BatchNorm)"
                 )
             budget = _less_the_window(budget, source, device, question)
-            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth)
+            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth,
+                          question.share)  # fmt: skip
             try:
                 report = _look(bench, source, device, question, floor, cache)
                 for _ in range(MOST_LOOKS - 1):
@@ -208,7 +209,7 @@ def _report_over_lengths(
     ]
     if isinstance(forecaster, Lines):
         notes.append(FROM_CACHE)
-    notes += bench.advice
+    notes += bench.notes
     if bench.suffers and not bench.caches:
         notes.append(
             "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
@@ -302,7 +303,7 @@ def _report(
 ) -> ProbeReport:
     notes = [source.varies] if source.varies else []
     notes += [source.mixed] if source.mixed else []
-    notes += bench.advice
+    notes += bench.notes
     forecaster: Forecast | Lines | None
     if isinstance(answer.forecast, Lines):
         forecaster = answer.forecast
@@ -315,13 +316,19 @@ def _report(
         why = "no second trace would surely have fitted" if alone else "the traces did not line up"
         notes.append(f"{why}, so sizes were searched for by running them")
     else:
-        off = _farthest(forecaster, bench.trials)
+        off = _farthest(forecaster, bench.trials, answer.micro_batch)
+        wrong = "sizes that were not run may take more or less than is told"
         if off is not None and off[0] > max(SAME_PEAK, 2 * (residual or 0.0)):
             residual, trial = off
             notes.append(
                 f"a step at {trial.batch} took {format_bytes(trial.peak_bytes or 0)}, where "
                 f"{format_bytes(forecaster.peak(trial.batch, trial.length))} were forecast: kernels change with the "
-                "size, so that sizes that were not run may take more or less than is told"
+                f"size, so that {wrong}"
+            )
+        elif residual is not None and residual > SAME_PEAK:
+            notes.append(
+                f"the forecast was {residual:.1%} off at a further trace: memory follows no sum of lines in the number "
+                f"of samples, or differs from step to step, so that {wrong}"
             )
     if isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
         notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
@@ -344,12 +351,15 @@ def _report(
     )
 
 
-def _farthest(forecaster: Forecast | Lines, trials: Sequence[Trial]) -> tuple[float, Trial] | None:
-    """The step that the forecast missed by most, with the relative error; None where none was measured."""
+def _farthest(forecaster: Forecast | Lines, trials: Sequence[Trial], micro_batch: int) -> tuple[float, Trial] | None:
+    """The step that the forecast missed by most, with the relative error; None where none was measured.
+
+    Of traces those near the answer count: what kernels do at a few samples says nothing of it.
+    """
     off = [
         (abs(forecaster.peak(trial.batch, trial.length) / trial.peak_bytes - 1.0), trial)
         for trial in trials
-        if trial.peak_bytes and trial.kind != "trace"
+        if trial.peak_bytes and (trial.kind != "trace" or THIRD_TRACE * trial.batch >= micro_batch)
     ]
     return max(off, key=lambda pair: pair[0], default=None)
 

@@ -55,9 +55,10 @@ class ProbeReport:
 
     Attributes:
         micro_batch: was run, fits, use it.
-        limit: the largest that fits; None when it was not looked for.
+        limit: the largest that fits; None when it was not looked for, or is not known.
         limit_proof: "forecast" (limit + 1 is forecast to overrun the budget), "out of memory" (limit + 1 did), "cap"
-            (nothing larger was allowed), or None.
+            (nothing larger was allowed), or None: the largest that was run, and what is between it and the sizes that
+            did not fit is not known.
         budget_bytes: what the training may use.
         budget_reason: where that figure comes from, in one line.
         device: its name.

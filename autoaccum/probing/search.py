@@ -14,7 +14,7 @@ from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.probing.bracket import Bracket
 from autoaccum.probing.report import Trial
 
-__all__ = ["SAME_PEAK", "Answer", "Forecaster", "Machine", "find"]
+__all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "Forecaster", "Machine", "find"]
 
 # The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
 # step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
@@ -247,8 +247,8 @@ class _Search:
             low, high = (middle, high) if self._scaled(middle) <= self._machine.budget else (low, middle)
         return low
 
-    def _scaled(self, size: int) -> float:
-        """The forecast at `size`, moved to what was measured."""
+    def _scaled(self, size: int, *, raised: bool = True) -> float:
+        """The forecast at `size`, moved to what was measured; `raised`: growing as fast as overruns showed it may."""
         assert self._forecast is not None
         here = self._forecast.reserved(size)
         if self._anchor is None:  # nothing near was measured: as wrong as it was at the third trace, it may be here
@@ -257,7 +257,7 @@ class _Search:
         anchored = self._forecast.reserved(at)
         if size <= at:
             return here * measured / anchored
-        return measured + self._growth * (here - anchored)
+        return measured + (self._growth if raised else 1.0) * (here - anchored)
 
     # --- what a trial shows
 
@@ -272,7 +272,7 @@ class _Search:
         else:
             self._bracket.fails(size, measured)
             self._last_high = trial
-        if kind != "trace" and self._forecast is not None:
+        if self._forecast is not None and (kind != "trace" or measured is None):
             self._correct(size, measured)
         return trial
 
@@ -308,23 +308,29 @@ class _Search:
         if self._refuted() and not self._exact and not bracket.closed:
             return Answer(self._sure(bracket.low), None, None, self._forecast)
         reached = self._limit(self._reach if self._last_high is None else bracket.high - 1)
+        if not self._exact and reached > bracket.low and (self._forecast.residual or 0.0) > SAME_PEAK:
+            return Answer(self._sure(reached), None, None, self._forecast)  # too far off to promise what was not run
         limit = bracket.low if self._exact else max(reached, bracket.low)
         return Answer(self._sure(limit), limit, self._proof(limit), self._forecast)
 
     def _refuted(self) -> bool:
-        """Whether the forecast would let a size fit that was measured and does not: it tells nothing up to there."""
+        """Whether the forecast would let a size fit that was run and does not: it tells nothing up to there."""
         high = self._last_high
-        if high is None or high.peak_bytes is None or high.batch != self._bracket.high:
+        if high is None or high.batch != self._bracket.high:
             return False
-        return self._scaled(high.batch) <= self._machine.budget
+        return self._scaled(high.batch, raised=high.peak_bytes is not None) <= self._machine.budget
 
     def _sure(self, limit: int) -> int:
         """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""
         size = self._wanted(max(limit, self._floor))
         return size if size <= self._bracket.low else self._wanted(self._bracket.low)
 
-    def _proof(self, limit: int) -> str:
-        failed = self._last_high is not None and limit + 1 == self._bracket.high
-        if failed and self._last_high is not None and self._last_high.peak_bytes is None:
-            return "out of memory"
-        return "cap" if limit >= self._reach and not failed else "forecast"
+    def _proof(self, limit: int) -> str | None:
+        """What shows that no more than `limit` fits; None where only larger sizes are known not to."""
+        high = self._last_high
+        if high is not None and limit + 1 == self._bracket.high:
+            return "out of memory" if high.peak_bytes is None else "forecast"
+        if limit >= self._reach:
+            return "cap"
+        over = self._forecast is not None and self._scaled(limit + 1, raised=False) > self._machine.budget
+        return "forecast" if over else None
