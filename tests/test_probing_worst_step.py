@@ -139,11 +139,12 @@ def sgd(parameters, lr):
     return torch.optim.SGD(parameters, lr=lr)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [2, 4, 16])
-def test_sparse_gradients_of_a_whole_window_fit(k):
+def test_sparse_gradients_of_a_whole_window_fit(k, dtype):
     data = texts(16 * k * 2, 3000)
-    report = probe(Words(3000), data, optimizer=sgd, target_batch=16 * k, max_batch=16)
-    real = peaks(Words(3000), data, micro_batch=16, k=k, windows=2, optimizer=sgd)
+    report = probe(Words(3000).to(dtype), data, optimizer=sgd, target_batch=16 * k, max_batch=16)
+    real = peaks(Words(3000).to(dtype), data, micro_batch=16, k=k, windows=2, optimizer=sgd)
     waiting = 16 * k * (data[0][0].nbytes + data[1][0].nbytes)
     assert max(real) <= report.forecast(16) + waiting
     assert max(real) >= 0.75 * report.forecast(16)

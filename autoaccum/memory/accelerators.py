@@ -146,9 +146,9 @@ class AcceleratorDevice(Device):
         """Returns the allocator's cache to the device; libraries' workspaces stay."""
         self._function("empty_cache")()
 
-    def release(self) -> None:
+    def release(self, *, young: bool = False) -> None:
         """Collects garbage, then returns the allocator's cache to the device."""
-        super().release()
+        super().release(young=young)
         self._function("empty_cache")()
 
     def synchronize(self) -> None:
@@ -206,12 +206,12 @@ class CudaDevice(AcceleratorDevice):
         whose = "other " if ours else ""
         return f"{len(others)} {whose}process{'es' if len(others) > 1 else ''} on it ({known})"
 
-    def release(self) -> None:
+    def release(self, *, young: bool = False) -> None:
         """Collects garbage, drops cuBLAS's workspaces, then returns the allocator's cache to the device."""
         clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
         if clear:
             clear()
-        super().release()
+        super().release(young=young)
 
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`; asks CUDA for the free memory, which costs a context, only without NVML."""
@@ -265,9 +265,9 @@ class MpsDevice(Device):
         """Returns the allocator's cache to the device."""
         self._api.empty_cache()
 
-    def release(self) -> None:
+    def release(self, *, young: bool = False) -> None:
         """Collects garbage, then returns the allocator's cache to the device."""
-        super().release()
+        super().release(young=young)
         self._api.empty_cache()
 
     def synchronize(self) -> None:

@@ -147,9 +147,13 @@ class Device(ABC):
     def drop_cache(self) -> None:  # noqa: B027 - the CPU's allocator keeps none
         """Returns the allocator's cache to the device; libraries' workspaces stay."""
 
-    def release(self) -> None:
-        """Collects garbage and returns the allocator's cache to the device."""
-        gc.collect()
+    def release(self, *, young: bool = False) -> None:
+        """Collects garbage and returns the allocator's cache to the device.
+
+        `young`: only garbage from a moment ago, which in a process with PyTorch's million objects takes a fraction of
+        the time.
+        """
+        gc.collect(1 if young else 2)
 
     def synchronize(self) -> None:  # noqa: B027 - the CPU has always done what it was given
         """Waits until the device has done all that it was given."""

@@ -118,7 +118,7 @@ def run_probe(
         finally:
             accumulator.close()
             accumulator.discard()
-    device.release()
+    device.release(young=not report.out_of_memory_count)
     if journal is not None:
         journal.clear()
     return report
