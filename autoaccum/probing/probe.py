@@ -17,6 +17,7 @@ from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.planning.split import can_split, even_split
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
+from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.report import ProbeReport, Trial
 from autoaccum.probing.search import SAME_PEAK, Answer, find
@@ -77,7 +78,7 @@ def run_probe(
         source: gives real samples.
         device: where it runs.
         question: what is asked.
-        journal: where trials are written down before they start.
+        journal: where trials are written down before they start; what becomes of it is the caller's to say.
         cache: where the forecast of an earlier run may lie, and this one's will.
         listener: told of each trial as it ends.
 
@@ -102,15 +103,16 @@ def run_probe(
                     "a layer without that minimum (GroupNorm for BatchNorm)"
                 )
             budget = _less_the_window(budget, source, device, question)
-            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth)
+            journal = journal or Journal(None, "")
+            bench = Bench(accumulator, source, device, budget, journal, listener, growth)
             try:
-                report = _look(bench, source, device, question, floor, cache)
+                report = _look(bench, source, device, question, floor, cache, journal)
                 for _ in range(MOST_LOOKS - 1):
                     left = _less_by_now(bench, report, source, device, question)
                     if left is None:
                         break
                     budget, before = left, bench.lower(left)
-                    report = _look(bench, source, device, question, floor, cache)
+                    report = _look(bench, source, device, question, floor, cache, journal)
                     report = replace(report, notes=(*report.notes, _taken(before, left)))
             except NothingFitsError as error:
                 raise _nothing_fits(bench, accumulator, device, budget, floor) from error
@@ -118,13 +120,11 @@ def run_probe(
             accumulator.close()
             accumulator.discard()
     device.release()
-    if journal is not None:
-        journal.clear()
     return report
 
 
 def _look(
-    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None, journal: Journal
 ) -> ProbeReport:
     known = cache.read() if cache is not None else None
     by_length = known is not None and known.longest is not None
@@ -132,7 +132,7 @@ def _look(
     if over_lengths is not None:
         report = _report_over_lengths(bench, over_lengths, device, floor, source, question)
     else:
-        report = _of_the_largest(bench, source, device, question, floor, None if by_length else known)
+        report = _of_the_largest(bench, source, device, question, floor, None if by_length else known, journal)
     if cache is not None and isinstance(report.forecaster, (Forecast, OverLengths)):
         cache.write(as_lines(report.forecaster, report.trials))
     return report
@@ -167,13 +167,43 @@ def _taken(before: Budget, now: Budget) -> str:
 
 
 def _of_the_largest(
-    bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None, journal: Journal
 ) -> ProbeReport:
     """The size that fits for samples that are alike, or for the largest of those looked at."""
     ceiling, reach = _ceilings(question, source, floor)
-    answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach, known=known)
+    killed = journal.killed_sizes()
+    wanted = _wanted(question, floor)
+    if ceiling in killed:
+        answer = _below(bench, killed.start, journal.lived(killed.start), floor, wanted, known)
+    else:
+        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
     throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-    return _report(bench, answer, device, floor, source, throughput)
+    report = _report(bench, answer, device, floor, source, throughput)
+    if ceiling not in killed:
+        return report
+    note = f"a step at {killed.start} samples killed its process more than once: it was not run again, nor a larger one"
+    return replace(report, notes=(*report.notes, note))
+
+
+def _below(
+    bench: Bench, killed: int, lived: int, floor: int, wanted: Callable[[int], int] | None, known: Lines | None
+) -> Answer:
+    """The answer where a size killed its process: `lived` did not, and what lies between is tried from below."""
+    takes = wanted or (lambda limit: limit)
+    while True:
+        closed = near_enough(lived, killed, takes)
+        ceiling = max(floor, takes(lived) if closed else ceiling_below(lived, killed, takes))
+        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=ceiling, known=known)
+        if answer.limit is None or answer.limit < ceiling:
+            return answer  # memory runs out before the kill
+        lived = max(lived, ceiling)
+        if near_enough(lived, killed, takes):
+            break
+        if isinstance(answer.forecast, Counted):
+            known = as_lines(answer.forecast.whole, bench.trials)
+    next_one = lived + 1 == killed
+    forecast = bench.forecast() or answer.forecast
+    return Answer(answer.micro_batch, lived if next_one else None, "out of memory" if next_one else None, forecast)
 
 
 def _over_lengths(
