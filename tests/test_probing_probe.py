@@ -500,3 +500,19 @@ def test_what_was_measured_over_the_budget_is_not_promised_by_the_forecast_that_
     assert any("took" in note and "were forecast: kernels change" in note for note in report.notes)
     assert report.trials[-1].batch == report.micro_batch
     assert report.trials[-1].fits
+
+
+def test_no_step_is_run_beyond_what_is_free_on_the_host_whatever_is_asked_for(monkeypatch):
+    """There is no card of 80 GiB here to answer for; a forecast does."""
+    free = HostMemory(64 * 2**20, 20 * 2**20, "20.0 MiB of it", "machine")
+    monkeypatch.setattr("autoaccum.memory.device.host_memory", lambda: free)
+    model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    data = torch.randn(8192, 64), torch.randint(0, 10, (8192,))
+    asked = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "cache": False}
+    report = autoaccum.probe(model, data, **asked, memory="80GiB")
+    assert report.budget_bytes <= 20 * 2**20
+    assert all(trial.peak_bytes <= report.budget_bytes for trial in report.trials if trial.fits)
+    assert max(trial.batch for trial in report.trials) < 8192
+    assert 'memory="80GiB" asks for 80.0 GiB, which is not there to be used' in report.budget_reason
+    assert any("forecast(n) tells what n samples take on a larger device" in note for note in report.notes)
+    assert report.forecast(10**6) > report.budget_bytes

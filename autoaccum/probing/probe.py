@@ -120,7 +120,9 @@ def run_probe(
             accumulator.close()
             accumulator.discard()
     device.release()
-    return report
+    if budget.beyond is None:
+        return report
+    return replace(report, notes=(*report.notes, _beyond(budget.beyond, report.budget_bytes)))
 
 
 def _look(
@@ -152,11 +154,18 @@ def _less_by_now(
     bench: Bench, report: ProbeReport, source: Source, device: Device, question: Question
 ) -> Budget | None:
     """The budget as it is now, where others took so much meanwhile that the answer no longer fits in it."""
-    if question.memory is not None or not bench.shared:
+    if not bench.shared:
         return None
-    now = device.budget(held=bench.held(), headroom=device.headroom())
+    now = device.budget(question.memory, held=bench.held(), headroom=device.headroom())
     now = _less_the_window(now, source, device, question)
     return None if bench.measured(report.micro_batch) <= now.bytes * (1.0 + UNSTEADY) else now
+
+
+def _beyond(asked: int, had: int) -> str:
+    return (
+        f"memory= asks for {format_bytes(asked)}, and no step was run here that needs more than {format_bytes(had)}: "
+        "forecast(n) tells what n samples take on a larger device, and --for on the command line how many fit there"
+    )
 
 
 def _taken(before: Budget, now: Budget) -> str:
@@ -408,9 +417,10 @@ def _nothing_fits(
         "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
     )
     peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
+    more = "a larger memory=" if budget.beyond is None else "more memory that is free"
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
-        f"the rest is what a step needs for its activations{measured}. What would help: a larger memory=, "
+        f"the rest is what a step needs for its activations{measured}. What would help: {more}, "
         "an optimizer with less state (SGD), smaller samples"
     )
