@@ -56,6 +56,11 @@ __all__ = ["fit", "plan", "prepare", "probe", "verify"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+READ_AWAY = (
+    "the data can be read only once, and the samples that this probe read are gone with it: give it an iterable of its "
+    "own; fit and prepare train on what their probe reads"
+)
+
 
 def probe(
     model: nn.Module,
@@ -90,7 +95,8 @@ def probe(
 ) -> ProbeReport:
     """The largest micro-batch that fits, or the one that `target_batch` needs; nothing else is changed by asking.
 
-    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. The model is moved to
+    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. Of data that can be read
+    only once some samples are read for good, which a note says: `prepare` and `fit` lose nothing. The model is moved to
     the device, unless a child process probes; lazy modules are materialised.
 
     Raises:
@@ -111,6 +117,8 @@ def probe(
         _run_as_asked(parts, compile, ladder, events)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
                         clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
+        if parts.source.one_shot and worst_case is None and not _in_a_child(isolate):
+            report = replace(report, notes=(*report.notes, READ_AWAY))
         if target_batch is None:
             return report
         made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
@@ -405,7 +413,9 @@ def _child_probe(
     lines = report.forecaster
     if isinstance(lines, (Forecast, OverLengths)):
         lines = as_lines(lines, report.trials)
-    report = replace(report, trials=(*(Trial(**trial) for trial in killed), *report.trials))
+    trials = (*(Trial(**trial) for trial in killed), *report.trials)
+    notes = tuple(note for note in report.notes if note != READ_AWAY)  # the parent's samples are all there
+    report = replace(report, trials=trials, notes=notes)
     return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
 
 

@@ -350,9 +350,7 @@ def _report(
         forecaster = answer.forecast.whole if isinstance(answer.forecast, Counted) else None
     residual = None if forecaster is None else forecaster.residual
     if forecaster is None:
-        alone = sum(trial.kind == "trace" and trial.fits for trial in bench.trials) == 1
-        why = "no second trace would surely have fitted" if alone else "the traces did not line up"
-        notes.append(f"{why}, so sizes were searched for by running them")
+        notes.append(_without_forecast(bench.trials, answer))
     else:
         off = _farthest(forecaster, bench.trials)
         if off is not None and off[0] > max(SAME_PEAK, 2 * (residual or 0.0)):
@@ -381,6 +379,15 @@ def _report(
         device_type=device.type,
         forecaster=forecaster,
     )
+
+
+def _without_forecast(trials: Sequence[Trial], answer: Answer) -> str:
+    traced = [trial.batch for trial in trials if trial.kind == "trace" and trial.fits]
+    if len(traced) > 1:
+        return "the traces did not line up, so sizes were searched for by running them"
+    if answer.proof == "cap" and traced == [answer.limit]:
+        return f"there is no forecast, which needs two sizes: nothing but {answer.limit} at once was allowed"
+    return "no second trace would surely have fitted, so sizes were searched for by running them"
 
 
 def _farthest(forecaster: Forecast | Lines, trials: Sequence[Trial]) -> tuple[float, Trial] | None:
