@@ -201,7 +201,8 @@ def staying_setup():
 def test_the_model_is_not_moved_to_the_device_before_the_child_has_answered():
     given = staying_setup()
     moved = []
-    asked = {"target_batch": 8, "isolate": staying_setup, "callbacks": [lambda _: moved.append(given["model"].moved)]}
+    asked = {"target_batch": 8, "cache": False, "isolate": staying_setup}
+    asked["callbacks"] = [lambda _: moved.append(given["model"].moved)]
     autoaccum.probe(**given, **asked)
     assert given["model"].moved == ()
     loop = autoaccum.prepare(**given, **asked)

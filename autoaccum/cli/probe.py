@@ -27,7 +27,9 @@ __all__ = ["probe"]
 # On for this command alone. A training's own process holds memory already, which a child of `fit` would have to do
 # without; and what it learns is worth the start of a process only where one may be killed.
 @click.option(
-    "--isolate/--no-isolate", default=None, help="Work in a child process, which a kill may take; on if not given."
+    "--isolate/--no-isolate",
+    default=None,
+    help="Work in a child process, which a kill may take; on if not given. A debugger needs --no-isolate.",
 )
 @click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")

@@ -34,6 +34,9 @@ Send = Callable[[str, Any], None]
 MOST_KILLS = 40
 
 
+_kept_here: list[Journal] = []  # by this process, where it is a child
+
+
 class Killed(Exception):
     """The child ended without a word; `code` is its exit status, negative for a signal."""
 
@@ -50,6 +53,7 @@ class InChild:
 
     def keeps(self, journal: Journal) -> None:
         """Tells which one. The parent takes it away at the end: a ladder's later rungs rest on the kills before."""
+        _kept_here.append(journal)
         self.send("journal", {"path": str(journal.path), "key": journal.key, "owner": list(journal.owner)})
 
 
@@ -221,8 +225,13 @@ def _child(there: Connection, work: Callable[..., Any], arguments: tuple[Any, ..
 
 def _end_with_the_parent() -> None:
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
+    if parent is None:
+        return
+    wait([parent.sentinel])
+    try:
+        for journal in _kept_here:
+            journal.forgive()  # it was no kill of a trial's
+    finally:
         os._exit(1)
 
 
