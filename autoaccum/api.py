@@ -34,10 +34,10 @@ from autoaccum.pipeline import (
 )
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.probing.cache import Lines
-from autoaccum.probing.isolate import Send
+from autoaccum.probing.isolate import InChild, Send
 from autoaccum.probing.lengths import OverLengths
 from autoaccum.probing.probe import Question, as_lines
-from autoaccum.probing.report import ProbeReport
+from autoaccum.probing.report import ProbeReport, Trial
 from autoaccum.ranks import Ranks, ends_all
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
@@ -55,6 +55,11 @@ __all__ = ["fit", "plan", "prepare", "probe", "verify"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+READ_AWAY = (
+    "the data can be read only once, and the samples that this probe read are gone with it: give it an iterable of its "
+    "own; fit and prepare train on what their probe reads"
+)
 
 
 def probe(
@@ -90,8 +95,9 @@ def probe(
 ) -> ProbeReport:
     """The largest micro-batch that fits, or the one that `target_batch` needs; nothing else is changed by asking.
 
-    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. The model is moved to
-    the device; lazy modules are materialised.
+    The keywords are those of `prepare`. With a target, the report's `plan` is the plan for it. Of data that can be read
+    only once some samples are read for good, which a note says: `prepare` and `fit` lose nothing. The model is moved to
+    the device, unless a child process probes; lazy modules are materialised.
 
     Raises:
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
@@ -103,6 +109,7 @@ def probe(
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
+            stays=_in_a_child(isolate),
         )  # fmt: skip
         share = None if target_batch is None else share_of(target_batch, parts.ranks)
         question = Question(share, memory, max_batch, multiple_of, prefer)
@@ -110,6 +117,8 @@ def probe(
         _run_as_asked(parts, compile, ladder, events)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
                         clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
+        if parts.source.one_shot and worst_case is None and not _in_a_child(isolate):
+            report = replace(report, notes=(*report.notes, READ_AWAY))
         if target_batch is None:
             return report
         made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
@@ -248,10 +257,10 @@ def prepare(
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, log_grad_norm=log_grad_norm, shuffle=shuffle, seed=seed,
-        worst_case=worst_case,
+        worst_case=worst_case, stays=_in_a_child(isolate),
     )  # fmt: skip
     take_back(parts.optimizer)
-    share_model(parts)
+    _settle(parts, when=not _in_a_child(isolate))
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
@@ -275,6 +284,7 @@ def prepare(
         question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
                         clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
+    _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far
     if given is None:
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
@@ -374,19 +384,38 @@ def _run_as_asked(parts: Parts, compile: bool, ladder: str | bool | None, events
         parts.take(ladder)
 
 
-def _isolation(isolate: bool | Callable[[], Mapping[str, Any]]) -> Isolation | None:
+def _settle(parts: Parts, *, when: bool) -> None:
+    if when:
+        parts.settle()
+        share_model(parts)
+
+
+def _in_a_child(isolate: Any) -> bool:
+    return isinstance(_isolation(isolate), Isolation)
+
+
+def _isolation(isolate: bool | Callable[[], Mapping[str, Any]] | InChild) -> Isolation | InChild | None:
+    if isinstance(isolate, InChild):
+        return isolate
     return Isolation(_child_probe, isolate) if isolate else None
 
 
-def _child_probe(send: Send, factory: Callable[[], Mapping[str, Any]], asked: Mapping[str, Any]) -> dict[str, Any]:
+def _child_probe(
+    send: Send, factory: Callable[[], Mapping[str, Any]], asked: Mapping[str, Any], killed: list[Mapping[str, Any]]
+) -> dict[str, Any]:
     """What the child does: builds everything anew and probes; each trial is sent as it ends."""
-    arguments = {name: value for name, value in factory().items() if name in inspect.signature(probe).parameters}
-    arguments = {**arguments, **asked, "isolate": False, "callbacks": ()}
-    arguments["callbacks"] = [lambda event: _heard(event, send)]
+    os.environ["WORLD_SIZE"] = "1"  # of several ranks each has a child of its own, which answers for its device alone
+    arguments: dict[str, Any] = {
+        name: value for name, value in factory().items() if name in inspect.signature(probe).parameters
+    }
+    arguments.update(asked, isolate=InChild(send), callbacks=[lambda event: _heard(event, send)])
     report = probe(**arguments)
     lines = report.forecaster
     if isinstance(lines, (Forecast, OverLengths)):
         lines = as_lines(lines, report.trials)
+    trials = (*(Trial(**trial) for trial in killed), *report.trials)
+    notes = tuple(note for note in report.notes if note != READ_AWAY)  # the parent's samples are all there
+    report = replace(report, trials=trials, notes=notes)
     return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
 
 

@@ -50,6 +50,13 @@ class Parts:
     compiled: Compiled | None = None
     """The model's compiled forward, where it has one."""
 
+    def settle(self) -> None:
+        """Puts the model on the device, where `assemble` left it where it was."""
+        for module in (self.model, self.objective.loss):
+            if isinstance(module, nn.Module):
+                module.to(self.device.torch_device)
+        _follow(self.optimizer)
+
     def take(self, rung: str | None) -> None:
         """Everything after this runs under `rung`.
 
@@ -99,10 +106,12 @@ def assemble(
     shuffle: bool = True,
     seed: int | None = None,
     worst_case: Any = None,
+    stays: bool = False,
 ) -> Parts:
     """Checks everything first, then puts the model on the device and makes the optimizer.
 
-    The model is untouched when this raises; a lazy module is materialised, and stays so.
+    The model is untouched when this raises; a lazy module is materialised, and stays so. With `stays` the model is left
+    where it is until `Parts.settle`: a child process is to have the device's memory first.
     """
     model = unwrapped(model)
     join()
@@ -121,10 +130,10 @@ def assemble(
             build_optimizer(optimizer, model, lr=lr, loss=loss)
     format_ = Precision(precision, place.torch_device, model)
     for module in (model, loss):
-        if isinstance(module, nn.Module):
+        if isinstance(module, nn.Module) and not stays:
             module.to(place.torch_device)
     if lazy:
-        _materialise(objective, source, place, format_)
+        _materialise(objective, source, open_device("cpu") if stays else place, format_)
         check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
     made = build_optimizer(optimizer, model, lr=lr, loss=loss)
     _follow(made)

@@ -3,7 +3,6 @@
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +20,11 @@ from autoaccum.planning.lengths import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.cache import Cache, Lines, training_key
-from autoaccum.probing.isolate import Killed, run_in_child
+from autoaccum.probing.isolate import InChild, answer_of_children
 from autoaccum.probing.journal import Journal, cache_folder
 from autoaccum.probing.ladder import Tried, climb, told
 from autoaccum.probing.probe import Question, run_probe
-from autoaccum.probing.report import KILLED, OVER_BUDGET, ProbeReport, Trial
+from autoaccum.probing.report import OVER_BUDGET, ProbeReport, Trial
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.recover import WindowStart
@@ -60,8 +59,6 @@ __all__ = [
 
 # A probe puts the process's generators back at its end, and PyTorch's profiler has one session a process.
 _PROBING = threading.RLock()
-
-MOST_CHILDREN = 12  # a probe that is killed more often will not find an answer
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def probed(
     parts: Parts,
     question: Question,
     events: Events,
-    isolation: Isolation | None,
+    isolation: Isolation | InChild | None,
     cache: bool,
     *,
     ladder: str | bool | None = None,
@@ -182,7 +179,7 @@ def probed(
 
 
 def _climbed(
-    parts: Parts, question: Question, events: Events, isolation: Isolation | None, cache: bool, takes: bool,
+    parts: Parts, question: Question, events: Events, isolation: Isolation | InChild | None, cache: bool, takes: bool,
     refusal: str | None, settings: Mapping[str, Any],
 ) -> ProbeReport:  # fmt: skip
     # BatchNorm may need two samples; which it does is not tried here, where memory is what lacks.
@@ -222,7 +219,7 @@ def _probe(
     parts: Parts,
     question: Question,
     events: Events,
-    isolation: Isolation | None,
+    isolation: Isolation | InChild | None,
     cache: bool,
     settings: Mapping[str, Any],
     also: Callable[[Trial], None] = lambda trial: None,
@@ -235,27 +232,29 @@ def _probe(
         events.tell(TrialRan(trial.to_dict()))
 
     how = {"ladder": parts.ladder, "compile": parts.compiled is not None}
-    key = training_key(
-        parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
-        {"precision": precision, **how, **settings}, f"{device.torch_device} {device.name} {device.total()}",
-    )  # fmt: skip
-    journal_path = cache_folder() / f"{key}.journal" if cache or isolation else None
-    journal = Journal(journal_path, key)
-    if isolation is not None:
+    if isinstance(isolation, Isolation):
         asked = {
             "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
             "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(device.torch_device),
             "precision": parts.asked_precision, "cache": cache, **how, **settings,
             "ladder": parts.ladder or False,  # the child looks at this rung only: it may be killed on any
         }  # fmt: skip
-        return _probe_in_child(isolation, asked, journal, listener, events)
+        return _probe_in_child(isolation, asked, listener, events)
+    key = training_key(
+        parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
+        {"precision": precision, **how, **settings}, f"{device.torch_device} {device.name} {device.total()}",
+    )  # fmt: skip
+    # A child's teaches the next one, whatever becomes of the answer.
+    journal = Journal(cache_folder() / f"{key}.journal" if cache or isolation else None, key)
+    if isolation is not None:
+        isolation.keeps(journal)
     alone = Ranks()  # a trial waits for nobody: each rank probes its own device
     first = plan(1, 1, optimizer=parts.optimizer, batch_norm=settings["batch_norm"])
     accumulator = Accumulator(
         parts.model, parts.optimizer, first, objective=parts.objective, precision=precision,
         device=device.torch_device, ranks=alone, **settings,
     )  # fmt: skip
-    with _PROBING, parts.running(alone=True):
+    with _PROBING, parts.running(alone=True), journal.probing(clears=isolation is None):
         report = run_probe(
             accumulator, parts.objective, parts.source, device, question,
             journal=journal, cache=Cache(key) if cache else None, listener=listener,
@@ -264,7 +263,7 @@ def _probe(
 
 
 def _probe_in_child(
-    isolation: Isolation, asked: Mapping[str, Any], journal: Journal, listener: Callable[[Trial], None], events: Events
+    isolation: Isolation, asked: Mapping[str, Any], listener: Callable[[Trial], None], events: Events
 ) -> ProbeReport:
     """A new child for each that is killed, until the journal has taught them enough."""
     if not callable(isolation.factory):
@@ -279,24 +278,9 @@ def _probe_in_child(
         else:
             events.tell(Noted(value))
 
-    killed: list[Trial] = []
-    for _ in range(MOST_CHILDREN):
-        before = Counter(journal.unfinished())
-        try:
-            answer = run_in_child(isolation.work, (isolation.factory, dict(asked)), heard)
-        except Killed as error:
-            lost = [Trial(size, kind, None, None, 0.0, KILLED) for size, kind in Counter(journal.unfinished()) - before]
-            if not lost:
-                raise ProbeError(f"the probe's child process ended before any trial: {error}") from error
-            killed += lost
-            for trial in lost:
-                listener(trial)
-            continue
-        journal.clear()
-        lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
-        report = ProbeReport.from_dict(answer["report"], lines)
-        return replace(report, trials=(*killed, *report.trials))
-    raise ProbeError(f"{MOST_CHILDREN} child processes were killed one after another: give memory= a smaller budget")
+    answer = answer_of_children(isolation.work, (isolation.factory, dict(asked)), heard, listener)
+    lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
+    return ProbeReport.from_dict(answer["report"], lines)
 
 
 def planned(

@@ -537,3 +537,9 @@ def test_a_hugging_face_dataset_gives_tensors():
     assert seen(streamed) == EVERYTHING
     arrays = open_source(datasets.Dataset.from_dict(columns).with_format("numpy"))
     assert sorted(seen(arrays)) == EVERYTHING
+
+
+@pytest.mark.parametrize(("data", "kind"), [([], "dataset"), (torch.zeros(0, 3), "tensors")])
+def test_data_without_samples_is_said_to_have_none(data, kind):
+    with pytest.raises(DataError, match=f"^the data is empty: no samples are in its {kind}, and training needs"):
+        open_source(data)

@@ -1,5 +1,6 @@
 """The plot of a probe: written in any of its formats, without touching what the user has set up."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,18 @@ def test_matplotlib_is_imported_on_use_and_pyplot_never(tmp_path):
     )
 
     assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("parts", [["gradients", "activations"], ["parameters", "activations", "gradients"]])
+def test_a_part_has_the_same_colour_in_every_picture(tmp_path, parts):
+    timeline = {"parts": parts, "bytes": [[MIB, 2 * MIB]] * len(parts), "phases": []}
+    probe_plot({**REPORT, "curve": [], "timeline": timeline}, tmp_path / "probe.svg")
+    drawn = re.findall(r"fill: (#[0-9a-f]{6})", texts(tmp_path / "probe.svg"))
+    found = {"#56b4e9": "gradients", "#e69f00": "activations", "#0072b2": "parameters"}
+    assert {found[colour] for colour in drawn if colour in found} == set(parts)
+
+
+def test_parts_that_nobody_knows_have_colours_of_their_own(tmp_path):
+    timeline = {"parts": ["parameters", "a", "b"], "bytes": [[MIB, MIB]] * 3, "phases": []}
+    probe_plot({**REPORT, "curve": [], "timeline": timeline}, tmp_path / "probe.svg")
+    assert {"#0072b2", "#44aa99", "#ddcc77"} <= set(re.findall(r"#[0-9a-f]{6}", texts(tmp_path / "probe.svg")))

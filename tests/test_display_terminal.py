@@ -254,3 +254,15 @@ def test_a_training_over_lengths_says_what_cutting_by_length_gave():
     assert "450" in shown
     assert "10.0%" in shown
     assert "3 to 10" in shown
+
+
+@pytest.mark.parametrize("width", [40, 50, 80])
+def test_figures_stay_whole_in_a_narrow_terminal_and_bars_give_way(width):
+    report = {**REPORT, "parts": {"parameters": 227 * MIB, "optimizer_state": 454 * MIB, "per_sample": 3 * MIB}}
+    shown = drawn(report_view(report), width=width)
+    assert "…" not in shown
+    for figure in ("227.0 MiB", "454.0 MiB", "optimizer state", *(f"{t['seconds']:.2f} s" for t in report["trials"])):
+        assert figure in shown, figure
+    assert all(len(line) <= width for line in shown.splitlines())
+    bars = [line.count("▪") for line in shown.splitlines() if "454.0 MiB" in line]
+    assert bars == [20] if width == 80 else bars[0] < 20

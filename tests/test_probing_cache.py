@@ -1,6 +1,7 @@
 """Answers kept between runs: the envelope of lines, the key, files that cannot be used."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoaccum.memory.pages import LSTM, Stairs
-from autoaccum.probing.cache import Cache, Lines, envelope, training_key
+from autoaccum.probing.cache import SCHEMA, Cache, Lines, envelope, training_key
 
 numbers = st.integers(0, 10**9)
 
@@ -69,6 +70,22 @@ def test_what_is_kept_tells_peaks(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
 
 
+NAN, INFINITY = float("nan"), float("inf")
+SOUND = {"schema": SCHEMA, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": None, "stairs": []}
+
+
+def test_a_sound_file_is_read(tmp_path):
+    (tmp_path / "key.json").write_text(json.dumps(SOUND))
+    assert Cache("key", tmp_path).read() == Lines(((1.0, 2.0),), None)
+
+
+def test_a_file_that_is_no_text_is_not_printed(tmp_path):
+    (tmp_path / "key.json").write_bytes(b"\xff\x00" * 10_000)
+    with pytest.warns(UserWarning, match=r"key\.json cannot be used") as warned:
+        assert Cache("key", tmp_path).read() is None
+    assert len(str(warned[0].message)) < 500
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -76,9 +93,29 @@ def test_what_is_kept_tells_peaks(tmp_path):
         "{",
         "[]",
         json.dumps({"schema": 99}),
-        json.dumps({"schema": 2, "lines": [["a", 2]], "residual": None}),
-        json.dumps({"schema": 2, "lines": [], "residual": None, "reserve": 1.0, "longest": None}),
-        json.dumps({"schema": 2, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": 40}),
+        "[" * 100_000,
+        json.dumps({"schema": SCHEMA, "lines": [["a", 2]], "residual": None}),
+        *(
+            json.dumps({**SOUND, **wrong})
+            for wrong in (
+                {"lines": []},
+                {"lines": [[1]]},
+                {"longest": 40},
+                {"lines": [[NAN, NAN]]},
+                {"lines": [[1, INFINITY]]},
+                {"lines": [[1e308, 1e308]]},
+                {"lines": [[1, True]]},
+                {"residual": NAN},
+                {"residual": -1},
+                {"reserve": 0},
+                {"reserve": "1.0"},
+                {"reserve": INFINITY},
+                {"longest": 1.5},
+                {"longest": -3},
+                {"stairs": [{}]},
+                {"stairs": 3},
+            )
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(tmp_path, text):
@@ -141,6 +178,30 @@ def test_the_key_changes_with_all_that_decides_the_memory():
         key(device="cuda"),
     ]
     assert len({key(), *others}) == len(others) + 1
+
+
+class Weighted:
+    """A loss that is an object of the user's, and no module."""
+
+    def __init__(self, weight):
+        self.weight, self.held = weight, object()
+
+    def __call__(self, outputs, targets):
+        return self.weight * (outputs.sum(1) - targets).square().mean()
+
+
+def plain_loss(outputs, targets, weight):
+    return weight * (outputs.sum(1) - targets).square().mean()
+
+
+def test_the_key_knows_losses_that_are_no_functions_by_what_they_are_and_not_where():
+    for one, same, other in (
+        (Weighted(1.0), Weighted(1.0), Weighted(2.0)),
+        *([tuple(partial(plain_loss, weight=weight) for weight in (1.0, 1.0, 2.0))]),
+        (torch.dist, torch.dist, torch.cdist),
+    ):
+        assert key(loss=one) == key(loss=same)
+        assert key(loss=one) != key(loss=other)
 
 
 def test_the_key_reads_torchscript():

@@ -2,17 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import autoaccum
-from autoaccum.errors import ProbeError, SetupError
+from autoaccum.errors import NothingFitsError, ProbeError, SetupError
 from autoaccum.probing.isolate import Killed, run_in_child
 from autoaccum.probing.journal import Journal
 
@@ -35,10 +37,11 @@ def test_one_kill_is_chance_two_mean_that_it_does_not_fit(tmp_path):
     die_in_a_trial(path, 64)
     journal = Journal(path, "key")
     assert journal.unfinished() == [(64, "verify")]
-    assert journal.killed_sizes() == set()
+    assert 64 not in journal.killed_sizes()
     die_in_a_trial(path, 64)
-    assert journal.killed_sizes() == {64}
-    assert Journal(path, "another key").killed_sizes() == set()
+    assert 63 not in journal.killed_sizes()
+    assert 64 in journal.killed_sizes()
+    assert 64 not in Journal(path, "another key").killed_sizes()
 
 
 def test_a_trial_of_a_live_process_is_left_alone(tmp_path):
@@ -48,6 +51,75 @@ def test_a_trial_of_a_live_process_is_left_alone(tmp_path):
     journal.end(64, "fits")
     journal.clear()
     assert not (tmp_path / "trials.journal").exists()
+
+
+def test_what_is_killed_once_at_two_sizes_is_killed_twice_at_the_larger(tmp_path):
+    path = tmp_path / "trials.journal"
+    die_in_a_trial(path, 64)
+    die_in_a_trial(path, 32)
+    sizes = Journal(path, "key").killed_sizes()
+    assert (63 in sizes, 64 in sizes, 10**6 in sizes) == (False, True, True)
+
+
+def test_kills_of_chosen_lengths_count_for_longer_ones_alone(tmp_path):
+    path = tmp_path / "trials.journal"
+    gone = {"key": "key", "pid": 2**30, "event": "start", "size": 4, "kind": "verify", "length": 100}
+    path.write_text("".join(json.dumps({**gone, "started": started}) + "\n" for started in (1.0, 2.0)))
+    journal = Journal(path, "key")
+    killed = [4 in journal.killed_sizes(length) for length in (None, 99, 100, 101)]
+    assert killed == [False, False, True, True]
+
+
+def test_a_trial_that_an_error_or_the_user_stopped_is_no_kill(tmp_path):
+    path = tmp_path / "trials.journal"
+    for error in (RuntimeError, KeyboardInterrupt):
+        journal = Journal(path, "key")
+        with pytest.raises(error), journal.probing(clears=True):
+            journal.start(64, "verify")
+            raise error
+    assert journal.begun() is None
+    assert path.exists()
+
+
+@pytest.mark.parametrize("error", [None, NothingFitsError])
+def test_an_answer_takes_the_file_away_unless_the_parent_will(tmp_path, error):
+    path = tmp_path / "trials.journal"
+    for clears in (False, True):
+        journal = Journal(path, "key")
+        with nullcontext() if error is None else pytest.raises(error), journal.probing(clears=clears):
+            journal.start(64, "verify")
+            journal.end(64, "fits")
+            if error is not None:
+                raise error
+        assert path.exists() is not clears
+
+
+def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_path):
+    journal = Journal(tmp_path / "trials.journal", "key")
+    for size, length, outcome in ((4, None, "fits"), (8, 20, "fits"), (16, None, "out of memory"), (32, None, "fits")):
+        journal.start(size, "verify", length)
+        journal.end(size, outcome)
+    assert (journal.lived(33), journal.lived(32), journal.lived(4)) == (32, 4, 0)
+
+
+SOUND = {"key": "key", "pid": 2**30, "started": 1.0, "event": "start", "size": 8, "kind": "verify"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pid": "x"}, {"pid": [1]}, {"pid": -5}, {"pid": 2**70}, {"pid": True}, {"started": None}, {"started": "now"},
+        {"started": float("nan")}, {"started": 10**400}, {"size": "a"}, {"size": 0}, {"size": 1.5}, {"kind": 3},
+        {"length": "long"}, {"length": -1}, {"event": "other"}, {"event": []},
+    ],
+)  # fmt: skip
+def test_lines_that_are_json_and_still_wrong_are_passed_over_with_a_warning(tmp_path, wrong):
+    path = tmp_path / "trials.journal"
+    path.write_text(json.dumps({**SOUND, **wrong}) + "\n" + json.dumps(SOUND) + "\n")
+    with pytest.warns(UserWarning, match=f"1 line of the trial journal {re.escape(str(path))} cannot be used"):
+        assert Journal(path, "key").unfinished() == [(8, "verify")]
+    with pytest.warns(UserWarning, match=r"1 line of"):
+        Journal(path, "key").clear()
 
 
 def test_damaged_lines_are_passed_over(tmp_path):
@@ -104,6 +176,41 @@ def test_a_killed_child_costs_its_trial_and_the_probe_goes_on(tmp_path, monkeypa
     assert report.forecast(10) > 0
 
 
+def test_a_killed_child_teaches_the_next_one_also_where_no_answer_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
+    report = autoaccum.probe(**killer_setup(), target_batch=80, max_batch=80, isolate=killer_setup, cache=False)
+    assert report.micro_batch == 40
+    assert [trial.batch for trial in report.trials if trial.outcome == "killed"] == [80, 80]
+    assert not list(tmp_path.iterdir())
+
+
+class Stays(nn.Linear):
+    """Notes when it is moved."""
+
+    moved = ()
+
+    def to(self, *args, **kwargs):
+        self.moved = (*self.moved, args)
+        return super().to(*args, **kwargs)
+
+
+def staying_setup():
+    return {**killer_setup(), "model": Stays(20, 5)}
+
+
+def test_the_model_is_not_moved_to_the_device_before_the_child_has_answered():
+    given = staying_setup()
+    moved = []
+    asked = {"target_batch": 8, "cache": False, "isolate": staying_setup}
+    asked["callbacks"] = [lambda _: moved.append(given["model"].moved)]
+    autoaccum.probe(**given, **asked)
+    assert given["model"].moved == ()
+    loop = autoaccum.prepare(**given, **asked)
+    assert set(moved) == {()}
+    assert given["model"].moved == ((torch.device("cpu"),),)
+    assert loop.probe.timeline["parts"], "what the child told of a window is still there to be drawn"
+
+
 def failing(send, value):
     send("note", value)
     if value == "ours":
@@ -121,8 +228,9 @@ def test_what_a_child_says_comes_back():
     assert heard == [("note", "fine")]
     with pytest.raises(SetupError, match="as it is"):
         run_in_child(failing, ("ours",))
-    with pytest.raises(ProbeError, match="ZeroDivisionError: mine"):
+    with pytest.raises(ProbeError, match="^the probe's child process failed: ZeroDivisionError: mine$") as raised:
         run_in_child(failing, ("foreign",))
+    assert "in failing" in str(raised.value.__cause__), "the child's traceback"
     with pytest.raises(Killed, match="SIGKILL"):
         run_in_child(failing, ("killed",))
 

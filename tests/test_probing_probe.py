@@ -500,3 +500,53 @@ def test_what_was_measured_over_the_budget_is_not_promised_by_the_forecast_that_
     assert any("took" in note and "were forecast: kernels change" in note for note in report.notes)
     assert report.trials[-1].batch == report.micro_batch
     assert report.trials[-1].fits
+
+
+def test_no_step_is_run_beyond_what_is_free_on_the_host_whatever_is_asked_for(monkeypatch):
+    """There is no card of 80 GiB here to answer for; a forecast does."""
+    free = HostMemory(64 * 2**20, 20 * 2**20, "20.0 MiB of it", "machine")
+    monkeypatch.setattr("autoaccum.memory.device.host_memory", lambda: free)
+    model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    data = torch.randn(8192, 64), torch.randint(0, 10, (8192,))
+    asked = {"loss": nn.CrossEntropyLoss(), "device": "cpu", "cache": False}
+    report = autoaccum.probe(model, data, **asked, memory="80GiB")
+    assert report.budget_bytes <= 20 * 2**20
+    assert all(trial.peak_bytes <= report.budget_bytes for trial in report.trials if trial.fits)
+    assert max(trial.batch for trial in report.trials) < 8192
+    assert 'memory="80GiB" asks for 80.0 GiB, which is not there to be used' in report.budget_reason
+    assert any("forecast(n) tells what n samples take on a larger device" in note for note in report.notes)
+    assert report.forecast(10**6) > report.budget_bytes
+
+
+@pytest.mark.parametrize(("samples", "more"), [(1, {}), (40, {"max_batch": 1})])
+def test_where_one_sample_is_all_that_is_allowed_the_note_says_so(samples, more):
+    data = torch.randn(samples, 6), torch.zeros(samples, dtype=torch.long)
+    report = autoaccum.probe(nn.Linear(6, 3), data, loss=nn.CrossEntropyLoss(), device="cpu", cache=False, **more)
+    assert (report.micro_batch, report.limit_proof) == (1, "cap")
+    assert "there is no forecast, which needs two sizes: nothing but 1 at once was allowed" in report.notes
+    assert not any("would surely have fitted" in note for note in report.notes)
+
+
+def once():
+    return ((torch.randn(6), torch.tensor(0)) for _ in range(100))
+
+
+def once_setup():
+    return {"model": nn.Linear(6, 3), "data": once(), "loss": nn.CrossEntropyLoss(), "device": "cpu"}
+
+
+def test_samples_that_a_probe_alone_reads_for_good_are_a_note():
+    asked = {"target_batch": 8, "memory": "1MiB", "cache": False}
+    given = once_setup()
+    report = autoaccum.probe(**given, **asked)
+    assert len(list(given["data"])) < 100
+    assert sum("can be read only once" in note for note in report.notes) == 1
+    loop = autoaccum.prepare(**once_setup(), **asked)
+    assert not any("only once" in note for note in loop.probe.notes)
+    assert sum(record.samples for record in loop) == 100
+    given = once_setup()
+    report = autoaccum.probe(**given, **asked, isolate=once_setup)
+    assert len(list(given["data"])) == 100
+    assert not any("only once" in note for note in report.notes)
+    said = autoaccum.probe(**once_setup(), **asked, worst_case=(torch.randn(2, 6), torch.zeros(2, dtype=torch.long)))
+    assert not any("only once" in note for note in said.notes)

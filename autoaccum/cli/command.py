@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from autoaccum.cli.endings import INTERRUPTED, exit_code, one_line
+from autoaccum.cli.endings import INTERRUPTED, ChildFailed, exit_code, one_line
 from autoaccum.cli.options import Switch
 from autoaccum.cli.stopping import Ended
 
@@ -73,7 +73,9 @@ class Command(click.Command):
             click.echo(f"Ended by {signal}.", err=True)
             ctx.exit(signal.exit_code)
         except (Exception, SystemExit) as error:  # the edge of the program: every error becomes one line and a code
-            if debug:
+            if debug and isinstance(error, ChildFailed):
+                click.echo(error.trace, err=True, nl=False)
+            elif debug:
                 sys.excepthook(type(error), error, error.__traceback__)
             click.echo(f"Error: {one_line(error)}", err=True)
             ctx.exit(exit_code(error))

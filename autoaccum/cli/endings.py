@@ -6,20 +6,37 @@ from pathlib import Path
 
 from autoaccum.errors import AutoaccumError
 
-__all__ = ["FAILED", "INTERRUPTED", "NOT_SAVED", "exit_code", "one_line"]
+__all__ = ["FAILED", "INTERRUPTED", "NOT_SAVED", "ChildFailed", "exit_code", "one_line"]
 
 FAILED = 1
 NOT_SAVED = 5  # trained, but something could not be saved
 INTERRUPTED = 130
 
 
+class ChildFailed(Exception):
+    """What a child process failed with, told as it would have been here.
+
+    Attributes:
+        code: what the process ends with.
+        trace: the child's traceback.
+    """
+
+    def __init__(self, line: str, code: int, trace: str) -> None:
+        super().__init__(line)
+        self.code, self.trace = code, trace
+
+
 def exit_code(error: BaseException) -> int:
     """What the process ends with: an error of ours knows its own, all others are a failure."""
+    if isinstance(error, ChildFailed):
+        return error.code
     return error.exit_code if isinstance(error, AutoaccumError) else FAILED
 
 
 def one_line(error: BaseException) -> str:
     """The error in one line; one that is not ours with its type, and the line of the user's code it passed through."""
+    if isinstance(error, ChildFailed):
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, AutoaccumError):
         return " ".join(lines)

@@ -135,7 +135,7 @@ _OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "multiple_of": _option("multiple_of", COUNT, "Prefer micro-batches that are multiples of N.", "N"),
     "max_batch": _option("max_batch", COUNT, "No micro-batch above this size.", "N"),
-    "isolate": _flag("isolate", "Run trials in a child process."),
+    "isolate": _flag("isolate", "Run trials in a child process, which a kill may take."),
     "cache": _flag("cache", "Reuse answers of earlier probes."),
     "check": _switch("check", "warn", "Check the accumulated gradient before training, or only warn."),
     "checkpoint": _option("checkpoint", click.Path(file_okay=False), "Folder for checkpoints.", "DIR"),

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoaccum.cli.calling import arguments_of, call, need_target_batch
+from autoaccum.cli.asked import Asked
 from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import new_file, new_picture, takes, target_argument
-from autoaccum.cli.saving import saved
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,16 +21,26 @@ __all__ = ["probe"]
 @target_argument
 @takes(
     "target_batch", "memory", "device", "precision", "accumulate", "reduction", "optimizer", "lr", "lr_batch",
-    "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "isolate", "cache", "compile",
+    "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "cache", "compile",
     "ladder", "on_nonfinite", "seed",
 )  # fmt: skip
+# On for this command alone. A training's own process holds memory already, which a child of `fit` would have to do
+# without; and what it learns is worth the start of a process only where one may be killed.
+@click.option(
+    "--isolate/--no-isolate",
+    default=None,
+    help="Work in a child process, which a kill may take; on if not given. A debugger needs --no-isolate.",
+)
 @click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
 @new_picture("Draw the forecast and the trials: .png, .svg or .pdf.")
-@click.option("--for", "cards", multiple=True, metavar="CARD", help="Say what would fit on a card, such as 'RTX 4090'.")
+@click.option(
+    "--for", "cards", multiple=True, metavar="CARD", help="Say what would fit on a card, such as 'RTX 4090' or 24GiB."
+)
 def probe(
     *,
     target: str,
+    isolate: bool | None,
     progress: bool | None,
     save_plan: Path | None,
     plot: Path | None,
@@ -42,26 +51,11 @@ def probe(
 
     Without a target batch it looks for the largest that fits at all; with one, for the fewest even micro-batches.
     """
-    import autoaccum
-
     if cards:
-        from autoaccum.probing.elsewhere import elsewhere, known_card
+        from autoaccum.probing.elsewhere import known_card
 
         cards = tuple(map(known_card, cards))  # an unknown one is refused before the probe, not after
-    arguments = arguments_of(autoaccum.probe, target, options)
-    if save_plan is not None:
-        need_target_batch(target, arguments, "--save-plan")
-    if progress if progress is not None else arguments["progress"]:
-        from autoaccum.display.narrator import Narrator
-
-        arguments["callbacks"] = (*(arguments.get("callbacks") or ()), Narrator())
-    report = call(autoaccum.probe, arguments)
-    done = saved(plot, "the plot", report.plot)
-    done &= saved(save_plan, "the plan", lambda path: report.plan.save(path))  # noqa: PLW0108 (None without a target)
-    plan = report.plan.to_dict() if report.plan is not None else {}
-    values = {**plan, **report.to_dict()}
-    if cards:
-        values["elsewhere"] = [elsewhere(report, card, on_cpu=report.device_type == "cpu").to_dict() for card in cards]
+    values, done = Asked(target, options, isolate, progress, plot, save_plan, cards).answer()
     return Answer(values, _view, 0 if done else FAILED)
 
 

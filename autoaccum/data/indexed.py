@@ -65,7 +65,7 @@ class IndexedSource(Source):
         if loader is not None:
             self.loader_batch, self.drop_last = loader.batch_size, loader.drop_last
         if length == 0 or self.length == 0:
-            raise DataError(f"the data is empty: its {self.kind} hold no samples, and training needs at least one")
+            raise DataError(f"the data is empty: no samples are in its {self.kind}, and training needs at least one")
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; of those before it only indices are read."""

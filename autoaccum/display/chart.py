@@ -16,7 +16,7 @@ from autoaccum.units import format_bytes
 __all__ = ["MemoryChart"]
 
 _ROWS = 9
-_COLUMNS = (24, 64)  # the narrowest and the widest plot
+_COLUMNS = (16, 64)  # the narrowest and the widest plot
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # a Braille cell's bits by column and row
 
 

@@ -10,9 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Bar", "Row", "facts", "lines", "number", "of_budget", "on_curve", "open_console", "outcome_style"]
+__all__ = ["NARROW", "Bar", "Row", "facts", "lines", "number", "of_budget", "on_curve", "open_console", "outcome_style"]
 
 _BAR = 20  # cells of a full bar
+NARROW = 60  # columns of a terminal in which not everything has room
 Row = tuple[str, object, str]  # what it is, its value, why
 
 
@@ -77,16 +78,17 @@ def lines(rows: Iterable[tuple[str, Text]]) -> RenderableType:
 
 
 class Bar:
-    """A bar for a share from 0 to 1."""
+    """A bar for a share from 0 to 1; where there is little room, it gives way to what has words and figures."""
 
     def __init__(self, share: float) -> None:
-        self.cells = round(_BAR * share)
+        self.share = share
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(_BAR, _BAR)
+        return Measurement(0, _BAR)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(("#" if options.ascii_only else "▪") * self.cells, style="cyan")
+        cells = round(min(_BAR, options.max_width) * self.share)
+        yield Text(("#" if options.ascii_only else "▪") * cells, style="cyan")
 
 
 def of_budget(peak: int, budget: int | None) -> str:

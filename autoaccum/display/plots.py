@@ -4,6 +4,7 @@ The figure is made without pyplot: nothing global is touched, no window opens, a
 colours are Okabe and Ito's, which colour-blind readers tell apart; line styles and markers differ as well.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["picture_format", "probe_plot"]
 
 _CURVE, _CHOSEN, _BUDGET, _INK = "#0072B2", "#D55E00", "#000000", "#333333"
-_PARTS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#999999", "#D55E00")
+# A part has the same colour in every picture; what is not among them has one of the rest.
+_PARTS = {
+    "parameters": "#0072B2", "buffers": "#F0E442", "batch": "#999999", "gradients": "#56B4E9",
+    "optimizer_state": "#009E73", "activations": "#E69F00", "temporary": "#CC79A7", "other": "#D55E00",
+    "released": "#666666", "other_threads": "#882255",
+}  # fmt: skip
+_REST = ("#44AA99", "#DDCC77", "#AA4499")
 
 
 def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -128,7 +135,8 @@ def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, An
     parts = [(name, row) for name, row in zip(timeline["parts"], timeline["bytes"], strict=True) if any(row)]
     names = [str(name).replace("_", " ") for name, _ in parts]
     rows = [[size / frame.scale for size in row] for _, row in parts]
-    colours = [_PARTS[index % len(_PARTS)] for index in range(len(names))]
+    unknown = itertools.cycle(_REST)
+    colours = [_PARTS.get(name) or next(unknown) for name, _ in parts]
     panel.stackplot(range(len(rows[0])), rows, labels=names, colors=colours, ec="white", lw=0.4)
     if frame.budget is not None:
         panel.axhline(frame.budget / frame.scale, color=_BUDGET, linestyle="--", linewidth=1.4)
@@ -143,7 +151,7 @@ def _name_phases(panel: "Axes", phases: Sequence[tuple[str, int]], moments: int)
     """A mark on the axis where each phase of the window begins, and its name below where there is room for it."""
     panel.set_xticks([start for _, start in phases], labels=[])
     panel.set_xticks([], minor=True)
-    ends = [*(start for _, start in phases[1:]), moments - 1]
+    ends = [*(start for _, start in phases[1:]), moments - 1][: len(phases)]
     for (name, start), end in zip(phases, ends, strict=True):
         if (end - start) / moments > 0.016 * len(name):
             middle = (start + end) / 2

@@ -11,13 +11,24 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from autoaccum.display.chart import MemoryChart
-from autoaccum.display.layout import Bar, Row, facts, lines, number, of_budget, on_curve, open_console, outcome_style
+from autoaccum.display.layout import (
+    NARROW,
+    Bar,
+    Row,
+    facts,
+    lines,
+    number,
+    of_budget,
+    on_curve,
+    open_console,
+    outcome_style,
+)
 from autoaccum.display.progress import TrainingProgress, TrialLines
 from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
@@ -227,24 +238,41 @@ def search_view(result: Mapping[str, Any]) -> RenderableType:
 
 
 def _trials(trials: Sequence[Mapping[str, Any]], budget: int | None, out_of_memory: int) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("batch", "peak", "of budget", "time"):
-        table.add_column(name, justify="right")
-    table.add_column("kind")
-    table.add_column("outcome")
-    for trial in trials:
+    runs = f"{len(trials)} runs" if len(trials) != 1 else "1 run"
+    title = Text.assemble(("Trials  ", "bold"), f"{runs}, {out_of_memory or 'none'} out of memory")
+    return Group(title, _TrialTable(trials, budget))
+
+
+class _TrialTable:
+    """A row for each trial, its figures whole however narrow the terminal is."""
+
+    def __init__(self, trials: Sequence[Mapping[str, Any]], budget: int | None) -> None:
+        self._rows = [self._row(trial, budget) for trial in trials]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW  # the share can be seen from the figures
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for column, name in enumerate(("batch", "peak", "of budget", "time")):
+            if not (narrow and name == "of budget"):
+                widest = max((len(row[column]) for row in self._rows), default=0)
+                table.add_column(name, justify="right", no_wrap=True, min_width=max(widest, len(name)))
+        table.add_column("kind", overflow="fold")
+        table.add_column("outcome", overflow="fold")
+        for batch, peak, share, seconds, kind, outcome in self._rows:
+            figures = [batch, peak, seconds] if narrow else [batch, peak, share, seconds]
+            table.add_row(*figures, kind, Text(outcome, style=outcome_style(outcome)))
+        yield Padding(table, (0, 0, 0, 2), expand=False)
+
+    def _row(self, trial: Mapping[str, Any], budget: int | None) -> tuple[str, str, str, str, str, str]:
         peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
-        table.add_row(
+        return (
             str(trial["batch"]) + (f" × {trial['length']}" if trial.get("length") else ""),
             format_bytes(peak) if peak is not None else "",
             f"{peak / budget:.0%}" if peak is not None and budget else "",
             f"{seconds:.2f} s" if seconds is not None else "",
             str(trial.get("kind", "")),
-            Text(str(trial.get("outcome", "")), style=outcome_style(trial.get("outcome"))),
+            str(trial.get("outcome", "")),
         )
-    runs = f"{len(trials)} runs" if len(trials) != 1 else "1 run"
-    title = Text.assemble(("Trials  ", "bold"), f"{runs}, {out_of_memory or 'none'} out of memory")
-    return Group(title, Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
@@ -258,10 +286,11 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
         sizes["samples"] = micro * int(parts["per_sample"])
     most = max(sizes.values(), default=0) or 1
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(justify="right", style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
+    widest = max((len(format_bytes(size)) for size in sizes.values()), default=0)
+    table.add_column(style="dim", no_wrap=True, min_width=max(map(len, sizes), default=0))
+    table.add_column(justify="right", style="bold", no_wrap=True, min_width=widest)
     table.add_column()
+    table.add_column(overflow="fold")
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         table.add_row(name, format_bytes(size), Bar(size / most), whys[name])
     return Group(Text("Memory by part", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))

@@ -12,8 +12,10 @@ Choices:
 - Without `memory=`, a tenth of what is available on a host stays free: available memory is the kernel's estimate, other
   programs move it, and going past it gets the process killed instead of raising an error. A limit on the data segment
   or the address space is exact and raises, so nothing is kept back there beyond the caller's own headroom.
-- A `memory=` beyond the device's total is taken as the total: no training can ever use more. One beyond what is free
-  at the moment is taken as asked, with that said: what is free changes, and the number is the user's word.
+- A `memory=` beyond the device's total is taken as the total: no training can ever use more. On an accelerator one
+  beyond what is free at the moment is taken as asked, with that said: what is free changes, the number is the user's
+  word, and an overrun is an error that a probe survives. On a host it is a killed process, or a machine that comes to
+  a stand: there the budget is no more than without `memory=`.
 """
 
 import contextlib
@@ -52,12 +54,14 @@ class Budget:
         kind: what the number counts. "torch": bytes of PyTorch's allocator. "data segment": bytes that the process may
             still map, and "host": pages that it may still touch; the process needs somewhat more of either than
             PyTorch has allocated, so a margin belongs between.
+        beyond: what the user asked for, where that is more than may be used.
     """
 
     bytes: int
     reason: str
     hard: bool
     kind: str
+    beyond: int | None = None
 
 
 class Device(ABC):
@@ -187,6 +191,15 @@ class CpuDevice(Device):
         """What this process may still take under the limit that binds."""
         return host_memory().available
 
+    def budget(self, memory: int | str | None = None, *, headroom: int = 0, held: int = 0) -> Budget:
+        """As everywhere, but never more than without `memory`: what does not fit here cannot be tried here."""
+        asked, room = super().budget(memory, headroom=headroom, held=held), self._room(headroom, held)
+        if memory is None or asked.bytes <= room.bytes:
+            return asked
+        size, _ = _asked(memory, self.total())
+        reason = f"{room.reason}; {_named(memory)} asks for {format_bytes(size)}, which is not there to be used"
+        return Budget(room.bytes, reason, False, room.kind, beyond=size)
+
     def _room(self, headroom: int, held: int) -> Budget:
         memory = host_memory()
         size, reason = memory.available, memory.reason
@@ -201,12 +214,6 @@ class CpuDevice(Device):
         size = max(0, size - headroom + held)
         reason = f"{format_bytes(size)}: {reason}{plus(held)}{less(headroom)}"
         return Budget(size, reason, False, "data segment" if exact else "host")
-
-    def _beyond(self) -> str:
-        memory = host_memory()
-        if memory.kind in ("data segment", "address space"):
-            return f", for {memory.reason}"
-        return f", and the system may end a process that takes more ({memory.reason})"
 
     def limit(self, budget: Budget) -> AbstractContextManager[None]:
         """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc stops keeping blocks."""
@@ -322,7 +329,7 @@ def _why_not(kind: str) -> str:
 
 def _asked(memory: int | str, total: int) -> tuple[int, str]:
     """The bytes that the user's `memory` means on a device of `total` bytes, and how to say where they come from."""
-    named = f'memory="{memory}"' if isinstance(memory, str) else f"memory={memory}"
+    named = _named(memory)
     percent = _PERCENT.fullmatch(memory) if isinstance(memory, str) else None
     if percent is None:
         return parse_bytes(memory), f"as {named} asks"
@@ -330,6 +337,10 @@ def _asked(memory: int | str, total: int) -> tuple[int, str]:
     if not 0 < share <= 100:
         raise SetupError(f'{named} is no share of a device: it must be above 0% and at most 100%, such as "80%"')
     return max(1, int(total * share / 100)), f"as {named} asks of {format_bytes(total)}"
+
+
+def _named(memory: int | str) -> str:
+    return f'memory="{memory}"' if isinstance(memory, str) else f"memory={memory}"
 
 
 def less(headroom: int) -> str:

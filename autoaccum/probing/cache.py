@@ -5,6 +5,7 @@ structure, code and shapes, the batch, the optimizer, the formats, the device an
 believed only after a small step was measured and is where it says; anything unreadable costs a warning and a new probe.
 """
 
+import functools
 import hashlib
 import json
 import warnings
@@ -27,6 +28,7 @@ from autoaccum.probing.journal import cache_folder
 __all__ = ["Cache", "Lines", "training_key"]
 
 SCHEMA = 3
+LARGEST = 2**62  # more bytes than there are
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,16 @@ class Lines:
         Raises:
             KeyError, TypeError, ValueError: something is missing or is not what it has to be.
         """
-        lines = tuple(tuple(map(float, line)) for line in values["lines"])
-        residual = None if values["residual"] is None else float(values["residual"])
-        longest = None if values["longest"] is None else int(values["longest"])
-        stairs = tuple(Stairs(**{**each, "steps": tuple(map(int, each["steps"]))}) for each in values["stairs"])
+        lines = tuple(tuple(map(_finite, line)) for line in values["lines"])
+        residual = None if values["residual"] is None else _finite(values["residual"])
+        longest = None if values["longest"] is None else _count(values["longest"])
+        stairs = tuple(map(_stairs, values["stairs"]))
+        reserve = _finite(values["reserve"])
+        if reserve <= 0 or (residual or 0.0) < 0:
+            raise ValueError(f"reserve={reserve!r} and residual={residual!r}: one is above 0, the other not below")
         if {len(line) for line in lines} != {(2 if longest is None else 6) + len(stairs)}:
             raise ValueError("the forecast's functions do not have as many coefficients as they need")
-        return cls(lines, residual, float(values["reserve"]), longest, stairs)
+        return cls(lines, residual, reserve, longest, stairs)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -74,6 +79,25 @@ class Lines:
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
         return round(self.peak(batch, length) * self.reserve)
+
+
+def _finite(value: Any) -> float:
+    """A number that bytes can be reckoned with: JSON knows infinities, and larger ones would become such."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
+        raise ValueError(f"{value!r} is no number of bytes")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
+        raise ValueError(f"{value!r} is no whole number above 0")
+    return value
+
+
+def _stairs(values: Any) -> Stairs:
+    a, b = (int(_finite(step)) for step in values["steps"])
+    sizes = {name: _count(values[name]) for name in ("inputs", "hidden", "times")}
+    return Stairs(str(values["block"]), str(values["operator"]), **sizes, steps=(a, b))
 
 
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
@@ -125,8 +149,10 @@ class Cache:
             return Lines.from_dict(values)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"the cached answer {self._path} cannot be used ({error!r}): probing anew", stacklevel=2)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            # Its text alone: the repr of an error in decoding has the whole file in it.
+            why = f"{type(error).__name__}: {error}"[:200]
+            warnings.warn(f"the cached answer {self._path} cannot be used ({why}): probing anew", stacklevel=2)
             return None
 
     def write(self, lines: Lines) -> None:
@@ -179,9 +205,25 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _code(function: Any) -> str:
-    """The code of a user's function, so that an edit makes another training."""
-    code = getattr(getattr(function, "__func__", function), "__code__", None)
-    return repr(function) if code is None else hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+    """The code of a user's function, so that an edit makes another training; the same in every process."""
+    function = getattr(function, "__func__", function)
+    if isinstance(function, functools.partial):
+        given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
+        return f"{_code(function.func)} {[_told(value) for value in given]}"
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        return hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+    name = getattr(function, "__qualname__", None)
+    if name is not None:  # a class, or what is written in C
+        return f"{function.__module__}.{name}"
+    kind = type(function)
+    settings = {key: _told(value) for key, value in sorted(getattr(function, "__dict__", {}).items())}
+    return f"{kind.__module__}.{kind.__qualname__} {settings} {_code(kind.__call__)}"
+
+
+def _told(value: Any) -> Any:
+    """A setting as a key can hold it: never an address, which is another one in each process."""
+    return value if type(value) in (int, float, bool, str, type(None)) else type(value).__qualname__
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

@@ -1,30 +1,45 @@
 """What would fit on another card: the forecast against its memory, nothing run there.
 
-A card's memory is what its maker states; from it goes what a CUDA context and its libraries take before the first
-tensor. The forecast is of this machine's kernels: on another kind of device they take other workspaces, and a caching
-allocator reserves more than is asked for.
+A card's memory is what its driver reports; from it goes what the driver keeps, and what a CUDA context and its
+libraries take before the first tensor. The forecast is of this machine's kernels: on another kind of device they take
+other workspaces, and a caching allocator reserves more than is asked for.
 """
 
 import difflib
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError
 from autoaccum.probing.report import ProbeReport
-from autoaccum.units import GIB
+from autoaccum.units import GIB, MIB, parse_bytes
 
 __all__ = ["CARDS", "Elsewhere", "elsewhere", "known_card"]
 
 CONTEXT_BYTES = GIB // 2
+# What a driver keeps of the memory that it reports: 24,564 MiB of an RTX 4090 are 24,207 to CUDA, of a T4's 15,360 some
+# 14,930, of an L4's 23,034 some 22,490.
+DRIVERS_SHARE = 0.03
 
-# Memory in GiB, as sold.
-CARDS = {
-    "GTX 1080 Ti": 11, "RTX 2060": 6, "RTX 2080 Ti": 11, "RTX 3050": 8, "RTX 3060": 12, "RTX 3070": 8, "RTX 3080": 10,
-    "RTX 3090": 24, "RTX 4060": 8, "RTX 4060 Ti 16GB": 16, "RTX 4070": 12, "RTX 4080": 16, "RTX 4090": 24,
-    "RTX 5070": 12, "RTX 5080": 16, "RTX 5090": 32, "T4": 16, "P100": 16, "V100 16GB": 16, "V100 32GB": 32, "A10": 24,
-    "A40": 48, "L4": 24, "L40S": 48, "RTX A4000": 16, "RTX A5000": 24, "RTX A6000": 48, "A100 40GB": 40,
-    "A100 80GB": 80, "H100": 80, "H200": 141,
+# MiB by chip and GB as sold, as nvidia-smi shows them with drivers since 510 (older ones left out what the driver
+# keeps), ECC as the card is delivered: where it is on, it takes some of what was sold.
+_MEMORY = {
+    "GTX 1080 Ti": {11: 11264}, "RTX 2060": {6: 6144}, "RTX 2070": {8: 8192}, "RTX 2080": {8: 8192},
+    "RTX 2080 Ti": {11: 11264}, "RTX 3050": {8: 8192}, "RTX 3060": {12: 12288}, "RTX 3060 Ti": {8: 8192},
+    "RTX 3070": {8: 8192}, "RTX 3070 Ti": {8: 8192}, "RTX 3080": {10: 10240}, "RTX 3080 Ti": {12: 12288},
+    "RTX 3090": {24: 24576}, "RTX 3090 Ti": {24: 24564}, "RTX 4060": {8: 8188}, "RTX 4060 Ti": {8: 8188, 16: 16380},
+    "RTX 4070": {12: 12282}, "RTX 4070 Super": {12: 12282}, "RTX 4070 Ti": {12: 12282},
+    "RTX 4070 Ti Super": {16: 16376}, "RTX 4080": {16: 16376}, "RTX 4080 Super": {16: 16376}, "RTX 4090": {24: 24564},
+    "RTX 5070": {12: 12227}, "RTX 5070 Ti": {16: 16303}, "RTX 5080": {16: 16303}, "RTX 5090": {32: 32607},
+    "T4": {16: 15360}, "P100": {16: 16384}, "V100": {16: 16384, 32: 32768}, "A10": {24: 23028}, "A10G": {24: 23028},
+    "A40": {48: 46068}, "L4": {24: 23034}, "L40S": {48: 46068}, "RTX A4000": {16: 16376}, "RTX A5000": {24: 24564},
+    "RTX A6000": {48: 49140}, "A100": {40: 40960, 80: 81920}, "H100": {80: 81559}, "H200": {141: 143771},
 }  # fmt: skip
+CARDS = {
+    f"{chip} {sold}GB" if len(sizes) > 1 else chip: mib * MIB
+    for chip, sizes in _MEMORY.items()
+    for sold, mib in sizes.items()
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Elsewhere:
     Attributes:
         card: its name.
         memory_bytes: all of it.
-        budget_bytes: less what a context takes.
+        budget_bytes: less what a driver keeps and a context takes.
         limit: the largest micro-batch whose forecast fits; 0 where none does.
         note: what the forecast is of, and how the card may differ.
     """
@@ -55,7 +70,7 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
 
     Args:
         report: of a probe that made a forecast.
-        card: a name in CARDS, in any case, with or without "NVIDIA" and "GeForce".
+        card: its name, as people or nvidia-smi write it, or its memory, such as "24GiB".
         on_cpu: whether the forecast is of CPU kernels.
 
     Raises:
@@ -63,8 +78,8 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
         ProbeError: the report has no forecast.
     """
     name = known_card(card)
-    memory = CARDS[name] * GIB
-    budget = memory - CONTEXT_BYTES
+    memory = CARDS[name] if name in CARDS else parse_bytes(name)
+    budget = max(0, memory - int(memory * DRIVERS_SHARE) - CONTEXT_BYTES)
     low, high = 0, 1
     while report.forecast(high) <= budget and high < 2**30:
         low, high = high, high * 2
@@ -78,15 +93,52 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
 
 
 def known_card(card: str) -> str:
-    """The card's name in CARDS.
+    """The card's name in CARDS, or its memory as it was given.
 
     Raises:
-        SetupError: an unknown card; the nearest names are given.
+        SetupError: an unknown card, the nearest names are given; or no size of a memory.
     """
-    plain = card.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", "").strip()
-    by_name = {name.lower(): name for name in CARDS}
-    if plain in by_name:
-        return by_name[plain]
-    near = difflib.get_close_matches(plain, by_name, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(by_name[name] for name in near)}?" if near else f"known are {', '.join(CARDS)};"
-    raise SetupError(f'--for "{card}": no such card is known; {hint} give its memory instead, as --memory 24GiB')
+    if _SIZE.fullmatch(card):
+        parse_bytes(card)
+        return card.strip()
+    words, sold = _read(card)
+    chips = [chip for chip in _MEMORY if _read(chip)[0] == words]
+    found = [
+        name
+        for chip in chips
+        for gigabytes, name in zip(_MEMORY[chip], _names(chip), strict=True)
+        if sold in (None, gigabytes)
+    ]
+    if len(found) == 1:
+        return found[0]
+    near = found or _nearest(words)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CARDS)};"
+    raise SetupError(f'--for "{card}": no such card is known; {hint} give its memory instead, as --for 24GiB')
+
+
+_SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
+_SOLD = re.compile(r"\b(\d+) ?gi?b\b")
+_JOINED = re.compile(r"\b(rtx|gtx)(?=\w)|(?<=\d{4})(?=ti|super)|(?<=ti)(?=super\b)")
+# Words that are part of a card's full name, and do not tell cards apart.
+_SAID = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|sxm\d?|pcie?|hbm\d?e?|gpu|graphics|card")
+
+
+def _read(card: str) -> tuple[list[str], int | None]:
+    """(the words that name the chip, the memory in GB where that is said)."""
+    text = _JOINED.sub(r"\1 ", re.sub(r"[-_/()]", " ", card.lower()))
+    sold = _SOLD.search(text)
+    words = [word for word in _SOLD.sub(" ", text).split() if not _SAID.fullmatch(word)]
+    return words, None if sold is None else int(sold.group(1))
+
+
+def _names(chip: str) -> list[str]:
+    return [chip] if chip in CARDS else [f"{chip} {sold}GB" for sold in _MEMORY[chip]]
+
+
+def _nearest(words: list[str]) -> list[str]:
+    """The cards whose names begin with these words, then those of similar names."""
+    wanted = " ".join(words)
+    plain = {" ".join(_read(chip)[0]): chip for chip in _MEMORY}
+    begin = [name for name in plain if wanted and (name.startswith(wanted) or wanted.startswith(f"{name} "))]
+    close = difflib.get_close_matches(wanted, plain, n=3, cutoff=0.4)
+    return [name for found in list(dict.fromkeys([*begin, *close]))[:4] for name in _names(plain[found])]

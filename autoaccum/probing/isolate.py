@@ -1,24 +1,40 @@
 """A probe in a child process: a hard kill takes the child, not the training.
 
-The child writes each trial into the journal before it starts. When the system kills it, the next child reads there
-which trial that was, tries it once more, and takes a second kill for a size that does not fit. What the
-child has to say comes back as JSON: nothing is unpickled here.
+The child writes each trial into the journal before it starts, and tells which journal that is. When the system kills
+it, the next child reads there which trial that was, tries it once more, and takes a second kill for a size that does
+not fit. What the child has to say comes back as JSON: nothing is unpickled here.
+
+Ctrl-C is the parent's to hear, also where a terminal sends it to both. A child whose parent is gone, however it went,
+ends at once and in silence: nobody waits for it, and its memory is wanted.
 """
 
+import contextlib
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from autoaccum import errors
-from autoaccum.errors import AutoaccumError, ProbeError
+from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError
+from autoaccum.probing.journal import Journal, Owner
+from autoaccum.probing.report import KILLED, Trial
 
-__all__ = ["Killed", "run_in_child"]
+__all__ = ["MOST_KILLS", "InChild", "Killed", "Send", "answer_of_children", "run_in_child"]
 
 Send = Callable[[str, Any], None]
+
+# Two for each size that kills: halving a size from the largest that any probe starts with comes to one in 16 steps.
+MOST_KILLS = 40
+
+
+_kept_here: list[Journal] = []  # by this process, where it is a child
 
 
 class Killed(Exception):
@@ -27,6 +43,102 @@ class Killed(Exception):
     def __init__(self, code: int) -> None:
         super().__init__(signal.Signals(-code).name if code < 0 else f"exit status {code}")
         self.code = code
+
+
+@dataclass(frozen=True)
+class InChild:
+    """What a probe has to know that runs in a child: how it tells its parent which journal it keeps."""
+
+    send: Send
+
+    def keeps(self, journal: Journal) -> None:
+        """Tells which one. The parent takes it away at the end: a ladder's later rungs rest on the kills before."""
+        _kept_here.append(journal)
+        self.send("journal", {"path": str(journal.path), "key": journal.key, "owner": list(journal.owner)})
+
+
+def answer_of_children(
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    listen: Callable[[str, Any], None],
+    lost: Callable[[Trial], None] = lambda trial: None,
+) -> Any:
+    """What `work(send, *arguments, killed)` returns in a child that lives to its end; a new one for each killed.
+
+    Args:
+        work: as for `run_in_child`; it probes with an InChild, and is given the trials that killed a child before.
+        arguments: picklable.
+        listen: called for what the children send beside their journals.
+        lost: told of each trial that killed a child.
+
+    Raises:
+        ProbeError: a child was killed outside of any trial, or too many were.
+        AutoaccumError: as `run_in_child`.
+    """
+    killed: list[Trial] = []
+    journals: list[Journal] = []
+    answered = False
+    try:
+        while len(killed) < MOST_KILLS:
+            fresh = _Attempt(listen)
+            try:
+                answer = run_in_child(work, (*arguments, [trial.to_dict() for trial in killed]), fresh.heard)
+                answered = True
+                return answer
+            except NothingFitsError:
+                answered = True
+                raise
+            except Killed as error:
+                trials = fresh.lost(str(error))
+            except BaseException:  # an interrupt, or what a listener raises: the child was stopped, and did not fail
+                fresh.forgive()
+                raise
+            finally:
+                journals += fresh.journals
+            killed += trials
+            for trial in trials:
+                lost(trial)
+        raise ProbeError(
+            f"{len(killed)} child processes were killed one after another, the last at {killed[-1].batch} samples: "
+            "give memory= a smaller budget, or max_batch= a smaller size"
+        )
+    finally:
+        if answered:
+            for journal in journals:
+                journal.clear()
+
+
+class _Attempt:
+    """What one child tells while it runs, its journals kept aside."""
+
+    def __init__(self, listen: Callable[[str, Any], None]) -> None:
+        self._listen = listen
+        self.journals: list[Journal] = []
+
+    def heard(self, name: str, value: Any) -> None:
+        if name == "journal":
+            self.journals.append(Journal(Path(value["path"]), value["key"], Owner(*value["owner"])))
+        else:
+            self._listen(name, value)
+
+    def lost(self, why: str) -> list[Trial]:
+        """The trial that the child was in when it was killed.
+
+        Raises:
+            ProbeError: it was in none.
+        """
+        begun = dict.fromkeys(trial for trial in (journal.begun() for journal in self.journals) if trial is not None)
+        if not begun:
+            raise ProbeError(
+                f"the probe's child process ended outside of any trial: {why}; it was killed while the model was "
+                "built, or its trials could not be written down: look at what builds it, or probe without a child "
+                "(isolate=False, --no-isolate)"
+            )
+        return [Trial(size, kind, None, None, 0.0, KILLED, length) for size, kind, length in begun]
+
+    def forgive(self) -> None:
+        for journal in self.journals:
+            journal.forgive()
 
 
 def run_in_child(
@@ -41,12 +153,15 @@ def run_in_child(
 
     Raises:
         Killed: the child ended without saying why.
-        AutoaccumError: of the kind the child raised; any other error of the child's comes as ProbeError.
+        AutoaccumError: of the kind the child raised; any other error of the child's comes as ProbeError. Its cause has
+            the child's traceback.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(there, work, arguments), daemon=True)
-    child.start()
+    # No daemon, which could have no children of its own: the user's code may have some, to read data with.
+    child = context.Process(target=_child, args=(there, work, arguments))
+    with _interrupts_wait():  # the child is born with them held back
+        child.start()
     there.close()
     try:
         while True:
@@ -60,29 +175,75 @@ def run_in_child(
                 return value
             if name == "raise":
                 child.join()
-                raise _error(value)
+                raise _error(value) from _InChild(value["traceback"])
             if listen is not None:
                 listen(name, value)
     finally:
         if child.is_alive():
             child.terminate()
+            child.join(timeout=5.0)
+            child.kill()  # what hears no SIGTERM, or takes too long over it
             child.join()
         here.close()
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Holds Ctrl-C back, where the system can: a process that begins inside begins so, and here it comes afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which, where it is started, lets interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _child(there: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
     def send(name: str, value: Any) -> None:
-        there.send_bytes(json.dumps([name, value]).encode())
+        try:
+            there.send_bytes(json.dumps([name, value]).encode())
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone
 
     try:
         send("return", work(send, *arguments))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         known = type(error).__name__ if isinstance(error, AutoaccumError) else None
-        send("raise", {"kind": known, "text": str(error), "traceback": traceback.format_exc()})
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        send("raise", {"kind": known, "text": text, "traceback": traceback.format_exc()})
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    wait([parent.sentinel])
+    try:
+        for journal in _kept_here:
+            journal.forgive()  # it was no kill of a trial's
+    finally:
+        os._exit(1)
+
+
+class _InChild(Exception):
+    """Stands for the child's own error as the cause of one raised here."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"in the child process:\n\n{text}")
 
 
 def _error(value: Mapping[str, Any]) -> AutoaccumError:
     if value["kind"] in errors.__all__:
         made: AutoaccumError = getattr(errors, value["kind"])(value["text"])
         return made
-    return ProbeError(f"the probe's child process failed:\n{value['traceback']}")
+    return ProbeError(f"the probe's child process failed: {value['text']}")

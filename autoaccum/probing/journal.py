@@ -2,21 +2,47 @@
 
 One JSON line a trial, fsynced before the trial begins, with the process's id and start time; a second line when it
 ends. A line without its end and whose process is gone is a trial that killed its process: once may be chance, so it is
-tried again; twice means that the size does not fit.
+tried again; twice means that the size does not fit, nor any larger one.
 """
 
 import json
 import os
+import sys
 import warnings
-from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-__all__ = ["Journal", "cache_folder"]
+from autoaccum.errors import NothingFitsError
+from autoaccum.probing.report import FITS
+
+__all__ = ["Begun", "Journal", "Owner", "cache_folder"]
 
 KILLS_BELIEVED = 2
+_MOST = 2**31  # what a process's id and a number of samples are below; seconds since 1970 are for some time
+
+
+class Owner(NamedTuple):
+    """A process, also where its id was used before."""
+
+    pid: int
+    started: float
+
+    @classmethod
+    def here(cls) -> "Owner":
+        """This process."""
+        return cls(os.getpid(), psutil.Process().create_time())
+
+
+class Begun(NamedTuple):
+    """A trial as it was written down; `length` is of its samples, where that was chosen."""
+
+    size: int
+    kind: str
+    length: int | None
 
 
 def cache_folder() -> Path:
@@ -37,32 +63,86 @@ class Journal:
     A journal that cannot be written or read costs a warning that names its path, never the probe.
     """
 
-    def __init__(self, path: Path | None, key: str) -> None:
+    def __init__(self, path: Path | None, key: str, owner: Owner | None = None) -> None:
         """Opens the journal.
 
         Args:
             path: the file; None keeps no journal.
             key: what decides the answer: trials of other trainings in the same file do not count.
+            owner: for whom it is kept; None: this process.
         """
-        self._path, self._key = path, key
-        self._owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        self.path, self.key = path, key
+        self.owner = owner or Owner.here()
 
-    def killed_sizes(self, length: int | None = None) -> set[int]:
-        """The sizes that killed their process twice; those of samples of a `length`, where trials chose one."""
-        kills: Counter[int] = Counter()
-        for (size, _, own), times in self._unfinished().items():
-            kills[size] += times if own == length else 0
-        return {size for size, times in kills.items() if times >= KILLS_BELIEVED}
+    def killed_sizes(self, length: int | None = None) -> range:
+        """The sizes that do not fit: from the second least that killed its process, each kill counted.
+
+        Where trials chose a length, those of samples of this `length`: what shorter ones did counts for it as well.
+        """
+        alike = [
+            trial.size
+            for trial in self._unfinished()
+            if (trial.length is None) == (length is None) and (trial.length or 0) <= (length or 0)
+        ]
+        least = sorted(alike)[KILLS_BELIEVED - 1 : KILLS_BELIEVED]
+        return range(least[0], sys.maxsize) if least else range(0)
+
+    def lived(self, below: int) -> int:
+        """The largest size below `below` that fitted, of samples whose length was not chosen; 0 where none did."""
+        started: dict[Owner, Begun] = {}
+        fitted = 0
+        for entry in self._entries():
+            owner = Owner(entry["pid"], entry["started"])
+            if entry["event"] == "start":
+                started[owner] = _trial(entry)
+            elif (
+                entry.get("outcome") == FITS
+                and owner in started
+                and started[owner].length is None
+                and entry["size"] < below
+            ):
+                fitted = max(fitted, entry["size"])
+        return fitted
 
     def unfinished(self) -> list[tuple[int, str]]:
         """(size, kind) of each trial that a process which is gone began and never ended."""
-        return [(size, kind) for (size, kind, _), times in self._unfinished().items() for _ in range(times)]
+        return [(trial.size, trial.kind) for trial in self._unfinished()]
+
+    def begun(self) -> Begun | None:
+        """The trial that the journal's owner began and has not ended."""
+        return self._begun().get(self.owner)
 
     def clear(self) -> None:
         """Takes the file away once the answer is found, unless another process is in the middle of a trial."""
-        if self._path is None or any(entry["event"] == "start" and self._others(entry) for entry in self._entries()):
+        if self.path is None or any(entry["event"] == "start" and self._others(entry) for entry in self._entries()):
             return
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+    def forgive(self) -> None:
+        """Ends the trial that the owner is in: what stopped it, an error or the user, was no kill."""
+        trial = self.begun()
+        if trial is not None:
+            self.end(trial.size, "stopped")
+
+    @contextmanager
+    def probing(self, *, clears: bool) -> Iterator[None]:
+        """Around a probe: its end is written down, however it comes, as long as the process lives to see it.
+
+        Args:
+            clears: take the file away once there is an answer, which may be that nothing fits.
+        """
+        answered = False
+        try:
+            yield
+            answered = True
+        except NothingFitsError:
+            answered = True
+            raise
+        finally:
+            if answered and clears:
+                self.clear()
+            elif not answered:
+                self.forgive()
 
     def start(self, size: int, kind: str, length: int | None = None) -> None:
         """Writes down that a trial begins; on disk before this returns."""
@@ -74,70 +154,94 @@ class Journal:
         self._append({"event": "end", "size": size, "outcome": outcome})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        if self._path is None:
+        if self.path is None:
             return
-        line = json.dumps({"key": self._key, **self._owner, **entry}) + "\n"
+        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry}) + "\n"
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             warnings.warn(
-                f"the trial journal {self._path} cannot be written ({error}): going on without it", stacklevel=2
+                f"the trial journal {self.path} cannot be written ({error}): going on without it", stacklevel=2
             )
-            self._path = None
+            self.path = None
 
-    def _unfinished(self) -> Counter[tuple[int, str, int | None]]:
-        """How often each trial was started by a process that died before its end."""
-        begun: dict[tuple[int, float], tuple[int, str, int | None]] = {}  # a process runs one trial at a time
-        counted: Counter[tuple[int, str, int | None]] = Counter()
+    def _begun(self) -> dict[Owner, Begun]:
+        """The trial that each process began and did not end; a process runs one at a time."""
+        begun: dict[Owner, Begun] = {}
         for entry in self._entries():
-            owner = (entry["pid"], entry["started"])
+            owner = Owner(entry["pid"], entry["started"])
             if entry["event"] == "start":
-                begun[owner] = (entry["size"], entry.get("kind", "verify"), entry.get("length"))
+                begun[owner] = _trial(entry)
             else:
                 begun.pop(owner, None)
-        for (pid, started), trial in begun.items():
-            if not _alive(pid, started):
-                counted[trial] += 1
-        return counted
+        return begun
+
+    def _unfinished(self) -> list[Begun]:
+        """Each trial that was begun by a process that died before its end."""
+        return [trial for owner, trial in self._begun().items() if not _alive(owner)]
 
     def _others(self, entry: dict[str, Any]) -> bool:
-        return entry["pid"] != self._owner["pid"] and _alive(entry["pid"], entry["started"])
+        return bool(entry["pid"] != self.owner.pid and _alive(Owner(entry["pid"], entry["started"])))
 
     def _entries(self) -> list[dict[str, Any]]:
-        if self._path is None or not self._path.exists():
+        if self.path is None or not self.path.exists():
             return []
         try:
-            text = self._path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            warnings.warn(f"the trial journal {self._path} cannot be read ({error}): going on without it", stacklevel=2)
+            warnings.warn(f"the trial journal {self.path} cannot be read ({error}): going on without it", stacklevel=2)
             return []
-        entries, damaged = [], 0
+        entries, cut, wrong = [], 0, 0
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # a kill can cut the last line short
-                damaged += 1
+            except (ValueError, RecursionError):
+                cut += 1
                 continue
-            if (
-                isinstance(entry, dict)
-                and entry.get("key") == self._key
-                and {"pid", "started", "size", "event"} <= entry.keys()
-            ):
+            if isinstance(entry, dict) and entry.get("key") != self.key:
+                continue
+            if _is_sound(entry):
                 entries.append(entry)
-        if damaged > 1:
-            warnings.warn(
-                f"{damaged} lines of the trial journal {self._path} are damaged and were passed over", stacklevel=2
-            )
+            else:
+                wrong += 1
+        if wrong or cut > 1:  # a kill can cut one line short
+            lines = "1 line" if cut + wrong == 1 else f"{cut + wrong} lines"
+            warnings.warn(f"{lines} of the trial journal {self.path} cannot be used: passed over", stacklevel=2)
         return entries
 
 
-def _alive(pid: int, started: float) -> bool:
+def _trial(entry: Mapping[str, Any]) -> Begun:
+    return Begun(entry["size"], entry.get("kind", "verify"), entry.get("length"))
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether a line is what this module writes: another program may have written to the file, or a disk lost it."""
+    return (
+        isinstance(entry, Mapping)
+        and entry.get("event") in ("start", "end")
+        and _is_count(entry.get("pid"))
+        and _is_count(entry.get("size"))
+        and _is_time(entry.get("started"))
+        and isinstance(entry.get("kind", ""), str)
+        and (entry.get("length") is None or _is_count(entry["length"]))
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _alive(owner: Owner) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - started) < 1.0
+        return abs(psutil.Process(owner.pid).create_time() - owner.started) < 1.0
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -17,6 +17,7 @@ from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.planning.split import can_split, even_split
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
+from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.report import ProbeReport, Trial
 from autoaccum.probing.search import SAME_PEAK, THIRD_TRACE, Answer, find
@@ -77,7 +78,7 @@ def run_probe(
         source: gives real samples.
         device: where it runs.
         question: what is asked.
-        journal: where trials are written down before they start.
+        journal: where trials are written down before they start; what becomes of it is the caller's to say.
         cache: where the forecast of an earlier run may lie, and this one's will.
         listener: told of each trial as it ends.
 
@@ -102,16 +103,16 @@ def run_probe(
                     "a layer without that minimum (GroupNorm for BatchNorm)"
                 )
             budget = _less_the_window(budget, source, device, question)
-            bench = Bench(accumulator, source, device, budget, journal or Journal(None, ""), listener, growth,
-                          question.share)  # fmt: skip
+            journal = journal or Journal(None, "")
+            bench = Bench(accumulator, source, device, budget, journal, listener, growth, question.share)
             try:
-                report = _look(bench, source, device, question, floor, cache)
+                report = _look(bench, source, device, question, floor, cache, journal)
                 for _ in range(MOST_LOOKS - 1):
                     left = _less_by_now(bench, report, source, device, question)
                     if left is None:
                         break
                     budget, before = left, bench.lower(left)
-                    report = _look(bench, source, device, question, floor, cache)
+                    report = _look(bench, source, device, question, floor, cache, journal)
                     report = replace(report, notes=(*report.notes, _taken(before, left)))
             except NothingFitsError as error:
                 raise _nothing_fits(bench, accumulator, device, budget, floor) from error
@@ -119,13 +120,13 @@ def run_probe(
             accumulator.close()
             accumulator.discard()
     device.release(young=not report.out_of_memory_count)
-    if journal is not None:
-        journal.clear()
-    return report
+    if budget.beyond is None:
+        return report
+    return replace(report, notes=(*report.notes, _beyond(budget.beyond, report.budget_bytes)))
 
 
 def _look(
-    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, cache: Cache | None, journal: Journal
 ) -> ProbeReport:
     known = cache.read() if cache is not None else None
     by_length = known is not None and known.longest is not None
@@ -133,7 +134,7 @@ def _look(
     if over_lengths is not None:
         report = _report_over_lengths(bench, over_lengths, device, floor, source, question)
     else:
-        report = _of_the_largest(bench, source, device, question, floor, None if by_length else known)
+        report = _of_the_largest(bench, source, device, question, floor, None if by_length else known, journal)
     if cache is not None and isinstance(report.forecaster, (Forecast, OverLengths)):
         cache.write(as_lines(report.forecaster, report.trials))
     return report
@@ -153,11 +154,18 @@ def _less_by_now(
     bench: Bench, report: ProbeReport, source: Source, device: Device, question: Question
 ) -> Budget | None:
     """The budget as it is now, where others took so much meanwhile that the answer no longer fits in it."""
-    if question.memory is not None or not bench.shared:
+    if not bench.shared:
         return None
-    now = device.budget(held=bench.held(), headroom=device.headroom())
+    now = device.budget(question.memory, held=bench.held(), headroom=device.headroom())
     now = _less_the_window(now, source, device, question)
     return None if bench.measured(report.micro_batch) <= now.bytes * (1.0 + UNSTEADY) else now
+
+
+def _beyond(asked: int, had: int) -> str:
+    return (
+        f"memory= asks for {format_bytes(asked)}, and no step was run here that needs more than {format_bytes(had)}: "
+        "forecast(n) tells what n samples take on a larger device, and --for on the command line how many fit there"
+    )
 
 
 def _taken(before: Budget, now: Budget) -> str:
@@ -168,13 +176,43 @@ def _taken(before: Budget, now: Budget) -> str:
 
 
 def _of_the_largest(
-    bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None
+    bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None, journal: Journal
 ) -> ProbeReport:
     """The size that fits for samples that are alike, or for the largest of those looked at."""
     ceiling, reach = _ceilings(question, source, floor)
-    answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach, known=known)
+    killed = journal.killed_sizes()
+    wanted = _wanted(question, floor)
+    if ceiling in killed:
+        answer = _below(bench, killed.start, journal.lived(killed.start), floor, wanted, known)
+    else:
+        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
     throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-    return _report(bench, answer, device, floor, source, throughput)
+    report = _report(bench, answer, device, floor, source, throughput)
+    if ceiling not in killed:
+        return report
+    note = f"a step at {killed.start} samples killed its process more than once: it was not run again, nor a larger one"
+    return replace(report, notes=(*report.notes, note))
+
+
+def _below(
+    bench: Bench, killed: int, lived: int, floor: int, wanted: Callable[[int], int] | None, known: Lines | None
+) -> Answer:
+    """The answer where a size killed its process: `lived` did not, and what lies between is tried from below."""
+    takes = wanted or (lambda limit: limit)
+    while True:
+        closed = near_enough(lived, killed, takes)
+        ceiling = max(floor, takes(lived) if closed else ceiling_below(lived, killed, takes))
+        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=ceiling, known=known)
+        if answer.limit is None or answer.limit < ceiling:
+            return answer  # memory runs out before the kill
+        lived = max(lived, ceiling)
+        if near_enough(lived, killed, takes):
+            break
+        if isinstance(answer.forecast, Counted):
+            known = as_lines(answer.forecast.whole, bench.trials)
+    next_one = lived + 1 == killed
+    forecast = bench.forecast() or answer.forecast
+    return Answer(answer.micro_batch, lived if next_one else None, "out of memory" if next_one else None, forecast)
 
 
 def _over_lengths(
@@ -312,9 +350,7 @@ def _report(
         forecaster = answer.forecast.whole if isinstance(answer.forecast, Counted) else None
     residual = None if forecaster is None else forecaster.residual
     if forecaster is None:
-        alone = sum(trial.kind == "trace" and trial.fits for trial in bench.trials) == 1
-        why = "no second trace would surely have fitted" if alone else "the traces did not line up"
-        notes.append(f"{why}, so sizes were searched for by running them")
+        notes.append(_without_forecast(bench.trials, answer))
     else:
         off = _farthest(forecaster, bench.trials, answer.micro_batch)
         wrong = "sizes that were not run may take more or less than is told"
@@ -349,6 +385,15 @@ def _report(
         device_type=device.type,
         forecaster=forecaster,
     )
+
+
+def _without_forecast(trials: Sequence[Trial], answer: Answer) -> str:
+    traced = [trial.batch for trial in trials if trial.kind == "trace" and trial.fits]
+    if len(traced) > 1:
+        return "the traces did not line up, so sizes were searched for by running them"
+    if answer.proof == "cap" and traced == [answer.limit]:
+        return f"there is no forecast, which needs two sizes: nothing but {answer.limit} at once was allowed"
+    return "no second trace would surely have fitted, so sizes were searched for by running them"
 
 
 def _farthest(forecaster: Forecast | Lines, trials: Sequence[Trial], micro_batch: int) -> tuple[float, Trial] | None:
@@ -388,9 +433,10 @@ def _nothing_fits(
         "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
     )
     peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
+    more = "a larger memory=" if budget.beyond is None else "more memory that is free"
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
-        f"the rest is what a step needs for its activations{measured}. What would help: a larger memory=, "
+        f"the rest is what a step needs for its activations{measured}. What would help: {more}, "
         "an optimizer with less state (SGD), smaller samples"
     )

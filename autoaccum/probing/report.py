@@ -74,6 +74,7 @@ class ProbeReport:
         by_length: where samples differ in length: (length, samples), so many fit at once up to that padded length;
             `micro_batch` and `limit` are then of the longest samples looked at.
         ladder: the rung under which this holds, such as "checkpointing"; None where the step ran as it is.
+        timeline: for drawing, as a probe in a child told it; None where the forecast at hand can tell.
     """
 
     micro_batch: int
@@ -92,6 +93,7 @@ class ProbeReport:
     device_type: str = "cpu"
     by_length: tuple[tuple[int, int], ...] = ()
     ladder: str | None = None
+    timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
 
     @property
@@ -146,7 +148,7 @@ class ProbeReport:
 
     def _timeline(self) -> dict[str, Any] | None:
         timeline: Callable[[int], dict[str, Any]] | None = getattr(self.forecaster, "timeline", None)
-        return timeline(self.micro_batch) if timeline is not None else None
+        return timeline(self.micro_batch) if timeline is not None else self.timeline
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], forecaster: "Lines | None" = None) -> "ProbeReport":

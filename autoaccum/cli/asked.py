@@ -1,0 +1,152 @@
+"""What `autoaccum probe` was asked, and the answer: found here, or in a child process that a kill may take.
+
+The child does all of the command's work, from the user's code to the picture, and gives back what is to be printed: so
+that the user's model is built once, and nothing of it lies in the parent's memory or on its device while the child
+probes. The parent starts another child for each that is killed, and prints.
+"""
+
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from autoaccum.cli.calling import arguments_of, call, need_target_batch
+from autoaccum.cli.endings import ChildFailed, exit_code, one_line
+from autoaccum.cli.saving import saved
+
+if TYPE_CHECKING:
+    from autoaccum.probing.isolate import InChild, Send
+
+__all__ = ["Asked"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A probe as the command line asks for it.
+
+    Attributes:
+        target: TARGET.
+        options: `probe`'s keywords; None where an option was not given.
+        isolate: whether in a child; None where the command line does not say.
+        progress: whether each trial is told; None where the command line does not say.
+        plot, save_plan: files that are written at the end.
+        cards: what would fit on them is told.
+    """
+
+    target: str
+    options: Mapping[str, Any]
+    isolate: bool | None = None
+    progress: bool | None = None
+    plot: Path | None = None
+    save_plan: Path | None = None
+    cards: tuple[str, ...] = ()
+
+    def answer(self) -> tuple[dict[str, Any], bool]:
+        """(what is to be printed, whether all files were written); in a child unless someone says otherwise.
+
+        Raises:
+            ChildFailed: what the child failed with, in the words that it would have had here.
+            AutoaccumError, and whatever the user's code raises: as the library.
+        """
+        # Of several ranks each has to exchange what it found with the others, and a new child could not join them.
+        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+        if self.isolate is False or not alone:
+            return self._found({**self.options, "isolate": self.isolate})
+        found = self._found_in_a_child()
+        return self._found({**self.options, "isolate": False}) if found is None else found
+
+    def _found_in_a_child(self) -> tuple[dict[str, Any], bool] | None:
+        """None where TARGET says that it wants none."""
+        from autoaccum.probing.isolate import answer_of_children
+
+        answer = answer_of_children(_in_child, (self,), lambda name, value: None)
+        if answer.get("interrupted"):
+            raise KeyboardInterrupt
+        if "usage" in answer:
+            raise click.UsageError(answer["usage"])
+        if "failed" in answer:
+            raise ChildFailed(**answer["failed"])
+        return (answer["values"], answer["done"]) if "values" in answer else None
+
+    def found_by_the_child(self, inside: "InChild", killed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """For the parent; `killed` are the trials that earlier children did not survive."""
+        import autoaccum
+
+        arguments = arguments_of(autoaccum.probe, self.target, self.options)
+        if self.isolate is None and arguments.get("isolate") is False:
+            return {}
+        values, done = self._answered({**arguments, "isolate": inside}, killed)
+        return {"values": values, "done": done}
+
+    def _found(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        import autoaccum
+
+        return self._answered(arguments_of(autoaccum.probe, self.target, options))
+
+    def _answered(
+        self, arguments: dict[str, Any], killed: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[dict[str, Any], bool]:
+        import autoaccum
+
+        if self.save_plan is not None:
+            need_target_batch(self.target, arguments, "--save-plan")
+        if self.progress if self.progress is not None else arguments["progress"]:
+            from autoaccum.display.narrator import Narrator
+
+            arguments["callbacks"] = (*(arguments.get("callbacks") or ()), Narrator())
+        lost = _told(killed, arguments.get("callbacks") or ())
+        report = call(autoaccum.probe, arguments)
+        if lost:
+            report = replace(report, trials=(*lost, *report.trials))
+        done = saved(self.plot, "the plot", report.plot)
+        done &= saved(self.save_plan, "the plan", lambda path: report.plan.save(path))  # noqa: PLW0108 (None without a target)
+        plan = report.plan.to_dict() if report.plan is not None else {}
+        values = {**plan, **report.to_dict()}
+        if self.cards:
+            from autoaccum.probing.elsewhere import elsewhere
+
+            on_cpu = report.device_type == "cpu"
+            values["elsewhere"] = [elsewhere(report, card, on_cpu=on_cpu).to_dict() for card in self.cards]
+        return values, done
+
+
+def _told(killed: Sequence[Mapping[str, Any]], callbacks: Sequence[Any]) -> list[Any]:
+    """The trials that were killed; the last one is news to whoever listens, the others were told before."""
+    if not killed:
+        return []
+    from autoaccum.probing.report import Trial
+    from autoaccum.training.events import TrialRan
+
+    trials = [Trial(**trial) for trial in killed]
+    for listener in callbacks:
+        listener(TrialRan(trials[-1].to_dict()))
+    return trials
+
+
+def _in_child(send: "Send", asked: Asked, killed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The child's part: what was found, or how it failed."""
+    from autoaccum.probing.isolate import InChild
+
+    answer: dict[str, Any] = {}
+    with _failing_into(answer):
+        answer.update(asked.found_by_the_child(InChild(send), killed))
+    return answer
+
+
+@contextmanager
+def _failing_into(answer: dict[str, Any]) -> Iterator[None]:
+    """What is raised inside becomes plain values; its text names a line of the user's code, which the child ran."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        answer["interrupted"] = True
+    except click.ClickException as error:
+        answer["usage"] = error.format_message()
+    except (Exception, SystemExit) as error:
+        text = "".join(traceback.format_exception(error))
+        answer["failed"] = {"line": one_line(error), "code": exit_code(error), "trace": text}
