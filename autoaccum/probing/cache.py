@@ -207,6 +207,8 @@ def _shape(tensor: Tensor) -> str:
 def _code(function: Any) -> str:
     """The code of a user's function, so that an edit makes another training; the same in every process."""
     function = getattr(function, "__func__", function)
+    if not callable(function):  # None, where the model returns its loss
+        return str(_told(function))
     if isinstance(function, functools.partial):
         given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
         return f"{_code(function.func)} {[_told(value) for value in given]}"
@@ -215,7 +217,7 @@ def _code(function: Any) -> str:
         return hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
     name = getattr(function, "__qualname__", None)
     if name is not None:  # a class, or what is written in C
-        return f"{function.__module__}.{name}"
+        return f"{getattr(function, '__module__', None)}.{name}"
     kind = type(function)
     settings = {key: _told(value) for key, value in sorted(getattr(function, "__dict__", {}).items())}
     return f"{kind.__module__}.{kind.__qualname__} {settings} {_code(kind.__call__)}"
