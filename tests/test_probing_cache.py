@@ -204,6 +204,24 @@ def test_the_key_knows_losses_that_are_no_functions_by_what_they_are_and_not_whe
         assert key(loss=one) != key(loss=other)
 
 
+def test_the_key_does_without_a_loss_where_the_model_returns_it():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert training_key(model, optimizer, torch.randn(2, 4), None, {}, "cpu") != key(model=model)
+
+
+class Doubled:
+    def __call__(self, outputs, targets):
+        return 2 * (outputs.sum(1) - targets).square().mean()
+
+
+def test_the_key_knows_callables_of_every_kind():
+    callables = (Doubled(), Doubled().__call__, "".join, [].__len__, torch.nn.functional.mse_loss, Doubled, len)
+    keys = [key(loss=loss) for loss in callables]
+    assert keys[0] != keys[4]
+    assert keys == [key(loss=loss) for loss in callables]
+
+
 def test_the_key_reads_torchscript():
     """Whose class has no forward, and whose containers have no code."""
 

@@ -77,8 +77,13 @@ def test_a_trial_that_an_error_or_the_user_stopped_is_no_kill(tmp_path):
         with pytest.raises(error), journal.probing(clears=True):
             journal.start(64, "verify")
             raise error
+        assert not path.exists(), "there is nothing in it to learn from"
+    die_in_a_trial(path, 64)
+    with pytest.raises(RuntimeError), journal.probing(clears=True):
+        journal.start(64, "verify")
+        raise RuntimeError
     assert journal.begun() is None
-    assert path.exists()
+    assert journal.unfinished() == [(64, "verify")]
 
 
 @pytest.mark.parametrize("error", [None, NothingFitsError])

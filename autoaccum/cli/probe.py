@@ -24,8 +24,8 @@ __all__ = ["probe"]
     "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "cache", "compile",
     "ladder", "on_nonfinite", "seed",
 )  # fmt: skip
-# On for this command alone. A training's own process holds memory already, which a child of `fit` would have to do
-# without; and what it learns is worth the start of a process only where one may be killed.
+# On for this command alone. A child of `fit` would not see what the training's own process holds already or will hold
+# beside it (its data, a context, libraries), and would take that for somebody else's.
 @click.option(
     "--isolate/--no-isolate",
     default=None,

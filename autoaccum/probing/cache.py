@@ -209,6 +209,8 @@ def _code(function: Any) -> str:
     if function is None:
         return "none"
     function = getattr(function, "__func__", function)
+    if not callable(function):  # None, where the model returns its loss
+        return str(_told(function))
     if isinstance(function, functools.partial):
         given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
         return f"{_code(function.func)} {[_told(value) for value in given]}"

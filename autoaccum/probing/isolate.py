@@ -103,9 +103,8 @@ def answer_of_children(
             "give memory= a smaller budget, or max_batch= a smaller size"
         )
     finally:
-        if answered:
-            for journal in journals:
-                journal.clear()
+        for journal in journals:
+            journal.clear() if answered else journal.clear_if_idle()
 
 
 class _Attempt:

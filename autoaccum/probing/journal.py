@@ -123,6 +123,12 @@ class Journal:
         trial = self.begun()
         if trial is not None:
             self.end(trial.size, "stopped")
+        self.clear_if_idle()
+
+    def clear_if_idle(self) -> None:
+        """Takes the file away where there is nothing in it to learn from."""
+        if not self._unfinished():
+            self.clear()
 
     @contextmanager
     def probing(self, *, clears: bool) -> Iterator[None]:
@@ -142,7 +148,7 @@ class Journal:
             if answered and clears:
                 self.clear()
             elif not answered:
-                self.forgive()
+                self.forgive()  # and kept, where it tells of kills
 
     def start(self, size: int, kind: str, length: int | None = None) -> None:
         """Writes down that a trial begins; on disk before this returns."""
