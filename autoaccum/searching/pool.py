@@ -21,7 +21,8 @@ from typing import Any
 
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.extra import hushed
-from autoaccum.searching.worker import Job, Worker, open_job
+from autoaccum.searching.job import Job, open_job
+from autoaccum.searching.worker import Worker
 
 __all__ = ["Place", "places", "run_pool"]
 
@@ -205,6 +206,8 @@ def _interrupts_ignored() -> Iterator[None]:
 
 # --- in the child ----------------------------------------------------------------------------------------------------
 
+_asked_to_leave = threading.Event()
+
 
 def _work(job: Job, spot: Place, pipe: Any) -> None:
     """What a worker's process does."""
@@ -218,7 +221,7 @@ def _work(job: Job, spot: Place, pipe: Any) -> None:
         torch.cuda.set_device(spot.device)
     try:
         with hushed():
-            Worker(job, open_job(job)).run()
+            Worker(job, open_job(job), heard=_leave_where_asked_to).run()
     except KeyboardInterrupt:
         os._exit(130)
     except AutoaccumError as error:
@@ -227,7 +230,14 @@ def _work(job: Job, spot: Place, pipe: Any) -> None:
 
 def _interrupted(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the second must not break the marking
+    _asked_to_leave.set()
     raise KeyboardInterrupt
+
+
+def _leave_where_asked_to() -> None:
+    """Once more, where the user's code has swallowed the interruption."""
+    if _asked_to_leave.is_set():
+        raise KeyboardInterrupt
 
 
 def _follow_the_parent() -> None:

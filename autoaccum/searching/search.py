@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from autoaccum.errors import SetupError
 from autoaccum.searching import group
-from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler
+from autoaccum.searching.extra import hushed, load_optuna, make_pruner
+from autoaccum.searching.job import Job, open_job, train_once
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.pool import places, run_pool
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.result import SearchResult, result_of, rows_of
+from autoaccum.searching.samplers import check_sampler
 from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, telling_of
 from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
 from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
 from autoaccum.searching.training import Pruned, Trainer
-from autoaccum.searching.worker import Job, Worker, open_job, train_once
+from autoaccum.searching.worker import Worker
 
 if TYPE_CHECKING:
     import os
@@ -107,7 +109,7 @@ def search(
     recipe.check_names(read.parts)
     terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
     del arguments
-    make_sampler(sampler, seed=seed, number=0, n_trials=n_trials)
+    check_sampler(sampler)
     make_pruner(pruner, terms.amount)
     name = study_name or recipe.slug()
     place = Path(folder) if folder is not None else Path("autoaccum-search") / name
