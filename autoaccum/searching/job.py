@@ -31,6 +31,13 @@ class Job:
     pruner: Any
     defaults: dict[str, Any]
     """Of fit's arguments, such as the device of this worker, where the setup says nothing."""
+    sharing: int = 1
+    """Workers that have shared out the free memory."""
+
+    @property
+    def share(self) -> str | None:
+        """Where a memory budget comes from that is among the defaults."""
+        return None if "memory" not in self.defaults else f"what is free, shared out over {self.sharing} workers"
 
     @property
     def storage_name(self) -> str:

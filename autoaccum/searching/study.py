@@ -71,14 +71,14 @@ def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: st
             )
         ours = {"space": space.describe(), **terms.comparable()}
         theirs = study.user_attrs.get(_TERMS)
-        if theirs is None:
-            if study.get_trials(deepcopy=False):
-                raise SetupError(
-                    f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another "
-                    "study_name"
-                )
+        if theirs is None and study.get_trials(deepcopy=False):
+            raise SetupError(
+                f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another study_name"
+            )
+        if ledger_of(study).untouched:  # what was wrong with the first call may have been mended
             study.set_user_attr(_TERMS, ours)
-        _compare(name, shown, theirs or {}, ours)
+        else:
+            _compare(name, shown, theirs, ours)
     return study
 
 

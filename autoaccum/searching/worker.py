@@ -48,7 +48,7 @@ class Worker:
         """`heard` is called whenever something in the study has changed by this worker."""
         self._job, self._study, self._heard = job, study, heard
         self._lock = FolderLock(job.folder, "claim")
-        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling))
+        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling), share=job.share)
         self._trial_at_hand: Any = None
         self._asking = contextlib.ExitStack()  # open from before a trial is made until it is known whose it is
         self._outer = sys.exc_info()[1]  # of whoever called the search: no error of a trial
@@ -101,7 +101,8 @@ class Worker:
             if (interruption := self._interruption(error)) is not None:
                 self._mark_interrupted()
                 raise interruption from None
-            if not ((isinstance(error, ValueError) or says_ended(error)) and self._has_ended()):
+            too_late = type(error) is ValueError or says_ended(error)  # what `tell` and the trial's attributes raise
+            if not (too_late and self._has_ended()):
                 raise
             # Another process took this one for dead and ended its trial: that process's word stands.
 
