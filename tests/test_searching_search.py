@@ -17,6 +17,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.searching.best import read_best
 from autoaccum.searching.extra import make_pruner
 from autoaccum.searching.limits import Limits
+from autoaccum.searching.recipe import Recipe
 from tests.search_setups import (
     arguments,
     no_val_data,
@@ -37,7 +38,8 @@ def _one_thread():
 
 
 def search(tmp_path, setup=plain, **keywords):
-    return autoaccum.search(setup, **{"n_trials": 4, "target_batch": (8, 16), "folder": tmp_path / "run", **keywords})
+    targets = {} if "space" in keywords else {"target_batch": (8, 16)}
+    return autoaccum.search(setup, **{"n_trials": 4, **targets, "folder": tmp_path / "run", **keywords})
 
 
 # --- what it finds ---------------------------------------------------------------------------------------------------
@@ -406,6 +408,17 @@ def test_a_sampler_whose_package_is_not_there_is_refused(tmp_path, monkeypatch, 
         (plain, {"pruner": "harsh"}, "pruner='harsh'"),
         (plain, {"workers": 0}, "workers=0"),
         (plain, {"target_batch": ()}, "target_batch"),
+        (plain, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=None, which every trial needs: search it"),
+        (lambda: {**plain(), "target_batch": 2.5}, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=2.5, which every"),
+        (plain, {"space": {"target_batch": [8]}, "target_batch": (8, 16)}, r"=\(8, 16\) and space\['target_batch'\]"),
+        (plain, {"space": lambda trial: {}, "target_batch": 8}, "beside a space that is a function: have it draw"),
+        (plain, {"space": {"checkpoint": ["a", "b"]}}, "'checkpoint', which belongs to one long training"),
+        (plain, {"space": {"progress": [True, False]}}, "'progress', which belongs to one long training"),
+        (plain, {"space": {"plan": ["a.json"]}}, "'plan', and a plan fixes the target batch"),
+        (plain, {"study_name": 5}, "study_name=5: give a text"),
+        (plain, {"study_name": " "}, "study_name=' '"),
+        (plain, {"sampler": ["tpe"]}, r"sampler=\['tpe'\]: choose"),
+        (plain, {"workers": 2, "storage": optuna.storages.InMemoryStorage()}, "none of workers=2 can reach it"),
         (plain, {"seed": -1}, "seed=-1"),
         (lambda: None, {}, "returned NoneType"),
         (lambda: {"model": 1}, {}, "without 'data'"),
@@ -420,6 +433,96 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(tmp_path,
         setup = wide
     with pytest.raises(SetupError, match=said):
         search(tmp_path, setup, **keywords)
+
+
+def test_what_an_error_said_to_give_is_taken_in_the_same_study(tmp_path):
+    """The study was made before the first trial found out, and the call that was mended was another space."""
+
+    def space(trial):
+        return {"lr": trial.suggest_float("lr", 1e-3, 1e-1)}
+
+    with pytest.raises(SetupError, match="search it"):
+        search(tmp_path, space=space, study_name="s")
+    mended = {"lr": (1e-3, 1e-1), "target_batch": [8]}
+
+    assert len(search(tmp_path, space=mended, study_name="s", n_trials=2).trials) == 2
+
+
+def test_target_batches_beside_a_space_are_searched_with_it(tmp_path):
+    result = search(tmp_path, space={"lr": (1e-3, 1e-1)}, target_batch=(8, 32), n_trials=6, sampler="random")
+    fixed = search(tmp_path / "b", lambda: {**plain(), "target_batch": 16}, space={"lr": [1e-2]}, target_batch=8)
+
+    assert {row["target_batch"] for row in result.trials} == {8, 32}
+    assert {row["target_batch"] for row in fixed.trials} == {8}
+
+
+def test_a_setup_that_takes_any_keyword_gets_all_and_what_it_keeps_to_itself_goes_to_fit(tmp_path):
+    def setup(**keywords):
+        seen.append(keywords)
+        values = arguments(epochs=1, warmup_steps=2)
+        values.pop("lr")
+        return values
+
+    seen = []
+    space = {"lr": [0.5], "warmup_steps": [1], "width": [3], "target_batch": [8]}
+    result = search(tmp_path, setup, space=space, n_trials=1)
+
+    assert seen[-1] == {"lr": 0.5, "warmup_steps": 1, "width": 3, "target_batch": 8}
+    assert result.arguments["lr"] == 0.5
+    assert Recipe(setup, 0).build(seen[-1])["warmup_steps"] == 2, "what it returns itself is its word"
+
+
+def test_a_setup_that_fails_in_some_settings_can_settle_the_terms_with_others(tmp_path):
+    def setup(width):
+        seen.append(width)
+        if len(seen) < 3:
+            raise RuntimeError(f"no width of {width}")
+        return arguments(epochs=1)
+
+    seen = []
+    assert len(search(tmp_path, setup, space={"width": (1, 99), "target_batch": [8]}, n_trials=2).trials) == 2
+    with pytest.raises(SetupError, match=r"all of the 5 settings tried before.*RuntimeError: never") as error:
+        search(tmp_path / "b", lambda width: raises_always(width + 1), space={"width": (1, 99), "target_batch": [8]})
+    assert isinstance(error.value.__cause__, RuntimeError)
+
+
+def test_nothing_of_optunas_is_logged(tmp_path, capfd):
+    search(tmp_path, lambda width: arguments(epochs=1), space={"width": (1, 99), "target_batch": [8]}, n_trials=1)
+
+    assert "study" not in capfd.readouterr().err
+
+
+def test_the_searchs_seed_wins_over_the_setups_and_else_the_setups_stands(tmp_path):
+    def setup():
+        return arguments(epochs=1, seed=7)
+
+    assert search(tmp_path / "a", setup, n_trials=1).arguments["seed"] == 7
+    assert search(tmp_path / "b", setup, n_trials=1, seed=3).arguments["seed"] == 3
+    assert search(tmp_path / "c", setup, n_trials=1, seed=3, space={"seed": [5], "target_batch": [8]}).arguments[
+        "seed"] == 5  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["file", "long"])
+def test_a_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path, what):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "run" if what == "file" else tmp_path / ("x" * 300)
+    with pytest.raises(SetupError, match=r"folder '.*' cannot be made \(.+\): give another one \(folder=\)"):
+        search(tmp_path, folder=folder)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # as on a disk that is mounted to be read only
+    with pytest.raises(SetupError, match=r"cannot be written to: give another one \(folder=\)"):
+        search(tmp_path)
+
+
+def test_a_studys_name_with_separators_stays_below_the_folder_of_searches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("../out", "team/digits", "team-digits"):
+        autoaccum.search(plain, n_trials=1, target_batch=8, study_name=name)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["autoaccum-search"]
+    assert len(list((tmp_path / "autoaccum-search").iterdir())) == 3
 
 
 def test_without_optuna_the_extra_is_named(tmp_path):

@@ -26,6 +26,17 @@ def test_tuples_are_ranges_and_lists_are_choices():
     assert sum(each["lr"] < 3e-3 for each in found) >= 5, "evenly over the logarithm, not over the range"
 
 
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    space = {"lr": (numpy.float32(0.5), numpy.float64(2), "log"), "layers": (numpy.int64(2), 6),
+             "width": [numpy.int32(4), numpy.float64(0.5)]}  # fmt: skip
+
+    assert read_space(space) == read_space({"lr": (0.5, 2.0, "log"), "layers": (2, 6), "width": [4, 0.5]})
+    assert {type(value) for value in read_space(space).parts["width"].values} == {int, float}
+    assert check_targets((numpy.int64(8), 16)) == check_targets([8, 16]) == (8, 16)
+    assert check_targets(numpy.int64(8)) == (8,)
+
+
 def test_a_function_of_the_trial_gives_its_own_parameters():
     assert drawn(lambda trial: {"depth": trial.suggest_int("layers", 2, 2)}, 1) == [{"depth": 2}]
 
@@ -44,6 +55,9 @@ def test_a_function_of_the_trial_gives_its_own_parameters():
         ({"lr": 0.1}, "neither a range nor choices"),
         ({"lr": []}, "no choices"),
         ({"lr": [1, 1]}, "a choice twice"),
+        ({"lr": [1, 1.0]}, "a choice twice"),
+        ({"lr": [True, 0, 1]}, "a choice twice"),
+        ({"lr": (1, 10**400)}, "is not a finite number"),
         ({"lr": [(1, 2)]}, "choices are kept in the study as numbers, texts"),
         ({"not a name": [1]}, "'not a name'"),
     ],
@@ -88,7 +102,7 @@ def test_a_space_written_as_text_means_the_same_as_in_python():
             st.tuples(st.floats(1e-9, 1.0), st.floats(1.5, 1e9), st.just("log")),
             st.tuples(st.integers(-9, 0), st.integers(1, 9)),
             st.lists(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans()),
-                     min_size=1, max_size=4, unique_by=lambda value: (type(value), value)),
+                     min_size=1, max_size=4, unique=True),
         ),
         min_size=1,
     )

@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import errno
+import itertools
 import os
 import socket
 import sqlite3
@@ -18,7 +20,7 @@ import autoaccum
 from autoaccum.errors import SetupError
 from autoaccum.searching import study as studies
 from autoaccum.searching.ledger import Kind
-from autoaccum.searching.storage import dashboard_line, open_storage, shown
+from autoaccum.searching.storage import dashboard_line, open_storage, shown, telling_of
 from autoaccum.searching.study import OWNER, is_gone, ledger_of, owner, repeat_broken, sweep
 from tests.search_setups import plain
 
@@ -86,6 +88,9 @@ def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
         ("{folder}/text.log", "is not a journal file"),
         ("grpc://localhost", "write grpc://host:port"),
         ("sqlite:///{folder}/none/study.db", "unable to open database file"),
+        ("sqlite://", "is a database in memory.*name a file, such as sqlite:///study.db"),
+        ("sqlite:///", "is a database in memory"),
+        ("sqlite+pysqlite:///:memory:?cache=shared", "is a database in memory"),
         ("postgresql://u:secret@127.0.0.1:9/x", r"postgresql://u:\*\*\*@127.0.0.1:9/x"),
     ],
 )
@@ -129,6 +134,51 @@ def test_a_journal_whose_last_line_was_cut_off_is_mended(tmp_path):
         assert len(search(tmp_path, None, 4).trials) == 4
 
 
+@pytest.mark.parametrize("line", [b"no json\n", b'{"op_code":5}\n', b"\0\0\0\n"])
+def test_a_journal_that_is_damaged_in_its_middle_names_the_line_and_what_can_be_kept(tmp_path, line):
+    search(tmp_path, None, 2)
+    journal = tmp_path / "run" / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:5], line, *lines[5:]]))
+    with pytest.raises(SetupError, match="is a damaged journal, in line 6 .*give another path, or keep its first 5"):
+        search(tmp_path, str(journal), 3)
+
+
+@pytest.mark.parametrize("writes", [3, 9, 20])
+def test_a_full_disk_is_named_and_the_search_goes_on_when_there_is_room_again(tmp_path, monkeypatch, writes):
+    count, real = itertools.count(), os.fsync
+
+    def full(file):
+        if next(count) >= writes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SetupError, match=r"journal.log' cannot be written .*No space left on device.*free some"):
+            search(tmp_path, None, 3)
+    found = search(tmp_path, None, 3).trials
+
+    assert sum(row["state"] != "killed" for row in found) == 3
+
+
+def test_an_assertion_that_fails_in_the_users_code_is_no_trouble_of_the_storage():
+    def check():
+        raise AssertionError("of the user's")
+
+    with pytest.raises(AssertionError, match="of the user's"), telling_of("study.log", opening=False):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            check()
+
+
+def test_a_search_in_sqlite_shows_no_warnings_of_optunas(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
+        assert len(search(tmp_path, f"sqlite:///{tmp_path}/study.db", 2).trials) == 2
+
+
 def test_a_study_of_someone_else_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path}/study.db"
     optuna.create_study(storage=url, study_name="s").optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
@@ -144,6 +194,7 @@ def test_passwords_are_never_shown():
 def test_the_dashboards_command_names_the_storage(tmp_path):
     assert dashboard_line(None, tmp_path) == f"optuna-dashboard {tmp_path / 'journal.log'}"
     assert dashboard_line("sqlite:///a.db", tmp_path) == "optuna-dashboard sqlite:///a.db"
+    assert dashboard_line("my studies/a;b.log", tmp_path) == "optuna-dashboard 'my studies/a;b.log'"
 
 
 # --- whose a trial is ------------------------------------------------------------------------------------------------

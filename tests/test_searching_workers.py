@@ -16,7 +16,7 @@ import pytest
 import autoaccum
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.pool import places
-from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, slow
+from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, probed, slow
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -140,6 +140,48 @@ def test_interrupted_killed_and_orphaned_a_search_ends_with_exactly_its_trials(t
     assert [row["state"] for row in finished] == ["complete"] * 6
     assert len({json.dumps(row["params"]) for row in finished}) == 6, "none twice"
     assert json.loads((tmp_path / "run" / "best.json").read_text())["value"] == result.best_value
+
+
+UNSENDABLE = """
+import autoaccum
+from tests.search_setups import arguments
+
+def setup():
+    return arguments(epochs=1)
+
+{guard}
+    autoaccum.search(setup, n_trials=2, workers=2, target_batch=8, folder={folder!r})
+"""
+
+
+@pytest.mark.parametrize("how", ["stdin", "-c"])
+def test_a_setup_without_a_file_is_refused_at_once(tmp_path, how):
+    code = UNSENDABLE.format(guard="if __name__ == '__main__':", folder=str(tmp_path / "run"))
+    done = run_python([] if how == "stdin" else ["-c", code], input=code if how == "stdin" else None)
+
+    assert "cannot be sent to other processes" in done.stderr.splitlines()[-1]
+    assert "at the top level of a module" in done.stderr.splitlines()[-1]
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(UNSENDABLE.format(guard="if True:", folder=str(tmp_path / "run")))
+    done = run_python([str(script)])
+
+    assert 'below `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1].startswith("autoaccum.errors.AutoaccumError: a worker ended before it began")
+
+
+def run_python(words, **more):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100, **more)
+
+
+def test_a_plan_says_that_the_free_memory_was_shared_out(tmp_path):
+    result = search(tmp_path, probed, 2, workers=2)
+
+    assert result.best_plan.reasons["budget"].endswith("what is free, shared out over 2 workers")
 
 
 def alive(pid):

@@ -89,8 +89,10 @@ def search(
     if budget is not None and budget.isdigit():
         settings["budget"] = int(budget)
     if space is not None:
-        settings["space"] = _with_targets(space, target_batch)
-    elif target_batch:
+        settings["space"] = space
+    if target_batch and "target_batch" in (space or {}):
+        raise click.UsageError("--space target_batch=... and --target-batch say the same: leave one out")
+    if target_batch:
         settings["target_batch"] = target_batch
     settings["progress"] = first_rank() if progress is None else progress
     setup = Target.parse(target, given(options))
@@ -101,15 +103,6 @@ def search(
         done = saved(save, "the result", result.save)
         done &= saved(plot, "the plot", result.plot)
     return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
-
-
-def _with_targets(space: dict[str, Any], targets: tuple[int, ...]) -> dict[str, Any]:
-    """The space, with the batches of --target-batch among it."""
-    if not targets:
-        return space
-    if "target_batch" in space:
-        raise click.UsageError("--space target_batch=... and --target-batch say the same: leave one out")
-    return {**space, "target_batch": list(dict.fromkeys(targets))}
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":

@@ -54,6 +54,8 @@ def search_plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 
 def _history(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> None:
     """Values in the order of the trials."""
+    from matplotlib.ticker import MaxNLocator
+
     trials, metric = result["trials"], result["metric"]
     best = min if result["direction"] == "minimize" else max
     done = [(row["number"], row["value"]) for row in trials if row["state"] == "complete"]
@@ -82,6 +84,7 @@ def _history(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> None
         )
     room = 0.05 * (high - low or 1)
     panel.set_ylim(low - room, high + room)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("trial")
     panel.set_ylabel(metric.replace("_", " "))
     _dress(panel, f"Best {metric.replace('_', ' ')} {result['best_value']:.4g}, trial {result['best_number']}")

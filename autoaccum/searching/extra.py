@@ -2,26 +2,19 @@
 
 Choices:
 - Nothing here imports Optuna when it is loaded: `import autoaccum` and a plain training never need it.
-- The best-known settings of version 5 (multivariate TPE that counts running trials) are set by name, so that a search
-  is alike under both versions; how wide TPE's kernels are is each version's own.
 - Optuna's notices of experimental arguments are silenced where these are set, and nowhere else.
 """
 
 import contextlib
-import hashlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from autoaccum.errors import MissingExtraError, SetupError
 
-__all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "make_sampler", "mark_infeasible", "quiet"]
+__all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "mark_infeasible", "quiet", "says_ended"]
 
 CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a constraint under Optuna 4
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
-            "qmc": "QMCSampler"}  # fmt: skip
-NEEDED = {"gp": "scipy", "cmaes": "cmaes", "qmc": "scipy"}  # which Optuna does not bring along
 PRUNERS = ("once", "hyperband", "halving", "median", "none")
 REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
 # Where "once" looks, in parts of the budget. Among good settings a later value says little more about the last one than
@@ -65,41 +58,12 @@ def hushed() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def make_sampler(sampler: Any, *, seed: int, number: int, n_trials: int) -> Any:
-    """The sampler for one trial: it follows from seed, trial number and what was tried, so a restart changes nothing.
-
-    Args:
-        sampler: None ("tpe"), a name, or a sampler of the user's, which is returned as it is.
-        seed: the search's.
-        number: of the trial to be drawn.
-        n_trials: of the search; two fifths of them, 5 to 12, are drawn at random first.
-
-    Raises:
-        SetupError: an unknown name, something that is no sampler, or one that needs a package that is not there.
-    """
-    optuna = load_optuna()
-    if isinstance(sampler, optuna.samplers.BaseSampler):
-        return sampler
-    name = "tpe" if sampler is None else sampler
-    if name not in SAMPLERS:
-        known = ", ".join(map(repr, SAMPLERS))
-        raise SetupError(f"sampler={sampler!r}: choose {known}, or give a sampler of Optuna's")
-    package = NEEDED.get(name)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise SetupError(f"sampler={sampler!r} needs {package}, which is not installed: pip install {package}")
-    own = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
-    settings: dict[str, Any] = {"seed": own}
-    if name == "tpe":
-        first = max(5, min(12, 2 * n_trials // 5))
-        settings |= {"n_startup_trials": first, "multivariate": True, "constant_liar": True}
-        if not hasattr(optuna.trial.Trial, "set_constraint"):
-            settings["constraints_func"] = _constraints
-    with quiet():
-        return getattr(optuna.samplers, SAMPLERS[name])(**settings)
-
-
-def _constraints(trial: Any) -> tuple[float]:
-    return (float(trial.user_attrs.get(CONSTRAINT, -1.0)),)
+def says_ended(error: BaseException) -> bool:
+    """Whether a storage refused to change a trial because it has ended."""
+    kind = getattr(load_optuna().exceptions, "UpdateFinishedTrialError", None)
+    if kind is not None:
+        return isinstance(error, kind)
+    return type(error) is RuntimeError and "has already finished and can not be updated" in str(error)  # Optuna 4.0
 
 
 def mark_infeasible(trial: Any) -> None:

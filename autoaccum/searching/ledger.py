@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KILLS_BELIEVED", "Entry", "Kind", "Ledger"]
+__all__ = ["ERRORS_BELIEVED", "KILLS_BELIEVED", "Entry", "Kind", "Ledger"]
 
+ERRORS_BELIEVED = 5  # a setup that fails so often before anything else is not tried on
 KILLS_BELIEVED = 2  # a setting that took its process with it twice is not tried a third time
 
 
@@ -79,6 +80,11 @@ class Ledger:
         """Trials that are finished: complete, pruned, or failed by an error of their own."""
         return self.count(Kind.FINISHED)
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was tried yet: no trial counts, and none has parameters that are to run again."""
+        return not any(entry.counts for entry in self.entries) and not self.to_repeat()
+
     def to_repeat(self) -> list[Entry]:
         """Trials that ended before their time, and whose parameters are to run again."""
         broken = (Kind.KILLED, Kind.INTERRUPTED)
@@ -104,7 +110,7 @@ class Ledger:
             return False
         return sum(entry.counts for entry in before) < n_trials
 
-    def only_errors(self, n_trials: int, most: int = 5) -> bool:
+    def only_errors(self, n_trials: int, most: int = ERRORS_BELIEVED) -> bool:
         """Whether all of the first trials that finished failed by errors, and there are enough of them to say so."""
         done = [entry for entry in self.entries if entry.kind is Kind.FINISHED]
         return len(done) >= min(most, n_trials) and all(entry.error for entry in done[: min(most, n_trials)])

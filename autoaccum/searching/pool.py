@@ -11,7 +11,9 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import pickletools
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +23,13 @@ from typing import Any
 
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
 from autoaccum.searching.extra import hushed
-from autoaccum.searching.worker import Job, Worker, open_job
+from autoaccum.searching.job import Job, open_job
+from autoaccum.searching.worker import Worker
 
 __all__ = ["Place", "places", "run_pool"]
 
+WORKER = "autoaccum-search-worker"  # what its process is called
+GUARD = 'put what the script does below `if __name__ == "__main__":`, since every worker reads it again'
 DEATHS_IN_A_ROW = 3  # workers that die with nothing finished in between
 POLL = 0.5  # seconds between two looks at the study
 PATIENCE = 20.0  # seconds that interrupted workers have for marking their trials
@@ -87,7 +92,7 @@ def run_pool(job: Job, spots: list[Place], finished: Callable[[], int], heard: C
         AutoaccumError: what ends the search in a worker; or workers that die one after another.
     """
     _check_pickles(job)
-    pool = _Pool(job)
+    pool = _Pool(job, len(spots))
     try:
         for spot in spots:
             pool.start(spot)
@@ -117,20 +122,41 @@ def _cause(code: int) -> str:
 
 
 def _check_pickles(job: Job) -> None:
+    remedy = (
+        "define the setup (and a space that is a function) at the top level of a module, and give the storage as a "
+        "path or URL; or use workers=1"
+    )
     try:
-        pickle.dumps(job)
+        sent = pickle.dumps(job)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise SetupError(f"the search cannot be sent to other processes ({error}): {remedy}") from error
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is not None or (file is not None and os.path.isfile(file)):
+        return
+    in_main = any(argument == "__main__" for _, argument, _ in pickletools.genops(sent))
+    if in_main or file is not None:  # with a file that is none, such as <stdin>, no child can even start
         raise SetupError(
-            f"the search cannot be sent to other processes ({error}): define the setup (and a space that is a "
-            "function) at the top level of a module, and give the storage as a path or URL; or use workers=1"
-        ) from error
+            f"the search cannot be sent to other processes (this program is {file or 'typed in'}, which they cannot "
+            f"read): {remedy}"
+        )
+
+
+def check_not_in_a_worker() -> None:
+    """That no worker searches, as where its main module starts a search when it is read.
+
+    Raises:
+        SetupError: this is one.
+    """
+    if multiprocessing.current_process().name.startswith(WORKER):
+        raise SetupError(f"a worker of a search started the search anew: {GUARD}")
 
 
 class _Pool:
     """The processes, each with the pipe in which it may leave an error."""
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._context = job, multiprocessing.get_context("spawn")
+    def __init__(self, job: Job, count: int) -> None:
+        self._job, self._count, self._context = job, count, multiprocessing.get_context("spawn")
         self.processes: dict[Any, tuple[Place, Any]] = {}
         self._vacant: list[Place] = []
 
@@ -138,9 +164,8 @@ class _Pool:
         given = {"device": spot.device, "memory": spot.memory}
         defaults = {**self._job.defaults, **{name: value for name, value in given.items() if value is not None}}
         here, there = self._context.Pipe(duplex=False)
-        process = self._context.Process(
-            target=_work, args=(replace(self._job, defaults=defaults), spot, there), daemon=False
-        )
+        job = replace(self._job, defaults=defaults, sharing=self._count)
+        process = self._context.Process(name=WORKER, target=_work, args=(job, spot, there), daemon=False)
         with _interrupts_ignored():  # the child inherits that, until it has a handler of its own
             process.start()
         there.close()
@@ -153,9 +178,14 @@ class _Pool:
         for process in [process for process in self.processes if not process.is_alive()]:
             spot, pipe = self.processes.pop(process)
             process.join()
-            error = _last_word(pipe)
+            begun, error = _words(pipe)
             if error is not None:
                 raise error
+            if process.exitcode == 1 and not begun:
+                raise AutoaccumError(
+                    f"a worker ended before it began, with the error that it printed: if that is about a search "
+                    f"started anew, {GUARD}; else mend what it says, or use workers=1"
+                )
             if process.exitcode != 0:
                 codes.append(process.exitcode or 1)
                 self._vacant.append(spot)
@@ -181,13 +211,18 @@ class _Pool:
                     process.join()
 
 
-def _last_word(pipe: Any) -> BaseException | None:
+def _words(pipe: Any) -> tuple[bool, BaseException | None]:
+    """Whether a worker said that it began, and the error that it left."""
+    begun, error = False, None
     try:
-        return pipe.recv() if pipe.poll() else None
+        while error is None and pipe.poll():
+            error = pipe.recv()
+            begun = True
     except (EOFError, OSError):
-        return None
+        pass
     finally:
         pipe.close()
+    return begun, error
 
 
 @contextlib.contextmanager
@@ -205,12 +240,15 @@ def _interrupts_ignored() -> Iterator[None]:
 
 # --- in the child ----------------------------------------------------------------------------------------------------
 
+_asked_to_leave = threading.Event()
+
 
 def _work(job: Job, spot: Place, pipe: Any) -> None:
     """What a worker's process does."""
     import torch
 
     signal.signal(signal.SIGINT, _interrupted)
+    pipe.send(None)  # it has begun
     threading.Thread(target=_follow_the_parent, daemon=True).start()
     torch.set_num_threads(spot.threads)
     os.environ["OMP_NUM_THREADS"] = str(spot.threads)  # for processes that the user's code starts
@@ -218,7 +256,7 @@ def _work(job: Job, spot: Place, pipe: Any) -> None:
         torch.cuda.set_device(spot.device)
     try:
         with hushed():
-            Worker(job, open_job(job)).run()
+            Worker(job, open_job(job), heard=_leave_where_asked_to).run()
     except KeyboardInterrupt:
         os._exit(130)
     except AutoaccumError as error:
@@ -227,7 +265,14 @@ def _work(job: Job, spot: Place, pipe: Any) -> None:
 
 def _interrupted(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: the second must not break the marking
+    _asked_to_leave.set()
     raise KeyboardInterrupt
+
+
+def _leave_where_asked_to() -> None:
+    """Once more, where the user's code has swallowed the interruption."""
+    if _asked_to_leave.is_set():
+        raise KeyboardInterrupt
 
 
 def _follow_the_parent() -> None:

@@ -6,6 +6,7 @@ are the same, and so that the best one can be had again.
 """
 
 import difflib
+import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from typing import Any
 from autoaccum.errors import SetupError
 from autoaccum.training.generators import seed_everything
 
-__all__ = ["Recipe", "fit_keywords"]
+__all__ = ["Recipe", "fit_keywords", "folder_name"]
 
 # What belongs to one long training: trials would write over one another, and go on from another's weights.
 DROPPED = ("checkpoint", "checkpoint_every", "resume", "progress")
 FORBIDDEN = {
     "plan": "a plan fixes the target batch, which is searched: leave it out, and give micro_batch for a known limit",
 }
+_LONG = "which belongs to one long training, and changes nothing in a trial: leave it out"
+USELESS = {**dict.fromkeys(DROPPED, _LONG), "plan": "and a plan fixes the target batch: search target_batch instead"}
 
 
 def fit_keywords() -> list[str]:
@@ -33,10 +36,17 @@ def fit_keywords() -> list[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A setup with the seed before it. Can be pickled where the setup can."""
+    """A setup with the seed before it. Can be pickled where the setup can.
+
+    Attributes:
+        setup: the user's.
+        seed: set before each call.
+        insists: whether the seed was asked for, and so wins over the setup's own.
+    """
 
     setup: Callable[..., Mapping[str, Any]]
     seed: int
+    insists: bool = False
 
     @property
     def name(self) -> str:
@@ -70,6 +80,10 @@ class Recipe:
             p.kind is p.VAR_KEYWORD or (p.name == name and p.kind is not p.POSITIONAL_ONLY) for p in self.parameters()
         )
 
+    def names(self, name: str) -> bool:
+        """Whether the setup has a parameter of just this name."""
+        return any(p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in self.parameters())
+
     def needs(self) -> list[str]:
         """Its parameters without a default."""
         some = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
@@ -88,6 +102,8 @@ class Recipe:
                 raise SetupError(
                     f"space has the parameter {name!r}, which the setup makes itself: search what it takes"
                 )
+            if name in USELESS and not self.names(name):
+                raise SetupError(f"space has the parameter {name!r}, {USELESS[name]}")
             if not (self.takes(name) or name in known):
                 close = difflib.get_close_matches(name, [*own, *known], n=1)
                 takes = ", ".join(own) or "nothing"
@@ -121,9 +137,14 @@ class Recipe:
         for name in ("model", "data"):
             if name not in arguments:
                 raise SetupError(f"the setup {self.name} returned a dict without {name!r}: add it under that key")
-        merged = {**arguments, **{name: value for name, value in params.items() if name in known and name not in own}}
-        if "target_batch" in params:
-            merged["target_batch"] = params["target_batch"]
+        merged = dict(arguments)
+        if self.insists:
+            merged["seed"] = self.seed
+        for name, value in params.items():
+            if name == "target_batch" or (name in known and name not in own):
+                merged[name] = value
+            elif name in known and not self.names(name):
+                merged.setdefault(name, value)  # its **keywords took it, and it may not have passed it on
         for name, value in merged.items():
             if name not in known:
                 close = difflib.get_close_matches(str(name), known, n=1)
@@ -139,4 +160,14 @@ class Recipe:
         if "/" in text or text.rpartition(":")[0].endswith(".py"):
             file, _, function = text.rpartition(":")
             text = f"{Path(file).stem}-{function}"
-        return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in text).strip("-.") or "search"
+        return _slug(text) or "search"
+
+
+def folder_name(name: str) -> str:
+    """A study's name as a folder can be called; one that had to be changed stays apart from all others."""
+    found = _slug(name)
+    return found if found == name else f"{found}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _slug(text: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in text).strip("-.")

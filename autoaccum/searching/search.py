@@ -1,33 +1,34 @@
 """`search`: settles what all trials have in common, opens the study, lets the workers run, and reads the result."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from autoaccum.errors import SetupError
 from autoaccum.searching import group
-from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler
+from autoaccum.searching.extra import hushed, load_optuna, make_pruner
+from autoaccum.searching.job import Job, open_job, train_once
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.pool import places, run_pool
-from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.pool import check_not_in_a_worker, places, run_pool
+from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.result import SearchResult, result_of, rows_of
+from autoaccum.searching.samplers import check_sampler
 from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, telling_of
 from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
-from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
+from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle, with_targets
 from autoaccum.searching.training import Pruned, Trainer
-from autoaccum.searching.worker import Job, Worker, open_job, train_once
-
-if TYPE_CHECKING:
-    import os
+from autoaccum.searching.worker import Worker
 
 __all__ = ["search"]
 
+TARGETS = (64, 128, 256)  # this very tuple means that none were given
 WAIT = 1.0  # seconds between two looks at trials that other machines are running
 
 
@@ -36,7 +37,7 @@ def search(
     *,
     n_trials: int,
     space: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] | None = None,
-    target_batch: int | Sequence[int] = (64, 128, 256),
+    target_batch: int | Sequence[int] = TARGETS,
     direction: str = "minimize",
     metric: str = "loss",
     storage: Any = None,
@@ -46,7 +47,7 @@ def search(
     budget: int | str | None = None,
     workers: int | str = 1,
     resume: bool = True,
-    seed: int = 0,
+    seed: int | None = None,
     folder: "str | os.PathLike[str] | None" = None,
     progress: bool | None = None,
 ) -> SearchResult:
@@ -64,7 +65,7 @@ def search(
         space: ranges (low, high) or (low, high, "log") and lists of choices by name, or a function of Optuna's trial
             that returns the parameters. None: the learning rate, ten times up and down from the setup's, and the target
             batch; the rate is scaled from `lr_batch` to each batch, so only what does not follow is searched.
-        target_batch: the choices, where `space` is None.
+        target_batch: the choices; beside a space without it they are added to that, and one alone is fixed.
         direction: "minimize" or "maximize".
         metric: "loss" or one of the setup's metrics, on its val_data; "train_loss" needs none.
         storage: None: a journal file in `folder`; a path: a journal file there; or sqlite:///study.db,
@@ -76,7 +77,7 @@ def search(
         budget: samples that a trial trains on, or a time such as "90s"; None: what the setup's epochs come to.
         workers: processes on this machine, or "gpus" for one a GPU. With 1, trials run in this process.
         resume: go on with a study that is there; False refuses it.
-        seed: of the search, and of every trial unless the setup gives one.
+        seed: of the search and of every trial. None: 0, and the setup's own for its trials where it gives one.
         folder: where weights, limits and best.json lie; None: autoaccum-search/<study_name> here.
         progress: tell about trials on stderr; None: on a terminal.
 
@@ -89,42 +90,74 @@ def search(
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
     load_optuna()
-    _check(n_trials, direction, seed)
+    check_not_in_a_worker()
+    _check(n_trials, direction, seed, study_name)
     group.join()
-    recipe = Recipe(setup, seed)
+    recipe = Recipe(setup, seed or 0, insists=seed is not None)
     targets = check_targets(target_batch)
     read = None if space is None else read_space(space)
+    if read is not None and target_batch is not TARGETS:
+        read = with_targets(read, targets)
     if read is None or read.function is None:
         recipe.check_names(() if read is None else read.parts)
     spots = places(workers)
-    if group.size() > 1 and len(spots) > 1:
-        raise SetupError(
-            f"workers={workers!r} under torchrun: every worker would need a group of its own; leave workers out, and "
-            "start the command several times with the same storage and study_name"
-        )
+    _check_shared(storage, spots, workers)
     arguments = sample_arguments(recipe, read)
     read = default_space(arguments, targets) if read is None else read
     recipe.check_names(read.parts)
     terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
     del arguments
-    make_sampler(sampler, seed=seed, number=0, n_trials=n_trials)
+    check_sampler(sampler)
     make_pruner(pruner, terms.amount)
     name = study_name or recipe.slug()
-    place = Path(folder) if folder is not None else Path("autoaccum-search") / name
-    place.mkdir(parents=True, exist_ok=True)
-    job = Job(recipe, read, terms, n_trials, storage, name, place.absolute(), sampler, pruner, {})
+    place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
+    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, {})
     if group.rank() > 0:
         return _train_along(job)
     return _lead(job, spots, resume=resume, progress=progress)
 
 
-def _check(n_trials: Any, direction: Any, seed: Any) -> None:
+def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
     if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
         raise SetupError(f"n_trials={n_trials!r}: give a whole number above 0, such as 30")
     if direction not in ("minimize", "maximize"):
         raise SetupError(f'direction={direction!r}: choose "minimize" or "maximize"')
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise SetupError(f"seed={seed!r}: give a whole number, 0 or above")
+    if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):
+        raise SetupError(f'study_name={study_name!r}: give a text, such as "digits", or leave it out')
+
+
+def _check_shared(storage: Any, spots: list[Any], workers: Any) -> None:
+    """That several workers can have the study together."""
+    if len(spots) == 1:
+        return
+    if group.size() > 1:
+        raise SetupError(
+            f"workers={workers!r} under torchrun: every worker would need a group of its own; leave workers out, and "
+            "start the command several times with the same storage and study_name"
+        )
+    if isinstance(storage, load_optuna().storages.InMemoryStorage):
+        raise SetupError(
+            f"storage is in this process's memory, where none of workers={workers!r} can reach it: leave storage out "
+            "(a journal file), give a path or URL, or use workers=1"
+        )
+
+
+def _made(place: Path) -> Path:
+    """The folder of the search, absolute.
+
+    Raises:
+        SetupError: it cannot be made or written to.
+    """
+    remedy = "give another one (folder=), or start from a folder that can be written to"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"the search's folder {str(place)!r} cannot be made ({error.strerror}): {remedy}") from error
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise SetupError(f"the search's folder {str(place)!r} cannot be written to: {remedy}")
+    return place.absolute()
 
 
 def _lead(job: Job, spots: list[Any], *, resume: bool, progress: bool | None) -> SearchResult:

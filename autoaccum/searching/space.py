@@ -10,6 +10,8 @@ choices, a colon a range, neither of them one fixed value.
 """
 
 import math
+import numbers
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -189,6 +191,7 @@ def _part(name: str, value: Any) -> Range | Choices:
 def _choices(name: str, values: list[Any]) -> Choices:
     if not values:
         raise SetupError(f"space[{name!r}] has no choices: give at least one, such as [0, 1e-4]")
+    values = [_plain(value) for value in values]
     for value in values:
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise SetupError(
@@ -197,15 +200,28 @@ def _choices(name: str, values: list[Any]) -> Choices:
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise SetupError(f"space[{name!r}] has the choice {value!r}: numbers must be finite")
-    if len({(type(value), value) for value in values}) < len(values):
-        raise SetupError(f"space[{name!r}]={values!r} has a choice twice: leave one out")
+    if len(set(values)) < len(values):
+        raise SetupError(f"space[{name!r}]={values!r} has a choice twice (1, 1.0 and True are equal): leave one out")
     return Choices(tuple(values))
 
 
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and other packages as Python's own; all else as it is."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # unlike math.isfinite, for whole numbers of any length
+
+
 def _range(name: str, value: tuple[Any, ...]) -> Range:
-    low, high, *word = value
+    low, high, *word = map(_plain, value)
     for end in (low, high):
-        if isinstance(end, bool) or not isinstance(end, (int, float)) or not math.isfinite(end):
+        if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
             raise SetupError(f"space[{name!r}]={value!r}: {end!r} is not a finite number; for choices write a list")
     if word not in ([], ["log"]):
         raise SetupError(f'space[{name!r}]={value!r}: the third entry of a range can only be "log"')

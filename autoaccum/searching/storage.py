@@ -2,30 +2,32 @@
 
 Choices:
 - Without a URL it is a journal file: one machine, no server, and no lock that a kill can leave in the data.
-- A journal whose last line was cut off by a crash is mended before use: that line was never acknowledged to anyone.
 - Heartbeats where the storage has them (the databases), so that other machines' dead trials are noticed too.
 - What a storage raises is one SetupError with its name and the remedy; passwords in URLs are never shown.
 """
 
 import contextlib
+import errno
 import importlib.util
 import re
+import shlex
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.searching.extra import load_optuna, quiet
+from autoaccum.searching.journal import broken_line, open_journal
 
 __all__ = ["dashboard_line", "has_heartbeats", "open_storage", "shown", "telling_of"]
 
 HEARTBEAT, GRACE = 60, 240  # seconds between signs of life, and until a trial without one counts as dead
-LOCK_GRACE = 10  # seconds until a journal's lock whose holder is gone is broken; a line takes milliseconds to write
 RACES = 10  # tries to open a database that others open for the first time
 CONNECT = 10  # seconds to wait for a server
 SCHEMES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
+FULL = {errno.ENOSPC, errno.EDQUOT}
+UNWRITABLE = {*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # of a journal, while the search runs
 
 
 def open_storage(storage: Any, folder: Path) -> Any:
@@ -45,7 +47,7 @@ def open_storage(storage: Any, folder: Path) -> Any:
     scheme, colon, rest = text.partition("://")
     with telling_of(text):
         if not colon:
-            return _journal(Path(text))
+            return open_journal(Path(text))
         if scheme == "grpc":
             return _proxy(text, rest)
         if scheme.split("+")[0] in SCHEMES:
@@ -65,7 +67,8 @@ def shown(text: str) -> str:
 def telling_of(text: str, *, opening: bool = True) -> Iterator[None]:
     """Turns what storages raise into one error that names the storage and what to do.
 
-    While one is opened, every error of reading and of values is about it; later only those of its packages are.
+    While one is opened, every error of reading and of values is about it; later only those of its packages are, and
+    those of a full or broken disk.
     """
     try:
         yield
@@ -74,24 +77,55 @@ def telling_of(text: str, *, opening: bool = True) -> Iterator[None]:
     except ImportError as error:
         raise SetupError(f"storage {shown(text)!r} needs a driver: {error}; {_driver_hint(text)}") from error
     except Exception as error:
-        if not _of_a_storage(error, opening):
+        culprit = _culprit(error, opening)
+        if culprit is None:
             raise
-        cause = shown(" ".join(str(error.__cause__ or error).split()))[:300]
-        locked = "locked" in cause
-        what = "is locked by another process" if locked else "cannot be used"
-        remedy = (
-            "end the process that holds it, or wait for it"
-            if locked
-            else "check that it is there and can be reached, or give another storage"
-        )
-        raise SetupError(f"storage {shown(text)!r} {what} ({type(error).__name__}: {cause}): {remedy}") from error
+        raise SetupError(f"storage {shown(text)!r} {_trouble(text, culprit)}") from error
+
+
+def _culprit(error: BaseException, opening: bool) -> Exception | None:
+    """The error of a storage that one is, or that one arose from: Optuna stumbles over some of them itself."""
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, Exception) and _of_a_storage(one, opening):
+            return one
+        if not (isinstance(one, AssertionError) and _raised_by_optuna(one)):
+            return None
+        one = one.__cause__ or one.__context__
+    return None
+
+
+def _raised_by_optuna(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("optuna.")
 
 
 def _of_a_storage(error: Exception, opening: bool) -> bool:
     """Whether an error is one that storages raise, by the packages that they are made of."""
     home = type(error).__module__.split(".")[0]
     packages = ("sqlalchemy", "sqlite3", "psycopg", "psycopg2", "grpc", "optuna", "alembic")
-    return home in packages or (opening and isinstance(error, (OSError, ValueError, KeyError)))
+    if home in packages or (opening and isinstance(error, (OSError, ValueError, KeyError))):
+        return True
+    return isinstance(error, OSError) and error.errno in UNWRITABLE
+
+
+def _trouble(text: str, error: Exception) -> str:
+    """What is the matter, and what to do about it."""
+    cause = shown(" ".join(str(error.__cause__ or error).split()))[:300]
+    raised = f"({type(error).__name__}: {cause})"
+    if "locked" in cause:
+        return f"is locked by another process {raised}: end the process that holds it, or wait for it"
+    if "disk is full" in cause or (isinstance(error, OSError) and error.errno in FULL):
+        return f"cannot be written {raised}: free some space there; the same call then goes on"
+    line = None if "://" in text else broken_line(Path(text))
+    if line is not None:
+        return (
+            f"is a damaged journal, in line {line} {raised}: give another path, or keep its first {line - 1} lines "
+            "alone, which hold what was found until then"
+        )
+    return f"cannot be used {raised}: check that it is there and can be reached, or give another storage"
 
 
 def has_heartbeats(storage: Any) -> bool:
@@ -103,56 +137,13 @@ def _driver_hint(text: str) -> str:
     return 'pip install "psycopg[binary]"' if text.startswith("postgresql") else "install it with pip"
 
 
-def _journal(path: Path) -> Any:
-    optuna = load_optuna()
-    if path.is_dir():
-        raise SetupError(f"storage={str(path)!r} is a folder: give the path of a journal file in it")
-    if not path.parent.is_dir():
-        raise SetupError(f"storage={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
-    if path.exists():
-        with path.open("rb") as file:
-            head = file.read(16)
-        if head.startswith(b"SQLite format 3"):
-            raise SetupError(f"storage={str(path)!r} is an SQLite database: write sqlite:///{path}")
-        if head and not head.startswith(b"{"):
-            raise SetupError(f"storage={str(path)!r} is not a journal file: give another path")
-    journal = optuna.storages.journal
-    lock = journal.JournalFileSymlinkLock(str(path.absolute()), grace_period=LOCK_GRACE)
-    _mend(path, lock)
-    return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _mend(path: Path, lock: Any) -> None:
-    """Cuts off a last line without its end: whoever wrote it was killed before it counted."""
-    if not path.exists() or not _torn(path):
-        return
-    lock.acquire()  # whoever may be writing that line now is done after this
-    try:
-        if _torn(path):
-            text = path.read_bytes()
-            kept = text.rfind(b"\n") + 1
-            warnings.warn(
-                f"the journal {path} ended in the middle of a line, which a crash had cut off: its last "
-                f"{len(text) - kept} bytes were dropped",
-                stacklevel=2,
-            )
-            with path.open("r+b") as file:
-                file.truncate(kept)
-    finally:
-        lock.release()
-
-
-def _torn(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        if file.tell() == 0:
-            return False
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
-
-
 def _database(url: str) -> Any:
     optuna = load_optuna()
+    if re.fullmatch(r"sqlite[^:]*://(/(:memory:)?)?(\?.*)?", url):
+        raise SetupError(
+            f"storage={url!r} is a database in memory, which every process and thread would have for itself: name a "
+            "file, such as sqlite:///study.db, or leave storage out"
+        )
     arguments: dict[str, Any] = {}
     if url.startswith("sqlite") and "timeout=" not in url:
         arguments["connect_args"] = {"timeout": 60}  # seconds that a worker waits for the others' writes
@@ -200,7 +191,7 @@ def _proxy(text: str, address: str) -> Any:
 def dashboard_line(storage: Any, folder: Path) -> str | None:
     """How a person looks at the study in a browser; None for a storage object, whose address is not known."""
     if storage is None:
-        return f"optuna-dashboard {folder / 'journal.log'}"
+        storage = folder / "journal.log"
     if not isinstance(storage, (str, Path)) or str(storage).startswith("grpc://"):
         return None
-    return f"optuna-dashboard {shown(str(storage))}"
+    return f"optuna-dashboard {shlex.quote(shown(str(storage)))}"

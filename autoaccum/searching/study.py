@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from autoaccum.errors import SetupError
-from autoaccum.searching.extra import load_optuna
+from autoaccum.searching.extra import load_optuna, says_ended
 from autoaccum.searching.ledger import Entry, Kind, Ledger
 from autoaccum.searching.space import Space
 from autoaccum.searching.storage import telling_of
@@ -27,6 +27,7 @@ __all__ = [
     "OUTCOME",
     "OWNER",
     "TRAINING",
+    "fail",
     "ledger_of",
     "open_study",
     "owner",
@@ -70,14 +71,14 @@ def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: st
             )
         ours = {"space": space.describe(), **terms.comparable()}
         theirs = study.user_attrs.get(_TERMS)
-        if theirs is None:
-            if study.get_trials(deepcopy=False):
-                raise SetupError(
-                    f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another "
-                    "study_name"
-                )
+        if theirs is None and study.get_trials(deepcopy=False):
+            raise SetupError(
+                f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another study_name"
+            )
+        if ledger_of(study).untouched:  # what was wrong with the first call may have been mended
             study.set_user_attr(_TERMS, ours)
-        _compare(name, shown, theirs or {}, ours)
+        else:
+            _compare(name, shown, theirs, ours)
     return study
 
 
@@ -177,8 +178,10 @@ def fail(study: Any, number: int) -> bool:
     optuna = load_optuna()
     try:
         study.tell(number, state=optuna.trial.TrialState.FAIL)
-    except (ValueError, optuna.exceptions.UpdateFinishedTrialError):  # it has ended meanwhile
-        return False
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, ValueError) or says_ended(error):  # it has ended meanwhile
+            return False
+        raise
     return True
 
 

@@ -7,26 +7,30 @@ as such, or what the setup's own epochs come to. A budget in seconds compares at
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from typing import Any
 
 from torch.optim import Optimizer
 
 from autoaccum.data.source import Source, open_source
-from autoaccum.errors import SetupError
+from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.planning.plan import Plan
-from autoaccum.searching.extra import load_optuna, quiet
+from autoaccum.searching.extra import hushed, load_optuna, quiet
+from autoaccum.searching.ledger import ERRORS_BELIEVED
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Choices, Range, Space
 
 __all__ = [
     "TRAIN_LOSS",
     "Terms",
+    "check_target",
     "check_targets",
     "default_space",
     "read_budget",
     "sample_arguments",
     "settle",
     "steps_for",
+    "with_targets",
 ]
 
 TRAIN_LOSS = "train_loss"
@@ -70,10 +74,30 @@ def check_targets(targets: Any) -> tuple[int, ...]:
     Raises:
         SetupError: none, or one that is not a whole number above 0.
     """
-    found = (targets,) if isinstance(targets, int) else tuple(targets) if isinstance(targets, Sequence) else ()
+    found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
+    found = tuple(int(size) if isinstance(size, Integral) and not isinstance(size, bool) else size for size in found)
     if not found or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
         raise SetupError(f"target_batch={targets!r}: give whole numbers above 0 to choose from, such as (64, 128, 256)")
     return tuple(dict.fromkeys(found))
+
+
+def with_targets(space: Space, targets: tuple[int, ...]) -> Space:
+    """The space, with the target batches that were given beside it.
+
+    Raises:
+        SetupError: it says which itself.
+    """
+    if space.function is not None:
+        raise SetupError(
+            f"target_batch={targets!r} beside a space that is a function: have it draw the batch "
+            '(trial.suggest_categorical("target_batch", [64, 128])), and leave target_batch out'
+        )
+    if "target_batch" in space.parts:
+        raise SetupError(
+            f"target_batch={targets!r} and space['target_batch']={space.parts['target_batch'].describe()!r} say the "
+            "same: leave one out"
+        )
+    return Space({**space.parts, "target_batch": Choices(targets)})
 
 
 def read_budget(budget: Any) -> tuple[int, str] | None:
@@ -110,15 +134,31 @@ def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Spa
 
 
 def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
-    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
+    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without.
+
+    Raises:
+        SetupError: it fails with each of some settings.
+        Exception: what the setup raises, where it is called without parameters.
+    """
     if space is None or (space.function is None and not recipe.needs()):
         return recipe.build({})
     optuna = load_optuna()
-    with quiet():
+    with quiet(), hushed():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
-    params = space.suggest(study.ask())
-    recipe.check_names(params)
-    return recipe.build(params)
+    params: dict[str, Any] = {}
+    for _ in range(ERRORS_BELIEVED):
+        try:
+            params = space.suggest(study.ask())
+            recipe.check_names(params)
+            return recipe.build(params)
+        except AutoaccumError:
+            raise
+        except Exception as error:  # a few settings may fail, as a few trials may
+            last = error
+    raise SetupError(
+        f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the search, the last "
+        f"one ({params}) with {type(last).__name__}: {last}. Mend the setup, or narrow the space"
+    ) from last
 
 
 def settle(
@@ -141,6 +181,8 @@ def settle(
     largest = space.largest("target_batch") if space is not None else None
     own = arguments.get("target_batch")
     fixed = "target_batch" not in searched and space is not None and space.function is None
+    if fixed:
+        check_target(own)
     sizes = [size for size in (largest, own if fixed else None) if size is not None] or [*targets]
     read = read_budget(budget)
     amount, unit = read if read is not None else (_amount(arguments, source), "samples")
@@ -159,6 +201,20 @@ def settle(
         ceiling=max(sizes),
         lr_batch=_lr_batch(arguments, source, own, targets),
     )
+
+
+def check_target(target: Any) -> int:
+    """The target batch of a trial.
+
+    Raises:
+        SetupError: there is none.
+    """
+    if isinstance(target, bool) or not isinstance(target, int) or target < 1:
+        raise SetupError(
+            f"target_batch={target!r}, which every trial needs: search it (target_batch in space), give "
+            "target_batch= beside the space, or have the setup return one"
+        )
+    return target
 
 
 def check_metric(arguments: Mapping[str, Any], metric: str) -> None:

@@ -24,8 +24,9 @@ from autoaccum.pipeline import planned
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
 from autoaccum.searching.limits import Limits, forecast_bytes
-from autoaccum.searching.terms import TRAIN_LOSS, Terms, check_metric, steps_for
+from autoaccum.searching.terms import TRAIN_LOSS, Terms, check_metric, check_target, steps_for
 from autoaccum.training.events import EpochEnded, Event
+from autoaccum.units import format_bytes
 from autoaccum.window.snapshot import RandomState
 
 __all__ = ["Diverged", "Finished", "Infeasible", "Pruned", "Refused", "Trainer"]
@@ -128,8 +129,9 @@ class _Watch:
 class Trainer:
     """Trains one trial after another, and remembers what fits."""
 
-    def __init__(self, terms: Terms, limits: Limits) -> None:
-        self._terms, self._limits = terms, limits
+    def __init__(self, terms: Terms, limits: Limits, *, share: str | None = None) -> None:
+        """`share`: where a budget comes from that nobody asked for, since it is a worker's part of what is free."""
+        self._terms, self._limits, self._share = terms, limits, share
         self._checked: set[str] = set()  # memory keys whose gradient was checked: the same model need not be again
 
     def train(
@@ -208,7 +210,10 @@ class Trainer:
         if report is None:
             return made, None
         why = f"{made.micro_batch}: at most {report.micro_batch} samples fit at once, by the probe of this search"
-        made = replace(made, reasons={**made.reasons, "micro_batch": why})
+        reasons = {**made.reasons, "micro_batch": why}
+        if self._share is not None and report.budget_reason.endswith(f"as memory={given.get('memory')} asks"):
+            reasons["budget"] = f"{format_bytes(report.budget_bytes)}: {self._share}"
+        made = replace(made, reasons=reasons)
         return made, forecast_bytes(report, self._limits.curve(key), made.micro_batch)
 
     def _at_epochs(self, watch: _Watch) -> Callable[[Event], None]:
@@ -269,9 +274,7 @@ def check_metric_now(given: Mapping[str, Any], terms: Terms) -> None:
 
 
 def _target(given: Mapping[str, Any]) -> int:
-    target = given.get("target_batch")
-    if isinstance(target, bool) or not isinstance(target, int) or target < 1:
-        raise Refused(
-            f"target_batch={target!r} in this trial: search it (target_batch in space), or have the setup return one"
-        )
-    return target
+    try:
+        return check_target(given.get("target_batch"))
+    except SetupError as error:
+        raise Refused(str(error)) from error

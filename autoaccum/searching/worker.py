@@ -6,71 +6,39 @@ the search goes on; what would go wrong in every trial ends the search.
 """
 
 import contextlib
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import SetupError
 from autoaccum.searching import group, weights
-from autoaccum.searching.extra import hushed, load_optuna, make_pruner, make_sampler, mark_infeasible
+from autoaccum.searching.extra import hushed, load_optuna, mark_infeasible, quiet, says_ended
+from autoaccum.searching.interrupts import Deferral, interruption_in
+from autoaccum.searching.job import Job, train_once
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.space import Space
-from autoaccum.searching.storage import has_heartbeats, open_storage, shown, telling_of
+from autoaccum.searching.storage import has_heartbeats, telling_of
 from autoaccum.searching.study import (
     BEAT,
     ERROR,
     OUTCOME,
     OWNER,
     TRAINING,
+    fail,
     ledger_of,
-    open_study,
     owner,
     repeat_broken,
     sweep,
 )
-from autoaccum.searching.terms import Terms
 from autoaccum.searching.training import Diverged, Finished, Infeasible, Pruned, Refused, Trainer
 from autoaccum.training.locks import FolderLock
 
-__all__ = ["Job", "Worker", "open_job"]
+__all__ = ["Worker"]
 
 BEAT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A search, as every one of its workers gets it; can be pickled where the setup can."""
-
-    recipe: Recipe
-    space: Space
-    terms: Terms
-    n_trials: int
-    storage: Any
-    study_name: str
-    folder: Path
-    sampler: Any
-    pruner: Any
-    defaults: dict[str, Any]
-    """Of fit's arguments, such as the device of this worker, where the setup says nothing."""
-
-    @property
-    def storage_name(self) -> str:
-        """For messages."""
-        return shown(str(self.storage)) if self.storage is not None else str(self.folder / "journal.log")
-
-
-def open_job(job: Job, *, resume: bool = True) -> Any:
-    """The job's study, with its pruner."""
-    storage = open_storage(job.storage, job.folder)
-    study = open_study(storage, job.study_name, job.space, job.terms, shown=job.storage_name, resume=resume)
-    study.pruner = make_pruner(job.pruner, job.terms.amount)
-    return study
 
 
 class Worker:
@@ -80,15 +48,17 @@ class Worker:
         """`heard` is called whenever something in the study has changed by this worker."""
         self._job, self._study, self._heard = job, study, heard
         self._lock = FolderLock(job.folder, "claim")
-        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling))
-        self._refused: BaseException | None = None
-        self._number: int | None = None  # of the trial at hand
+        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling), share=job.share)
+        self._trial_at_hand: Any = None
+        self._asking = contextlib.ExitStack()  # open from before a trial is made until it is known whose it is
+        self._outer = sys.exc_info()[1]  # of whoever called the search: no error of a trial
 
     def run(self) -> None:
         """Trials until none is left to take.
 
         Raises:
             SetupError: what is wrong is the same in every trial, or the first five all failed.
+            KeyboardInterrupt: after the trial at hand was marked.
         """
         try:
             with hushed(), telling_of(self._job.storage_name, opening=False):
@@ -109,14 +79,9 @@ class Worker:
                 raise all_failed(study)
             if not ledger.room(job.n_trials) and not ledger.count(Kind.WAITING):
                 return False
-            study.sampler = make_sampler(
-                job.sampler, seed=job.terms.seed, number=len(ledger.entries), n_trials=job.n_trials
-            )
             self._ask_and_tell()
         finally:
             self._lock.release()
-        if self._refused is not None:
-            raise self._refused
         running = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"}
         best = weights.best_trial(study)
         weights.clean(job.folder, running if best is None else running | {best.number})
@@ -124,40 +89,69 @@ class Worker:
 
     def _ask_and_tell(self) -> None:
         """Optuna's part: it makes the trial, keeps it alive where the storage has heartbeats, and notes its end."""
-        optuna = load_optuna()
+        self._trial_at_hand = None
         try:
-            self._study.optimize(self._trial, n_trials=1, catch=(Exception,))
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            number = self._number
-            trials = self._study.get_trials(deepcopy=False)
-            if number is None or not any(t.number == number and t.state.is_finished() for t in trials):
+            with self._asking:
+                deferral = Deferral()
+                self._asking.callback(deferral.end)  # a trial that is made and not signed is nobody's
+                deferral.begin()
+                self._asking.enter_context(quiet())
+                self._study.optimize(self._trial, n_trials=1, catch=(_FailedError, _LeaveError))
+        except (Exception, KeyboardInterrupt) as error:
+            if (interruption := self._interruption(error)) is not None:
+                self._mark_interrupted()
+                raise interruption from None
+            too_late = type(error) is ValueError or says_ended(error)  # what `tell` and the trial's attributes raise
+            if not (too_late and self._has_ended()):
                 raise
             # Another process took this one for dead and ended its trial: that process's word stands.
 
+    def _interruption(self, error: BaseException) -> KeyboardInterrupt | None:
+        return interruption_in(error, outer=self._outer)
+
+    def _has_ended(self) -> bool:
+        """Whether the trial at hand has an end in the storage."""
+        if self._trial_at_hand is None:
+            return False
+        number = self._trial_at_hand.number
+        return any(t.number == number and t.state.is_finished() for t in self._study.get_trials(deepcopy=False))
+
+    def _mark_interrupted(self) -> None:
+        """Writes it into the trial at hand, if that has come so far and has no end yet."""
+        if self._trial_at_hand is not None and not self._has_ended():
+            self._say_interrupted()
+            fail(self._study, self._trial_at_hand.number)
+
+    def _say_interrupted(self) -> None:
+        trial = self._trial_at_hand
+        if trial.user_attrs.get(OUTCOME) != "void":  # which is not to run again
+            trial.set_user_attr(OUTCOME, "interrupted")
+
     def _trial(self, trial: Any) -> float:
         """Optuna's objective: claims, trains, and gives the value."""
-        self._number = trial.number
+        self._trial_at_hand = trial
         try:
             params = self._claim(trial)
             with _signs_of_life(trial, needed=not has_heartbeats(self._job.storage)):
                 return self._outcome(trial, params)
         except KeyboardInterrupt:
-            trial.set_user_attr(OUTCOME, "interrupted")
+            self._say_interrupted()
             raise
 
     def _claim(self, trial: Any) -> dict[str, Any]:
         """Writes down whose the trial is, and draws its parameters; then others may look again."""
         try:
             trial.set_user_attr(OWNER, owner())
+            self._asking.close()
             if not ledger_of(self._study).may_run(trial.number, self._job.n_trials):
                 trial.set_user_attr(OUTCOME, "void")
                 raise _LeaveError
             return self._job.space.suggest(trial)
-        except (_LeaveError, load_optuna().exceptions.UpdateFinishedTrialError):
+        except _LeaveError:
             raise
         except Exception as error:  # whatever the user's function of a trial, or their sampler, raises
             self._write_down(trial, error)
-            raise
+            raise _FailedError from error
         finally:
             self._lock.release()
             self._heard()
@@ -179,15 +173,12 @@ class Worker:
         except Infeasible as error:
             early = f"does not fit: {error}"
             mark_infeasible(trial)
-        except Refused as error:
+        except Refused:
             trial.set_user_attr(OUTCOME, "void")
-            self._refused = error
             raise
-        except optuna.exceptions.UpdateFinishedTrialError:
-            raise  # somebody took this process for dead: the trial is theirs now
         except Exception as error:
             self._write_down(trial, error)
-            raise
+            raise _FailedError from error
         trial.set_user_attr(OUTCOME, early)
         raise optuna.TrialPruned(early)
 
@@ -221,7 +212,16 @@ class Worker:
         return value < old if self._job.terms.direction == "minimize" else value > old
 
     def _write_down(self, trial: Any, error: BaseException) -> None:
-        """The error goes into its trial, with its traceback."""
+        """The error goes into its trial, with its traceback.
+
+        Raises:
+            KeyboardInterrupt: it arose from one, and is none of the trial's.
+            Exception: `error`, where it says that somebody took this process for dead: the trial is theirs now.
+        """
+        if (interruption := self._interruption(error)) is not None:
+            raise interruption from None
+        if says_ended(error):
+            raise error
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         short = " ".join(str(error).split())
         trial.set_user_attr(ERROR, {"type": type(error).__name__, "message": short, "traceback": text[-8000:]})
@@ -248,16 +248,12 @@ def _signs_of_life(trial: Any, *, needed: bool) -> Iterator[None]:
         over.set()
 
 
+class _FailedError(Exception):
+    """What went wrong in this trial is written down in it."""
+
+
 class _LeaveError(Exception):
     """This trial is not to be run: all places are taken, or another process repeats the same."""
-
-
-def train_once(job: Job, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Finished:
-    """Builds and trains one trial's model, on each rank of a group alike."""
-    job.recipe.check_names(params)
-    arguments = job.recipe.build(params)
-    given = {name: value for name, value in job.defaults.items() if arguments.get(name) is None}
-    return trainer.train({**arguments, **given}, **listeners)
 
 
 def all_failed(study: Any) -> SetupError:

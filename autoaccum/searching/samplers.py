@@ -1,0 +1,122 @@
+"""The sampler of a search: each trial's own, by the number that the storage gave it.
+
+A number is handed out once, over all processes and machines. So no two trials are drawn alike, a restart changes
+nothing, and nobody has to know how many others there are.
+
+The best-known settings of Optuna 5 (multivariate TPE that counts running trials) are set by name, so that a search is
+alike under versions 4 and 5; how wide TPE's kernels are is each version's own.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from autoaccum.errors import SetupError
+from autoaccum.searching.extra import CONSTRAINT, load_optuna, quiet
+
+__all__ = ["check_sampler", "make_sampler"]
+
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
+            "qmc": "QMCSampler"}  # fmt: skip
+NEEDED = {"gp": "scipy", "cmaes": "cmaes", "qmc": "scipy"}  # which Optuna does not bring along
+
+
+def check_sampler(sampler: Any) -> None:
+    """That it is one.
+
+    Raises:
+        SetupError: an unknown name, something that is no sampler, or one that needs a package that is not there.
+    """
+    if sampler is None or isinstance(sampler, load_optuna().samplers.BaseSampler):
+        return
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        known = ", ".join(map(repr, SAMPLERS))
+        raise SetupError(f"sampler={sampler!r}: choose {known}, or give a sampler of Optuna's")
+    package = NEEDED.get(sampler)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise SetupError(f"sampler={sampler!r} needs {package}, which is not installed: pip install {package}")
+
+
+def make_sampler(sampler: Any, *, seed: int, n_trials: int) -> Any:
+    """The sampler for all trials that this process draws.
+
+    Args:
+        sampler: None ("tpe"), a name, or a sampler of Optuna's. Its generators go on from where they are as long as
+            no other process draws a trial in between; then, and after a restart, they are set anew.
+        seed: the search's.
+        n_trials: of the search; two fifths of them, 5 to 12, are drawn at random first.
+    """
+    if isinstance(sampler, load_optuna().samplers.BaseSampler):
+        return _by_number(_own(sampler))
+    return _by_number(lambda number: _named(sampler or "tpe", seed, number, n_trials))
+
+
+def _own(sampler: Any) -> Callable[[int], Any]:
+    """The user's sampler for the trial of a number."""
+    following = 0
+
+    def of(number: int) -> Any:
+        nonlocal following
+        if number != following:
+            sampler.reseed_rng()  # else it would draw once more what another process has drawn from the same seed
+        following = number + 1
+        return sampler
+
+    return of
+
+
+def _named(name: str, seed: int, number: int, n_trials: int) -> Any:
+    optuna = load_optuna()
+    own = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
+    settings: dict[str, Any] = {"seed": own}
+    if name == "tpe":
+        first = max(5, min(12, 2 * n_trials // 5))
+        settings |= {"n_startup_trials": first, "multivariate": True, "constant_liar": True}
+        if not hasattr(optuna.trial.Trial, "set_constraint"):
+            settings["constraints_func"] = _constraints
+    with quiet():
+        return getattr(optuna.samplers, SAMPLERS[name])(**settings)
+
+
+def _constraints(trial: Any) -> tuple[float]:
+    return (float(trial.user_attrs.get(CONSTRAINT, -1.0)),)
+
+
+def _by_number(make: Callable[[int], Any]) -> Any:
+    """A sampler that is `make(number)` for the trial of each number, and asks for it when that trial begins."""
+    base: Any = load_optuna().samplers.BaseSampler
+
+    class ByNumber(base):  # type: ignore[misc]  # the base is known when Optuna is loaded, and not before
+        """The sampler of the trial at hand."""
+
+        def __init__(self) -> None:
+            self._number: int | None = None
+            self._real: Any = None
+
+        def _of(self, number: int) -> Any:
+            if number != self._number:
+                self._number, self._real = number, make(number)
+            return self._real
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            self._of(trial.number).before_trial(study, trial)
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return self._of(trial.number).infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            return self._of(trial.number).sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            return self._of(trial.number).sample_independent(study, trial, param_name, param_distribution)
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            # Also of trials that other processes left, which is told with the sampler of the one at hand.
+            real = self._real if self._real is not None else make(trial.number)
+            real.after_trial(study, trial, state, values)
+
+        def reseed_rng(self) -> None:
+            """Nothing: whoever draws at once with others draws trials of other numbers."""
+
+    return ByNumber()
