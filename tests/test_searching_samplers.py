@@ -7,7 +7,8 @@ import torch
 import autoaccum
 from autoaccum.errors import SetupError
 from autoaccum.searching.samplers import check_sampler, make_sampler
-from tests.search_setups import arguments, short
+from autoaccum.searching.search import TARGETS
+from tests.search_setups import arguments, short, wide
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,22 @@ def test_optunas_hyperband_shows_each_sampler_the_trials_of_its_bracket(tmp_path
                     "target_batch": [8]})  # fmt: skip
 
     assert len(result.trials) == 8
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_trial_has_the_setups_own_values(tmp_path, workers):
+    """What it says of the rate, the defaults of its parameters; what lies outside of the space is drawn."""
+    space = {"lr": (1e-3, 1e-1, "log"), "target_batch": [8, 16], "width": (2, 9), "weight_decay": [0.5, 0.25]}
+    result = search(tmp_path, setup=wide, space=space, workers=workers, n_trials=4, target_batch=TARGETS)
+    first, *others = sorted(result.trials, key=lambda row: row["number"])
+
+    assert (first["params"]["lr"], first["params"]["width"]) == (1e-2, 4)
+    assert first["params"]["weight_decay"] in (0.5, 0.25)
+    assert all(row["params"]["lr"] != 1e-2 for row in others)
+
+
+def test_a_random_search_is_random_from_its_first_trial_on(tmp_path):
+    assert 1e-2 not in rates(search(tmp_path, sampler="random"))
 
 
 @pytest.mark.parametrize("wrong", ["best", ["tpe"], 3, optuna.samplers.RandomSampler])

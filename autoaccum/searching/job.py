@@ -1,6 +1,7 @@
 """A search as every one of its workers gets it, the study that belongs to it, and one training of it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ class Job:
     pruner: Any
     defaults: dict[str, Any]
     """Of fit's arguments, such as the device of this worker, where the setup says nothing."""
+    first: Mapping[str, Any] = field(default_factory=dict)
+    """The setup's own values of what is searched: the first trial has them."""
     sharing: int = 1
     """Workers that have shared out the free memory."""
 
@@ -50,7 +53,7 @@ def open_job(job: Job, *, resume: bool = True) -> Any:
     storage = open_storage(job.storage, job.folder)
     study = open_study(storage, job.study_name, job.space, job.terms, shown=job.storage_name, resume=resume)
     study.pruner = make_pruner(job.pruner, job.terms.amount)
-    study.sampler = make_sampler(job.sampler, seed=job.terms.seed, n_trials=job.n_trials)
+    study.sampler = make_sampler(job.sampler, seed=job.terms.seed, n_trials=job.n_trials, first=job.first)
     return study
 
 

@@ -89,6 +89,10 @@ class Recipe:
         some = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
         return [p.name for p in self.parameters() if p.default is p.empty and p.kind not in some]
 
+    def defaults(self) -> dict[str, Any]:
+        """Its parameters that have a default, with that."""
+        return {p.name: p.default for p in self.parameters() if p.default is not p.empty}
+
     def check_names(self, names: Collection[str]) -> None:
         """That each parameter has somewhere to go, and each that the setup needs is searched.
 

@@ -54,8 +54,8 @@ def search(
     """Looks for the setting that trains best; every trial trains with exactly the batch that it claims.
 
     The probe finds once how many samples fit; each trial's micro-batches follow by arithmetic. Trials are compared at
-    the same number of samples seen, with the same seed. What is found is in the storage at any moment: the same call
-    after any interruption goes on to `n_trials` in total.
+    the same number of samples seen, with the same seed; the first one has the setup's own values. What is found is in
+    the storage at any moment: the same call after any interruption goes on to `n_trials` in total.
 
     Args:
         setup: called for each trial, with those of its parameters that it takes, it returns fit's arguments as a dict;
@@ -72,8 +72,8 @@ def search(
             postgresql://user@host/name, grpc://host:port.
         study_name: None: after the setup.
         sampler: None ("tpe"), "random", "gp", "cmaes", "qmc" or a sampler of Optuna's.
-        pruner: "once" (at a ninth of the budget the best third goes on), "hyperband", "halving", "median", "none" or a
-            pruner of Optuna's.
+        pruner: "once" (at a ninth of the budget the best third goes on), "hyperband", "halving", "median", "none"
+            or a pruner of Optuna's.
         budget: samples that a trial trains on, or a time such as "90s"; None: what the setup's epochs come to.
         workers: processes on this machine, or "gpus" for one a GPU. With 1, trials run in this process.
         resume: go on with a study that is there; False refuses it.
@@ -106,12 +106,13 @@ def search(
     read = default_space(arguments, targets) if read is None else read
     recipe.check_names(read.parts)
     terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
+    own = read.within({**recipe.defaults(), **arguments})
     del arguments
     check_sampler(sampler)
     make_pruner(pruner, terms.amount)
     name = study_name or recipe.slug()
     place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
-    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, {})
+    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, {}, own)
     if group.rank() > 0:
         return _train_along(job)
     return _lead(job, spots, resume=resume, progress=progress)

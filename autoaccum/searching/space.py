@@ -41,6 +41,11 @@ class Range:
             return trial.suggest_int(name, self.low, self.high, log=self.log)
         return trial.suggest_float(name, self.low, self.high, log=self.log)
 
+    def holds(self, value: Any) -> bool:
+        """Whether a trial could be given this value."""
+        kind = int if isinstance(self.low, int) and isinstance(self.high, int) else (int, float)
+        return isinstance(value, kind) and not isinstance(value, bool) and self.low <= value <= self.high
+
     def describe(self) -> list[Any]:
         """Plain values, for comparing with another search's."""
         return [self.low, self.high, *(["log"] if self.log else [])]
@@ -55,6 +60,10 @@ class Choices:
     def suggest(self, trial: Any, name: str) -> Any:
         """A value of the trial's choice."""
         return trial.suggest_categorical(name, list(self.values))
+
+    def holds(self, value: Any) -> bool:
+        """Whether a trial could be given this value."""
+        return any(type(value) is type(choice) and value == choice for choice in self.values)
 
     def describe(self) -> dict[str, Any]:
         """Plain values, for comparing with another search's."""
@@ -94,6 +103,10 @@ class Space:
         if self.function is not None:
             return f"function {getattr(self.function, '__qualname__', type(self.function).__name__)}"
         return {name: part.describe() for name, part in self.parts.items()}
+
+    def within(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of `values` that a trial could be given, by the name of their parameter."""
+        return {name: values[name] for name, part in self.parts.items() if name in values and part.holds(values[name])}
 
     def largest(self, name: str) -> Any:
         """The largest number that a parameter can be; None where it is not searched, or by a function."""
