@@ -17,7 +17,8 @@ from autoaccum import errors
 if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe, verify
     from autoaccum.planning.plan import Plan, plan
-    from autoaccum.probing.report import ProbeReport, Trial
+    from autoaccum.probing.outcome import Trial
+    from autoaccum.probing.report import ProbeReport
     from autoaccum.searching.result import SearchResult
     from autoaccum.searching.search import search
     from autoaccum.training.loop import FitResult, TrainingLoop
@@ -37,7 +38,7 @@ _HOME = {
     "SearchResult": "autoaccum.searching.result",
     "StepRecord": "autoaccum.window.record",
     "TrainingLoop": "autoaccum.training.loop",
-    "Trial": "autoaccum.probing.report",
+    "Trial": "autoaccum.probing.outcome",
     "VerifyReport": "autoaccum.window.verify",
     "fit": "autoaccum.api",
     "plan": "autoaccum.planning.plan",

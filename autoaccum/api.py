@@ -36,8 +36,9 @@ from autoaccum.planning.plan import Plan, plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Send
 from autoaccum.probing.lengths import OverLengths
+from autoaccum.probing.outcome import Trial
 from autoaccum.probing.probe import Question, as_lines
-from autoaccum.probing.report import ProbeReport, Trial
+from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, ends_all
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan

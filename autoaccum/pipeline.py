@@ -23,8 +23,9 @@ from autoaccum.probing.cache import Cache, Lines, training_key
 from autoaccum.probing.isolate import InChild, answer_of_children
 from autoaccum.probing.journal import Journal, cache_folder
 from autoaccum.probing.ladder import Tried, climb, told
+from autoaccum.probing.outcome import OVER_BUDGET, Trial
 from autoaccum.probing.probe import Question, run_probe
-from autoaccum.probing.report import OVER_BUDGET, ProbeReport, Trial
+from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.recover import WindowStart

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from autoaccum.probing.report import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
 
 Level = Callable[[int], float]
 

@@ -10,7 +10,7 @@ import autoaccum
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.lengths import limit_at
 from autoaccum.probing.lengths import find_by_length, three_lengths
-from autoaccum.probing.report import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from tests.texts import Reader, loader, sentences, setup
 
 LENGTHS = (5, 9, 14, 20, 31, 40, 58, 80)

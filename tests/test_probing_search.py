@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.split import even_split
-from autoaccum.probing.report import OUT_OF_MEMORY
+from autoaccum.probing.outcome import OUT_OF_MEMORY
 from autoaccum.probing.search import find
 from tests.fakes import FakeMachine, card
 

@@ -119,7 +119,7 @@ def _told(killed: Sequence[Mapping[str, Any]], callbacks: Sequence[Any]) -> list
     """The trials that were killed; the last one is news to whoever listens, the others were told before."""
     if not killed:
         return []
-    from autoaccum.probing.report import Trial
+    from autoaccum.probing.outcome import Trial
     from autoaccum.training.events import TrialRan
 
     trials = [Trial(**trial) for trial in killed]

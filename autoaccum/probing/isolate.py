@@ -24,7 +24,7 @@ from typing import Any
 from autoaccum import errors
 from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError
 from autoaccum.probing.journal import Journal, Owner
-from autoaccum.probing.report import KILLED, Trial
+from autoaccum.probing.outcome import KILLED, Trial
 
 __all__ = ["MOST_KILLS", "InChild", "Killed", "Send", "answer_of_children", "run_in_child"]
 

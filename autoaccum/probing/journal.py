@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from autoaccum.errors import NothingFitsError
-from autoaccum.probing.report import FITS
+from autoaccum.probing.outcome import FITS
 
 __all__ = ["Begun", "Journal", "Owner", "cache_folder"]
 

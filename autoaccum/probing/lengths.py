@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.lengths import Room, limit_at, room_of
-from autoaccum.probing.report import Trial
+from autoaccum.probing.outcome import Trial
 from autoaccum.probing.search import SAME_PEAK
 from autoaccum.units import MIB
 

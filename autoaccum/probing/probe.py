@@ -19,7 +19,8 @@ from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
-from autoaccum.probing.report import ProbeReport, Trial
+from autoaccum.probing.outcome import Trial
+from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.search import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.units import format_bytes

@@ -1,52 +1,19 @@
 """What the probe found out, as plain values."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoaccum.planning.plan import Plan
+from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
 
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
     from autoaccum.probing.cache import Lines
     from autoaccum.probing.lengths import OverLengths
 
-__all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "ProbeReport", "Trial"]
-
-FITS, OUT_OF_MEMORY, OVER_BUDGET, KILLED = "fits", "out of memory", "over budget", "killed"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One real step, run to see whether a size fits.
-
-    Attributes:
-        batch: samples.
-        kind: "trace" (its allocations were recorded), "verify", "search" or "throughput".
-        peak_bytes: the most bytes in use during it; None where it did not come to its end.
-        reserved_bytes: the most bytes the caching allocator held; None on the CPU, which has none.
-        seconds: how long it took.
-        outcome: "fits", "out of memory", "over budget" or "killed".
-        length: of its samples, where that was chosen; None where they were the largest looked at.
-    """
-
-    batch: int
-    kind: str
-    peak_bytes: int | None
-    reserved_bytes: int | None
-    seconds: float
-    outcome: str
-    length: int | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the size fits in the budget."""
-        return self.outcome == FITS
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+__all__ = ["ProbeReport"]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.probing.bracket import Bracket
-from autoaccum.probing.report import Trial
+from autoaccum.probing.outcome import Trial
 
 __all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "Forecaster", "Machine", "find"]
 

@@ -32,8 +32,8 @@ from autoaccum.memory.watch import ProcessGrowth, heap_advice
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.lengths import OverLengths
+from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.probing.process import ProcessNeeds
-from autoaccum.probing.report import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
 from autoaccum.window.record import StepRecord
