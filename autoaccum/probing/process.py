@@ -32,19 +32,21 @@ class ProcessNeeds:
         self._passing = 0  # of that, what it needed above what rests
         self._rest = 0  # beyond PyTorch's count, between steps
         self._left = self._once = 0  # what the last step left resting, and what of that it will not leave again
+        self._most = 0  # of the process above its start, in the last step
 
     @property
     def counted(self) -> bool:
         """Whether the budget counts the whole process."""
         return self.growth.counts
 
-    def step_begins(self) -> None:
-        """Reads what rests in the process."""
-        self._rest = self._at_rest()
+    def step_begins(self, batch: int = 0) -> None:
+        """Reads what rests in the process, beside a `batch` of so many bytes."""
+        self._rest = self._at_rest() - batch
 
-    def step_peaked(self, peak: int) -> None:
-        """The step was measured: it took `peak` bytes by PyTorch's count."""
+    def step_peaked(self, peak: int, missing: int = 0) -> None:
+        """A step was measured: it took `peak` bytes by PyTorch's count, and `missing` ones less than others will."""
         if self.growth.bytes is not None:
+            self._most = self.growth.bytes + missing
             self._needs = self.growth.bytes - (peak - self._held_at_start)
             self._passing = self._needs - self._rest
 
@@ -70,7 +72,7 @@ class ProcessNeeds:
 
     def within(self, limit: int) -> bool:
         """Whether the last step left `limit` bytes whole."""
-        return self._held_at_start + (self.growth.bytes or 0) <= limit * (1.0 - CUSHION)
+        return self._held_at_start + self._most <= limit * (1.0 - CUSHION)
 
     def near(self, limit: int) -> bool:
         """Whether the process has come so near to `limit` bytes that an error may well be for want of memory."""
