@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,14 @@ class Architecture:
 
 def lstm_is_known() -> bool:
     """Whether oneDNN's layout of an LSTM was measured on such a processor; elsewhere its forecast may follow lines."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    known = ("DEFAULT", "AVX2", "AVX512")
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in known
+
+
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself: oneDNN then packs the matrices into scratch as it sees fit."""
+    described = Path("/proc/cpuinfo")
+    return described.exists() and "avx512_bf16" in described.read_text(encoding="ascii")
 
 
 def _images(n: int, size: int = 16, classes: int = CLASSES) -> tuple[Tensor, Tensor]:

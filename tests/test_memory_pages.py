@@ -16,7 +16,7 @@ from tests.synthetic import play
 
 CPU = SimpleNamespace(torch_device=torch.device("cpu"))
 measured_here = pytest.mark.skipif(
-    not lstm_is_known(), reason="oneDNN's layout of an LSTM was measured on processors up to AVX2 only"
+    not lstm_is_known(), reason="oneDNN's layout of an LSTM was measured on processors up to AVX-512 only"
 )
 
 
