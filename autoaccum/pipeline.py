@@ -359,6 +359,8 @@ def _reasons(parts: Parts, report: ProbeReport | None) -> dict[str, str]:
             "cap": "nothing larger was looked for",
             None: "the largest that was run: larger ones did not fit where the forecast let them",
         }
+        if all(trial.fits for trial in report.trials):
+            proof[None] = "the largest that was run: the little more that may fit was not worth a step near the limit"
         if any(trial.batch == report.limit + 1 and trial.outcome == OVER_BUDGET for trial in report.trials):
             proof["forecast"] = f"a step at {report.limit + 1} went over the budget"
         which = "of the longest samples seen fit" if report.by_length else "samples fit"

@@ -142,3 +142,15 @@ def test_an_exact_forecast_needs_one_run_or_two(hard, traces_all):
     assert besides_traces(machine) == (2 if hard and not traces_all else 1)
     largest_trace = max(trial.batch for trial in machine.trials if trial.kind == "trace")
     assert largest_trace == (true // 2 | 1 if hard and traces_all else true // 4 | 1)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_under_a_process_limit_the_last_hundredth_is_not_worth_a_step(hard):
+    """A step there may end in out of memory; where an overrun is only counted the limit is looked for to the sample."""
+    levels = [lambda n: 1e9 + 1e7 * n * (1 + 0.02 * (n >= 8))]
+    machine = FakeMachine(round(1e9 + 1e7 * 400 * 1.02), levels, hard=hard, traces_all=True)
+    answer = find(machine, floor=1, ceiling=REACH)
+    assert (answer.limit == 400) is not hard
+    assert 400 / 1.025 <= answer.limit <= 400
+    assert answer.proof == (None if hard else "forecast")
+    assert besides_traces(machine) == (1 if hard else 2)

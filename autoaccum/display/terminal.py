@@ -312,6 +312,8 @@ def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
         return "the next larger size ran out of memory"
     if proof == "cap":
         return "nothing larger was allowed or looked for; memory has room for more"
+    if all(trial["outcome"] == "fits" for trial in trials):
+        return "the largest that was run: the little more that may fit was not worth a step near the limit"
     return "the largest that was run: larger ones did not fit where the forecast let them"
 
 

@@ -25,7 +25,7 @@ class ProbeReport:
         limit: the largest that fits; None when it was not looked for, or is not known.
         limit_proof: "forecast" (limit + 1 is forecast to overrun the budget), "out of memory" (limit + 1 did), "cap"
             (nothing larger was allowed), or None: the largest that was run, and what is between it and the sizes that
-            did not fit is not known.
+            did not fit is not known; or, under a limit on the process, so little is that it was not run.
         budget_bytes: what the training may use.
         budget_reason: where that figure comes from, in one line.
         device: its name.

@@ -23,6 +23,7 @@ THIRD_TRACE, NEAR_TRACE, STEPPING_STONE = 4, 2, 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
+NOT_WORTH_A_STEP = 1.025  # nor, under a process's limit, is any: what libraries keep varies by as much
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
 # How clear of a size that overran the next one stays: once something between was measured, and after each overrun.
 OVERRUNS = (1.1, 1.3, 2.0, 4.0)
@@ -221,6 +222,9 @@ class _Search:
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
         if self._exact and self._machine.suffers and not self._machine.traces_all and self._runs == 0:
             size = max(min(size, self._floor), int(size * STEPPING_STONE))
+        limits_process = self._machine.suffers and self._machine.traces_all
+        if settled and limits_process and size <= NOT_WORTH_A_STEP * bracket.low:
+            return None
         if size > bracket.low:
             return size
         return bracket.low + 1 if self._exact and self._uncertain(bracket.low + 1) else None
