@@ -297,24 +297,23 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
 
 
 def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
-    limit, proof = report.get("limit"), report.get("limit_proof")
-    trials = report.get("trials") or ()
+    limit, trials = report.get("limit"), report.get("trials") or ()
+    fit_all = all(trial["outcome"] == "fits" for trial in trials)
     if limit is None:
-        fit_all = all(trial["outcome"] == "fits" for trial in trials)
         return "the target needs no larger size" if fit_all else "it is not known which larger sizes fit"
     for trial in trials:
         if trial["batch"] == limit + 1 and trial["outcome"] == "over budget":
             return f"a step at {limit + 1} took {format_bytes(trial['reserved_bytes'] or trial['peak_bytes'])}"
-    if proof == "forecast":
-        over = dict(curve).get(limit + 1)
-        return f"at {limit + 1} the forecast is {'over the budget' if over is None else format_bytes(over)}"
-    if proof == "out of memory":
-        return "the next larger size ran out of memory"
-    if proof == "cap":
-        return "nothing larger was allowed or looked for; memory has room for more"
-    if all(trial["outcome"] == "fits" for trial in trials):
-        return "the largest that was run: the little more that may fit was not worth a step near the limit"
-    return "the largest that was run: larger ones did not fit where the forecast let them"
+    over = dict(curve).get(limit + 1)
+    unproved = "larger ones did not fit where the forecast let them"
+    if fit_all:
+        unproved = "the little more that may fit was not worth a step near the limit"
+    return {
+        "forecast": f"at {limit + 1} the forecast is {'over the budget' if over is None else format_bytes(over)}",
+        "out of memory": "the next larger size ran out of memory",
+        "cap": "nothing larger was allowed or looked for; memory has room for more",
+        None: f"the largest that was run: {unproved}",
+    }[report.get("limit_proof")]
 
 
 def _sizes(plan: Mapping[str, Any]) -> str:
