@@ -78,7 +78,7 @@ class Bench:
         self._dense: list[torch.nn.Parameter] | None = None  # those that get a gradient: known after one step
         self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
         self._unused: list[torch.nn.Parameter] = []  # without a gradient in that step
-        self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), self.held)
+        self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), _held_by(accumulator))
         self._copies: list[torch.Tensor] = []
         modules = accumulator.model.modules()
         self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
@@ -118,7 +118,7 @@ class Bench:
 
     def held(self) -> int:
         """Bytes that the training holds between two steps."""
-        return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
+        return _held_by(self._accumulator)()
 
     @property
     def fixed(self) -> int:
@@ -186,6 +186,7 @@ class Bench:
             )
         except ForecastFailed:
             return None
+        self._process.step_begins()  # what the fit itself leaves in libraries is there in the next step as well
         return Counted(fitted, reserves=self.caches)
 
     def parts(self, size: int, forecast: Forecast | Lines | OverLengths | None) -> dict[str, int]:
@@ -267,10 +268,6 @@ class Bench:
             self._window(batch)
             self._device.synchronize()
             return int(self._device.peak() or 0)
-        if kind != "trace" and self._process.counted and torch.get_num_threads() > 1:
-            peak = self._first_micro_batch(batch)
-            if not self._within(peak):
-                return peak
         accumulator.open([batch])
         held = self._held(batch)
         with self._process.growth, record(self._device, shapes=self._shapes) as recording:
@@ -286,23 +283,6 @@ class Bench:
         peak = sum(held.values()) + trace.peak
         self._process.step_peaked(peak)
         return peak
-
-    def _first_micro_batch(self, batch: Any) -> int:
-        """Runs what a window begins with, no gradients there yet, and tells the peak that there will be beside them.
-
-        On several threads MKL adds up a gradient's parts in a buffer for each, where there is room, and keeps those.
-        The first micro-batch has the room of all gradients more than the next, which then lacks what was kept.
-        """
-        accumulator = self._accumulator
-        accumulator.open([batch])
-        held = self._held(batch)
-        with self._process.growth, record(self._device) as recording:
-            accumulator.run([batch])
-        accumulator.discard()
-        peak = sum(held.values()) + recording.trace.peak
-        self._process.step_begins(held.get("batch", 0))
-        self._process.step_peaked(peak, self._gradients())
-        return peak + self._gradients()
 
     def _window(self, batch: Any) -> None:
         accumulator = self._accumulator
@@ -385,6 +365,10 @@ class Bench:
         if self._listener is not None:
             self._listener(trial)
         return trial
+
+
+def _held_by(accumulator: Accumulator) -> Callable[[], int]:
+    return lambda: resident_bytes(accumulator.model, accumulator.optimizer)
 
 
 def age(optimizer: torch.optim.Optimizer) -> None:

@@ -33,6 +33,7 @@ from tests.benchmarks.measure import median, table, write
 
 FINDERS = ("true", "autoaccum", "lightning power", "lightning binsearch", "accelerate")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+MOST_SECONDS = 180  # ten times what the slowest that ends takes
 CEILING = 1024  # where Accelerate starts, and the most that anyone may try
 
 
@@ -306,10 +307,13 @@ def run_survival(case: Case, size: int, windows: int = 10) -> dict[str, Any]:
 
 def child(*arguments: str) -> dict[str, Any]:
     """Runs this file in a fresh process; {"error": ...} where it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.peers", "--child", *arguments], capture_output=True, text=True,
-        env={"OMP_NUM_THREADS": "1", **os.environ, **MALLOC}, check=False, timeout=1200,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.benchmarks.peers", "--child", *arguments], capture_output=True, text=True,
+            env={"OMP_NUM_THREADS": "1", **os.environ, **MALLOC}, check=False, timeout=MOST_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer in {MOST_SECONDS} s"}
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]}
