@@ -170,7 +170,6 @@ def test_a_probe_in_a_child_prints_the_same_for_people_and_writes_nothing_else_t
         (("train.py:build", "--memory", "4KiB", "--no-cache"), 3),
         (("train.py:build", "--device", "cuda:99"), 4),
         (("train.py:build", "--optimizer", "nonsense"), 2),
-        (("train.py:build", "--save-plan", "plan.json"), 2),
         (("train.py:nothing",), 2),
         (("train.py:fails",), 1),
         (("train.py:ends",), 1),
@@ -217,7 +216,6 @@ def test_a_child_that_is_killed_outside_of_a_trial_is_an_error_that_says_so(fold
 @pytest.mark.parametrize(
     ("words", "child"),
     [
-        (("train.py:there",), True),
         (("train.py:here",), False),  # TARGET's own key counts where the command line does not say
         (("train.py:here", "--isolate"), True),
         (("train.py:there", "--no-isolate"), False),

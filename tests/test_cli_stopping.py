@@ -100,9 +100,10 @@ def test_without_a_folder_a_signal_ends_at_once_since_there_is_nothing_to_save(f
         if "target" in line:
             break
     time.sleep(2.0)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143, err
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert out == ""
 
 
 def test_what_could_not_be_saved_makes_the_exit_code_5(folder):

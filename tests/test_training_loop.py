@@ -1,5 +1,7 @@
 """The loop: windows in, records out; epochs, steps, evaluation, what is skipped, and how it ends early."""
 
+import gc
+import multiprocessing
 import signal
 import time
 import warnings
@@ -55,6 +57,23 @@ def test_nothing_but_iteration_trains_and_leaving_goes_on_later():
     whole.run()
     assert [record.step for record in (*first, *rest)] == list(range(1, 9))
     assert torch.equal(loop.model[0].weight, whole.model[0].weight)
+
+
+@pytest.mark.parametrize("windows", [1, 8])
+def test_a_loaders_workers_end_with_the_loop(windows):
+    """Without Python's collector, which would find their queues first, and wait five seconds for each worker."""
+    loader = DataLoader(TensorDataset(X, Y), batch_size=4, num_workers=1, persistent_workers=True)
+    gc.collect()
+    gc.disable()
+    try:
+        loop = prepared(data=loader, micro_batch=None, memory="1MiB", epochs=2)
+        records = [record for _, record in zip(range(windows), loop)]
+        assert multiprocessing.active_children()
+        del loop
+        assert len(records) == windows
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_an_iterator_that_was_left_and_kept_gives_way_to_the_next():

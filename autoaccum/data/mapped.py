@@ -31,7 +31,7 @@ from autoaccum.data.pool import Pool, spread
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 
-__all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "rebuilt"]
+__all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "rebuilt", "samples_from"]
 
 
 class MapSource(IndexedSource):
@@ -50,7 +50,7 @@ class MapSource(IndexedSource):
     ) -> None:
         super().__init__(length_of(dataset), loader, **common)
         self._fetcher, self._dataset, self._collate = Fetcher(dataset, collate), dataset, collate
-        self._pool = Pool(self._samples_from, dataset)
+        self._pool = Pool(samples_from(self._fetcher, self._sampler, self._rows), dataset)
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         self._workers: _Workers | None = None
         if loader is not None and loader.num_workers:
@@ -70,10 +70,6 @@ class MapSource(IndexedSource):
     def _collated(self, samples: list[Any]) -> Any:
         return self._fetcher.collated(samples)
 
-    def _samples_from(self, start: int) -> Iterator[Any]:
-        candidates = possible_indices(self._sampler, self._rows)
-        return (self._fetcher.samples([candidates[number]])[0] for number in spread(len(candidates), start))
-
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
         self._pool.close()
         schedule = _Schedule(order, cutter, position, self.by_length)
@@ -91,6 +87,16 @@ class MapSource(IndexedSource):
             return tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch
         batches, padding = self._fetcher.window(ask)
         return [tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch for batch in batches], padding
+
+
+def samples_from(fetcher: Fetcher, sampler: Any, rows: int | None) -> Callable[[int], Iterator[Any]]:
+    """Samples from a number on; no method, which would hold its source and so the workers in a circle (`_Workers`)."""
+
+    def samples(start: int) -> Iterator[Any]:
+        candidates = possible_indices(sampler, rows)
+        return (fetcher.samples([candidates[number]])[0] for number in spread(len(candidates), start))
+
+    return samples
 
 
 class _Entry(NamedTuple):
@@ -163,17 +169,23 @@ class _Workers:
         asks = self._asks
         asks.begin(schedule, base)
         batches: Iterator[Any] | None = None
-        while entry := asks.due():
-            wanted = schedule.recut(entry)
-            if wanted is not entry:
-                asks.again()
-                batches, entry = None, wanted
-            if batches is None and entry.asked:
-                self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
-                batches = iter(self._loader)
-            fetched = [_fetched(batches) for _ in range(entry.asked)] if batches is not None else []
-            asks.done()
-            yield entry.read(fetched)
+        try:
+            while entry := asks.due():
+                wanted = schedule.recut(entry)
+                if wanted is not entry:
+                    asks.again()
+                    batches, entry = None, wanted
+                if batches is None and entry.asked:
+                    self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
+                    batches = iter(self._loader)
+                fetched = [_fetched(batches) for _ in range(entry.asked)] if batches is not None else []
+                asks.done()
+                yield entry.read(fetched)
+        finally:
+            # Nothing may hold the workers in a circle or a traceback: those that Python's collector finds, after the
+            # queues they listen to, end only when they look up, every five seconds.
+            del batches
+            asks.end()
 
 
 class _Asks:
@@ -185,6 +197,12 @@ class _Asks:
 
     def begin(self, schedule: _Schedule, base: int) -> None:
         self._schedule, self._base = schedule, base
+        self._due.clear()
+        self._unasked.clear()
+
+    def end(self) -> None:
+        """Lets go of the schedule, which knows the source."""
+        del self._schedule
         self._due.clear()
         self._unasked.clear()
 
@@ -220,6 +238,7 @@ def _fetched(batches: Iterator[Any]) -> Any:
     except (RuntimeError, OSError, EOFError) as error:  # what the dataset raised comes as a Failure, not this way
         raise dead_worker(error) from error
     if isinstance(batch, Failure):
+        del batches
         batch.raise_here()
     return batch
 

@@ -21,7 +21,7 @@ from autoaccum.data import tree
 from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.mapped import rebuilt
+from autoaccum.data.mapped import rebuilt, samples_from
 from autoaccum.data.orders import length_of, possible_indices, undistributed
 from autoaccum.data.pool import KEPT_BYTES, Pool, spread
 from autoaccum.data.stream import Reader, StreamSource, reads_once
@@ -55,7 +55,8 @@ class BatchSource(StreamSource):
         self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
         self._told_epochs = [loader, dataset, *self._samplers]
         of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
-        self._pool = Pool(self._samples_from, dataset) if of_samples else None
+        samples = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
+        self._pool = Pool(samples, dataset) if of_samples else None
         self._looked_at: list[Any] = []
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Any]:
@@ -122,13 +123,6 @@ class BatchSource(StreamSource):
 
     def _collated(self, samples: list[Any]) -> Any:
         return self._fetcher.collated(samples)
-
-    def _samples_from(self, start: int) -> Iterator[Any]:
-        indices = possible_indices(self._inner_sampler(), length_of(self._loader.dataset))
-        return (self._fetcher.samples([indices[number]])[0] for number in spread(len(indices), start))
-
-    def _inner_sampler(self) -> Any:
-        return getattr(self._loader.batch_sampler, "sampler", None) or self._loader.sampler
 
     def _some_batches(self, size: int) -> list[Any]:
         """A few ready batches, and more until they have `size` samples."""

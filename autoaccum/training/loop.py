@@ -117,7 +117,7 @@ class TrainingLoop:
             self._events,
             regrow_after,
             objective=None if evaluator is None else evaluator.objective,
-            indices=lambda window: indices_of(window, source, self.plan),
+            indices=lambda window: indices_of(window, source, accumulator.plan),
             wants_checkpoint=(lambda: False) if folder is None else folder.overdue,
         )
         if self.plan.by_length:
