@@ -29,10 +29,10 @@ SPACE = {
 
 
 def digits() -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """1,797 grey images of 8 by 8 pixels; every fifth is held out."""
+    """1,797 grey images of 8 by 8 pixels; every second is held out: among few, luck would choose between settings."""
     images, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
-    held_out = torch.arange(len(y)) % 5 == 0
+    held_out = torch.arange(len(y)) % 2 == 0
     return (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
 
 
@@ -64,6 +64,7 @@ def setup(width: int = 16, weight_decay: float = 1e-3) -> dict[str, object]:
         "lr_batch": 64,
         "target_batch": 64,
         "epochs": 9,
+        "schedule": "cosine",  # to a rate of 0, so that the last step's own noise is not what is compared
         "val_data": held_out,
         "metrics": {"accuracy": accuracy},
         "device": "cpu",  # so small a net gains nothing on a GPU

@@ -62,15 +62,14 @@ class ProcessNeeds:
         """Bytes that PyTorch may have in use under a `limit` in bytes, by what the steps so far showed."""
         if self.growth.bytes is None:
             return limit
-        unknown = UNKNOWN if torch.get_num_threads() == 1 else UNKNOWN_BY_THREADS
-        return int(limit * (1.0 - unknown)) - self._needs - self._more()
+        return int(limit * (1.0 - _unknown())) - self._needs - self._more()
 
     @property
     def reason(self) -> str:
         """Why that is less than the limit, as the end of a sentence."""
         return (
-            f"the process was measured to need {format_bytes(self._needs)} more than PyTorch counts, and "
-            f"{format_bytes(self._more())} more with another size"
+            f"the process was measured to need {format_bytes(self._needs)} more than PyTorch counts, "
+            f"{format_bytes(self._more())} more with another size, and {_unknown():.0%} is kept for what is not known"
         )
 
     def within(self, limit: int) -> bool:
@@ -89,3 +88,7 @@ class ProcessNeeds:
     def _at_rest(self) -> int:
         """Bytes beyond PyTorch's count that the process has between two steps, above where it stood at first."""
         return (self.growth.now() or 0) - (self._held() - self._held_at_start)
+
+
+def _unknown() -> float:
+    return UNKNOWN if torch.get_num_threads() == 1 else UNKNOWN_BY_THREADS

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -78,7 +78,9 @@ class Bench:
         self._dense: list[torch.nn.Parameter] | None = None  # those that get a gradient: known after one step
         self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
         self._unused: list[torch.nn.Parameter] = []  # without a gradient in that step
-        self._process = ProcessNeeds(growth or ProcessGrowth(budget.kind), _held_by(accumulator))
+        self._process = ProcessNeeds(
+            growth or ProcessGrowth(budget.kind), partial(resident_bytes, accumulator.model, accumulator.optimizer)
+        )
         self._copies: list[torch.Tensor] = []
         modules = accumulator.model.modules()
         self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
@@ -118,7 +120,7 @@ class Bench:
 
     def held(self) -> int:
         """Bytes that the training holds between two steps."""
-        return _held_by(self._accumulator)()
+        return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
 
     @property
     def fixed(self) -> int:
@@ -365,10 +367,6 @@ class Bench:
         if self._listener is not None:
             self._listener(trial)
         return trial
-
-
-def _held_by(accumulator: Accumulator) -> Callable[[], int]:
-    return lambda: resident_bytes(accumulator.model, accumulator.optimizer)
 
 
 def age(optimizer: torch.optim.Optimizer) -> None:
