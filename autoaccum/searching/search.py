@@ -72,7 +72,7 @@ def search(
             postgresql://user@host/name, grpc://host:port.
         study_name: None: after the setup.
         sampler: None ("tpe"), "random", "gp", "cmaes", "qmc" or a sampler of Optuna's.
-        pruner: "once" (at a ninth of the budget the best third goes on), "hyperband", "halving", "median", "none"
+        pruner: "once" (at a ninth of the budget the best quarter goes on), "hyperband", "halving", "median", "none"
             or a pruner of Optuna's.
         budget: samples that a trial trains on, or a time such as "90s"; None: what the setup's epochs come to.
         workers: processes on this machine, or "gpus" for one a GPU. With 1, trials run in this process.
