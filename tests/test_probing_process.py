@@ -15,6 +15,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux coun
 
 LIBC = ctypes.CDLL(None)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+# (out-of-memory errors, the limit's proof): what little more than a size that ran may fit is not run.
+NOT_SUFFERED = ((0, "forecast"), (0, None))
 SETUP = """
     import json, resource, torch
     from torch import nn
@@ -62,14 +64,15 @@ def test_what_is_found_trains_on_and_little_more_would_not_fit(threads):
     found = child(
         "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
         "[window(report.micro_batch) for _ in range(3)]",
-        "reason = report.budget_reason",
-        "print(json.dumps([report.micro_batch, report.out_of_memory_count, report.limit_proof, reason]))",
+        "reason, notes = report.budget_reason, report.notes",
+        "print(json.dumps([report.micro_batch, report.out_of_memory_count, report.limit_proof, reason, notes]))",
         threads=threads,
     )
     assert found is not None, "the size found must train in the process that found it"
-    size, out_of_memory, proof, reason = found
-    assert (out_of_memory, proof) == (0, "forecast")
+    size, out_of_memory, proof, reason, notes = found
+    assert (out_of_memory, proof) in NOT_SUFFERED
     assert "more than PyTorch counts" in reason
+    assert not any("MALLOC" in note for note in notes), "the environment has decided"
     assert child(f"window({size}); window({size}); print('true')", threads=threads)
     larger = int(1.12 * size)
     assert child(f"window({larger}); window({larger}); print('true')", threads=threads) is None
@@ -87,11 +90,6 @@ def test_where_malloc_would_keep_what_is_freed_it_is_told_not_to_and_the_report_
     assert out_of_memory == 0
     assert any("MALLOC_MMAP_THRESHOLD_=65536" in note for note in notes)
     assert child(f"window({size}); window({size}); print('true')")
-    left_alone = child(
-        "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, max_batch=9, device='cpu')",
-        "print(json.dumps(report.notes))",
-    )
-    assert not any("MALLOC" in note for note in left_alone), "the environment has decided"
 
 
 def test_what_the_first_forward_starts_counts():
@@ -107,7 +105,7 @@ def test_what_the_first_forward_starts_counts():
         "report = autoaccum.probe(model, (x, y), loss=loss, optimizer=optimizer, device='cpu', cache=False)",
         "print(json.dumps([report.out_of_memory_count, report.limit_proof]))",
     )
-    assert found == [0, "forecast"]
+    assert tuple(found) in NOT_SUFFERED
 
 
 def test_a_peak_too_short_to_be_looked_at_is_measured_to_the_page():
