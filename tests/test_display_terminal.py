@@ -118,6 +118,8 @@ def test_a_report_shows_answer_proof_budget_and_error():
         ({"limit": None, "limit_proof": None}, "not looked for"),
         ({"limit": 113, "limit_proof": "out of memory"}, "the next larger size ran out of memory"),
         ({"limit": 113, "limit_proof": "cap"}, "nothing larger was allowed or looked for"),
+        ({"limit": 113, "limit_proof": None}, "the little more"),
+        ({"limit": 113, "limit_proof": None, "trials": [{**trial(120), "outcome": "over budget"}]}, "larger ones did"),
         ({"limit": 999, "limit_proof": "forecast"}, "at 1000 the forecast is over the budget"),
         ({"trials": [], "parts": {}, "curve": [], "residual": None}, "880.0 MiB"),
         ({"trials": [{**trial(8), "peak_bytes": None, "outcome": "killed"}], "out_of_memory_count": 1}, "killed"),

@@ -74,6 +74,8 @@ def _decide(precision: str, device: torch.device) -> tuple[str, str]:
         return precision, f"{precision}: as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", f"bf16 autocast: {torch.cuda.get_device_name(device)} computes it natively"
+    if device.type == "cpu":  # some multiply bfloat16 themselves, most would be slower
+        return "fp32", 'fp32: a CPU takes bf16 where it is asked for, precision="bf16"'
     return "fp32", f"fp32: {device.type} has no native bf16 that would be faster"
 
 
