@@ -20,7 +20,7 @@ REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
 # Where "once" looks, in parts of the budget. Among good settings a later value says little more about the last one than
 # an early one does, and every look gives up some that would have won: so there is one look, and an early one, where
 # fewer need to be given up for the same saving. One in so many goes on; as a sampler that learns draws better
-# and better ones, about half of a whole search do.
+# and better ones, about two in five of a whole search do.
 EARLY, BEST = 1 / 9, 4
 FIRST_RUNG, LAST_RUNG = 0.18, 0.60  # of the budget: Hyperband's
 

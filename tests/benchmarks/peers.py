@@ -35,7 +35,7 @@ from tests.benchmarks.measure import median, table, write
 
 FINDERS = ("true", "autoaccum", "lightning power", "lightning binsearch", "accelerate")
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
-MOST_SECONDS = 180  # ten times what the slowest that ends takes
+MOST_SECONDS = 180  # several times what the slowest that ends takes
 CLOSE, ROUNDS = 2.0, 7  # times our time within which a finder is run so many times, the median run counting
 CEILING = 1024  # where Accelerate starts, and the most that anyone may try
 
