@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 
-.PHONY: help demo test test-postgres lint gpu bench bench-peers conformance torture clean
+.PHONY: help demo test test-slow test-postgres lint gpu bench bench-peers conformance torture clean
 
 help:
 	@echo "make demo         install, then train a real model under a memory budget that its batch does not fit in"
-	@echo "make test         install, then run the tests"
+	@echo "make test         install, then run the tests, but for the slow ones"
+	@echo "make test-slow    the slow ones"
 	@echo "make test-postgres  the search against a PostgreSQL server of its own (says what is missing)"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the loop's overhead against a loop by hand, and the command line's start"
@@ -36,7 +37,11 @@ demo: $(SETUP)
 
 # One thread in each process: threads that outnumber the cores wait for each other at every operator.
 test: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(JOBS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow" --numprocesses $(JOBS) --dist worksteal
+
+# What takes long and rarely breaks: real kills, long searches, processes by the dozen. CI runs both tiers.
+test-slow: $(SETUP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m slow --numprocesses $(JOBS) --dist worksteal
 
 # Installs no server and no driver: says what is missing.
 test-postgres: $(SETUP)
