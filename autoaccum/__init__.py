@@ -16,6 +16,7 @@ from autoaccum import errors
 
 if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe, verify
+    from autoaccum.loss.mean import Mean
     from autoaccum.planning.plan import Plan, plan
     from autoaccum.probing.outcome import Trial
     from autoaccum.probing.report import ProbeReport
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from autoaccum.searching.search import search
     from autoaccum.training.loop import FitResult, TrainingLoop
     from autoaccum.window.accumulate import Accumulator
-    from autoaccum.window.loss import Mean
     from autoaccum.window.record import StepRecord
     from autoaccum.window.verify import VerifyReport
 
@@ -32,7 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Accumulator": "autoaccum.window.accumulate",
     "FitResult": "autoaccum.training.loop",
-    "Mean": "autoaccum.window.loss",
+    "Mean": "autoaccum.loss.mean",
     "Plan": "autoaccum.planning.plan",
     "ProbeReport": "autoaccum.probing.report",
     "SearchResult": "autoaccum.searching.result",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from autoaccum.assembly import Parts, assemble, share_model
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
+from autoaccum.loss.mean import Mean
 from autoaccum.memory.forecast import Forecast
 from autoaccum.pipeline import (
     Isolation,
@@ -49,7 +50,6 @@ from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.ladder import RUNGS
-from autoaccum.window.loss import Mean
 from autoaccum.window.verify import VerifyReport
 
 __all__ = ["fit", "plan", "prepare", "probe", "verify"]

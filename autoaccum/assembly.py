@@ -17,15 +17,15 @@ from autoaccum.checks import check_seed, one_of
 from autoaccum.data import tree
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks, here, join
 from autoaccum.window.compiled import Compiled
 from autoaccum.window.forward import OwnStatistics
 from autoaccum.window.ladder import installed, obstacle
-from autoaccum.window.loss import Objective
 from autoaccum.window.optimizer import build_optimizer, check_model
 from autoaccum.window.precision import Precision
-from autoaccum.window.snapshot import RandomState
 
 __all__ = ["Parts", "assemble", "share_model"]
 

@@ -15,6 +15,7 @@ from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
 from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
 from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
+from autoaccum.loss.counting import holds_indices
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
@@ -33,7 +34,6 @@ from autoaccum.training.state import gathered
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.compiled import Compiled
-from autoaccum.window.counting import holds_indices
 from autoaccum.window.ladder import RUNGS, obstacle
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.padding import padding_error

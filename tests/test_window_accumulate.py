@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError
+from autoaccum.loss.mean import Mean
+from autoaccum.loss.objective import Objective
 from autoaccum.planning.plan import plan
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.loss import Mean, Objective
 
 
 def net(seed=0):

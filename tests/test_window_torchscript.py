@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
+from autoaccum.loss.diagnosis import Cause
 from autoaccum.window.determinism import Determinism
-from autoaccum.window.diagnosis import Cause
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.snapshot import Snapshot
 from autoaccum.window.torchscript import layer_class

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from autoaccum.errors import DataError, LossError
+from autoaccum.loss.diagnosis import Cause
+from autoaccum.loss.objective import Objective
 from autoaccum.window import verify as verify_module
-from autoaccum.window.diagnosis import Cause
 from autoaccum.window.ledger import Ledger
-from autoaccum.window.loss import Objective
 from autoaccum.window.verify import VerifyReport, verify_gradient
 from tests.verify_cases import (
     FAULTS,

@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.window.diagnosis import Cause
-from autoaccum.window.loss import Mean
+from autoaccum.loss.diagnosis import Cause
+from autoaccum.loss.mean import Mean
 
 
 def mlp(classes=5):

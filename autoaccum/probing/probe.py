@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
@@ -26,7 +27,6 @@ from autoaccum.probing.trial import Bench, Counted
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
-from autoaccum.window.loss import Objective
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.optimizer import trained_parameters
 from autoaccum.window.snapshot import Snapshot

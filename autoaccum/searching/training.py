@@ -22,12 +22,12 @@ from autoaccum.assembly import Parts, assemble
 from autoaccum.errors import LossError, NothingFitsError, PlanError, SetupError
 from autoaccum.pipeline import planned
 from autoaccum.planning.plan import Plan
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
 from autoaccum.searching.limits import Limits, forecast_bytes
 from autoaccum.searching.terms import TRAIN_LOSS, Terms, check_metric, check_target, steps_for
 from autoaccum.training.events import EpochEnded, Event
 from autoaccum.units import format_bytes
-from autoaccum.window.snapshot import RandomState
 
 __all__ = ["Diverged", "Finished", "Infeasible", "Pruned", "Refused", "Trainer"]
 

@@ -7,8 +7,8 @@ import torch
 
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError
+from autoaccum.loss.objective import Objective
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.loss import Objective
 
 __all__ = ["culprits", "listed", "named"]
 

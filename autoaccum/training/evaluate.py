@@ -21,12 +21,13 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.data.windows import evaluation_windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError
+from autoaccum.loss.mean import Mean, Sum
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.training.generators import Generators
-from autoaccum.window.loss import Mean, Objective, Sum
 from autoaccum.window.precision import Precision
 
 __all__ = ["Evaluator"]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from autoaccum.data import tree
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, DataError, LossError
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
@@ -30,7 +31,6 @@ from autoaccum.training.generators import Generators
 from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
-from autoaccum.window.loss import Objective
 from autoaccum.window.record import StepRecord
 
 __all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]

@@ -22,6 +22,8 @@ from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
 from autoaccum.data.structure import alike, children
 from autoaccum.errors import LossError, SetupError
+from autoaccum.loss.mean import Mean
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
@@ -29,7 +31,6 @@ from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
-from autoaccum.window.loss import Mean, Objective
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm

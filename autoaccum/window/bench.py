@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
+from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.counting import holds_indices
 from autoaccum.window.determinism import Determinism
-from autoaccum.window.loss import Objective
 from autoaccum.window.optimizer import optimizer_parameters, trained_parameters
 from autoaccum.window.snapshot import Snapshot
 

@@ -28,9 +28,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.random_state import RandomState
 from autoaccum.window.engine import run_engine
 from autoaccum.window.noise import SampleNoise
-from autoaccum.window.snapshot import Attributes, RandomState
+from autoaccum.window.snapshot import Attributes
 from autoaccum.window.torchscript import layer_class
 
 __all__ = ["Determinism"]

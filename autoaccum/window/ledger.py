@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from autoaccum.errors import LossError
+from autoaccum.loss.mean import Mean
 from autoaccum.ranks import Ranks
-from autoaccum.window.loss import Mean
 
 __all__ = ["Ledger", "Parts"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from autoaccum.data import tree
-from autoaccum.window.loss import Objective
+from autoaccum.loss.objective import Objective
+from autoaccum.random_state import RandomState
 from autoaccum.window.precision import Precision
-from autoaccum.window.snapshot import RandomState
 
 __all__ = ["padding_error"]
 

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError
+from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.diagnosis import Cause, Diagnosis, Evidence, Rows, diagnose, ragged
+from autoaccum.loss.objective import Objective
 from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed, counted_labels
-from autoaccum.window.counting import holds_indices
-from autoaccum.window.diagnosis import Cause, Diagnosis, Evidence, Rows, diagnose, ragged
-from autoaccum.window.loss import Objective
 from autoaccum.window.precision import Precision
 
 __all__ = ["VERIFIED_SAMPLES", "VerifyReport", "verify_gradient"]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError, SetupError
-from autoaccum.window.call import TARGET_KEYS, arrange, targets_in
-from autoaccum.window.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices
-from autoaccum.window.heads import Head
-from autoaccum.window.torch_losses import TorchLoss
+from autoaccum.loss.call import TARGET_KEYS, arrange, targets_in
+from autoaccum.loss.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices
+from autoaccum.loss.heads import Head
+from autoaccum.loss.torch_losses import TorchLoss
 
 __all__ = ["Reduction", "name_of"]
 

@@ -1,9 +1,7 @@
-"""The loss of a micro-batch, kept as numerator and denominator, so that a window can add it up exactly.
+"""What is minimised: how a batch becomes a loss, and what that loss was divided by.
 
-Loss = Σ numerators / Σ denominators, over the window and all ranks. The objective says what a batch's denominators
-are, before the model has run where that can be known, and runs the model and the loss. Where only a mean is at hand
-(torch's losses, a model's own loss) it enters as mean × (its denominator / the sum of all): no raw sum is formed, which
-could overflow in half precision, and a mean over nothing (NaN) never enters at all.
+The objective says what a batch's denominators are, before the model has run where that can be known, and runs the
+model and the loss.
 
 A loss with reduction="sum" is a term that is added up and never divided. One with reduction="none" is taken as the
 mean of its elements, as `.mean()` by hand would give; with a declared denominator, as their sum over that.
@@ -19,124 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.window.call import arrange, returned_loss, scalar, targets_in
-from autoaccum.window.counting import as_denominator, holds_indices
-from autoaccum.window.heads import measure
-from autoaccum.window.reduction import Reduction, name_of
+from autoaccum.loss.call import arrange, returned_loss, scalar, targets_in
+from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.heads import measure
+from autoaccum.loss.mean import Mean, Sum
+from autoaccum.loss.reduction import Reduction, name_of
 
-__all__ = ["Mean", "Objective", "Sum"]
-
-
-class Mean:
-    """A mean kept as its two parts: what a step returns when it owns its denominator.
-
-    ```python
-    def step(model, batch):
-        losses = cross_entropy(model(batch["x"]), batch["y"], reduction="none")
-        return autoaccum.Mean((losses * batch["mask"]).sum(), batch["mask"].sum())
-    ```
-
-    Attributes:
-        denominator: a float, or a tensor of shape () where it lies on a device, which is then not waited for.
-    """
-
-    __slots__ = ("_mean", "_numerator", "denominator")
-
-    def __init__(self, numerator: Tensor | float, denominator: float | Tensor) -> None:
-        """Takes the parts.
-
-        Args:
-            numerator: the sum of the losses, one element.
-            denominator: what it is divided by, one element; 0 where nothing counts.
-
-        Raises:
-            LossError: a part that is not one number, or a denominator that is negative or not finite.
-        """
-        if not isinstance(numerator, Tensor):
-            numerator = torch.tensor(as_number(numerator), dtype=torch.float64)  # a metric's count; no graph
-        self._numerator: Tensor | None = scalar(numerator, "Mean(numerator, denominator)", graph=False)
-        self._mean: Tensor | None = None
-        self.denominator = _denominator(denominator)
-
-    @classmethod
-    def of(cls, mean: Tensor, denominator: float | Tensor) -> "Mean":
-        """Where only the mean is at hand, and what it was divided by."""
-        made = cls.__new__(cls)
-        made._mean, made._numerator, made.denominator = mean, None, _denominator(denominator)
-        return made
-
-    @property
-    def numerator(self) -> Tensor:
-        """The sum, shape (); with its graph."""
-        if self._numerator is not None:
-            return self._numerator
-        mean = self._graph()
-        if isinstance(self.denominator, float) and self.denominator == 0:
-            return mean.new_zeros(())
-        return (mean.float() if mean.dtype.itemsize == 2 else mean) * self.denominator
-
-    @property
-    def value(self) -> Tensor:
-        """The mean itself, shape (), detached; NaN where nothing counts."""
-        if self._mean is not None:
-            return self._mean.detach()
-        return self._graph().detach() / self.denominator
-
-    def part(self, total: float) -> tuple[Tensor, float]:
-        """(a tensor of shape (), what it is multiplied by) to be this part's share of a mean over `total`.
-
-        The factor is for the backward pass to begin with, which is cheaper than one more multiplication in the graph.
-        """
-        if self._mean is None:
-            return self._graph(), 1.0 / total
-        if isinstance(self.denominator, float):
-            return self._mean, self.denominator / total
-        share = torch.as_tensor(self.denominator / total)
-        return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
-
-    def _graph(self) -> Tensor:
-        tensor = self._mean if self._numerator is None else self._numerator
-        assert tensor is not None
-        return tensor
-
-    def __repr__(self) -> str:
-        return f"Mean(numerator={self.numerator!r}, denominator={self.denominator!r})"
-
-
-class Sum(Mean):
-    """A term that is added up and never divided; its denominator only says whether anything counts."""
-
-    __slots__ = ()
-
-    @property
-    def value(self) -> Tensor:
-        """The sum, shape (), detached."""
-        return self.numerator.detach()
-
-    def part(self, total: float) -> tuple[Tensor, float]:
-        """The sum itself."""
-        return self.numerator, 1.0
-
-
-def as_number(value: Any) -> float:
-    """A number that a Mean's numerator was given as.
-
-    Raises:
-        LossError: it is none.
-    """
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise LossError(
-            f"Mean got the numerator {value!r}, a {type(value).__name__}: give the sum of the losses, a tensor"
-        )
-    return float(value)
-
-
-def _denominator(value: Any) -> float | Tensor:
-    if isinstance(value, float) and 0 <= value < float("inf"):
-        return value
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type != "cpu":
-        return value.detach().reshape(())
-    return as_denominator(value, "Mean(numerator, denominator)")
+__all__ = ["Objective"]
 
 
 class Objective:

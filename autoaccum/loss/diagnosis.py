@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoaccum.window.counts import Count, countable
-from autoaccum.window.loss import Objective
+from autoaccum.loss.counts import Count, countable
+from autoaccum.loss.objective import Objective
 
 __all__ = ["Cause", "Diagnosis", "Evidence", "Rows", "diagnose", "ragged"]
 

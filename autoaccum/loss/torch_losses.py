@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autoaccum.errors import DataError, SetupError
-from autoaccum.window.counting import IGNORED, ClassWeights, elements, holds_indices, tokens
+from autoaccum.loss.counting import IGNORED, ClassWeights, elements, holds_indices, tokens
 
 __all__ = ["TorchLoss"]
 

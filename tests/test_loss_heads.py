@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.window.counting import tokens
-from autoaccum.window.heads import Head
-from autoaccum.window.loss import Objective
-from tests.test_window_loss import error
+from autoaccum.loss.counting import tokens
+from autoaccum.loss.heads import Head
+from autoaccum.loss.objective import Objective
+from tests.test_loss_objective import error
 
 VOCABULARY, B, T = 11, 9, 6
 CLASS_WEIGHTS = torch.linspace(0.2, 3, VOCABULARY, dtype=torch.float64)

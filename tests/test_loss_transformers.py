@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from autoaccum.window.counting import tokens
-from autoaccum.window.loss import Objective
-from tests.test_window_heads import B, T, batch, labels
-from tests.test_window_loss import accumulated, error
+from autoaccum.loss.counting import tokens
+from autoaccum.loss.objective import Objective
+from tests.test_loss_heads import B, T, batch, labels
+from tests.test_loss_objective import accumulated, error
 
 TINY = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 20}
 

@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn import functional
 
 from autoaccum.errors import DataError, LossError, SetupError
-from autoaccum.window.loss import Mean, Objective
-from tests.test_window_loss import WEIGHT, C, N, Net, T, X, classes, error, tensor
+from autoaccum.loss.mean import Mean
+from autoaccum.loss.objective import Objective
+from tests.test_loss_objective import WEIGHT, C, N, Net, T, X, classes, error, tensor
 
 
 def test_a_loss_that_is_not_torchs_is_taken_as_a_mean_over_samples():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autoaccum.errors import DataError, LossError
-from autoaccum.window.call import arrange, relabelled, returned_loss, scalar, targets_in
+from autoaccum.loss.call import arrange, relabelled, returned_loss, scalar, targets_in
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])

@@ -26,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.errors import LossError
-from autoaccum.window.call import relabelled, targets_in
-from autoaccum.window.counting import IGNORED, ClassWeights, tokens
-from autoaccum.window.snapshot import RandomState
+from autoaccum.loss.call import relabelled, targets_in
+from autoaccum.loss.counting import IGNORED, ClassWeights, tokens
+from autoaccum.random_state import RandomState
 
 __all__ = ["Head", "device_of", "measure"]
 

@@ -10,8 +10,9 @@ from torch.nn import functional
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError
-from autoaccum.window.loss import Mean, Objective, Sum
-from autoaccum.window.torch_losses import TorchLoss
+from autoaccum.loss.mean import Mean, Sum
+from autoaccum.loss.objective import Objective
+from autoaccum.loss.torch_losses import TorchLoss
 
 N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features
 SIZES = (4, 1, 3, 1)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError, LossError, SetupError
-from autoaccum.window.call import targets_in
-from autoaccum.window.counting import IGNORED, holds_indices
-from autoaccum.window.loss import Objective
+from autoaccum.loss.call import targets_in
+from autoaccum.loss.counting import IGNORED, holds_indices
+from autoaccum.loss.objective import Objective
 
 __all__ = ["Count", "countable"]
 

@@ -1,0 +1,1 @@
+"""A batch becomes a loss, and what that loss was divided by."""
