@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import autoaccum
-from autoaccum.searching.interrupts import Deferral, interruption_in
+from autoaccum.interrupts import Deferral, interruption_in
 from autoaccum.searching.journal import JournalLock
 from autoaccum.searching.study import OUTCOME
 from tests.search_setups import arguments, short, swallows_an_interruption

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import SetupError
+from autoaccum.interrupts import Deferral
 from autoaccum.searching.extra import load_optuna
-from autoaccum.searching.interrupts import Deferral
 
 __all__ = ["JournalLock", "broken_line", "open_journal"]
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from autoaccum.errors import SetupError
+from autoaccum.interrupts import Deferral, interruption_in
 from autoaccum.searching import group, weights
 from autoaccum.searching.extra import hushed, load_optuna, mark_infeasible, quiet, says_ended
-from autoaccum.searching.interrupts import Deferral, interruption_in
 from autoaccum.searching.job import Job, train_once
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
