@@ -16,6 +16,7 @@ from autoaccum import errors
 
 if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe, verify
+    from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
     from autoaccum.planning.plan import Plan, plan
     from autoaccum.probing.outcome import Trial
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Accumulator": "autoaccum.window.accumulate",
+    "Coupled": "autoaccum.loss.coupled",
     "FitResult": "autoaccum.training.loop",
     "Mean": "autoaccum.loss.mean",
     "Plan": "autoaccum.planning.plan",
@@ -50,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "Accumulator",
+    "Coupled",
     "FitResult",
     "Mean",
     "Plan",

@@ -123,6 +123,7 @@ def assemble(
     place = open_device(device if device is not None else _where(model, ranks))
     source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case)
     objective = Objective(model, loss=loss, step=step, reduction=reduction)
+    loss = objective.loss
     lazy = _is_lazy(model)
     if not lazy:
         check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)

@@ -19,6 +19,7 @@ from autoaccum.data import tree
 from autoaccum.errors import LossError
 from autoaccum.loss.call import arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.heads import measure
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.reduction import Reduction, name_of
@@ -31,7 +32,9 @@ class Objective:
 
     Attributes:
         model: what is called; may be replaced by a wrapper of itself.
-        loss, step: as the user gave them.
+        loss, step: as the user gave them; a loss module inside a Coupled step is the loss too.
+        coupled: the two halves of a loss that compares samples; None for one that is a mean.
+        shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
         names: the terms whose denominators are known from the batch, the same on every rank.
     """
 
@@ -54,14 +57,24 @@ class Objective:
         Raises:
             SetupError: settings that are unknown, or that contradict each other.
         """
-        self._reduction = Reduction(loss, step, reduction)
+        self.coupled = coupled_of(loss, step, reduction)
+        self.shared = Shared()
+        # By itself, as in validation, a batch's loss is one over its own samples, and weighs as many.
+        self._reduction = Reduction(loss, step, reduction if self.coupled is None else "sample_mean")
         self.model, self.loss, self.step = model, loss, step
+        if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
+            self.loss = step.loss  # trained and moved with the model
         self.names = self._reduction.names
         self._source = "the model" if loss is None else f"loss={name_of(loss)}"
 
     @property
     def reason(self) -> str:
         """One line: the denominator, and why it is that. Says more once measured."""
+        if self.coupled is not None:
+            return (
+                "compares the samples of a window, so it is computed once over all of them and divided by nothing: "
+                "each micro-batch runs forward twice; validation compares the samples of one micro-batch"
+            )
         return self._reduction.reason
 
     @property

@@ -19,7 +19,7 @@ from autoaccum.loss.torch_losses import TorchLoss
 
 __all__ = ["Reduction", "name_of"]
 
-_NAMED = ("auto", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
+_NAMED = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
 _CHOICES = f"choose {', '.join(map(repr, _NAMED))}, or declare f(batch) -> float"
 
 Counter = Callable[[Any], float]

@@ -24,6 +24,7 @@ from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.search import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.trial import Bench, Counted
+from autoaccum.ranks import here
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
@@ -31,6 +32,7 @@ from autoaccum.window.modes import TrainingMode
 from autoaccum.window.optimizer import trained_parameters
 from autoaccum.window.snapshot import Snapshot
 from autoaccum.window.torchscript import layer_class
+from autoaccum.window.two_passes import LossOutOfMemoryError
 
 __all__ = ["Question", "as_lines", "fastest", "run_probe"]
 
@@ -105,6 +107,7 @@ def run_probe(
                 )
             budget = _less_the_window(budget, source, device, question)
             journal = journal or Journal(None, "")
+            accumulator.rehearsed_samples = (question.share or 0) * here().size
             bench = Bench(accumulator, source, device, budget, journal, listener, growth, question.share)
             try:
                 report = _look(bench, source, device, question, floor, cache, journal)
@@ -115,6 +118,8 @@ def run_probe(
                     budget, before = left, bench.lower(left)
                     report = _look(bench, source, device, question, floor, cache, journal)
                     report = replace(report, notes=(*report.notes, _taken(before, left)))
+            except LossOutOfMemoryError:
+                raise
             except NothingFitsError as error:
                 raise _nothing_fits(bench, accumulator, device, budget, floor) from error
         finally:
@@ -436,8 +441,14 @@ def _nothing_fits(
     peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
     more = "a larger memory=" if budget.beyond is None else "more memory that is free"
     measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
+    compared = ""
+    if accumulator.compares:
+        compared = (
+            f". The loss compares all {accumulator.rehearsed_samples} samples of a window at once, and what it takes "
+            "for that no micro-batch lowers: a smaller target_batch does"
+        )
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
         f"the rest is what a step needs for its activations{measured}. What would help: {more}, "
-        "an optimizer with less state (SGD), smaller samples"
+        f"an optimizer with less state (SGD), smaller samples{compared}"
     )

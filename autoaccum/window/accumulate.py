@@ -36,6 +36,7 @@ from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_p
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sparse import SparseGradients, untouched_rows
+from autoaccum.window.two_passes import TwoPasses
 
 __all__ = ["Accumulator", "ignore"]
 
@@ -73,7 +74,9 @@ class Accumulator:
         """Prepares hooks and buffers; nothing is trained.
 
         A trace learns the phases through `on_phase`. One that `rehearses` leaves no window out for its loss: it is
-        there for the memory that a step takes.
+        there for the memory that a step takes. A loss that compares samples is then computed over
+        `rehearsed_samples`, as many as the window has whose micro-batch is tried. With `at_once` such a loss runs on
+        one graph, as the reference that its two passes are held against; the window must be one micro-batch.
 
         Args:
             model: what is trained, on `device` already.
@@ -122,6 +125,12 @@ class Accumulator:
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
         self.rehearses = False
+        self.rehearsed_samples = 0
+        self.at_once = False
+        self._two_passes: TwoPasses | None = None
+        if objective is not None and objective.coupled is not None:
+            self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
+            self._two_passes = TwoPasses(model, objective.coupled, objective.shared, self.precision, self.device)
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -199,6 +208,9 @@ class Accumulator:
         """Forward and backward of each micro-batch in turn, as the objective says."""
         ledger, objective, precision = self._running(), self._objective, self.precision
         assert objective is not None
+        if self._two_passes is not None and not self.at_once:
+            self._run_twice(self._two_passes, list(batches))
+            return
         for batch in batches:
             self.on_phase("batch")
             placed = batch if self._on_host else tree.move(batch, self.device)
@@ -207,6 +219,28 @@ class Accumulator:
             with precision.autocast(), nullcontext() if ledger.counts else torch.no_grad():
                 terms = objective.terms(placed, ledger.own)
             self._add(terms)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares the samples of a window, and each micro-batch runs forward twice."""
+        return self._two_passes is not None
+
+    def _run_twice(self, two_passes: TwoPasses, batches: Sequence[Any]) -> None:
+        ledger = self._running()
+        two_passes.rehearsed = self.rehearsed_samples
+
+        def again() -> None:
+            self._side.collect()  # what the loss has of its own has its gradient now
+            self._statistics.discard()
+            self._statistics.begin(len(batches))
+
+        def entered() -> None:
+            self._sparse.merge()
+            self._side.collect()
+            ledger.enter([])
+
+        loss = two_passes.run(batches, again=again, on_phase=self.on_phase, entered=entered)
+        ledger.add(loss)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()

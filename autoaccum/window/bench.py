@@ -6,8 +6,10 @@ bench is left, model and random generators are bit for bit as they were.
 """
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -147,10 +149,16 @@ class Bench:
         for _ in range(_FP16_ATTEMPTS):
             self._taken.gradient = None
             accumulator.open(batches)
+            order = cycle(pieces)  # a loss that compares samples runs them all twice
+
+            def begin(phase: str, order: Iterator[Sequence[int]] = order) -> None:
+                if phase == "batch":
+                    self.fixed.begin(next(order), seed=seed)
+
+            accumulator.on_phase = begin
+            accumulator.at_once = len(pieces) == 1
             try:
-                for rows, batch in zip(pieces, batches, strict=True):
-                    self.fixed.begin(rows, seed=seed)
-                    accumulator.run([batch])
+                accumulator.run(batches)
             except BaseException:
                 accumulator.discard()
                 raise
@@ -181,6 +189,24 @@ class Bench:
         if isinstance(found, str):
             raise PartFailed(f"{found} at {sizes}", raised=False)
         return found
+
+    def price_of_a_forward(self, pieces: Sequence[Sequence[int]]) -> float:
+        """The time of a window with one more forward for each micro-batch ÷ that of a plain one, measured in turn."""
+        plain, forward = [], []
+        batches = [tree.move(self.batch(rows), self._device) for rows in pieces]
+        for _ in range(3):
+            began = time.perf_counter()
+            self.window(pieces)
+            plain.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for rows, batch in zip(pieces, batches, strict=True):
+                self.fixed.begin(rows)
+                with torch.no_grad(), self._accumulator.precision.autocast():
+                    self.objective.forward(batch)
+            if self._device.type != "cpu":
+                torch.get_device_module(self._device).synchronize(self._device)
+            forward.append(time.perf_counter() - began)
+        return 1.0 + min(forward) / min(plain)
 
     def difference(self, gradient: Gradient, reference: Gradient) -> Difference:
         """Compares, a parameter at a time, where `gradient` lies."""

@@ -105,11 +105,14 @@ class Ledger:
         return [term.part(self.total_samples)]
 
     def enter(self, parts: Parts) -> None:
-        """Counts one micro-batch as done, with its part of the loss. What lies on a device is not waited for."""
+        """Counts one micro-batch as done, with its part of the loss."""
         for tensor, factor in parts:
-            value = tensor.item() if tensor.device.type == "cpu" else tensor.detach()
-            self._loss = self._loss + value * factor
+            self.add(tensor, factor)
         self.done += 1
+
+    def add(self, loss: Tensor, factor: float = 1.0) -> None:
+        """Adds to the window's loss. What lies on a device is not waited for."""
+        self._loss = self._loss + (loss.item() if loss.device.type == "cpu" else loss.detach()) * factor
 
     def close(self, ranks: Ranks) -> tuple[float, float]:
         """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts)."""

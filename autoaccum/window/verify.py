@@ -201,11 +201,43 @@ class _Examination:
             if split.error <= self._tolerance:
                 return self._passed(split)
             diagnosis = diagnose(bench.objective, evidence)
-            if diagnosis.cause == Cause.COUPLED and self._unfit is not None:
-                diagnosis = self._of_failure(self._unfit)
+            if diagnosis.cause == Cause.COUPLED:
+                diagnosis = self._of_failure(self._unfit) if self._unfit is not None else self._priced(diagnosis)
             return self._failed(split, diagnosis)
         except PartFailed as failure:
             return self._failed(split, self._of_failure(failure))
+
+    def _priced(self, diagnosis: Diagnosis) -> Diagnosis:
+        """Of a loss that compares samples: how it can be accumulated all the same, and what that costs here."""
+        objective = self._bench.objective
+        if objective.coupled is not None:  # then it is the model that mixes samples
+            return diagnosis
+        how = 'reduction="coupled"' if objective.loss is not None else "step=autoaccum.Coupled(encode, loss)"
+        return Diagnosis(
+            diagnosis.cause,
+            f"{diagnosis.text}.\nOr pass {how}: the loss is then computed over the whole window, exactly, and each "
+            f"micro-batch runs forward twice: {self._bench.price_of_a_forward(self._pieces):.1f} × the time of a plain "
+            "window here",
+        )
+
+    def _plain(self) -> str:
+        """What there is to say where a loss that is declared to compare samples turns out to be a mean over them."""
+        bench = self._bench
+        if bench.objective.coupled is None:
+            return ""
+        weighed: Gradient = [None] * len(self._reference)
+        for piece in self._pieces:  # a window of one micro-batch is the plain one
+            share = len(piece) / bench.samples
+            for place, own in enumerate(bench.part([piece])):
+                if own is not None:
+                    before = weighed[place]
+                    weighed[place] = own * share if before is None else before + own * share
+        if not self._compare(weighed).error <= self._tolerance:
+            return ""
+        return (
+            "\nthe loss compares no samples: it is a mean over them, so that the second forward is for nothing: take "
+            'the declaration away (reduction="sample_mean")'
+        )
 
     def _of_failure(self, failure: PartFailed) -> Diagnosis:
         """Of a part that could not be run, or has no finite loss."""
@@ -239,6 +271,7 @@ class _Examination:
         )
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
+        text += self._plain()
         if self._even():
             text += f"\n{_UNTRIED}"
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)

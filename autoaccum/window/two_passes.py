@@ -1,0 +1,198 @@
+"""A window whose loss compares samples: all micro-batches forward, the loss once over all of them, each forward again.
+
+The first pass runs without a graph and keeps the representations, which are small. The loss over them gives their
+gradient, and that of whatever it has of its own. The second pass runs each micro-batch again and sends its part of that
+gradient through: the gradient is the whole window's, at the memory of a micro-batch, for one more forward each.
+
+Both passes are the same forwards in the same order. Buffers and random generators return to where the first began, so
+that dropout, power iterations and BatchNorm's statistics do the second time what they did the first, and count once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.data import tree
+from autoaccum.errors import LossError, NothingFitsError
+from autoaccum.loss.call import scalar
+from autoaccum.loss.coupled import Coupled, Representations, Shared
+from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.random_state import RandomState
+from autoaccum.window.precision import Precision
+
+__all__ = ["LossOutOfMemoryError", "TwoPasses"]
+
+# By which a representation may differ the second time: kernels whose sums depend on chance differ by less, and another
+# dropout mask by more than all of this.
+_SAME = 0.02
+
+
+class LossOutOfMemoryError(NothingFitsError):
+    """Memory ran out in the loss over a whole window, so that no micro-batch is small enough."""
+
+
+class TwoPasses:
+    """Runs the micro-batches of one window after another.
+
+    Attributes:
+        rehearsed: samples of the window that a trial stands for, which runs one of its micro-batches alone; 0: none.
+    """
+
+    def __init__(
+        self, model: nn.Module, coupled: Coupled, shared: Shared, precision: Precision, device: torch.device
+    ) -> None:
+        """Keeps references only."""
+        self._model, self._coupled, self._shared = model, coupled, shared
+        self._precision, self._device = precision, device
+        self._compared = False  # whether a second pass was held against its first
+        self.rehearsed = 0
+
+    def run(
+        self,
+        batches: Sequence[Any],
+        *,
+        again: Callable[[], None],
+        on_phase: Callable[[str], None],
+        entered: Callable[[], None],
+    ) -> Tensor:
+        """Adds the window's gradient to the parameters'.
+
+        Args:
+            batches: the micro-batches, on the host.
+            again: called between the passes, when the buffers are as they were before the first.
+            on_phase: told of "batch", "forward" and "backward".
+            entered: called after each micro-batch's backward.
+
+        Returns:
+            The window's loss, shape (), detached.
+
+        Raises:
+            LossError: no scalar, no graph, or representations that are not one row a sample.
+            NothingFitsError: the loss itself ran out of memory, which smaller micro-batches do not help.
+        """
+        sizes = [tree.batch_size(batch) for batch in batches]
+        start = _Start(self._model, self._device)
+        kept = Representations(self._shared, max(sum(sizes), self.rehearsed))
+        for batch, size in zip(batches, sizes):
+            on_phase("batch")
+            placed = tree.move(batch, self._device)
+            on_phase("forward")
+            with torch.no_grad(), self._precision.autocast():
+                kept.enter(self._coupled.encode(self._model, placed), size)
+        kept.repeat()
+        loss = self._loss(kept, batches, sum(sizes), on_phase)
+        after = RandomState(self._device)
+        start.restore()
+        again()
+        first = 0
+        for batch, size in zip(batches, sizes):
+            self._second(batch, kept, slice(first, first + size), on_phase)
+            first += size
+            entered()
+        after.restore()
+        self._compared = True
+        return loss
+
+    def _loss(
+        self, kept: Representations, batches: Sequence[Any], samples: int, on_phase: Callable[[str], None]
+    ) -> Tensor:
+        """The loss over the window, whose gradient is then at the leaves and at what the loss has of its own."""
+        try:
+            whole = self._batch(batches, samples)
+            kept.leaves()
+            with self._precision.autocast():
+                loss = scalar(self._coupled.over(kept.whole(), whole), "the coupled loss")
+            on_phase("backward")
+            self._precision.forget_casts()
+            with self._precision.outside():
+                self._precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        except Exception as error:
+            if out_of_memory(error) is not Verdict.SURELY:
+                raise
+        raise LossOutOfMemoryError(
+            f"the loss itself ran out of memory over the {max(samples, self.rehearsed)} samples of a window, which "
+            "smaller micro-batches do not help: it compares all of them at once. Use a smaller target_batch, or "
+            "compute the loss in pieces that are checkpointed (torch.utils.checkpoint)"
+        )
+
+    def _batch(self, batches: Sequence[Any], samples: int) -> Any:
+        """The window's batch on the device, where the loss takes it."""
+        if not self._coupled.takes_batch:
+            return None
+        parts = [self._coupled.for_loss(batch) for batch in batches]
+        whole = tree.join(parts)
+        if self.rehearsed > samples:
+            whole = tree.repeat(whole, self.rehearsed)
+        return tree.move(whole, self._device)
+
+    def _second(self, batch: Any, kept: Representations, rows: slice, on_phase: Callable[[str], None]) -> None:
+        on_phase("batch")
+        placed = tree.move(batch, self._device)
+        on_phase("forward")
+        with self._precision.autocast():
+            outputs = self._coupled.encode(self._model, placed)
+        leaves = kept.leaves()
+        tensors, gradients = [], []
+        for path, tensor in tree.tensors(outputs):
+            leaf = leaves[path]
+            shared = kept.is_shared(path)
+            if not self._compared:
+                _compare(path, tensor.detach(), leaf.detach() if shared else leaf.detach()[rows])
+            if leaf.grad is None or not tensor.requires_grad or (shared and rows.start):
+                continue  # what all samples share has its gradient once, and not once a micro-batch
+            tensors.append(tensor)
+            gradients.append(leaf.grad if shared else leaf.grad[rows])
+        if not tensors:
+            if rows.start:
+                return
+            raise LossError(
+                "the coupled loss depends on nothing that encode computed with a graph, so nothing can be learned: "
+                "take away .detach() and no_grad on its way, and see that some parameter requires a gradient"
+            )
+        on_phase("backward")
+        self._precision.forget_casts()
+        with self._precision.outside():
+            torch.autograd.backward(tensors, gradients)
+
+
+class _Start:
+    """The model's buffers and all random generators before the first pass."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._owners = [module._buffers for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        self._entries = [dict(owner) for owner in self._owners]
+        self._saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        self._random = RandomState(device)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts them back."""
+        for owner, entries in zip(self._owners, self._entries):
+            owner.clear()
+            owner.update(entries)
+        for buffer, saved in self._saved:
+            buffer.copy_(saved)
+        self._random.restore()
+
+
+def _compare(path: str, again: Tensor, first: Tensor) -> None:
+    """Refuses an `encode` that gives something else the second time.
+
+    Raises:
+        LossError: it does.
+    """
+    same = again.shape == first.shape
+    if same and first.is_floating_point():
+        norm = torch.linalg.vector_norm(first.float())
+        same = not bool(torch.linalg.vector_norm(again.float() - first.float()) > _SAME * norm)
+    elif same:
+        same = torch.equal(again, first)
+    if not same:
+        raise LossError(
+            f"encode gave another {path or 'output'} when it ran a second time on the same micro-batch with the same "
+            "random numbers, so the loss's gradient does not belong to it: encode must depend on nothing that it "
+            "changes itself (counters, queues, generators of its own); update such things in a callback, or in the loss"
+        )
