@@ -1,11 +1,39 @@
 """Values that users give, refused in one way: the name, the value, and what to give instead."""
 
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from autoaccum.errors import PlanError, SetupError
 
-__all__ = ["check_counts", "check_kind", "check_seed", "check_switches", "listed", "one_of"]
+__all__ = ["check_counts", "check_kind", "check_seed", "check_switches", "listed", "one_of", "shown"]
+
+
+_SHOWN = 80  # characters of a value that a message repeats
+
+
+class _Beginning(reprlib.Repr):
+    """The beginning of a value's repr, however large, deep or broken the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _SHOWN
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write out an integer of more than some 4300 digits."""
+        if abs(x) < 10**40:
+            return repr(x)
+        return f"an integer of {x.bit_length()} bits"
+
+
+_BEGINNING = _Beginning()
+
+
+def shown(value: Any) -> str:
+    """A value for a message, in one line: its repr, of which at most the beginning stands."""
+    text = " ".join(_BEGINNING.repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def check_counts(**counts: Any) -> None:

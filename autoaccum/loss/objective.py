@@ -17,11 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.loss.call import arrange, returned_loss, scalar, targets_in
+from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.heads import measure
 from autoaccum.loss.mean import Mean, Sum
+from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
 from autoaccum.loss.reduction import Reduction, name_of
 
 __all__ = ["Objective"]
@@ -65,6 +66,7 @@ class Objective:
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
         self.names = self._reduction.names
+        self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the model" if loss is None else f"loss={name_of(loss)}"
 
     @property
@@ -179,21 +181,52 @@ class Objective:
         if self.step is not None:
             self.step(self.model, batch)
         else:
-            call = arrange(batch, apart=self.loss is not None)
-            self.model(*call.args, **call.kwargs)
+            self._outputs(self.model, arrange(batch, apart=self.loss is not None))
 
     def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Any, str, Any, Any]:
         """(loss, who returned it, outputs, targets)."""
         call = arrange(batch, apart=self.loss is not None)
-        outputs = model(*call.args, **call.kwargs)
+        outputs = self._outputs(model, call)
         if self.loss is None:
-            return returned_loss(outputs), self._source, outputs, call.targets
+            loss = returned_loss(outputs)
+            if loss is outputs and isinstance(loss, Tensor) and loss.numel() != 1:
+                raise LossError(
+                    f"the model returned a tensor of shape {tuple(loss.shape)} where its loss was expected: if these "
+                    "are its outputs, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss(); a model "
+                    "that returns its loss returns one number, so average it (loss.mean())"
+                )
+            return loss, self._source, outputs, call.targets
         torch_loss = self._reduction.torch
-        arguments = (outputs, call.targets) if torch_loss is None else torch_loss.arguments(outputs, call.targets)
-        loss = self.loss(*arguments)
+        loss = self._compared(outputs, call.targets)
         if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
             loss = loss.sum() if self._reduction.takes_sums else loss.mean()
         return loss, self._source, outputs, call.targets
+
+    def _outputs(self, model: nn.Module, call: Call) -> Any:
+        """What the model returns for this call; what it raises is explained where it can be."""
+        try:
+            return model(*call.args, **call.kwargs)
+        except Exception as error:
+            better = explain_model(error, model, call, apart=self.loss is not None)
+            if better is None:
+                raise
+            raise better from error
+
+    def _compared(self, outputs: Any, targets: Any) -> Any:
+        """What the loss gives for outputs and targets; what it raises is explained where it can be."""
+        assert self.loss is not None
+        torch_loss = self._reduction.torch
+        arguments = (outputs, targets) if torch_loss is None else torch_loss.arguments(outputs, targets)
+        if not self._classes_checked:
+            self._classes_checked = True  # once: on an accelerator it is a wait for the device
+            check_classes(outputs, targets, torch_loss)
+        try:
+            return self.loss(*arguments)
+        except Exception as error:
+            better = explain_loss(error, name_of(self.loss), outputs, targets, torch_loss)
+            if better is None:
+                raise
+            raise better from error
 
     def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
         loss = scalar(loss, source, graph=graph and denominator > 0)
@@ -206,9 +239,8 @@ class Objective:
     ) -> dict[str, Mean]:
         if denominators is None:
             return self._late_terms(result, batch, graph)
-        if not isinstance(result, Mapping):
-            result = {"loss": result}
-        elif len(result) == 1 and self.names == ("loss",):
+        result = _terms_in(result, self.names)
+        if len(result) == 1 and self.names == ("loss",):
             result = {"loss": next(iter(result.values()))}
         if set(result) != set(denominators):
             raise LossError(
@@ -234,8 +266,7 @@ class Objective:
 
     def _late_terms(self, result: Any, batch: Any, graph: bool) -> dict[str, Mean]:
         """One term at most: several whose denominators come late cannot share one gradient."""
-        if not isinstance(result, Mapping):
-            result = {"loss": result}
+        result = _terms_in(result)
         if len(result) != 1:
             raise LossError(
                 f"the step returned {len(result)} terms ({', '.join(map(repr, result))}) whose denominators are only "
@@ -249,6 +280,25 @@ class Objective:
         counts = isinstance(value.denominator, Tensor) or value.denominator > 0
         scalar(value.numerator, "the step's Mean", graph=graph and counts)
         return {name: value}
+
+
+def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:
+    """The terms of the loss in what a step returned, by name.
+
+    Beside "loss" a step may return what is no term: outputs, which are larger than one number, and figures without a
+    graph. What is called a loss is one, so that a term whose mean was forgotten is refused and not left out.
+    """
+    if not isinstance(result, Mapping):
+        return {"loss": result}
+    if "loss" not in result:
+        return result
+    return {name: value for name, value in result.items() if name in declared or _is_term(name, value)}
+
+
+def _is_term(name: Any, value: Any) -> bool:
+    if isinstance(value, Mean) or name == "loss":
+        return True
+    return isinstance(value, Tensor) and value.requires_grad and (value.numel() == 1 or "loss" in str(name))
 
 
 def _remedy(terms: Iterable[Any]) -> str:

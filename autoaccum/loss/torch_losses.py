@@ -123,6 +123,11 @@ class TorchLoss:
         return self._row.over == "classes"
 
     @property
+    def of_logits(self) -> bool:
+        """Whether it compares classes with outputs that have one figure a class, along dimension 1."""
+        return self.over_classes and self.plain and self._row.function is not None
+
+    @property
     def weights(self) -> Tensor | None:
         """The class weights, of a loss whose mean they enter."""
         weights = self._setting("weight", None) if self.over_classes else None

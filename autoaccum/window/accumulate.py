@@ -32,7 +32,7 @@ from autoaccum.window.batch_norm import PooledStatistics
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.optimizer import check_model, check_optimizer, optimizer_parameters
+from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sparse import SparseGradients, untouched_rows
@@ -122,6 +122,7 @@ class Accumulator:
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
         self.noise_scale = NoiseScale(model, self._parameters)
         self._ledger: Ledger | None = None
+        self._looked_at_backward = False
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
         self.rehearses = False
@@ -248,8 +249,12 @@ class Accumulator:
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()
+            first = None if self._looked_at_backward else FirstBackward(self.model, self.optimizer)
             with self.precision.outside():
                 self._backward(parts)
+            if first is not None:
+                first.check()
+                self._looked_at_backward = True
             self._sparse.merge()
             self._side.collect()
         if self.noise_scale.watches:

@@ -4,7 +4,7 @@ What cannot be trained by accumulating gradients is refused here, with the reaso
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,9 +13,17 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
+from autoaccum.checks import shown
 from autoaccum.errors import SetupError
 
-__all__ = ["build_optimizer", "check_model", "check_optimizer", "optimizer_parameters", "trained_parameters"]
+__all__ = [
+    "FirstBackward",
+    "build_optimizer",
+    "check_model",
+    "check_optimizer",
+    "optimizer_parameters",
+    "trained_parameters",
+]
 
 _NAMED = {
     name.lower(): kind
@@ -44,14 +52,30 @@ def build_optimizer(
             raise SetupError(f"lr={lr!r} was given beside an Optimizer instance, whose own rates count: give only one")
         made = optimizer
     elif isinstance(optimizer, (list, tuple, dict)):
-        raise SetupError(
-            f"{len(optimizer)} optimizers were given: autoaccum trains with one; "
-            "use parameter groups of a single optimizer, or the Accumulator once per optimizer"
-        )
+        raise SetupError(_several(optimizer))
     else:
         made = _make(optimizer, trained_parameters(model, loss), 1e-3 if lr is None else lr)
     check_optimizer(made, model, loss)
     return made
+
+
+def _several(optimizer: Any) -> str:
+    """Why a container of optimizers is refused, and what to give instead."""
+    one = "autoaccum trains with one optimizer, and a schedule for it is made by schedule=f(optimizer)"
+    if isinstance(optimizer, dict) and "optimizer" in optimizer:
+        return (
+            f"optimizer= is a dict with the keys {shown(list(optimizer))}, as configure_optimizers returns it: {one}, "
+            'so pass optimizer=d["optimizer"] and schedule=lambda optimizer: LRScheduler(optimizer, ...)'
+        )
+    if isinstance(optimizer, (list, tuple)) and len(optimizer) == 1 and isinstance(optimizer[0], Optimizer):
+        name = type(optimizer[0]).__name__
+        return f"optimizer= is a {type(optimizer).__name__} with one {name} in it: pass that itself, optimizer=opt"
+    if len(optimizer) == 2 and any(isinstance(part, (list, tuple)) for part in optimizer):
+        return f"optimizer= is a pair of lists, as configure_optimizers returns it: {one}; pass optimizer=opt"
+    return (
+        f"{len(optimizer)} optimizers were given: autoaccum trains with one; "
+        "use parameter groups of a single optimizer, or the Accumulator once per optimizer"
+    )
 
 
 def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Parameter], lr: float) -> Optimizer:
@@ -67,6 +91,13 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     _refuse_closure(factory)
     try:
         made = factory(parameters, lr=lr)
+    except TypeError as error:
+        if _can_be_called(factory, parameters, lr):
+            raise
+        raise SetupError(
+            f"optimizer={shown(optimizer)} cannot be called as f(params, lr=lr): {error}; give an optimizer's class, "
+            "or a function of these, such as lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)"
+        ) from error
     except ValueError as error:
         named = repr(optimizer) if isinstance(optimizer, str) else getattr(optimizer, "__name__", "its factory")
         raise SetupError(
@@ -76,6 +107,16 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     if not isinstance(made, Optimizer):
         raise SetupError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer")
     return made
+
+
+def _can_be_called(factory: Any, parameters: list[nn.Parameter], lr: float) -> bool:
+    try:
+        inspect.signature(factory).bind(parameters, lr=lr)
+    except TypeError:
+        return False
+    except ValueError:  # no signature to be had
+        return True
+    return True
 
 
 def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]:
@@ -132,10 +173,88 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) ->
             f"{foreign} of the optimizer's {len(held)} parameters are not the model's: it was made for another model "
             "or before the model was copied; make it from model.parameters()"
         )
+    _refuse_layout(optimizer, {id(parameter) for parameter in held}, _sparse_weights(model))
     if not any(parameter.requires_grad for parameter in held):
         raise SetupError(
             f"none of the optimizer's {len(held)} parameters requires a gradient: there is nothing to train"
         )
+
+
+# Of torch's optimizers these alone step a parameter whose gradient is sparse, and SparseAdam steps no other.
+_TAKES_SPARSE = ("SGD", "Adagrad", "SparseAdam")
+
+
+def _refuse_layout(optimizer: Optimizer, held: set[int], sparse: Mapping[int, str], dense: Iterable[str] = ()) -> None:
+    """Refuses one of torch's optimizers beside gradients of a layout that it cannot step, which it says at its step.
+
+    Args:
+        optimizer: others than torch's own may step anything.
+        held: the ids of its parameters.
+        sparse: names of parameters whose gradients are sparse, by id.
+        dense: names of parameters whose gradients are not.
+    """
+    kind = next((base.__name__ for base in type(optimizer).__mro__ if base in _NAMED.values()), None)
+    names = [name for own, name in sparse.items() if own in held]
+    if kind is not None and kind not in _TAKES_SPARSE and names:
+        raise SetupError(
+            f"{kind} does not step sparse gradients, and those of {', '.join(names[:4])} are sparse: make the "
+            'embedding with sparse=False, or choose optimizer="sgd" or "adagrad", which step both'
+        )
+    odd = list(dense)
+    if kind == "SparseAdam" and odd:
+        raise SetupError(
+            f"SparseAdam steps sparse gradients only, and those of {', '.join(odd[:4])} are not: choose "
+            'optimizer="adamw" without sparse embeddings, or "sgd" or "adagrad", which step both'
+        )
+
+
+def _sparse_weights(model: nn.Module) -> dict[int, str]:
+    """The weights of layers that say that their gradients are sparse, by id."""
+    return {
+        id(module.weight): f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+    }
+
+
+class FirstBackward:
+    """What the first backward pass did, held against what an optimizer can be stepped with once a window.
+
+    An optimizer that is stepped from a hook on the gradients (optimizer-in-backward) makes each micro-batch a step of
+    its own, and leaves no gradient to accumulate.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """To be made before that pass: keeps how often each parameter was written to, and those that have hooks."""
+        self._optimizer = optimizer
+        self._named = dict(model.named_parameters())
+        self._versions = {name: parameter._version for name, parameter in self._named.items()}
+        hooked = (p for p in self._named.values() if getattr(p, "_post_accumulate_grad_hooks", None))
+        self._before = [(parameter, parameter.detach().clone()) for parameter in hooked]
+
+    def check(self) -> None:
+        """Refuses what cannot be trained so; parameters that hooks have stepped are put back.
+
+        Raises:
+            SetupError: parameters changed during the pass, or hooks took the gradients; or the optimizer does not take
+                gradients of this layout.
+        """
+        changed = [name for name, parameter in self._named.items() if parameter._version != self._versions[name]]
+        held = {id(parameter) for parameter in optimizer_parameters(self._optimizer)}
+        found = {name: p for name, p in self._named.items() if p.grad is not None and id(p) in held}
+        if changed or (self._before and not found):
+            with torch.no_grad():
+                for parameter, value in self._before:
+                    parameter.copy_(value)
+            what = f"{', '.join(changed[:4])} changed" if changed else "the gradients were taken away"
+            raise SetupError(
+                f"{what} during the backward pass: a hook steps an optimizer there "
+                "(register_post_accumulate_grad_hook), so that each micro-batch would be a step of its own: take the "
+                "hooks off (handle.remove()), and pass the optimizer, which is stepped once a window"
+            )
+        sparse = {id(p): name for name, p in found.items() if p.grad is not None and p.grad.is_sparse}
+        dense = [name for name, p in found.items() if id(p) not in sparse]
+        _refuse_layout(self._optimizer, held, sparse, dense)
 
 
 def _refuse_closure(kind: Any) -> None:
