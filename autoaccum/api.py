@@ -326,7 +326,7 @@ def prepare(
     )  # fmt: skip
     if kept is not None:
         loop.load_state_dict(kept)
-    parts.ranks.tally()  # whoever failed on the way here is heard by all
+    parts.ranks.tally("the end of prepare")  # whoever failed on the way here is heard by all
     return loop
 
 

@@ -170,7 +170,7 @@ def share_model(parts: Parts) -> None:
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
     described = "".join(f"{tuple(tensor.shape)}{tensor.dtype}" for tensor in tensors)
-    sums = ranks.gather(zlib.crc32(described.encode()))
+    sums = ranks.gather("sharing the model", zlib.crc32(described.encode()))
     if len(set(sums)) > 1:
         others = [rank for rank, each in enumerate(sums) if each != sums[0]]
         raise SetupError(
@@ -178,7 +178,7 @@ def share_model(parts: Parts) -> None:
             "build the same model on every rank"
         )
     for tensor in tensors:
-        ranks.broadcast(tensor)
+        ranks.broadcast("sharing the model", tensor)
 
 
 def _where(model: Any, ranks: Ranks) -> torch.device | None:

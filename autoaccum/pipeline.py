@@ -106,7 +106,7 @@ def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> Veri
         return None
     report = verified(parts, max(made.limits))
     accumulates = made.accumulation_steps > 1 or made.world_size > 1  # over micro-batches, or over ranks
-    if parts.ranks.any(not report.ok and accumulates) and check != "warn":
+    if parts.ranks.any("the gradient check", not report.ok and accumulates) and check != "warn":
         text = report.text if not report.ok else "the accumulated gradient is not the large batch's on another rank"
         raise LossError(f'{text}; check="warn" trains all the same')
     unseen = not report.verifiable or report.untried
@@ -173,7 +173,7 @@ def probed(
             raise
         refusal = str(error)
     # Outside the except block, where nothing holds what the failed step held.
-    stuck = parts.ranks.any(refusal is not None) if ladder == "auto" else refusal is not None
+    stuck = parts.ranks.any("the probe", refusal is not None) if ladder == "auto" else refusal is not None
     if report is not None and not stuck:
         return report
     return _climbed(parts, question, events, isolation, cache, ladder == "auto", refusal, settings)
@@ -205,7 +205,7 @@ def _climbed(
             return Tried(rung, obstacle=f"cannot be run, {type(error).__name__}: {str(error).splitlines()[0][:160]}")
         return Tried(rung, max(trial.peak_bytes or 0 for trial in trials if trial.fits), fits=True)
 
-    tried, taken = climb(RUNGS, attempt, lambda fits: takes and not parts.ranks.any(not fits))
+    tried, taken = climb(RUNGS, attempt, lambda fits: takes and not parts.ranks.any("a rung of the ladder", not fits))
     if taken is None and refusal is None:
         raise NothingFitsError("not even the smallest micro-batch fits on another rank, under any rung of the ladder: "
                                "the error that it raised says what was tried")  # fmt: skip
@@ -298,7 +298,7 @@ def planned(
         tail = "drop"
     size = report.micro_batch if report is not None else micro_batch or target_batch
     made = plan(
-        parts.ranks.gather(size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
+        parts.ranks.gather("the plan", size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
         samples=parts.source.length, optimizer=parts.optimizer, lr_batch=lr_batch, lr_rule=lr_rule,
         batch_norm=batch_norm, batch_norm_layers=len(layers), bn_momentum=layers[0].momentum if layers else None,
         minimum=report.floor if report is not None else _floor(parts), multiple_of=multiple_of, tail=tail,
@@ -310,7 +310,7 @@ def planned(
 def _by_length(parts: Parts, report: ProbeReport | None) -> Room:
     """What fits on every rank at each length, so that one table is in everybody's plan and checkpoint."""
     own = () if report is None else report.by_length
-    tables = gathered({"by_length": [list(pair) for pair in own]}, parts.ranks, parts.device.torch_device)
+    tables = gathered({"by_length": [list(pair) for pair in own]}, parts.ranks, "the plan")
     return narrowest([tuple((length, size) for length, size in each["by_length"]) for each in tables])
 
 

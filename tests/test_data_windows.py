@@ -72,23 +72,25 @@ class InTurn(Ranks):
         self.rank, self.size = rank, size
         self._kept, self._inbox = messages, deque(messages)
 
-    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(self, what: str, tensor: torch.Tensor) -> torch.Tensor:
         if self.rank == 0:
             self._kept.append(tensor.clone())
             return tensor
         return tensor.copy_(self._inbox.popleft())
 
     def fail(self) -> None:
-        self.tally(failed=True)
+        self.meet("an error", failed=True)
 
-    def tally(self, values: Sequence[float] = (), *, failed: bool = False) -> list[float]:
+    def meet(
+        self, what: str, values: Sequence[float] = (), own: float = 0, *, failed: bool = False
+    ) -> tuple[list[float], list[float]]:
         if self.rank == 0:
             self._kept.append((list(values), failed))
-            return list(values)
+            return list(values), [own]
         sums, down = self._inbox.popleft()
         if down:
             raise AutoaccumError("rank 0 of 2 failed")
-        return [a + b for a, b in zip(sums, values)]
+        return [a + b for a, b in zip(sums, values)], [own]
 
 
 def of_rank(make: Callable[[], Any], limits: Sequence[int], target: int, **options: Any) -> list[list[Window]]:

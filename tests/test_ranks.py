@@ -3,14 +3,18 @@
 import multiprocessing as mp
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoaccum import ranks
 from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.ranks import joining, together
+from autoaccum.window.precision import SideBuffers
+from autoaccum.window.rank_sum import RankSum
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
@@ -27,18 +31,36 @@ def gradients_of(rank: int) -> list[Tensor]:
         random(0),
         random(()),
     ]
-    dense.append(random(300))  # larger than the bucket that the test sets
-    halves = [random(4).bfloat16() for _ in range(2)]
+    dense.append(random(300))  # larger than the bucket that the test sets, and reduced where it lies
+    dense.append(random(20, 15).T)  # as large, and with gaps
+    return [*dense, *(random(4).bfloat16() for _ in range(2))]
 
-    def sparse(rows: list[int]) -> Tensor:
-        indices = torch.tensor([rows], dtype=torch.int64)
-        return torch.sparse_coo_tensor(indices, random(len(rows), 2), (6, 2), check_invariants=True)
 
-    both_sparse = sparse([1, 1, 3] if rank == 0 else [1, 4, 5])  # a row twice, one in common, unequally many
-    one_sparse = sparse([2]) if rank else random(6, 2)
-    missing = torch.zeros(6, 2, dtype=torch.float64) if rank else sparse([1, 3])
-    none_at_all = sparse([])
-    return [*dense, *halves, both_sparse, one_sparse, missing, none_at_all]
+# Gradients of one parameter of shape (6, 2) on each rank: None, "dense", or the rows of a sparse one.
+KINDS: list[tuple[Any, Any]] = [
+    ([1, 1, 3], [1, 4, 5]),  # a row twice, one in common, unequally many
+    ("dense", [2]),
+    ([1, 3], None),
+    ([], []),
+    ("dense", None),
+    (None, None),
+    (None, "dense"),
+]
+
+
+def parameters_of(rank: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(10 + rank)
+    found = []
+    for kinds in KINDS:
+        parameter, kind = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64)), kinds[rank]
+        if kind == "dense":
+            parameter.grad = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+        elif kind is not None:
+            values = torch.randn(len(kind), 2, generator=generator, dtype=torch.float64)
+            at = torch.tensor([kind], dtype=torch.int64)
+            parameter.grad = torch.sparse_coo_tensor(at, values, (6, 2), check_invariants=True)
+        found.append(parameter)
+    return found
 
 
 def failure(ask) -> str:
@@ -58,34 +80,47 @@ def work(rank: int, folder: str) -> None:
     messages = []
     real = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (messages.append(1), real(*args, **kwargs))[1]
-    found["tally"] = here.tally([1 + rank, 0.1, 2.0**60])
+    found["tally"] = here.tally("a test", [1 + rank, 0.1, 2.0**60])
     found["messages"] = len(messages)
     dist.all_reduce = real
-    found["tally of nothing"] = here.tally()
-    found["any"] = [here.any(rank == 1), here.any(rank == 0), here.any(False), here.any(True)]
-    found["gather"] = here.gather(10**15 + rank)
+    found["tally of nothing"] = here.tally("a test")
+    found["any"] = [
+        here.any("a test", rank == 1),
+        here.any("a test", rank == 0),
+        here.any("a test", False),
+        here.any("a test", True),
+    ]
+    found["gather"] = here.gather("a test", 10**15 + rank)
 
     found["broadcast"] = [
-        here.broadcast(torch.arange(6, dtype=torch.int64).view(2, 3).T + rank),
-        here.broadcast(torch.tensor([rank == 0, rank == 1])),
-        here.broadcast(torch.full((2,), float(rank), requires_grad=True)).detach(),
+        here.broadcast("a test", torch.arange(6, dtype=torch.int64).view(2, 3).T + rank),
+        here.broadcast("a test", torch.tensor([rank == 0, rank == 1])),
+        here.broadcast("a test", torch.full((2,), float(rank), requires_grad=True)).detach(),
     ]
 
-    ranks.BUCKET_BYTES = 128
+    together.BUCKET_BYTES, together.LARGE_BYTES = 128, 2000
     gradients = gradients_of(rank)
     before = [id(gradient) for gradient in gradients]
-    here.sum_gradients(gradients)
+    here.sum("a test", gradients)
     found["gradients"] = gradients
     found["in place"] = before == [id(gradient) for gradient in gradients]
-    found["rows stepped"] = [gradients[i].coalesce().indices()[0].tolist() for i in (9, 12)]
-    here.sum_gradients([])
+    here.sum("a test", [])
+
+    parameters = parameters_of(rank)
+    summed = RankSum(here, parameters, SideBuffers([]))
+    summed.ready()
+    found["layouts"] = here.gather("a test", summed.layout)
+    summed.level("a test")
+    here.tally("a test")
+    summed.run()
+    found["levelled"] = [parameter.grad for parameter in parameters]
 
     # Each rank fails once, while the other one asks something else; the group goes on afterwards.
-    first = lambda: here.tally(failed=True) if rank == 1 else here.any(True)  # noqa: E731
-    second = lambda: here.tally([1.0, 2.0], failed=True) if rank == 0 else here.gather(3)  # noqa: E731
-    found["failures"] = [failure(first), failure(second), failure(lambda: here.tally(failed=True))]
-    found["afterwards"] = here.tally([1.0])
-    found["too many"] = failure(lambda: here.tally([0.0] * 65))
+    first = lambda: here.meet("a test", failed=True) if rank == 1 else here.any("a test", True)  # noqa: E731
+    second = lambda: here.meet("another", [1.0, 2.0], failed=True) if rank == 0 else here.gather("a test", 3)  # noqa: E731
+    found["failures"] = [failure(first), failure(second), failure(lambda: here.meet("a test", failed=True))]
+    found["afterwards"] = here.tally("a test", [1.0])
+    found["too many"] = failure(lambda: here.tally("a test", [0.0] * 65))
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -138,13 +173,26 @@ def test_gradients_are_summed_in_place_over_ranks_whatever_their_layout(found):
         for got, mine, *parts in zip(each["gradients"], ours[rank], *ours, strict=True):
             total = sum(part.to_dense().double() for part in parts)
             tolerance = 0.02 if got.dtype == torch.bfloat16 else 1e-6
-            assert got.layout == mine.layout
             assert got.dtype == mine.dtype
             assert torch.allclose(got.to_dense().double(), total, rtol=tolerance, atol=tolerance)
 
 
+def test_ranks_with_other_kinds_of_gradients_are_brought_to_one(found):
+    """What one rank lacks is zero there; sparse where all are; what a rank has dense is dense on all."""
+    assert len(set(found[0]["layouts"])) == 2
+    parts = [[p.grad for p in parameters_of(rank)] for rank in range(2)]
+    sparse = [True, False, True, True, False, None, False]
+    for each in found:
+        for got, is_sparse, *ours in zip(each["levelled"], sparse, *parts, strict=True):
+            there = [part.to_dense() for part in ours if part is not None]
+            assert (None if got is None else got.is_sparse) is is_sparse
+            assert got is None if not there else torch.allclose(got.to_dense(), sum(there), rtol=1e-12)
+
+
 def test_a_sparse_sum_has_the_rows_of_all_ranks_and_no_others(found):
-    assert found[0]["rows stepped"] == found[1]["rows stepped"] == [[1, 3, 4, 5], []]
+    for each in found:
+        rows = [each["levelled"][at].coalesce().indices()[0].tolist() for at in (0, 2, 3)]
+        assert rows == [[1, 3, 4, 5], [1, 3], []]
 
 
 def test_the_others_raise_and_name_the_rank_that_failed_whatever_they_asked(found):
@@ -171,36 +219,36 @@ def test_a_single_process_answers_for_itself():
     alone = ranks.here()
     tensor = torch.ones(2)
     assert (alone.rank, alone.size) == (0, 1)
-    assert alone.tally([1, 2.5]) == [1.0, 2.5]
-    assert alone.tally([1], failed=True) == [1.0]
-    assert (alone.any(True), alone.any(False)) == (True, False)
-    assert alone.gather(7) == [7]
-    assert alone.broadcast(tensor) is tensor
-    alone.sum_gradients([tensor])
+    assert alone.tally("a test", [1, 2.5]) == [1.0, 2.5]
+    assert alone.meet("a test", [1], 3, failed=True) == ([1.0], [3.0])
+    assert (alone.any("a test", True), alone.any("a test", False)) == (True, False)
+    assert alone.gather("a test", 7) == [7]
+    assert alone.broadcast("a test", tensor) is tensor
+    alone.sum("a test", [tensor])
     assert torch.equal(tensor, torch.ones(2))
 
 
 def test_small_messages_go_where_the_backend_takes_them():
-    assert ranks._meeting_place("cpu:gloo,cuda:gloo", None) == torch.device("cpu")
-    assert ranks._meeting_place("cpu:gloo,cuda:nccl", torch.device("cuda", 1)) == torch.device("cpu")
-    assert ranks._meeting_place("cuda:nccl", torch.device("cuda", 1)) == torch.device("cuda", 1)
+    assert joining._meeting_place("cpu:gloo,cuda:gloo", None) == torch.device("cpu")
+    assert joining._meeting_place("cpu:gloo,cuda:nccl", torch.device("cuda", 1)) == torch.device("cpu")
+    assert joining._meeting_place("cuda:nccl", torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def test_without_a_word_nccl_meets_on_the_current_gpu_or_the_local_ranks(monkeypatch):
     gpus = SimpleNamespace(current_device=lambda: 0, device_count=lambda: 4)
     monkeypatch.setattr(torch, "cuda", gpus)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 3)
+    assert joining._meeting_place("cuda:nccl", None) == torch.device("cuda", 3)
     gpus.current_device = lambda: 2
-    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 2)
+    assert joining._meeting_place("cuda:nccl", None) == torch.device("cuda", 2)
     gpus.current_device, gpus.device_count = lambda: 0, lambda: 1  # each process is shown its own GPU only
-    assert ranks._meeting_place("cuda:nccl", None) == torch.device("cuda", 0)
+    assert joining._meeting_place("cuda:nccl", None) == torch.device("cuda", 0)
 
 
 def test_buckets_hold_up_to_their_size_and_at_least_one_gradient():
     sizes = [10, 20, 4, 0, 200, 1, 31]
     gradients = [torch.zeros(size, dtype=torch.float32) for size in sizes]
-    buckets = ranks._buckets([torch.zeros(0), *gradients])
+    buckets = together._buckets([torch.zeros(0), *gradients])
     assert [[g.numel() for g in bucket] for bucket in buckets] == [[0, *sizes]]
-    large = [torch.zeros(ranks.BUCKET_BYTES // 4, dtype=torch.float32), torch.zeros(1), torch.zeros(1)]
-    assert [len(bucket) for bucket in ranks._buckets(large)] == [1, 2]
+    large = [torch.zeros(together.BUCKET_BYTES // 4, dtype=torch.float32), torch.zeros(1), torch.zeros(1)]
+    assert [len(bucket) for bucket in together._buckets(large)] == [1, 2]

@@ -237,7 +237,7 @@ class Answers(Ranks):
         self.rank, self.size = rank, len(others[0])
         self._answers = iter(others)
 
-    def gather(self, value):
+    def gather(self, what, value):
         answer = next(self._answers)
         assert answer[self.rank] == value
         return list(answer)

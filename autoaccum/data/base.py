@@ -282,7 +282,7 @@ class Source(ABC):
         source = self._base_generator()
         base = mix(self._seed or 0, epoch) if source is None else draw(source)
         if self._ranks.size > 1:
-            base = int(self._ranks.broadcast(torch.tensor(base, dtype=torch.int64)))
+            base = int(self._ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
         return base
 
 

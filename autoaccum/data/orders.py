@@ -150,10 +150,10 @@ def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ra
         except BaseException:
             ranks.fail()
             raise
-    (count,) = ranks.tally([indices.numel()])
+    (count,) = ranks.tally("the order of an epoch", [indices.numel()])
     if ranks.rank != 0:
         indices = torch.empty(int(count), dtype=torch.int64)
-    return _Given(ranks.broadcast(indices))
+    return _Given(ranks.broadcast("the order of an epoch", indices))
 
 
 def _whole(order: SamplerOrder, length: int | None) -> Tensor:

@@ -177,7 +177,7 @@ class StreamSource(Source):
     def _begin(self, epoch: int, again: bool) -> int:
         if self._ranks.size > 1:  # all ranks read the same, so all draw the same
             for generator in self._own_generators():
-                generator.set_state(self._ranks.broadcast(generator.get_state()))
+                generator.set_state(self._ranks.broadcast(f"epoch {epoch}'s beginning", generator.get_state()))
         return super()._begin(epoch, again)
 
 

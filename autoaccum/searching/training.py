@@ -122,7 +122,7 @@ class _Watch:
             raise Diverged(f"{self.terms.metric} is {value} after {self.samples} samples")
         self.reported = self.ninths()
         stop = self.report(value, self.amount)
-        if self.ranks.any(stop) and not last:
+        if self.ranks.any("a report of the search", stop) and not last:
             raise Pruned
 
 
@@ -198,7 +198,7 @@ class Trainer:
                 report = self._limits.report(key, given, target)
             except NothingFitsError as error:
                 failure = str(error)
-            if parts.ranks.any(failure is not None):  # all ranks leave together
+            if parts.ranks.any("a study trial", failure is not None):  # all ranks leave together
                 raise Infeasible(failure or "another rank's device has no room for a single sample")
         settings = {name: given.get(name, default) for name, default in
                     (("lr_batch", None), ("lr_rule", "auto"), ("batch_norm", "pooled"), ("tail", "step"),
@@ -243,7 +243,7 @@ class Trainer:
                 if record is None:
                     break
                 watch.take(record.samples, record.loss, record.seconds)
-                if terms.unit == "ms" and parts.ranks.any(watch.amount >= terms.amount):
+                if terms.unit == "ms" and parts.ranks.any("the budget of a study trial", watch.amount >= terms.amount):
                     return loop.evaluate() if terms.metric != TRAIN_LOSS else None
                 at_end = sizes is not None and watch.in_epoch >= sizes
                 if not short and not at_end and _rung(watch):

@@ -90,11 +90,11 @@ class Evaluator:
                     added_up.add(name)
         names = sorted({*self.metrics, *map(_term, self.objective.names), *sums})
         # A rank without a batch knows neither: the others tell it.
-        samples, *flags = map(int, self.ranks.tally([samples, *(name in added_up for name in names)]))
+        samples, *flags = map(int, self.ranks.tally("evaluate", [samples, *(name in added_up for name in names)]))
         if not samples:
             raise DataError(_nothing(source, called))
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
-        totals = self.ranks.tally([float(value) for pair in pairs for value in pair])
+        totals = self.ranks.tally("evaluate", [float(value) for pair in pairs for value in pair])
         means = {
             name: top if flag else top / bottom if bottom else math.nan
             for name, flag, top, bottom in zip(names, flags, totals[::2], totals[1::2])

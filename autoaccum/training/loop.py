@@ -165,7 +165,8 @@ class TrainingLoop:
             with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 yield from self._rest()
             self._save()
-            self._accumulator.ranks.tally()  # whoever failed since the last window is heard by all
+            # Whoever failed since the last window is heard by all.
+            self._accumulator.ranks.tally("the end of the training")
             lengths = self._lengths()
             for line in [] if lengths is None else lengths.lines():
                 self._events.tell(Noted(line))

@@ -138,7 +138,7 @@ class TrainingParts:
             "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
             "scheduler": None if scheduler is None else scheduler_state(scheduler),
             "validation_batch": None if self._evaluator is None else self._evaluator.micro_batch,
-            "ranks": gathered(here.state_dict(), accumulator.ranks, self._device),
+            "ranks": gathered(here.state_dict(), accumulator.ranks, "a checkpoint"),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], events: Events) -> Boundary:

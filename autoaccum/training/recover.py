@@ -13,6 +13,7 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,13 +171,12 @@ class SafeWindow:
         """
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
-            end = self._attempt(pieces)
-            wants = ranks.rank == 0 and self._wants_checkpoint()
-            votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None, wants]
-            out_of_memory, too_small, stopping, overdue = ranks.tally([float(vote) for vote in votes])
-            self.overdue = bool(overdue)
-            if stopping:
-                self.stopped = self._events.stop or "another rank was asked to stop"
+            end = self._attempt(partial(self._pass, pieces), pieces)
+            out_of_memory, too_small = self._vote(end)
+            rank_sum = self._accumulator.rank_sum
+            if rank_sum.uneven and not out_of_memory and not too_small:
+                end = self._attempt(partial(rank_sum.level, self._accumulator.place), pieces)
+                out_of_memory, too_small = self._vote(end)
             if not out_of_memory and not too_small:
                 return
             self._accumulator.discard()
@@ -194,15 +194,30 @@ class SafeWindow:
             else:
                 pieces = self._in_smaller_pieces(pieces, end is _End.OUT_OF_MEMORY)
 
-    def _attempt(self, pieces: list[Any]) -> "_End":
-        """How an attempt ended. What it held is free once this has returned."""
+    def _pass(self, pieces: list[Any]) -> None:
+        """All of a window up to the vote."""
+        self._accumulator.open(pieces)
+        self._accumulator.run(pieces)
+        self._accumulator.ready()
+
+    def _vote(self, end: "_End") -> tuple[bool, bool]:
+        """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
+        wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
+        votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None, wants]
+        out_of_memory, too_small, stopping, overdue = map(bool, self._accumulator.vote(votes))
+        self.overdue = overdue
+        if stopping:
+            self.stopped = self._events.stop or "another rank was asked to stop"
+        return out_of_memory, too_small
+
+    def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> "_End":
+        """How `work` on the window ended. What it held is free once this has returned."""
         accumulator = self._accumulator
-        opened = accumulator.ranks.size == 1
         try:
-            accumulator.open(pieces)
-            opened = True  # on several ranks an error before this is in the middle of an exchange, and ends them all
-            accumulator.run(pieces)
+            work()
         except Exception as error:
+            # On several ranks an error before the window is open is in the middle of an exchange, and ends them all.
+            opened = accumulator.ranks.size == 1 or accumulator.is_open
             if opened and _is_for_memory(error, pieces, accumulator.plan.minimum):
                 return _End.OUT_OF_MEMORY
             if opened and needs_two(error) and accumulator.plan.minimum == 1 and sum(map(tree.batch_size, pieces)) > 1:
@@ -227,12 +242,13 @@ class SafeWindow:
         """The step itself. Whatever ends it half-way leaves weights that nobody can trust."""
         try:
             record = self._accumulator.finish()
-        except LossError as error:  # seen before anything was stepped
-            self._back()
-            raise LossError(
-                f"{error}. In window {window.index} of epoch {window.epoch}, {self._blame(window)}"
-            ) from None
         except BaseException as error:
+            if not self._accumulator.stepping:  # nothing was stepped
+                self._back()
+                if not isinstance(error, LossError):
+                    raise
+                where = f"In window {window.index} of epoch {window.epoch}, {self._blame(window)}"
+                raise LossError(f"{error}. {where}") from None
             self._accumulator.discard()
             self.broken = f"{type(error).__name__} inside the step {self._accumulator.step + 1}"
             if judge(error) is not Verdict.SURELY:

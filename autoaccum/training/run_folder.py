@@ -114,7 +114,7 @@ class RunFolder:
             self._ranks.fail()
             raise
         mine = [0, 0, 0, 0] if found is None else [1, found[0].step, found[0].epoch, found[0].window]
-        there, *place = map(int, self._ranks.tally(mine))
+        there, *place = map(int, self._ranks.tally("resuming", mine))
         if not there:
             return None
         self._resumed = self._saved = Entry(*place)

@@ -55,9 +55,10 @@ class Replays:
             )
         if plan.by_length:  # whichever length it was that ran out: half as many run at every length from here on
             largest, half = now, max((now + 1) // 2, plan.minimum)
-        tops = ranks.gather(largest if ran_out else now)
-        limits = ranks.gather(half if ran_out else now)
-        failed = [rank for rank, flag in enumerate(ranks.gather(int(ran_out))) if flag]
+        what = f"the replay of step {step}"
+        tops = ranks.gather(what, largest if ran_out else now)
+        limits = ranks.gather(what, half if ran_out else now)
+        failed = [rank for rank, flag in enumerate(ranks.gather(what, int(ran_out))) if flag]
         where = "" if ranks.size == 1 else f" on rank {', '.join(map(str, failed))}"
         text = (
             f"out of memory in step {step}{where} at a micro-batch of {max(tops[rank] for rank in failed)}: the same "

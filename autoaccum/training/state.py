@@ -136,20 +136,14 @@ def scheduler_state(scheduler: Any) -> dict[str, Any]:
 # --- several ranks ---------------------------------------------------------------------------------------------------
 
 
-def gathered(own: Mapping[str, Any], ranks: Ranks, device: torch.device) -> list[dict[str, Any]]:
-    """Every rank's values, on every rank, in the order of ranks; they travel by `device`. All ranks must call this."""
+def gathered(own: Mapping[str, Any], ranks: Ranks, what: str) -> list[dict[str, Any]]:
+    """Every rank's values, on every rank, in the order of ranks. All ranks call this; `what` says where they are."""
     if ranks.size == 1:
         return [dict(own)]
     file = io.BytesIO()
     torch.save(dict(own), file)
-    sizes = ranks.gather(file.tell())
-    rows = torch.zeros(ranks.size, max(sizes), dtype=torch.uint8, device=device)
-    rows[ranks.rank, : file.tell()] = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
-    ranks.sum_gradients([rows])  # each row is zero on all ranks but its own
-    found = []
-    for row, size in zip(rows, sizes, strict=True):
-        found.append(torch.load(io.BytesIO(bytes(row[:size].tolist())), map_location="cpu", weights_only=True))
-    return found
+    messages = ranks.collect(what, file.getvalue())
+    return [torch.load(io.BytesIO(message), map_location="cpu", weights_only=True) for message in messages]
 
 
 # --- is it the same training? ----------------------------------------------------------------------------------------

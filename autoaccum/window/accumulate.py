@@ -34,6 +34,7 @@ from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
+from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sparse import SparseGradients, untouched_rows
 from autoaccum.window.two_passes import TwoPasses
@@ -123,6 +124,9 @@ class Accumulator:
         self.noise_scale = NoiseScale(model, self._parameters)
         self._ledger: Ledger | None = None
         self._looked_at_backward = False
+        self.rank_sum = RankSum(self.ranks, self._parameters, self._side)
+        self._ended: tuple[float, float] | None = None  # the window's loss and correction, once the ranks have voted
+        self.stepping = False  # an optimizer step has begun whose window has not ended: weights may be half updated
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
         self.rehearses = False
@@ -161,6 +165,9 @@ class Accumulator:
                     )
             self.finish()
             finished = True
+        except Exception:
+            self.ranks.fail()  # the others stop in their next exchange, instead of waiting for this one
+            raise
         finally:
             if not finished:  # left early, or no step was taken: part of a window is no step
                 self.discard()
@@ -200,7 +207,8 @@ class Accumulator:
         samples = [tree.batch_size(batch) for batch in batches]
         objective = self._objective
         denominators = None if objective is None else objective.window_denominators(batches)
-        self._ledger = Ledger(samples, denominators, objective.names if objective is not None else (), self.ranks)
+        names = objective.names if objective is not None else ()
+        self._ledger = Ledger(samples, denominators, names, self.ranks, f"step {self.step + 1}")
         self._statistics.begin(len(batches))
         self.noise_scale.open(len(samples))
         return self._ledger
@@ -270,6 +278,26 @@ class Accumulator:
             return
         backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
 
+    def ready(self) -> None:
+        """Allocates what the sum over the ranks needs: the last thing before the vote that may run out of memory."""
+        if self.ranks.size > 1:
+            self.rank_sum.ready()
+
+    def vote(self, flags: Sequence[float] = ()) -> list[float]:
+        """All ranks meet at the window's end, also those that failed in it; the sums of `flags` over the ranks.
+
+        Where `rank_sum.uneven` is true afterwards, they `level` it and vote again before they `finish`.
+        """
+        sums = (0.0, 0.0) if self._ledger is None else self._ledger.sums
+        loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *flags])
+        self._ended = None if self._ledger is None else self._ledger.close(loss, late)
+        return answers
+
+    @property
+    def place(self) -> str:
+        """Where a rank is that is done with the window's micro-batches."""
+        return f"the end of step {self.step + 1}"
+
     def finish(self) -> StepRecord:
         """Sums over the ranks, corrects, clips, steps and zeroes; commits statistics; advances the scheduler.
 
@@ -277,7 +305,14 @@ class Accumulator:
             LossError: the loss, or a gradient norm that was asked for, is not finite; nothing was stepped.
         """
         ledger = self._running()
-        loss, correction = ledger.close(self.ranks)
+        if self._ended is None:  # in a loop of one's own, where nobody has voted yet
+            self.ready()
+            self.vote()
+            if self.rank_sum.uneven:
+                self.rank_sum.level(self.place)
+                self.vote()
+        assert self._ended is not None
+        loss, correction = self._ended
         lr = float(self.optimizer.param_groups[0]["lr"])
         norm: float | None = None
         skipped: str | None = None
@@ -293,7 +328,8 @@ class Accumulator:
         if self._statistics.is_open:
             self._statistics.commit(self.ranks)
         self._zero()
-        self._ledger = None
+        self._ledger = self._ended = None
+        self.stepping = False
         seconds = time.perf_counter() - ledger.started
         self.last = StepRecord(
             step=self.step,
@@ -315,6 +351,11 @@ class Accumulator:
         """Whether a target in the batch counts, as far as that is known before its step."""
         denominators = None if self._objective is None else self._objective.window_denominators([batch])
         return denominators is None or any(denominators[0].values())
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window is."""
+        return self._ledger is not None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -346,7 +387,8 @@ class Accumulator:
         self._zero()
         self.noise_scale.close()
         self._statistics.discard()
-        self._ledger = None
+        self.rank_sum.drop()
+        self._ledger = self._ended = None
 
     def close(self) -> None:
         """Takes the hooks off the model."""
@@ -356,7 +398,7 @@ class Accumulator:
         """The one step: (gradient norm, why it was skipped)."""
         scaler = self.precision.scaler
         self.on_phase("optimizer")
-        self._sum_over_ranks()
+        self.rank_sum.run()
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
         gradients = self._gradients()
@@ -377,6 +419,7 @@ class Accumulator:
                     return norm, skipped
         self._side.give_back()
         scale = scaler.get_scale()
+        self.stepping = True
         scaler.step(self.optimizer)
         scaler.update()
         if scaler.get_scale() < scale:
@@ -402,24 +445,6 @@ class Accumulator:
 
     def _gradients(self) -> list[Tensor]:
         return [g for g in map(self._side.gradient, self._parameters) if g is not None]
-
-    def _sum_over_ranks(self) -> None:
-        if self.ranks.size == 1:
-            return
-        gradients = [self._side.gradient(parameter) for parameter in self._parameters]
-        held = [[g is not None, g is not None and g.is_sparse, g.sparse_dim() if g is not None and g.is_sparse else 0]
-                for g in gradients]  # fmt: skip
-        counts = torch.tensor(held, dtype=torch.float32, device=self.device)
-        self.ranks.sum_gradients([counts])
-        summed = []
-        for parameter, own, (used, sparse, dimensions) in zip(self._parameters, gradients, counts.tolist()):
-            if used and own is None:
-                # Sparse where all others are: optimizers for sparse gradients take no dense ones.
-                self.allocate_gradient(parameter, int(dimensions / sparse) if sparse == used else 0)
-            gradient = self._side.gradient(parameter)
-            if used and gradient is not None:  # what no rank used keeps none, as it would on one rank
-                summed.append(gradient)
-        self.ranks.sum_gradients(summed)
 
     def _pieces(self, batches: Any) -> list[Any]:
         limit = self.plan.limits[self.plan.rank]

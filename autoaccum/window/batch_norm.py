@@ -35,6 +35,8 @@ from autoaccum.window.pooling import Pool, wide
 
 __all__ = ["PooledStatistics", "needs_two"]
 
+_WHAT = "BatchNorm's statistics"
+
 
 class PooledStatistics:
     """The running statistics of a model's normalisation layers, updated once a window.
@@ -126,7 +128,6 @@ class PooledStatistics:
         if self._layers:
             self.collect()
             ranks = ranks if ranks is not None else here()
-            ranks.tally()  # an error on another rank is met here: the sums below have sizes of their own
             totals = self._totals(ranks)
             for pool, layers in self._groups:
                 self._commit(pool, layers, [totals[layer.index] for layer in layers], ranks)
@@ -244,7 +245,7 @@ class PooledStatistics:
                 shapeless[layer.index] = 0
         if ranks.size > 1:
             sums = torch.tensor([elements, unseen, shapeless], device=self._layers[0].buffers[0].device)
-            ranks.sum_gradients([sums])
+            ranks.sum(_WHAT, [sums])
             elements, unseen, shapeless = sums.tolist()
         for layer, total, odd, absent in zip(self._layers, elements, unseen, shapeless):
             if odd:
@@ -267,8 +268,8 @@ class PooledStatistics:
                 pool.average(ranks, totals)
         else:
             if ranks.size > 1:
-                ranks.sum_gradients(pool.weigh(totals))
-                ranks.sum_gradients([pool.spread()])
+                ranks.sum(_WHAT, pool.weigh(totals))
+                ranks.sum(_WHAT, [pool.spread()])
             pool.update(
                 totals,
                 momenta=[layer.effective_momentum for layer in layers],

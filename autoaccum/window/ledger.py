@@ -27,6 +27,7 @@ class Ledger:
     Attributes:
         samples: of each micro-batch on this rank.
         total_samples: over the window and all ranks.
+        micro_batches: on each rank.
         denominators: of each micro-batch by term; None where they are only known afterwards.
         totals: the same, summed over the window and all ranks.
         done: micro-batches run so far.
@@ -39,6 +40,7 @@ class Ledger:
         denominators: Sequence[Mapping[str, float]] | None,
         names: Sequence[str],
         ranks: Ranks,
+        what: str = "a window",
     ) -> None:
         """Sums over the micro-batches and the ranks.
 
@@ -47,6 +49,7 @@ class Ledger:
             denominators: of each micro-batch, by term; None: only known afterwards.
             names: the terms, the same on every rank.
             ranks: asked for the sums over all ranks, once.
+            what: names the window in that exchange.
         """
         self.started = time.perf_counter()
         self.samples = samples
@@ -55,8 +58,8 @@ class Ledger:
         own = [float(sum(samples))]
         if denominators is not None:
             own += [math.fsum(micro[name] for micro in denominators) for name in names]
-        total, *sums = ranks.tally(own)
-        self.total_samples = int(total)
+        (total, *sums), counts = ranks.meet(what, own, own=len(samples))
+        self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
         self.totals = None if denominators is None else dict(zip(names, sums, strict=True))
         self._loss: Tensor | float = 0.0
         self._late: Tensor | float = 0.0
@@ -114,9 +117,17 @@ class Ledger:
         """Adds to the window's loss. What lies on a device is not waited for."""
         self._loss = self._loss + (loss.item() if loss.device.type == "cpu" else loss.detach()) * factor
 
-    def close(self, ranks: Ranks) -> tuple[float, float]:
-        """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts)."""
-        loss, late = ranks.tally([float(self._loss), float(self._late)])
+    @property
+    def sums(self) -> tuple[float, float]:
+        """(this rank's part of the window's loss, denominators known only afterwards). Waits for the device."""
+        return float(self._loss), float(self._late)
+
+    def close(self, loss: float, late: float) -> tuple[float, float]:
+        """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts).
+
+        Args:
+            loss, late: the `sums` of all ranks added up.
+        """
         if self.totals is not None:
             return loss, 0.0 if self.empty else 1.0
         correction = self.total_samples / late if late else 0.0

@@ -163,7 +163,7 @@ class Pool:
     def average(self, ranks: Ranks, totals: Sequence[int]) -> None:
         """Averages the buffers themselves over the ranks, by the elements that each of them saw."""
         buffers = self._flat(self.means, self.variances) * self._shares(totals)
-        ranks.sum_gradients([buffers])
+        ranks.sum("BatchNorm's statistics", [buffers])
         self._write(buffers, _where(totals))
 
     # Parts.

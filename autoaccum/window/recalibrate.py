@@ -65,7 +65,7 @@ def recalibrate(
                 layer.train()
                 layer.momentum = 1.0
             statistics.begin()
-            seen = round(ranks.tally([_run(batches, model if call is None else call)])[0])
+            seen = round(ranks.tally("recalibration", [_run(batches, model if call is None else call)])[0])
             if not seen:
                 raise DataError("there are no batches to take statistics from: give at least one")
             statistics.commit(ranks)

@@ -18,20 +18,28 @@ import sys
 import torch
 import torch.distributed as dist
 from autoaccum import ranks
+from autoaccum.window.precision import SideBuffers
+from autoaccum.window.rank_sum import RankSum
 
 torch.cuda.set_device(0)
 dist.init_process_group("nccl", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 here = ranks.here(torch.device("cuda", 0))
-assert here.tally([1.5, 2.0]) == [1.5, 2.0]
-assert here.gather(10**15) == [10**15]
-assert here.any(True) and not here.any(False)
-flags = here.broadcast(torch.tensor([True, False]))
+assert here.tally("a test", [1.5, 2.0]) == [1.5, 2.0]
+assert here.gather("a test", 10**15) == [10**15]
+assert here.any("a test", True) and not here.any("a test", False)
+flags = here.broadcast("a test", torch.tensor([True, False]))
 assert flags.tolist() == [True, False] and flags.device.type == "cpu"
 dense = torch.randn(3, 4, device="cuda")
-sparse = torch.sparse_coo_tensor([[1, 1, 3]], torch.ones(3, 2), (6, 2), device="cuda", check_invariants=True)
-before, rows = dense.clone(), sparse.to_dense()
-here.sum_gradients([dense, dense.T.contiguous().T, sparse])
-assert torch.equal(dense, before) and torch.equal(sparse.to_dense(), rows)
+before = dense.clone()
+here.sum("a test", [dense, dense.T.contiguous().T])
+assert torch.equal(dense, before)
+embed = torch.nn.Embedding(6, 2, sparse=True).cuda()
+embed(torch.tensor([1, 1, 3], device="cuda")).sum().backward()
+rows, total = embed.weight.grad.to_dense(), RankSum(here, [embed.weight], SideBuffers([]))
+total.ready()
+total.level("a test")
+total.run()
+assert embed.weight.grad.is_sparse and torch.equal(embed.weight.grad.to_dense(), rows)
 dist.destroy_process_group()
 """
 

@@ -1,0 +1,96 @@
+"""Joining the group that torchrun started, and finding this process in the one that there is."""
+
+import atexit
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autoaccum.errors import SetupError
+from autoaccum.ranks.alone import Ranks
+from autoaccum.ranks.together import rank_of
+
+if dist.is_available():
+    # It takes the group of the moment as its functions' default. Later, as a part of torch that an optimizer needs,
+    # it would keep a destroyed group and its threads alive, and one that lets go of a tensor while the interpreter
+    # ends aborts the process.
+    import torch.distributed.nn
+
+__all__ = ["ends_all", "here", "join"]
+
+
+def join() -> None:
+    """Joins the group where torchrun, or something with its environment, started this process and nobody has yet.
+
+    Who joins leaves again: the group is destroyed when the process ends, before the interpreter does.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not asked or not dist.is_available() or dist.is_initialized():
+        return
+    atexit.register(_leave)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo")
+        return
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < torch.cuda.device_count():
+        # Otherwise all ranks of a host would meet on its first GPU, where NCCL waits forever.
+        torch.cuda.set_device(local)
+    # A model may be trained on the CPU of a machine with GPUs, and small messages need not wait for a GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl")
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        # A thread of gloo's may still hold a tensor, and wait for the interpreter to let it go. Torch 2.4 joins that
+        # thread without giving way to it, for ever.
+        time.sleep(0.02)
+        dist.destroy_process_group()
+
+
+@contextmanager
+def ends_all(together: bool = True) -> Iterator[None]:
+    """For what all ranks do together and ends in an exchange: an error on one of them ends it on all."""
+    try:
+        yield
+    except Exception:
+        if together:
+            here().fail()
+        raise
+
+
+def here(device: torch.device | None = None, group: Any = None) -> Ranks:
+    """This process among those of an initialised process group, the default one if none is given; else a single one.
+
+    `device` is where this process trains: a backend without CPU tensors (NCCL) talks through it. Where none is given,
+    it is the current device, or under torchrun the one of the local rank.
+
+    Raises:
+        SetupError: `group` is none, or this process is not one of its.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        if group is not None:
+            raise SetupError("group= is given, and no process group is initialised here: call init_process_group first")
+        return Ranks()
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (group is not None and not isinstance(group, dist.ProcessGroup)):
+        raise SetupError(
+            "group= does not hold this process: give what torch.distributed.new_group returned, and call this on the "
+            "ranks that it was made of, and on no others"
+        )
+    group = dist.group.WORLD if group is None else group
+    return rank_of(group, _meeting_place(dist.get_backend_config(group), device))
+
+
+def _meeting_place(backends: str, device: torch.device | None) -> torch.device:
+    """The device for small messages, from a configuration such as "cpu:gloo,cuda:nccl"."""
+    kinds = [part.split(":")[0] for part in backends.split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    if device is not None and device.type in kinds:
+        return device
+    # Where nobody has made a device current, all ranks of a host would meet on its first one: NCCL hangs there.
+    api, local = getattr(torch, kinds[0]), int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device(kinds[0], api.current_device() or (local if local < api.device_count() else 0))

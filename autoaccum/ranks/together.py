@@ -1,0 +1,223 @@
+"""One rank of a process group of PyTorch's."""
+
+import contextlib
+import ctypes
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.ranks.alone import Flight, Ranks
+from autoaccum.ranks.lost import PROCESSES, LostRankError, answering, this_process
+from autoaccum.ranks.places import by_rank, digest, listed, short, told, was_told
+from autoaccum.units import MIB
+
+__all__ = ["BUCKET_BYTES", "LARGE_BYTES", "rank_of"]
+
+# As large as DistributedDataParallel's: large enough that latency does not count, small beside any model.
+BUCKET_BYTES = 25 * MIB
+
+# From here on copying a tensor into a bucket and out again costs more than a message of its own.
+LARGE_BYTES = MIB
+
+# Numbers that one `tally` can carry. Fixed, because a failing rank does not know what the others send.
+_SLOTS = 64
+_PLACE_BYTES = 64  # of the text that says where a rank is
+
+
+def rank_of(group: Any, device: torch.device) -> Ranks:
+    """This process as a rank of `group`; `device` is where the group's backend wants its tensors."""
+    return _Rank(group, device)
+
+
+class _Rank(Ranks):
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._group, self._device = group, device
+        self._first = dist.get_process_group_ranks(group)[0]
+        # Reserved now, so that a vote on memory needs none.
+        self._packet = torch.zeros(3 * self.size + _SLOTS, dtype=torch.float64, device=device)
+
+    def fail(self) -> None:
+        error = sys.exc_info()[1]
+        if was_told(error):
+            return
+        if error is not None:
+            told(error)
+        with contextlib.suppress(RuntimeError, LostRankError):  # the others have ended, and nobody waits
+            self.meet("an error", failed=True)
+
+    def meet(
+        self, what: str, values: Sequence[float] = (), own: float = 0, *, failed: bool = False
+    ) -> tuple[list[float], list[float]]:
+        if len(values) > _SLOTS:
+            raise SetupError(f"{len(values)} numbers to add up over the ranks: at most {_SLOTS}, so use fewer terms")
+        size, rank = self.size, self.rank
+        numbers = [0.0] * (3 * size + _SLOTS)
+        numbers[: len(values)] = [float(value) for value in values]
+        for place, number in enumerate((own, digest(what), failed)):
+            numbers[_SLOTS + place * size + rank] = float(number)
+        packet = self._packet
+        packet.copy_(torch.tensor(numbers, dtype=torch.float64))
+        with self._answering():
+            dist.all_reduce(packet, group=self._group)
+        answer: list[float] = packet.tolist()
+        owns, places, flags = (answer[_SLOTS + at * size : _SLOTS + (at + 1) * size] for at in range(3))
+        if any(flags):
+            if not failed:
+                raise told(AutoaccumError(self._stops([at for at, flag in enumerate(flags) if flag])))
+        elif len(set(places)) > 1:
+            raise told(SetupError(self._apart(what)))
+        return answer[: len(values)], owns
+
+    def _stops(self, dead: list[int]) -> str:
+        they = "they" if len(dead) > 1 else "it"
+        cause = f"the cause is in the error that {they} raised"
+        return f"{listed(dead)} of {self.size} failed, so rank {self.rank} stops as well: {cause}"
+
+    def _apart(self, what: str) -> str:
+        """All ranks know that they are apart, so all of them say where they are."""
+        own = _bytes_in(what.encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES)).to(self._device)
+        flight, room = self.ready_rows(own, [_PLACE_BYTES] * self.size)
+        self.run(flight)
+        texts = [_bytes_of(row).decode(errors="replace").strip() for row in room]
+        return f"{by_rank(texts, 'is in', 'are in')}: call it on every rank, in the same order"
+
+    def collect(self, what: str, message: bytes) -> list[bytes]:
+        sizes = self.gather(what, len(message))
+        own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+        own[: len(message)] = _bytes_in(message)
+        flight, room = self.ready_rows(own.to(self._device), [len(own)] * self.size)
+        self.meet(what)
+        self.run(flight)
+        return [_bytes_of(row[:size]) for row, size in zip(room, sizes, strict=True)]
+
+    def broadcast(self, what: str, tensor: Tensor) -> Tensor:
+        # No backend is sure to know bools, and none takes a tensor with gaps.
+        message = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).detach().contiguous()
+        if self._device.type != "cpu":
+            message = message.to(self._device)
+        self.meet(what)
+        with self._answering():
+            dist.broadcast(message, src=self._first, group=self._group)
+        if message.data_ptr() != tensor.data_ptr():
+            with torch.no_grad():
+                tensor.copy_(message)
+        return tensor
+
+    def send(self, what: str, message: bytes) -> bytes:
+        size = self.gather(what, len(message))[0]
+        parts = []
+        for start in range(0, size, BUCKET_BYTES):
+            part = torch.zeros(min(BUCKET_BYTES, size - start), dtype=torch.uint8)
+            if self.rank == 0:
+                part.copy_(_bytes_in(message[start : start + BUCKET_BYTES]))
+            parts.append(_bytes_of(self.broadcast(what, part)))
+        return b"".join(parts)
+
+    @torch.no_grad()
+    def ready(self, tensors: Sequence[Tensor]) -> Flight:
+        flight = Flight()
+        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel() * tensor.element_size() < LARGE_BYTES:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            elif tensor.is_contiguous():
+                flight.starts.append(self._summing(tensor))
+            else:
+                copy = tensor.contiguous()
+                flight.starts.append(self._summing(copy))
+                flight.lands.append(partial(_unpack, copy, [tensor]))
+        for alike in small.values():
+            for bucket in _buckets(alike):
+                flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+                flight.starts.append(self._summing(flat))
+                flight.lands.append(partial(_unpack, flat, bucket))
+        return flight
+
+    def _summing(self, tensor: Tensor) -> Callable[[], Any]:
+        return partial(dist.all_reduce, tensor, group=self._group, async_op=True)
+
+    @torch.no_grad()
+    def run(self, flight: Flight) -> None:
+        with self._answering():
+            for work in [start() for start in flight.starts]:
+                work.wait()
+        for land in flight.lands:
+            land()
+
+    def sum(self, what: str, tensors: Sequence[Tensor]) -> None:
+        flight = self.ready(tensors)
+        described = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
+        _, sizes = self.meet(what, own=digest(described))
+        if len(set(sizes)) > 1:
+            raise told(SetupError(f"the ranks add up tensors of other shapes in {what}; rank {self.rank}'s are "
+                                   f"{described[:3]}: build the same model on every rank"))  # fmt: skip
+        self.run(flight)
+
+    def ready_rows(self, tensor: Tensor, counts: Sequence[int]) -> tuple[Flight, list[Tensor]]:
+        rows = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+        rows[: len(tensor)] = tensor
+        room = [torch.empty_like(rows) for _ in counts]
+        start = partial(dist.all_gather, room, rows, group=self._group, async_op=True)
+        # Cut to length: padding would add zeros to row 0, and a sparse optimizer would step that row.
+        return Flight([start]), [part[:count] for part, count in zip(room, counts, strict=True)]
+
+    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+        self._introduce(what)
+        own = json.dumps(facts, default=str)
+        _, digests = self.meet(what, own=digest(own))
+        if len(set(digests)) == 1:
+            return
+        everyone = [json.loads(message) for message in self.collect(what, own.encode())]
+        names = dict.fromkeys(name for facts in everyone for name in facts)
+        different = [name for name in names if len({json.dumps(facts.get(name)) for facts in everyone}) > 1]
+        said = [f"{name}: {by_rank([short(facts.get(name)) for facts in everyone], 'has', 'have')}"
+                for name in different]  # fmt: skip
+        raise told(SetupError(f"the ranks must have alike what they differ in. {'; '.join(said)}"))
+
+    def _introduce(self, what: str) -> None:
+        """Tells all ranks which process each is, once a group, for when one of them no longer answers."""
+        if self._group not in PROCESSES:
+            PROCESSES[self._group] = [
+                json.loads(each) for each in self.collect(what, json.dumps(this_process()).encode())
+            ]
+
+    def _answering(self) -> AbstractContextManager[None]:
+        return answering(self._group, self.rank, self.size)
+
+
+def _bytes_in(message: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    host = tensor.cpu().contiguous()
+    return ctypes.string_at(host.data_ptr(), host.numel())
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in order, as many together as fit in a bucket, but at least one."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if not buckets or size > room:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(tensor)
+        room -= size
+    return buckets
+
+
+def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:
+    parts = torch.split_with_sizes(flat.view(-1), [tensor.numel() for tensor in bucket])
+    for tensor, part in zip(bucket, parts, strict=True):
+        tensor.copy_(part.view(tensor.shape))

@@ -1,0 +1,125 @@
+"""The sum of a window's gradients over the ranks: readied before the vote, run after it.
+
+Choices:
+- Most windows leave gradients for the same parameters on every rank. The vote compares that by a number, and the sum
+  can then be run at once. Otherwise, and where gradients are sparse, the ranks tell each other what they have and
+  `level` gives each rank zeros for what it lacks; a second vote follows, since that takes memory.
+- Sparse gradients stay sparse. Each rank's rows are gathered and added, which works alike on gloo and NCCL (NCCL
+  reduces no sparse tensors), and costs what is non-zero instead of the whole table. One that is dense on another rank
+  becomes dense, as it would in a single process.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.ranks import Flight, Ranks, digest
+from autoaccum.window.precision import SideBuffers
+from autoaccum.window.sparse import untouched_rows
+
+__all__ = ["RankSum"]
+
+
+class RankSum:
+    """Adds up the gradients of `parameters`, which all ranks have in the same order.
+
+    Attributes:
+        layout: tells what kinds of gradients this rank has from other kinds; odd where one is sparse.
+        uneven: by the last vote, the ranks must `level` and vote again before they `run`; the same on all of them.
+    """
+
+    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], side: SideBuffers) -> None:
+        """Keeps references only."""
+        self._ranks, self._parameters, self._side = ranks, parameters, side
+        self._flight = Flight()
+        self.layout, self.uneven = 0, False
+
+    def ready(self) -> None:
+        """Allocates what the sum needs where all ranks have such gradients as this one."""
+        gradients = [self._side.gradient(parameter) for parameter in self._parameters]
+        kinds = [_kind(gradient) for gradient in gradients]
+        sparse = max(kinds, default=0) > 0
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is not None and gradient.is_sparse:
+                self._side.put(parameter, gradient.coalesce())
+        self.layout = 2 * digest(kinds) + sparse
+        self._flight = Flight() if sparse else self._ranks.ready([g for g in gradients if g is not None])
+
+    def vote(self, what: str, values: Sequence[float]) -> list[float]:
+        """The sums of `values` over all ranks, which compare their layouts as well."""
+        sums, layouts = self._ranks.meet(what, values, own=self.layout)
+        self.uneven = len(set(layouts)) > 1 or bool(layouts[0] % 2)
+        return sums
+
+    def level(self, what: str) -> None:
+        """Brings all ranks' gradients to one layout, and allocates what their sum needs.
+
+        Where this fails for want of memory the ranks must vote once more, which all of them do after it.
+        """
+        size, rank = self._ranks.size, self._ranks.rank
+        self._flight = Flight()
+        table = torch.zeros(len(self._parameters), 3 + size, dtype=torch.int64, device=self._parameters[0].device)
+        rows = []
+        for parameter in self._parameters:
+            gradient = self._side.gradient(parameter)
+            kind, row = _kind(gradient), [0] * (3 + size)
+            row[0], row[1], row[2] = int(kind == 0), int(kind > 0), max(kind, 0)
+            row[3 + rank] = gradient._nnz() if gradient is not None and gradient.is_sparse else 0
+            rows.append(row)
+        table.copy_(torch.tensor(rows))
+        self._ranks.sum(f"{what}, over which gradients there are", [table])
+        self._allocate(table.tolist())
+        self.layout = 0
+
+    def _allocate(self, table: Sequence[Sequence[int]]) -> None:
+        dense: list[Tensor] = []
+        for parameter, (full, sparse, dimensions, *rows) in zip(self._parameters, table, strict=True):
+            if not full and not sparse:  # what no rank used keeps none, as it would on one rank
+                continue
+            gradient = self._side.gradient(parameter)
+            if full:
+                if gradient is None:
+                    gradient = torch.zeros_like(parameter, dtype=self._side.dtype(parameter))
+                elif gradient.is_sparse:
+                    gradient = gradient.to_dense()
+                self._side.put(parameter, gradient)
+                dense.append(gradient)
+                continue
+            if gradient is None:  # sparse where all others are: optimizers for sparse gradients take no dense ones
+                gradient = untouched_rows(parameter, 0, self._side.dtype(parameter), dimensions // sparse)
+                self._side.put(parameter, gradient)
+            self._gather(parameter, gradient.coalesce(), rows)
+        flight = self._ranks.ready(dense)
+        self._flight.starts += flight.starts
+        self._flight.lands += flight.lands
+
+    def _gather(self, parameter: nn.Parameter, own: Tensor, rows: Sequence[int]) -> None:
+        places, indices = self._ranks.ready_rows(own.indices().T.contiguous(), rows)
+        entries, values = self._ranks.ready_rows(own.values(), rows)
+        self._flight.starts += [*places.starts, *entries.starts]
+        self._flight.lands.append(partial(_add_rows, partial(self._side.put, parameter), own.shape, indices, values))
+
+    def run(self) -> None:
+        """Communicates. Every parameter that any rank has a gradient for then has the sum."""
+        self._ranks.run(self._flight)
+        self.drop()
+
+    def drop(self) -> None:
+        """Lets go of what was allocated."""
+        self._flight = Flight()
+
+
+def _kind(gradient: Tensor | None) -> int:
+    """-1: none, 0: dense, else the number of sparse dimensions."""
+    if gradient is None:
+        return -1
+    return gradient.sparse_dim() if gradient.is_sparse else 0
+
+
+def _add_rows(
+    put: Callable[[Tensor], None], shape: Sequence[int], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    rows, entries = torch.cat(list(indices)), torch.cat(list(values))
+    put(torch.sparse_coo_tensor(rows.T, entries, tuple(shape), check_invariants=False).coalesce())
