@@ -16,6 +16,7 @@ from autoaccum import errors
 
 if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe, verify
+    from autoaccum.integrations.trainers import attach
     from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
     from autoaccum.planning.plan import Plan, plan
@@ -42,6 +43,7 @@ _HOME = {
     "TrainingLoop": "autoaccum.training.loop",
     "Trial": "autoaccum.probing.outcome",
     "VerifyReport": "autoaccum.window.verify",
+    "attach": "autoaccum.integrations.trainers",
     "fit": "autoaccum.api",
     "plan": "autoaccum.planning.plan",
     "prepare": "autoaccum.api",
@@ -62,6 +64,7 @@ __all__ = [
     "TrainingLoop",
     "Trial",
     "VerifyReport",
+    "attach",
     "errors",
     "fit",
     "plan",

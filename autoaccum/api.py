@@ -267,7 +267,7 @@ def prepare(
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
     if max_steps is None:
         read_more_than_once(epochs, data=parts.source, val_data=val_source)
-    events = Events([*listeners, *_display(progress, parts.ranks)])
+    events = Events([*listeners, *display(progress, parts.ranks)])
     _run_as_asked(parts, compile, ladder, events)
 
     report: ProbeReport | None = None
@@ -427,9 +427,10 @@ def _heard(event: Event, send: Send) -> None:
         send("note", event.text)
 
 
-def _display(progress: bool | None, ranks: Ranks) -> list[Listener]:
+def display(progress: bool | None, ranks: Ranks, *, bar: bool = True) -> list[Listener]:
+    """Who shows a person what happens: on the first rank, where `progress` or a terminal asks for it."""
     if ranks.rank != 0 or not (sys.stderr.isatty() if progress is None else progress):
         return []
     from autoaccum.display.narrator import Narrator
 
-    return [Narrator()]
+    return [Narrator(bar=bar)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from autoaccum.data.piece import Piece
 from autoaccum.errors import DataError
 
 __all__ = ["Reading", "alike", "children", "disagreement", "is_list", "labelled", "lists", "rebuild", "steps", "walk"]
@@ -145,7 +146,8 @@ class Reading:
 
     def uncut(self) -> Iterator[tuple[str, Any]]:
         """Each leaf, with its path, that goes whole to every part though it may hold samples: it is not known here."""
-        yield from self._uncut(self.batch, "")
+        if not isinstance(self.batch, Piece):  # which is cut before it is collated, whatever is in it
+            yield from self._uncut(self.batch, "")
 
     def _uncut(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(node, (Tensor, *_SHARED)) or self.listed(node) or _is_array(node, self.size):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoaccum.data.piece import Piece
 from autoaccum.data.structure import (
     Reading,
     alike,
@@ -50,6 +51,8 @@ def batch_size(batch: Any) -> int:
     size = _flat_size(batch)
     if size is not None:
         return size
+    if isinstance(batch, Piece):
+        return len(batch.samples)
     for items in lists(batch):  # whatever the sizes of their tensors say: three channels are not three samples
         if labelled(items) and Reading(batch, len(items)).fits:
             return len(items)
@@ -77,6 +80,8 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     flat = _flat_size(batch) == total
     if flat and len(sizes) == 1:
         return [batch]
+    if isinstance(batch, Piece):
+        return batch.split(sizes)
     stops = list(accumulate(sizes))
     starts = [0, *stops[:-1]]
 
@@ -123,6 +128,8 @@ def join(batches: Sequence[Any]) -> Any:
         raise DataError("no batches to join: give at least one")
     if len(batches) == 1:
         return batches[0]
+    if isinstance(batches[0], Piece):
+        return batches[0].joined(batches[1:])
     return _join([Reading(batch, batch_size(batch)) for batch in batches], list(batches), "")
 
 

@@ -26,11 +26,12 @@ class _Event(Protocol):
 class Narrator:
     """Tells a person what is going on; a function of events."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        """Draws on `console`, or on stderr."""
+    def __init__(self, console: Console | None = None, *, bar: bool = True) -> None:
+        """Draws on `console`, or on stderr; without a `bar` where somebody else shows the progress."""
         self._console = console if console is not None else open_console()
         self._trials = TrialLines(self._console)
         self._progress: TrainingProgress | None = None
+        self._bar = bar
 
     def __call__(self, event: _Event) -> None:
         """Shows one event."""
@@ -53,6 +54,8 @@ class Narrator:
 
     def _start(self, event: Mapping[str, Any]) -> None:
         self._console.print(plan_view(event["plan"]))
+        if not self._bar:
+            return
         self._progress = TrainingProgress(
             self._console, event["total_steps"], event["budget_bytes"], resumed_at=event["resumed_at"]
         )

@@ -71,6 +71,7 @@ class Accumulator:
         on_nonfinite: str = "raise",
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,
+        steps: bool = True,
     ) -> None:
         """Prepares hooks and buffers; nothing is trained.
 
@@ -88,6 +89,8 @@ class Accumulator:
             precision, accumulate, clip_norm, log_grad_norm, batch_norm, on_nonfinite: as in `fit`.
             device: where micro-batches go; None: where the model's first parameter is.
             ranks: this process among others; None: the default process group, where there is one.
+            steps: False: a window ends with its whole gradient in the parameters' `.grad`, scaled by the loss scaler
+                where there is one; clipping, the step and emptying them are somebody else's, such as a trainer's.
 
         Raises:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
@@ -115,7 +118,7 @@ class Accumulator:
                 "make the plan with their world_size and rank"
             )
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
-        self._objective = objective
+        self._objective, self._steps = objective, steps
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
         self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
@@ -327,7 +330,8 @@ class Accumulator:
         self.skipped_windows += skipped is not None
         if self._statistics.is_open:
             self._statistics.commit(self.ranks)
-        self._zero()
+        if self._steps or skipped is not None:
+            self._zero()
         self._ledger = self._ended = None
         self.stepping = False
         seconds = time.perf_counter() - ledger.started
@@ -399,7 +403,7 @@ class Accumulator:
         scaler = self.precision.scaler
         self.on_phase("optimizer")
         self.rank_sum.run()
-        if scaler.is_enabled():
+        if scaler.is_enabled() and self._steps:
             scaler.unscale_(self.optimizer)
         gradients = self._gradients()
         if correction != 1.0:
@@ -418,6 +422,8 @@ class Accumulator:
                 if skipped is not None:
                     return norm, skipped
         self._side.give_back()
+        if not self._steps:
+            return norm, None
         scale = scaler.get_scale()
         self.stepping = True
         scaler.step(self.optimizer)

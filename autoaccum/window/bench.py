@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
+from autoaccum.data.piece import Piece
 from autoaccum.data.structure import Reading
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
@@ -268,6 +269,8 @@ def _flat(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
 
 def _take(batch: Any, rows: Sequence[int]) -> Any:
     """The samples at `rows`, in that order."""
+    if isinstance(batch, Piece):
+        return batch.take(rows)
     size = tree.batch_size(batch)
 
     def pick(leaf: Any) -> list[Any]:

@@ -1,0 +1,288 @@
+"""What every trainer is given: its own step probed, a plan, and windows that leave the whole batch's gradient behind.
+
+The trainer's loader delivers the samples of a window, not collated, and its own accumulation is 1. So its counters,
+schedules, logs and checkpoints count optimizer steps, and the micro-batch stands in none of them. The trainer's step is
+asked for the loss of a piece; backward, weighting, the sum over ranks and the replay after out of memory are the
+Accumulator's; clipping and the step are the trainer's again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from autoaccum.api import display
+from autoaccum.assembly import Parts, assemble
+from autoaccum.checks import listed
+from autoaccum.data.base import Source
+from autoaccum.data.lengths import cut
+from autoaccum.data.piece import Piece
+from autoaccum.data.windows import Window
+from autoaccum.errors import CheckpointError, PlanError
+from autoaccum.integrations.denominators import LabelCount, counted_in_batch
+from autoaccum.integrations.wanted import Wanted
+from autoaccum.pipeline import checked, for_ranks, planned, probed, share_of, told_of_padding
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split
+from autoaccum.probing.probe import Question
+from autoaccum.probing.report import ProbeReport
+from autoaccum.ranks import here
+from autoaccum.training.events import Events, Noted, TrainingStarted
+from autoaccum.training.recover import SafeWindow
+from autoaccum.training.smaller import plan_for
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.noise_scale import advice
+from autoaccum.window.record import StepRecord
+from autoaccum.window.verify import VerifyReport
+
+__all__ = ["Attachment", "Trained"]
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a trainer has prepared by the time that its training begins.
+
+    Attributes:
+        model: without wrappers that communicate.
+        optimizer: torch's own, without the trainer's wrapper.
+        step: f(model, batch) -> the loss of one collated batch, with its graph.
+        source: the trainer's samples; what it collates are Pieces.
+        device: where the model is.
+        drops: the trainer leaves out a short last batch.
+        scaler: what scales the loss under fp16; None where nothing does.
+        runs_in: one line on the precision, for the plan.
+        code: what decides the step's memory beside the model: the trainer's class and settings.
+        preserved: a context in which the trainer forgets what its step noted meanwhile.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    step: Callable[[nn.Module, Any], torch.Tensor]
+    source: Source
+    device: torch.device
+    drops: bool
+    scaler: Any
+    runs_in: str
+    code: str
+    preserved: Callable[[], Any]
+
+
+class Attachment:
+    """One trainer's windows.
+
+    Attributes:
+        asked: the keywords of `attach`.
+        plan: how windows are cut; None before training begins.
+        probe, verify: the reports; None where nothing was probed or checked.
+        shares: the plan by which windows are dealt to the ranks, the same for the whole training.
+        kept: what a checkpoint of the trainer's had of ours, to go on from; None: probe anew.
+    """
+
+    def __init__(self, keywords: Mapping[str, Any]) -> None:
+        self.asked = Wanted.of(keywords)
+        self.probe: ProbeReport | None = None
+        self.verify: VerifyReport | None = None
+        self.shares: Plan | None = None
+        self.kept: Mapping[str, Any] | None = None
+        self.events = Events(
+            [*listed("callbacks", self.asked.callbacks), *display(self.asked.progress, here(), bar=False)]
+        )
+        self._stack = ExitStack()
+        self._windows = 0
+
+    @property
+    def target_batch(self) -> int:
+        """Samples of one optimizer step, over all ranks."""
+        assert self.asked.target_batch is not None
+        return self.asked.target_batch
+
+    @property
+    def plan(self) -> Plan | None:
+        """How windows are cut now."""
+        return self._accumulator.plan if self.shares is not None else None
+
+    def begin(self, trained: Trained, *, total_steps: int | None, step: int) -> Plan:
+        """Probes, plans, checks, and makes ready for `window`; by what a checkpoint kept, where there is one.
+
+        Raises:
+            NothingFitsError, PlanError, LossError, SetupError, DataError: as `fit`.
+        """
+        asked = self.asked
+        counts: Any = (
+            LabelCount(trained.model, trained.step) if asked.reduction == "auto" else counted_in_batch(asked.reduction)
+        )
+        parts = assemble(
+            trained.model, trained.source, step=_Step(trained), reduction=counts, optimizer=trained.optimizer,
+            device=trained.device, precision="fp32",
+        )  # fmt: skip
+        parts.precision.reason = trained.runs_in
+        self._trained, self._parts = trained, parts
+        with trained.preserved():
+            made = self._kept_plan(parts) or self._probed_plan(parts)
+        budget = parts.device.budget(asked.memory, headroom=parts.device.headroom())
+        self._accumulator = Accumulator(
+            parts.model, parts.optimizer, made, objective=parts.objective, precision="fp32",
+            accumulate=asked.accumulate, batch_norm=made.batch_norm, on_nonfinite=asked.on_nonfinite,
+            device=trained.device, ranks=parts.ranks, steps=False,
+        )  # fmt: skip
+        if trained.scaler is not None:
+            self._accumulator.precision.scaler = trained.scaler
+        if made.by_length:
+            self._accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
+        self._safe = SafeWindow(self._accumulator, [parts.model], parts.device, self.events, asked.regrow_after)
+        if self.kept is not None:
+            self._safe.replays.load_state_dict(self.kept["replays"], parts.ranks.rank)
+        self.shares = made
+        self._by_length = trained.source.by_length(made)
+        self._stack.callback(self._accumulator.close)
+        self._stack.enter_context(parts.running())
+        self._stack.enter_context(parts.device.limit(budget))
+        self.events.tell(TrainingStarted(made.to_dict(), total_steps, step, budget.bytes))
+        parts.ranks.tally("the beginning of training")  # whoever failed on the way here is heard by all
+        return made
+
+    def _kept_plan(self, parts: Parts) -> Plan | None:
+        if self.kept is None:
+            return None
+        made = plan_for(0, self.kept["plan"])
+        if made.target_batch != self.target_batch:
+            raise CheckpointError(
+                f"the checkpoint was trained with target_batch={made.target_batch}, and attach() says "
+                f"{self.target_batch}: give the same, or start a training of its own"
+            )
+        if made.world_size != parts.ranks.size:
+            self.kept = None
+            self.events.tell(
+                Noted(f"the checkpoint is of {made.world_size} ranks, and there are {parts.ranks.size}: probing anew")
+            )
+            return None
+        self._take_rung(made)
+        return made.on_rank(parts.ranks.rank)
+
+    def _probed_plan(self, parts: Parts) -> Plan:
+        asked = self.asked
+        made: Plan | None = asked.plan
+        if made is not None:
+            made = for_ranks(made, parts.ranks)
+            self._take_rung(made)
+        else:
+            if asked.micro_batch is None:
+                question = Question(
+                    share_of(self.target_batch, parts.ranks),
+                    asked.memory,
+                    asked.max_batch,
+                    asked.multiple_of,
+                    asked.prefer,
+                )
+                settings = {
+                    "accumulate": asked.accumulate,
+                    "batch_norm": asked.batch_norm,
+                    "on_nonfinite": asked.on_nonfinite,
+                }
+                self.probe = probed(
+                    parts, question, self.events, None, asked.cache, ladder=asked.ladder, clip_norm=None, **settings
+                )
+            made = planned(
+                parts, self.probe, asked.micro_batch, self.target_batch, lr_batch=asked.lr_batch, lr_rule=asked.lr_rule,
+                batch_norm=asked.batch_norm, tail="drop" if self._trained.drops else "step",
+                multiple_of=asked.multiple_of,
+            )  # fmt: skip
+        self.verify = checked(parts, asked.check, made, self.events)
+        told_of_padding(parts, made, asked.check, self.events)
+        return made
+
+    def _take_rung(self, made: Plan) -> None:
+        if made.ladder is not None:
+            self._parts.take(made.ladder)
+
+    def window(self, samples: Sequence[Any], epoch: int = 0) -> StepRecord:
+        """One window of this rank's samples: its whole gradient stands in `.grad` afterwards, and no step was taken.
+
+        Raises:
+            NothingFitsError: memory ran out at the smallest micro-batch.
+            LossError: the loss is not finite.
+        """
+        pieces = self._cut(samples)
+        self.pieces = pieces
+        window = Window(pieces, tuple(len(p.samples) for p in pieces), len(samples), len(samples), epoch, self._windows)
+        record = self._safe.train(window)
+        self._windows += 1
+        return record
+
+    def _cut(self, samples: Sequence[Any]) -> list[Piece]:
+        source, plan = self._trained.source, self._accumulator.plan
+        collate: Callable[[list[Any]], Any] = source._collated  # names what cannot be collated
+        if not samples:
+            return []
+        if self._by_length is not None and plan.length_rule is not None:
+            places, _ = cut(samples, self._by_length._replace(rule=plan.length_rule), collate)
+            return [collate([samples[place] for place in piece]) for piece in places]
+        sizes = even_split(len(samples), plan.limits[plan.rank], minimum=plan.minimum, multiple_of=plan.multiple_of)
+        pieces, start = [], 0
+        for size in sizes:
+            pieces.append(collate(list(samples[start : start + size])))
+            start += size
+        return pieces
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to keep beside a checkpoint of the trainer's: plain values, for JSON."""
+        return {
+            "schema": SCHEMA,
+            "plan": self._accumulator.plan.to_dict(),
+            "replays": self._safe.replays.state_dict(),
+        }
+
+    def load_state_dict(self, state: Any, where: str) -> None:
+        """Goes on from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        try:
+            if state["schema"] != SCHEMA:
+                raise PlanError(f"schema {state['schema']!r} instead of {SCHEMA}")
+            Plan.from_dict(state["plan"])
+            replays = {name: state["replays"][name] for name in ("before", "undisturbed", "patience", "asked", "grew")}
+        except (PlanError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{where} is not what attach() keeps beside a checkpoint ({error}): delete it to probe anew"
+            ) from error
+        self.kept = {**state, "replays": replays}
+
+    def end(self) -> None:
+        """Takes everything of ours off the model; says what the noise scale was."""
+        if self.shares is not None:
+            scale = self._accumulator.noise_scale.value
+            if scale is not None:
+                self.events.tell(Noted(advice(scale, self.target_batch)))
+            self._accumulator.discard()
+        self._stack.close()
+        self.events.close()
+        self.shares = None
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the whole training: whatever ends it, nothing of ours stays on the model."""
+        try:
+            yield
+        except BaseException:
+            here().fail()  # the other ranks stop as well, instead of waiting for this one
+            raise
+        finally:
+            self.end()
+
+
+class _Step:
+    """The trainer's step on a piece; what its code and settings are is in an attribute, for the cache's key."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.code, self._step = trained.code, trained.step
+
+    def __call__(self, model: nn.Module, piece: Piece) -> torch.Tensor:
+        return self._step(model, piece.batch)

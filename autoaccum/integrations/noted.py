@@ -1,0 +1,38 @@
+"""What a trainer notes on itself while its step runs: plain values, put back after a probe."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["Noted", "plain"]
+
+_PLAIN = (int, float, bool, str, type(None))
+
+
+class Noted:
+    """The plain attributes of an object, and its containers of nothing but plain values."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        self._kept = {name: copy.deepcopy(value) for name, value in vars(owner).items() if _is_plain(value)}
+
+    def restore(self) -> None:
+        """Sets them back."""
+        vars(self._owner).update(self._kept)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, as JSON would read them back."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return isinstance(value, dict) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, set, tuple)):
+        return len(value) <= 1000 and all(map(_is_plain, value))
+    return isinstance(value, _PLAIN) or (isinstance(value, torch.Tensor) and value.numel() == 1)

@@ -1,0 +1,81 @@
+"""`attach`, for whichever trainer it is given: each is known by the module its class comes from, and loaded on use."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from autoaccum.errors import SetupError
+from autoaccum.planning.plan import Plan
+from autoaccum.training.events import Listener
+
+__all__ = ["attach"]
+
+T = TypeVar("T")
+
+
+def attach(
+    trainer: T,
+    *,
+    target_batch: int | None = None,
+    memory: int | str | None = None,
+    micro_batch: int | None = None,
+    plan: Plan | str | None = None,
+    lr_batch: int | None = None,
+    lr_rule: str = "auto",
+    reduction: str | Callable[[Any], float] = "auto",
+    accumulate: str = "fp32",
+    batch_norm: str = "pooled",
+    prefer: str = "fewest",
+    multiple_of: int = 1,
+    max_batch: int | None = None,
+    cache: bool = True,
+    check: bool | str = True,
+    ladder: str | bool | None = None,
+    regrow_after: int | None = None,
+    on_nonfinite: str = "raise",
+    progress: bool | None = None,
+    callbacks: Iterable[Listener] = (),
+) -> T:
+    """Gives somebody else's trainer exact batches that fit; its loop, logs, schedule and checkpoints stay as they are.
+
+    ```python
+    trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=collator)
+    autoaccum.attach(trainer, target_batch=256)
+    trainer.train()
+    ```
+
+    Before the trainer's first step its own step is probed, and the plan is shown; then each of its batches is a window
+    of `target_batch` samples over all ranks, which runs in as many micro-batches as the plan says. Its batch size and
+    its accumulation steps are set aside. Its step counts, schedule, logs and checkpoints are those of the whole batch.
+
+    Args:
+        trainer: a Transformers Trainer or an heir of it (TRL's SFT, DPO and reward trainers), or a Lightning Trainer.
+        target_batch: samples of one optimizer step, over all ranks.
+        lr_batch: the batch that the trainer's learning rate was tuned at; None: its rate is left as it is.
+        reduction: what the trainer's loss divides by, where that is not found: "sample_mean", "sum" or f(batch).
+        memory, micro_batch, plan, lr_rule, accumulate, batch_norm, prefer, multiple_of, max_batch, cache, check,
+            ladder, regrow_after, on_nonfinite, progress, callbacks: as in `fit`.
+
+    Returns:
+        The trainer itself.
+
+    Raises:
+        SetupError: a trainer that cannot be served, with the reason; it is left as it was.
+        PlanError: no target, or one that is no whole number above 0.
+    """
+    keywords = {name: value for name, value in locals().items() if name != "trainer"}
+    return _integration(trainer, "attach").attach(trainer, keywords)  # type: ignore[no-any-return]
+
+
+def _integration(trainer: Any, doing: str) -> Any:
+    """The module that knows this trainer."""
+    for base in type(trainer).__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        if name == "transformers.trainer.Trainer":
+            from autoaccum.integrations import transformers
+
+            return transformers
+    kind = type(trainer)
+    raise SetupError(
+        f"{doing}() got a {kind.__module__}.{kind.__qualname__}: it takes a Transformers Trainer or a Lightning Trainer"
+        "; with a loop of your own use autoaccum.Accumulator, and without a loop autoaccum.fit"
+    )

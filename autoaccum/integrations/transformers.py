@@ -1,0 +1,273 @@
+"""Transformers' Trainer and what stands on it (TRL's SFT, DPO and reward trainers, PEFT): windows inside its own loop.
+
+Choices made here:
+
+- Callbacks never see the trainer, so the instance is taken hold of: `train`, `training_step` and `get_train_dataloader`
+  are shadowed on it while it lives. Its class is left alone.
+- The loss of a piece is what its own `training_step` hands to `accelerator.backward`: whatever an heir puts around it
+  (offloading, other losses, its own contexts) runs. It is asked without `num_items_in_batch`, for a plain mean.
+- The collate function is held back: the loader yields the samples of a window, which are cut before they are collated.
+- On several ranks the loader deals every rank its part of the window, nothing padded and nothing repeated; gradients
+  are summed once a window, so the model runs without its DistributedDataParallel.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
+
+from autoaccum.data.mapped import MapSource
+from autoaccum.data.stream import SampleSource
+from autoaccum.errors import CheckpointError, SetupError
+from autoaccum.files import write_json
+from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares
+from autoaccum.integrations.noted import Noted, plain
+from autoaccum.ranks import Ranks, here
+
+__all__ = ["attach"]
+
+FILE = "autoaccum.json"
+_NAME = "_autoaccum"
+
+
+def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
+    """Makes the trainer's windows ours, and returns it; nothing runs before its `train()`.
+
+    Raises:
+        SetupError: a trainer that cannot be served, or that is attached already.
+    """
+    refuse(trainer)
+    vars(trainer)[_NAME] = _Attached(trainer, keywords)
+    return trainer
+
+
+class _Attached:
+    """What shadows a trainer's methods."""
+
+    def __init__(self, trainer: Any, keywords: Mapping[str, Any]) -> None:
+        from transformers import TrainerCallback
+
+        self.attachment = Attachment(keywords)
+        self._trainer, self._step, self._kind = trainer, trainer.training_step, type(trainer)
+        self._train, self._loader = trainer.train, trainer.get_train_dataloader
+        self._resumed: str | None = None
+        ranks, args = here(), trainer.args
+        if self.attachment.target_batch < ranks.size:
+            raise SetupError(
+                f"target_batch={self.attachment.target_batch} is less than the {ranks.size} ranks, of which each needs "
+                "a sample in every step: raise it, or start fewer processes"
+            )
+        args.gradient_accumulation_steps = 1
+        args.per_device_train_batch_size = -(-self.attachment.target_batch // ranks.size)
+        trainer._train_batch_size = self.attachment.target_batch
+        trainer.train, trainer.training_step = self.train, self.training_step
+        trainer.get_train_dataloader = self.get_train_dataloader
+        trainer.get_total_train_batch_size = lambda args: self.attachment.target_batch
+        attached = self
+
+        class Begins(TrainerCallback):  # type: ignore[misc]  # transformers ships no types where it is not installed
+            def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                attached.begin(state, rest["train_dataloader"])
+
+            def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+                if state.is_world_process_zero:
+                    attached.save(state)
+
+        trainer.add_callback(Begins())
+
+    def train(self, resume_from_checkpoint: Any = None, *rest: Any, **named: Any) -> Any:
+        """The trainer's own, with everything of ours gone when it ends."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        found = get_last_checkpoint(self._trainer.args.output_dir) if resume_from_checkpoint is True else None
+        self._resumed = found or (resume_from_checkpoint or None)
+        with self.attachment.training():
+            return self._train(resume_from_checkpoint, *rest, **named)
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's loader, whose batches are windows: samples, not collated."""
+        trainer = self._trainer
+        collate, size = trainer.data_collator, trainer._train_batch_size
+        config = trainer.accelerator.dataloader_config
+        dispatch = config.dispatch_batches
+        trainer.data_collator, trainer._train_batch_size = Held(collate), self.attachment.target_batch
+        config.dispatch_batches = False  # one process would send the others tensors, and these are samples
+        try:
+            loader = self._loader()
+        finally:
+            trainer.data_collator, trainer._train_batch_size = collate, size
+            config.dispatch_batches = dispatch
+        if here().size > 1:
+            self._deal(loader)
+        return loader
+
+    def _deal(self, loader: Any) -> None:
+        """Gives every rank its part of each batch, where Accelerate would give it every so many whole ones."""
+        shard = loader.batch_sampler
+        # What hands on all batches as they are: one process, and no size that a batch must have.
+        shard.num_processes, shard.process_index, shard.even_batches, shard.batch_size = 1, 0, False, None
+        shard.batch_sampler = Shares(shard.batch_sampler, self.attachment)
+
+    def begin(self, state: Any, loader: Any) -> None:
+        """The first moment at which everything is there: wrapped, prepared, and loaded from a checkpoint."""
+        trainer, attachment = self._trainer, self.attachment
+        if self._resumed is not None:
+            path = Path(self._resumed) / FILE
+            if path.is_file():
+                attachment.load_state_dict(_read(path), str(path))
+        model = _inner(trainer.model_wrapped)
+        collate = loader.collate_fn
+        common: dict[str, Any] = {"seed": None, "ranks": Ranks(), "worst_case": None}
+        if isinstance(loader.dataset, IterableDataset):
+            source: Any = SampleSource(loader.dataset, Pieces(collate), **common)
+        else:
+            source = MapSource(loader.dataset, Pieces(collate), shuffle=False, **common)
+        scaler = trainer.accelerator.scaler
+        precision = trainer.accelerator.mixed_precision  # part of the model's forward, and so of the cache's key
+        before = [float(group["lr"]) for group in trainer.optimizer.param_groups]
+        made = attachment.begin(
+            Trained(
+                model=model,
+                optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+                step=self.loss,
+                source=source,
+                device=trainer.args.device,
+                drops=bool(trainer.args.dataloader_drop_last),
+                scaler=scaler,
+                runs_in=f"{precision if precision != 'no' else 'the model as it is'}: the trainer's own",
+                code=f"{self._kind.__module__}.{self._kind.__qualname__} {trainer.args.label_smoothing_factor}",
+                preserved=self._preserved,
+            ),
+            total_steps=state.max_steps,
+            step=state.global_step,
+        )
+        if made.lr_scale != 1 and state.global_step == 0:
+            self._scale(made.lr_scale, before)
+
+    def _scale(self, factor: float, rates: list[float]) -> None:
+        """The trainer's rates are its own; where `lr_batch` says what they were tuned at, they are scaled once."""
+        scheduler = self._trainer.lr_scheduler
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # what the first log reads
+        for group, rate in zip(self._trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+            if "initial_lr" in group:
+                group["initial_lr"] *= factor
+
+    def training_step(self, model: Any, window: "Samples", num_items_in_batch: Any = None) -> Tensor:
+        """The window's loss; its gradient stands in `.grad`."""
+        attachment = self.attachment
+        record = attachment.window(window.samples)
+        window.pieces = attachment.pieces
+        return torch.tensor(record.loss, device=self._trainer.args.device)
+
+    def loss(self, model: Any, batch: Any) -> Tensor:
+        """The loss of one batch as the trainer's own step makes it, before its backward."""
+        trainer = self._trainer
+        caught: list[Tensor] = []
+        accelerator = trainer.accelerator
+        trainer.current_gradient_accumulation_steps = 1
+        own = {"backward": lambda loss, **_: caught.append(loss)}
+        if here().size > 1:  # a rank may run more micro-batches than another, which nobody may wait for in a gather
+            own |= dict.fromkeys(("gather", "gather_for_metrics"), lambda values, *_, **__: values)
+        vars(accelerator).update(own)
+        try:
+            self._step(model, dict(batch) if isinstance(batch, dict) else batch, None)
+        finally:
+            for name in own:
+                del vars(accelerator)[name]
+        if len(caught) != 1:
+            raise SetupError(
+                f"{self._kind.__name__}.training_step called accelerator.backward {len(caught)} times for one batch, "
+                "and attach() takes the loss from there: have it call the Trainer's own training_step, or accelerator."
+                "backward(loss) once"
+            )
+        (loss,) = caught
+        return loss
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        """What the trainer's step notes on the trainer (metrics, token counts) is as before afterwards."""
+        kept = Noted(self._trainer)
+        try:
+            yield
+        finally:
+            kept.restore()
+
+    def save(self, state: Any) -> None:
+        """Our part beside the checkpoint that was just written."""
+        from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+        folder = Path(self._trainer._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if folder.is_dir() and self.attachment.shares is not None:
+            write_json(folder / FILE, plain(self.attachment.state_dict()))
+
+
+def refuse(trainer: Any) -> None:
+    """Refuses, before anything is touched, a trainer whose windows cannot be made ours.
+
+    Raises:
+        SetupError: with the reason, and what to do instead.
+    """
+    args, kind = trainer.args, type(trainer)
+    if _NAME in vars(trainer):
+        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
+    if trainer.is_in_train:
+        raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.train()")
+    for method in (
+        "get_train_dataloader",
+        "_get_dataloader",
+        "_prepare_inputs",
+        "get_batch_samples",
+        "_inner_training_loop",
+    ):
+        where = next((base for base in kind.__mro__ if method in vars(base)), None)
+        if where is not None and not where.__module__.startswith("transformers."):
+            raise SetupError(
+                f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "
+                "calls of training_step: attach() cannot cut them; train with its own settings"
+            )
+    if args.auto_find_batch_size:
+        raise SetupError(
+            "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to False"
+        )
+    if args.n_gpu > 1:
+        raise SetupError(
+            f"one process for {args.n_gpu} GPUs is DataParallel, which splits each batch by itself: start the script "
+            "with torchrun, one process for each GPU, or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise SetupError(
+            'train_sampling_strategy="batch_rebalance" makes its own batches: leave it out; windows are cut by length'
+        )
+    for name, on in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if on:
+            raise SetupError(f"{name} shards what attach() has to add up: train without it, or with its own settings")
+    ranks = here().size
+    if isinstance(trainer.train_dataset, IterableDataset) and ranks > 1:
+        raise SetupError(
+            f"an IterableDataset on {ranks} ranks is dealt by Accelerate, which repeats samples: give a dataset with "
+            "indices, or one process"
+        )
+
+
+def _inner(model: Any) -> Any:
+    """The model that one rank runs by itself, compiled where the trainer compiled it."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, DistributedDataParallel):
+        model = compiled
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): delete it to probe anew") from error

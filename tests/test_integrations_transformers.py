@@ -1,0 +1,310 @@
+"""Transformers' Trainer with autoaccum attached: the whole batch's update, and everything else as without it."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+import autoaccum
+from autoaccum.errors import CheckpointError, LossError, PlanError, SetupError
+from autoaccum.training.events import Noted, TrialRan, WindowReplayed
+from tests.trainer_models import by_hand, flat, model, moved, padded, samples
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is in the group peers")
+
+EXACT, SINGLE = 1e-10, 1e-6  # heads that compute their loss in float32 are as exact as float32 is
+
+
+def trainer(net, data, folder, *, kind=transformers.Trainer, more=None, **arguments):
+    settings = {
+        "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 0.1,
+        "optim": "sgd", "report_to": [], "save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0,
+        "use_cpu": True, "lr_scheduler_type": "constant", "disable_tqdm": True, "log_level": "error",
+        "train_sampling_strategy": "sequential",
+    }  # fmt: skip
+    args = transformers.TrainingArguments(**{**settings, **arguments})
+    made = kind(net, args, train_dataset=data, data_collator=padded, **(more or {}))
+    made.remove_callback(transformers.PrinterCallback)
+    return made
+
+
+def attach(made, **keywords):
+    return autoaccum.attach(made, **{"target_batch": 8, "progress": False, **keywords})
+
+
+def logged(made, *names):
+    return [tuple(entry[name] for name in names) for entry in made.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "within"),
+    [
+        ("BertForSequenceClassification", "class", EXACT),
+        ("RobertaForSequenceClassification", "class", EXACT),
+        ("BertForMaskedLM", "tokens", EXACT),
+        ("T5ForConditionalGeneration", "tokens", EXACT),
+        ("GPT2LMHeadModel", "tokens", SINGLE),
+        ("LlamaForCausalLM", "tokens", SINGLE),
+    ],
+)
+def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
+    data, net = samples(labels), model(name)
+    before = flat(net)
+    reference, losses = by_hand(model(name), data, 8)
+    made = attach(trainer(net, data, tmp_path), micro_batch=3)
+    made.train()
+    assert moved(flat(net), before, reference) <= within
+    assert [loss for (loss,) in logged(made, "loss")] == pytest.approx(losses, rel=1e-6)
+    assert made.state.global_step == 3
+
+
+def test_steps_schedule_logs_and_clipping_are_those_of_the_trainer_alone_at_the_whole_batch(tmp_path):
+    settings = {"num_train_epochs": 2, "lr_scheduler_type": "linear", "max_grad_norm": 0.5, "warmup_steps": 2}
+    data = samples("class")
+    alone = trainer(model("BertForSequenceClassification"), data, tmp_path, per_device_train_batch_size=8, **settings)
+    alone.train()
+    made = attach(trainer(model("BertForSequenceClassification"), data, tmp_path, **settings), micro_batch=3)
+    made.train()
+    names = ("loss", "learning_rate", "grad_norm", "epoch", "step")
+    for own, theirs in zip(logged(made, *names), logged(alone, *names), strict=True):
+        assert own == pytest.approx(theirs, rel=1e-9)
+    assert (made.state.max_steps, made.state.global_step) == (alone.state.max_steps, alone.state.global_step)
+    assert moved(flat(made.model), flat(model("BertForSequenceClassification")), flat(alone.model)) <= EXACT
+
+
+def test_its_shuffling_is_as_without(tmp_path):
+    data = samples("class")
+    runs = []
+    for own in (False, True):
+        made = trainer(model("BertForSequenceClassification"), data, tmp_path, per_device_train_batch_size=8,
+                       train_sampling_strategy="random")  # fmt: skip
+        (attach(made, micro_batch=3) if own else made).train()
+        runs.append(flat(made.model))
+    assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
+
+
+def test_the_trainers_own_step_is_probed_shown_and_leaves_no_trace(tmp_path):
+    data, heard = samples("class"), []
+    made = attach(
+        trainer(model("BertForSequenceClassification"), data, tmp_path),
+        memory="260KiB", callbacks=[heard.append], cache=False,
+    )  # fmt: skip
+    probed_in = []
+    made.add_callback(_Watch(lambda: probed_in.append((torch.get_rng_state().sum(), flat(made.model)))))
+    made.train()
+    plan = next(event for event in heard if event.name == "start").plan
+    assert plan["accumulation_steps"] > 1
+    assert any(isinstance(event, TrialRan) for event in heard)
+    assert "the trainer's own" in plan["reasons"]["precision"]
+    random, weights = probed_in[0]
+    plain = trainer(model("BertForSequenceClassification"), data, tmp_path)
+    seen = []
+    plain.add_callback(_Watch(lambda: seen.append((torch.get_rng_state().sum(), flat(plain.model)))))
+    plain.train()
+    assert random == seen[0][0]
+    assert torch.equal(weights, seen[0][1])
+
+
+class _Watch(transformers.TrainerCallback):
+    """Calls a function when the first step begins."""
+
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_begin(self, args, state, control, **rest):
+        self.look()
+
+
+def test_samples_of_one_window_are_cut_by_length_where_the_collator_pads(tmp_path):
+    data, heard, widths = samples("tokens", 64), [], []
+    net = model("BertForMaskedLM")
+    net.register_forward_pre_hook(
+        lambda module, args, given: widths.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    made = attach(trainer(net, data, tmp_path), target_batch=32, memory="700KiB", callbacks=[heard.append], cache=False)
+    before = flat(net)
+    made.train()
+    plan = next(event for event in heard if event.name == "start").plan
+    assert plan["by_length"]
+    assert len(set(widths)) > 2
+    reference, _ = by_hand(model("BertForMaskedLM"), data, 32)
+    assert moved(flat(net), before, reference) <= EXACT
+
+
+def test_label_smoothing_and_a_loss_function_of_the_users(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        losses = torch.nn.functional.cross_entropy(outputs.logits.transpose(1, 2), labels, reduction="sum")
+        return losses / (labels.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    for more, settings in (({"compute_loss_func": loss}, {}), ({}, {"label_smoothing_factor": 0.1})):
+        runs = []
+        for batch, own in ((8, False), (4, True)):
+            made = trainer(model("BertForMaskedLM"), samples("tokens"), tmp_path, more=more,
+                           per_device_train_batch_size=batch, **settings)  # fmt: skip
+            (attach(made, micro_batch=3) if own else made).train()
+            runs.append(flat(made.model))
+        assert moved(runs[1], flat(model("BertForMaskedLM")), runs[0]) <= EXACT
+
+
+def test_an_overridden_compute_loss_runs(tmp_path):
+    class Weighted(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.2)
+            return (loss, outputs) if return_outputs else loss
+
+    runs = []
+    for batch, own in ((8, False), (4, True)):
+        made = trainer(model("BertForSequenceClassification"), samples("class"), tmp_path, kind=Weighted,
+                       per_device_train_batch_size=batch)  # fmt: skip
+        (attach(made, micro_batch=3) if own else made).train()
+        runs.append(flat(made.model))
+    assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
+
+
+def test_out_of_memory_errors_are_replayed_and_change_nothing(tmp_path):
+    class Scarce(transformers.Trainer):
+        failures = 0
+
+        def compute_loss(self, model, inputs, *rest, **named):
+            loss = super().compute_loss(model, inputs, *rest, **named)
+            if self.failures < 20 and len(inputs["labels"]) > 1 and torch.rand((), generator=draw) < 0.6:
+                self.failures += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return loss
+
+    draw, heard = torch.Generator().manual_seed(1), []
+    data = samples("tokens", 64)
+    net = model("BertForMaskedLM")
+    before = flat(net)
+    made = attach(
+        trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=3), target_batch=64, micro_batch=64, check=False,
+        regrow_after=1, callbacks=[heard.append],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="out of memory in step"):
+        made.train()
+    assert made.failures >= 5
+    assert sum(isinstance(event, WindowReplayed) for event in heard) == made.failures
+    reference, _ = by_hand(model("BertForMaskedLM"), data, 64, epochs=3)
+    assert moved(flat(net), before, reference) <= EXACT
+    assert made.state.global_step == 3
+
+
+def test_a_training_goes_on_from_the_trainers_checkpoint_without_probing(tmp_path):
+    settings = {"num_train_epochs": 2, "optim": "adamw_torch", "train_sampling_strategy": "random", "save_steps": 2,
+                "save_strategy": "steps", "lr_scheduler_type": "linear"}  # fmt: skip
+    data = samples("class")
+    whole = attach(
+        trainer(model("BertForSequenceClassification"), data, tmp_path / "a", **settings), memory="620KiB", cache=False
+    )
+    whole.train()
+    folder = tmp_path / "a" / "checkpoint-4"
+    kept = json.loads((folder / "autoaccum.json").read_text())
+    assert kept["plan"]["target_batch"] == 8
+    heard = []
+    again = attach(
+        trainer(model("BertForSequenceClassification"), data, tmp_path / "a", **settings), memory="620KiB", cache=False,
+        callbacks=[heard.append],
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(folder))
+    assert not any(isinstance(event, TrialRan) for event in heard)
+    assert torch.equal(flat(again.model), flat(whole.model))
+    other = attach(trainer(model("BertForSequenceClassification"), data, tmp_path / "a", **settings), target_batch=16)
+    with pytest.raises(CheckpointError, match="trained with target_batch=8, and attach\\(\\) says 16"):
+        other.train(resume_from_checkpoint=str(folder))
+    (folder / "autoaccum.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="delete it to probe anew"):
+        attach(trainer(model("BertForSequenceClassification"), data, tmp_path / "a", **settings)).train(str(folder))
+
+
+def test_a_stream_without_a_length(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(samples("class").samples)
+
+    net = model("BertForSequenceClassification")
+    before = flat(net)
+    made = attach(trainer(net, Stream(), tmp_path, max_steps=3), memory="620KiB", cache=False)
+    made.train()
+    reference, _ = by_hand(model("BertForSequenceClassification"), samples("class"), 8)
+    assert moved(flat(net), before, reference) <= EXACT
+
+
+def test_the_rate_is_scaled_only_where_it_is_said_what_it_was_tuned_at(tmp_path):
+    data = samples("class")
+    made = attach(trainer(model("BertForSequenceClassification"), data, tmp_path), micro_batch=3, lr_batch=4)
+    made.train()
+    assert logged(made, "learning_rate") == [(0.2,)] * 3
+
+
+def test_a_model_whose_loss_compares_samples_is_refused_before_training(tmp_path):
+    class Coupled(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            logits = model(inputs["input_ids"], inputs["attention_mask"]).logits
+            return (logits - logits.mean(0)).square().mean()
+
+    net = model("BertForSequenceClassification")
+    before = flat(net)
+    made = attach(trainer(net, samples("class"), tmp_path, kind=Coupled), micro_batch=3)
+    with pytest.raises(LossError, match="batch-coupled"):
+        made.train()
+    assert torch.equal(flat(net), before)
+
+
+def test_what_is_left_after_training_is_the_owners(tmp_path):
+    net = model("BertForSequenceClassification")
+    made = attach(trainer(net, samples("class"), tmp_path), micro_batch=3)
+    made.train()
+    assert all(parameter.grad is None and not parameter._backward_hooks for parameter in net.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+class Generates(transformers.Trainer):
+    """As trainers are that make a batch of their own, such as GRPO's."""
+
+    def _prepare_inputs(self, inputs):
+        return super()._prepare_inputs(inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "keywords", "error", "says"),
+    [
+        (transformers.Trainer, {}, {"target_batch": 0}, PlanError, "target_batch=0"),
+        (transformers.Trainer, {}, {"target_batch": None}, PlanError, "target_batch is missing"),
+        (transformers.Trainer, {}, {"check": "maybe"}, SetupError, "check='maybe'"),
+        (transformers.Trainer, {"auto_find_batch_size": True}, {}, SetupError, "auto_find_batch_size"),
+        (transformers.Trainer, {"train_sampling_strategy": "batch_rebalance"}, {}, SetupError, "batch_rebalance"),
+        (Generates, {}, {}, SetupError, "Generates makes its own batches"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_left_as_it_was(kind, settings, keywords, error, says, tmp_path):
+    made = trainer(model("BertForSequenceClassification"), samples("class"), tmp_path, kind=kind, **settings)
+    held, batch = set(vars(made)), made.args.per_device_train_batch_size
+    with pytest.raises(error, match=says):
+        attach(made, **keywords)
+    assert (set(vars(made)), made.args.per_device_train_batch_size) == (held, batch)
+
+
+def test_attaching_twice_or_in_training_is_refused(tmp_path):
+    made = attach(trainer(model("BertForSequenceClassification"), samples("class"), tmp_path))
+    with pytest.raises(SetupError, match="attached already"):
+        attach(made)
+    running = trainer(model("BertForSequenceClassification"), samples("class"), tmp_path)
+    running.is_in_train = True
+    with pytest.raises(SetupError, match="training has begun"):
+        attach(running)
+
+
+def test_what_is_no_trainer_is_told_so():
+    with pytest.raises(SetupError, match="takes a Transformers Trainer or a Lightning Trainer"):
+        autoaccum.attach(torch.nn.Linear(2, 2), target_batch=8)
+
+
+def test_notes_go_to_listeners(tmp_path):
+    heard = []
+    attach(
+        trainer(model("BertForMaskedLM"), samples("tokens"), tmp_path), micro_batch=3, callbacks=[heard.append]
+    ).train()
+    assert any(isinstance(event, Noted) and "noise" in event.text for event in heard)
