@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.assembly import Parts, assemble, share_model
+from autoaccum.assembly import Parts, agreed, assemble, share_model
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.loss.mean import Mean
@@ -112,6 +112,9 @@ def probe(
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
             stays=_in_a_child(isolate),
         )  # fmt: skip
+        if together:
+            agreed(parts, "probe", target_batch=target_batch, multiple_of=multiple_of, tail=tail, ladder=ladder,
+                   batch_norm=batch_norm, lr_batch=lr_batch, lr_rule=lr_rule)  # fmt: skip
         share = None if target_batch is None else share_of(target_batch, parts.ranks)
         question = Question(share, memory, max_batch, multiple_of, prefer)
         events = Events(listed("callbacks", callbacks))
@@ -261,12 +264,20 @@ def prepare(
         worst_case=worst_case, stays=_in_a_child(isolate),
     )  # fmt: skip
     take_back(parts.optimizer)
-    _settle(parts, when=not _in_a_child(isolate))
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
-    if max_steps is None:
-        read_more_than_once(epochs, data=parts.source, val_data=val_source)
+    read_more_than_once(epochs if max_steps is None else 1, data=parts.source, val_data=val_source)
+    agreed(
+        parts, "prepare", val_source, target_batch=target_batch, reduction=reduction, lr_batch=lr_batch,
+        lr_rule=lr_rule, schedule=schedule, warmup_steps=warmup_steps, epochs=epochs, max_steps=max_steps,
+        metrics=sorted(metrics or {}), shuffle=shuffle, precision=precision, accumulate=accumulate,
+        clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=batch_norm, tail=tail, multiple_of=multiple_of,
+        check=check, checkpoint="none" if checkpoint is None else "given", checkpoint_every=checkpoint_every,
+        resume=resume, compile=compile, ladder=ladder, regrow_after=regrow_after, on_nonfinite=on_nonfinite,
+        seed=seed, plan="none" if plan is None else "given", micro_batch="none" if micro_batch is None else "given",
+    )  # fmt: skip
+    _settle(parts, when=not _in_a_child(isolate))
     events = Events([*listeners, *display(progress, parts.ranks)])
     _run_as_asked(parts, compile, ladder, events)
 

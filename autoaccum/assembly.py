@@ -1,7 +1,6 @@
 """The user's arguments, checked and made into the parts that probing, verifying and training share."""
 
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,19 +14,26 @@ from torch.optim import Optimizer
 
 from autoaccum.checks import check_seed, one_of
 from autoaccum.data import tree
+from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks, here, join
+from autoaccum.window.agreement import model_facts, optimizer_facts, setting_facts
 from autoaccum.window.compiled import Compiled
 from autoaccum.window.forward import OwnStatistics
 from autoaccum.window.ladder import installed, obstacle
 from autoaccum.window.optimizer import build_optimizer, check_model
 from autoaccum.window.precision import Precision
 
-__all__ = ["Parts", "assemble", "share_model"]
+__all__ = ["GIVE_ALIKE", "Parts", "agreed", "assemble", "share_model"]
+
+GIVE_ALIKE = (
+    "Give every rank the same; and all of the data, since each rank takes its own part of every window, and what is "
+    "split over the ranks already would be split twice"
+)
 
 
 @dataclass
@@ -156,28 +162,29 @@ def unwrapped(model: Any) -> Any:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-@torch.no_grad()
-def share_model(parts: Parts) -> None:
-    """Gives every rank rank 0's parameters and buffers, as DistributedDataParallel does; all ranks call this.
+def agreed(parts: Parts, what: str, val_data: Source | None = None, **settings: Any) -> None:
+    """Compares what the ranks must have alike, before anything depends on it; all ranks call this, at `what`.
 
     Raises:
-        SetupError: the ranks' models differ in their tensors.
+        SetupError: they differ, and in what; on all ranks.
     """
+    if parts.ranks.size == 1:
+        return
+    facts = setting_facts(loss=parts.objective.loss, step=parts.objective.step, **settings)
+    facts |= data_facts("data", parts.source) | data_facts("val_data", val_data)
+    facts |= model_facts(parts.model, parts.objective.loss) | optimizer_facts(parts.optimizer)
+    parts.ranks.agree(what, facts, GIVE_ALIKE)
+
+
+@torch.no_grad()
+def share_model(parts: Parts) -> None:
+    """Gives every rank rank 0's parameters and buffers, as DistributedDataParallel does; all ranks call this."""
     ranks = parts.ranks
     if ranks.size == 1:
         return
     modules = [module for module in (parts.model, parts.objective.loss) if isinstance(module, nn.Module)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    tensors = [tensor for tensor in tensors if tensor.layout == torch.strided]
-    described = "".join(f"{tuple(tensor.shape)}{tensor.dtype}" for tensor in tensors)
-    sums = ranks.gather("sharing the model", zlib.crc32(described.encode()))
-    if len(set(sums)) > 1:
-        others = [rank for rank, each in enumerate(sums) if each != sums[0]]
-        raise SetupError(
-            f"the model on rank {', '.join(map(str, others))} has tensors of other shapes than rank 0's: "
-            "build the same model on every rank"
-        )
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if tensor.layout == torch.strided):
         ranks.broadcast("sharing the model", tensor)
 
 

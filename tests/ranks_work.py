@@ -207,13 +207,14 @@ class Failing(Net):
 
 
 class FailingOptimizer(torch.optim.SGD):
-    """Raises in its second step."""
+    """Raises in its second step, on a rank that is bad."""
 
     steps = 0
+    bad = False
 
     def step(self, closure: Any = None) -> Any:
         self.steps += 1
-        if self.steps == 2:
+        if self.steps == 2 and self.bad:
             raise Broken("the optimizer's own error")
         return super().step(closure)
 
@@ -247,7 +248,8 @@ def errors(rank: int) -> dict[str, Callable[[], Any]]:
     run = functools.partial(train, Case(), rank, 2)
     norm = functools.partial(Net, norm=True)
     failing = Case(model=(lambda: Failing(7)) if bad else Net)
-    broken_step = Case(model=norm, optimizer=FailingOptimizer if bad else torch.optim.SGD)
+    FailingOptimizer.bad = bad
+    broken_step = Case(model=norm, optimizer=FailingOptimizer)
     return {
         "forward": lambda: train(failing, rank, 2, check=False),
         "optimizer": lambda: train(broken_step, rank, 2),
@@ -267,17 +269,21 @@ def errors(rank: int) -> dict[str, Callable[[], Any]]:
             cache=False,
         ),
         # Nothing is accumulated on a rank here, but over the ranks.
-        "loss in one micro-batch": lambda: train(
-            Case(limits=(4, 4)), rank, 2, loss=_spread if bad else nn.CrossEntropyLoss()
-        ),
-        "loss": lambda: run(loss=_spread if bad else nn.CrossEntropyLoss()),
+        "loss in one micro-batch": lambda: train(Case(limits=(4, 4)), rank, 2, loss=Spread(bad)),
+        "loss": lambda: run(loss=Spread(bad)),
         "callback at the start, rank 0": lambda: run(callbacks=[_raise_at("start", 0)] if not bad else []),
     }
 
 
-def _spread(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Not a mean over anything: the gradient check refuses it."""
-    return outputs.square().sum()
+class Spread(nn.CrossEntropyLoss):
+    """On a rank that is bad no mean over anything: the gradient check refuses it."""
+
+    def __init__(self, bad: bool) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.square().sum() if self.bad else super().forward(outputs, targets)
 
 
 def failed(attempt: Callable[[], Any]) -> str:

@@ -1,6 +1,5 @@
 """Ranks: two real processes over gloo, started once; each test looks at what they found. And a single process."""
 
-import multiprocessing as mp
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.ranks import joining, together
 from autoaccum.window.precision import SideBuffers
 from autoaccum.window.rank_sum import RankSum
+from tests.ranks_started import started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
@@ -128,13 +128,7 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     folder = Path(tmp_path_factory.mktemp("ranks"))
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+    started(work, 2, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

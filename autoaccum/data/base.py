@@ -197,6 +197,10 @@ class Source(ABC):
             )
 
     @abstractmethod
+    def first(self) -> Any:
+        """A few samples as the data gives them, read anew at each call where that can be done."""
+
+    @abstractmethod
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; those before it are passed over."""
 

@@ -141,6 +141,11 @@ class TensorSource(IndexedSource):
         self._flat = all(isinstance(child, Tensor) for child in children(data) or ())
         self._strided = all(t.layout is torch.strided and not t.is_nested for t in self._tensors)
 
+    def first(self) -> Any:
+        """The first and the last row that an epoch may show."""
+        candidates = possible_indices(self._sampler, self._rows)
+        return self._gather(torch.tensor([candidates[0], candidates[-1]], dtype=torch.int64))
+
     def _trial(self, size: int) -> Any:
         candidates = possible_indices(self._sampler, self._rows)
         count = len(candidates)

@@ -56,6 +56,11 @@ class MapSource(IndexedSource):
         if loader is not None and loader.num_workers:
             self._workers = _Workers(WorkerDataset(dataset, self._fetcher), loader)
 
+    def first(self) -> Any:
+        """The first and the last sample that an epoch may show."""
+        candidates = possible_indices(self._sampler, self._rows)
+        return self._fetcher.samples([candidates[0], candidates[-1]])
+
     def _trial(self, size: int) -> Any:
         samples, self.varies = self._pool.choose(size)
         with self._untouched():

@@ -11,6 +11,7 @@ Choices made here:
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -97,6 +98,14 @@ class BatchSource(StreamSource):
     def _replayed(self) -> dict[str, Any]:
         # Batches are read again whole, dataset and collate function included; one-time data is not read again.
         return {} if self.one_shot else {"loader": self._loader}
+
+    def first(self) -> Any:
+        """The first ready batch that a trial may see."""
+        if not self.one_shot:
+            return list(islice(iter(self._batches_for_trials()), 1))
+        reader = self._only_reader()
+        reader.look(1)
+        return list(islice(reader.drawn, 1))
 
     # --- trials ---
 

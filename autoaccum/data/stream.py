@@ -219,6 +219,14 @@ class SampleSource(StreamSource):
         self._pool.close()
         return super().read(epoch, cutter, start)
 
+    def first(self) -> Any:
+        """The first two samples."""
+        if not self.one_shot:
+            return list(islice(iter(self._samples), 2))
+        reader = self._only_reader()
+        reader.look(2)
+        return list(islice(reader.drawn, 2))
+
     def _trial(self, size: int) -> Any:
         if self.one_shot:
             reader = self._only_reader()

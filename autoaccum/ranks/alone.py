@@ -107,8 +107,8 @@ class Ranks:
         """What gathers every rank's `tensor`, of `counts[rank]` rows each, and where they will stand."""
         return Flight(), [tensor]
 
-    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
-        """Compares what all ranks must have alike: plain values by name.
+    def agree(self, what: str, facts: Mapping[str, Any], advice: str) -> None:
+        """Compares what all ranks must have alike: plain values by name. `advice` ends the error's message.
 
         Raises:
             SetupError: they differ; all that differs is named, with each rank's value, on all ranks. And as `meet`.

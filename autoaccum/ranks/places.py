@@ -1,11 +1,14 @@
 """Where each rank is and what each one says, in words; and errors that all ranks know of."""
 
+import ctypes
 import json
 import zlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-__all__ = ["by_rank", "digest", "listed", "short", "told", "was_told"]
+from torch import Tensor
+
+__all__ = ["by_rank", "bytes_of", "digest", "listed", "short", "told", "was_told"]
 
 # Marks an error that all ranks know of.
 _TOLD = "_autoaccum_told_to_all_ranks"
@@ -25,8 +28,16 @@ def was_told(error: BaseException | None) -> bool:
 
 
 def digest(value: Any) -> int:
-    """A number below 2**32 that tells `value`'s text from others'."""
-    return zlib.crc32(str(value).encode())
+    """A number below 2**32 that tells `value` from others: a tensor by its bytes, bytes as they are, else its text."""
+    if isinstance(value, Tensor):
+        value = bytes_of(value)
+    return zlib.crc32(value if isinstance(value, bytes) else str(value).encode())
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """A dense tensor's elements in order, as they lie in memory."""
+    host = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(host.data_ptr(), host.numel() * host.element_size()) if host.numel() else b""
 
 
 def listed(ranks: Sequence[int]) -> str:

@@ -1,7 +1,6 @@
 """One rank of a process group of PyTorch's."""
 
 import contextlib
-import ctypes
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.ranks.alone import Flight, Ranks
 from autoaccum.ranks.lost import PROCESSES, LostRankError, answering, this_process
-from autoaccum.ranks.places import by_rank, digest, listed, short, told, was_told
+from autoaccum.ranks.places import by_rank, bytes_of, digest, listed, short, told, was_told
 from autoaccum.units import MIB
 
 __all__ = ["BUCKET_BYTES", "LARGE_BYTES", "rank_of"]
@@ -30,6 +29,7 @@ LARGE_BYTES = MIB
 # Numbers that one `tally` can carry. Fixed, because a failing rank does not know what the others send.
 _SLOTS = 64
 _PLACE_BYTES = 64  # of the text that says where a rank is
+_NAMED = 5  # differences, in an error
 
 
 def rank_of(group: Any, device: torch.device) -> Ranks:
@@ -87,7 +87,7 @@ class _Rank(Ranks):
         own = _bytes_in(what.encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES)).to(self._device)
         flight, room = self.ready_rows(own, [_PLACE_BYTES] * self.size)
         self.run(flight)
-        texts = [_bytes_of(row).decode(errors="replace").strip() for row in room]
+        texts = [bytes_of(row).decode(errors="replace").strip() for row in room]
         return f"{by_rank(texts, 'is in', 'are in')}: call it on every rank, in the same order"
 
     def collect(self, what: str, message: bytes) -> list[bytes]:
@@ -97,7 +97,7 @@ class _Rank(Ranks):
         flight, room = self.ready_rows(own.to(self._device), [len(own)] * self.size)
         self.meet(what)
         self.run(flight)
-        return [_bytes_of(row[:size]) for row, size in zip(room, sizes, strict=True)]
+        return [bytes_of(row[:size]) for row, size in zip(room, sizes, strict=True)]
 
     def broadcast(self, what: str, tensor: Tensor) -> Tensor:
         # No backend is sure to know bools, and none takes a tensor with gaps.
@@ -119,7 +119,7 @@ class _Rank(Ranks):
             part = torch.zeros(min(BUCKET_BYTES, size - start), dtype=torch.uint8)
             if self.rank == 0:
                 part.copy_(_bytes_in(message[start : start + BUCKET_BYTES]))
-            parts.append(_bytes_of(self.broadcast(what, part)))
+            parts.append(bytes_of(self.broadcast(what, part)))
         return b"".join(parts)
 
     @torch.no_grad()
@@ -170,7 +170,7 @@ class _Rank(Ranks):
         # Cut to length: padding would add zeros to row 0, and a sparse optimizer would step that row.
         return Flight([start]), [part[:count] for part, count in zip(room, counts, strict=True)]
 
-    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+    def agree(self, what: str, facts: Mapping[str, Any], advice: str) -> None:
         self._introduce(what)
         own = json.dumps(facts, default=str)
         _, digests = self.meet(what, own=digest(own))
@@ -180,8 +180,9 @@ class _Rank(Ranks):
         names = dict.fromkeys(name for facts in everyone for name in facts)
         different = [name for name in names if len({json.dumps(facts.get(name)) for facts in everyone}) > 1]
         said = [f"{name}: {by_rank([short(facts.get(name)) for facts in everyone], 'has', 'have')}"
-                for name in different]  # fmt: skip
-        raise told(SetupError(f"the ranks must have alike what they differ in. {'; '.join(said)}"))
+                for name in different[:_NAMED]]  # fmt: skip
+        more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
+        raise told(SetupError(f"the ranks differ in what they must have alike. {'; '.join(said)}{more}. {advice}"))
 
     def _introduce(self, what: str) -> None:
         """Tells all ranks which process each is, once a group, for when one of them no longer answers."""
@@ -196,11 +197,6 @@ class _Rank(Ranks):
 
 def _bytes_in(message: bytes) -> Tensor:
     return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    host = tensor.cpu().contiguous()
-    return ctypes.string_at(host.data_ptr(), host.numel())
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

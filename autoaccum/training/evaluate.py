@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from autoaccum.data import tree
+from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source
-from autoaccum.data.windows import evaluation_windows
+from autoaccum.data.windows import Window, evaluation_windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
@@ -69,11 +70,16 @@ class Evaluator:
         chosen = source if source is not None else self.source
         if chosen is None:
             raise DataError("there is no data to evaluate: pass some, or give val_data")
+        if source is not None and self.ranks.size > 1:
+            self.ranks.agree("evaluate", data_facts("the data to evaluate", source), "Give every rank all of it")
         model = self.objective.model
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
             return self._means(chosen, "val_data" if source is None else "the data to evaluate")
+        except Exception:
+            self.ranks.fail()
+            raise
         finally:
             for module in training:
                 module.training = True
@@ -81,9 +87,9 @@ class Evaluator:
     def _means(self, source: Source, called: str) -> dict[str, float]:
         sums: dict[str, list[float | Tensor]] = {}
         samples, added_up = 0, set()
-        for batch in self._batches(source):
-            samples += tree.batch_size(batch)
-            for name, mean in self._run(batch).items():
+        for window in self._windows(source):
+            samples += window.samples
+            for name, mean in (item for batch in window.batches for item in self._run(batch).items()):
                 numerator, denominator = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
                 if isinstance(mean, Sum):
@@ -93,6 +99,7 @@ class Evaluator:
         samples, *flags = map(int, self.ranks.tally("evaluate", [samples, *(name in added_up for name in names)]))
         if not samples:
             raise DataError(_nothing(source, called))
+        self._expect_all(samples, source, called)
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
         totals = self.ranks.tally("evaluate", [float(value) for pair in pairs for value in pair])
         means = {
@@ -105,11 +112,25 @@ class Evaluator:
             means["loss"] = sum(means[name] for name in counting) if counting else math.nan
         return means
 
-    def _batches(self, source: Source) -> Iterator[Any]:
-        target = self.micro_batch * self.ranks.size
-        cut = plan(self.micro_batch, target, world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
-        for window in evaluation_windows(source, lambda: cut):
-            yield from window.batches
+    def _expect_all(self, samples: int, source: Source, called: str) -> None:
+        """That the ranks together saw each sample once.
+
+        Raises:
+            DataError: they did not.
+        """
+        left_out = source.length % source.loader_batch if source.length and source.drop_last and source.loader_batch \
+            else 0  # fmt: skip
+        if self.ranks.size > 1 and source.length is not None and samples != source.length - left_out:
+            raise DataError(
+                f"{called} has {source.length - left_out} samples, and the {self.ranks.size} ranks saw {samples} of it "
+                "in all: give every rank the whole of it, in one order, since each takes its own part of that"
+            )
+
+    def _windows(self, source: Source) -> Iterator[Window]:
+        # All ranks cut alike, by the sizes of all: a window that is cut otherwise on another rank loses samples.
+        sizes = self.ranks.gather("evaluate", self.micro_batch)
+        cut = plan(sizes, sum(sizes), world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
+        return evaluation_windows(source, lambda: cut)
 
     def _run(self, batch: Any) -> dict[str, Mean]:
         """The means of one batch; a batch that does not fit is cut in half until it does."""

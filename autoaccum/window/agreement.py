@@ -1,0 +1,78 @@
+"""What the ranks of a training must have alike, as plain values by name, for `Ranks.agree` to compare."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["model_facts", "optimizer_facts", "setting_facts", "weight_facts"]
+
+
+def setting_facts(**settings: Any) -> dict[str, Any]:
+    """Settings by name: numbers and texts as they are; of functions and other objects what they are called."""
+    return {name: _said(value) for name, value in settings.items()}
+
+
+def model_facts(*modules: Any) -> dict[str, Any]:
+    """Each parameter's and buffer's dtype and shape, and whether it is trained."""
+    facts = {}
+    for module in (module for module in modules if isinstance(module, nn.Module)):
+        for name, parameter in module.named_parameters():
+            trained = "trained" if parameter.requires_grad else "frozen"
+            facts[f"the parameter {name!r}"] = f"{_described(parameter)}, {trained}"
+        facts |= {f"the buffer {name!r}": _described(buffer) for name, buffer in module.named_buffers()}
+    return facts
+
+
+def weight_facts(model: nn.Module) -> dict[str, Any]:
+    """A checksum of each parameter's value, exact and the same on every device."""
+    return _checksums((f"the values of {name!r}", parameter) for name, parameter in model.named_parameters())
+
+
+def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
+    """Its class, each group's settings, and a checksum of all that it remembers."""
+    facts: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+    for number, group in enumerate(optimizer.param_groups):
+        of = "the optimizer's" if len(optimizer.param_groups) == 1 else f"the optimizer's group {number}'s"
+        facts[f"{of} number of parameters"] = len(group["params"])
+        facts |= {f"{of} {name}": _said(value) for name, value in group.items() if name != "params"}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    remembered = [
+        (f"the optimizer's {name} of parameter {place}", value)
+        for place, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    ]
+    facts |= {name: _said(value) for name, value in remembered if not isinstance(value, Tensor)}
+    return facts | _checksums((name, value) for name, value in remembered if isinstance(value, Tensor))
+
+
+def _said(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 8 else _described(value)
+    if isinstance(value, Mapping):
+        return {str(name): _said(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_said(item) for item in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+@torch.no_grad()
+def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Sums of the bits as integers: no order of addition changes them."""
+    names, sums = [], []
+    for name, tensor in tensors:
+        if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            bits = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat
+            names.append(name)
+            sums.append(bits.sum(dtype=torch.int64))
+    found = torch.stack([each.to(sums[0].device) for each in sums]).tolist() if sums else []
+    return {name: f"checksum {number & (2**64 - 1):016x}" for name, number in zip(names, found, strict=True)}

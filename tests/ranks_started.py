@@ -1,0 +1,25 @@
+"""Starts real processes, one for each rank, and waits for them."""
+
+import multiprocessing as mp
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["started"]
+
+
+def started(work: Callable[[int, str], Any], count: int, folder: Path, seconds: float = 300.0) -> None:
+    """Runs `work(rank, folder)` in `count` processes at once; a rank that hangs fails the test."""
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(count)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hung = [process.pid for process in processes if process.exitcode is None]
+    for process in processes:
+        process.kill()
+    assert not hung, "a rank waits for one that does not come"
+    assert [process.exitcode for process in processes] == [0] * count
