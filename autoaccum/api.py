@@ -115,7 +115,7 @@ def probe(
         if together:
             agreed(parts, "probe", target_batch=target_batch, multiple_of=multiple_of, tail=tail, ladder=ladder,
                    batch_norm=batch_norm, lr_batch=lr_batch, lr_rule=lr_rule)  # fmt: skip
-        share = None if target_batch is None else share_of(target_batch, parts.ranks)
+        share = None if target_batch is None else share_of(target_batch, parts.source.length, parts.ranks)
         question = Question(share, memory, max_batch, multiple_of, prefer)
         events = Events(listed("callbacks", callbacks))
         _run_as_asked(parts, compile, ladder, events)
@@ -293,7 +293,9 @@ def prepare(
             given, events, micro_batch=micro_batch, lr_batch=lr_batch, lr_rule=lr_rule, tail=tail, batch_norm=batch_norm
         )
     if given is None and micro_batch is None:
-        question = Question(share_of(target_batch, parts.ranks), memory, max_batch, multiple_of, prefer)
+        question = Question(
+            share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer
+        )
         report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
                         clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
     _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far

@@ -466,13 +466,13 @@ def for_ranks(given: Plan, ranks: Ranks) -> Plan:
     return given.on_rank(ranks.rank)
 
 
-def share_of(target_batch: int, ranks: Ranks) -> int:
-    """The most samples of a window that one of equal ranks takes."""
-    return -(-target_batch // ranks.size)
+def share_of(target_batch: int, length: int | None, ranks: Ranks) -> int:
+    """The most samples of a window that one of equal ranks takes: of the target, or of an epoch that has fewer."""
+    return -(-min(target_batch, length or target_batch) // ranks.size)
 
 
 def total_steps(made: Plan, length: int | None, epochs: int, max_steps: int | None) -> int | None:
     """Optimizer steps in the whole training; None for a stream without a length."""
     if max_steps is not None:
         return max_steps
-    return None if length is None else sum(1 for _ in made.window_sizes(length)) * epochs
+    return None if length is None else sum(count for _, count in made.window_runs(length)) * epochs

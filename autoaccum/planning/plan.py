@@ -40,7 +40,7 @@ class Plan:
     """The largest of this rank's sizes; 0 where the rank is idle."""
     accumulation_steps: int
     micro_batches: tuple[int, ...]
-    """This rank's sizes in a full window, larger ones first."""
+    """This rank's sizes in a full window, or where an epoch has fewer samples in that; larger ones first."""
     lr: float | None
     """The LR after scaling; None where none was given, or where the optimizer's groups have several."""
     lr_scale: float
@@ -108,6 +108,19 @@ class Plan:
             length, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
         )
 
+    def window_runs(self, length: int) -> list[tuple[int, int]]:
+        """The windows of an epoch of `length` samples as (samples, how many); see `planning.split.window_runs`."""
+        return split.window_runs(
+            length, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
+        )
+
+    @property
+    def usual_window(self) -> int:
+        """Samples of an optimizer step, over all ranks: the target, or all of an epoch that has fewer."""
+        return split.usual_window(
+            self.samples, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
+        )
+
     def next_window(self, ahead: int, *, ended: bool) -> int | None:
         """The next window's samples with `ahead` known to lie ahead, for streams; see `planning.split.next_window`."""
         return split.next_window(
@@ -116,7 +129,7 @@ class Plan:
 
     def group_settings(self, group: Mapping[str, Any]) -> dict[str, float | tuple[float, ...]]:
         """New values for one of the optimizer's parameter groups, from those it holds: its own LR scaled, and so on."""
-        return learning_rate.group_settings(group, self.lr_rule, self.target_batch, self.lr_batch)
+        return learning_rate.group_settings(group, self.lr_rule, self.usual_window, self.lr_batch)
 
     def with_limit(self, limit: int, reason: str) -> "Plan":
         """The plan for the same target with at most `limit` samples at once, on every rank.
@@ -236,13 +249,17 @@ def plan(
     Raises:
         PlanError: a value out of range, or a target that cannot be cut, with the nearest that can.
     """
-    world_size = split.whole("world_size", world_size, 1)
+    world_size = split.whole("world_size", world_size, 1, split.MOST)
     target_batch = split.whole("target_batch", target_batch, 1)
+    limits, minimum = _limits(limit, world_size), split.whole("minimum", minimum, 1)
+    tail = _one_of("tail", tail, split.TAILS)
     lr_batch = None if lr_batch is None else split.whole("lr_batch", lr_batch, 1)
     samples = None if samples is None else split.whole("samples", samples, 1)
     layers = None if batch_norm_layers is None else split.whole("batch_norm_layers", batch_norm_layers, 0)
+    split.check_target(target_batch, limits, minimum=minimum)
+    window = split.usual_window(samples, target_batch, tail=tail, minimum=minimum, limit=max(limits))
     rates = learning_rate.decide(
-        target_batch, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
+        window, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
     )
     if reasons is not None and not isinstance(reasons, Mapping):
         raise PlanError(f'reasons={reasons!r}: give a dict of lines, such as {{"limit": "as measured by hand"}}')
@@ -264,10 +281,10 @@ def plan(
             layer_momentum=bn_momentum if layers != 0 else None,
             batch_norm=_one_of("batch_norm", batch_norm, MODES),
             batch_norm_layers=layers,
-            limits=_limits(limit, world_size),
-            minimum=split.whole("minimum", minimum, 1),
+            limits=limits,
+            minimum=minimum,
             multiple_of=split.whole("multiple_of", multiple_of, 1),
-            tail=_one_of("tail", tail, split.TAILS),
+            tail=tail,
             samples=samples,
             reasons={**rates.reasons, **given},
             by_length=check_room(by_length),
@@ -278,7 +295,8 @@ def plan(
 
 def _arranged(draft: Plan) -> Plan:
     """The draft with what follows from its target, limits and rank: sizes, BatchNorm momentum, and their reasons."""
-    sizes = draft.split(draft.target_batch)
+    split.check_target(draft.target_batch, draft.limits, minimum=draft.minimum)
+    sizes = draft.split(draft.usual_window)
     said = size_lines(draft, sizes) | {"tail": tail_line(draft)} | batch_norm_lines(draft, sizes)
     others = {name: line for name, line in draft.reasons.items() if name not in said}
     return dataclasses.replace(
@@ -321,13 +339,13 @@ def _one_of(name: str, value: str, values: tuple[str, ...]) -> str:
 def _check(found: Plan) -> None:
     """That the values of a plan that was read, perhaps edited by hand, belong together."""
     split.whole("target_batch", found.target_batch, 1)
-    _rank(found.rank, split.whole("world_size", found.world_size, 1))
+    _rank(found.rank, split.whole("world_size", found.world_size, 1, split.MOST))
     _limits(found.limits, found.world_size)
     _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
     _one_of("batch_norm", found.batch_norm, MODES)
     _one_of("tail", found.tail, split.TAILS)
     check_room(found.by_length)
-    sizes = found.split(found.target_batch)
+    sizes = found.split(found.usual_window)
     if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), len(sizes)):
         raise PlanError(
             f"this plan's micro-batches {found.micro_batches} are not those of a target of {found.target_batch} with "

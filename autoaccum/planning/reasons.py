@@ -32,7 +32,11 @@ def format_sizes(sizes: Sequence[int]) -> str:
 def size_lines(plan: Plan, sizes: tuple[int, ...]) -> dict[str, str]:
     """The lines on the target, this rank's share, and its micro-batches of these `sizes`."""
     over = f" over {plan.world_size} ranks" if plan.world_size > 1 else ""
-    lines = {"target_batch": f"{plan.target_batch} samples an optimizer step{over}, exactly as asked"}
+    window = plan.usual_window
+    asked = "exactly as asked"
+    if window != plan.target_batch:
+        asked = f"where {plan.target_batch} were asked for: an epoch has {plan.samples}"
+    lines = {"target_batch": f"{window} samples an optimizer step{over}, {asked}"}
     if over:
         lines["share"] = _share_line(plan, sum(sizes))
     if "limit" in plan.reasons:
@@ -86,10 +90,10 @@ def _by_length_lines(plan: Plan, sizes: tuple[int, ...]) -> dict[str, str]:
 
 
 def _share_line(plan: Plan, share: int) -> str:
-    parts = shares(plan.target_batch, plan.limits, minimum=plan.minimum)
+    parts = shares(plan.usual_window, plan.limits, minimum=plan.minimum)
     alike = len(set(plan.limits)) == 1
     how = "evenly" if alike else f"in proportion to the limits {format_sizes(plan.limits)}"
-    text = f"{share} of the {plan.target_batch} samples for rank {plan.rank}, shared {how}: {format_sizes(parts)}"
+    text = f"{share} of the {plan.usual_window} samples for rank {plan.rank}, shared {how}: {format_sizes(parts)}"
     if idle := parts.count(0):
         text += f"; {f'{idle} idle ranks join' if idle > 1 else 'the idle rank joins'} every vote and sum all the same"
     return text
@@ -118,11 +122,10 @@ def tail_line(plan: Plan) -> str:
             "drop": "drop: a short last window is left out of each epoch",
         }[plan.tail]
     length, target = plan.samples, plan.target_batch
-    before = max(length // target - 1, 0)  # windows that are full whatever follows: only the last may take in a tail
-    last = list(plan.window_sizes(length - before * target))
-    if not before and not last:
+    runs = dict(plan.window_runs(length))
+    if not runs:
         raise _too_short(plan, length)
-    full, odd = before + last.count(target), [size for size in last if size != target]
+    full, odd = runs.get(target, 0), [size for size in runs if size != target]
     windows = [f"{full} window{'s' if full > 1 else ''} of {target}"] if full else []
     windows += [f"one of {size}" for size in odd]
     if not full:
@@ -133,7 +136,7 @@ def tail_line(plan: Plan) -> str:
         text += f"; {_last(odd[0] - target)}, {unfit}, joins the window before it"
     elif odd and full:
         text += ", which has its own denominator"
-    if dropped := length - before * target - sum(last):
+    if dropped := length - full * target - sum(odd):
         text += f"; {_last(dropped)}, {'short of a window' if plan.tail == 'drop' else unfit}, is dropped"
     return text
 
@@ -163,5 +166,5 @@ def batch_norm_lines(plan: Plan, sizes: tuple[int, ...]) -> dict[str, str]:
         return {"bn_momentum": f"{momentum} (if the model has BatchNorm)"}
     return {
         "bn_momentum": momentum,
-        "batch_norm": mode_reason(plan.batch_norm, plan.target_batch, sizes, plan.world_size),
+        "batch_norm": mode_reason(plan.batch_norm, plan.usual_window, sizes, plan.world_size),
     }

@@ -20,28 +20,36 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 
+from autoaccum.checks import shown
 from autoaccum.errors import PlanError
 
 __all__ = [
+    "MOST",
     "TAILS",
     "can_split",
+    "check_target",
     "even_split",
+    "largest_size",
     "look_ahead",
     "nearest_targets",
     "next_window",
     "shares",
+    "usual_window",
     "whole",
+    "window_runs",
     "window_sizes",
 ]
 
 TAILS = ("step", "drop")
+MOST = 2**20  # micro-batches of a window, and ranks: a plan lists them
+_LARGEST = 2**63 - 1  # of any count: PyTorch's own integers, and floats hold it
 
 
-def whole(name: str, value: object, least: int) -> int:
-    """`value` as an int of at least `least`; booleans, floats and texts are refused, however whole they look.
+def whole(name: str, value: object, least: int, most: int = _LARGEST) -> int:
+    """`value` as an int from `least` to `most`; booleans, floats and texts are refused, however whole they look.
 
     Raises:
-        PlanError: it is not an integer, or is less than `least`.
+        PlanError: it is not an integer, or out of this range.
     """
     try:
         if isinstance(value, bool):
@@ -50,10 +58,12 @@ def whole(name: str, value: object, least: int) -> int:
     except TypeError:
         kind = type(value).__name__
         raise PlanError(
-            f"{name}={value!r} is a {kind}: it counts samples or ranks, so give an int such as 64"
+            f"{name}={shown(value)} is a {kind}: it counts samples or ranks, so give an int such as 64"
         ) from None
     if number < least:
-        raise PlanError(f"{name}={number} is too small: it must be {least} or more")
+        raise PlanError(f"{name}={shown(number)} is too small: it must be {least} or more")
+    if number > most:
+        raise PlanError(f"{name}={shown(number)} is too large: it must be {most} or less")
     return number
 
 
@@ -97,18 +107,33 @@ def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int =
         return ()
     _require_room(samples, limit, minimum)
     _require_split(samples, limit, minimum)
+    if -(-samples // limit) > MOST:
+        raise PlanError(
+            f"a batch of {samples} in micro-batches of at most {limit} is {-(-samples // limit)} of them, and a plan "
+            f"lists at most {MOST}: lower the target batch to {MOST * limit} or less, or let more samples run at once"
+        )
+    return tuple(size for size, count in _runs(samples, limit, minimum, multiple_of) for _ in range(count))
+
+
+def largest_size(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> int:
+    """The first of `even_split`'s sizes, however many there are; 0 for no samples."""
+    return _runs(samples, limit, minimum, multiple_of)[0][0] if samples else 0
+
+
+def _runs(samples: int, limit: int, minimum: int, multiple_of: int) -> list[tuple[int, int]]:
+    """`even_split`'s sizes as (size, how many), larger ones first."""
     steps = -(-samples // limit)
-    sizes = _spread(samples, steps, multiple_of)
-    if max(sizes) > limit or min(sizes) < minimum:
-        sizes = _spread(samples, steps, 1)
-    return sizes
+    runs = _spread(samples, steps, multiple_of)
+    sizes = [size for size, _ in runs]
+    return runs if max(sizes) <= limit and min(sizes) >= minimum else _spread(samples, steps, 1)
 
 
-def _spread(samples: int, steps: int, unit: int) -> tuple[int, ...]:
+def _spread(samples: int, steps: int, unit: int) -> list[tuple[int, int]]:
     """`samples` over `steps` sizes in whole units, what is left of a unit added to one of the smaller sizes."""
     units, rest = divmod(samples, unit)
     low, larger = divmod(units, steps)
-    return ((low + 1) * unit,) * larger + (low * unit + rest,) + (low * unit,) * (steps - larger - 1)
+    runs = [((low + 1) * unit, larger), (low * unit + rest, 1), (low * unit, steps - larger - 1)]
+    return [(size, count) for size, count in runs if count]
 
 
 def _require_room(samples: int, limit: int, minimum: int, where: str = "") -> None:
@@ -159,13 +184,22 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
         PlanError: no way of sharing leaves every rank with what it can cut; the nearest window that can is named.
     """
     samples, minimum = whole("samples", samples, 0), whole("minimum", minimum, 1)
-    for rank, limit in enumerate(limits):
-        _require_room(samples, whole("limit", limit, 1), minimum, f" on rank {rank}" if len(limits) > 1 else "")
-    _require_split(samples, max(limits), minimum)  # the roomiest rank alone can do all that the ranks can do together
+    check_target(samples, limits, minimum=minimum)  # the roomiest rank alone can do all that ranks can do together
     proposal = _proportional(samples, limits)
     if all(can_split(share, limit, minimum) for share, limit in zip(proposal, limits)):
         return proposal
     return _dealt(samples, limits, minimum)
+
+
+def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> None:
+    """That a window of `target` samples can be cut, whatever windows an epoch gives.
+
+    Raises:
+        PlanError: it cannot; the nearest target that can is named.
+    """
+    for rank, limit in enumerate(limits):
+        _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
+    _require_split(target, max(limits), minimum)
 
 
 def _proportional(total: int, weights: Sequence[int]) -> tuple[int, ...]:
@@ -260,10 +294,16 @@ def look_ahead(target: int, *, tail: str = "step", minimum: int = 1, limit: int 
     limit = 2 * target + minimum if limit is None else limit
     if tail == "drop" or limit <= minimum:  # with one size only, what cannot be cut alone cannot be cut with others
         return 0
-    # From this many micro-batches on, the ranges k * minimum .. k * limit touch, and every larger tail can be cut.
+    # Between the ranges k * minimum .. k * limit are gaps that cannot be cut; from some k on the ranges touch.
     touching = -(-(limit - 1) // (limit - minimum))
-    largest = min(target - 1, touching * minimum)
-    return next((rest + 1 for rest in range(largest, 0, -1) if _joins(rest, target, limit, minimum)), 0)
+    for k in range(min(touching, (target - 1) // limit), -1, -1):
+        low, high = k * limit + 1, min((k + 1) * minimum - 1, target - 1)
+        if low > high:
+            continue
+        joined = _largest_split(target + high, limit, minimum)
+        if joined >= target + low:
+            return joined - target + 1
+    return 0
 
 
 def window_sizes(
@@ -273,3 +313,21 @@ def window_sizes(
     while window := next_window(length, target, ended=True, tail=tail, minimum=minimum, limit=limit):
         yield window
         length -= window
+
+
+def window_runs(
+    length: int, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
+) -> list[tuple[int, int]]:
+    """`window_sizes` as (size, how many), however many windows there are: full ones first, then what the end gives."""
+    before = max(length // target - 1, 0)  # windows that are full whatever follows: only the last may take in a tail
+    last = list(window_sizes(length - before * target, target, tail=tail, minimum=minimum, limit=limit))
+    full = before + last.count(target)
+    return [(target, full)] * (full > 0) + [(size, 1) for size in last if size != target]
+
+
+def usual_window(
+    samples: int | None, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
+) -> int:
+    """Samples of the windows that an epoch of `samples` is cut into first: the target, unless the epoch is shorter."""
+    runs = [] if samples is None else window_runs(samples, target, tail=tail, minimum=minimum, limit=limit)
+    return runs[0][0] if runs else target

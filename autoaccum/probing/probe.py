@@ -15,7 +15,7 @@ from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.watch import ProcessGrowth
-from autoaccum.planning.split import can_split, even_split
+from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
@@ -316,7 +316,7 @@ def _wanted(question: Question, floor: int) -> Callable[[int], int] | None:
     def micro_batch(limit: int) -> int:
         if limit < floor or not can_split(share, limit, floor):
             return min(limit, share)  # the plan will say which targets can be cut
-        return even_split(share, limit, minimum=floor, multiple_of=question.multiple_of)[0]
+        return largest_size(share, limit, minimum=floor, multiple_of=question.multiple_of)
 
     return micro_batch
 

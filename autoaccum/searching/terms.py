@@ -265,13 +265,12 @@ def steps_for(made: Plan, amount: int, length: int | None) -> int:
     """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
     if length is None:
         return -(-amount // made.target_batch)
-    sizes = list(made.window_sizes(length))
-    if not sizes:
+    runs = made.window_runs(length)
+    if not runs:
         return -(-amount // made.target_batch)  # the loop says what is wrong with data that gives no window
-    whole, rest = divmod(amount, sum(sizes))
-    steps = whole * len(sizes)
-    for size in sizes:
-        if rest <= 0:
-            break
-        steps, rest = steps + 1, rest - size
+    whole, rest = divmod(amount, sum(size * count for size, count in runs))
+    steps = whole * sum(count for _, count in runs)
+    for size, count in runs:
+        taken = min(count, -(-max(rest, 0) // size))
+        steps, rest = steps + taken, rest - taken * size
     return steps

@@ -231,7 +231,8 @@ class Trainer:
     def _run(self, loop: Any, parts: Parts, watch: _Watch) -> Mapping[str, float] | None:
         """Trains, and gives the last evaluation."""
         terms = self._terms
-        sizes = None if parts.source.length is None else sum(loop.plan.window_sizes(parts.source.length))
+        length = parts.source.length
+        sizes = None if length is None else sum(size * count for size, count in loop.plan.window_runs(length))
         short = terms.unit == "samples" and sizes is not None and sizes * NINTHS <= terms.amount
         windows = iter(loop)
         with closing(windows):
