@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from autoaccum.probing.report import ProbeReport
     from autoaccum.searching.result import SearchResult
     from autoaccum.searching.search import search
+    from autoaccum.training import events
+    from autoaccum.training.events import JsonlSink, StopTraining, TensorBoardSink
     from autoaccum.training.loop import FitResult, TrainingLoop
     from autoaccum.window.accumulate import Accumulator
     from autoaccum.window.record import StepRecord
@@ -35,11 +37,14 @@ _HOME = {
     "Accumulator": "autoaccum.window.accumulate",
     "Coupled": "autoaccum.loss.coupled",
     "FitResult": "autoaccum.training.loop",
+    "JsonlSink": "autoaccum.training.events",
     "Mean": "autoaccum.loss.mean",
     "Plan": "autoaccum.planning.plan",
     "ProbeReport": "autoaccum.probing.report",
     "SearchResult": "autoaccum.searching.result",
     "StepRecord": "autoaccum.window.record",
+    "StopTraining": "autoaccum.training.events",
+    "TensorBoardSink": "autoaccum.training.events",
     "TrainingLoop": "autoaccum.training.loop",
     "Trial": "autoaccum.probing.outcome",
     "VerifyReport": "autoaccum.window.verify",
@@ -56,16 +61,20 @@ __all__ = [
     "Accumulator",
     "Coupled",
     "FitResult",
+    "JsonlSink",
     "Mean",
     "Plan",
     "ProbeReport",
     "SearchResult",
     "StepRecord",
+    "StopTraining",
+    "TensorBoardSink",
     "TrainingLoop",
     "Trial",
     "VerifyReport",
     "attach",
     "errors",
+    "events",
     "fit",
     "plan",
     "prepare",
@@ -77,6 +86,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for (PEP 562)."""
+    if name == "events":  # what callbacks get, a module as errors is
+        return importlib.import_module("autoaccum.training.events")
     if name not in _HOME:
         raise AttributeError(f"module 'autoaccum' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

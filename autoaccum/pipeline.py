@@ -290,6 +290,9 @@ def planned(
 ) -> Plan:  # fmt: skip
     """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
     layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
+    if report is None:  # no trial has run, which would have shown what the loss divides by: the reason tells it
+        with parts.running(compiled=False, alone=True), parts.precision.autocast():
+            parts.objective.denominators(parts.source.trial(2))
     reasons = _reasons(parts, report)
     if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
         lr_batch = parts.source.loader_batch

@@ -79,3 +79,45 @@ def test_more_samples_are_looked_at_where_labels_may_count_unequally_and_samples
     labels = torch.randn(400) if targets is None else torch.arange(400) % targets
     parts = assemble(nn.Linear(5, 4), (torch.zeros(1).expand(400, width), labels), loss=LOSS, device="cpu")
     assert len(_looked_at(parts, 8)[1]) == want
+
+
+class Segments(nn.Module):
+    """A model whose own loss leaves out labels of 255."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(self.layer(x), labels, ignore_index=255)}
+
+
+@pytest.mark.parametrize("settings", [{"micro_batch": 4}, {"micro_batch": 4, "check": False}, {}])
+def test_the_reason_names_the_label_that_is_left_out(settings):
+    data = {"x": torch.randn(24, 6), "labels": torch.tensor([0, 1, 2, 255] * 6)}
+    loop = autoaccum.prepare(Segments(), data, target_batch=8, device="cpu", cache=False, **settings)
+    assert "labels other than 255" in loop.plan.reasons["denominator"]
+
+
+def test_an_epoch_shorter_than_the_target_is_run_and_told_as_it_is():
+    """40 samples where 64 were asked for: all 40 fit at once."""
+    data = torch.randn(40, 6), torch.randint(0, 4, (40,))
+    model, loss = nn.Linear(6, 4), nn.CrossEntropyLoss()
+    result = autoaccum.fit(model, data, loss=loss, target_batch=64, lr=0.1, lr_batch=10, optimizer="sgd", device="cpu",
+                           cache=False)  # fmt: skip
+    (record,) = result.history
+    plan = result.plan
+    assert (record.samples, record.micro_batches) == (40, 1)
+    assert plan.micro_batches == (40,)
+    assert record.lr == pytest.approx(0.4), "the rate is for the 40 samples that a step has"
+    assert plan.reasons["accumulation_steps"].startswith("1 micro-batch of 40")
+    assert plan.reasons["target_batch"] == ("40 samples an optimizer step, where 64 were asked for: an epoch has 40")
+    assert autoaccum.Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_a_huge_target_over_little_data_is_planned_at_once():
+    data = torch.randn(24, 6), torch.randint(0, 4, (24,))
+    loop = autoaccum.prepare(nn.Linear(6, 4), data, loss=nn.CrossEntropyLoss(), target_batch=2**31, device="cpu",
+                             cache=False, epochs=10**9)  # fmt: skip
+    assert loop.plan.micro_batches == (24,)
+    assert loop.total_steps == 10**9

@@ -11,11 +11,14 @@ from autoaccum.errors import PlanError
 from autoaccum.planning.split import (
     can_split,
     even_split,
+    largest_size,
     look_ahead,
     nearest_targets,
     next_window,
     shares,
+    usual_window,
     whole,
+    window_runs,
     window_sizes,
 )
 from tests.strategies import limits, minimums, rank_limits, tails, targets, world_sizes
@@ -291,3 +294,36 @@ def test_a_stream_needs_no_look_ahead_without_a_minimum_and_two_samples_for_batc
     assert look_ahead(256) == 0
     assert look_ahead(256, minimum=2) == 2
     assert look_ahead(256, minimum=2, tail="drop") == 0
+
+
+# --- however large the numbers are
+
+
+@given(st.integers(1, 3000), st.integers(1, 200), tails, st.integers(1, 4), st.integers(1, 60))
+def test_runs_of_windows_are_the_windows_themselves(length, target, tail, minimum, limit):
+    assume(limit >= minimum and can_split(target, limit, minimum))
+    settings = {"tail": tail, "minimum": minimum, "limit": limit}
+    windows = list(window_sizes(length, target, **settings))
+    runs = window_runs(length, target, **settings)
+    assert sorted(windows, key=lambda size: (size != target, size)) == [size for size, n in runs for _ in range(n)]
+    assert usual_window(length, target, **settings) == (windows[0] if windows else target)
+
+
+@given(targets, limits, minimums, st.integers(1, 16))
+def test_the_largest_size_is_the_first_of_the_split(samples, limit, minimum, unit):
+    assume(limit >= minimum and can_split(samples, limit, minimum))
+    settings = {"minimum": minimum, "multiple_of": unit}
+    assert largest_size(samples, limit, **settings) == even_split(samples, limit, **settings)[0]
+
+
+def test_more_micro_batches_than_a_plan_lists_are_refused_with_the_target_that_fits():
+    with pytest.raises(PlanError, match="lower the target batch to 1048576 or less"):
+        even_split(10**8, 1)
+    assert len(even_split(2**20, 1)) == 2**20
+    assert largest_size(2**63 - 1, 3) == 3
+    assert window_runs(2**63 - 1, 2) == [(2, 2**62 - 1), (1, 1)]
+
+
+@pytest.mark.parametrize("minimum", [1, 2, 10**5])
+def test_the_look_ahead_of_huge_windows_is_worked_out_at_once(minimum):
+    assert look_ahead(2**62, minimum=minimum, limit=minimum + 1) <= minimum * minimum + 1

@@ -256,6 +256,27 @@ def test_a_listener_can_ask_for_the_end(tmp_path):
     assert loop.run().stopped is None, "asked again, it goes on"
 
 
+@pytest.mark.parametrize(("when", "steps"), [("start", 0), ("epoch", 4)])
+def test_a_stop_between_two_windows_trains_none_more(when, steps):
+    """Early stopping asks at an epoch's end."""
+
+    def listen(event):
+        if event.name == when:
+            raise StopTraining("enough")
+
+    loop = prepared(callbacks=[listen], epochs=5)
+    result = loop.run()
+    assert (len(result.history), result.stopped) == (steps, "enough")
+
+
+def test_a_stop_at_the_last_epochs_end_is_none():
+    def listen(event):
+        if event.name == "epoch":
+            raise StopTraining("enough")
+
+    assert prepared(callbacks=[listen], epochs=1).run().stopped is None
+
+
 def test_signal_handlers_are_the_users():
     def mine(*_):
         pass

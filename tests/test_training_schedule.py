@@ -169,3 +169,39 @@ def test_a_schedule_is_named_with_its_parts():
     )
     assert schedule_name(nested) == "SequentialLR(LinearLR, ChainedScheduler(StepLR))"
     assert schedule_name(None) is None
+
+
+def one_cycle(total):
+    return lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=total)
+
+
+def warmed_up(total):
+    def schedule(optimizer):
+        parts = [lr_scheduler.ConstantLR(optimizer), lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=total)]
+        return lr_scheduler.SequentialLR(optimizer, parts, milestones=[5])
+
+    return schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [(one_cycle(10), "give total_steps=15"), (warmed_up(9), "5 of them before it: give total_steps=10")],
+)
+def test_a_cycle_that_ends_before_the_training_is_refused_beforehand(schedule, message):
+    with pytest.raises(SetupError, match=message):
+        build_schedule(schedule, sgd(), warmup_steps=0, total_steps=15)
+
+
+@pytest.mark.parametrize("schedule", [one_cycle(15), one_cycle(20), warmed_up(10)])
+def test_a_cycle_as_long_as_the_training_takes_every_step(schedule):
+    optimizer = sgd()
+    scheduler = build_schedule(schedule, optimizer, warmup_steps=0, total_steps=15)
+    for _ in range(15):
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_cycle_over_a_stream_is_told_of():
+    told = []
+    build_schedule(one_cycle(10), sgd(), warmup_steps=0, total_steps=None, tell=told.append)
+    assert any("give max_steps" in line for line in told)

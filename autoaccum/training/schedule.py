@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, SequentialLR
 
 from autoaccum.errors import SetupError
 from autoaccum.planning.learning_rate import number
@@ -34,7 +34,7 @@ def build_schedule(
 
     Raises:
         SetupError: an unknown name, a schedule that needs a length the data does not have, bad warm-up steps, or what
-            the function gave is no schedule of this optimizer and its rates.
+            the function gave is no schedule of this optimizer and its rates, or is over before the training.
     """
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise SetupError(f"warmup_steps={warmup_steps!r}: give a whole number of optimizer steps, 0 or more")
@@ -43,7 +43,12 @@ def build_schedule(
             raise SetupError(
                 f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule"
             )
-        return _users_own(schedule, optimizer, tell)
+        made = _users_own(schedule, optimizer, tell)
+        _check_length(made, total_steps)
+        if total_steps is None and any(isinstance(part, OneCycleLR) for part in _parts(made)):
+            tell("OneCycleLR raises once its total_steps are taken, and how many this stream gives is not known: give "
+                 "max_steps, so that it ends in time")  # fmt: skip
+        return made
     if schedule not in ("constant", "linear", "cosine"):
         raise SetupError(f'schedule={schedule!r}: choose "constant", "linear", "cosine" or a function of the optimizer')
     if schedule == "constant" and warmup_steps == 0:
@@ -106,6 +111,29 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
         )
         break
     return made
+
+
+def _check_length(scheduler: Any, total_steps: int | None, before: int = 0) -> None:
+    """Refuses a OneCycleLR that ends before the training does, where it would raise; `before` steps it stands still.
+
+    Raises:
+        SetupError: naming both numbers.
+    """
+    if isinstance(scheduler, OneCycleLR) and total_steps is not None and before + scheduler.total_steps < total_steps:
+        wanted = total_steps - before
+        raise SetupError(
+            f"OneCycleLR has total_steps={scheduler.total_steps}, and the training takes {total_steps} optimizer steps"
+            f"{f', {before} of them before it' if before else ''}: give total_steps={wanted}, and count optimizer "
+            "steps, not micro-batches"
+        )
+    starts = [0, *scheduler._milestones] if isinstance(scheduler, SequentialLR) else []
+    for place, inner in enumerate(getattr(scheduler, "_schedulers", ())):
+        if not starts:
+            _check_length(inner, total_steps, before)
+        else:  # it is stepped from its own milestone to the next one only
+            ends = [*starts[1:], None][place]
+            until = total_steps if ends is None or total_steps is None else min(total_steps, before + ends)
+            _check_length(inner, until, before + starts[place])
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
