@@ -19,7 +19,7 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
-from autoaccum.random_state import RandomState
+from autoaccum.model.untouched import Untouched
 from autoaccum.ranks import Ranks, here, join
 from autoaccum.window.agreement import model_facts, optimizer_facts, setting_facts
 from autoaccum.window.compiled import Compiled
@@ -220,17 +220,9 @@ def _is_lazy(model: nn.Module) -> bool:
 
 def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:
     """Runs one small forward, so that lazy parameters take their shapes; statistics and generators stay as they are."""
-    model = objective.model
-    training = [module for module in model.modules() if module.training]
-    random = RandomState(device.torch_device)
-    model.eval()
-    try:
-        with torch.no_grad(), precision.autocast():
-            objective.forward(tree.move(source.trial(2), device.torch_device))
-    finally:
-        random.restore()
-        for module in training:
-            module.training = True
+    with Untouched(objective.model, device=device.torch_device), torch.no_grad(), precision.autocast():
+        objective.model.eval()
+        objective.forward(tree.move(source.trial(2), device.torch_device))
 
 
 def _follow(optimizer: Optimizer) -> None:

@@ -16,6 +16,7 @@ from autoaccum.data import tree
 from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
 from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
 from autoaccum.loss.counting import holds_indices
+from autoaccum.model.untouched import Untouched
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
@@ -29,7 +30,6 @@ from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
-from autoaccum.training.recover import WindowStart
 from autoaccum.training.state import gathered
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
@@ -326,22 +326,16 @@ def _floor(parts: Parts) -> int:
     if not _has_batch_norm(parts):
         return 1
     device = parts.device.torch_device
-    start, training = WindowStart([parts.model], device), [part for part in parts.model.modules() if part.training]
-    start.mark()
-    TrainingMode(parts.model).on()
-    try:
-        # With gradients on: a model may ask for some inside its forward, as force fields do.
-        with parts.precision.autocast(), parts.running(compiled=False, alone=True):
-            parts.objective.forward(tree.move(parts.source.trial(1), device))
-    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
-        if not needs_two(error):
-            raise
-        return 2
-    finally:
-        start.restore()
-        parts.model.eval()
-        for part in training:
-            part.training = True
+    with Untouched(parts.model, device=device), parts.running(compiled=False, alone=True):
+        TrainingMode(parts.model).on()
+        try:
+            # With gradients on: a model may ask for some inside its forward, as force fields do.
+            with parts.precision.autocast():
+                parts.objective.forward(tree.move(parts.source.trial(1), device))
+        except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
+            if not needs_two(error):
+                raise
+            return 2
     return 1
 
 

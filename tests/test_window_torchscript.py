@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.loss.diagnosis import Cause
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.determinism import Determinism
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.snapshot import Snapshot
 from autoaccum.window.torchscript import layer_class
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["held", "restore", "state_of"]
+__all__ = ["held", "is_generator", "restore", "state_of"]
 
 _DEPTH = 6
 _FOLLOWED = frozenset(["dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"])
@@ -62,7 +62,7 @@ def restore(generator: Any, state: Mapping[str, Any]) -> None:
 def _look(path: str, owner: Any, depth: int, found: dict[str, Any], seen: set[int]) -> None:
     if id(owner) in seen:
         return
-    if _is_generator(owner):
+    if is_generator(owner):
         seen.add(id(owner))
         found[path] = owner
     elif depth:
@@ -86,7 +86,7 @@ def _inside(owner: Any) -> Iterator[tuple[str, Any]]:
         for name, value in list(getattr(owner, "__dict__", {}).items()):
             if name in _SEVERAL:
                 yield from _each(f".{name}", value)
-            elif name in _FOLLOWED or _is_generator(value):
+            elif name in _FOLLOWED or is_generator(value):
                 yield f".{name}", value
 
 
@@ -100,7 +100,8 @@ def _each(path: str, values: Any) -> Iterator[tuple[str, Any]]:
         yield path, values
 
 
-def _is_generator(value: Any) -> bool:
+def is_generator(value: Any) -> bool:
+    """Whether `value` is a random generator whose state can be read and set: torch's, Python's or numpy's."""
     if isinstance(value, torch.Generator):
         return True
     if isinstance(value, random.Random):

@@ -12,15 +12,13 @@ The model is in evaluation mode meanwhile, on two samples; flags, buffers and ra
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from autoaccum.data import tree
@@ -28,7 +26,7 @@ from autoaccum.data.structure import Reading
 from autoaccum.errors import LossError
 from autoaccum.loss.call import relabelled, targets_in
 from autoaccum.loss.counting import IGNORED, ClassWeights, tokens
-from autoaccum.random_state import RandomState
+from autoaccum.model.untouched import Untouched
 
 __all__ = ["Head", "device_of", "measure"]
 
@@ -122,7 +120,9 @@ class _Bench:
     def run(self, labels: Tensor) -> tuple[float, "_Call | None"]:
         """The loss with these labels, and the call of torch's loss it came from, where it was seen."""
         batch = relabelled(self._batch, labels)
-        with _untouched(self._model, evaluation=self._quiet), _Watch() as watch:
+        with Untouched(self._model, device=device_of(self._model)), _Watch() as watch:
+            if self._quiet:
+                self._model.eval()
             loss = self._evaluate(batch)
         return loss.item(), watch.main(loss)
 
@@ -262,32 +262,6 @@ class _Watch(TorchFunctionMode):
         call = max(self._calls, key=lambda call: call.targets.numel())
         adds_up = call.reduction == "sum" and bool(torch.equal(call.result.reshape(()), loss.reshape(())))
         return replace(call, adds_up=adds_up)
-
-
-@contextmanager
-def _untouched(model: nn.Module, *, evaluation: bool) -> Iterator[None]:
-    """Puts back what a forward may change: flags, buffers, random generators."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer)  # a lazy layer takes its shape here, and keeps it
-    ]
-    generators = RandomState(device_of(model))
-    if evaluation:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        generators.restore()
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum.data import tree
@@ -15,6 +14,7 @@ from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.watch import ProcessGrowth
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.journal import Journal
@@ -30,7 +30,6 @@ from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.optimizer import trained_parameters
-from autoaccum.window.snapshot import Snapshot
 from autoaccum.window.torchscript import layer_class
 from autoaccum.window.two_passes import LossOutOfMemoryError
 
@@ -94,8 +93,9 @@ def run_probe(
     held = resident_bytes(model, optimizer)
     budget = device.budget(question.memory, held=held, headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)
-    others = [other for other in (objective.loss,) if isinstance(other, nn.Module)]
-    with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device):
+    others = [other for other in (objective.loss, objective.step) if other is not None]
+    with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device) as snapshot:
+        snapshot.set_gradients_aside()
         try:
             TrainingMode(model).on()
             floor = _floor(objective, source, device, accumulator)

@@ -73,7 +73,7 @@ class Accumulator:
         ranks: Ranks | None = None,
         steps: bool = True,
     ) -> None:
-        """Prepares hooks and buffers; nothing is trained.
+        """Prepares buffers; nothing is trained, and the model is untouched until the first window.
 
         A trace learns the phases through `on_phase`. One that `rehearses` leaves no window out for its loss: it is
         there for the memory that a step takes. A loss that compares samples is then computed over
@@ -125,6 +125,8 @@ class Accumulator:
         self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
         self.noise_scale = NoiseScale(model, self._parameters)
+        if self.ranks.size > 1 or self.precision.scaler.is_enabled():
+            self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
         self._ledger: Ledger | None = None
         self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side)
@@ -328,6 +330,7 @@ class Accumulator:
             norm, skipped = self._update(correction)
         self.step += skipped is None
         self.skipped_windows += skipped is not None
+        self.noise_scale.close()  # where nothing was stepped it still watches
         if self._statistics.is_open:
             self._statistics.commit(self.ranks)
         if self._steps or skipped is not None:
@@ -396,6 +399,7 @@ class Accumulator:
 
     def close(self) -> None:
         """Takes the hooks off the model."""
+        self.noise_scale.close()
         self._statistics.close()
 
     def _update(self, correction: float) -> tuple[float | None, str | None]:
@@ -409,8 +413,7 @@ class Accumulator:
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
-        if self.ranks.size == 1 and not scaler.is_enabled():
-            self.noise_scale.finish(gradients, self._running().total_samples)
+        self.noise_scale.finish(gradients, self._running().total_samples)
         norm = None
         if gradients and (self._clip_norm is not None or self._log_grad_norm):
             measured = global_norm(gradients)

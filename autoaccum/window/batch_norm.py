@@ -10,7 +10,7 @@ Choices:
 - Momentum is 1 only between `begin` and `commit` or `discard`. Outside windows a layer shows its own momentum and its
   own statistics, so that evaluation, checkpoints, exports, copies and a schedule of the momentum see nothing of this;
   a compiled model then has a graph for training and one for evaluation, which it has anyway.
-- The hooks stay from construction to `close`, because torch.compile does not guard hooks, and might not see later ones.
+- The hooks stay from the first `begin` to `close`: torch.compile does not guard hooks, and might not see later ones.
 - All layers are pooled together once a micro-batch, when the model's forward ends; sooner only if a layer is called a
   second time. A layer that is used twice counts twice, and is still updated once.
 - Which layers count is decided at each call: one in eval mode then, or without running statistics, is left alone.
@@ -57,7 +57,7 @@ class PooledStatistics:
     """
 
     def __init__(self, model: nn.Module, mode: str = "pooled", k: int = 1) -> None:
-        """Registers the hooks; momentum and buffers are untouched until `begin`.
+        """Looks the layers up; the model is untouched until `begin`.
 
         Args:
             model: searched for layers, lazy ones too. If it is compiled, best before its first compiled call.
@@ -81,7 +81,6 @@ class PooledStatistics:
         self._pooled_buffers: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._model = model
         self._hooks: list[Any] = []
-        self._attach()
 
     @property
     def synchronised(self) -> bool:

@@ -23,12 +23,12 @@ from autoaccum.data.structure import Reading
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.determinism import Determinism
 from autoaccum.window.optimizer import optimizer_parameters, trained_parameters
-from autoaccum.window.snapshot import Snapshot
 
 __all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
 
@@ -107,10 +107,9 @@ class Bench:
     def __enter__(self) -> "Bench":
         with ExitStack() as stack:
             self._taken = _Taken(self._parameters)
-            stack.enter_context(Snapshot(self._model, self._taken, *self._modules[1:], device=self._device))
-            for module in self._modules:
-                for parameter in module.parameters():
-                    parameter.grad = None
+            others = [part for part in (self.objective.loss, self.objective.step) if part is not None]
+            snapshot = Snapshot(self._model, self._taken, *others, device=self._device)
+            stack.enter_context(snapshot).set_gradients_aside()
             self.fixed = stack.enter_context(Determinism(*self._modules, samples=self.samples, device=self._device))
             self._accumulator = Accumulator(
                 self._model,
@@ -123,6 +122,7 @@ class Bench:
                 ranks=Ranks(),
             )
             stack.callback(self._accumulator.close)
+            self._accumulator.noise_scale.why_not = "nothing is trained"
             self.precision = self._accumulator.precision.name
             self.objective.measure(self._batch)
             labels = self.objective.targets(self._batch)

@@ -9,7 +9,7 @@ Choices made here:
   gradient of a split batch another one, rightly; that difference would hide all others.
 - What is still drawn at random (noise of an autoencoder, diffusion times, stochastic depth) stays on, and belongs to
   its sample (noise.py).
-- Generators, buffers and plain attributes of modules are put back before each micro-batch, so that no micro-batch sees
+- Generators, buffers and all else that modules hold are put back before each micro-batch, so that no micro-batch sees
   another's counters, caches, codebooks or power iterations.
 """
 
@@ -25,13 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from autoaccum.random_state import RandomState
+from autoaccum.model.untouched import Untouched
 from autoaccum.window.engine import run_engine
 from autoaccum.window.noise import SampleNoise
-from autoaccum.window.snapshot import Attributes
 from autoaccum.window.torchscript import layer_class
 
 __all__ = ["Determinism"]
@@ -61,7 +59,8 @@ class Determinism:
             device: whose generator is fixed beside the CPU's.
         """
         self._model = model
-        self._modules = list(dict.fromkeys(module for root in (model, *others) for module in root.modules()))
+        self._roots = (model, *others)
+        self._modules = list(dict.fromkeys(module for root in self._roots for module in root.modules()))
         self._device = device
         self._functions = _Functions()
         self._noise = SampleNoise(samples)
@@ -71,7 +70,7 @@ class Determinism:
     def __enter__(self) -> "Determinism":
         with ExitStack() as stack:
             self._switch(stack)
-            self._start = _Start(self._modules, self._device)
+            self._start = Untouched(*self._roots, device=self._device)
             stack.callback(self._restart)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 # Modes make compiled code skip itself, which fullgraph=True takes for an error.
@@ -129,25 +128,6 @@ class Determinism:
             if isinstance(module, nn.RNNBase) and not isinstance(module, torch.jit.ScriptModule):
                 stack.callback(setattr, module, "dropout", module.dropout)
                 module.dropout = 0.0
-
-
-class _Start:
-    """Buffers, plain attributes and random generators as they were."""
-
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        self._attributes = [Attributes(module) for module in modules]
-        held = (buffer for attributes in self._attributes for buffer in attributes.buffers.values())
-        buffers = {id(buffer): buffer for buffer in held if buffer is not None and not is_lazy(buffer)}
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
-        self._random = RandomState(device)
-
-    def restore(self) -> None:
-        for attributes in self._attributes:
-            attributes.restore()
-        with torch.no_grad():
-            for buffer, saved in self._buffers:
-                buffer.copy_(saved)
-        self._random.restore()
 
 
 _RANDOM_LAYERS = (_DropoutNd, nn.MultiheadAttention, nn.RReLU)

@@ -11,7 +11,7 @@ import torch
 
 from autoaccum.data import tree
 from autoaccum.loss.objective import Objective
-from autoaccum.random_state import RandomState
+from autoaccum.model.untouched import Untouched
 from autoaccum.window.precision import Precision
 
 __all__ = ["padding_error"]
@@ -32,14 +32,9 @@ def padding_error(
         device: where the model is.
         precision: what it computes in.
     """
-    random, training = RandomState(device), [module for module in objective.model.modules() if module.training]
-    objective.model.eval()
-    try:
+    with Untouched(objective.model, device=device):
+        objective.model.eval()
         short, long, both = (_numerator(objective, batch, device, precision) for batch in (*alone, together))
-    finally:
-        for module in training:
-            module.training = True
-        random.restore()
     error = abs(both - short - long) / abs(short) if short else 0.0
     exact = precision.name == "fp32" and all(p.dtype.itemsize > 2 for p in objective.model.parameters())
     rounding = (_ROUNDING if exact else _ROUNDING_16_BITS) * (1.0 + abs(long / short) if short else 1.0)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from autoaccum.errors import StateNotRestoredError
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.random_state import RandomState
-from autoaccum.window.snapshot import Snapshot
 
 CPU = torch.device("cpu")
 

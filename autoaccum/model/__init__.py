@@ -1,0 +1,1 @@
+"""How the user's model runs, and what it is put back to."""
