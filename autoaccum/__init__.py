@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autoaccum.training.events import JsonlSink, StopTraining, TensorBoardSink
     from autoaccum.training.loop import FitResult, TrainingLoop
     from autoaccum.window.accumulate import Accumulator
+    from autoaccum.window.phase import Phase
     from autoaccum.window.record import StepRecord
     from autoaccum.window.verify import VerifyReport
 
@@ -39,6 +40,7 @@ _HOME = {
     "FitResult": "autoaccum.training.loop",
     "JsonlSink": "autoaccum.training.events",
     "Mean": "autoaccum.loss.mean",
+    "Phase": "autoaccum.window.phase",
     "Plan": "autoaccum.planning.plan",
     "ProbeReport": "autoaccum.probing.report",
     "SearchResult": "autoaccum.searching.result",
@@ -63,6 +65,7 @@ __all__ = [
     "FitResult",
     "JsonlSink",
     "Mean",
+    "Phase",
     "Plan",
     "ProbeReport",
     "SearchResult",

@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,16 +16,15 @@ from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.loss.mean import Mean
 from autoaccum.memory.forecast import Forecast
+from autoaccum.phased import checked_phases, for_phase, probed_phases, ready_to_train
 from autoaccum.pipeline import (
     Isolation,
     adopt,
     beside_own_rate,
-    checked,
     compile_model,
     for_ranks,
     given_plan,
     planned,
-    probed,
     share_of,
     target_of,
     told_of_padding,
@@ -45,11 +44,10 @@ from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
 from autoaccum.training.loop import FitResult, TrainingLoop
 from autoaccum.training.parts import kept_answers
-from autoaccum.training.rates import apply_plan, scheduled, take_back
+from autoaccum.training.rates import take_back
 from autoaccum.training.run_folder import open_run
-from autoaccum.training.schedule import build_schedule
-from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.ladder import RUNGS
+from autoaccum.window.phase import Phase, check_phases
 from autoaccum.window.verify import VerifyReport
 
 __all__ = ["fit", "plan", "prepare", "probe", "verify"]
@@ -70,6 +68,7 @@ def probe(
     target_batch: int | None = None,
     loss: Any = None,
     step: Callable[[nn.Module, Any], Any] | None = None,
+    phases: Sequence[Phase] | None = None,
     reduction: Any = "auto",
     optimizer: str | Optimizer | Callable[..., Optimizer] = "adamw",
     lr: float | None = None,
@@ -110,7 +109,7 @@ def probe(
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
-            stays=_in_a_child(isolate),
+            stays=_in_a_child(isolate), phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
         )  # fmt: skip
         if together:
             agreed(parts, "probe", target_batch=target_batch, multiple_of=multiple_of, tail=tail, ladder=ladder,
@@ -119,8 +118,10 @@ def probe(
         question = Question(share, memory, max_batch, multiple_of, prefer)
         events = Events(listed("callbacks", callbacks))
         _run_as_asked(parts, compile, ladder, events)
-        report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-                        clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
+        report = probed_phases(
+            parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
+            clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
         if parts.source.one_shot and worst_case is None and not _in_a_child(isolate):
             report = replace(report, notes=(*report.notes, READ_AWAY))
         if target_batch is None:
@@ -138,6 +139,7 @@ def prepare(
     target_batch: int | None = None,
     loss: Any = None,
     step: Callable[[nn.Module, Any], Any] | None = None,
+    phases: Sequence[Phase] | None = None,
     reduction: Any = "auto",
     optimizer: str | Optimizer | Callable[..., Optimizer] = "adamw",
     lr: float | None = None,
@@ -189,9 +191,13 @@ def prepare(
             samples of different lengths, each window is sorted and cut by length: short ones run many at once.
         target_batch: samples per optimizer step, over all ranks.
         loss: `f(outputs, targets)`; None: the model returns its loss.
-        step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`.
+        step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`; or a Coupled one, whose loss
+            compares samples.
+        phases: a list of Phase, instead of `step`, `loss` and `optimizer`: several optimizers that take turns over the
+            same samples. Validation runs the first one's step.
         reduction: what a mean loss divides by: "auto", "sample_mean", "token_mean", "weighted_mean", "element_mean",
-            "sum", or `f(batch) -> float`; a dict of these where `step` returns several terms.
+            "sum", "coupled" (`loss` compares samples), or `f(batch) -> float`; a dict of these where `step` returns
+            several terms.
         optimizer: an Optimizer, a class or factory called as `f(params, lr=lr)`, or a name in torch.optim. An
             Optimizer's rates are the ones it was tuned with, also where it was trained with here before: they are
             scaled once.
@@ -262,8 +268,10 @@ def prepare(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, log_grad_norm=log_grad_norm, shuffle=shuffle, seed=seed,
         worst_case=worst_case, stays=_in_a_child(isolate),
+        phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
     )  # fmt: skip
-    take_back(parts.optimizer)
+    for turn in parts.turns:
+        take_back(turn.optimizer)
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
@@ -296,32 +304,29 @@ def prepare(
         question = Question(
             share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer
         )
-        report = probed(parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-                        clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite)  # fmt: skip
+        report = probed_phases(
+            parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
+            clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+        )  # fmt: skip
     _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far
     if given is None:
         given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
                         batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
     if kept is None:
-        verdict = checked(parts, check, given, events)
+        verdict = checked_phases(parts, check, given, events)
         told_of_padding(parts, given, check, events)
-    apply_plan(given, parts.optimizer)
     if parts.compiled is not None:
         parts.compiled.single = given.micro_batch <= 1
     total = total_steps(given, parts.source.length, epochs, max_steps)
-    scheduler = scheduled(
-        parts.optimizer,
-        build_schedule(
-            schedule, parts.optimizer, warmup_steps=warmup_steps, total_steps=total,
-            tell=events.warn if given.lr_scale != 1 else lambda text: events.tell(Noted(text)),
-        ),
-    )  # fmt: skip
-    accumulator = Accumulator(
-        parts.model, parts.optimizer, given, objective=parts.objective, scheduler=scheduler,
-        precision=parts.asked_precision,
-        accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=given.batch_norm,
-        on_nonfinite=on_nonfinite, device=parts.device.torch_device, ranks=parts.ranks,
-    )  # fmt: skip
+    accumulators = [
+        ready_to_train(
+            turn, given if turn is parts else for_phase(turn, given, lr_rule), total, events, schedule=schedule,
+            warmup_steps=warmup_steps, accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm,
+            on_nonfinite=on_nonfinite,
+        )
+        for turn in parts.turns
+    ]  # fmt: skip
+    accumulator = accumulators[0]
     evaluator = Evaluator(
         parts.objective,
         parts.device,
@@ -335,7 +340,8 @@ def prepare(
         accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
         budget=parts.device.budget(memory, headroom=parts.device.headroom()), events=events, evaluator=evaluator,
         probe=report, verify=verdict,
-        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder, running=parts.running,
+        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder,
+        running=parts.unfrozen, phases=[(turn.phase, each) for turn, each in zip(parts.turns, accumulators)],
     )  # fmt: skip
     if kept is not None:
         loop.load_state_dict(kept)

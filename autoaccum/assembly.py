@@ -1,9 +1,9 @@
 """The user's arguments, checked and made into the parts that probing, verifying and training share."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from autoaccum.window.compiled import Compiled
 from autoaccum.window.forward import OwnStatistics
 from autoaccum.window.ladder import installed, obstacle
 from autoaccum.window.optimizer import build_optimizer, check_model
+from autoaccum.window.phase import Phase
 from autoaccum.window.precision import Precision
 
 __all__ = ["GIVE_ALIKE", "Parts", "agreed", "assemble", "share_model"]
@@ -55,13 +56,23 @@ class Parts:
     """The rung that the model runs under."""
     compiled: Compiled | None = None
     """The model's compiled forward, where it has one."""
+    phase: Phase | None = None
+    """The phase that these parts are of; None where the training has but one optimizer."""
+    turns: "Sequence[Parts]" = ()
+    """The parts of each phase, in order, of which these are the first; themselves alone where there is but one."""
+
+    @property
+    def beside(self) -> list[Optimizer]:
+        """The optimizers of the other phases, whose state stands in memory too."""
+        return [turn.optimizer for turn in self.turns if turn.optimizer is not self.optimizer]
 
     def settle(self) -> None:
         """Puts the model on the device, where `assemble` left it where it was."""
         for module in (self.model, self.objective.loss):
             if isinstance(module, nn.Module):
                 module.to(self.device.torch_device)
-        _follow(self.optimizer)
+        for turn in self.turns:
+            _follow(turn.optimizer)
 
     def take(self, rung: str | None) -> None:
         """Everything after this runs under `rung`.
@@ -79,13 +90,20 @@ class Parts:
             self.asked_precision = "bf16"
             self.precision = Precision("bf16", self.device.torch_device, self.model)
 
+    def unfrozen(self) -> AbstractContextManager[None]:
+        """The model runs as it is trained inside, with no phase's parameters frozen: each turn sees to that itself."""
+        return replace(self, phase=None).running()
+
     @contextmanager
     def running(self, *, compiled: bool = True, alone: bool = False) -> Iterator[None]:
         """The model runs as it is trained inside: compiled, if it is, and under the rung that was taken. Not beyond.
 
-        `alone`: but for layers that share statistics over ranks, which keep to this rank's.
+        `alone`: but for layers that share statistics over ranks, which keep to this rank's. Of several phases all but
+        this one's parameters are frozen.
         """
         with ExitStack() as stack:
+            if self.phase is not None:
+                stack.enter_context(self.phase.alone(self.model))
             if alone:
                 for module in self.model.modules():
                     if isinstance(module, nn.SyncBatchNorm):
@@ -113,6 +131,7 @@ def assemble(
     seed: int | None = None,
     worst_case: Any = None,
     stays: bool = False,
+    phases: Sequence[Phase] = (),
 ) -> Parts:
     """Checks everything first, then puts the model on the device and makes the optimizer.
 
@@ -122,6 +141,9 @@ def assemble(
     model = unwrapped(model)
     join()
     ranks = here()
+    first = phases[0] if phases else None
+    if first is not None:
+        step, reduction = first.step, first.reduction
     _check_gradients_are_on()
     _check_rate(lr)
     check_seed(seed)
@@ -142,10 +164,29 @@ def assemble(
     if lazy:
         _materialise(objective, source, open_device("cpu") if stays else place, format_)
         check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
-    made = build_optimizer(optimizer, model, lr=lr, loss=loss)
+    if first is not None:
+        made = first.build_optimizer(model, loss, lr)
+        lr_given = first.owns_rate or lr is not None
+    else:
+        made = build_optimizer(optimizer, model, lr=lr, loss=loss)
+        lr_given = lr is not None or isinstance(optimizer, Optimizer)
     _follow(made)
-    lr_given = lr is not None or isinstance(optimizer, Optimizer)
-    return Parts(model, source, place, ranks, objective, made, format_, lr_given, precision)
+    parts = Parts(model, source, place, ranks, objective, made, format_, lr_given, precision, phase=first)
+    parts.turns = (parts, *(_turn(parts, phase, lr) for phase in phases[1:]))
+    for turn in parts.turns:
+        turn.turns = parts.turns
+    return parts
+
+
+def _turn(first: Parts, phase: Phase, lr: float | None) -> Parts:
+    """The parts of a later phase, which shares model and data with the first."""
+    objective = Objective(first.model, step=phase.step, reduction=phase.reduction)
+    optimizer = phase.build_optimizer(first.model, objective.loss, lr)
+    _follow(optimizer)
+    return replace(
+        first, objective=objective, optimizer=optimizer, phase=phase, lr_given=phase.owns_rate or lr is not None,
+        precision=Precision(first.asked_precision, first.device.torch_device, first.model),
+    )  # fmt: skip
 
 
 def unwrapped(model: Any) -> Any:

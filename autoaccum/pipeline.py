@@ -30,7 +30,7 @@ from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
-from autoaccum.training.state import gathered
+from autoaccum.training.state import gathered, optimizer_name
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.compiled import Compiled
@@ -233,6 +233,7 @@ def _probe(
         events.tell(TrialRan(trial.to_dict()))
 
     how = {"ladder": parts.ladder, "compile": parts.compiled is not None}
+    beside = {"beside": [optimizer_name(optimizer) for optimizer in parts.beside]} if parts.beside else {}
     if isinstance(isolation, Isolation):
         asked = {
             "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
@@ -243,7 +244,7 @@ def _probe(
         return _probe_in_child(isolation, asked, listener, events)
     key = training_key(
         parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
-        {"precision": precision, **how, **settings}, f"{device.torch_device} {device.name} {device.total()}",
+        {"precision": precision, **how, **settings, **beside}, f"{device.torch_device} {device.name} {device.total()}",
     )  # fmt: skip
     # A child's teaches the next one, whatever becomes of the answer.
     journal = Journal(cache_folder() / f"{key}.journal" if cache or isolation else None, key)
@@ -255,6 +256,7 @@ def _probe(
         parts.model, parts.optimizer, first, objective=parts.objective, precision=precision,
         device=device.torch_device, ranks=alone, **settings,
     )  # fmt: skip
+    accumulator.beside = parts.beside
     with _PROBING, parts.running(alone=True), journal.probing(clears=isolation is None):
         report = run_probe(
             accumulator, parts.objective, parts.source, device, question,

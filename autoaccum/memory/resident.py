@@ -7,7 +7,7 @@ many tensors, tied weights or views share it, and in full, as that is what the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
 
 def resident_parts(
     model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     batch: Any = None,
     *,
     device: torch.device | None = None,

@@ -90,7 +90,7 @@ def run_probe(
         StateNotRestoredError: something could not be put back.
     """
     model, optimizer = accumulator.model, accumulator.optimizer
-    held = resident_bytes(model, optimizer)
+    held = resident_bytes(model, accumulator.optimizers)
     budget = device.budget(question.memory, held=held, headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)
     others = [other for other in (objective.loss, objective.step) if other is not None]
@@ -428,7 +428,7 @@ def _nothing_fits(
     bench: Bench, accumulator: Accumulator, device: Device, budget: Budget, floor: int
 ) -> NothingFitsError:
     model = accumulator.model
-    parts = resident_parts(model, accumulator.optimizer)
+    parts = resident_parts(model, accumulator.optimizers)
     parts["gradients"] = sum(p.numel() * p.element_size() for p in trained_parameters(model))
     if bench.other():
         parts["libraries' workspaces and other tensors"] = bench.other()

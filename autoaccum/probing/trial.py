@@ -79,7 +79,7 @@ class Bench:
         self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
         self._unused: list[torch.nn.Parameter] = []  # without a gradient in that step
         self._process = ProcessNeeds(
-            growth or ProcessGrowth(budget.kind), partial(resident_bytes, accumulator.model, accumulator.optimizer)
+            growth or ProcessGrowth(budget.kind), partial(resident_bytes, accumulator.model, accumulator.optimizers)
         )
         self._copies: list[torch.Tensor] = []
         modules = accumulator.model.modules()
@@ -120,7 +120,7 @@ class Bench:
 
     def held(self) -> int:
         """Bytes that the training holds between two steps."""
-        return resident_bytes(self._accumulator.model, self._accumulator.optimizer)
+        return resident_bytes(self._accumulator.model, self._accumulator.optimizers)
 
     @property
     def fixed(self) -> int:
@@ -340,7 +340,7 @@ class Bench:
         """Bytes in use before a step, by part; on an accelerator also what else of this process lies there."""
         accumulator = self._accumulator
         on_device = batch if self._device.type == "cpu" else None  # elsewhere the batch moves inside the step
-        parts = resident_parts(accumulator.model, accumulator.optimizer, on_device, device=self._device.torch_device)
+        parts = resident_parts(accumulator.model, accumulator.optimizers, on_device, device=self._device.torch_device)
         allocated = self._device.allocated()
         if allocated is not None:
             parts["other"] = max(0, allocated - sum(parts.values()))

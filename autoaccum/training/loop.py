@@ -8,7 +8,7 @@ import inspect
 import math
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -47,9 +47,11 @@ from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
 from autoaccum.training.result import FitResult
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
+from autoaccum.training.turns import Turn, Turns
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.noise_scale import advice
+from autoaccum.window.phase import Phase
 from autoaccum.window.record import StepRecord
 from autoaccum.window.verify import VerifyReport
 
@@ -95,8 +97,13 @@ class TrainingLoop:
         shuffle: bool = True,
         folder: RunFolder | None = None,
         running: Callable[[], AbstractContextManager[None]] = nullcontext,
+        phases: Sequence[tuple[Phase | None, Accumulator]] = (),
     ) -> None:
-        """Wires the parts; trains nothing. The model is trained inside `running()`, compiled for instance."""
+        """Wires the parts; trains nothing. The model is trained inside `running()`, compiled for instance.
+
+        Of several `phases` the first one's accumulator is `accumulator`, and its plan, optimizer and loss stand for the
+        training's.
+        """
         self.model, self.optimizer = accumulator.model, accumulator.optimizer
         self.scheduler = accumulator.scheduler
         self.probe, self.verify, self.folder = probe, verify, folder
@@ -110,24 +117,28 @@ class TrainingLoop:
         self._mode = TrainingMode(accumulator.model)
         self._waited = 0.0  # seconds, for the samples of the window that runs
         self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
-        self._safe = SafeWindow(
-            accumulator,
-            list(self._parts.modules.values()),
-            device,
-            self._events,
-            regrow_after,
-            objective=None if evaluator is None else evaluator.objective,
-            indices=lambda window: indices_of(window, source, accumulator.plan),
-            wants_checkpoint=(lambda: False) if folder is None else folder.overdue,
-        )
-        if self.plan.by_length:
-            accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
+        self._turns = Turns([self._turn(phase, each, regrow_after) for phase, each in phases or [(None, accumulator)]])
         self._window_index = self._epoch_began_at = 0
         self._evaluation_due = False
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
         self._left: Window | None = None  # fetched, and not trained yet
         self._iteration: weakref.ref[_Iteration] | None = None  # who breaks off lets it go, and it must end then
         self._at_work = False  # a record is being made: what iterates is not merely left
+
+    def _turn(self, phase: Phase | None, accumulator: Accumulator, regrow_after: int | None) -> Turn:
+        if accumulator.plan.by_length:
+            accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
+        safe = SafeWindow(
+            accumulator,
+            list(self._parts.modules.values()),
+            self._device,
+            self._events,
+            regrow_after,
+            objective=accumulator.objective,
+            indices=lambda window: indices_of(window, self._source, accumulator.plan),
+            wants_checkpoint=(lambda: False) if self.folder is None else self.folder.overdue,
+        )
+        return Turn(phase, accumulator, safe)
 
     @property
     def plan(self) -> Plan:
@@ -137,7 +148,7 @@ class TrainingLoop:
     @property
     def step(self) -> int:
         """Optimizer steps taken."""
-        return self._accumulator.step
+        return self._turns.step
 
     @property
     def events(self) -> Events:
@@ -187,7 +198,8 @@ class TrainingLoop:
             raise
         finally:
             self._mode.back()
-            self._accumulator.close()  # no hook of ours stays on the model
+            for turn in self._turns.all:
+                turn.accumulator.close()  # no hook of ours stays on the model
             if self.folder is not None:
                 self.folder.close()
             self._events.close()
@@ -198,7 +210,7 @@ class TrainingLoop:
             pass
         return FitResult(
             self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
-            None if self.folder is None else self.folder.unsaved, self._safe.stopped, self._lengths(),
+            None if self.folder is None else self.folder.unsaved, self._turns.stopped, self._lengths(),
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -219,7 +231,7 @@ class TrainingLoop:
 
     def _begin(self) -> None:
         self._check_whole()
-        self._safe.stopped = self._events.stop = None
+        self._turns.stopped = self._events.stop = None
         if self._boundary is not None and self._left is None:
             self._boundary.restore()
         elif self._seed is not None and not self.history and self._left is None:
@@ -232,7 +244,7 @@ class TrainingLoop:
         self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 
     def _rest(self) -> Iterator[StepRecord]:
-        while self._safe.stopped is None:
+        while self._turns.stopped is None:
             if self._evaluation_due:
                 self._evaluate_now()
             if self._done():
@@ -256,23 +268,26 @@ class TrainingLoop:
         for window in self._windows():
             self._left = window
             self._mode.keep()  # between two windows a person may have looked at the model's answers
-            record = _with_waiting(self._safe.train(window), self._waited)
-            if window.padding is not None:
-                own, padded, unsorted = window.padding
-                record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
-            self._left = self._boundary = None
-            window.batches.clear()  # the next window is read while its reader still holds this one
-            self._window_index += 1
-            self.history.append(record)
-            self._tell_record(record)
-            if self._accumulator.ranks.size == 1:
-                self._safe.stopped = self._events.stop
-            if self.folder is not None:
-                self.folder.poll()
-                if self._safe.overdue or self.folder.due(self.step):
-                    self._save()
-            yield record
-            if self._safe.stopped is not None:
+            for done in self._turns.train(window):
+                record = _with_waiting(done, self._waited, window)
+                self.history.append(record)
+                if self._turns.inside:  # a further phase trains on the same samples
+                    self._waited = 0.0
+                    self._tell_record(record)
+                    yield record
+                    continue
+                self._left = self._boundary = None
+                window.batches.clear()  # the next window is read while its reader still holds this one
+                self._window_index += 1
+                self._tell_record(record)
+                if self._accumulator.ranks.size == 1:
+                    self._turns.stopped = self._events.stop
+                if self.folder is not None:
+                    self.folder.poll()
+                    if self._turns.overdue or self.folder.due(self.step):
+                        self._save()
+                yield record
+            if self._turns.stopped is not None:
                 return
             if self._max_steps is not None and self.step >= self._max_steps:
                 self._evaluation_due = True
@@ -342,7 +357,7 @@ class TrainingLoop:
             StateNotRestoredError: the weights are half updated.
         """
         self._check_whole()
-        if self._safe.inside:
+        if self._turns.inside:
             raise CheckpointError("half a window is no state to go on from: take it between two windows")
         return {
             **self._parts.state_dict(self._boundary),
@@ -355,7 +370,8 @@ class TrainingLoop:
                 "evaluation_due": self._evaluation_due,
             },
             "plan": self.plan.to_dict(),
-            "replays": self._safe.replays.state_dict(),
+            "replays": self._turns.all[0].safe.replays.state_dict(),
+            "phases": self._turns.state_dict(),
             "probe": None if self.probe is None else self.probe.to_dict(),
             "verify": None if self.verify is None else self.verify.to_dict(),
             "history": self.history.state_dict(),
@@ -374,10 +390,11 @@ class TrainingLoop:
         self.epoch, self._window_index = progress["epoch"], progress["window"]
         self._epoch_began_at, self._evaluation_due = progress["epoch_began_at"], progress["evaluation_due"]
         self._accumulator.plan = plan_for(self.plan.rank, state["plan"])
-        self._safe.replays.load_state_dict(state["replays"], self.plan.rank)
+        self._turns.all[0].safe.replays.load_state_dict(state["replays"], self.plan.rank)
+        self._turns.load_state_dict(state.get("phases"))
         self.history.load_state_dict(state["history"])
         self.evaluations[:] = [dict(results) for results in state["evaluations"]]
-        self._left = self._safe.broken = self._safe.stopped = None
+        self._left = self._turns.stopped = self._turns.all[0].safe.broken = None
 
     def _save(self, loss: float | None = None) -> None:
         """A checkpoint of this moment, unless there is one; `loss` is what validation has just found."""
@@ -388,15 +405,15 @@ class TrainingLoop:
     def _rescue(self) -> None:
         """After an error: a checkpoint of what was before the window, where that is still there."""
         # On several ranks saving needs all of them, and nobody knows what the others are doing now.
-        if self._safe.broken is None and not self._safe.inside and self._accumulator.ranks.size == 1:
+        if self._turns.broken is None and not self._turns.inside and self._accumulator.ranks.size == 1:
             self._save()
             if self.folder is not None:
                 self.folder.poll(wait=True)
 
     def _check_whole(self) -> None:
-        if self._safe.broken is not None:
+        if self._turns.broken is not None:
             raise StateNotRestoredError(
-                f"the weights may be half updated, since there was {self._safe.broken}. {self._where_to_go_on()}"
+                f"the weights may be half updated, since there was {self._turns.broken}. {self._where_to_go_on()}"
             )
 
     def _where_to_go_on(self) -> str:
@@ -448,6 +465,10 @@ class _Iteration:
         self._records.close()
 
 
-def _with_waiting(record: StepRecord, waited: float) -> StepRecord:
+def _with_waiting(record: StepRecord, waited: float, window: Window) -> StepRecord:
+    """The record with the wait for its samples, and what its window says of their lengths."""
     seconds = record.seconds + waited
+    if window.padding is not None:
+        own, padded, unsorted = window.padding
+        record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
     return replace(record, seconds=seconds, samples_per_second=record.samples / seconds)

@@ -78,7 +78,8 @@ class Accumulator:
         A trace learns the phases through `on_phase`. One that `rehearses` leaves no window out for its loss: it is
         there for the memory that a step takes. A loss that compares samples is then computed over
         `rehearsed_samples`, as many as the window has whose micro-batch is tried. With `at_once` such a loss runs on
-        one graph, as the reference that its two passes are held against; the window must be one micro-batch.
+        one graph, as the reference that its two passes are held against; the window must be one micro-batch. Optimizers
+        `beside` this one have their state in memory meanwhile.
 
         Args:
             model: what is trained, on `device` already.
@@ -118,7 +119,7 @@ class Accumulator:
                 "make the plan with their world_size and rank"
             )
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
-        self._objective, self._steps = objective, steps
+        self.objective, self._steps = objective, steps
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
         self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
@@ -136,6 +137,7 @@ class Accumulator:
         self.on_phase: Callable[[str], None] = ignore
         self.rehearses = False
         self.rehearsed_samples = 0
+        self.beside: Sequence[Optimizer] = ()
         self.at_once = False
         self._two_passes: TwoPasses | None = None
         if objective is not None and objective.coupled is not None:
@@ -210,7 +212,7 @@ class Accumulator:
                 )
         self._memory.reset_peak()
         samples = [tree.batch_size(batch) for batch in batches]
-        objective = self._objective
+        objective = self.objective
         denominators = None if objective is None else objective.window_denominators(batches)
         names = objective.names if objective is not None else ()
         self._ledger = Ledger(samples, denominators, names, self.ranks, f"step {self.step + 1}")
@@ -220,7 +222,7 @@ class Accumulator:
 
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
-        ledger, objective, precision = self._running(), self._objective, self.precision
+        ledger, objective, precision = self._running(), self.objective, self.precision
         assert objective is not None
         if self._two_passes is not None and not self.at_once:
             self._run_twice(self._two_passes, list(batches))
@@ -356,13 +358,18 @@ class Accumulator:
 
     def counts(self, batch: Any) -> bool:
         """Whether a target in the batch counts, as far as that is known before its step."""
-        denominators = None if self._objective is None else self._objective.window_denominators([batch])
+        denominators = None if self.objective is None else self.objective.window_denominators([batch])
         return denominators is None or any(denominators[0].values())
 
     @property
     def is_open(self) -> bool:
         """Whether a window is."""
         return self._ledger is not None
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The one that is stepped, and those beside it."""
+        return [self.optimizer, *self.beside]
 
     @property
     def parameters(self) -> list[nn.Parameter]:

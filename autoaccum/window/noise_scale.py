@@ -42,7 +42,7 @@ class NoiseScale:
         self.why_not = (
             f"BatchNorm ({coupled[0]}) makes the samples of a micro-batch act on each other" if coupled else None
         )
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._parameters = list(parameters)
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
@@ -69,7 +69,7 @@ class NoiseScale:
             return
         self._windows += 1
         if self._windows % (EVERY if self._windows <= EARLY else LATER_EVERY) == 1:
-            self._handles = [p.register_hook(self._see) for p in self._parameters]  # type: ignore[no-untyped-call]
+            self._handles = [p.register_hook(self._see) for p in self._parameters if p.requires_grad]  # type: ignore[no-untyped-call]
 
     def _see(self, gradient: Tensor) -> None:
         if not gradient.is_sparse:

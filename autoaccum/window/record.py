@@ -26,6 +26,7 @@ class StepRecord:
         tokens: where windows are cut by length, the lengths of this rank's samples added up; else None.
         padded_tokens: the same with their padding, as they ran.
         unsorted_tokens: the same with the padding of micro-batches of one size, in the order the samples came.
+        phase: whose step it was, where several optimizers take turns; else None.
     """
 
     step: int
@@ -43,6 +44,7 @@ class StepRecord:
     tokens: int | None = None
     padded_tokens: int | None = None
     unsorted_tokens: int | None = None
+    phase: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -1,0 +1,174 @@
+"""The windows of one batch of samples: one where a training has one optimizer, one for each phase that is due else."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+from autoaccum.data.windows import Window
+from autoaccum.errors import CheckpointError
+from autoaccum.planning.plan import Plan
+from autoaccum.training.recover import SafeWindow
+from autoaccum.training.state import load_optimizer, optimizer_name, plain, scheduler_state
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.phase import Phase
+from autoaccum.window.record import StepRecord
+
+__all__ = ["Turn", "Turns"]
+
+
+class Turn:
+    """One optimizer's part of each window.
+
+    Attributes:
+        phase: as the user gave it; None where there is but one optimizer.
+        accumulator, safe: run and guard its windows.
+    """
+
+    def __init__(self, phase: Phase | None, accumulator: Accumulator, safe: SafeWindow) -> None:
+        """Keeps references only."""
+        self.phase, self.accumulator, self.safe = phase, accumulator, safe
+
+    def alone(self) -> AbstractContextManager[None]:
+        """All but this phase's parameters are frozen inside."""
+        return nullcontext() if self.phase is None else self.phase.alone(self.accumulator.model)
+
+    def is_due(self, windows: int) -> bool:
+        """Whether it runs after so many windows."""
+        return self.phase is None or windows % self.phase.every == 0
+
+
+class Turns:
+    """All optimizers' parts of each window, in order.
+
+    Attributes:
+        all: the turns.
+        windows: of samples that were trained; all phases' windows over the same samples count as one.
+    """
+
+    def __init__(self, turns: Sequence[Turn]) -> None:
+        """Begins before the first window."""
+        self.all, self.windows, self._at = list(turns), 0, 0
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the phase that took most."""
+        return max(turn.accumulator.step for turn in self.all)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a window is being trained, or some phases of one still are to be."""
+        return self._at > 0 or any(turn.safe.inside for turn in self.all)
+
+    @property
+    def broken(self) -> str | None:
+        """What left weights half updated; None where nothing did."""
+        return next((turn.safe.broken for turn in self.all if turn.safe.broken is not None), None)
+
+    @property
+    def stopped(self) -> str | None:
+        """Why a rank was asked to stop, which all of them know; None where none was."""
+        return next((turn.safe.stopped for turn in self.all if turn.safe.stopped is not None), None)
+
+    @stopped.setter
+    def stopped(self, why: str | None) -> None:
+        for turn in self.all:
+            turn.safe.stopped = why
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the first rank wanted a checkpoint when the window ran, which all of them know."""
+        return any(turn.safe.overdue for turn in self.all)
+
+    def train(self, window: Window) -> Iterator[StepRecord]:
+        """Trains what is left to train of a window's samples, a record for each phase.
+
+        Iterating again after an error or a break goes on with the phase that was not trained yet. `inside` is false
+        from the last record on.
+
+        Raises:
+            Exception: as SafeWindow.train.
+        """
+        self._skip()
+        while True:
+            turn = self.all[self._at]
+            with turn.alone():
+                record = turn.safe.train(window)
+            self._resize(turn.accumulator.plan)
+            self._at += 1
+            self._skip()
+            if self._at == len(self.all):
+                self._at, self.windows = 0, self.windows + 1
+            yield record if turn.phase is None else replace(record, phase=turn.phase.name)
+            if not self._at:
+                return
+
+    def _skip(self) -> None:
+        """To the next phase that is due."""
+        while self._at < len(self.all) and not self.all[self._at].is_due(self.windows):
+            self._at += 1
+
+    def _resize(self, like: Plan) -> None:
+        """Cuts all phases' windows as the one that has just run, which may have run out of memory."""
+        for turn in self.all:
+            own = turn.accumulator.plan
+            if own.limits != like.limits or own.minimum != like.minimum or own.by_length != like.by_length:
+                sized = replace(own, limits=like.limits, minimum=like.minimum, by_length=like.by_length)
+                reason = like.reasons.get("limit", "as another phase's")
+                turn.accumulator.plan = sized.with_limit(max(like.limits), reason)
+
+    # What a checkpoint keeps of the phases after the first, whose state is the training's own.
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Plain values and tensors; None where there is but one turn."""
+        if len(self.all) == 1:
+            return None
+        return {"windows": self.windows, "later": [_state(turn) for turn in self.all[1:]]}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on from there.
+
+        Raises:
+            CheckpointError: it is of other phases.
+        """
+        later = [] if state is None else state["later"]
+        names = [_name(turn) for turn in self.all[1:]]
+        if [each["name"] for each in later] != names:
+            raise CheckpointError(
+                f"the checkpoint has the later phases {[each['name'] for each in later]}, and this training {names}: "
+                "give the same phases as then, another folder, or resume=False to start anew"
+            )
+        self._at = 0
+        if state is None:
+            return
+        self.windows = state["windows"]
+        for turn, saved in zip(self.all[1:], later):
+            accumulator = turn.accumulator
+            load_optimizer(accumulator.optimizer, saved["optimizer"])
+            accumulator.step, accumulator.skipped_windows = saved["step"], saved["skipped"]
+            accumulator.noise_scale.load_state_dict(saved["noise_scale"])
+            if saved["scaler"] and accumulator.precision.scaler.is_enabled():
+                accumulator.precision.scaler.load_state_dict(saved["scaler"])
+            if saved["scheduler"] is not None and accumulator.scheduler is not None:
+                accumulator.scheduler.load_state_dict(saved["scheduler"])
+            turn.safe.broken = None
+        self._resize(self.all[0].accumulator.plan)
+
+
+def _name(turn: Turn) -> str:
+    phase = turn.phase
+    assert phase is not None
+    return f"{phase.name}, every {phase.every}, {optimizer_name(turn.accumulator.optimizer)}"
+
+
+def _state(turn: Turn) -> dict[str, Any]:
+    accumulator = turn.accumulator
+    return {
+        "name": _name(turn),
+        "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
+        "step": accumulator.step,
+        "skipped": accumulator.skipped_windows,
+        "noise_scale": accumulator.noise_scale.state_dict(),
+        "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
+        "scheduler": None if accumulator.scheduler is None else scheduler_state(accumulator.scheduler),
+    }

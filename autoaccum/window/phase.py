@@ -1,0 +1,162 @@
+"""One of several optimizers that take turns over the same samples, as a GAN's discriminator and generator do."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from autoaccum.checks import check_counts
+from autoaccum.errors import SetupError
+from autoaccum.window.optimizer import build_optimizer, optimizer_parameters
+
+__all__ = ["Phase", "check_phases"]
+
+
+class Phase:
+    """A window of its own within each window of samples: its step's loss, for its parameters, by its optimizer.
+
+    ```python
+    autoaccum.fit(gan, images, target_batch=256, phases=[
+        autoaccum.Phase(judge_loss, gan.judge.parameters(), judge_optimizer),
+        autoaccum.Phase(painter_loss, gan.painter.parameters(), painter_optimizer, every=2),
+    ])
+    ```
+
+    Phases run in the order given, each over all micro-batches of the window and then its optimizer's step; all other
+    parameters are frozen meanwhile. What a step draws from the global generators is drawn anew for each micro-batch, so
+    that another split draws other numbers: where that matters, let the dataset give each sample its noise.
+
+    Attributes:
+        step, every, lr, schedule, warmup_steps, clip_norm, reduction, name: as given.
+        parameters: as a list.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[nn.Module, Any], Any],
+        parameters: Iterable[nn.Parameter] | nn.Module,
+        optimizer: str | Optimizer | Callable[..., Optimizer] = "adamw",
+        every: int = 1,
+        *,
+        lr: float | None = None,
+        schedule: str | Callable[[Optimizer], Any] = "constant",
+        warmup_steps: int = 0,
+        clip_norm: float | None = None,
+        reduction: Any = "auto",
+        name: str | None = None,
+    ) -> None:
+        """Keeps the parts; nothing is made yet.
+
+        Args:
+            step: `step(model, batch)`, as in `fit`; a Coupled one too.
+            parameters: what this phase trains, or the module that holds them.
+            optimizer: as in `fit`; a class, factory or name is given `parameters`.
+            every: the phase runs in each such window, the first included; 1 for at least one phase.
+            lr, schedule, warmup_steps, clip_norm, reduction: as in `fit`, for this phase.
+            name: in records and messages; None: the step's own.
+
+        Raises:
+            SetupError: no step, no parameters, or `every` below 1.
+        """
+        if not callable(step) or isinstance(step, type):
+            raise SetupError(f"Phase got step={step!r}, which is no function: pass step(model, batch) -> loss")
+        check_counts(every=every)
+        given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        self.parameters = list(given) if isinstance(given, Iterable) else [given]
+        self.name = name or getattr(step, "__name__", type(step).__name__)
+        strangers = [each for each in self.parameters if not isinstance(each, nn.Parameter)]
+        if strangers:
+            raise SetupError(
+                f"phase {self.name!r} got a {type(strangers[0]).__name__} among its parameters: pass a module, or its "
+                "parameters()"
+            )
+        if not self.parameters:
+            raise SetupError(
+                f"phase {self.name!r} names no parameters: pass module.parameters(); an iterator that was read before "
+                "is empty"
+            )
+        self.step, self.every, self.reduction = step, every, reduction
+        self.lr, self.schedule, self.warmup_steps, self.clip_norm = lr, schedule, warmup_steps, clip_norm
+        self._optimizer = optimizer
+
+    @property
+    def owns_rate(self) -> bool:
+        """Whether the rate was given with the phase, so that a batch it was tuned at means something."""
+        return self.lr is not None or isinstance(self._optimizer, Optimizer)
+
+    def build_optimizer(self, model: nn.Module, loss: Any, default_lr: float | None) -> Optimizer:
+        """This phase's optimizer, over its own parameters.
+
+        Raises:
+            SetupError: it cannot be made, or holds parameters of another phase or none of `model`'s.
+        """
+        given = self._optimizer
+        own = {id(parameter) for parameter in self.parameters}
+        if isinstance(given, Optimizer):
+            made = build_optimizer(given, model, lr=self.lr, loss=loss)
+        else:
+            rate = self.lr if self.lr is not None else default_lr
+            made = build_optimizer(given, _Only(self.parameters), lr=rate)
+            build_optimizer(made, model, lr=None, loss=loss)  # refuses parameters that are not the model's
+        foreign = sum(id(parameter) not in own for parameter in optimizer_parameters(made))
+        if foreign:
+            raise SetupError(
+                f"the optimizer of phase {self.name!r} holds {foreign} parameters that the phase does not name: make "
+                "it from the same parameters"
+            )
+        return made
+
+    @contextmanager
+    def alone(self, model: nn.Module) -> Iterator[None]:
+        """Everything else in `model` is frozen inside."""
+        own = {id(parameter) for parameter in self.parameters}
+        frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in own]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+
+class _Only(nn.Module):
+    """A module of nothing but these parameters, for what asks a module for them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.held = nn.ParameterList(parameters)
+
+
+def check_phases(phases: Any, *, loss: Any, step: Any, optimizer: Any) -> Sequence[Phase]:
+    """The phases as given; none where they are None.
+
+    Raises:
+        SetupError: something that is no Phase, parameters in two of them, nothing that runs in every window, or a
+            setting of `fit` beside them that each phase has for itself.
+    """
+    if phases is None:
+        return ()
+    if not isinstance(phases, (list, tuple)) or not phases or not all(isinstance(each, Phase) for each in phases):
+        raise SetupError(
+            f"phases={str(phases)[:80]}: give a list of autoaccum.Phase(step, parameters, optimizer), in the order in "
+            "which they run"
+        )
+    for name, given, usual in (("loss", loss, None), ("step", step, None), ("optimizer", optimizer, "adamw")):
+        if given is not usual and given != usual:
+            raise SetupError(f"{name} is given beside phases, each of which has its own: leave {name} away")
+    owners: dict[int, Phase] = {}
+    for phase in phases:
+        for parameter in phase.parameters:
+            other = owners.setdefault(id(parameter), phase)
+            if other is not phase:
+                raise SetupError(
+                    f"phases {other.name!r} and {phase.name!r} share a parameter of shape {tuple(parameter.shape)}: "
+                    "each parameter is trained by one phase"
+                )
+    if all(phase.every > 1 for phase in phases):
+        least = min(phase.every for phase in phases)
+        raise SetupError(f"no phase runs in every window, the most frequent every {least}: give every=1 to one of them")
+    return tuple(phases)
