@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoaccum.errors import DataError, LossError
 
-__all__ = ["TARGET_KEYS", "Call", "arrange", "relabelled", "returned_loss", "scalar", "targets_in"]
+__all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "relabelled", "returned_loss", "scalar", "targets_in"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -168,3 +168,17 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
             "away .detach(), .item() or no_grad on its way, and see that some parameter requires a gradient"
         )
     return loss.reshape(()) if loss.dim() else loss
+
+
+def expect_scalar(loss: Any) -> None:
+    """Refuses what a loop of one's own gave as a micro-batch's loss, unless it is a scalar with a graph.
+
+    Raises:
+        LossError: it is not.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = (
+            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"
+        )
+        graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
+        raise LossError(f"the loss is {what}{graph}: pass the micro-batch's mean loss, a scalar tensor with a graph")

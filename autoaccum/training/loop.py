@@ -128,6 +128,7 @@ class TrainingLoop:
     def _turn(self, phase: Phase | None, accumulator: Accumulator, regrow_after: int | None) -> Turn:
         if accumulator.plan.by_length:
             accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
+        source = self._source  # not through the loop, which would then hold itself, and a loader's workers with it
         safe = SafeWindow(
             accumulator,
             list(self._parts.modules.values()),
@@ -135,7 +136,7 @@ class TrainingLoop:
             self._events,
             regrow_after,
             objective=accumulator.objective,
-            indices=lambda window: indices_of(window, self._source, accumulator.plan),
+            indices=lambda window: indices_of(window, source, accumulator.plan),
             wants_checkpoint=(lambda: False) if self.folder is None else self.folder.overdue,
         )
         return Turn(phase, accumulator, safe)

@@ -22,6 +22,7 @@ from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
 from autoaccum.data.structure import alike, children
 from autoaccum.errors import LossError, SetupError
+from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
@@ -191,7 +192,7 @@ class Accumulator:
         """
         ledger = self._running()
         if not isinstance(loss, Mean):
-            _expect_scalar(loss)
+            expect_scalar(loss)
             loss = Mean.of(loss, ledger.samples[ledger.done] if denominator is None else denominator)
         self._add({"loss": loss})
 
@@ -495,12 +496,3 @@ def ignore(phase: str) -> None:
 
 def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for parameter in parameters}.values())
-
-
-def _expect_scalar(loss: Any) -> None:
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = (
-            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"
-        )
-        graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise LossError(f"the loss is {what}{graph}: pass the micro-batch's mean loss, a scalar tensor with a graph")
