@@ -58,13 +58,15 @@ class Parts:
     """The model's compiled forward, where it has one."""
     phase: Phase | None = None
     """The phase that these parts are of; None where the training has but one optimizer."""
-    turns: "Sequence[Parts]" = ()
-    """The parts of each phase, in order, of which these are the first; themselves alone where there is but one."""
+    beside: Sequence[Optimizer] = ()
+    """The optimizers of the other phases, whose state stands in memory too."""
+    later: "Sequence[Parts]" = ()
+    """The parts of the phases after this, the first."""
 
     @property
-    def beside(self) -> list[Optimizer]:
-        """The optimizers of the other phases, whose state stands in memory too."""
-        return [turn.optimizer for turn in self.turns if turn.optimizer is not self.optimizer]
+    def turns(self) -> "list[Parts]":
+        """The parts of each phase, in order; these alone where there is but one."""
+        return [self, *self.later]
 
     def settle(self) -> None:
         """Puts the model on the device, where `assemble` left it where it was."""
@@ -172,9 +174,9 @@ def assemble(
         lr_given = lr is not None or isinstance(optimizer, Optimizer)
     _follow(made)
     parts = Parts(model, source, place, ranks, objective, made, format_, lr_given, precision, phase=first)
-    parts.turns = (parts, *(_turn(parts, phase, lr) for phase in phases[1:]))
+    parts.later = [_turn(parts, phase, lr) for phase in phases[1:]]
     for turn in parts.turns:
-        turn.turns = parts.turns
+        turn.beside = [other.optimizer for other in parts.turns if other is not turn]
     return parts
 
 

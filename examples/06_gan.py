@@ -82,7 +82,8 @@ def draw(model: Gan, path: Path) -> None:
 
     with torch.no_grad():
         painted = model.painter(torch.randn(50, NOISE, generator=torch.Generator().manual_seed(1))).view(5, 10, 8, 8)
-    sheet = painted.permute(0, 2, 1, 3).reshape(40, 80).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    painted = nn.functional.pad(painted, (1, 1, 1, 1))
+    sheet = painted.permute(0, 2, 1, 3).reshape(50, 100).repeat_interleave(6, 0).repeat_interleave(6, 1)
     pyplot.imsave(path, sheet.numpy(), cmap="gray_r")
     print(f"painted digits: {path}")
 
