@@ -174,7 +174,7 @@ class Attachment:
         else:
             if asked.micro_batch is None:
                 question = Question(
-                    share_of(self.target_batch, parts.ranks),
+                    share_of(self.target_batch, parts.source.length, parts.ranks),
                     asked.memory,
                     asked.max_batch,
                     asked.multiple_of,

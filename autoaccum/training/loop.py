@@ -257,8 +257,8 @@ class TrainingLoop:
     def _asked_to_stop(self) -> bool:
         """Whether a listener on any rank asked for the end between two windows, as early stopping does."""
         if self._accumulator.ranks.any("a wish to stop", self._events.stop is not None):
-            self._safe.stopped = self._events.stop or "another rank was asked to stop"
-        return self._safe.stopped is not None
+            self._turns.stopped = self._events.stop or "another rank was asked to stop"
+        return self._turns.stopped is not None
 
     def _done(self) -> bool:
         if self._max_steps is not None:
