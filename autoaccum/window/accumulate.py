@@ -20,7 +20,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
-from autoaccum.data.structure import alike, children
+from autoaccum.data.per_sample import ListReader
+from autoaccum.data.structure import alike, children, plain
 from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
@@ -130,6 +131,7 @@ class Accumulator:
         if self.ranks.size > 1 or self.precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
         self._ledger: Ledger | None = None
+        self._lists = ListReader()
         self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side)
         self._ended: tuple[float, float] | None = None  # the window's loss and correction, once the ranks have voted
@@ -165,7 +167,7 @@ class Accumulator:
             for piece in pieces:
                 before = ledger.done
                 with self.precision.autocast(), self._without_synchronisation():
-                    yield tree.move(piece, self.device)
+                    yield plain(tree.move(piece, self.device))
                 if ledger.done != before + 1:
                     raise LossError(
                         f"backward was called {ledger.done - before} times for one micro-batch: "
@@ -467,14 +469,16 @@ class Accumulator:
         limit = self.plan.limits[self.plan.rank]
         # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
         if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
-            largest = max(map(tree.batch_size, batches))
+            pieces = [self._lists.read(batch) for batch in batches]
+            largest = max(map(tree.batch_size, pieces))
             if largest > limit:
                 raise SetupError(
                     f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
                     f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
                 )
-            return batches
-        return tree.split(batches, even_split(tree.batch_size(batches), limit, minimum=self.plan.minimum))
+            return pieces
+        batch = self._lists.read(batches)
+        return tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=self.plan.minimum))
 
     def _running(self) -> Ledger:
         if self._ledger is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
+from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, NothingFitsError
 from autoaccum.loss.call import scalar
 from autoaccum.loss.coupled import Coupled, Representations, Shared
@@ -77,7 +78,7 @@ class TwoPasses:
         kept = Representations(self._shared, max(sum(sizes), self.rehearsed))
         for batch, size in zip(batches, sizes):
             on_phase("batch")
-            placed = tree.move(batch, self._device)
+            placed = plain(tree.move(batch, self._device))
             on_phase("forward")
             with torch.no_grad(), self._precision.autocast():
                 kept.enter(self._coupled.encode(self._model, placed), size)
@@ -126,11 +127,11 @@ class TwoPasses:
         whole = tree.join(parts)
         if self.rehearsed > samples:
             whole = tree.repeat(whole, self.rehearsed)
-        return tree.move(whole, self._device)
+        return plain(tree.move(whole, self._device))
 
     def _second(self, batch: Any, kept: Representations, rows: slice, on_phase: Callable[[str], None]) -> None:
         on_phase("batch")
-        placed = tree.move(batch, self._device)
+        placed = plain(tree.move(batch, self._device))
         on_phase("forward")
         with self._precision.autocast():
             outputs = self._coupled.encode(self._model, placed)
