@@ -123,7 +123,7 @@ class Accumulator:
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
-        self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
+        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
@@ -496,7 +496,3 @@ class Accumulator:
 
 def ignore(phase: str) -> None:
     """Takes no notice of a window's phases; a trace puts something that does in `on_phase`."""
-
-
-def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return list({id(parameter): parameter for parameter in parameters}.values())
