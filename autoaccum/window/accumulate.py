@@ -145,7 +145,7 @@ class Accumulator:
         self._two_passes: TwoPasses | None = None
         if objective is not None and objective.coupled is not None:
             self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
-            self._two_passes = TwoPasses(model, objective.coupled, objective.shared, self.precision, self.device)
+            self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -258,8 +258,10 @@ class Accumulator:
             self._side.collect()
             ledger.enter([])
 
-        loss = two_passes.run(batches, again=again, on_phase=self.on_phase, entered=entered)
-        ledger.add(loss)
+        what = f"step {self.step + 1}"
+        loss = two_passes.run(batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
+        if loss is not None:
+            ledger.add(loss)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()
