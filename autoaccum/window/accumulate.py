@@ -21,20 +21,20 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
-from autoaccum.data.structure import alike, children, plain
+from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
+from autoaccum.window.pieces import micro_batches
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -160,7 +160,7 @@ class Accumulator:
         Raises:
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
         """
-        pieces = self._pieces(batches)
+        pieces = micro_batches(batches, self.plan, self._lists)
         ledger = self.open(pieces)
         finished = False
         try:
@@ -466,21 +466,6 @@ class Accumulator:
 
     def _gradients(self) -> list[Tensor]:
         return [g for g in map(self._side.gradient, self._parameters) if g is not None]
-
-    def _pieces(self, batches: Any) -> list[Any]:
-        limit = self.plan.limits[self.plan.rank]
-        # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
-        if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
-            pieces = [self._lists.read(batch) for batch in batches]
-            largest = max(map(tree.batch_size, pieces))
-            if largest > limit:
-                raise SetupError(
-                    f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
-                    f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
-                )
-            return pieces
-        batch = self._lists.read(batches)
-        return tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=self.plan.minimum))
 
     def _running(self) -> Ledger:
         if self._ledger is None:
