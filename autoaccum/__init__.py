@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from autoaccum import errors
 
 if TYPE_CHECKING:
-    from autoaccum.api import fit, prepare, probe, verify
-    from autoaccum.integrations.trainers import attach
+    from autoaccum.api import fit, prepare, probe
+    from autoaccum.integrations.trainers import attach, verify
     from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
     from autoaccum.planning.plan import Plan, plan
@@ -56,7 +56,7 @@ _HOME = {
     "prepare": "autoaccum.api",
     "probe": "autoaccum.api",
     "search": "autoaccum.searching.search",
-    "verify": "autoaccum.api",
+    "verify": "autoaccum.integrations.trainers",
 }
 
 __all__ = [

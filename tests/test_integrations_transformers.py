@@ -164,13 +164,14 @@ def test_an_overridden_compute_loss_runs(tmp_path):
     assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
 
 
-def test_out_of_memory_errors_are_replayed_and_change_nothing(tmp_path):
+@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_out_of_memory_errors_are_replayed_and_change_nothing(count, tmp_path):
     class Scarce(transformers.Trainer):
         failures = 0
 
         def compute_loss(self, model, inputs, *rest, **named):
             loss = super().compute_loss(model, inputs, *rest, **named)
-            if self.failures < 20 and len(inputs["labels"]) > 1 and torch.rand((), generator=draw) < 0.6:
+            if self.failures < count and len(inputs["labels"]) > 2 and torch.rand((), generator=draw) < 0.6:
                 self.failures += 1
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return loss
@@ -180,16 +181,15 @@ def test_out_of_memory_errors_are_replayed_and_change_nothing(tmp_path):
     net = model("BertForMaskedLM")
     before = flat(net)
     made = attach(
-        trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=3), target_batch=64, micro_batch=64, check=False,
+        trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=count), target_batch=64, micro_batch=64, check=False,
         regrow_after=1, callbacks=[heard.append],
     )  # fmt: skip
     with pytest.warns(UserWarning, match="out of memory in step"):
         made.train()
-    assert made.failures >= 5
-    assert sum(isinstance(event, WindowReplayed) for event in heard) == made.failures
-    reference, _ = by_hand(model("BertForMaskedLM"), data, 64, epochs=3)
+    assert made.failures == sum(isinstance(event, WindowReplayed) for event in heard) == count
+    reference, _ = by_hand(model("BertForMaskedLM"), data, 64, epochs=count)
     assert moved(flat(net), before, reference) <= EXACT
-    assert made.state.global_step == 3
+    assert made.state.global_step == count
 
 
 def test_a_training_goes_on_from_the_trainers_checkpoint_without_probing(tmp_path):
@@ -308,3 +308,67 @@ def test_notes_go_to_listeners(tmp_path):
         trainer(model("BertForMaskedLM"), samples("tokens"), tmp_path), micro_batch=3, callbacks=[heard.append]
     ).train()
     assert any(isinstance(event, Noted) and "noise" in event.text for event in heard)
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "says"),
+    [
+        (
+            "BertForSequenceClassification", "class",
+            "4.00 × the batch's at gradient_accumulation_steps=4: BertForSequenceClassification takes **kwargs and "
+            "ignores num_items_in_batch",
+        ),
+        ("T5ForConditionalGeneration", "tokens", "T5ForConditionalGeneration takes **kwargs and ignores"),
+        ("GPT2LMHeadModel", "tokens", "labels are counted that the model shifts away"),
+        ("LlamaForCausalLM", "tokens", None),
+    ],
+)  # fmt: skip
+def test_verify_says_what_the_trainers_own_accumulation_does(name, labels, says, tmp_path):
+    made = trainer(model(name), samples(labels), tmp_path, gradient_accumulation_steps=4)
+    before, random, held = flat(made.model), torch.get_rng_state(), set(vars(made))
+    report = autoaccum.verify(made)
+    assert torch.equal(flat(made.model), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+    assert made.args.gradient_accumulation_steps == 4
+    assert set(vars(made)) == held
+    if says is None:
+        assert report.ok
+        assert report.relative_error <= 1e-6
+        return
+    assert not report.ok
+    assert says in report.text
+    assert "autoaccum.attach(trainer, target_batch=16)" in report.text
+
+
+def test_verify_sees_a_mean_of_means(tmp_path):
+    class Means(transformers.Trainer):
+        loss_is_scaled_for_ga = False
+
+    made = trainer(model("BertForMaskedLM"), samples("tokens"), tmp_path, kind=Means, gradient_accumulation_steps=4)
+    made.model_accepts_loss_kwargs = False
+    report = autoaccum.verify(made)
+    assert report.cause == "uneven denominators"
+    assert "averaged per micro-batch" in report.text
+
+
+def test_verify_has_nothing_to_say_where_nothing_is_accumulated(tmp_path):
+    report = autoaccum.verify(trainer(model("BertForMaskedLM"), samples("tokens"), tmp_path))
+    assert (report.ok, report.verifiable) == (True, False)
+    assert "gradient_accumulation_steps=1" in report.text
+
+
+def test_the_command_line_verifies_a_trainer(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from autoaccum.cli.main import cli
+
+    (tmp_path / "their_script.py").write_text(
+        "from tests.test_integrations_transformers import model, samples, trainer\n"
+        "net = model('BertForSequenceClassification')\n"
+        "trainer = trainer(net, samples('class'), 'out', gradient_accumulation_steps=2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["verify", "their_script.py:trainer"])
+    assert done.exit_code == 1, done.output
+    assert "2.00 × the batch's" in " ".join(done.output.split())

@@ -55,7 +55,7 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
 
     known = keywords_of(function)
     rest = {name: value for name, value in arguments.items() if known is None or name in known}
-    return function(rest.pop("model"), rest.pop("data"), **rest)
+    return function(rest.pop("model"), rest.pop("data", None), **rest)
 
 
 def need_target_batch(target: str, arguments: Mapping[str, Any], what: str, *, or_plan: bool = False) -> None:

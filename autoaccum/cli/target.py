@@ -82,17 +82,31 @@ class Target:
         Raises:
             SetupError: no such function, one that cannot be called so, or not a dict of fit's arguments.
         """
-        function = self.load()
-        _check_call(self.text, function, args, keywords)
-        arguments = function(*args, **keywords)
-        _check_arguments(self.text, arguments)
-        return {**arguments, **self.overrides}
+        found = self.find()
+        if not _is_trained_by_another(found):
+            function = self._callable(found)
+            _check_call(self.text, function, args, keywords)
+            found = function(*args, **keywords)
+        if _is_trained_by_another(found):
+            trainer, *rest = found if isinstance(found, tuple) else (found,)
+            found = {"model": trainer, "data": tuple(rest) or None}
+        else:
+            _check_arguments(self.text, found)
+        return {**found, **self.overrides}
 
     def load(self) -> Callable[..., Any]:
         """Import the module and find the function.
 
         Raises:
             SetupError: no such module, no such name in it, or not callable.
+        """
+        return self._callable(self.find())
+
+    def find(self) -> Any:
+        """Import the module and find what has the name: a function, or a trainer.
+
+        Raises:
+            SetupError: no such module, or no such name in it.
         """
         found: Any = self._module()
         for part in self.name.split("."):
@@ -104,6 +118,9 @@ class Target:
                     f"{self.text!r}: there is no {part!r} in {place}{_nearest(part, public, 'it defines')}"
                 )
             found = getattr(found, part)
+        return found
+
+    def _callable(self, found: Any) -> Callable[..., Any]:
         if not callable(found):
             raise SetupError(
                 f"{self.text!r} is {_kind(found)}, which cannot be called: name a function that returns a dict of "
@@ -203,6 +220,13 @@ def _check_arguments(text: str, arguments: Any) -> None:
         if key not in arguments:
             has = ", ".join(map(repr, arguments)) or "nothing"
             raise SetupError(f"{text!r} returned a dict without {key!r}, only with {has}: add the {key} under that key")
+
+
+def _is_trained_by_another(found: Any) -> bool:
+    """Whether this is a trainer that `autoaccum verify` knows, alone or first in a tuple with its module and data."""
+    from autoaccum.integrations.trainers import is_trainer
+
+    return is_trainer(found[0] if isinstance(found, tuple) and found else found)
 
 
 def _kind(value: object) -> str:

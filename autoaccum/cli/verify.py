@@ -22,6 +22,9 @@ __all__ = ["verify"]
 def verify(target: str, **options: Any) -> Answer:
     """Check on your own model and data that the accumulated gradient is the large batch's gradient.
 
+    TARGET may also be a Transformers Trainer (train.py:trainer, or a function that returns one), or a tuple of a
+    Lightning Trainer and its module: then that trainer's own accumulation is checked, on a few of its own samples.
+
     Ends with 1 where it is not, and with 0 where it is or where it cannot be told, which is then said.
     """
     import autoaccum

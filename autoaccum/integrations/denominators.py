@@ -24,11 +24,12 @@ class LabelCount:
 
     def __call__(self, piece: Piece) -> float:
         """What the mean loss over the piece is divided by."""
-        labels = targets_in(piece.batch, apart=False)
+        apart = isinstance(piece.batch, (tuple, list))  # whose last element is the target
+        labels = targets_in(piece.batch, apart=apart)
         if not isinstance(labels, Tensor) or not holds_indices(labels):
             return float(len(piece.samples))
         if self._head is None:
-            self._head = measure(self._model, piece.batch, self._loss)
+            self._head = measure(self._model, piece.batch, self._loss, apart=apart)
         if self._head.over == "samples":
             return float(len(piece.samples))
         return self._head.count(labels)

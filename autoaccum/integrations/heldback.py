@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, IterableDataset
 
+from autoaccum.data.base import Source
+from autoaccum.data.mapped import MapSource
 from autoaccum.data.piece import Piece
+from autoaccum.data.stream import SampleSource
 from autoaccum.integrations.attachment import Attachment
+from autoaccum.ranks import Ranks
 
-__all__ = ["Held", "Pieces", "Samples", "Shares"]
+__all__ = ["Held", "Pieces", "Samples", "Shares", "source_of"]
 
 
 class Samples:
@@ -72,3 +76,11 @@ class Shares(BatchSampler):
             assert plan is not None
             start, stop = plan.share(len(batch))
             yield batch[start:stop]
+
+
+def source_of(loader: Any) -> Source:
+    """The samples of a loader that holds its collate function back, as Pieces."""
+    common: dict[str, Any] = {"seed": None, "ranks": Ranks(), "worst_case": None}
+    if isinstance(loader.dataset, IterableDataset):
+        return SampleSource(loader.dataset, Pieces(loader.collate_fn), **common)
+    return MapSource(loader.dataset, Pieces(loader.collate_fn), shuffle=False, **common)

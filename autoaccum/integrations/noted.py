@@ -15,12 +15,15 @@ class Noted:
     """The plain attributes of an object, and its containers of nothing but plain values."""
 
     def __init__(self, owner: Any) -> None:
-        self._owner = owner
+        self._owner, self._names = owner, set(vars(owner))
         self._kept = {name: copy.deepcopy(value) for name, value in vars(owner).items() if _is_plain(value)}
 
     def restore(self) -> None:
-        """Sets them back."""
-        vars(self._owner).update(self._kept)
+        """Sets them back; what came since goes."""
+        held = vars(self._owner)
+        for name in [name for name in held if name not in self._names]:
+            del held[name]
+        held.update(self._kept)
 
 
 def plain(value: Any) -> Any:

@@ -1,15 +1,24 @@
-"""`attach`, for whichever trainer it is given: each is known by the module its class comes from, and loaded on use."""
+"""`attach` and `verify`, for whichever trainer they are given: known by where its class is from, loaded on use."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from autoaccum import api
 from autoaccum.errors import SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.training.events import Listener
+from autoaccum.window.verify import VerifyReport
 
-__all__ = ["attach"]
+__all__ = ["attach", "is_trainer", "verify"]
 
 T = TypeVar("T")
+
+_KNOWN = {
+    "transformers.trainer.Trainer": "transformers",
+    "lightning.pytorch.trainer.trainer.Trainer": "lightning",
+    "pytorch_lightning.trainer.trainer.Trainer": "lightning",
+}
 
 
 def attach(
@@ -66,14 +75,49 @@ def attach(
     return _integration(trainer, "attach").attach(trainer, keywords)  # type: ignore[no-any-return]
 
 
+def verify(
+    model: Any,
+    data: Any = None,
+    *,
+    loss: Any = None,
+    step: Callable[[Any, Any], Any] | None = None,
+    reduction: Any = "auto",
+    device: Any = None,
+    precision: str = "auto",
+    worst_case: Any = None,
+) -> VerifyReport:
+    """Whether the gradient accumulated over micro-batches is the large batch's: of a model, or in a trainer.
+
+    With a model and its data: as autoaccum would accumulate, on this model and this data; about four small steps. The
+    keywords are those of `prepare`. With a trainer alone, `verify(trainer)`: that trainer's own accumulation, as it is
+    configured, on a few of its own samples; a Lightning Trainer with its module, `verify(trainer, module)`. No
+    optimizer is stepped and everything is put back.
+
+    Raises:
+        LossError: the loss is not a scalar with a graph.
+        SetupError, DataError, DeviceError: as `prepare`; or a trainer that cannot be looked at.
+    """
+    keywords = {"loss": loss, "step": step, "reduction": reduction, "device": device, "precision": precision,
+                "worst_case": worst_case}  # fmt: skip
+    if not is_trainer(model):
+        return api.verify(model, data, **keywords)
+    given = [name for name, value in keywords.items() if value not in (None, "auto")]
+    if given:
+        raise SetupError(f"verify(trainer) takes no {given[0]}=: what the trainer is configured with is looked at")
+    return _integration(model, "verify").verify(*((model,) if data is None else (model, data)))  # type: ignore[no-any-return]
+
+
+def is_trainer(value: Any) -> bool:
+    """Whether `value` is a trainer that `attach` and `verify` know; nothing is imported to see it."""
+    return any(f"{base.__module__}.{base.__qualname__}" in _KNOWN for base in type(value).__mro__)
+
+
 def _integration(trainer: Any, doing: str) -> Any:
     """The module that knows this trainer."""
     for base in type(trainer).__mro__:
-        name = f"{base.__module__}.{base.__qualname__}"
-        if name == "transformers.trainer.Trainer":
-            from autoaccum.integrations import transformers
-
-            return transformers
+        known = _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        if known is not None:
+            return importlib.import_module(f"autoaccum.integrations.{known}")
     kind = type(trainer)
     raise SetupError(
         f"{doing}() got a {kind.__module__}.{kind.__qualname__}: it takes a Transformers Trainer or a Lightning Trainer"

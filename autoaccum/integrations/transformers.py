@@ -22,19 +22,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from autoaccum.data.mapped import MapSource
-from autoaccum.data.stream import SampleSource
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import write_json
 from autoaccum.integrations.attachment import Attachment, Trained
-from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares
+from autoaccum.integrations.examination import Subject, examine
+from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares, source_of
 from autoaccum.integrations.noted import Noted, plain
-from autoaccum.ranks import Ranks, here
+from autoaccum.ranks import here
+from autoaccum.window.verify import VerifyReport
 
-__all__ = ["attach"]
+__all__ = ["attach", "verify"]
 
 FILE = "autoaccum.json"
 _NAME = "_autoaccum"
+MOST_STEPS = 16  # micro-batches that a check runs
 
 
 def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
@@ -123,12 +124,6 @@ class _Attached:
             if path.is_file():
                 attachment.load_state_dict(_read(path), str(path))
         model = _inner(trainer.model_wrapped)
-        collate = loader.collate_fn
-        common: dict[str, Any] = {"seed": None, "ranks": Ranks(), "worst_case": None}
-        if isinstance(loader.dataset, IterableDataset):
-            source: Any = SampleSource(loader.dataset, Pieces(collate), **common)
-        else:
-            source = MapSource(loader.dataset, Pieces(collate), shuffle=False, **common)
         scaler = trainer.accelerator.scaler
         precision = trainer.accelerator.mixed_precision  # part of the model's forward, and so of the cache's key
         before = [float(group["lr"]) for group in trainer.optimizer.param_groups]
@@ -137,7 +132,7 @@ class _Attached:
                 model=model,
                 optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
                 step=self.loss,
-                source=source,
+                source=source_of(loader),
                 device=trainer.args.device,
                 drops=bool(trainer.args.dataloader_drop_last),
                 scaler=scaler,
@@ -210,30 +205,88 @@ class _Attached:
             write_json(folder / FILE, plain(self.attachment.state_dict()))
 
 
+def verify(trainer: Any) -> VerifyReport:
+    """Whether the trainer's own accumulation, as it is configured, gives the whole batch's gradient.
+
+    Raises:
+        SetupError: a trainer that makes its own batches.
+    """
+    _refuse_own_batches(trainer)
+    args, model = trainer.args, trainer.model
+    taken = _Attached.__new__(_Attached)  # its way to the loss, without taking hold of anything
+    taken._trainer, taken._step, taken._kind = trainer, trainer.training_step, type(trainer)
+    steps = min(args.gradient_accumulation_steps, MOST_STEPS)
+    size = min(max(args.per_device_train_batch_size, 2), 4)
+    held = trainer.data_collator
+    trainer.data_collator = Held(held)
+    try:
+        loader = trainer.get_train_dataloader()
+    finally:
+        trainer.data_collator = held
+    collate = Pieces(loader.collate_fn)
+    source = source_of(loader)
+    few = steps * size if source.length is None else min(steps * size, source.length)
+
+    def plain(batch: Any) -> None:
+        with trainer.accelerator.autocast():
+            loss = taken.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def own(batches: Any, last: bool) -> None:
+        # What the trainer's loop does for one optimizer step.
+        whole = [batches[place] for place in range(len(batches))]
+        drawn, items = trainer.get_batch_samples(iter(whole), len(whole), args.device)
+        asked, args.gradient_accumulation_steps = args.gradient_accumulation_steps, steps
+        trainer.current_gradient_accumulation_steps = len(drawn)
+        try:
+            for place in range(len(drawn)):
+                with trainer.accelerator.autocast():
+                    trainer.training_step(model, batches[place], items)
+        finally:
+            args.gradient_accumulation_steps = asked
+        scaler = trainer.accelerator.scaler
+        for parameter in model.parameters() if scaler is not None else ():
+            if parameter.grad is not None:
+                parameter.grad /= scaler.get_scale()
+
+    inner = getattr(model, "get_base_model", lambda: model)()
+    samples = source.trial(few).samples if steps > 1 else []
+    return examine(
+        Subject(
+            name="Trainer",
+            setting="gradient_accumulation_steps",
+            steps=steps,
+            asked=args.gradient_accumulation_steps,
+            model=model,
+            device=args.device,
+            samples=samples,
+            collate=collate,
+            plain=plain,
+            own=own,
+            preserved=taken._preserved,
+            blame=(
+                f"{type(inner).__name__} takes **kwargs and ignores num_items_in_batch"
+                if trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+                else "the mean of each micro-batch is added up undivided"
+            ),
+            mend=f"autoaccum.attach(trainer, target_batch={args.train_batch_size * args.gradient_accumulation_steps}) "
+            "gives it the batch's own, whatever the micro-batch",
+        )
+    )
+
+
 def refuse(trainer: Any) -> None:
     """Refuses, before anything is touched, a trainer whose windows cannot be made ours.
 
     Raises:
         SetupError: with the reason, and what to do instead.
     """
-    args, kind = trainer.args, type(trainer)
+    args = trainer.args
     if _NAME in vars(trainer):
         raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
     if trainer.is_in_train:
         raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.train()")
-    for method in (
-        "get_train_dataloader",
-        "_get_dataloader",
-        "_prepare_inputs",
-        "get_batch_samples",
-        "_inner_training_loop",
-    ):
-        where = next((base for base in kind.__mro__ if method in vars(base)), None)
-        if where is not None and not where.__module__.startswith("transformers."):
-            raise SetupError(
-                f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "
-                "calls of training_step: attach() cannot cut them; train with its own settings"
-            )
+    _refuse_own_batches(trainer)
     if args.auto_find_batch_size:
         raise SetupError(
             "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to False"
@@ -256,6 +309,23 @@ def refuse(trainer: Any) -> None:
             f"an IterableDataset on {ranks} ranks is dealt by Accelerate, which repeats samples: give a dataset with "
             "indices, or one process"
         )
+
+
+def _refuse_own_batches(trainer: Any) -> None:
+    kind = type(trainer)
+    for method in (
+        "get_train_dataloader",
+        "_get_dataloader",
+        "_prepare_inputs",
+        "get_batch_samples",
+        "_inner_training_loop",
+    ):
+        where = next((base for base in kind.__mro__ if method in vars(base)), None)
+        if where is not None and not where.__module__.startswith("transformers."):
+            raise SetupError(
+                f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "
+                "calls of training_step: attach() cannot cut them; train with its own settings"
+            )
 
 
 def _inner(model: Any) -> Any:

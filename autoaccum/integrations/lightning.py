@@ -1,0 +1,332 @@
+"""Lightning: `Trainer(callbacks=[TargetBatch(256)])`, windows inside its own automatic optimization.
+
+Choices made here:
+
+- The window runs in the closure that the optimizer's step is given, so hooks, clipping, schedules, precision plugins
+  and checkpoints see one batch a step. The loop that makes the closure is replaced by an heir of itself; that attribute
+  is private, and a test holds it for each version.
+- The loader's batch sampler is made anew with the target batch, over the user's own sampler, and its collate function
+  held back: pieces are collated, converted and moved to the device one by one, through the module's own hooks.
+- What `training_step` logs is gathered over the pieces and logged once, weighted by their samples; the loss itself as
+  the window's loss. So a replay, or the probe, leaves nothing in the logs.
+- On several ranks the module runs without its DistributedDataParallel: gradients are summed once a window.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
+
+from autoaccum.data.mapped import rebuilt
+from autoaccum.errors import SetupError
+from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
+from autoaccum.integrations.logged import Logged
+from autoaccum.integrations.wanted import Wanted
+from autoaccum.ranks import here
+
+__all__ = ["TargetBatch", "attach"]
+
+
+def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
+    """Adds a TargetBatch to the trainer's callbacks, and returns the trainer.
+
+    Raises:
+        SetupError: it has one already, or is training.
+    """
+    if any(isinstance(callback, TargetBatch) for callback in trainer.callbacks):
+        raise SetupError("this trainer is attached already: it has a TargetBatch among its callbacks")
+    if trainer.training:
+        raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.fit()")
+    made = dict(keywords)
+    trainer.callbacks.insert(0, TargetBatch(made.pop("target_batch"), **made))
+    return trainer
+
+
+class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning is not installed
+    """Trains with exactly `target_batch` samples a step, in micro-batches that fit; stands in for a BatchSizeFinder.
+
+    ```python
+    trainer = lightning.Trainer(callbacks=[autoaccum.integrations.lightning.TargetBatch(256)])
+    trainer.fit(module, loader)
+    ```
+
+    The loader's batch size and `accumulate_grad_batches` are set aside. Callbacks and hooks that are given the batch
+    get the window's samples, not collated.
+    """
+
+    def __init__(self, target_batch: int | None = None, **keywords: Any) -> None:
+        """Takes the keywords of `autoaccum.attach`, and checks them.
+
+        Raises:
+            SetupError, PlanError: an unknown keyword or value, or no target.
+        """
+        self._keywords = {**keywords, "target_batch": target_batch}
+        Wanted.of(self._keywords)
+        self.attachment: Attachment | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what cannot be served, and takes the loader over before it is asked for."""
+        if stage != "fit":
+            return
+        _refuse(trainer, pl_module)
+        self.attachment = Attachment(self._keywords)
+        if self.attachment.target_batch < here().size:
+            raise SetupError(
+                f"target_batch={self.attachment.target_batch} is less than the {here().size} ranks, of which each "
+                "needs a sample in every step: raise it, or use fewer devices"
+            )
+        trainer.accumulate_grad_batches = 1
+        loop = trainer.fit_loop
+        loop._data_source = _Windows(loop._data_source, self.attachment)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The first moment at which everything is there: the strategy set up, the state restored, the loader made."""
+        attachment = self.attachment
+        assert attachment is not None
+        epoch_loop = trainer.fit_loop.epoch_loop
+        windowed = _Windowed(trainer, pl_module, attachment)
+        windowed.load_state_dict(epoch_loop.automatic_optimization.state_dict())
+        (loader,) = trainer.fit_loop._combined_loader.flattened
+        optimizer, plugin = trainer.optimizers[0], trainer.precision_plugin
+        made = attachment.begin(
+            Trained(
+                model=pl_module,
+                optimizer=optimizer,
+                step=windowed.loss,
+                source=source_of(loader),
+                device=trainer.strategy.root_device,
+                drops=bool(loader.batch_sampler.drop_last) if loader.batch_sampler is not None else loader.drop_last,
+                scaler=getattr(plugin, "scaler", None),
+                runs_in=f"{trainer.precision}: the trainer's own",
+                code=f"{type(pl_module).__module__}.{type(pl_module).__qualname__} {trainer.precision}",
+                preserved=windowed.preserved,
+            ),
+            total_steps=trainer.estimated_stepping_batches if trainer.max_epochs != -1 else None,
+            step=trainer.global_step,
+        )
+        epoch_loop.automatic_optimization = windowed
+        if made.lr_scale != 1 and trainer.global_step == 0:
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler.base_lrs = [rate * made.lr_scale for rate in config.scheduler.base_lrs]
+            for group in optimizer.param_groups:
+                group["lr"] *= made.lr_scale
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing of ours stays on the module."""
+        self._end(trainer, pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Whatever ended the training, nothing of ours stays, and the other ranks stop as well."""
+        if self.attachment is not None and self.attachment.shares is not None:
+            here().fail()
+        self._end(trainer, pl_module)
+
+    def _end(self, trainer: Any, pl_module: Any) -> None:
+        if self.attachment is not None:
+            self.attachment.end()
+        loop = trainer.fit_loop
+        if isinstance(loop.epoch_loop.automatic_optimization, _Windowed):
+            loop.epoch_loop.automatic_optimization.leave()
+            loop.epoch_loop.automatic_optimization = loop.epoch_loop.automatic_optimization.own()
+        if isinstance(loop._data_source, _Windows):
+            loop._data_source = loop._data_source.source
+
+    def state_dict(self) -> dict[str, Any]:
+        """Into the trainer's checkpoints."""
+        return self.attachment.state_dict() if self.attachment is not None and self.attachment.shares else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Out of them."""
+        if state_dict and self.attachment is not None:
+            self.attachment.load_state_dict(state_dict, "the checkpoint's TargetBatch")
+
+
+class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
+    """The trainer's loop over an optimizer, whose closure runs a window."""
+
+    def __init__(self, trainer: Any, module: Any, attachment: Attachment) -> None:
+        super().__init__(trainer)
+        self._module, self._attachment, self._logged = module, attachment, Logged()
+        strategy = trainer.strategy
+        self._hook, self._move = module._on_before_batch_transfer, strategy.batch_to_device
+        # The window as a whole goes past them: they are asked for each piece.
+        vars(module)["_on_before_batch_transfer"] = _past_windows(self._hook)
+        vars(strategy)["batch_to_device"] = _past_windows(self._move)
+
+    def own(self) -> _AutomaticOptimization:
+        """The trainer's own loop, with the progress so far."""
+        loop = _AutomaticOptimization(self.trainer)
+        loop.load_state_dict(self.state_dict())
+        return loop
+
+    def leave(self) -> None:
+        """Takes away what stands before the module's and the strategy's methods."""
+        del vars(self._module)["_on_before_batch_transfer"], vars(self.trainer.strategy)["batch_to_device"]
+
+    def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Any, batch_idx: int) -> Closure:
+        zero = self._make_zero_grad_fn(batch_idx, optimizer)
+
+        def step() -> ClosureResult:
+            if zero is not None:
+                zero()
+            with self._gathering() as logged:
+                record = self._attachment.window(kwargs["batch"].samples, self.trainer.current_epoch)
+            loss = torch.tensor(record.loss, dtype=logged.dtype, device=self.trainer.strategy.root_device)
+            logged.apply(len(self._attachment.pieces), loss)
+            call._call_callback_hooks(self.trainer, "on_after_backward")
+            call._call_lightning_module_hook(self.trainer, "on_after_backward")
+            return ClosureResult(loss)
+
+        return Closure(step_fn=step)
+
+    def loss(self, module: Any, batch: Any) -> Tensor:
+        """The loss of one batch as the module's training_step makes it; what it logs is gathered."""
+        trainer = self.trainer
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = self._move(self._hook(batch, dataloader_idx=0), dataloader_idx=0)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        kwargs = epoch_loop._build_kwargs(OrderedDict(), batch, max(epoch_loop.batch_idx, 0))
+        results = epoch_loop._results
+        results.batch, results.batch_size, results.dataloader_idx = batch, None, None
+        before, module._current_fx_name = module._current_fx_name, "training_step"
+        try:
+            with trainer.profiler.profile("[Strategy]training_step"), trainer.precision_plugin.train_step_context():
+                output = module.training_step(*kwargs.values())
+        finally:
+            module._current_fx_name = before
+        loss = ClosureResult.from_training_step_output(output).closure_loss
+        if loss is None:
+            raise SetupError(
+                f"{type(module).__name__}.training_step returned None for a micro-batch, and the window cannot be "
+                "weighted: return a loss, of zero weight where nothing counts"
+            )
+        self._logged.piece(output["loss"] if isinstance(output, Mapping) else output)
+        return loss  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _gathering(self) -> Iterator[Logged]:
+        """What is logged inside is gathered, and applied to nothing yet."""
+        results = self.trainer.fit_loop.epoch_loop._results
+        self._logged = Logged(results)
+        results.update_metrics = self._logged.note
+        try:
+            yield self._logged
+        finally:
+            del results.update_metrics
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """What the module logs in a probe is forgotten."""
+        results = self.trainer.fit_loop.epoch_loop._results
+        kept = dict(results)
+        try:
+            with self._gathering():
+                yield
+        finally:
+            results.clear()
+            results.update(kept)
+            results.batch = results.batch_size = None
+
+
+class _Windows:
+    """Where the trainer gets its training loader from, which yields windows."""
+
+    def __init__(self, source: Any, attachment: Attachment) -> None:
+        self.source, self._attachment = source, attachment
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def dataloader(self) -> Any:
+        """The user's loader with the target batch, whose samples are not collated."""
+        loader = self.source.dataloader()
+        if not isinstance(loader, DataLoader):
+            raise SetupError(
+                f"the training loader is a {type(loader).__name__}: TargetBatch makes the batches of one DataLoader"
+            )
+        target, held = self._attachment.target_batch, Held(loader.collate_fn)
+        ranks = here().size
+        if isinstance(loader.dataset, IterableDataset):
+            if ranks > 1:
+                raise SetupError(
+                    f"an IterableDataset on {ranks} ranks gives each the same samples: give a dataset with indices"
+                )
+            return rebuilt(
+                loader, loader.dataset, batch_size=target, drop_last=loader.drop_last, collate_fn=held,
+                generator=loader.generator,
+            )  # fmt: skip
+        if loader.batch_size is None:
+            raise SetupError(
+                "the training loader's batches are given by its own batch_sampler, or are ready: give a DataLoader "
+                "with batch_size=, whose batching can be redone"
+            )
+        sampler: Any = loader.sampler
+        if ranks > 1:
+            sampler = DistributedSampler(
+                loader.dataset, 1, 0, shuffle=isinstance(sampler, RandomSampler),
+                seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
+            )  # fmt: skip
+        batches: Any = BatchSampler(sampler, target, loader.drop_last)
+        if ranks > 1:
+            batches = Shares(batches, self._attachment)
+        made = rebuilt(loader, loader.dataset, batch_sampler=batches, collate_fn=held, generator=loader.generator)
+        return made if ranks == 1 else _Dealt(made)
+
+
+class _Dealt:
+    """A loader that deals the ranks their parts already; as it is no DataLoader, Lightning deals it no second time."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_loader"], name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+
+def _past_windows(move: Any) -> Any:
+    return lambda batch, *rest, **named: batch if isinstance(batch, Samples) else move(batch, *rest, **named)
+
+
+def _refuse(trainer: Any, module: Any) -> None:
+    """Refuses, before anything runs, what cannot be served.
+
+    Raises:
+        SetupError: with the reason.
+    """
+    reasons = {
+        "manual optimization steps by itself: use autoaccum.Accumulator in it": not module.automatic_optimization,
+        "training_step(dataloader_iter) fetches its own batches: take a batch instead": is_param_in_hook_signature(
+            module.training_step, "dataloader_iter", explicit=True
+        ),
+        "the module's own backward() cannot be weighted: leave it out": is_overridden("backward", module),
+        f"{type(trainer.strategy).__name__} shards the model, or adds gradients up itself: use one device, or DDP": (
+            not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        ),
+        "overfit_batches makes its own loader: use limit_train_batches": bool(trainer.overfit_batches),
+    }
+    for kind in (GradientAccumulationScheduler, StochasticWeightAveraging):
+        reasons[f"{kind.__name__} changes what a batch is: leave it out"] = any(
+            isinstance(callback, kind) for callback in trainer.callbacks
+        )
+    for reason, holds in reasons.items():
+        if holds:
+            raise SetupError(f"TargetBatch cannot train this: {reason}")

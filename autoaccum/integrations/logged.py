@@ -1,0 +1,65 @@
+"""What a module logs in the pieces of a window, logged once for the window."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Logged"]
+
+
+class Logged:
+    """Gathers the values of each piece, and gives one for all of them to the trainer's results."""
+
+    def __init__(self, results: Any = None) -> None:
+        self._results = results
+        self._pieces: list[list[tuple[str, Any, int]]] = []
+        self._losses: list[Tensor] = []
+        self._open: list[tuple[str, Any, int]] = []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the losses."""
+        return self._losses[-1].dtype if self._losses else torch.get_default_dtype()
+
+    def note(self, key: str, value: Any, batch_size: int) -> None:
+        """A value that the module logged in the piece that runs."""
+        self._open.append((key, value, batch_size))
+
+    def piece(self, loss: Tensor) -> None:
+        """The piece's step has returned, with this loss."""
+        self._pieces.append(self._open)
+        self._losses.append(loss.detach())
+        self._open = []
+
+    def apply(self, pieces: int, loss: Tensor) -> None:
+        """Logs what the last `pieces` of them logged: earlier ones ran out of memory, and ran again.
+
+        Args:
+            pieces: of the window.
+            loss: the window's, for what was logged as a piece's loss.
+        """
+        values: dict[str, list[tuple[Any, int, Tensor]]] = {}
+        for noted, own in zip(self._pieces[-pieces:], self._losses[-pieces:], strict=True) if pieces else ():
+            for key, value, size in noted:
+                values.setdefault(key, []).append((value, size, own))
+        for key, each in values.items():
+            total = sum(size for _, size, _ in each)
+            self._results.update_metrics(key, self._one(key, each, total, loss), total)
+
+    def _one(self, key: str, each: list[tuple[Any, int, Tensor]], total: int, loss: Tensor) -> Any:
+        last = each[-1][0]
+        if not isinstance(last, Tensor):
+            return last  # a metric that gathers by itself
+        meta = self._results[key].meta
+        stacked = torch.stack([value.to(torch.float64) for value, _, _ in each])
+        if meta.is_mean_reduction:
+            if torch.equal(stacked, torch.stack([own.to(stacked) for _, _, own in each])):
+                return loss.to(last.dtype)
+            weights = torch.tensor([size for _, size, _ in each], dtype=torch.float64, device=stacked.device)
+            return ((stacked * weights).sum() / total).to(last.dtype)
+        if meta.is_sum_reduction:
+            return stacked.sum().to(last.dtype)
+        if meta.is_max_reduction:
+            return stacked.max().to(last.dtype)
+        return stacked.min().to(last.dtype) if meta.is_min_reduction else last
