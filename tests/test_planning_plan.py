@@ -400,3 +400,58 @@ def test_what_is_no_path_is_not_loaded(path):
 def test_planning_imports_no_torch():
     code = "import sys, autoaccum.planning.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- a plan's file, at the door
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lr_scale": 0}, "lr_scale is 0, not a number above 0"),
+        ({"lr_scale": -1.0}, "lr_scale is -1.0"),
+        ({"lr_scale": 2.0}, "lr_scale is 2.0, and its rule 'none' makes it 1.0"),
+        ({"lr": 0}, "lr is 0"),
+        ({"lr_batch": 0}, "lr_batch is 0"),
+        ({"target_batch": 10**18}, "target_batch is 10+, not an integer from 0 to"),
+        ({"target_batch": 10**12}, "are 125000000000 of another size"),
+        ({"limits": [0]}, r"limit\[0\]=0 is too small"),
+        ({"minimum": 0}, "minimum=0 is too small"),
+        ({"multiple_of": 0}, "multiple_of=0 is too small"),
+        ({"world_size": 10**12}, "world_size=1000000000000 is too large"),
+        ({"micro_batches": [8] * 3}, "are 4 of"),
+        ({"layer_momentum": 7.0}, "bn_momentum=7.0 is not a momentum"),
+        ({"bn_momentum": 0.5}, "bn_momentum is 0.5, and its steps make it 0.025"),
+        ({"optimizer_overrides": {"betas": [0.9, 0.99]}}, "optimizer_overrides are"),
+        ({"reasons": None}, "reasons is None, not an object of texts"),
+    ],
+)
+def test_values_of_a_plan_that_cannot_be_are_refused_where_it_is_read(changed, message):
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_dict({**plan(8, 32, lr=1e-3).to_dict(), **changed})
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["1e999", "NaN", "null", "[" * 30 + "]" * 30, "1" * 400, "[" * 10**5])
+def test_a_plans_file_with_any_value_anywhere_is_one_clear_line(tmp_path, value):
+    path = tmp_path / "plan.json"
+    for name in ("target_batch", "lr", "lr_scale", "limits", "reasons", "by_length", "schema"):
+        values = {**plan(8, 32, lr=1e-3).to_dict(), name: "HERE"}
+        path.write_text(json.dumps(values).replace('"HERE"', value))
+        if (name, value) == ("lr", "null"):
+            continue  # none was given
+        with pytest.raises(PlanError, match=str(path)) as caught:
+            Plan.load(path)
+        assert len(str(caught.value)) < 500
+        assert "\n" not in str(caught.value)
+
+
+def test_a_plans_file_carries_its_checksum(tmp_path):
+    path = tmp_path / "plan.json"
+    plan(8, 32, lr=1e-3).save(path)
+    text = path.read_text()
+    path.write_text(text.replace('"lr": 0.001', '"lr": 0.1'))
+    with pytest.raises(PlanError, match=r"checksum is not that of its values .*delete the line"):
+        Plan.load(path)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "checksum"}))
+    assert Plan.load(path).lr == 0.1

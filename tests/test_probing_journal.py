@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -16,7 +17,10 @@ from torch import nn
 import autoaccum
 from autoaccum.errors import NothingFitsError, ProbeError, SetupError
 from autoaccum.probing.isolate import Killed, run_in_child
-from autoaccum.probing.journal import Journal
+from autoaccum.probing.journal import Journal, Owner
+
+HERE = Owner.here()._asdict()
+GONE = {**HERE, "pid": 2**30, "started": 1.0}
 
 
 def die_in_a_trial(path, size):
@@ -63,7 +67,7 @@ def test_what_is_killed_once_at_two_sizes_is_killed_twice_at_the_larger(tmp_path
 
 def test_kills_of_chosen_lengths_count_for_longer_ones_alone(tmp_path):
     path = tmp_path / "trials.journal"
-    gone = {"key": "key", "pid": 2**30, "event": "start", "size": 4, "kind": "verify", "length": 100}
+    gone = {**GONE, "key": "key", "event": "start", "size": 4, "kind": "verify", "length": 100, "at": 1.0}
     path.write_text("".join(json.dumps({**gone, "started": started}) + "\n" for started in (1.0, 2.0)))
     journal = Journal(path, "key")
     killed = [4 in journal.killed_sizes(length) for length in (None, 99, 100, 101)]
@@ -107,7 +111,41 @@ def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_pa
     assert (journal.lived(33), journal.lived(32), journal.lived(4)) == (32, 4, 0)
 
 
-SOUND = {"key": "key", "pid": 2**30, "started": 1.0, "event": "start", "size": 8, "kind": "verify"}
+@pytest.mark.parametrize("elsewhere", [{"host": "other"}, {"boot": "another boot"}, {"namespace": "pid:[1]"}])
+@pytest.mark.parametrize("pid", [2**30, os.getpid()])
+def test_a_trial_in_another_machine_or_container_is_left_alone(tmp_path, elsewhere, pid):
+    """Nothing is known of its process from here, neither that it lives nor that it was killed."""
+    path = tmp_path / "trials.journal"
+    theirs = {**GONE, **elsewhere, "pid": pid, "key": "key", "event": "start", "size": 64, "kind": "verify"}
+    path.write_text(
+        json.dumps({**theirs, "at": time.time()})
+        + "\n"
+        + json.dumps({**theirs, "at": time.time(), "size": 70, "started": 2.0})
+        + "\n"
+    )
+    journal = Journal(path, "key")
+    assert journal.unfinished() == []
+    assert 10**6 not in journal.killed_sizes()
+    journal.clear()
+    assert path.exists(), "they may be running"
+    path.write_text(json.dumps({**theirs, "at": time.time() - 48 * 3600}) + "\n")
+    journal.clear()
+    assert not path.exists(), "nobody is in a trial for two days"
+
+
+def test_the_journal_is_not_written_through_a_link_and_is_its_owners_alone(tmp_path):
+    theirs, link = tmp_path / "theirs", tmp_path / "link.journal"
+    theirs.write_text("")
+    link.symlink_to(theirs)
+    with pytest.warns(UserWarning, match="symbolic link"):
+        Journal(link, "key").start(3, "trace")
+    assert theirs.read_text() == ""
+    Journal(tmp_path / "new" / "trials.journal", "key").start(3, "trace")
+    assert (tmp_path / "new" / "trials.journal").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+SOUND = {**GONE, "key": "key", "event": "start", "size": 8, "kind": "verify", "at": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +153,7 @@ SOUND = {"key": "key", "pid": 2**30, "started": 1.0, "event": "start", "size": 8
     [
         {"pid": "x"}, {"pid": [1]}, {"pid": -5}, {"pid": 2**70}, {"pid": True}, {"started": None}, {"started": "now"},
         {"started": float("nan")}, {"started": 10**400}, {"size": "a"}, {"size": 0}, {"size": 1.5}, {"kind": 3},
+        {"host": 3}, {"boot": None}, {"namespace": []}, {"at": "now"}, {"at": float("inf")},
         {"length": "long"}, {"length": -1}, {"event": "other"}, {"event": []},
     ],
 )  # fmt: skip
@@ -238,6 +277,24 @@ def test_what_a_child_says_comes_back():
     assert "in failing" in str(raised.value.__cause__), "the child's traceback"
     with pytest.raises(Killed, match="SIGKILL"):
         run_in_child(failing, ("killed",))
+
+
+def leaving_a_child(send, how):
+    if os.fork() == 0:  # has both of its parent's pipes, as a Manager's server has
+        time.sleep(60)
+        os._exit(0)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    send("note", os.getpid())
+    return how
+
+
+def test_a_child_is_missed_although_its_own_children_hold_its_pipe():
+    began = time.monotonic()
+    with pytest.raises(Killed, match="SIGKILL"):
+        run_in_child(leaving_a_child, ("killed",))
+    assert run_in_child(leaving_a_child, ("lives",)) == "lives"
+    assert time.monotonic() - began < 50, "as long as they live"
 
 
 def test_the_journal_is_on_disk_before_the_trial_begins(tmp_path):

@@ -107,4 +107,4 @@ def test_a_random_search_is_random_from_its_first_trial_on(tmp_path):
 @pytest.mark.parametrize("wrong", ["best", ["tpe"], 3, optuna.samplers.RandomSampler])
 def test_what_is_no_sampler_is_refused(wrong):
     with pytest.raises(SetupError, match=r"choose 'tpe', 'random', .*or give a sampler of Optuna's"):
-        check_sampler(wrong)
+        check_sampler(wrong, shared=False, trusted=False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import autoaccum
-from autoaccum.errors import MissingExtraError, NothingFitsError, SetupError
+from autoaccum.errors import MissingExtraError, NothingFitsError, PlanError, SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.best import read_best
 from autoaccum.searching.extra import make_pruner
@@ -381,6 +381,61 @@ def test_a_space_that_raises_whatever_it_may_ends_the_search_and_is_shown(tmp_pa
 
     result = search(tmp_path, plain, space=space, n_trials=3)
     assert [row["state"] for row in result.trials] == ["complete", "error", "error"]
+
+
+def test_a_sampler_that_unpickles_the_study_is_refused_where_others_can_write_to_it(tmp_path):
+    opened = tmp_path / "opened"
+    opened.mkdir()
+    opened.chmod(0o777)
+    for storage in (str(opened / "study.log"), f"sqlite:///{opened}/study.db", "postgresql://me@host/db"):
+        for sampler in ("cmaes", optuna.samplers.CmaEsSampler()):
+            with pytest.raises(SetupError, match=r"unpickles what stands in the study.*trust_storage=True"):
+                search(tmp_path, sampler=sampler, storage=storage)
+    assert not list(opened.iterdir())
+    with pytest.raises(SetupError, match="trust_storage='yes'"):
+        search(tmp_path, trust_storage="yes")
+    tmp_path.chmod(0o700)
+    own = optuna.samplers.CmaEsSampler(seed=0)
+    assert len(search(tmp_path, sampler=own, n_trials=1).trials) == 1
+    (tmp_path / "run").chmod(0o777)
+    with pytest.raises(SetupError, match="unpickles"):
+        search(tmp_path, sampler=own, n_trials=2)
+    assert len(search(tmp_path, sampler=own, n_trials=2, trust_storage=True).trials) == 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"threads": 99999}, {"threads": 0}, {"threads": None}, {"threads": True}, {"seed": -1}, {"seed": "0"},
+        {"seed": 2**70}, {"params": None}, {"params": []}, {"params": {"lr": [1]}}, {"params": {"a b": 1}},
+        {"fit": None}, {"fit": {"lr": 0}}, {"fit": {"lr": None}}, {"fit": {"epochs": 0}}, {"fit": {"seed": 10**30}},
+        {"fit": {"loss": "x"}}, {"plan": None}, {"plan": {"lr_scale": 0}}, {"fit": {"lr": 1e999}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_result_that_was_changed_is_refused_where_it_is_read(tmp_path, result_file, changed):
+    values = json.loads(result_file)
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps({**values, **changed}))
+    with pytest.raises(PlanError, match="checksum|not finite|64 bits"):
+        Plan.load(path)
+    del values["checksum"]
+    plans = {"plan": {**values["plan"], **changed["plan"]}} if changed.get("plan") else changed
+    path.write_text(json.dumps({**values, **plans}))
+    before = torch.get_num_threads()
+    with pytest.raises(PlanError, match=str(path)) as caught:
+        best = read_best(path)
+        assert best is None or "plan" in changed
+        Plan.load(path)
+    assert len(str(caught.value)) < 400
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture(scope="module")
+def result_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("result")
+    search(folder, n_trials=1)
+    return (folder / "run" / "best.json").read_text()
 
 
 @pytest.mark.parametrize(("sampler", "package"), [("cmaes", "cmaes"), ("qmc", "scipy"), ("gp", "scipy")])

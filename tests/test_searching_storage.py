@@ -4,7 +4,9 @@ import contextlib
 import datetime
 import errno
 import itertools
+import json
 import os
+import random
 import socket
 import sqlite3
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 import torch
 
 import autoaccum
-from autoaccum.errors import SetupError
+from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.searching import study as studies
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.storage import dashboard_line, open_storage, shown, telling_of
@@ -142,6 +144,29 @@ def test_a_journal_that_is_damaged_in_its_middle_names_the_line_and_what_can_be_
     journal.write_bytes(b"".join([*lines[:5], line, *lines[5:]]))
     with pytest.raises(SetupError, match="is a damaged journal, in line 6 .*give another path, or keep its first 5"):
         search(tmp_path, str(journal), 3)
+
+
+def test_a_journal_with_any_value_in_any_place_is_used_or_is_one_clear_line(tmp_path):
+    search(tmp_path, None, 2)
+    journal = tmp_path / "run" / "journal.log"
+    lines, chosen, refused = journal.read_bytes().splitlines(), random.Random(0), 0
+    for place in range(2, len(lines), 3):
+        entry = json.loads(lines[place])
+        names = [(name, None) for name in entry if name != "worker_id"]
+        names += [(name, inner) for name, each in entry.items() if isinstance(each, dict) for inner in each]
+        name, inner = chosen.choice(names)
+        value = chosen.choice([None, 3, "x", [], {}, -1, 1e308])
+        entry[name] = value if inner is None else {**entry[name], inner: value}
+        journal.write_bytes(b"\n".join([*lines[:place], json.dumps(entry).encode(), *lines[place + 1 :], b""]))
+        said = ""
+        try:
+            search(tmp_path, None, 2)
+        except AutoaccumError as error:
+            said = str(error)
+        refused += bool(said)
+        assert "\n" not in said, entry
+        assert len(said) < 700
+    assert refused
 
 
 @pytest.mark.parametrize("writes", [3, 9, 20])

@@ -1,5 +1,6 @@
 """Checkpoints: a training that ended early goes on to the very end it would have come to; what is damaged is seen."""
 
+import hashlib
 import json
 import math
 import os
@@ -492,8 +493,6 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, vouched):
     evil.path = tmp_path / "it ran"
     torch.save({"state": evil}, path)
     if vouched:  # whoever wrote it also wrote the checksum
-        import hashlib
-
         about = json.loads(path.with_suffix(".json").read_text())
         about |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         path.with_suffix(".json").write_text(json.dumps(about))
@@ -680,7 +679,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     try:
         assert process.stdout.readline() == "held\n"
         loop = prepared(tmp_path)
-        with pytest.raises(CheckpointError, match=f"another training, process {process.pid}, writes to"):
+        with pytest.raises(CheckpointError, match=f"another training, process {process.pid} on .*, writes to"):
             loop.run()
     finally:
         process.communicate("")
@@ -708,8 +707,218 @@ def test_a_killed_trainings_workers_do_not_keep_its_folder(tmp_path):
         os.kill(worker, signal.SIGKILL)
 
 
-def test_a_second_loop_of_this_process_may_follow_in_the_same_folder(tmp_path):
+def test_a_second_loop_of_this_process_waits_for_the_first_ones_end(tmp_path):
     first = iter(prepared(tmp_path))
     next(first)  # left where it stands, as in a notebook
+    second = prepared(tmp_path)
+    with pytest.raises(CheckpointError, match=r"a loop of this same process, writes to .*its iterator was closed"):
+        second.run()
+    first.close()
+    second.run()
+    assert names(tmp_path)[-1].startswith("step-00000020")
+
+
+def test_what_was_saved_since_a_loop_was_prepared_is_not_taken_for_damaged(tmp_path):
+    run_until(3, tmp_path)
+    stale = prepared(tmp_path)
     prepared(tmp_path).run()
-    assert names(tmp_path)
+    with pytest.raises(CheckpointError, match=r"another training has saved to .*prepare it anew"):
+        stale.run()
+    assert prepared(tmp_path).step == 20
+
+
+def test_a_loop_does_not_come_back_to_a_folder_that_another_has_trained_in_since(tmp_path):
+    first = prepared(tmp_path)
+    next(iter(first))
+    second = prepared(tmp_path, resume=False)
+    second.run()
+    whole = names(tmp_path)
+    with pytest.raises(CheckpointError, match="another training has saved to"):
+        first.run()
+    assert names(tmp_path) == whole
+    assert first.step == 1
+
+
+def test_the_folder_is_its_holders_whatever_its_process_id_is(tmp_path):
+    """Two containers on one volume may both be process 1."""
+    mine, other = FolderLock(tmp_path, "run"), FolderLock(tmp_path, "run")
+    assert mine.holder() is None
+    assert mine.holder() is None
+    assert other.holder() == "a loop of this same process"
+    (tmp_path / ".run.lock").write_text(json.dumps(["another token", os.getpid(), "elsewhere"]))
+    assert other.holder() == f"process {os.getpid()} on elsewhere"
+    mine.release()
+    assert other.holder() is None
+
+
+# --- names of ours --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_set_aside_never_takes_a_number_that_is_there(tmp_path):
+    for _ in range(3):
+        finished(tmp_path, resume=False)
+    for path in (tmp_path / "earlier-1").iterdir():
+        path.unlink()
+    (tmp_path / "earlier-1").rmdir()
+    loop = prepared(tmp_path, resume=False, seed=4)
+    loop.run()
+    assert {path.name for path in tmp_path.glob("earlier-*")} == {"earlier-2", "earlier-3"}
+    again = prepared(tmp_path, seed=4)
+    assert again.history == loop.history
+
+
+def test_where_the_folder_cannot_be_readied_nothing_is_saved_until_it_can(tmp_path, monkeypatch):
+    finished(tmp_path, max_steps=3)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".run.lock"}
+    real = Path.rename
+
+    def rename(path, target):
+        if refused:
+            raise PermissionError(13, "Permission denied")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    refused, said = [1], []
+    loop = prepared(tmp_path, resume=False, checkpoint_every=2, callbacks=[said.append])
+    with pytest.warns(TrainingWarning, match="nothing of it is saved there until that is mended"):  # noqa: PT031
+        for record in loop:
+            if record.step == 5:
+                assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in old} == old
+                assert names(tmp_path) == [name for name in old if name.endswith(".pt")]
+                refused.clear()
+    assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == set(old)
+    assert "3 of 12 saves" in loop.run().unsaved
+    assert prepared(tmp_path, checkpoint_every=2).step == 20
+
+
+def test_files_of_the_users_own_are_left_alone(tmp_path):
+    run_until(6, tmp_path)
+    theirs = [".notes.tmp", ".step-00000003.pt.tmp", "step-7.pt", "step-7-epoch-1-window-2.pt", "step-best.json"]
+    for name in theirs:
+        (tmp_path / name).write_text(name)
+    orphan = tmp_path / "step-00000004-epoch-0-window-4.pt"
+    orphan.write_text("copied here without its .json")
+    ours = tmp_path / f".{orphan.name}.{'0' * 32}.tmp"
+    ours.write_text("half")
+    with pytest.warns(TrainingWarning, match=r"step-00000004.* was being written"):
+        prepared(tmp_path).run()
+    assert [(tmp_path / name).read_text() for name in theirs] == theirs
+    assert orphan.with_name(f"{orphan.name}.damaged").read_text() == "copied here without its .json"
+    assert not ours.exists()
+
+
+@pytest.mark.parametrize("name", [".run.lock", "metrics.jsonl", ".step-00000002-epoch-0-window-2.pt.tmp"])
+def test_links_in_the_folder_are_not_written_through(tmp_path, name):
+    theirs, folder = tmp_path / "theirs", tmp_path / "run"
+    theirs.write_text("kept\n" * 100)
+    folder.mkdir()
+    (folder / name).symlink_to(theirs)
+    loop = prepared(folder, checkpoint_every=2, max_steps=3)
+    if name.endswith(".tmp"):
+        loop.run()
+        assert names(folder)
+    else:
+        with pytest.warns(TrainingWarning, match="symbolic link"):
+            result = loop.run()
+        assert not names(folder), "and nothing is saved in such a folder"
+        assert "symbolic link" in result.unsaved
+    assert theirs.read_text() == "kept\n" * 100
+    assert (folder / name).is_symlink()
+
+
+def test_what_is_there_to_go_on_from_is_its_owners_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        prepared(tmp_path, max_steps=2).run()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    public = {name for name, mode in modes.items() if mode == 0o644}
+    assert public == {"plan.json", "report.json", "metrics.jsonl"}
+    assert {mode for name, mode in modes.items() if name not in public} == {0o600}
+
+
+# --- a .json of any shape, and right checksums of wrong contents ----------------------------------------------------
+
+SHAPES = [
+    "null", "[]", "3", '"text"', "{}", "[" * 100_000, '{"bytes": 1e999}', '{"bytes": true}', '{"bytes": [1]}',
+    '{"step": 1' + "0" * 5000 + "}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:12])
+def test_a_json_of_any_shape_falls_back_to_the_checkpoint_before(tmp_path, text):
+    run_until(6, tmp_path, checkpoint_every=2)
+    newest = tmp_path / names(tmp_path)[-1]
+    newest.with_suffix(".json").write_text(text)
+    with pytest.warns(TrainingWarning, match=rf"{newest.name} is damaged"):
+        loop = prepared(tmp_path, checkpoint_every=2)
+    assert loop.step == 4
+    for record in loop:
+        if record.step == 5:  # and one beside a training that runs does not end it
+            (tmp_path / names(tmp_path)[0]).with_suffix(".json").write_text(text)
+    assert_same(came_to(loop), undisturbed())
+    assert loop.run().unsaved is None
+
+
+@pytest.mark.parametrize("wrong", [{"step": 5}, {"epoch": -1}, {"bytes": -1}, {"sha256": "0"}, {"loss": "small"}])
+def test_a_json_that_says_something_else_than_its_name_or_file_is_damaged(tmp_path, wrong):
+    run_until(6, tmp_path, checkpoint_every=2)
+    path = (tmp_path / names(tmp_path)[-1]).with_suffix(".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    with pytest.warns(TrainingWarning, match="its .json cannot be used"):
+        assert prepared(tmp_path, checkpoint_every=2).step == 4
+
+
+def vouched_for(folder, state):
+    """Makes the newest checkpoint hold `state`, under the right checksum."""
+    path = folder / names(folder)[-1]
+    torch.save(state, path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    about |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(about))
+
+
+MISSING = object()
+WRONG = [
+    ("metrics", MISSING), ("metrics", "0"), ("metrics", -1), ("schema", MISSING), ("identity", MISSING),
+    ("identity", 3), ("identity", []), ("modules", MISSING), ("modules", []), ("modules.model", 3),
+    ("modules.model.state", []), ("modules.model.versions", 3),
+    ("optimizer", MISSING), ("optimizer", []), ("optimizer.param_groups", 3), ("optimizer.param_groups", []),
+    ("optimizer.state", None), ("noise_scale", {}), ("noise_scale", None), ("scaler", MISSING), ("scheduler", MISSING),
+    ("scheduler", 3), ("validation_batch", -2), ("validation_batch", "5"), ("ranks", MISSING), ("ranks", []),
+    ("ranks", [3]), ("ranks", [{}]), ("ranks", [{"random": {}, "data": []}]), ("ranks", [{"random": 3, "data": []}]),
+    ("progress", MISSING), ("progress", []), ("progress.step", "6"), ("progress.step", -6), ("progress.step", True),
+    ("progress.epoch", 1.5), ("progress.window", 10**400), ("progress.evaluation_due", 1), ("plan", MISSING),
+    ("plan", []), ("plan.lr_scale", 0), ("plan.limits", []), ("replays", MISSING), ("replays.before", 3),
+    ("replays.undisturbed", -1), ("replays.grew", None), ("probe", MISSING), ("probe", 3), ("probe", {}),
+    ("verify", {"x": 1}), ("history", MISSING), ("history", {}), ("history.absent", torch.zeros(3)),
+    ("history.absent", torch.zeros(2, 2, dtype=torch.int64)), ("history.texts", []), ("evaluations", None),
+    ("evaluations", [3]), ("evaluations", [{}]),
+]  # fmt: skip
+
+
+def changed(state, where, value):
+    """A copy with the value at the dotted path changed, or gone."""
+    name, _, rest = where.partition(".")
+    if rest:
+        return {**state, name: changed(state[name], rest, value)}
+    return {key: each for key, each in {**state, name: value}.items() if each is not MISSING}
+
+
+def test_a_right_checksum_of_a_wrong_structure_is_a_checkpoint_error_that_says_where(tmp_path):
+    run_until(6, tmp_path)
+    state = torch.load(tmp_path / names(tmp_path)[-1], weights_only=True)
+    for whole in (None, [], 3, "text", {}):
+        vouched_for(tmp_path, whole)
+        with pytest.raises(CheckpointError):
+            prepared(tmp_path)
+    for where, value in WRONG:
+        vouched_for(tmp_path, changed(state, where, value))
+        with pytest.raises(CheckpointError) as raised:
+            next(iter(prepared(tmp_path)))
+        message = str(raised.value)
+        assert len(message) < 600, (where, message)
+        assert "\n" not in message, (where, message)
+    vouched_for(tmp_path, state)
+    assert_same(finished(tmp_path), undisturbed())

@@ -60,6 +60,7 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--workers", metavar="N", callback=_workers, help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
+@click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what others may have put in the study.")
 @takes("epochs", "max_steps", "memory", "device", "precision", "max_batch", "cache", "check", "seed", "progress")
 @new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
 @new_picture("Draw history, importance, and values over batch and learning rate.")
@@ -82,7 +83,8 @@ def search(
     import autoaccum
     from autoaccum.cli.target import Target
 
-    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed")
+    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed",
+             "trust_storage")  # fmt: skip
     settings = given({name: options.pop(name) for name in names})
     progress = options.pop("progress")
     budget = settings.get("budget")

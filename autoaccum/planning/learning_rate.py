@@ -28,6 +28,7 @@ __all__ = [
     "Decision",
     "Scaling",
     "adam_sde",
+    "check_decided",
     "choose_rule",
     "decide",
     "family",
@@ -242,6 +243,29 @@ def group_settings(
         overrides = adam_sde(target_batch, lr_batch, betas, float(group.get("eps", 0))).overrides
         settings |= {key: value for key, value in overrides.items() if key in group}
     return settings
+
+
+def check_decided(
+    rule: str, factor: float, target_batch: int, lr_batch: int | None, overrides: Mapping[str, Any]
+) -> None:
+    """That settings that were read, perhaps edited by hand, are what the rule makes of the two batches.
+
+    Raises:
+        PlanError: they are not; what it would be is named.
+    """
+    if lr_batch is not None and lr_batch < 1:
+        raise PlanError(f"this plan's lr_batch is {lr_batch}: it must be 1 or more")
+    scaled = lr_batch is not None and rule != "none"
+    kappa = target_batch / lr_batch if scaled and lr_batch is not None else 1.0
+    wanted = kappa if rule == "linear" else math.sqrt(kappa)
+    if not math.isclose(factor, wanted, rel_tol=1e-9):
+        raise PlanError(f"this plan's lr_scale is {factor}, and its rule {rule!r} makes it {wanted}: make it anew")
+    betas, eps = overrides.get("betas", (0.0, 0.0)), overrides.get("eps", 0.0)
+    names = {"betas", "eps"} if scaled and rule == "adam-sde" else set()
+    if set(overrides) != names or not isinstance(betas, tuple) or isinstance(eps, tuple):
+        raise PlanError(f"this plan's optimizer_overrides are {dict(overrides)!r:.80}: make it anew")
+    if not all(0 <= beta < 1 for beta in betas) or eps < 0:
+        raise PlanError(f"this plan's betas={betas} and eps={eps} are out of range: make it anew")
 
 
 def warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:

@@ -11,6 +11,7 @@ Choices made here:
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,13 +342,26 @@ def _check(found: Plan) -> None:
     split.whole("target_batch", found.target_batch, 1)
     _rank(found.rank, split.whole("world_size", found.world_size, 1, split.MOST))
     _limits(found.limits, found.world_size)
+    for name in ("minimum", "multiple_of") if found.samples is None else ("minimum", "multiple_of", "samples"):
+        split.whole(name, getattr(found, name), 1)
     _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
     _one_of("batch_norm", found.batch_norm, MODES)
     _one_of("tail", found.tail, split.TAILS)
     check_room(found.by_length)
-    sizes = found.split(found.usual_window)
-    if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), len(sizes)):
+    learning_rate.check_decided(
+        found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch, found.optimizer_overrides
+    )
+    start, stop = found.share(found.usual_window)
+    steps = -(-(stop - start) // found.limits[found.rank])
+    sizes = found.split(found.usual_window) if steps == len(found.micro_batches) else ()
+    if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), steps):
         raise PlanError(
-            f"this plan's micro-batches {found.micro_batches} are not those of a target of {found.target_batch} with "
-            f"limits {found.limits}, which are {sizes}: change a plan with Plan.with_limit, or make it anew"
+            f"this plan's micro-batches {found.micro_batches!r:.80} are not those of a target of {found.target_batch} "
+            f"with limits {found.limits!r:.80}, which are {steps} of {sizes[:1] or 'another size'}: change a plan with "
+            "Plan.with_limit, or make it anew"
+        )
+    momentum = bn_momentum_for(found.layer_momentum, steps)
+    if momentum != found.bn_momentum and not math.isclose(momentum or 0.0, found.bn_momentum or 0.0):
+        raise PlanError(
+            f"this plan's bn_momentum is {found.bn_momentum}, and its steps make it {momentum}: make it anew"
         )

@@ -1,17 +1,17 @@
 """A plan as plain JSON values and in a file: reading checks every value's kind, writing is whole or not at all."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import PlanError
-from autoaccum.files import write_json
+from autoaccum.files import read_json, write_json
 
 __all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
 
 SCHEMA = 1
+LARGEST = 2**53  # a count that a float holds exactly
 
 
 def plain(value: Any) -> Any:
@@ -22,8 +22,8 @@ def plain(value: Any) -> Any:
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError("an integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
+        raise TypeError("an integer from 0 to 2**53")
     return value
 
 
@@ -31,6 +31,13 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise TypeError("a finite number")
     return float(value)
+
+
+def _factor(value: Any) -> float:
+    number = _number(value)
+    if not number > 0:
+        raise TypeError("a number above 0")
+    return number
 
 
 def _text(value: Any) -> str:
@@ -82,8 +89,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "micro_batch": _integer,
     "accumulation_steps": _integer,
     "micro_batches": _integers,
-    "lr": _optional(_number),
-    "lr_scale": _number,
+    "lr": _optional(_factor),
+    "lr_scale": _factor,
     "lr_rule": _text,
     "lr_batch": _optional(_integer),
     "optimizer_overrides": _overrides,
@@ -115,7 +122,7 @@ def read_values(data: Any) -> dict[str, Any]:
         raise PlanError(f"a plan is a JSON object, and this is a {type(data).__name__}: give what Plan.to_dict wrote")
     if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
         raise PlanError(
-            f"this plan has schema {data.get('schema')!r}, and this version of autoaccum reads schema {SCHEMA}: "
+            f"this plan has schema {data.get('schema')!r:.40}, and this version of autoaccum reads schema {SCHEMA}: "
             "make the plan anew, or use the version that wrote it"
         )
     data = {**_LATER, **data}
@@ -127,7 +134,7 @@ def read_values(data: Any) -> dict[str, Any]:
         try:
             values[name] = read(data[name])
         except (TypeError, OverflowError) as error:
-            raise PlanError(f"this plan's {name} is {data[name]!r}, not {error}: make it anew") from None
+            raise PlanError(f"this plan's {name} is {data[name]!r:.80}, not {error}: make it anew") from None
     return values
 
 
@@ -138,11 +145,11 @@ def read_file(path: Path) -> Any:
         PlanError: the file cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         why = error.strerror or str(error)
         raise PlanError(f"the plan {path} cannot be read: {why}; give a file saved by Plan.save") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or brackets without end
+    except ValueError as error:  # not UTF-8, not JSON, out of bounds, or of another checksum
         raise PlanError(f"the plan {path} is damaged: {error}; make it anew and save it again") from error
 
 
@@ -153,7 +160,7 @@ def write_file(path: Path, values: Mapping[str, Any]) -> None:
         PlanError: it cannot be written there.
     """
     try:
-        write_json(path, values)
+        write_json(path, values, checksum=True)
     except OSError as error:
         why = error.strerror or str(error)
         raise PlanError(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.data import tree
-from autoaccum.files import write_json
+from autoaccum.files import read_json, write_json
 from autoaccum.memory.fitting import point
 from autoaccum.memory.pages import Stairs
 from autoaccum.probing.journal import cache_folder
@@ -143,13 +143,13 @@ class Cache:
     def read(self) -> Lines | None:
         """What was kept; None where there is nothing, or nothing that can be read (with a warning)."""
         try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
+            values = read_json(self._path)
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
             return Lines.from_dict(values)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             # Its text alone: the repr of an error in decoding has the whole file in it.
             why = f"{type(error).__name__}: {error}"[:200]
             warnings.warn(f"the cached answer {self._path} cannot be used ({why}): probing anew", stacklevel=2)
@@ -158,8 +158,8 @@ class Cache:
     def write(self, lines: Lines) -> None:
         """Keeps `lines`, whole or not at all; a folder that cannot be written costs a warning."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._path, {"schema": SCHEMA, **asdict(lines)})
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_json(self._path, {"schema": SCHEMA, **asdict(lines)}, checksum=True, private=True)
         except OSError as error:
             warnings.warn(f"the answer cannot be kept in {self._path} ({error}): going on without", stacklevel=2)
 

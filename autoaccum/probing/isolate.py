@@ -32,6 +32,7 @@ Send = Callable[[str, Any], None]
 
 # Two for each size that kills: halving a size from the largest that any probe starts with comes to one in 16 steps.
 MOST_KILLS = 40
+LOOK_SECONDS = 0.2  # between two looks whether a silent child is alive
 
 
 _kept_here: list[Journal] = []  # by this process, where it is a child
@@ -54,7 +55,7 @@ class InChild:
     def keeps(self, journal: Journal) -> None:
         """Tells which one. The parent takes it away at the end: a ladder's later rungs rest on the kills before."""
         _kept_here.append(journal)
-        self.send("journal", {"path": str(journal.path), "key": journal.key, "owner": list(journal.owner)})
+        self.send("journal", {"path": str(journal.path), "key": journal.key, "owner": journal.owner._asdict()})
 
 
 def answer_of_children(
@@ -116,7 +117,7 @@ class _Attempt:
 
     def heard(self, name: str, value: Any) -> None:
         if name == "journal":
-            self.journals.append(Journal(Path(value["path"]), value["key"], Owner(*value["owner"])))
+            self.journals.append(Journal(Path(value["path"]), value["key"], Owner.of(value["owner"])))
         else:
             self._listen(name, value)
 
@@ -164,11 +165,11 @@ def run_in_child(
     there.close()
     try:
         while True:
-            try:
-                name, value = json.loads(here.recv_bytes())
-            except EOFError:
+            said = _heard(here, child)
+            if said is None:
                 child.join()
-                raise Killed(child.exitcode or 0) from None
+                raise Killed(child.exitcode or 0)
+            name, value = json.loads(said)
             if name == "return":
                 child.join()
                 return value
@@ -184,6 +185,20 @@ def run_in_child(
             child.kill()  # what hears no SIGTERM, or takes too long over it
             child.join()
         here.close()
+
+
+def _heard(here: Connection, child: Any) -> bytes | None:
+    """The child's next message; None where it is gone and left none.
+
+    Processes that the child started have both of its pipes as well, so neither need end with it: it is looked at.
+    """
+    while not here.poll(LOOK_SECONDS):
+        if not child.is_alive() and not here.poll():
+            return None
+    try:
+        return here.recv_bytes()
+    except EOFError:
+        return None
 
 
 @contextlib.contextmanager

@@ -3,38 +3,100 @@
 One JSON line a trial, fsynced before the trial begins, with the process's id and start time; a second line when it
 ends. A line without its end and whose process is gone is a trial that killed its process: once may be chance, so it is
 tried again; twice means that the size does not fit, nor any larger one.
+
+Whether a process is gone can be seen on its own machine and in its own container alone. Trials of all others are left
+alone: theirs may be running.
 """
 
+import contextlib
 import json
 import os
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
 from autoaccum.errors import NothingFitsError
+from autoaccum.files import open_own
 from autoaccum.probing.outcome import FITS
 
 __all__ = ["Begun", "Journal", "Owner", "cache_folder"]
 
 KILLS_BELIEVED = 2
+STRANGERS_SECONDS = 24 * 3600.0  # a trial takes minutes: one that a stranger began so long ago is not running any more
 _MOST = 2**31  # what a process's id and a number of samples are below; seconds since 1970 are for some time
 
 
 class Owner(NamedTuple):
-    """A process, also where its id was used before."""
+    """A process, told from all others: where its id is used again, on other machines, and in other containers.
+
+    Attributes:
+        pid: its id, as processes of its own namespace see it.
+        started: when, in seconds since 1970.
+        host: the machine's name.
+        boot: a name for the running of its kernel; empty where the system has none.
+        namespace: of process ids, as a container has its own; empty where the system has none.
+    """
 
     pid: int
     started: float
+    host: str
+    boot: str
+    namespace: str
 
     @classmethod
     def here(cls) -> "Owner":
         """This process."""
-        return cls(os.getpid(), psutil.Process().create_time())
+        return cls(os.getpid(), psutil.Process().create_time(), *_surroundings(os.getpid()))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Owner":
+        """The owner that `_asdict` wrote.
+
+        Raises:
+            KeyError, TypeError: something is missing, or of another kind.
+        """
+        found = cls(*(values[name] for name in cls._fields))
+        numbers = _is_count(found.pid) and _is_time(found.started)
+        if not numbers or not all(isinstance(text, str) for text in found[2:]):
+            raise TypeError(f"{dict(values)!r:.80} is no process")
+        return found
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether nothing can be known of it from here: it is, or was, on another machine or in another container."""
+        return self[2:] != _surroundings(os.getpid())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it has ended for sure, which is never known of a stranger."""
+        if self.is_stranger:
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            alike = abs(process.create_time() - self.started) < 1.0
+            return not alike or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
+
+
+@cache
+def _surroundings(pid: int) -> tuple[str, str, str]:
+    """(host, boot, namespace) of this process, whose id is `pid`; Linux tells the last two."""
+    boot = namespace = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return socket.gethostname(), boot, namespace
 
 
 class Begun(NamedTuple):
@@ -92,7 +154,7 @@ class Journal:
         started: dict[Owner, Begun] = {}
         fitted = 0
         for entry in self._entries():
-            owner = Owner(entry["pid"], entry["started"])
+            owner = Owner.of(entry)
             if entry["event"] == "start":
                 started[owner] = _trial(entry)
             elif (
@@ -162,10 +224,10 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         if self.path is None:
             return
-        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry}) + "\n"
+        line = json.dumps({"key": self.key, **self.owner._asdict(), "at": time.time(), **entry}) + "\n"
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with open_own(self.path, "a", private=True, encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -179,7 +241,7 @@ class Journal:
         """The trial that each process began and did not end; a process runs one at a time."""
         begun: dict[Owner, Begun] = {}
         for entry in self._entries():
-            owner = Owner(entry["pid"], entry["started"])
+            owner = Owner.of(entry)
             if entry["event"] == "start":
                 begun[owner] = _trial(entry)
             else:
@@ -188,10 +250,13 @@ class Journal:
 
     def _unfinished(self) -> list[Begun]:
         """Each trial that was begun by a process that died before its end."""
-        return [trial for owner, trial in self._begun().items() if not _alive(owner)]
+        return [trial for owner, trial in self._begun().items() if owner.is_gone]
 
     def _others(self, entry: dict[str, Any]) -> bool:
-        return bool(entry["pid"] != self.owner.pid and _alive(Owner(entry["pid"], entry["started"])))
+        owner = Owner.of(entry)
+        if owner.is_stranger:
+            return abs(time.time() - float(entry["at"])) < STRANGERS_SECONDS
+        return owner.pid != self.owner.pid and not owner.is_gone
 
     def _entries(self) -> list[dict[str, Any]]:
         if self.path is None or not self.path.exists():
@@ -226,12 +291,14 @@ def _trial(entry: Mapping[str, Any]) -> Begun:
 
 def _is_sound(entry: Any) -> bool:
     """Whether a line is what this module writes: another program may have written to the file, or a disk lost it."""
+    try:
+        Owner.of(entry)
+    except (KeyError, TypeError):
+        return False
     return (
-        isinstance(entry, Mapping)
-        and entry.get("event") in ("start", "end")
-        and _is_count(entry.get("pid"))
+        entry.get("event") in ("start", "end")
         and _is_count(entry.get("size"))
-        and _is_time(entry.get("started"))
+        and _is_time(entry.get("at"))
         and isinstance(entry.get("kind", ""), str)
         and (entry.get("length") is None or _is_count(entry["length"]))
     )
@@ -243,12 +310,3 @@ def _is_count(value: Any) -> bool:
 
 def _is_time(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST
-
-
-def _alive(owner: Owner) -> bool:
-    try:
-        return abs(psutil.Process(owner.pid).create_time() - owner.started) < 1.0
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

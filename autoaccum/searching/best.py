@@ -4,7 +4,6 @@ The value comes out the same to the last digit where hardware and versions are t
 before the setup as in the search, and on a CPU as many threads add up the numbers.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,9 +13,13 @@ from typing import Any
 import torch
 
 from autoaccum.errors import PlanError
+from autoaccum.files import read_json
 from autoaccum.searching.recipe import Recipe
 
 __all__ = ["Best", "read_best"]
+
+FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
+MOST_THREADS = 1024  # PyTorch dies of many more, without a word
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,45 @@ def read_best(path: str | os.PathLike[str]) -> Best | None:
         PlanError: it was saved by a search, and is damaged.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(Path(path))
     except (OSError, ValueError):
         return None
     if not isinstance(values, dict) or "params" not in values:
         return None
-    try:
-        return Best(
-            os.fspath(path), dict(values["params"]), dict(values["fit"]), int(values["seed"]), int(values["threads"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise PlanError(f"{path}: the search's result lacks {error}, or it is damaged: save it anew") from error
+    params, fit = _settings(path, values, "params"), _settings(path, values, "fit")
+    for name in fit:
+        if name not in FIT:
+            raise _damaged(path, f"fit has {name!r}, which no search saves")
+    for name in ("lr_batch", "max_steps", "epochs"):
+        _whole(path, fit, name, 1, 2**53)
+    _whole(path, fit, "seed", -(2**63), 2**64 - 1)
+    rate = fit.get("lr", 1.0)
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+        raise _damaged(path, f"fit has lr={rate!r:.40}")
+    missing = [name for name in ("seed", "threads") if name not in values]
+    if missing:
+        raise _damaged(path, f"it lacks {' and '.join(missing)}")
+    _whole(path, values, "seed", 0, 2**64 - 1)
+    _whole(path, values, "threads", 1, MOST_THREADS)
+    return Best(os.fspath(path), params, fit, values["seed"], values["threads"])
+
+
+def _settings(path: str | os.PathLike[str], values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object of plain values, by name."""
+    found = values.get(name)
+    if not isinstance(found, dict):
+        raise _damaged(path, f"its {name} are {found!r:.40}")
+    for key, value in found.items():
+        if not key.isidentifier() or not isinstance(value, (bool, int, float, str, type(None))):
+            raise _damaged(path, f"its {name} have {key[:40]}={value!r:.40}")
+    return dict(found)
+
+
+def _whole(path: str | os.PathLike[str], values: Mapping[str, Any], name: str, least: int, most: int) -> None:
+    value = values.get(name, least)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise _damaged(path, f"{name} is {value!r:.40}, not a whole number from {least} to {most}")
+
+
+def _damaged(path: str | os.PathLike[str], what: str) -> PlanError:
+    return PlanError(f"{path}: the search's result is damaged: {what}; save it anew (SearchResult.save, search --save)")

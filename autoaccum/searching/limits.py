@@ -7,7 +7,6 @@ The answers lie in the run's folder, where all workers find them, and one worker
 
 import hashlib
 import inspect
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from autoaccum.assembly import Parts
 from autoaccum.errors import NothingFitsError
-from autoaccum.files import write_json
+from autoaccum.files import read_json, write_json
 from autoaccum.probing.cache import training_key
 from autoaccum.probing.report import ProbeReport
 from autoaccum.training.locks import FolderLock
@@ -91,17 +90,19 @@ class Limits:
         found = self._known.get(key)
         if found is None:
             try:
-                found = json.loads((self._folder / f"{key}.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+                found = read_json(self._folder / f"{key}.json")
+                if found["schema"] != _SCHEMA or not isinstance(found["nothing"], (str, type(None))):
+                    return None
+                if found["nothing"] is None:
+                    ProbeReport.from_dict(found["report"])
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
                 return None
-        if not isinstance(found, dict) or found.get("schema") != _SCHEMA:
-            return None
         enough = found["nothing"] is not None or found["share"] >= share
         return found if enough or found["report"]["limit_proof"] in ("forecast", "out of memory") else None
 
     def _write(self, key: str, found: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / f"{key}.json", found)
+        write_json(self._folder / f"{key}.json", found, checksum=True, private=True)
 
 
 def forecast_bytes(report: ProbeReport, curve: list[list[int]], micro_batch: int) -> int | None:

@@ -26,12 +26,24 @@ LEARNING = ("tpe", "gp", "cmaes")
 NEEDED = {"gp": "scipy", "cmaes": "cmaes", "qmc": "scipy"}  # which Optuna does not bring along
 
 
-def check_sampler(sampler: Any) -> None:
-    """That it is one.
+def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
+    """That it is one, and may be used on such a storage.
+
+    Args:
+        sampler: as the user gave it.
+        shared: whether others can write to the storage.
+        trusted: whether the user trusts them with this account.
 
     Raises:
-        SetupError: an unknown name, something that is no sampler, or one that needs a package that is not there.
+        SetupError: an unknown name, something that is no sampler, one that needs a package that is not there, or one
+            that would run what others have written into the study.
     """
+    if (sampler == "cmaes" or isinstance(sampler, load_optuna().samplers.CmaEsSampler)) and shared and not trusted:
+        raise SetupError(
+            f"sampler={sampler!r:.60} unpickles what stands in the study, and others can write to this storage: what "
+            "they put there would run as your own code. Use another sampler, or a journal file of your own; where you "
+            "trust everybody who can write there, say trust_storage=True (--trust-storage)"
+        )
     if sampler is None or isinstance(sampler, load_optuna().samplers.BaseSampler):
         return
     if not isinstance(sampler, str) or sampler not in SAMPLERS:

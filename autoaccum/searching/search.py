@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from autoaccum.checks import check_switches
 from autoaccum.errors import SetupError
 from autoaccum.searching import group
 from autoaccum.searching.extra import hushed, load_optuna, make_pruner
@@ -20,7 +21,7 @@ from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.result import SearchResult, result_of, rows_of
 from autoaccum.searching.samplers import check_sampler
 from autoaccum.searching.space import read_space
-from autoaccum.searching.storage import dashboard_line, telling_of
+from autoaccum.searching.storage import dashboard_line, is_shared, telling_of
 from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
 from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle, with_targets
 from autoaccum.searching.training import Pruned, Trainer
@@ -49,6 +50,7 @@ def search(
     resume: bool = True,
     seed: int | None = None,
     folder: "str | os.PathLike[str] | None" = None,
+    trust_storage: bool = False,
     progress: bool | None = None,
 ) -> SearchResult:
     """Looks for the setting that trains best; every trial trains with exactly the batch that it claims.
@@ -79,6 +81,8 @@ def search(
         resume: go on with a study that is there; False refuses it.
         seed: of the search and of every trial. None: 0, and the setup's own for its trials where it gives one.
         folder: where weights, limits and best.json lie; None: autoaccum-search/<study_name> here.
+        trust_storage: a sampler that unpickles what stands in the study (Optuna's CmaEsSampler) may do so on a storage
+            that others can write to, whose code would then run here.
         progress: tell about trials on stderr; None: on a terminal.
 
     Raises:
@@ -92,6 +96,7 @@ def search(
     load_optuna()
     check_not_in_a_worker()
     _check(n_trials, direction, seed, study_name)
+    check_switches(trust_storage=trust_storage)
     group.join()
     recipe = Recipe(setup, seed or 0, insists=seed is not None)
     targets = check_targets(target_batch)
@@ -108,10 +113,10 @@ def search(
     terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
     own = read.within({**recipe.defaults(), **arguments})
     del arguments
-    check_sampler(sampler)
     make_pruner(pruner, terms.amount)
     name = study_name or recipe.slug()
     place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
+    check_sampler(sampler, shared=is_shared(storage, place), trusted=trust_storage)
     job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, {}, own)
     if group.rank() > 0:
         return _train_along(job)
@@ -174,7 +179,8 @@ def _lead(job: Job, spots: list[Any], *, resume: bool, progress: bool | None) ->
                     run_pool(job, spots, lambda: ledger_of(study).finished, heard)
             with telling_of(job.storage_name, opening=False):
                 _wait_for_others(job, study, heard)
-        result = result_of(study, job.folder, job.terms, dashboard_line(job.storage, job.folder))
+        with telling_of(job.storage_name):
+            result = result_of(study, job.folder, job.terms, dashboard_line(job.storage, job.folder))
     except BaseException:
         group.tell({"ended": None})
         raise

@@ -9,9 +9,12 @@ Choices:
 import contextlib
 import errno
 import importlib.util
+import os
 import re
 import shlex
+import stat
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.searching.extra import load_optuna, quiet
 from autoaccum.searching.journal import broken_line, open_journal
 
-__all__ = ["dashboard_line", "has_heartbeats", "open_storage", "shown", "telling_of"]
+__all__ = ["dashboard_line", "has_heartbeats", "is_shared", "open_storage", "shown", "telling_of"]
 
 HEARTBEAT, GRACE = 60, 240  # seconds between signs of life, and until a trial without one counts as dead
 RACES = 10  # tries to open a database that others open for the first time
@@ -96,18 +99,23 @@ def _culprit(error: BaseException, opening: bool) -> Exception | None:
 
 
 def _raised_by_optuna(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("optuna.")
+    return _frames(error)[-1:] != [] and _frames(error)[-1].startswith("optuna.")
+
+
+def _frames(error: BaseException) -> list[str]:
+    """The modules in which an error arose and through which it came, the innermost last."""
+    return [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def _of_a_storage(error: Exception, opening: bool) -> bool:
     """Whether an error is one that storages raise, by the packages that they are made of."""
     home = type(error).__module__.split(".")[0]
     packages = ("sqlalchemy", "sqlite3", "psycopg", "psycopg2", "grpc", "optuna", "alembic")
-    if home in packages or (opening and isinstance(error, (OSError, ValueError, KeyError))):
+    if home in packages or (opening and isinstance(error, OSError)):
         return True
+    readers = ("optuna.storages.", "autoaccum.searching.study", "autoaccum.searching.result")
+    if opening and any(name.startswith(readers) for name in _frames(error)):
+        return True  # whatever it is: those who read a damaged journal stumble in many ways
     return isinstance(error, OSError) and error.errno in UNWRITABLE
 
 
@@ -186,6 +194,43 @@ def _proxy(text: str, address: str) -> Any:
         ) from error
     with quiet():
         return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+
+
+def is_shared(storage: Any, folder: Path) -> bool:
+    """Whether anybody but this user may write to a study there: a server's, or a file that its permissions open."""
+    if isinstance(storage, load_optuna().storages.BaseStorage):
+        return not isinstance(storage, load_optuna().storages.InMemoryStorage)
+    text = str(folder / "journal.log") if storage is None else str(storage)
+    scheme, colon, rest = text.partition("://")
+    if colon and not scheme.startswith("sqlite"):
+        return True
+    path = Path(rest.removeprefix("/").partition("?")[0] if colon else text).absolute()
+    return _others_write(path) or _others_write(path.parent)
+
+
+def _others_write(path: Path) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False  # this search makes it
+    if not hasattr(os, "getuid"):
+        return False  # permissions are not told so there
+    opened = found.st_mode & (stat.S_IWOTH | (0 if _is_own_group(found.st_gid) else stat.S_IWGRP))
+    # In a sticky folder, such as /tmp, nobody replaces another's file.
+    mine = found.st_uid in (0, os.getuid())
+    return not mine or bool(opened and not (stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX))
+
+
+def _is_own_group(number: int) -> bool:
+    """Whether a group is one that a system makes for a single user, of the user's own name."""
+    import grp
+    import pwd
+
+    try:
+        group, user = grp.getgrgid(number), pwd.getpwuid(os.getuid())
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and not set(group.gr_mem) - {user.pw_name}
 
 
 def dashboard_line(storage: Any, folder: Path) -> str | None:

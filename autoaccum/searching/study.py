@@ -6,15 +6,11 @@ refuses changes to a trial that has ended, so a process that lives after all dro
 """
 
 import datetime
-import os
-import socket
 import time
-from functools import cache
 from typing import Any
 
-import psutil
-
 from autoaccum.errors import SetupError
+from autoaccum.probing.journal import Owner
 from autoaccum.searching.extra import load_optuna, says_ended
 from autoaccum.searching.ledger import Entry, Kind, Ledger
 from autoaccum.searching.space import Space
@@ -98,32 +94,21 @@ def _as_json(value: Any) -> Any:
     return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-@cache
-def _this_process(pid: int) -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": pid, "started": psutil.Process(pid).create_time()}
-
-
 def owner() -> dict[str, Any]:
     """Who this process is, among all that ever ran: for the trials that it runs."""
-    return {**_this_process(os.getpid()), "since": time.time()}
+    return {**Owner.here()._asdict(), "since": time.time()}
 
 
 def is_gone(who: dict[str, Any], beat: float | None) -> bool:
     """Whether the process that a trial belongs to is gone.
 
-    Those of other hosts are known by their last sign of life alone, `beat`, in seconds since 1970; where the storage
-    itself watches over that (None), they are left to it.
+    Those of other machines and containers are known by their last sign of life alone, `beat`, in seconds since 1970;
+    where the storage itself watches over that (None), they are left to it.
     """
-    if who.get("host") != socket.gethostname():
+    found = Owner.of(who)
+    if found.is_stranger:
         return beat is not None and abs(time.time() - max(beat, who["since"])) > SILENCE
-    try:
-        process = psutil.Process(int(who["pid"]))
-        alive = abs(process.create_time() - float(who["started"])) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False
-    return not alive
+    return found.is_gone
 
 
 def ledger_of(study: Any) -> Ledger:

@@ -10,13 +10,13 @@ Choices made here:
 - The last three are kept, and the one with the lowest validation loss.
 - Where one is damaged or half-written, the one before it is used, and that is said. One with code in it is no
   accident: nothing of it is run, and nothing goes on behind the user's back.
+- Only names of ours are touched. What lacks its .json keeps its contents under another name.
+- Checkpoints are their owner's alone; the record beside them is for whoever the umask lets read it.
 - What an earlier training left in the folder is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ...
 """
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import re
 import time
@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from autoaccum.errors import CheckpointError
-from autoaccum.files import PARTIAL, write_json
+from autoaccum.files import open_own, partial_of, partial_path, read_json, write_json
+from autoaccum.training.fields import Fields
 
 __all__ = ["KEPT", "Checkpoints", "Entry", "Failure"]
 
@@ -45,7 +46,9 @@ Failure = (OSError, RuntimeError, MemoryError)
 _DAMAGED = (OSError, RuntimeError, UnpicklingError, ValueError, LookupError, TypeError, AttributeError, EOFError,
             AssertionError)  # fmt: skip
 
-_NAME = re.compile(r"step-(\d+)-epoch-(\d+)-window-(\d+)")
+_NAME = re.compile(r"step-([0-9]{8,18})-epoch-([0-9]{1,18})-window-([0-9]{1,18})")
+_ASIDE = re.compile(r"earlier-([0-9]{1,9})")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
 
 
@@ -59,9 +62,10 @@ class Entry:
 
     @classmethod
     def of(cls, path: Path) -> "Entry | None":
-        """What a file's name says; None for any other file."""
-        found = _NAME.fullmatch(path.name.removesuffix(".pt").removesuffix(".json"))
-        return None if found is None else cls(*map(int, found.groups()))
+        """What a checkpoint's or its .json's name says; None for any other file."""
+        found = _NAME.fullmatch(path.stem) if path.suffix in (".pt", ".json") else None
+        entry = None if found is None else cls(*map(int, found.groups()))
+        return entry if entry is not None and entry.name == path.stem else None
 
     @property
     def name(self) -> str:
@@ -129,19 +133,46 @@ class Checkpoints:
     def _unfinished(self) -> list[Path]:
         whole = {f"{entry.name}.pt" for entry in self.entries()}
         orphans = (path for path in self.folder.glob("step-*.pt") if Entry.of(path) and path.name not in whole)
-        return sorted([*self.folder.glob(f".step-*{PARTIAL}"), *orphans])
+        return sorted([*(path for path in self._partial() if path.name.startswith(".step-")), *orphans])
+
+    def _partial(self) -> list[Path]:
+        """Half-written files of a training's; whatever else is called .tmp is the user's."""
+        found = ((path, partial_of(path)) for path in self.folder.glob(".*.tmp"))
+        return [path for path, name in found if name in RECORD_FILES or (name and Entry.of(Path(name)))]
+
+    def _about(self, entry: Entry) -> dict[str, Any]:
+        """What a checkpoint's .json says, each value checked.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is none that was written here; the reason.
+        """
+        about = read_json(self.path(entry).with_suffix(".json"))
+        if not isinstance(about, dict):
+            raise ValueError(f"it is a {type(about).__name__} and not an object")
+        wanted = {"step": entry.step, "epoch": entry.epoch, "window": entry.window}
+        for name, value in wanted.items():
+            if type(about.get(name)) is not int or about[name] != value:
+                raise ValueError(f"its {name} is {about.get(name)!r:.40} instead of {value}")
+        if type(about.get("bytes")) is not int or about["bytes"] < 0:
+            raise ValueError(f"its bytes are {about.get('bytes')!r:.40}")
+        if not isinstance(about.get("sha256"), str) or not _DIGEST.fullmatch(about["sha256"]):
+            raise ValueError(f"its sha256 is {about.get('sha256')!r:.40}")
+        if type(about.get("loss", 0.0)) not in (int, float):
+            raise ValueError(f"its loss is {about['loss']!r:.40}")
+        return about
 
     def _damage(self, entry: Entry) -> str | None:
         """What is wrong with it; None where it is as it was written."""
         path = self.path(entry)
         try:
-            about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-            size, digest = int(about["bytes"]), str(about["sha256"])
-        except (ValueError, KeyError, TypeError) as error:
-            return f"its .json cannot be read: {type(error).__name__}"
+            about = self._about(entry)
+        except ValueError as error:
+            return f"its .json cannot be used: {error}"
         if not path.exists():
             return "its file is gone"
-        if path.stat().st_size == size and _digest(path) == digest:
+        size = about["bytes"]
+        if path.stat().st_size == size and _digest(path) == about["sha256"]:
             return None
         self._refuse_code(path)
         return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
@@ -158,12 +189,14 @@ class Checkpoints:
         """
         path = self.path(entry)
         try:
-            return self._read(path)
-        except (OSError, RuntimeError, UnpicklingError) as error:
+            state = self._read(path)
+        except _DAMAGED as error:
             raise CheckpointError(
                 f"{path} cannot be read by torch {torch.__version__}: {error}; go on with the version that wrote it, "
                 "or delete it to go on from the one before"
             ) from error
+        Fields(state, str(path))  # or it is none that was written here
+        return state
 
     def _read(self, path: Path) -> dict[str, Any]:
         """The file's values; code in it is never run.
@@ -196,8 +229,10 @@ class Checkpoints:
             OSError: the folder cannot be made or written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in {*self._unfinished(), *self.folder.glob(f".*{PARTIAL}")}:
+        for path in self._partial():
             path.unlink()
+        for path in self._unfinished():  # without a .json nothing says for sure that it is none of the user's
+            path.rename(path.with_name(f"{path.name}.damaged"))
         entries = self.entries()
         if resumed is not None:  # those behind it are damaged: this training will come to them again
             for entry in entries:
@@ -208,14 +243,19 @@ class Checkpoints:
             return None
         if not entries:
             return None
-        number = 1 + sum(1 for _ in self.folder.glob("earlier-*"))
-        aside = self.folder / f"earlier-{number}"
+        numbers = [int(found[1]) for path in self.folder.iterdir() if (found := _ASIDE.fullmatch(path.name))]
+        aside = self.folder / f"earlier-{max(numbers, default=0) + 1}"
         aside.mkdir()
         # The newest first: whatever ends this half-way, no other checkpoint of theirs becomes the newest.
         files = [path for entry in reversed(entries) for path in self._files(entry)]
-        for path in (*files, *(self.folder / name for name in RECORD_FILES)):
-            if path.exists():
-                path.rename(aside / path.name)
+        try:
+            for path in (*files, *(self.folder / name for name in RECORD_FILES)):
+                if path.exists():
+                    path.rename(aside / path.name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.rmdir()  # where nothing is in it
+            raise
         return str(aside)
 
     def write(self, entry: Entry, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -231,9 +271,9 @@ class Checkpoints:
         """
         self.settle()
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{entry.name}.pt{PARTIAL}"
+        temporary = partial_path(self.path(entry))
         try:
-            with temporary.open("wb") as file:
+            with open_own(temporary, "xb", private=True) as file:
                 torch.save(dict(state), file)
         except Failure:
             with contextlib.suppress(OSError):
@@ -266,7 +306,7 @@ class Checkpoints:
     def _finish(self, entry: Entry, temporary: Path, about: Mapping[str, Any]) -> None:
         path = self.path(entry)
         try:
-            with temporary.open("r+b") as file:
+            with open_own(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             values = {
                 "schema": SCHEMA,
@@ -281,7 +321,7 @@ class Checkpoints:
             # Of the same moment in the run before: its .json must not vouch for another file.
             path.with_suffix(".json").unlink(missing_ok=True)
             os.replace(temporary, path)
-            write_json(path.with_suffix(".json"), values)
+            write_json(path.with_suffix(".json"), values, private=True)
         except OSError:
             for left in (temporary, path):
                 with contextlib.suppress(OSError):
@@ -304,9 +344,9 @@ class Checkpoints:
         losses = {}
         for entry in self.entries():
             with contextlib.suppress(OSError, ValueError):  # damaged: not the best of anything
-                loss = json.loads(self.path(entry).with_suffix(".json").read_text(encoding="utf-8")).get("loss")
-                if isinstance(loss, float) and math.isfinite(loss):
-                    losses[entry] = loss
+                about = self._about(entry)
+                if "loss" in about:
+                    losses[entry] = float(about["loss"])
         return min(losses, key=lambda entry: losses[entry], default=None)
 
     def _files(self, entry: Entry) -> tuple[Path, Path]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
+from autoaccum.files import open_own
 from autoaccum.window.record import StepRecord
 
 __all__ = [
@@ -200,9 +201,14 @@ class JsonlSink:
         failed: why lines are missing; None where none are.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """Makes the file's folder; the file is opened at the first event, and again at one after `close`."""
-        self._path = Path(path)
+    def __init__(self, path: str | Path, *, follow: bool = True) -> None:
+        """Makes the file's folder; the file is opened at the first event, and again at one after `close`.
+
+        Args:
+            path: of the file, also a device such as /dev/stdout.
+            follow: through a symbolic link; without, one is refused.
+        """
+        self._path, self._open_file = Path(path), open if follow else open_own
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] | None = None
         self.failed: str | None = None
@@ -225,7 +231,7 @@ class JsonlSink:
             with self._path.open("rb") as before:
                 before.seek(-1, 2)
                 whole = before.read(1) == b"\n"
-        file = self._path.open("a", encoding="utf-8")
+        file: IO[str] = self._open_file(self._path, "a", encoding="utf-8")
         file.write("" if whole else "\n")
         return file
 
@@ -243,7 +249,7 @@ class JsonlSink:
         """Drops all that was written after `position`: steps that a resumed run takes again."""
         self.close()
         if self._path.exists() and self._path.stat().st_size > position:
-            with self._path.open("r+b") as file:
+            with self._open_file(self._path, "r+b") as file:
                 file.truncate(position)
 
     def close(self) -> None:

@@ -84,13 +84,16 @@ class History(Sequence[StepRecord]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Becomes the history that gave `state`; a column that one of the two does not know counts as None."""
-        self._absent = array("q", state["absent"].tolist())
-        unknown = torch.zeros(len(self), dtype=torch.float64)
+        rows = array("q", state["absent"].tolist())
+        unknown = torch.zeros(len(rows), dtype=torch.float64)
         columns = [state["numbers"].get(name, unknown) for name in _NUMBERS]
         missing = sum(1 << place for place, column in enumerate(columns) if column is unknown)
-        self._absent = array("q", (bits | missing for bits in self._absent))
+        texts = {name: dict(state["texts"].get(name, {})) for name in _TEXTS}
+        if any(column.shape != unknown.shape for column in columns):
+            raise ValueError(f"columns of other lengths than {len(rows)}")
         self._rows = array("d", torch.stack(columns, dim=1).flatten().tolist())
-        self._texts = {name: dict(state["texts"].get(name, {})) for name in _TEXTS}
+        self._absent = array("q", (bits | missing for bits in rows))
+        self._texts = texts
 
 
 def _tensor(column: "array[Any]", dtype: torch.dtype) -> Tensor:

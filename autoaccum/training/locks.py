@@ -1,13 +1,20 @@
 """A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder.
 
-It is the holder's alone: a process that the holder forks does not have it.
+It is the holder's alone: neither another lock of the same process has it, nor a process that the holder forks. What
+stands in the file says who had it last, by a token made for each lock: two containers on one volume may both be
+process 1.
 """
 
+import json
 import os
+import secrets
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 from weakref import WeakSet
+
+from autoaccum.files import open_own, read_json
 
 __all__ = ["FolderLock"]
 
@@ -34,9 +41,10 @@ class FolderLock:
     """One at a time, on this machine. Not for nesting."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """The lock is a file in `folder`, which is made."""
+        """The lock is a file in `folder`, which is made when it is taken."""
         self._path = folder / f".{name}.lock"
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
+        self._token = secrets.token_hex(16)
 
     def __enter__(self) -> "FolderLock":
         self.acquire()
@@ -51,23 +59,44 @@ class FolderLock:
         """Waits until nobody else has it."""
         self._take(wait=True)
 
-    def holder(self) -> int | None:
-        """Takes it if it is free, and then None; else the process id of who has it, which may be this one."""
+    def holder(self) -> str | None:
+        """Takes the lock unless this object has it already, and then None; else who has it, in words.
+
+        Raises:
+            OSError: the lock's file cannot be opened.
+        """
+        if self._file is not None:
+            return None
         try:
             self._take(wait=False)
         except BlockingIOError:
-            written = self._path.read_text()
-            return int(written) if written.isdigit() else -1
+            token, pid, host = self._written()
+            if any(lock._token == token for lock in list(_held)):
+                return "a loop of this same process"
+            return f"process {pid} on {host}" if pid else "another process"
         return None
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._file is not None
+
+    def _written(self) -> tuple[str, int, str]:
+        """(token, process id, host) as the last holder wrote them."""
+        try:
+            token, pid, host = read_json(self._path)
+            return str(token), int(pid), str(host)
+        except (OSError, ValueError, TypeError):  # not there, or just being written
+            return "", 0, ""
 
     def _take(self, *, wait: bool) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = self._path.open("a")
+        file = open_own(self._path, "ab", private=True)
         try:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(json.dumps([self._token, os.getpid(), socket.gethostname()]).encode())
             file.flush()
         except BaseException:
             file.close()
@@ -80,3 +109,4 @@ class FolderLock:
         if self._file is not None:
             self._file.close()
             self._file = None
+            _held.discard(self)

@@ -39,6 +39,7 @@ from autoaccum.training.events import (
     TrainingStarted,
     WindowSkipped,
 )
+from autoaccum.training.fields import Fields, loading
 from autoaccum.training.generators import seed_everything
 from autoaccum.training.history import History
 from autoaccum.training.lengths import LengthSummary, length_summary
@@ -385,16 +386,23 @@ class TrainingLoop:
         Raises:
             CheckpointError: it is of another target batch, data, model, optimizer, seed or number of ranks.
         """
+        fields = Fields(state)
+        progress = fields.inner("progress")
+        counts = {name: progress.count(name) for name in ("step", "skipped", "epoch", "window", "epoch_began_at")}
+        due, evaluations = progress.get("evaluation_due", bool), fields.get("evaluations", list)
         self._boundary = self._parts.load_state_dict(state, self._events)
-        progress = state["progress"]
-        self._accumulator.step, self._accumulator.skipped_windows = progress["step"], progress["skipped"]
-        self.epoch, self._window_index = progress["epoch"], progress["window"]
-        self._epoch_began_at, self._evaluation_due = progress["epoch_began_at"], progress["evaluation_due"]
-        self._accumulator.plan = plan_for(self.plan.rank, state["plan"])
-        self._turns.all[0].safe.replays.load_state_dict(state["replays"], self.plan.rank)
-        self._turns.load_state_dict(state.get("phases"))
-        self.history.load_state_dict(state["history"])
-        self.evaluations[:] = [dict(results) for results in state["evaluations"]]
+        self._accumulator.step, self._accumulator.skipped_windows = counts["step"], counts["skipped"]
+        self.epoch, self._window_index = counts["epoch"], counts["window"]
+        self._epoch_began_at, self._evaluation_due = counts["epoch_began_at"], due
+        with loading("plan"):
+            self._accumulator.plan = plan_for(self.plan.rank, fields.get("plan", Mapping))
+        with loading("replays"):
+            self._turns.all[0].safe.replays.load_state_dict(fields.get("replays", Mapping), self.plan.rank)
+        with loading("phases"):
+            self._turns.load_state_dict(state.get("phases"))
+        with loading("history"):
+            self.history.load_state_dict(fields.get("history", Mapping))
+            self.evaluations[:] = [{**results, "loss": float(results["loss"])} for results in evaluations]
         self._left = self._turns.stopped = self._turns.all[0].safe.broken = None
 
     def _save(self, loss: float | None = None) -> None:

@@ -18,6 +18,7 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Noted
+from autoaccum.training.fields import Fields, loading
 from autoaccum.training.generators import Generators
 from autoaccum.training.schedule import schedule_name
 from autoaccum.training.smaller import plan_for
@@ -49,9 +50,11 @@ class Boundary:
 
     def restore(self) -> None:
         """Puts generators and data back to that moment."""
-        for each, state in zip(self._sources, self._data):
-            each.load_state_dict(state)
-        self._random.restore()
+        with loading("data"):
+            for each, state in zip(self._sources, self._data):
+                each.load_state_dict(state)
+        with loading("random generators"):
+            self._random.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -63,7 +66,8 @@ class Boundary:
     ) -> "Boundary":
         """The moment that gave `state`, of these sources."""
         made = cls.__new__(cls)
-        made._random = Generators.from_state(state["random"], device)
+        with loading("random generators"):
+            made._random = Generators.from_state(state["random"], device)
         made._sources = [source] if validation is None else [source, validation]
         made._data = state["data"]
         return made
@@ -147,30 +151,43 @@ class TrainingParts:
         Raises:
             CheckpointError: it is of another training; nothing was changed.
         """
-        accumulator = self._accumulator
+        accumulator, fields = self._accumulator, Fields(state)
         identity = plain(self.identity(), "the training's identity")
-        if "schedule" not in state.get("identity", {}):
+        if "schedule" not in fields.get("identity", Mapping):
             del identity["schedule"]  # older checkpoints do not say what they had
-        check_same(state, identity, self.modules)
+        with loading("identity"):
+            check_same(state, identity, self.modules)
+        scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
+        validation_batch = fields.get("validation_batch", int, type(None)) and fields.count("validation_batch")
+        ranks = fields.get("ranks", list)
+        with loading("ranks"):
+            own = Fields(ranks[accumulator.ranks.rank], "the checkpoint's rank")
+        fields.get("device", str)
         for name, module in self.modules.items():
-            load_module(module, state["modules"][name])
-        load_optimizer(accumulator.optimizer, state["optimizer"])
-        accumulator.noise_scale.load_state_dict(state["noise_scale"])
-        if state["scaler"] and accumulator.precision.scaler.is_enabled():
-            accumulator.precision.scaler.load_state_dict(state["scaler"])
-        if state["scheduler"] is not None and accumulator.scheduler is not None:
-            accumulator.scheduler.load_state_dict(state["scheduler"])
-        if self._evaluator is not None and state["validation_batch"] is not None:
-            self._evaluator.micro_batch = state["validation_batch"]
+            with loading(name):
+                load_module(module, state["modules"][name])
+        with loading("optimizer"):
+            load_optimizer(accumulator.optimizer, state["optimizer"])
+        with loading("noise scale"):
+            accumulator.noise_scale.load_state_dict(state["noise_scale"])
+        with loading("scaler"):
+            if scaler and accumulator.precision.scaler.is_enabled():
+                accumulator.precision.scaler.load_state_dict(dict(scaler))
+        with loading("scheduler"):
+            if scheduler is not None and accumulator.scheduler is not None:
+                accumulator.scheduler.load_state_dict(scheduler)
+        if self._evaluator is not None and validation_batch:
+            self._evaluator.micro_batch = validation_batch
         if state["device"] != self._device.type:
             text = (
                 f"the checkpoint is from {state['device']}, and the training goes on on {self._device.type}: the same "
                 "samples in the same windows, but other rounding, and what the model draws there is drawn anew"
             )
             events.tell(Noted(text))
-        own = state["ranks"][accumulator.ranks.rank]
-        validation = self._validation if len(own["data"]) > 1 else None
-        return Boundary.from_state(own, self._device, self._source, validation)
+        data = own.get("data", list)
+        validation = self._validation if len(data) > 1 else None
+        kept = {"random": own.get("random", Mapping), "data": data}
+        return Boundary.from_state(kept, self._device, self._source, validation)
 
     @property
     def _validation(self) -> Source | None:
@@ -185,16 +202,18 @@ def kept_answers(
     Raises:
         CheckpointError: it is for another target batch, or another number of ranks.
     """
-    was = state.get("identity", {})
+    fields = Fields(state)
+    was = fields.get("identity", Mapping)
     for name, here in (("target_batch", target_batch), ("ranks", ranks.size)):
         if was.get(name) != here:
             raise CheckpointError(
                 f"the checkpoint is of another training. {name}: {was.get(name)} in the checkpoint, {here} here. Give "
                 "the same as then, another folder, or resume=False to start anew"
             )
-    probe, verify = state["probe"], state["verify"]
-    return (
-        plan_for(ranks.rank, state["plan"]),
-        None if probe is None else ProbeReport.from_dict(probe),
-        None if verify is None else VerifyReport(**verify),
-    )
+    probe, verify = fields.get("probe", Mapping, type(None)), fields.get("verify", Mapping, type(None))
+    with loading("plan, probe's report or check"):
+        return (
+            plan_for(ranks.rank, fields.get("plan", Mapping)),
+            None if probe is None else ProbeReport.from_dict(probe),
+            None if verify is None else VerifyReport(**verify),
+        )

@@ -11,6 +11,8 @@ Choices made here:
 - Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
   have passed since the last: an epoch may take days. The first rank's clock decides that for all.
 - Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
+- A folder that could not be readied is not saved to: what a restart finds there would be another training's. Each save
+  tries to ready it again.
 - Only the first rank writes; all resume from what it finds.
 - Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
 """
@@ -29,13 +31,14 @@ import torch
 from autoaccum.checks import check_kind
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
-from autoaccum.files import write_json
+from autoaccum.files import read_json, write_json
 from autoaccum.memory.device import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
 from autoaccum.training.checkpoint import Checkpoints, Entry, Failure
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
+from autoaccum.training.fields import Fields
 from autoaccum.training.locks import FolderLock
 
 __all__ = ["PATIENCE_SECONDS", "RunFolder", "open_run"]
@@ -70,6 +73,8 @@ class RunFolder:
         self._plan: Plan | None = None  # as the record has it
         self._metrics: JsonlSink | None = None
         self._lock = FolderLock(self.folder, "run")
+        self._seen: set[Entry] | None = None  # the checkpoints there when this training was there last; None: never
+        self._to_begin: Callable[[], None] | None = None  # until the folder is ready
 
     @property
     def writes(self) -> bool:
@@ -104,6 +109,7 @@ class RunFolder:
             return None
         state: dict[str, Any] | None = None
         try:
+            self._seen = set(self.checkpoints.entries())
             found = self.checkpoints.newest(self._events.warn) if self.writes else None
             if self.writes and found is None and resume is True:
                 raise CheckpointError(
@@ -120,45 +126,63 @@ class RunFolder:
         self._resumed = self._saved = Entry(*place)
         state = found[1] if found is not None else self.checkpoints.read(self._resumed)
         self.checkpoints.last = self.checkpoints.path(self._resumed)
-        self._cut = int(state["metrics"])
+        self._cut = Fields(state, str(self.checkpoints.last)).count("metrics")
         return state
 
     # --- saving ---
 
     def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
-        """Keeps other processes out of the folder. The first time, readies it and begins the record.
+        """Keeps other trainings out of the folder. The first time, readies it and begins the record.
 
         Raises:
-            CheckpointError: a training in another process writes there.
+            CheckpointError: another training writes there, or has done so since this one was prepared or left.
         """
         if not self.writes:
             return
+        if self._metrics is None:
+            self._to_begin = lambda: self._make_ready(plan, probe, device)
         try:
-            other = self._lock.holder()
-        except OSError:
-            other = None  # the folder cannot be written to, which is said below
-        if other not in (None, os.getpid()):
-            raise CheckpointError(
-                f"another training, process {other}, writes to {str(self.folder)!r}: give this one a folder of its "
-                "own, or start it again once that has ended, to go on from there"
-            )
-        if self._metrics is not None:
-            return
-        try:
-            aside = self.checkpoints.begin(self._resumed)
-            self._metrics = JsonlSink(self.folder / "metrics.jsonl")
-            self._metrics.cut(self._cut)
-            self._events.add(self._metrics)
-            if aside is not None:
-                self._events.tell(Noted(f"an earlier training was in {self.folder}, and is in {aside} now"))
-            report = self.folder / "report.json"
-            if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
-                write_json(report, None if probe is None else probe.to_dict())
-            self._tell_environment(device)
-            self._record_plan(plan)
+            self._enter()
         except Failure as error:
-            self._lost("the record of the run", error)
-            return
+            then = "The training goes on, and nothing of it is saved there until that is mended"
+            self._lost("the record of the run", error, then)
+
+    def _enter(self) -> None:
+        """Takes the folder, and readies it where that is still to be done.
+
+        Raises:
+            CheckpointError: another training has it, or had it meanwhile.
+            OSError, RuntimeError, MemoryError: it cannot be readied.
+        """
+        was_here = self._lock.held
+        other = self._lock.holder()
+        if other is not None:
+            raise CheckpointError(
+                f"another training, {other}, writes to {str(self.folder)!r}: give this one a folder of its own, or "
+                "start it again once that has ended (or its iterator was closed), to go on from there"
+            )
+        if not was_here and self._seen is not None and not self._seen.issuperset(self.checkpoints.entries()):
+            self._lock.release()
+            raise CheckpointError(
+                f"another training has saved to {str(self.folder)!r} since this one was there: give this one a folder "
+                "of its own, or prepare it anew to go on from what is there now"
+            )
+        if self._to_begin is not None:
+            self._to_begin()
+
+    def _make_ready(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
+        aside = self.checkpoints.begin(self._resumed)
+        metrics = JsonlSink(self.folder / "metrics.jsonl", follow=False)
+        metrics.cut(self._cut)
+        if aside is not None:
+            self._events.tell(Noted(f"an earlier training was in {self.folder}, and is in {aside} now"))
+        report = self.folder / "report.json"
+        if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
+            write_json(report, None if probe is None else probe.to_dict())
+        self._tell_environment(device)
+        self._record_plan(plan)
+        self._metrics, self._to_begin = metrics, None
+        self._events.add(metrics)
         text = f"the run's record is in {self.folder}"
         if self._resumed is not None:
             text += (
@@ -205,6 +229,7 @@ class RunFolder:
     def _write(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
         state = state_dict()
         if self.writes:
+            self._enter()
             position = self._metrics.position() if self._metrics is not None else 0
             about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
             self.checkpoints.write(entry, {**state, "metrics": position}, about)
@@ -213,7 +238,7 @@ class RunFolder:
     def _record_plan(self, plan: Plan) -> None:
         """Where it has changed: forcing a file to the disk takes longer than many a window."""
         if plan != self._plan:
-            write_json(self.folder / "plan.json", plan.to_dict())
+            write_json(self.folder / "plan.json", plan.to_dict(), checksum=True)
             self._plan = plan
 
     def poll(self, *, wait: bool = False) -> None:
@@ -230,13 +255,15 @@ class RunFolder:
         """Waits for what is being saved, and lets others into the folder."""
         self.poll(wait=True)
         self.checkpoints.close()
-        self._lock.release()
+        if self._lock.held:
+            self._seen = set(self.checkpoints.entries())
+            self._lock.release()
 
-    def _lost(self, what: str, error: BaseException) -> None:
+    def _lost(self, what: str, error: BaseException, then: str = "The training goes on") -> None:
         self._failed += 1
         self._tried = max(self._tried, self._failed)
         self._why = " ".join(str(error).split()) or type(error).__name__
-        self._events.warn(f"{what} could not be saved to {str(self.folder)!r}: {self._why}. The training goes on")
+        self._events.warn(f"{what} could not be saved to {str(self.folder)!r}: {self._why}. {then}")
 
     def _tell_environment(self, device: Device) -> None:
         from autoaccum import __version__
@@ -258,15 +285,13 @@ class RunFolder:
                 "command": sys.argv,
             }
         )
-        write_json(path, {"schema": 1, "runs": runs})
+        write_json(path, {"schema": 1, "runs": runs}, private=True)  # a command may have a password in it
 
 
 def _runs_in(path: Path) -> list[Any]:
     """The entries of earlier starts; none where the file is gone or damaged, which is no reason to stop."""
-    import json
-
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["runs"])
+        return list(read_json(path)["runs"])
     except (OSError, ValueError, LookupError, TypeError):
         return []
 

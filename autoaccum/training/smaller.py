@@ -14,6 +14,7 @@ from autoaccum.planning.lengths import halved
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks
+from autoaccum.training.fields import Fields
 
 __all__ = ["Replays", "cut_in_half", "cut_smaller", "plan_for", "with_floor"]
 
@@ -99,11 +100,13 @@ class Replays:
 
     def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
         """Goes on counting; another `regrow_after` than then begins anew."""
-        before = state["before"]
+        fields = Fields(state, "the checkpoint's replays")
+        before, patience = fields.get("before", Mapping, type(None)), fields.get("patience", int, type(None))
+        undisturbed, grew = fields.count("undisturbed"), fields.get("grew", bool)
         self.before = None if before is None else plan_for(rank, before)
-        self.undisturbed, self._grew = state["undisturbed"], state["grew"]
-        if state["asked"] == self._regrow_after:
-            self._patience = state["patience"]
+        self.undisturbed, self._grew = undisturbed, grew
+        if fields.get("asked", int, type(None)) == self._regrow_after:
+            self._patience = patience
 
 
 def with_floor(plan: Plan) -> Plan:
