@@ -25,6 +25,7 @@ from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import draw, mix, preserved
 from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.lengths import ByLength, Padding, Ruler, find_ruler, measured
+from autoaccum.data.per_sample import ListReader
 from autoaccum.errors import CheckpointError, DataError
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
@@ -73,6 +74,7 @@ class Source(ABC):
         self._ruler: Ruler | None = None
         self._lengths: tuple[int, ...] | None = None
         self._measured: list[tuple[int, Any]] = []  # the samples looked at, each after its length
+        self._lists = ListReader()
 
     def trial(self, size: int, length: int | None = None) -> Any:
         """`size` real samples as one batch on the host; where there are fewer, they are repeated.
@@ -90,9 +92,10 @@ class Source(ABC):
                 self._measure()
             alike = [sample for own, sample in self._measured if own == length]
             with self._untouched():
-                return self._collated([tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)])
+                chosen = [tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)]
+                return self.marked(self._collated(chosen))
         if self._worst_case is None:
-            return self._trial(size)
+            return self.marked(self._trial(size))
         if not callable(self._worst_case):
             return tree.repeat(self._worst_case, size)
         batch = self._worst_case(size)
@@ -102,6 +105,14 @@ class Source(ABC):
                 f"worst_case({size}) returned a batch of {found} samples: it must have as many as asked for"
             )
         return batch
+
+    def marked(self, batch: Any) -> Any:
+        """A batch of this data in which lists that could be mistaken say by their type what they hold.
+
+        Raises:
+            DataError: nothing tells whether a list holds one item a sample.
+        """
+        return self._lists.read(batch, self._trial)
 
     def lengths(self) -> tuple[int, ...]:
         """The lengths of the samples looked at, rising, where one size of a batch follows from its samples; else none.

@@ -59,6 +59,7 @@ class BatchSource(StreamSource):
         samples = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
         self._pool = Pool(samples, dataset) if of_samples else None
         self._looked_at: list[Any] = []
+        self._compared = False  # whether some batches were looked at for what their lists hold
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Any]:
         """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
@@ -69,8 +70,24 @@ class BatchSource(StreamSource):
 
     # --- windows ---
 
-    def _samples_in(self, item: Any) -> int:
-        return _checked_size(item)
+    def marked(self, batch: Any) -> Any:
+        """A ready batch in which lists that could be mistaken say by their type what they hold.
+
+        Raises:
+            DataError: nothing tells whether a list holds one item a sample.
+        """
+        if self._pool is not None:
+            return self._lists.read(batch, self._trial)
+        if not (self._compared or self.one_shot or tree.is_flat(batch)):
+            self._compared = True
+            with self._untouched():
+                for other in islice(self._batches_for_trials(), _LOOKED_AT):
+                    self._lists.look(other)
+        return self._lists.read(batch)
+
+    def _counted(self, item: Any) -> tuple[Any, int]:
+        item = self.marked(item)
+        return item, _checked_size(item)
 
     def _take(self, reader: Reader, samples: int) -> list[Any]:
         taken = []
@@ -144,7 +161,7 @@ class BatchSource(StreamSource):
             with self._untouched():
                 looked_at = []
                 samples = 0
-                for batch in self._batches_for_trials():
+                for batch in map(self.marked, self._batches_for_trials()):
                     looked_at.append(batch)
                     samples += _checked_size(batch)
                     if samples >= size and len(looked_at) >= _LOOKED_AT:

@@ -41,7 +41,7 @@ class Reader:
     Args:
         items: iterated when the first one is wanted.
         lane: what reading draws from.
-        samples_in: how many samples an item is.
+        read: an item as it is kept, and how many samples it is.
         in_workers: others read; the lane is needed only to set them going.
 
     Attributes:
@@ -51,9 +51,9 @@ class Reader:
     """
 
     def __init__(
-        self, items: Iterable[Any], lane: Lane, samples_in: Callable[[Any], int], *, in_workers: bool = False
+        self, items: Iterable[Any], lane: Lane, read: Callable[[Any], tuple[Any, int]], *, in_workers: bool = False
     ) -> None:
-        self._items, self._lane, self._samples_in, self._in_workers = items, lane, samples_in, in_workers
+        self._items, self._lane, self._read, self._in_workers = items, lane, read, in_workers
         self._iterator: Iterator[Any] | None = None
         self._count = 0
         self._ended = False
@@ -87,10 +87,7 @@ class Reader:
                 "or let it pass over what it cannot read"
             ) from error
         self._count += 1
-        self.put(item, self._samples_in(item))
-
-    def put(self, item: Any, samples: int) -> None:
-        """Adds an item at the end."""
+        item, samples = self._read(item)
         if samples:
             self.drawn.append(item)
             self.ahead += samples
@@ -144,8 +141,8 @@ class StreamSource(Source):
         """This rank's micro-batches of a window of `total` samples."""
 
     @abstractmethod
-    def _samples_in(self, item: Any) -> int:
-        """How many samples an item is."""
+    def _counted(self, item: Any) -> tuple[Any, int]:
+        """An item as it is kept, and how many samples it is."""
 
     def _open(self, epoch: int, start: int) -> Reader:
         """A reader at the beginning of `epoch`."""
@@ -163,7 +160,7 @@ class StreamSource(Source):
                 owner.set_epoch(epoch)
         with self._beginning(again=start > 0):
             base = self._begin(epoch, again=start > 0)
-        self._reader = reader = Reader(self._items, Lane(base), self._samples_in, in_workers=self._in_workers)
+        self._reader = reader = Reader(self._items, Lane(base), self._counted, in_workers=self._in_workers)
         reader.epoch = epoch
         return reader
 
@@ -171,7 +168,7 @@ class StreamSource(Source):
         """The reader of data that can be read only once. A trial may open it, so its lane cannot wait for the epoch."""
         if self._reader is None:
             seed = torch.initial_seed() if self._seed is None else self._seed
-            self._reader = Reader(self._items, Lane(mix(seed)), self._samples_in)
+            self._reader = Reader(self._items, Lane(mix(seed)), self._counted)
         return self._reader
 
     def _begin(self, epoch: int, again: bool) -> int:
@@ -247,8 +244,8 @@ class SampleSource(StreamSource):
         generator = self._loader.generator if self._loader is not None else None
         return [] if generator is None else [generator]
 
-    def _samples_in(self, item: Any) -> int:
-        return 1
+    def _counted(self, item: Any) -> tuple[Any, int]:
+        return item, 1
 
     def _take(self, reader: Reader, samples: int) -> list[Any]:
         reader.ahead -= samples

@@ -6,7 +6,8 @@ Choices made here:
   single leaf. Mappings, dataclasses (frozen too), named tuples, lists and tuples are opened, and keep their class.
 - A list can be a container of leaves ([inputs, targets]) or hold one item a sample (file names, images of different
   sizes). It is read as the second where its items are alike and as many as the samples, and only where the first
-  reading does not fit, or the items are records or hold no tensors. `Reading` decides.
+  reading does not fit, or the items are records or hold no tensors. `Reading` decides, for a batch that comes alone.
+  Where a source gave it, the list's own type says what the source's batches showed (`per_sample.py`).
 - What this code does not know (a graph batch, a packed sequence) is a leaf. It cannot be cut, and `uncut` names it.
 """
 
@@ -24,7 +25,71 @@ from torch.nn.utils.rnn import PackedSequence
 from autoaccum.data.piece import Piece
 from autoaccum.errors import DataError
 
-__all__ = ["Reading", "alike", "children", "disagreement", "is_list", "labelled", "lists", "rebuild", "steps", "walk"]
+__all__ = [
+    "PartList",
+    "PartTuple",
+    "Reading",
+    "SampleList",
+    "SampleTuple",
+    "alike",
+    "children",
+    "disagreement",
+    "is_list",
+    "kind_of",
+    "known_as",
+    "labelled",
+    "lists",
+    "plain",
+    "rebuild",
+    "steps",
+    "walk",
+]
+
+
+class SampleList(list[Any]):
+    """A list that is known to hold one item a sample."""
+
+
+class SampleTuple(tuple[Any, ...]):
+    """A tuple that is known to hold one item a sample."""
+
+
+class PartList(list[Any]):
+    """A list that is known to hold parts of one batch, however many samples that has."""
+
+
+class PartTuple(tuple[Any, ...]):
+    """A tuple that is known to hold parts of one batch, however many samples that has."""
+
+
+_SAMPLES, _PARTS = (SampleList, SampleTuple), (PartList, PartTuple)
+_PLAIN: dict[type, type] = {SampleList: list, PartList: list, SampleTuple: tuple, PartTuple: tuple}
+
+
+def kind_of(node: Any) -> type:
+    """The node's type, without a mark."""
+    return _PLAIN.get(type(node), type(node))
+
+
+def known_as(items: Any, *, samples: bool) -> Any:
+    """The list or tuple, marked as one that holds samples, or parts; one of a user's own class stays as it is."""
+    kind = kind_of(items)
+    if kind is list:
+        return SampleList(items) if samples else PartList(items)
+    if kind is tuple:
+        return SampleTuple(items) if samples else PartTuple(items)
+    return items
+
+
+def plain(node: Any) -> Any:
+    """The batch as the user's code made it, without marks; itself where it has none."""
+    inside = children(node)
+    if not inside:
+        return node
+    below = [plain(child) for child in inside]
+    if type(node) in _PLAIN:
+        return kind_of(node)(below)
+    return rebuild(node, below) if any(new is not old for new, old in zip(below, inside)) else node
 
 
 def children(node: Any) -> list[Any] | None:
@@ -122,6 +187,8 @@ class Reading:
 
     def listed(self, node: Any) -> bool:
         """Whether `node` is a list with one item a sample."""
+        if isinstance(node, (*_SAMPLES, *_PARTS)):
+            return isinstance(node, _SAMPLES) and len(node) == self.size
         if not is_list(node) or not node or len(node) != self.size or not alike(node):
             return False
         if node is self.batch and isinstance(node[0], Tensor):
@@ -143,6 +210,18 @@ class Reading:
             return [node] * count
         columns = [self.parts(child, cut, count) for child in inside]
         return [rebuild(node, [column[index] for column in columns]) for index in range(count)]
+
+    def leaves(self) -> Iterator[tuple[str, Any]]:
+        """Each leaf that is cut, with its path: a tensor with samples along dimension 0, or a list of samples."""
+        yield from self._leaves(self.batch, "")
+
+    def _leaves(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if self.listed(node) or (isinstance(node, Tensor) and node.dim()):
+            yield path, node
+            return
+        inside = children(node)
+        for step, child in zip(steps(node), inside) if inside else ():
+            yield from self._leaves(child, path + step)
 
     def uncut(self) -> Iterator[tuple[str, Any]]:
         """Each leaf, with its path, that goes whole to every part though it may hold samples: it is not known here."""
@@ -227,7 +306,7 @@ def _signature(node: Any) -> object:
     if inside is None:
         return type(node)
     below = [_signature(child) for child in inside]
-    return (type(node), frozenset(below)) if is_list(node) else (type(node), tuple(steps(node)), tuple(below))
+    return (kind_of(node), frozenset(below)) if is_list(node) else (type(node), tuple(steps(node)), tuple(below))
 
 
 def _is_array(node: Any, size: int) -> bool:

@@ -14,10 +14,13 @@ from torch import Tensor
 from autoaccum.data.piece import Piece
 from autoaccum.data.structure import (
     Reading,
+    SampleList,
+    SampleTuple,
     alike,
     children,
     disagreement,
     is_list,
+    kind_of,
     labelled,
     lists,
     rebuild,
@@ -26,7 +29,7 @@ from autoaccum.data.structure import (
 )
 from autoaccum.errors import DataError
 
-__all__ = ["batch_size", "join", "map_tensors", "move", "nbytes", "repeat", "split", "take_rows", "tensors"]
+__all__ = ["batch_size", "is_flat", "join", "map_tensors", "move", "nbytes", "repeat", "split", "take_rows", "tensors"]
 
 
 def tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
@@ -53,6 +56,9 @@ def batch_size(batch: Any) -> int:
         return size
     if isinstance(batch, Piece):
         return len(batch.samples)
+    known = next((items for items in lists(batch) if isinstance(items, (SampleList, SampleTuple))), None)
+    if known is not None:
+        return len(known)
     for items in lists(batch):  # whatever the sizes of their tensors say: three channels are not three samples
         if labelled(items) and Reading(batch, len(items)).fits:
             return len(items)
@@ -87,7 +93,8 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
 
     def cut(leaf: Any) -> list[Any]:
         if not isinstance(leaf, Tensor):
-            return [leaf[start:stop] for start, stop in zip(starts, stops)]
+            parts = [leaf[start:stop] for start, stop in zip(starts, stops)]
+            return [type(leaf)(part) for part in parts] if is_list(leaf) else parts
         if leaf.layout is torch.strided and not leaf.is_nested:
             return list(torch.split_with_sizes(leaf, list(sizes)))
         return [take_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
@@ -159,6 +166,11 @@ def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
     return _coordinates(tensor).index_select(0, index).to_sparse(layout=tensor.layout)
 
 
+def is_flat(batch: Any) -> bool:
+    """Whether the batch is a tensor, or a plain container of nothing but tensors with the same number of rows."""
+    return _flat_size(batch) is not None
+
+
 def _flat_size(batch: Any) -> int | None:
     """The batch size of a tensor, or of a plain container of nothing but batched tensors; None for anything else.
 
@@ -207,7 +219,7 @@ def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
     if children(first) is None:
         return first
     for node in nodes[1:]:
-        if type(node) is not type(first) or steps(node) != steps(first):
+        if kind_of(node) is not kind_of(first) or steps(node) != steps(first):
             raise DataError(
                 f"batches of different structure cannot be joined: {path or 'the batch'} is {_describe(first)} in one "
                 f"and {_describe(node)} in another; give batches that hold the same parts"

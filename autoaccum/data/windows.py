@@ -74,7 +74,8 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
 def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Window]:
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
     for index, (total, sizes, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
-        yield Window(batches, sizes, sum(sizes), total, epoch, index, padding)
+        marked = [source.marked(batch) for batch in batches]
+        yield Window(marked, sizes, sum(sizes), total, epoch, index, padding)
 
 
 def indices_of(window: Window, source: Source, plan: Plan) -> Sequence[Any] | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError
 
 __all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "relabelled", "returned_loss", "scalar", "targets_in"]
@@ -40,6 +41,7 @@ def arrange(batch: Any, *, apart: bool) -> Call:
     Raises:
         DataError: `apart`, and the batch does not say which part is the target.
     """
+    batch = plain(batch)
     if isinstance(batch, (tuple, list)):
         if not apart:
             return Call(tuple(batch), {}, None)

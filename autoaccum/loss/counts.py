@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from autoaccum.data import tree
+from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError, LossError, SetupError
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counting import IGNORED, holds_indices
@@ -55,8 +56,10 @@ def countable(objective: Objective, batch: Any) -> Iterator[Count]:
         if count is not None:
             yield count
     yield from _labels(objective, batch)
-    for path, leaf in tree.tensors(batch):
-        if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex():
+    for path, leaf in Reading(batch, tree.batch_size(batch)).leaves():
+        if not isinstance(leaf, Tensor):
+            yield from _rows(path, leaf)
+        elif leaf.dim() <= _MOST_DIMS and not leaf.is_complex():
             yield from _leaf(path, leaf)
 
 
@@ -99,6 +102,24 @@ def _leaf(path: str, leaf: Tensor) -> Iterator[Count]:
         if leaf.dim() == 2:
             yield _written(f"the sum of batch{path}[:, 1:]", path, "[:, 1:]", _behead, "")
     yield _written(f"what in batch{path} is not 0", path, "", lambda leaf: leaf, " != 0")
+
+
+def _rows(path: str, items: Any) -> Iterator[Count]:
+    """The rows of all samples together, of whatever each has in a list: boxes, points, key points."""
+    for inner in dict.fromkeys(at for item in items for at, leaf in tree.tensors(item) if leaf.dim()):
+        name = f"the rows of sample{inner} in batch{path}"
+        yield Count(
+            name,
+            f"reduction=lambda batch: sum(len(sample{inner}) for sample in batch{path})",
+            lambda batch, inner=inner: float(  # type: ignore[misc]
+                sum(len(leaf) for item in _at(batch, path) for at, leaf in tree.tensors(item) if at == inner)
+            ),
+        )
+
+
+def _at(batch: Any, path: str) -> Any:
+    """The list of samples at `path`."""
+    return next(leaf for at, leaf in Reading(batch, tree.batch_size(batch)).leaves() if at == path)
 
 
 def _behead(leaf: Tensor) -> Tensor:

@@ -207,9 +207,13 @@ class Representations:
             leaf.requires_grad_(leaf.is_floating_point() or leaf.is_complex())
         return self._leaves
 
-    def replace(self, leaves: dict[str, Tensor]) -> None:
-        """Puts others in their place: those of all ranks, say."""
-        self._leaves = leaves
+    def rows(self) -> dict[str, Tensor]:
+        """The tensors with one row a sample, by path."""
+        return {path: leaf for path, leaf in self._leaves.items() if path in self._rows}
+
+    def replace(self, rows: dict[str, Tensor]) -> None:
+        """Puts the rows of all ranks in the place of this one's."""
+        self._leaves.update(rows)
 
     def whole(self) -> Any:
         """All of them, nested as `encode` gave them."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.data import tree
+from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counting import holds_indices
@@ -135,7 +136,7 @@ class Objective:
 
         def evaluate(small: Any) -> Tensor:
             if self.step is not None:  # may differentiate inside: the grad mode stays as it is
-                (term,) = self._late_terms(self.step(model, small), small, graph=True).values()
+                (term,) = self._late_terms(self.step(model, plain(small)), small, graph=True).values()
                 return term.value
             with torch.no_grad():
                 loss, source, _, _ = self._loss_of(model, small)
@@ -170,7 +171,7 @@ class Objective:
         if denominators is None:
             denominators = self.denominators(batch)
         if self.step is not None:
-            return self._step_terms(self.step(self.model, batch), batch, denominators, graph), None, None
+            return self._step_terms(self.step(self.model, plain(batch)), batch, denominators, graph), None, None
         loss, source, outputs, targets = self._loss_of(self.model, batch)
         assert denominators is not None  # late only with a step
         ((name, denominator),) = denominators.items()
@@ -179,7 +180,7 @@ class Objective:
     def forward(self, batch: Any) -> None:
         """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
         if self.step is not None:
-            self.step(self.model, batch)
+            self.step(self.model, plain(batch))
         else:
             self._outputs(self.model, arrange(batch, apart=self.loss is not None))
 

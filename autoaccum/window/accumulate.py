@@ -20,20 +20,21 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autoaccum.checks import check_kind, one_of
 from autoaccum.data import tree
-from autoaccum.data.structure import alike, children
+from autoaccum.data.per_sample import ListReader
+from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.batch_norm import PooledStatistics
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
+from autoaccum.window.pieces import micro_batches
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -122,7 +123,7 @@ class Accumulator:
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
         self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
-        self._parameters = _unique([*model.parameters(), *optimizer_parameters(optimizer)])
+        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
@@ -130,6 +131,7 @@ class Accumulator:
         if self.ranks.size > 1 or self.precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
         self._ledger: Ledger | None = None
+        self._lists = ListReader()
         self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side)
         self._ended: tuple[float, float] | None = None  # the window's loss and correction, once the ranks have voted
@@ -143,7 +145,7 @@ class Accumulator:
         self._two_passes: TwoPasses | None = None
         if objective is not None and objective.coupled is not None:
             self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
-            self._two_passes = TwoPasses(model, objective.coupled, objective.shared, self.precision, self.device)
+            self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -158,14 +160,14 @@ class Accumulator:
         Raises:
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
         """
-        pieces = self._pieces(batches)
+        pieces = micro_batches(batches, self.plan, self._lists)
         ledger = self.open(pieces)
         finished = False
         try:
             for piece in pieces:
                 before = ledger.done
                 with self.precision.autocast(), self._without_synchronisation():
-                    yield tree.move(piece, self.device)
+                    yield plain(tree.move(piece, self.device))
                 if ledger.done != before + 1:
                     raise LossError(
                         f"backward was called {ledger.done - before} times for one micro-batch: "
@@ -256,8 +258,10 @@ class Accumulator:
             self._side.collect()
             ledger.enter([])
 
-        loss = two_passes.run(batches, again=again, on_phase=self.on_phase, entered=entered)
-        ledger.add(loss)
+        what = f"step {self.step + 1}"
+        loss = two_passes.run(batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
+        if loss is not None:
+            ledger.add(loss)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()
@@ -463,19 +467,6 @@ class Accumulator:
     def _gradients(self) -> list[Tensor]:
         return [g for g in map(self._side.gradient, self._parameters) if g is not None]
 
-    def _pieces(self, batches: Any) -> list[Any]:
-        limit = self.plan.limits[self.plan.rank]
-        # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
-        if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
-            largest = max(map(tree.batch_size, batches))
-            if largest > limit:
-                raise SetupError(
-                    f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
-                    f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
-                )
-            return batches
-        return tree.split(batches, even_split(tree.batch_size(batches), limit, minimum=self.plan.minimum))
-
     def _running(self) -> Ledger:
         if self._ledger is None:
             raise SetupError("no window is open: call backward inside `for micro in accumulator.window(batch):`")
@@ -492,7 +483,3 @@ class Accumulator:
 
 def ignore(phase: str) -> None:
     """Takes no notice of a window's phases; a trace puts something that does in `on_phase`."""
-
-
-def _unique(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    return list({id(parameter): parameter for parameter in parameters}.values())

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
+from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, NothingFitsError
 from autoaccum.loss.call import scalar
-from autoaccum.loss.coupled import Coupled, Representations, Shared
+from autoaccum.loss.coupled import Representations
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.random_state import RandomState
+from autoaccum.ranks import Ranks
+from autoaccum.window.gathered import Everyone, gathered
 from autoaccum.window.precision import Precision
 
 __all__ = ["LossOutOfMemoryError", "TwoPasses"]
@@ -41,11 +45,12 @@ class TwoPasses:
     """
 
     def __init__(
-        self, model: nn.Module, coupled: Coupled, shared: Shared, precision: Precision, device: torch.device
+        self, model: nn.Module, objective: Objective, precision: Precision, device: torch.device, ranks: Ranks
     ) -> None:
-        """Keeps references only."""
-        self._model, self._coupled, self._shared = model, coupled, shared
-        self._precision, self._device = precision, device
+        """Keeps references only; the objective's loss is one that compares samples."""
+        assert objective.coupled is not None
+        self._model, self._coupled, self._shared = model, objective.coupled, objective.shared
+        self._precision, self._device, self._ranks = precision, device, ranks
         self._compared = False  # whether a second pass was held against its first
         self.rehearsed = 0
 
@@ -53,20 +58,23 @@ class TwoPasses:
         self,
         batches: Sequence[Any],
         *,
+        what: str,
         again: Callable[[], None],
         on_phase: Callable[[str], None],
         entered: Callable[[], None],
-    ) -> Tensor:
-        """Adds the window's gradient to the parameters'.
+    ) -> Tensor | None:
+        """Adds this rank's part of the window's gradient to the parameters'.
 
         Args:
-            batches: the micro-batches, on the host.
+            batches: this rank's micro-batches, on the host; none where it idles.
+            what: which window it is, for the ranks' exchanges: "step 4".
             again: called between the passes, when the buffers are as they were before the first.
             on_phase: told of "batch", "forward" and "backward".
             entered: called after each micro-batch's backward.
 
         Returns:
-            The window's loss, shape (), detached.
+            The window's loss, shape (), detached, on the first rank that has samples; None on the others, and where
+            another rank failed in the first pass, so that the window cannot go on: the ranks' vote follows.
 
         Raises:
             LossError: no scalar, no graph, or representations that are not one row a sample.
@@ -74,79 +82,99 @@ class TwoPasses:
         """
         sizes = [tree.batch_size(batch) for batch in batches]
         start = _Start(self._model, self._device)
-        kept = Representations(self._shared, max(sum(sizes), self.rehearsed))
-        for batch, size in zip(batches, sizes):
-            on_phase("batch")
-            placed = tree.move(batch, self._device)
-            on_phase("forward")
-            with torch.no_grad(), self._precision.autocast():
-                kept.enter(self._coupled.encode(self._model, placed), size)
-        kept.repeat()
-        loss = self._loss(kept, batches, sum(sizes), on_phase)
+        own = Representations(self._shared, max(sum(sizes), self.rehearsed))
+        whole: Any = None
+        failure: Exception | None = None
+        try:
+            self._first(own, batches, sizes, on_phase)
+            whole = self._batch(batches, sum(sizes))
+        except Exception as error:
+            if self._ranks.size == 1:
+                raise
+            failure = error  # told to the others first, who would wait for this rank's representations
+        everyone = gathered(self._ranks, what, own, whole, sum(sizes), failure)
+        if everyone is None or not sizes:
+            return None
+        loss = self._loss(everyone, on_phase)
         after = RandomState(self._device)
         start.restore()
         again()
-        first = 0
-        for batch, size in zip(batches, sizes):
-            self._second(batch, kept, slice(first, first + size), on_phase)
-            first += size
+        row = everyone.first_row
+        for index, (batch, size) in enumerate(zip(batches, sizes)):
+            owns = everyone.leads and not index  # what all samples share has its gradient once
+            self._second(batch, own, slice(row, row + size), owns, on_phase)
+            row += size
             entered()
         after.restore()
         self._compared = True
-        return loss
+        return loss if everyone.leads else None
 
-    def _loss(
-        self, kept: Representations, batches: Sequence[Any], samples: int, on_phase: Callable[[str], None]
-    ) -> Tensor:
+    def _first(
+        self, own: Representations, batches: Sequence[Any], sizes: Sequence[int], on_phase: Callable[[str], None]
+    ) -> None:
+        """All forwards without a graph."""
+        for batch, size in zip(batches, sizes):
+            on_phase("batch")
+            placed = plain(tree.move(batch, self._device))
+            on_phase("forward")
+            with torch.no_grad(), self._precision.autocast():
+                own.enter(self._coupled.encode(self._model, placed), size)
+        own.repeat()
+
+    def _batch(self, batches: Sequence[Any], samples: int) -> Any:
+        """The window's batch on the device, where the loss takes it."""
+        if not self._coupled.takes_batch or not batches:
+            return None
+        whole = tree.join([self._coupled.for_loss(batch) for batch in batches])
+        if self.rehearsed > samples:
+            whole = tree.repeat(whole, self.rehearsed)
+        return plain(tree.move(whole, self._device))
+
+    def _loss(self, everyone: Everyone, on_phase: Callable[[str], None]) -> Tensor:
         """The loss over the window, whose gradient is then at the leaves and at what the loss has of its own."""
+        kept = everyone.representations
         try:
-            whole = self._batch(batches, samples)
-            kept.leaves()
+            leaves = [leaf for leaf in kept.leaves().values() if leaf.requires_grad]
             with self._precision.autocast():
-                loss = scalar(self._coupled.over(kept.whole(), whole), "the coupled loss")
+                loss = scalar(self._coupled.over(kept.whole(), everyone.batch), "the coupled loss")
             on_phase("backward")
             self._precision.forget_casts()
             with self._precision.outside():
-                self._precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+                # Every rank computes the same loss: what it has of its own gets its gradient on one of them.
+                inputs = None if everyone.leads else leaves
+                scaled = self._precision.scaler.scale(loss)
+                scaled.backward(inputs=inputs)  # type: ignore[no-untyped-call]
             return loss.detach()
         except Exception as error:
             if out_of_memory(error) is not Verdict.SURELY:
                 raise
         raise LossOutOfMemoryError(
-            f"the loss itself ran out of memory over the {max(samples, self.rehearsed)} samples of a window, which "
-            "smaller micro-batches do not help: it compares all of them at once. Use a smaller target_batch, or "
+            f"the loss itself ran out of memory over the {max(everyone.samples, self.rehearsed)} samples of a window, "
+            "which smaller micro-batches do not help: it compares all of them at once. Use a smaller target_batch, or "
             "compute the loss in pieces that are checkpointed (torch.utils.checkpoint)"
         )
 
-    def _batch(self, batches: Sequence[Any], samples: int) -> Any:
-        """The window's batch on the device, where the loss takes it."""
-        if not self._coupled.takes_batch:
-            return None
-        parts = [self._coupled.for_loss(batch) for batch in batches]
-        whole = tree.join(parts)
-        if self.rehearsed > samples:
-            whole = tree.repeat(whole, self.rehearsed)
-        return tree.move(whole, self._device)
-
-    def _second(self, batch: Any, kept: Representations, rows: slice, on_phase: Callable[[str], None]) -> None:
+    def _second(
+        self, batch: Any, kept: Representations, rows: slice, owns: bool, on_phase: Callable[[str], None]
+    ) -> None:
+        """One micro-batch's forward again, and its part of the gradient through it; `owns`: and what all share."""
         on_phase("batch")
-        placed = tree.move(batch, self._device)
+        placed = plain(tree.move(batch, self._device))
         on_phase("forward")
         with self._precision.autocast():
             outputs = self._coupled.encode(self._model, placed)
         leaves = kept.leaves()
         tensors, gradients = [], []
         for path, tensor in tree.tensors(outputs):
-            leaf = leaves[path]
-            shared = kept.is_shared(path)
+            leaf, shared = leaves[path], kept.is_shared(path)
             if not self._compared:
                 _compare(path, tensor.detach(), leaf.detach() if shared else leaf.detach()[rows])
-            if leaf.grad is None or not tensor.requires_grad or (shared and rows.start):
-                continue  # what all samples share has its gradient once, and not once a micro-batch
+            if leaf.grad is None or not tensor.requires_grad or (shared and not owns):
+                continue
             tensors.append(tensor)
             gradients.append(leaf.grad if shared else leaf.grad[rows])
         if not tensors:
-            if rows.start:
+            if not owns:
                 return
             raise LossError(
                 "the coupled loss depends on nothing that encode computed with a graph, so nothing can be learned: "

@@ -1,0 +1,178 @@
+"""Which lists in a source's batches hold one item a sample, and which hold parts of one batch: settled once.
+
+Three RGB images in a list beside three labels look like three inputs of three samples. One batch does not tell, and no
+batch is read by itself where others of the source can be: between two batches of different sizes, what grew holds one
+item a sample, and a list that stayed as long as it was holds parts. What was settled is written into the batch, by the
+lists' own types (`structure.SampleList` and the like), so that whoever cuts it later reads it so.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from autoaccum.data import tree
+from autoaccum.data.piece import Piece
+from autoaccum.data.structure import Reading, alike, children, is_list, known_as, rebuild, steps
+from autoaccum.errors import DataError
+
+__all__ = ["ListReader"]
+
+_TRIED = (2, 3, 5, 9)  # samples in batches made to be compared; a collate function may drop some
+
+
+class _Outline(NamedTuple):
+    """A batch without its data: sizes along dimension 0, lengths of lists, and what lies inside."""
+
+    size: int | None
+    is_list: bool
+    inside: tuple[tuple[str, "_Outline"], ...]
+
+
+class ListReader:
+    """Reads the lists of one source's batches, each always in the same way."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._per_sample: dict[str, bool] = {}  # by the list's path
+        self._seen: list[_Outline] = []
+
+    def read(self, batch: Any, other: Callable[[int], Any] | None = None) -> Any:
+        """The batch, with every list that could be mistaken marked as what it is.
+
+        Args:
+            batch: as it came.
+            other: makes a batch of about so many samples; None where batches can only be taken as they come.
+
+        Raises:
+            DataError: a list can be read either way, and no other batch tells which is meant.
+        """
+        if tree.is_flat(batch) or isinstance(batch, Piece):  # a piece is cut along samples that it knows
+            return batch
+        unsettled = [path for path, _ in self._lists(batch, "") if path not in self._per_sample]
+        if unsettled:
+            self._settle(batch, other)
+            for path, node in self._lists(batch, ""):
+                if path not in self._per_sample and _ambiguous(batch, node):
+                    raise DataError(_ASK.format(path=path or "the batch", count=len(node)))
+        return self._marked(batch, "", self._samples(batch)) if self._per_sample else batch
+
+    def look(self, batch: Any) -> None:
+        """Takes in a batch that is compared with those to be read."""
+        self._learn(_outline(batch), sure=False)
+
+    def _lists(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        """Each list with its path, but those inside one sample's item."""
+        inside = children(node)
+        if inside is None:
+            return
+        if is_list(node) and node:
+            yield path, node
+            if self._per_sample.get(path):
+                return
+        for step, child in zip(steps(node), inside):
+            yield from self._lists(child, path + step)
+
+    def _settle(self, batch: Any, other: Callable[[int], Any] | None) -> None:
+        if other is None or self._asked:
+            self.look(batch)
+            return
+        self._asked = True
+        for size in _TRIED:
+            try:
+                outline = _outline(other(size))
+            except DataError:  # a collate function may want more at once: the next size, or the batches that come
+                continue
+            self._learn(outline, sure=True)
+            if all(path in self._per_sample for path, _ in self._lists(batch, "")):
+                return
+
+    def _learn(self, outline: _Outline, *, sure: bool) -> None:
+        """Takes in one more batch; of those before it, two are kept."""
+        for before in self._seen:
+            self._per_sample.update(_grown(before, outline, sure=sure))
+        if outline not in self._seen:
+            self._seen = [*self._seen[-1:], outline]
+
+    def _samples(self, batch: Any) -> int | None:
+        """Samples in the batch: of the lists known to hold them, or else along the tensors."""
+        known = (len(node) for path, node in self._lists(batch, "") if self._per_sample.get(path))
+        return next(known, next((tensor.size(0) for _, tensor in tree.tensors(batch) if tensor.dim()), None))
+
+    def _marked(self, node: Any, path: str, samples: int | None) -> Any:
+        inside = children(node)
+        if not inside:
+            return node
+        own = self._per_sample.get(path) if is_list(node) else None
+        if own:
+            return known_as(node, samples=True)
+        marked = [self._marked(child, path + step, samples) for step, child in zip(steps(node), inside)]
+        if any(new is not old for new, old in zip(marked, inside)):
+            node = rebuild(node, marked)
+        # Longer or shorter than the samples, it cannot be mistaken, and stays of its own type.
+        mistaken = own is False and len(node) == samples and alike(node)
+        return known_as(node, samples=False) if mistaken else node
+
+
+_ASK = (
+    "{path} of the batch is a list of {count} items, and can be read as {count} samples or as {count} parts that each "
+    "hold all samples; no batch of another size tells which is meant. Stack what belongs to samples into one tensor, "
+    "or name parts by a dict; or give the samples in a Dataset, from which batches of any size can be made"
+)
+
+
+def _outline(node: Any) -> _Outline:
+    if isinstance(node, Tensor):
+        return _Outline(node.size(0) if node.dim() else None, False, ())
+    inside = children(node) or ()
+    named = zip(steps(node), inside) if inside else ()
+    size = len(inside) if is_list(node) else None
+    return _Outline(size, is_list(node), tuple((step, _outline(child)) for step, child in named))
+
+
+def _grown(before: _Outline, after: _Outline, *, sure: bool) -> dict[str, bool]:
+    """Of each list in both: whether it holds one item a sample. Empty where nothing, or more than one thing, grew.
+
+    `sure`: the batches were made to differ in their samples, so that what stayed as it was belongs to none.
+    """
+    lists: dict[str, bool] = {}
+    sizes: set[tuple[int, int]] = set()
+    _compare(before, after, "", lists, sizes)
+    if sure:
+        sizes = {(one, other) for one, other in sizes if one != other}
+    return lists if len(sizes) == 1 and not any(one == other for one, other in sizes) else {}
+
+
+def _compare(before: _Outline, after: _Outline, path: str, lists: dict[str, bool], sizes: set[tuple[int, int]]) -> None:
+    """Collects, from what stands at the same places of two batches: lists that grew or did not, and sizes of both."""
+    if before.is_list != after.is_list:
+        return
+    grew = before.size != after.size
+    if before.is_list:
+        lists[path] = grew
+    if before.size is not None and after.size is not None and (grew or not before.is_list):
+        sizes.add((before.size, after.size))
+    if before.is_list and grew:
+        return  # what is inside belongs to single samples
+    for (step, one), (other_step, other) in zip(before.inside, after.inside):
+        if step == other_step:
+            _compare(one, other, path + step, lists, sizes)
+
+
+def _ambiguous(batch: Any, items: Any) -> bool:
+    """Whether the items could be samples, and parts of as many samples too."""
+    if items is batch and isinstance(items[0], Tensor):
+        return False  # inputs and targets
+    tensors = [[tensor for _, tensor in tree.tensors(item)] for item in items]
+    if not alike(items) or not all(found and all(tensor.dim() for tensor in found) for found in tensors):
+        return False
+    known = known_as(items, samples=False)
+    as_parts = _replaced(batch, items, known)
+    return Reading(as_parts, len(items)).fits and all(tensor.size(0) == len(items) for _, tensor in tree.tensors(known))
+
+
+def _replaced(node: Any, old: Any, new: Any) -> Any:
+    if node is old:
+        return new
+    inside = children(node)
+    return node if inside is None else rebuild(node, [_replaced(child, old, new) for child in inside])

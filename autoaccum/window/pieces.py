@@ -1,0 +1,38 @@
+"""What a person's own loop gives to a window, as micro-batches: cut by the plan, unless they are cut already."""
+
+from typing import Any
+
+from autoaccum.data import tree
+from autoaccum.data.per_sample import ListReader
+from autoaccum.data.structure import alike, children
+from autoaccum.errors import SetupError
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split
+
+__all__ = ["micro_batches"]
+
+
+def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
+    """The micro-batches of one window on this rank.
+
+    Args:
+        batches: one batch, or a list of micro-batches of one structure.
+        plan: its limit cuts the batch, and holds for micro-batches.
+        lists: reads what lists in them hold, alike for all windows.
+
+    Raises:
+        SetupError: a micro-batch is larger than the plan's limit.
+    """
+    limit = plan.limits[plan.rank]
+    # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
+    if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
+        pieces = [lists.read(batch) for batch in batches]
+        largest = max(map(tree.batch_size, pieces))
+        if largest > limit:
+            raise SetupError(
+                f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
+                f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
+            )
+        return pieces
+    batch = lists.read(batches)
+    return tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=plan.minimum))
