@@ -21,6 +21,7 @@ from autoaccum.pipeline import (
     Isolation,
     adopt,
     beside_own_rate,
+    check_arithmetic,
     compile_model,
     for_ranks,
     given_plan,
@@ -46,6 +47,7 @@ from autoaccum.training.loop import FitResult, TrainingLoop
 from autoaccum.training.parts import kept_answers
 from autoaccum.training.rates import take_back
 from autoaccum.training.run_folder import open_run
+from autoaccum.training.schedule import check_schedule
 from autoaccum.window.ladder import RUNGS
 from autoaccum.window.phase import Phase, check_phases
 from autoaccum.window.verify import VerifyReport
@@ -104,13 +106,14 @@ def probe(
     """
     together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
     with ends_all(together):
-        check_counts(target_batch=target_batch, max_batch=max_batch)
+        check_counts(target_batch=target_batch, max_batch=max_batch, multiple_of=multiple_of)
         _check_choices(prefer, ladder, cache=cache, compile=compile)
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
             stays=_in_a_child(isolate), phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
         )  # fmt: skip
+        check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
         if together:
             agreed(parts, "probe", target_batch=target_batch, multiple_of=multiple_of, tail=tail, ladder=ladder,
                    batch_norm=batch_norm, lr_batch=lr_batch, lr_rule=lr_rule)  # fmt: skip
@@ -256,10 +259,9 @@ def prepare(
     given = None if plan is None else given_plan(plan, target_batch)
     target_batch = target_of(given, target_batch)
     check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps,
-                 checkpoint_every=checkpoint_every, regrow_after=regrow_after)  # fmt: skip
+                 multiple_of=multiple_of, checkpoint_every=checkpoint_every, regrow_after=regrow_after)  # fmt: skip
     listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
-    one_of("check", check, (True, False, "warn"))
-    one_of("resume", resume, ("auto", True, False))
+    _check_training(check, resume, schedule, warmup_steps)
     _check_choices(prefer, ladder, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
     check_metrics(metrics, step)
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
@@ -272,6 +274,7 @@ def prepare(
     )  # fmt: skip
     for turn in parts.turns:
         take_back(turn.optimizer)
+    check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
     if given is not None:
         given = for_ranks(given, parts.ranks)
     val_source = None if val_data is None else open_source(val_data, shuffle=False)
@@ -395,6 +398,12 @@ def _check_choices(prefer: str, ladder: str | bool | None, **switches: bool) -> 
     one_of("prefer", prefer, ("fewest", "fastest"))
     one_of("ladder", ladder, (None, False, "auto", *RUNGS))
     check_switches(**switches)
+
+
+def _check_training(check: Any, resume: Any, schedule: Any, warmup_steps: Any) -> None:
+    one_of("check", check, (True, False, "warn"))
+    one_of("resume", resume, ("auto", True, False))
+    check_schedule(schedule, warmup_steps)
 
 
 def _run_as_asked(parts: Parts, compile: bool, ladder: str | bool | None, events: Events) -> None:

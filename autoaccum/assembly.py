@@ -12,11 +12,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from autoaccum.checks import check_seed, one_of
+from autoaccum.checks import check_seed, is_positive, one_of
 from autoaccum.data import tree
 from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source, open_source
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
 from autoaccum.model.untouched import Untouched
@@ -250,8 +250,8 @@ def _check_gradients_are_on() -> None:
 
 
 def _check_rate(lr: Any) -> None:
-    if lr is not None and (isinstance(lr, bool) or not isinstance(lr, (int, float)) or not 0 < lr < float("inf")):
-        raise SetupError(f"lr={lr!r} is not a learning rate: give a number above 0, such as 1e-3")
+    if lr is not None and not (isinstance(lr, (int, float)) and is_positive(lr) and lr < float("inf")):
+        raise SetupError(f"lr={shown(lr)} is not a learning rate: give a number above 0, such as 1e-3")
 
 
 def _is_lazy(model: nn.Module) -> bool:

@@ -1,39 +1,22 @@
 """Values that users give, refused in one way: the name, the value, and what to give instead."""
 
-import reprlib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
-from autoaccum.errors import PlanError, SetupError
+from autoaccum.errors import PlanError, SetupError, shown
 
-__all__ = ["check_counts", "check_kind", "check_seed", "check_switches", "listed", "one_of", "shown"]
-
-
-_SHOWN = 80  # characters of a value that a message repeats
-
-
-class _Beginning(reprlib.Repr):
-    """The beginning of a value's repr, however large, deep or broken the value is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxlong = self.maxother = _SHOWN
-        self.maxlevel = 3
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Python refuses to write out an integer of more than some 4300 digits."""
-        if abs(x) < 10**40:
-            return repr(x)
-        return f"an integer of {x.bit_length()} bits"
-
-
-_BEGINNING = _Beginning()
-
-
-def shown(value: Any) -> str:
-    """A value for a message, in one line: its repr, of which at most the beginning stands."""
-    text = " ".join(_BEGINNING.repr(value).split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+__all__ = [
+    "check_call",
+    "check_counts",
+    "check_kind",
+    "check_seed",
+    "check_switches",
+    "is_positive",
+    "listed",
+    "one_of",
+]
 
 
 def check_counts(**counts: Any) -> None:
@@ -43,8 +26,8 @@ def check_counts(**counts: Any) -> None:
         PlanError: naming the value.
     """
     for name, value in counts.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise PlanError(f"{name}={value!r}: give a whole number of 1 or more, such as 256")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63):
+            raise PlanError(f"{name}={shown(value)}: give a whole number of 1 or more, such as 256")
 
 
 def check_switches(**switches: Any) -> None:
@@ -57,6 +40,38 @@ def check_switches(**switches: Any) -> None:
         one_of(name, value, (True, False))
 
 
+def check_call(name: str, function: Any, arguments: Sequence[str]) -> None:
+    """Refuses a function that cannot be called with so many arguments, before anything runs.
+
+    Args:
+        name: of the setting.
+        function: as given; where it has no signature to be had, calling it will tell.
+        arguments: what each is, in words.
+
+    Raises:
+        SetupError: naming the function.
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise SetupError(
+            f"{name}={shown(function)} is called as f({', '.join(arguments)}), which it does not take: {error}"
+        ) from error
+    except ValueError:
+        return
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above 0, of any of Python's kinds, that a float can hold; infinity is one, True is not."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:  # type: ignore[operator]
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
 def check_seed(seed: Any) -> None:
     """Refuses anything but None or a whole number that torch's generators take: from −2**63 to 2**64 − 1.
 
@@ -64,7 +79,7 @@ def check_seed(seed: Any) -> None:
         SetupError: naming the value.
     """
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
-        raise SetupError(f"seed={seed!r}: give a whole number of at most 64 bits, such as 0")
+        raise SetupError(f"seed={shown(seed)}: give a whole number of at most 64 bits, such as 0")
 
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
@@ -74,7 +89,7 @@ def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: st
         SetupError: naming the value.
     """
     if not isinstance(value, kinds):
-        raise SetupError(f"{name}={value!r} is of type {type(value).__name__}: give {wanted}")
+        raise SetupError(f"{name}={shown(value)} is of type {type(value).__name__}: give {wanted}")
 
 
 def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
@@ -85,10 +100,13 @@ def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
     """
     wanted = f"functions of an event in a list, such as {name}=[print]"
     check_kind(name, functions, Iterable, wanted)
-    found = list(functions)
+    try:
+        found = list(functions)
+    except TypeError as error:  # a tensor without dimensions says that it can be iterated
+        raise SetupError(f"{name}={shown(functions)} cannot be iterated: give {wanted}") from error
     for each in found:
         if not callable(each):
-            raise SetupError(f"{name} has {each!r} in it, which cannot be called: give {wanted}")
+            raise SetupError(f"{name} has {shown(each)} in it, which cannot be called: give {wanted}")
     return found
 
 
@@ -99,4 +117,4 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
         SetupError: naming the value and the choices.
     """
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise SetupError(f"{name}={value!r}: choose {', '.join(map(repr, choices))}")
+        raise SetupError(f"{name}={shown(value)}: choose {', '.join(map(repr, choices))}")

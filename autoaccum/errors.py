@@ -14,8 +14,11 @@ Each says what failed, the numbers, and what to do next. The tree:
     ├ CheckpointError             a checkpoint that is damaged or belongs to another training
     └ MissingExtraError (ImportError)  an optional package is not installed
 
-`exit_code` is what the command line ends with.
+`exit_code` is what the command line ends with. A message repeats at most the beginning of a value: `shown`.
 """
+
+import reprlib
+from typing import Any
 
 __all__ = [
     "AutoaccumError",
@@ -89,3 +92,30 @@ class MissingExtraError(AutoaccumError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f'{purpose} needs {package}, which is not installed: pip install "autoaccum[{extra}]"')
+
+
+_SHOWN = 80  # characters of a value that a message repeats
+
+
+class _Beginning(reprlib.Repr):
+    """The beginning of a value's repr, however large, deep or broken the value is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _SHOWN
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        """Python refuses to write out an integer of more than some 4300 digits."""
+        if abs(x) < 10**40:
+            return repr(x)
+        return f"an integer of {x.bit_length()} bits"
+
+
+_BEGINNING = _Beginning()
+
+
+def shown(value: Any) -> str:
+    """A value for a message, in one line: its repr, of which at most the beginning stands."""
+    text = " ".join(_BEGINNING.repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -14,7 +14,15 @@ from autoaccum.assembly import Parts
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
 from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
-from autoaccum.errors import LossError, NothingFitsError, PlanError, ProbeError, SetupError, StateNotRestoredError
+from autoaccum.errors import (
+    LossError,
+    NothingFitsError,
+    PlanError,
+    ProbeError,
+    SetupError,
+    StateNotRestoredError,
+    shown,
+)
 from autoaccum.loss.counting import holds_indices
 from autoaccum.model.untouched import Untouched
 from autoaccum.planning.learning_rate import number
@@ -44,6 +52,7 @@ __all__ = [
     "Isolation",
     "adopt",
     "beside_own_rate",
+    "check_arithmetic",
     "checked",
     "compile_model",
     "for_ranks",
@@ -286,6 +295,15 @@ def _probe_in_child(
     return ProbeReport.from_dict(answer["report"], lines)
 
 
+def check_arithmetic(parts: Parts, **settings: Any) -> None:
+    """Refuses settings of the plan's before a probe is spent on them.
+
+    Raises:
+        PlanError: naming the value.
+    """
+    plan(1, 1, optimizer=parts.optimizer, **settings)
+
+
 def planned(
     parts: Parts, report: ProbeReport | None, micro_batch: int | None, target_batch: int, *, lr_batch: int | None,
     lr_rule: str, batch_norm: str, tail: str, multiple_of: int,
@@ -449,7 +467,7 @@ def told_of_the_plans(given: Plan, events: Events, **asked: Any) -> None:
     for name, value in asked.items():
         if value != usual.get(name) and value != getattr(given, name):
             has = f"the plan has {name}={getattr(given, name)!r}"
-            events.tell(Noted(f"{name}={value!r} is set aside: {has}, and make another plan to change it"))
+            events.tell(Noted(f"{name}={shown(value)} is set aside: {has}, and make another plan to change it"))
 
 
 def for_ranks(given: Plan, ranks: Ranks) -> Plan:

@@ -2,7 +2,7 @@
 
 import re
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 
 __all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes"]
 
@@ -25,17 +25,23 @@ def parse_bytes(text: str | int) -> int:
         SetupError: not a number with one of the known units, or less than one byte.
     """
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise SetupError(f'{text!r} is not a memory size: give bytes as an int, or a text such as "8GiB" or "512MiB"')
+        raise SetupError(
+            f'{shown(text)} is not a memory size: give bytes as an int, or a text such as "8GiB" or "512MiB"'
+        )
     if isinstance(text, int):
         size = text
     else:
         match = _PATTERN.fullmatch(text)
         factor = _UNITS.get(match.group(2).lower()) if match else None
         if match is None or factor is None:
-            raise SetupError(f'{text!r} is not a memory size: write a number with KiB, MiB, GiB or TiB, such as "8GiB"')
-        size = int(float(match.group(1)) * factor)
+            raise SetupError(
+                f'{shown(text)} is not a memory size: write a number with KiB, MiB, GiB or TiB, such as "8GiB"'
+            )
+        size = int(min(float(match.group(1)), 2.0**63) * factor)
+    if size >= 2**63:
+        raise SetupError(f"{shown(text)} is not a memory size: no machine has so much")
     if size < 1:
-        raise SetupError(f'{text!r} is not a memory size: it must be at least one byte, such as "8GiB"')
+        raise SetupError(f'{shown(text)} is not a memory size: it must be at least one byte, such as "8GiB"')
     return size
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.checks import check_counts, check_kind, check_seed, listed, one_of
-from autoaccum.errors import PlanError, SetupError
+from autoaccum.errors import PlanError, SetupError, shown
 
 
 @pytest.mark.parametrize("value", [None, 1, 256])
@@ -77,3 +77,30 @@ def test_an_optimizer_that_refuses_the_parameters_is_named():
 
 def refusing(parameters, lr):
     raise ValueError("only matrices are taken")
+
+
+class Broken:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("short", "'short'"),
+        (10**5000, "an integer of 16610 bits"),
+        (True, "True"),
+        (["a\nb"], "['a\\nb']"),
+    ],
+    ids=["text", "huge", "flag", "lines"],
+)
+def test_a_message_repeats_a_value_as_it_is_written(value, text):
+    assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 10**6, list(range(10**6)), {n: n for n in range(10**5)}, Broken(), [[[[[]]]]]], ids=list("abcde")
+)
+def test_a_message_repeats_the_beginning_of_a_value_at_most(value):
+    assert 0 < len(shown(value)) <= 80
+    assert "\n" not in shown(value)

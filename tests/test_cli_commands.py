@@ -432,3 +432,42 @@ def test_several_limits_are_of_as_many_ranks():
     assert done.exit_code == 0, done.stderr
     made = json.loads(done.stdout)
     assert (made["world_size"], made["limits"]) == (2, [100, 50])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "..x:f",
+        ".:f",
+        "a b:c",
+        "1:f",
+        "a..b:c",
+        "x" * 9000 + ":f",
+        "x\0y.py:f",
+        "/:f",
+        "t.py:build:",
+        "t.py:build()",
+        ":",
+    ],
+)
+def test_a_target_that_cannot_be_named_so_is_a_usage_error_in_one_short_line(target):
+    done = run("verify", "--", target)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert len(done.stderr) < 600
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "wide", ""])
+def test_a_terminal_that_says_it_has_no_columns_is_written_to_all_the_same(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    done = run("plan", "--limit", "8", "--target-batch", "20")
+    assert done.exit_code == 0
+    assert "7 + 7 + 6" in done.stdout or "2 × 7 + 6" in done.stdout
+    assert "exactly as asked" in " ".join(done.stdout.split())
+
+
+def test_a_plan_of_more_micro_batches_than_can_be_listed_is_refused_at_once():
+    done = run("plan", "--limit", "1", "--target-batch", "100000000")
+    assert done.exit_code == 2
+    assert "lower the target batch to 1048576" in done.stderr

@@ -90,7 +90,7 @@ def test_a_declared_denominator_that_is_none_is_refused_with_its_value(value, wo
         ({"loss": nn.CrossEntropyLoss}, "is a class.*CrossEntropyLoss\\(\\)"),
         ({"step": 3}, "step=3 is a int.*f\\(model, batch\\)"),
         ({"loss": print, "step": print}, "both given"),
-        ({"reduction": "mean"}, "'mean' is not known: choose 'auto', 'sample_mean', 'token_mean', 'weighted_mean'"),
+        ({"reduction": "mean"}, "'mean' is not known: choose 'auto', 'coupled', 'sample_mean', 'token_mean'"),
         ({"reduction": 3}, "reduction=3 is not known"),
         ({"reduction": {"a": "sum"}}, "only a step returns several"),
         ({"step": print, "reduction": {}}, "names no term"),

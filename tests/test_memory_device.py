@@ -435,3 +435,17 @@ def test_apples_gpu_counts_what_metal_recommends_and_the_host_has(monkeypatch):
     mps.release()
     mps.synchronize()
     assert calls == ["empty", "synchronize"]
+
+
+@pytest.mark.parametrize(
+    "memory", [10**400, "9" * 400 + "GiB", "9" * 5000, 2**63, "1e9%", "999999999%"], ids=list("abcdef")
+)
+def test_a_budget_beyond_all_machines_is_refused_in_a_short_line(memory):
+    with pytest.raises(SetupError) as caught:
+        open_device("cpu").budget(memory)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_device_with_an_index_beyond_all_numbers_is_none():
+    with pytest.raises(DeviceError, match="is not a device that PyTorch knows"):
+        open_device(10**400)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.units import parse_bytes
 
 __all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "takes", "target_argument"]
@@ -34,7 +34,7 @@ def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> st
     except SetupError as error:
         raise click.BadParameter(str(error), ctx, param) from None
     except ValueError:
-        text = f"{value!r} is not a share of the memory: write one above 0% and at most 100%, such as 80%"
+        text = f"{shown(value)} is not a share of the memory: write one above 0% and at most 100%, such as 80%"
         raise click.BadParameter(text, ctx, param) from None
     return value
 

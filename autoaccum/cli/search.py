@@ -10,7 +10,7 @@ from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes, target_argument
 from autoaccum.cli.saving import saved
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,7 +23,7 @@ def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> i
     if value is None or value == "gpus":
         return value
     if not value.isdigit() or int(value) < 1:
-        raise click.BadParameter(f'{value!r} is neither a number above 0 nor "gpus"', ctx, param)
+        raise click.BadParameter(f'{shown(value)} is neither a number above 0 nor "gpus"', ctx, param)
     return int(value)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 
 __all__ = ["Target", "keywords_of"]
 
@@ -56,19 +56,29 @@ class Target:
         where, colon, name = text.rpartition(":")
         if not colon or not where or not name:
             raise SetupError(
-                f"{text!r} does not name a function: write FILE.py:NAME or MODULE:NAME, such as train.py:build, where "
+                f"{shown(text)} does not name a function: write FILE.py:NAME or MODULE:NAME, such as train.py:build, "
+                "where "
                 "NAME is a function that returns a dict of fit's arguments"
             )
         if not where.endswith(".py") and os.sep not in where:
+            if not all(part.isidentifier() for part in where.split(".")):
+                raise SetupError(
+                    f"{shown(text)}: {shown(where)} is no module's name, such as package.train: for a file write its "
+                    "path, such as train.py:build"
+                )
             return cls(text, os.getcwd(), None, where, name, dict(overrides or {}))
-        path = Path(where).resolve()
+        try:
+            path = Path(where).resolve()
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{shown(text)} does not name a file: {error}") from error
         if path.is_dir():
             raise SetupError(
-                f"{text!r}: {str(path)!r} is a folder, and no file: name the Python file in it that defines {name}, "
+                f"{shown(text)}: {str(path)!r} is a folder, and no file: name the Python file in it that defines "
+                f"{name}, "
                 f"such as {Path(where) / 'train.py'}:{name}"
             )
         if not path.is_file():
-            raise SetupError(f"{text!r}: there is no file {str(path)!r}{_near(path)}")
+            raise SetupError(f"{shown(text)}: there is no file {str(path)!r}{_near(path)}")
         return cls(text, str(path.parent), str(path), path.stem, name, dict(overrides or {}))
 
     @property
@@ -115,7 +125,7 @@ class Target:
                 place = getattr(found, "__file__", None) or getattr(found, "__name__", found)
                 public = [name for name in names if not name.startswith("_") and callable(getattr(found, name, None))]
                 raise SetupError(
-                    f"{self.text!r}: there is no {part!r} in {place}{_nearest(part, public, 'it defines')}"
+                    f"{shown(self.text)}: there is no {part!r} in {place}{_nearest(part, public, 'it defines')}"
                 )
             found = getattr(found, part)
         return found
@@ -123,7 +133,7 @@ class Target:
     def _callable(self, found: Any) -> Callable[..., Any]:
         if not callable(found):
             raise SetupError(
-                f"{self.text!r} is {_kind(found)}, which cannot be called: name a function that returns a dict of "
+                f"{shown(self.text)} is {_kind(found)}, which cannot be called: name a function that returns a dict of "
                 "fit's arguments"
             )
         return found  # type: ignore[no-any-return]  # callable, as was just seen
@@ -141,8 +151,8 @@ class Target:
             if error.name is None or not f"{self.module}.".startswith(f"{error.name}."):
                 raise  # the module is there, and imports another that is not
             raise SetupError(
-                f"{self.text!r}: no module named {error.name!r} can be imported from {self.folder}: check the name, "
-                "install the package, or write the path of a file, such as train.py:build"
+                f"{shown(self.text)}: no module named {shown(error.name)} can be imported from {self.folder}: check "
+                "the name, install the package, or write the path of a file, such as train.py:build"
             ) from error
 
 
@@ -199,7 +209,8 @@ def _check_call(text: str, function: Callable[..., Any], args: tuple[Any, ...], 
     except TypeError as error:
         wanted = f"the arguments {', '.join([*map(repr, args), *keywords])}" if args or keywords else "no arguments"
         raise SetupError(
-            f"{text!r} is called with {wanted}, but is {function.__name__}{signature}: {error}; give the parameters "
+            f"{shown(text)} is called with {wanted}, but is {function.__name__}{signature}: {error}; give the "
+            "parameters "
             "defaults, or write a function around it"
         ) from error
 
@@ -207,7 +218,7 @@ def _check_call(text: str, function: Callable[..., Any], args: tuple[Any, ...], 
 def _check_arguments(text: str, arguments: Any) -> None:
     if not isinstance(arguments, Mapping):
         raise SetupError(
-            f"{text!r} returned {_kind(arguments)}, but must return a dict of fit's arguments: "
+            f"{shown(text)} returned {_kind(arguments)}, but must return a dict of fit's arguments: "
             'return {"model": model, "data": data, ...}'
         )
     import autoaccum
@@ -215,11 +226,13 @@ def _check_arguments(text: str, arguments: Any) -> None:
     known = keywords_of(autoaccum.fit)
     for key in arguments:
         if known is not None and key not in known:
-            raise SetupError(f"{text!r} returned the unknown key {key!r}{_nearest(str(key), known, 'fit takes')}")
+            raise SetupError(f"{shown(text)} returned the unknown key {key!r}{_nearest(str(key), known, 'fit takes')}")
     for key in _REQUIRED:
         if key not in arguments:
             has = ", ".join(map(repr, arguments)) or "nothing"
-            raise SetupError(f"{text!r} returned a dict without {key!r}, only with {has}: add the {key} under that key")
+            raise SetupError(
+                f"{shown(text)} returned a dict without {key!r}, only with {has}: add the {key} under that key"
+            )
 
 
 def _is_trained_by_another(found: Any) -> bool:

@@ -26,7 +26,7 @@ from autoaccum.data.mapped import rebuilt, samples_from
 from autoaccum.data.orders import length_of, possible_indices, undistributed
 from autoaccum.data.pool import KEPT_BYTES, Pool, spread
 from autoaccum.data.stream import Reader, StreamSource, reads_once
-from autoaccum.errors import DataError
+from autoaccum.errors import DataError, shown
 from autoaccum.units import format_bytes
 
 __all__ = ["BatchSource", "iterates_by_itself"]
@@ -223,7 +223,7 @@ def _checked_size(batch: Any) -> int:
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         target = batch[-1]
     if isinstance(target, (int, float)) or (isinstance(target, Tensor) and target.dim() == 0):
-        raise DataError(f"an item with the target {target!r} is a single sample and no batch. {hint}")
+        raise DataError(f"an item with the target {shown(target)} is a single sample and no batch. {hint}")
     try:
         return tree.batch_size(batch)
     except DataError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
+from autoaccum.checks import check_call
 from autoaccum.data import tree
 from autoaccum.data.base import Source
 from autoaccum.data.indexed import TensorSource
@@ -22,7 +23,7 @@ from autoaccum.data.mapped import MapSource
 from autoaccum.data.ready import BatchSource, iterates_by_itself
 from autoaccum.data.stream import SampleSource
 from autoaccum.data.structure import children, steps
-from autoaccum.errors import DataError
+from autoaccum.errors import DataError, shown
 from autoaccum.ranks import Ranks, here
 
 __all__ = ["Source", "open_source", "read_more_than_once"]
@@ -62,6 +63,8 @@ def open_source(
     if isinstance(data, Source):
         return data
     _refuse_class("the data", data)
+    if callable(worst_case):
+        check_call("worst_case", worst_case, ("samples",))
     common: dict[str, Any] = {"seed": seed, "ranks": here() if ranks is None else ranks, "worst_case": worst_case}
     if isinstance(data, DataLoader):
         return _of_loader(data, {"shuffle": shuffle, **common}, common)
@@ -101,7 +104,7 @@ def _is_tensors(data: Any) -> bool:
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise DataError(
-                f"the data is the tensor {data!r}, which has no dimensions: samples must lie along the first"
+                f"the data is the tensor {shown(data)}, which has no dimensions: samples must lie along the first"
             )
         return True
     if not isinstance(data, (tuple, Mapping)):
@@ -111,7 +114,7 @@ def _is_tensors(data: Any) -> bool:
         raise DataError(f"the data is an empty {kind}: give one of equally long tensors")
     for path, leaf in _leaves(data, ""):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
-            what = f"a tensor without dimensions ({leaf!r})" if isinstance(leaf, Tensor) else type(leaf).__name__
+            what = f"a tensor without dimensions ({shown(leaf)})" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise DataError(
                 f"the data is a {kind}, which must hold equally long tensors, and {path} is {what}: make it a tensor "
                 "with one row a sample, give a list of samples, or choose one dataset of several"

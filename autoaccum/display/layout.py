@@ -13,6 +13,7 @@ from rich.text import Text
 __all__ = ["NARROW", "Bar", "Row", "facts", "lines", "number", "of_budget", "on_curve", "open_console", "outcome_style"]
 
 _BAR = 20  # cells of a full bar
+_NARROWEST = 40  # columns: with fewer, values would be cut off
 NARROW = 60  # columns of a terminal in which not everything has room
 Row = tuple[str, object, str]  # what it is, its value, why
 
@@ -53,7 +54,10 @@ def open_console(stream: TextIO | None = None, *, width: int | None = None) -> C
     stream = sys.stderr if stream is None else stream
     if not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf"):
         stream = _Plain(stream)  # type: ignore[assignment]  # it has all that rich asks of a file
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    console = Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    if console.width < _NARROWEST:  # COLUMNS=0, as some terminals and job systems set it, would draw nothing
+        console.width = 80 if console.width < _NARROWEST // 4 else _NARROWEST
+    return console
 
 
 def facts(rows: Iterable[Row]) -> RenderableType:

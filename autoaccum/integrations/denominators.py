@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data.piece import Piece
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.loss.call import scalar, targets_in
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.heads import Head, measure
@@ -45,7 +45,8 @@ def counted_in_batch(reduction: Any) -> Any:
         if reduction in ("sample_mean", "sum"):
             return reduction
         raise SetupError(
-            f"reduction={reduction!r} cannot be declared for a trainer's step: give 'auto', 'sample_mean', 'sum' or "
+            f"reduction={shown(reduction)} cannot be declared for a trainer's step: give 'auto', 'sample_mean', "
+            "'sum' or "
             "f(batch) -> float"
         )
     return lambda piece: reduction(piece.batch)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoaccum.data.structure import plain
-from autoaccum.errors import DataError, LossError
+from autoaccum.errors import DataError, LossError, shown
 
 __all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "relabelled", "returned_loss", "scalar", "targets_in"]
 
@@ -65,7 +65,8 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
     for key in batch:
         if not isinstance(key, str):
             raise DataError(
-                f"the batch has the key {key!r}, a {type(key).__name__}: the model is called with keyword arguments, "
+                f"the batch has the key {shown(key)}, a {type(key).__name__}: the model is called with keyword "
+                "arguments, "
                 f"so make the keys texts, {_STEP}"
             )
     if not apart:
@@ -154,7 +155,7 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
         LossError: not a tensor, not one element, or without a graph.
     """
     if not isinstance(loss, Tensor):
-        what = f"the number {loss!r}" if isinstance(loss, (int, float)) else f"a {type(loss).__name__}"
+        what = f"the number {shown(loss)}" if isinstance(loss, (int, float)) else f"a {type(loss).__name__}"
         raise LossError(
             f"{source} returned {what} as its loss, which has no graph, so nothing can be learned from it: return the "
             "loss tensor itself, without .item() or float()"
@@ -180,7 +181,9 @@ def expect_scalar(loss: Any) -> None:
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         what = (
-            f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss).__name__} {loss!r}"
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"{type(loss).__name__} {shown(loss)}"
         )
         graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
         raise LossError(f"the loss is {what}{graph}: pass the micro-batch's mean loss, a scalar tensor with a graph")

@@ -82,7 +82,10 @@ def as_denominator(value: Any, source: str) -> float:
             f"{source} gave {_short(value)}, a {type(value).__name__}{shape}: a denominator is one number, what the "
             "mean loss was divided by"
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise LossError(f"{source} gave {_short(value)}, which is not one number: {error}") from error
     if not (math.isfinite(number) and number >= 0):
         raise LossError(
             f"{source} gave {number:g}: a denominator is finite and not negative, and 0 only where nothing in the "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.errors import DataError, LossError, SetupError
+from autoaccum.errors import DataError, LossError, SetupError, shown
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counting import IGNORED, holds_indices
 from autoaccum.loss.objective import Objective
@@ -75,7 +75,7 @@ def _named(objective: Objective, reduction: str, name: str, batch: Any) -> Count
         (amount,) = (other.denominators(part) or {}).values()
         return amount
 
-    return Count(name, f"reduction={reduction!r}", of)
+    return Count(name, f"reduction={shown(reduction)}", of)
 
 
 def _labels(objective: Objective, batch: Any) -> Iterator[Count]:

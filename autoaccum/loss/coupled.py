@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
-from autoaccum.errors import LossError, SetupError
+from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.loss.call import arrange
 
 __all__ = ["Coupled", "CoupledLoss", "Representations", "Shared", "coupled_of"]
@@ -59,7 +59,7 @@ class Coupled:
             ("loss", loss, "loss(representations, batch), which gives a scalar"),
         ):
             if not callable(given) or isinstance(given, type):
-                raise SetupError(f"Coupled got {name}={given!r}, which is no function: pass {example}")
+                raise SetupError(f"Coupled got {name}={shown(given)}, which is no function: pass {example}")
         self.encode, self.loss = encode, loss
         self.takes_batch = _takes_two(loss)
 
@@ -110,7 +110,8 @@ def coupled_of(loss: Any, step: Any, reduction: Any) -> Coupled | None:
     if isinstance(step, Coupled):
         if reduction not in ("auto", "coupled"):
             raise SetupError(
-                f"reduction={reduction!r} beside a Coupled step, whose loss is computed once over the whole window and "
+                f"reduction={shown(reduction)} beside a Coupled step, whose loss is computed once over the whole "
+                "window and "
                 "divided by nothing: leave reduction away"
             )
         return step

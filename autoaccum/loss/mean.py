@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoaccum.errors import LossError
+from autoaccum.errors import LossError, shown
 from autoaccum.loss.call import scalar
 from autoaccum.loss.counting import as_denominator
 
@@ -90,7 +90,7 @@ class Mean:
         return tensor
 
     def __repr__(self) -> str:
-        return f"Mean(numerator={self.numerator!r}, denominator={self.denominator!r})"
+        return f"Mean(numerator={shown(self.numerator)}, denominator={shown(self.denominator)})"
 
 
 class Sum(Mean):
@@ -116,9 +116,12 @@ def as_number(value: Any) -> float:
     """
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise LossError(
-            f"Mean got the numerator {value!r}, a {type(value).__name__}: give the sum of the losses, a tensor"
+            f"Mean got the numerator {shown(value)}, a {type(value).__name__}: give the sum of the losses, a tensor"
         )
-    return float(value)
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise LossError(f"Mean got the numerator {shown(value)}, which is not one number: {error}") from error
 
 
 def _denominator(value: Any) -> float | Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoaccum.checks import shown
 from autoaccum.data import tree
-from autoaccum.errors import DataError, SetupError
+from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.call import Call
 from autoaccum.loss.torch_losses import TorchLoss
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autoaccum.checks import check_call
 from autoaccum.data import tree
-from autoaccum.errors import DataError, SetupError
+from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.call import TARGET_KEYS, arrange, targets_in
 from autoaccum.loss.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices
 from autoaccum.loss.heads import Head
@@ -45,6 +46,10 @@ class Reduction:
         _check_declared(declared, step)
         self._loss, self._step, self._declared = loss, step, declared
         self.torch = TorchLoss.recognise(loss) if loss is not None else None
+        if loss is not None and self.torch is None:
+            check_call("loss", loss, ("outputs", "targets"))
+        if step is not None:
+            check_call("step", step, ("model", "batch"))
         self.head: Head | None = None
         self._weights = ClassWeights()
         terms: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {"loss": declared}
@@ -152,7 +157,7 @@ class Reduction:
         if not holds_indices(targets):
             kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
             raise DataError(
-                f"reduction={how!r} counts targets that are integers, and these are {kind}: "
+                f"reduction={shown(how)} counts targets that are integers, and these are {kind}: "
                 "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
             )
         head = self.head or Head(self.ignore_index)
@@ -164,7 +169,8 @@ class Reduction:
         targets = targets_in(batch, apart=self.apart)
         if targets is None:
             raise DataError(
-                f"reduction={how!r} counts the batch's targets, and a {type(batch).__name__} does not say which they "
+                f"reduction={shown(how)} counts the batch's targets, and a {type(batch).__name__} does not say which "
+                "they "
                 f"are: name one of {', '.join(map(repr, TARGET_KEYS))} in a mapping, or declare reduction=f(batch)"
             )
         return targets
@@ -210,7 +216,7 @@ class Reduction:
             "weighted_mean": f"the class weights of {head.divides_by}",
             "element_mean": "the elements of the targets",
         }[how]
-        return f"divides by {by}, as declared by reduction={how!r}"
+        return f"divides by {by}, as declared by reduction={shown(how)}"
 
     def _own_reason(self) -> str:
         if self.head is None:
@@ -240,8 +246,8 @@ def _check_callables(loss: Any, step: Any) -> None:
         ("step", step, "f(model, batch) -> Tensor"),
     ):
         if given is not None and not callable(given):
-            raise SetupError(f"{name}={given!r} is a {type(given).__name__}, not a function: pass {example}")
-        if isinstance(given, type) and issubclass(given, nn.Module):
+            raise SetupError(f"{name}={shown(given)} is a {type(given).__name__}, not a function: pass {example}")
+        if isinstance(given, type):
             raise SetupError(f"{name}={given.__name__} is a class: pass an instance, {given.__name__}()")
 
 
@@ -257,10 +263,13 @@ def _check_declared(declared: Any, step: Any) -> None:
         for name, how in declared.items():
             if not isinstance(name, str) or how == "auto" or not (callable(how) or _is_named(how)):
                 raise SetupError(
-                    f"reduction[{name!r}]={how!r} declares nothing: {_CHOICES.replace(repr('auto') + ', ', '')}"
+                    f"reduction[{name!r}]={shown(how)} declares nothing: {_CHOICES.replace(repr('auto') + ', ', '')}"
                 )
-    elif not (callable(declared) or _is_named(declared)):
-        raise SetupError(f"reduction={declared!r} is not known: {_CHOICES}")
+    elif not (callable(declared) or _is_named(declared)) or isinstance(declared, nn.Module):
+        raise SetupError(f"reduction={shown(declared)} is not known: {_CHOICES}")
+    for how in declared.values() if isinstance(declared, Mapping) else [declared]:
+        if callable(how):
+            check_call("reduction", how, ("batch",))
 
 
 def _is_named(how: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from autoaccum.errors import DataError, SetupError
+from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.counting import IGNORED, ClassWeights, elements, holds_indices, tokens
 
 __all__ = ["TorchLoss"]
@@ -93,7 +93,9 @@ class TorchLoss:
             loss, settings = loss.func, loss.keywords
         for name in ("size_average", "reduce"):
             if settings.get(name) is not None:
-                raise SetupError(f"{name}={settings[name]!r} is deprecated in torch: pass reduction='mean' or 'sum'")
+                raise SetupError(
+                    f"{name}={shown(settings[name])} is deprecated in torch: pass reduction='mean' or 'sum'"
+                )
         if isinstance(loss, nn.Module):
             row = next((_BY_MODULE[base] for base in type(loss).__mro__ if base in _BY_MODULE), None)
             return None if row is None else cls(row, loss, settings)
@@ -138,7 +140,7 @@ class TorchLoss:
         """The name in torch, with the reduction where it is not the mean."""
         kind = type(self._module) if self._module is not None else self._row.function
         name = getattr(kind, "__name__", self._row.module.__name__)
-        return name if self.reduction == "mean" else f"{name}(reduction={self.reduction!r})"
+        return name if self.reduction == "mean" else f"{name}(reduction={shown(self.reduction)})"
 
     @property
     def divides_by(self) -> str:

@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 import torch
 
-from autoaccum.errors import DeviceError, SetupError
+from autoaccum.errors import DeviceError, SetupError, shown
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes, parse_bytes
@@ -240,8 +240,8 @@ def open_device(device: str | torch.device | None = None) -> Device:
         return _open(next((name for name in there if name.index == _default_index(name.type)), there[0]))
     try:
         wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise DeviceError(f"{device!r} is not a device that PyTorch knows. {_listed(there)}") from error
+    except (OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise DeviceError(f"{shown(device)} is not a device that PyTorch knows. {_listed(there)}") from error
     if wanted.type in ("cpu", "mps"):
         wanted = torch.device(wanted.type)
     elif wanted.index is None and wanted.type in {name.type for name in there}:
@@ -333,14 +333,14 @@ def _asked(memory: int | str, total: int) -> tuple[int, str]:
     percent = _PERCENT.fullmatch(memory) if isinstance(memory, str) else None
     if percent is None:
         return parse_bytes(memory), f"as {named} asks"
-    share = float(percent.group(1))
+    share = min(float(percent.group(1)), 101.0)
     if not 0 < share <= 100:
         raise SetupError(f'{named} is no share of a device: it must be above 0% and at most 100%, such as "80%"')
     return max(1, int(total * share / 100)), f"as {named} asks of {format_bytes(total)}"
 
 
 def _named(memory: int | str) -> str:
-    return f'memory="{memory}"' if isinstance(memory, str) else f"memory={memory}"
+    return f"memory={shown(memory)}".replace("'", '"')
 
 
 def less(headroom: int) -> str:

@@ -9,8 +9,9 @@ pool.
 """
 
 import math
+from numbers import Real
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 
 __all__ = ["MODES", "bn_momentum", "mode_reason", "momentum_reason"]
 
@@ -30,9 +31,9 @@ def bn_momentum(momentum: float | None, k: int) -> float | None:
     """
     if momentum is None:
         return None
-    if isinstance(momentum, (bool, str)) or not 0 <= momentum <= 1:
+    if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 <= momentum <= 1:
         raise PlanError(
-            f"bn_momentum={momentum!r} is not a momentum: it is the weight of the newest statistics, "
+            f"bn_momentum={shown(momentum)} is not a momentum: it is the weight of the newest statistics, "
             "so give a number from 0 to 1 (BatchNorm's default is 0.1), or None for a cumulative average"
         )
     if k <= 1 or momentum == 1:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 
 __all__ = [
     "RULES",
@@ -150,8 +150,8 @@ def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
     Raises:
         PlanError: `rule` is none of RULES, or "adam-sde" for an optimizer of SGD's family.
     """
-    if rule not in RULES:
-        raise PlanError(f"lr_rule={rule!r} is not a rule: choose one of {', '.join(map(repr, RULES))}")
+    if not isinstance(rule, str) or rule not in RULES:
+        raise PlanError(f"lr_rule={shown(rule)} is not a rule: choose one of {', '.join(map(repr, RULES))}")
     kind, known_by = _ancestor(optimizer)
     name = optimizer_name(optimizer)
     if rule == "adam-sde" and kind == "sgd":
@@ -223,7 +223,7 @@ def decide(
         if rule == "linear" and scaling.factor > _WARMUP_ABOVE:
             others = {"warmup_steps": warmup_advice(scaling.factor, target_batch, samples)}
     reasons = {"lr": _lr_line(lr, len(own), rule, scaling), "lr_rule": why, **others}
-    scaled = None if lr is None else lr * scaling.factor
+    scaled = None if lr is None else _rate("lr", lr * scaling.factor)
     return Decision(scaled, scaling.factor, rule, scaling.overrides, reasons)
 
 
@@ -336,7 +336,10 @@ def _adam_settings(
             f'lr_rule="adam-sde" changes betas and eps, and those of {optimizer_name(optimizer)} are not known: '
             "give betas=(0.9, 0.999) and eps=1e-8 as they were tuned, or another lr_rule"
         )
-    betas = tuple(float(beta) for beta in betas)
+    try:
+        betas, eps = tuple(float(beta) for beta in betas), float(eps)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        raise PlanError(f"betas={shown(betas)}, eps={shown(eps)}: give numbers such as (0.9, 0.999) and 1e-8") from None
     if not all(0 <= beta < 1 for beta in betas):
         raise PlanError(f"betas={betas} are out of range: each is from 0 to less than 1, such as (0.9, 0.999)")
     if not (eps >= 0 and math.isfinite(eps)):
@@ -354,8 +357,9 @@ def _rate(name: str, value: Any) -> float:
         if isinstance(value, (bool, str)):
             raise TypeError
         rate = float(value)
-    except (TypeError, ValueError):
-        raise PlanError(f"{name}={value!r} is a {type(value).__name__}: give a number such as 1e-3") from None
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        kind = type(value).__name__
+        raise PlanError(f"{name}={shown(value)} is a {kind}, and no float: give a number such as 1e-3") from None
     if not (rate > 0 and math.isfinite(rate)):
         raise PlanError(f"{name}={rate} cannot be trained with: give a finite number above 0, such as 1e-3")
     return rate

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import pairwise
 from math import inf
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 
 __all__ = ["LengthRule", "Room", "check_room", "halved", "limit_at", "narrowest", "room_of", "scaled"]
 
@@ -106,10 +106,12 @@ def check_room(room: Room) -> Room:
     Raises:
         PlanError: lengths that do not rise, or samples that do not fall.
     """
-    rising = all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(room))
-    if not rising or any(length < 1 or samples < 1 for length, samples in room):
+    pairs = isinstance(room, (tuple, list)) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in room)
+    whole = pairs and all(type(number) is int and 0 < number < 2**63 for pair in room for number in pair)
+    if not whole or not all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(room)):
         raise PlanError(
-            f"by_length={room} is no table of what fits: give pairs (length, samples) of whole numbers above 0, by "
+            f"by_length={shown(room)} is no table of what fits: give pairs (length, samples) of whole numbers above "
+            "0, by "
             "rising length and falling samples"
         )
     return room

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 from autoaccum.planning import learning_rate, split, stored
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
@@ -193,7 +193,9 @@ class Plan:
             PlanError: the file is missing, damaged, not a plan, or of another schema; the path is named.
         """
         if not isinstance(path, (str, os.PathLike)):
-            raise PlanError(f"plan={path!r} is of type {type(path).__name__}: give a Plan, or the path of its file")
+            raise PlanError(
+                f"plan={shown(path)} is of type {type(path).__name__}: give a Plan, or the path of its file"
+            )
         data = stored.read_file(Path(path))
         try:
             return cls.from_dict(data)
@@ -263,7 +265,7 @@ def plan(
         window, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
     )
     if reasons is not None and not isinstance(reasons, Mapping):
-        raise PlanError(f'reasons={reasons!r}: give a dict of lines, such as {{"limit": "as measured by hand"}}')
+        raise PlanError(f'reasons={shown(reasons)}: give a dict of lines, such as {{"limit": "as measured by hand"}}')
     given = dict(reasons or {})
     arranged = _arranged(
         Plan(
@@ -332,8 +334,8 @@ def _rank(rank: int, world_size: int) -> int:
 
 
 def _one_of(name: str, value: str, values: tuple[str, ...]) -> str:
-    if value not in values:
-        raise PlanError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, values))}")
+    if not isinstance(value, str) or value not in values:
+        raise PlanError(f"{name}={shown(value)} is not known: choose one of {', '.join(map(repr, values))}")
     return value
 
 

@@ -20,8 +20,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 
-from autoaccum.checks import shown
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 
 __all__ = [
     "MOST",

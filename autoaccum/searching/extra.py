@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from autoaccum.errors import MissingExtraError, SetupError
+from autoaccum.errors import MissingExtraError, SetupError, shown
 
 __all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "mark_infeasible", "quiet", "says_ended"]
 
@@ -91,7 +91,9 @@ def make_pruner(pruner: Any, amount: int) -> Any:
         return pruner
     name = "none" if pruner is None else pruner
     if name not in PRUNERS:
-        raise SetupError(f"pruner={pruner!r}: choose {', '.join(map(repr, PRUNERS))}, or give a pruner of Optuna's")
+        raise SetupError(
+            f"pruner={shown(pruner)}: choose {', '.join(map(repr, PRUNERS))}, or give a pruner of Optuna's"
+        )
     if name == "once":
         return _once(max(1, int(EARLY * amount)))
     first = max(1, int(FIRST_RUNG * amount))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from typing import Any
 
-from autoaccum.errors import AutoaccumError, DeviceError, SetupError
+from autoaccum.errors import AutoaccumError, DeviceError, SetupError, shown
 from autoaccum.searching.extra import hushed
 from autoaccum.searching.job import Job, open_job
 from autoaccum.searching.worker import Worker
@@ -66,7 +66,7 @@ def places(workers: int | str) -> list[Place]:
             raise DeviceError('workers="gpus": there is no CUDA device; give a number of CPU workers, such as 2')
         return [Place(f"cuda:{index}", max(1, threads // count)) for index in range(count)]
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise SetupError(f'workers={workers!r}: give a number of processes above 0, or "gpus" for one a GPU')
+        raise SetupError(f'workers={shown(workers)}: give a number of processes above 0, or "gpus" for one a GPU')
     if workers == 1:
         return [Place(None, threads)]
     memory = None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.training.generators import seed_everything
 
 __all__ = ["Recipe", "fit_keywords", "folder_name"]
@@ -66,7 +66,8 @@ class Recipe:
         """
         if not callable(self.setup):
             raise SetupError(
-                f"setup={self.setup!r} is {type(self.setup).__name__}: give a function that returns a dict of fit's "
+                f"setup={shown(self.setup)} is {type(self.setup).__name__}: give a function that returns a dict of "
+                "fit's "
                 "arguments, since every trial needs a model of its own"
             )
         try:

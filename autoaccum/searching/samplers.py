@@ -15,7 +15,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.searching.extra import CONSTRAINT, load_optuna, quiet
 
 __all__ = ["check_sampler", "make_sampler"]
@@ -48,10 +48,10 @@ def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
         return
     if not isinstance(sampler, str) or sampler not in SAMPLERS:
         known = ", ".join(map(repr, SAMPLERS))
-        raise SetupError(f"sampler={sampler!r}: choose {known}, or give a sampler of Optuna's")
+        raise SetupError(f"sampler={shown(sampler)}: choose {known}, or give a sampler of Optuna's")
     package = NEEDED.get(sampler)
     if package is not None and importlib.util.find_spec(package) is None:
-        raise SetupError(f"sampler={sampler!r} needs {package}, which is not installed: pip install {package}")
+        raise SetupError(f"sampler={shown(sampler)} needs {package}, which is not installed: pip install {package}")
 
 
 def make_sampler(sampler: Any, *, seed: int, n_trials: int, first: Mapping[str, Any] | None = None) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum.checks import check_switches
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.searching import group
 from autoaccum.searching.extra import hushed, load_optuna, make_pruner
 from autoaccum.searching.job import Job, open_job, train_once
@@ -125,13 +125,13 @@ def search(
 
 def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
     if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
-        raise SetupError(f"n_trials={n_trials!r}: give a whole number above 0, such as 30")
+        raise SetupError(f"n_trials={shown(n_trials)}: give a whole number above 0, such as 30")
     if direction not in ("minimize", "maximize"):
-        raise SetupError(f'direction={direction!r}: choose "minimize" or "maximize"')
+        raise SetupError(f'direction={shown(direction)}: choose "minimize" or "maximize"')
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise SetupError(f"seed={seed!r}: give a whole number, 0 or above")
+        raise SetupError(f"seed={shown(seed)}: give a whole number, 0 or above")
     if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):
-        raise SetupError(f'study_name={study_name!r}: give a text, such as "digits", or leave it out')
+        raise SetupError(f'study_name={shown(study_name)}: give a text, such as "digits", or leave it out')
 
 
 def _check_shared(storage: Any, spots: list[Any], workers: Any) -> None:
@@ -140,12 +140,14 @@ def _check_shared(storage: Any, spots: list[Any], workers: Any) -> None:
         return
     if group.size() > 1:
         raise SetupError(
-            f"workers={workers!r} under torchrun: every worker would need a group of its own; leave workers out, and "
+            f"workers={shown(workers)} under torchrun: every worker would need a group of its own; leave workers "
+            "out, and "
             "start the command several times with the same storage and study_name"
         )
     if isinstance(storage, load_optuna().storages.InMemoryStorage):
         raise SetupError(
-            f"storage is in this process's memory, where none of workers={workers!r} can reach it: leave storage out "
+            f"storage is in this process's memory, where none of workers={shown(workers)} can reach it: leave "
+            "storage out "
             "(a journal file), give a path or URL, or use workers=1"
         )
 

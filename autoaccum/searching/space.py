@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 
 __all__ = ["Choices", "Range", "Space", "read_space", "space_of_texts"]
 
@@ -126,7 +126,7 @@ def read_space(space: Any) -> Space:
     if callable(space):
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
-        raise SetupError(f"space={space!r} has no parameters: {EXAMPLE}")
+        raise SetupError(f"space={shown(space)} has no parameters: {EXAMPLE}")
     parts = {_name(name): _part(name, value) for name, value in space.items()}
     for name in COUNTS & parts.keys():
         _check_counts(name, parts[name])
@@ -137,7 +137,7 @@ def _check_counts(name: str, part: Range | Choices) -> None:
     ends = (part.low, part.high) if isinstance(part, Range) else part.values
     for value in ends:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SetupError(f"space has {name}={value!r}: it counts samples, so give whole numbers of 1 or more")
+            raise SetupError(f"space has {name}={shown(value)}: it counts samples, so give whole numbers of 1 or more")
 
 
 def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def _part(name: str, value: Any) -> Range | Choices:
         return _choices(name, value)
     if isinstance(value, tuple) and len(value) in (2, 3):
         return _range(name, value)
-    raise SetupError(f"space[{name!r}]={value!r} is neither a range nor choices: {EXAMPLE}")
+    raise SetupError(f"space[{name!r}]={shown(value)} is neither a range nor choices: {EXAMPLE}")
 
 
 def _choices(name: str, values: list[Any]) -> Choices:
@@ -214,7 +214,9 @@ def _choices(name: str, values: list[Any]) -> Choices:
         if isinstance(value, float) and not math.isfinite(value):
             raise SetupError(f"space[{name!r}] has the choice {value!r}: numbers must be finite")
     if len(set(values)) < len(values):
-        raise SetupError(f"space[{name!r}]={values!r} has a choice twice (1, 1.0 and True are equal): leave one out")
+        raise SetupError(
+            f"space[{name!r}]={shown(values)} has a choice twice (1, 1.0 and True are equal): leave one out"
+        )
     return Choices(tuple(values))
 
 
@@ -235,14 +237,18 @@ def _range(name: str, value: tuple[Any, ...]) -> Range:
     low, high, *word = map(_plain, value)
     for end in (low, high):
         if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
-            raise SetupError(f"space[{name!r}]={value!r}: {end!r} is not a finite number; for choices write a list")
+            raise SetupError(
+                f"space[{name!r}]={shown(value)}: {end!r} is not a finite number; for choices write a list"
+            )
     if word not in ([], ["log"]):
-        raise SetupError(f'space[{name!r}]={value!r}: the third entry of a range can only be "log"')
+        raise SetupError(f'space[{name!r}]={shown(value)}: the third entry of a range can only be "log"')
     if low >= high:
-        raise SetupError(f"space[{name!r}]={value!r} is an empty range: {low} is not below {high}; write (low, high)")
+        raise SetupError(
+            f"space[{name!r}]={shown(value)} is an empty range: {low} is not below {high}; write (low, high)"
+        )
     if word and low <= 0:
         raise SetupError(
-            f"space[{name!r}]={value!r} is logarithmic and goes down to {low}: give a low end above 0, such as "
+            f"space[{name!r}]={shown(value)} is logarithmic and goes down to {low}: give a low end above 0, such as "
             f"{high / 1e4:g}, or leave out the word log"
         )
     return Range(low, high, bool(word))

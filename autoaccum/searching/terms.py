@@ -13,7 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from autoaccum.data.source import Source, open_source
-from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.extra import hushed, load_optuna, quiet
 from autoaccum.searching.ledger import ERRORS_BELIEVED
@@ -77,7 +77,9 @@ def check_targets(targets: Any) -> tuple[int, ...]:
     found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
     found = tuple(int(size) if isinstance(size, Integral) and not isinstance(size, bool) else size for size in found)
     if not found or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
-        raise SetupError(f"target_batch={targets!r}: give whole numbers above 0 to choose from, such as (64, 128, 256)")
+        raise SetupError(
+            f"target_batch={shown(targets)}: give whole numbers above 0 to choose from, such as (64, 128, 256)"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -89,12 +91,13 @@ def with_targets(space: Space, targets: tuple[int, ...]) -> Space:
     """
     if space.function is not None:
         raise SetupError(
-            f"target_batch={targets!r} beside a space that is a function: have it draw the batch "
+            f"target_batch={shown(targets)} beside a space that is a function: have it draw the batch "
             '(trial.suggest_categorical("target_batch", [64, 128])), and leave target_batch out'
         )
     if "target_batch" in space.parts:
         raise SetupError(
-            f"target_batch={targets!r} and space['target_batch']={space.parts['target_batch'].describe()!r} say the "
+            f"target_batch={shown(targets)} and space['target_batch']={space.parts['target_batch'].describe()!r} say "
+            "the "
             "same: leave one out"
         )
     return Space({**space.parts, "target_batch": Choices(targets)})
@@ -113,7 +116,7 @@ def read_budget(budget: Any) -> tuple[int, str] | None:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*", budget) if isinstance(budget, str) else None
     if match is None or float(match[1]) <= 0:
         raise SetupError(
-            f'budget={budget!r}: give the samples that a trial trains on, such as 50_000, or a time such as "90s"'
+            f'budget={shown(budget)}: give the samples that a trial trains on, such as 50_000, or a time such as "90s"'
         )
     return round(1000 * float(match[1]) * _TIMES[match[2]]), "ms"
 
@@ -188,7 +191,8 @@ def settle(
     amount, unit = read if read is not None else (_amount(arguments, source), "samples")
     if unit == "ms" and arguments.get("schedule", "constant") != "constant":
         raise SetupError(
-            f"budget={budget!r} is a time, and schedule={arguments['schedule']!r} must know its last step: give the "
+            f"budget={shown(budget)} is a time, and schedule={arguments['schedule']!r} must know its last step: give "
+            "the "
             "budget in samples"
         )
     return Terms(
@@ -211,7 +215,7 @@ def check_target(target: Any) -> int:
     """
     if isinstance(target, bool) or not isinstance(target, int) or target < 1:
         raise SetupError(
-            f"target_batch={target!r}, which every trial needs: search it (target_batch in space), give "
+            f"target_batch={shown(target)}, which every trial needs: search it (target_batch in space), give "
             "target_batch= beside the space, or have the setup return one"
         )
     return target
@@ -226,14 +230,14 @@ def check_metric(arguments: Mapping[str, Any], metric: str) -> None:
     if arguments.get("val_data") is None:
         if metric not in ("loss", TRAIN_LOSS):
             raise SetupError(
-                f"metric={metric!r} is measured on held-out data, and the setup returns no val_data: add it (and "
+                f"metric={shown(metric)} is measured on held-out data, and the setup returns no val_data: add it (and "
                 f'{{"metrics": {{{metric!r}: f}}}}), or search on metric="train_loss"'
             )
         return
     names = ["loss", TRAIN_LOSS, *(arguments.get("metrics") or {})]
     if metric not in names and arguments.get("step") is None:  # a step may return terms of any name
         raise SetupError(
-            f"metric={metric!r} is not reported: there are {', '.join(names)}; add it to the setup's metrics"
+            f"metric={shown(metric)} is not reported: there are {', '.join(names)}; add it to the setup's metrics"
         )
 
 

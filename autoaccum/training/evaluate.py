@@ -21,7 +21,7 @@ from autoaccum.data import tree
 from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source
 from autoaccum.data.windows import Window, evaluation_windows
-from autoaccum.errors import DataError, NothingFitsError, SetupError
+from autoaccum.errors import DataError, NothingFitsError, SetupError, shown
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
@@ -199,7 +199,9 @@ def check_metrics(metrics: Any, step: Any) -> None:
     if metrics is None:
         return
     if not isinstance(metrics, Mapping):
-        raise SetupError(f"metrics={metrics!r}: give a dict of functions f(outputs, targets) -> autoaccum.Mean by name")
+        raise SetupError(
+            f"metrics={shown(metrics)}: give a dict of functions f(outputs, targets) -> autoaccum.Mean by name"
+        )
     if metrics and step is not None:
         raise SetupError(
             "metrics are given the model's outputs, and step= keeps them to itself: pass loss=f(outputs, targets) "
@@ -207,9 +209,13 @@ def check_metrics(metrics: Any, step: Any) -> None:
         )
     for name, metric in metrics.items():
         if not isinstance(name, str) or name == "loss" or name.startswith("loss/"):
-            raise SetupError(f"metrics has the name {name!r}: give it another, since the loss is reported under that")
+            raise SetupError(
+                f"metrics has the name {shown(name)}: give it another, since the loss is reported under that"
+            )
         if not callable(metric):
-            raise SetupError(f"metrics[{name!r}]={metric!r}: give a function f(outputs, targets) -> autoaccum.Mean")
+            raise SetupError(
+                f"metrics[{name!r}]={shown(metric)}: give a function f(outputs, targets) -> autoaccum.Mean"
+            )
 
 
 def _checked(name: str, value: Any) -> Mean:

@@ -7,10 +7,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, SequentialLR
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.planning.learning_rate import number
 
-__all__ = ["build_schedule", "schedule_name"]
+__all__ = ["build_schedule", "check_schedule", "schedule_name"]
 
 _RATES = ("lr", "initial_lr", "max_lr")  # of a group, that building a schedule may write
 
@@ -36,28 +36,40 @@ def build_schedule(
         SetupError: an unknown name, a schedule that needs a length the data does not have, bad warm-up steps, or what
             the function gave is no schedule of this optimizer and its rates, or is over before the training.
     """
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise SetupError(f"warmup_steps={warmup_steps!r}: give a whole number of optimizer steps, 0 or more")
+    check_schedule(schedule, warmup_steps)
     if callable(schedule):
-        if warmup_steps:
-            raise SetupError(
-                f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule"
-            )
         made = _users_own(schedule, optimizer, tell)
         _check_length(made, total_steps)
         if total_steps is None and any(isinstance(part, OneCycleLR) for part in _parts(made)):
             tell("OneCycleLR raises once its total_steps are taken, and how many this stream gives is not known: give "
                  "max_steps, so that it ends in time")  # fmt: skip
         return made
-    if schedule not in ("constant", "linear", "cosine"):
-        raise SetupError(f'schedule={schedule!r}: choose "constant", "linear", "cosine" or a function of the optimizer')
     if schedule == "constant" and warmup_steps == 0:
         return None
     if schedule != "constant" and total_steps is None:
         raise SetupError(
-            f"schedule={schedule!r} must know where it ends, and this stream has no length: give max_steps"
+            f"schedule={shown(schedule)} must know where it ends, and this stream has no length: give max_steps"
         )
     return LambdaLR(optimizer, _factor(schedule, warmup_steps, total_steps or 0))
+
+
+def check_schedule(schedule: Any, warmup_steps: Any) -> None:
+    """Refuses what is no schedule, and no number of warm-up steps for it, before anything runs.
+
+    Raises:
+        SetupError: naming the value.
+    """
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not 0 <= warmup_steps < 2**63:
+        raise SetupError(f"warmup_steps={shown(warmup_steps)}: give a whole number of optimizer steps, 0 or more")
+    if callable(schedule):
+        if warmup_steps:
+            raise SetupError(
+                f"warmup_steps={warmup_steps} beside a schedule of your own: put the warm-up into the schedule"
+            )
+    elif not isinstance(schedule, str) or schedule not in ("constant", "linear", "cosine"):
+        raise SetupError(
+            f'schedule={shown(schedule)}: choose "constant", "linear", "cosine" or a function of the optimizer'
+        )
 
 
 def schedule_name(scheduler: Any) -> str | None:
@@ -79,7 +91,7 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
     made = schedule(optimizer)
     if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
         raise SetupError(
-            f"schedule= gave {made!r}, which is no schedule: return something with step(), state_dict() and "
+            f"schedule= gave {shown(made)}, which is no schedule: return something with step(), state_dict() and "
             "load_state_dict(), such as torch.optim.lr_scheduler.LambdaLR(optimizer, ...)"
         )
     after = [{name: _figure(group.get(name)) for name in _RATES} for group in optimizer.param_groups]

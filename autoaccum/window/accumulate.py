@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from autoaccum.checks import check_kind, one_of
+from autoaccum.checks import check_kind, check_switches, one_of
 from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
@@ -99,6 +99,9 @@ class Accumulator:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
         """
         check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
+        check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
+        check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
+        check_switches(log_grad_norm=log_grad_norm, steps=steps)
         check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm, log_grad_norm=log_grad_norm)
         check_optimizer(optimizer, model, getattr(objective, "loss", None))
         one_of("accumulate", accumulate, ("fp32", "native"))
@@ -110,7 +113,7 @@ class Accumulator:
             )
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
         self.last: StepRecord | None = None
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        self.device = open_device(device if device is not None else next(model.parameters()).device).torch_device
         self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
         self.precision = Precision(precision, self.device, model)
         self.ranks = ranks if ranks is not None else here()
@@ -122,7 +125,8 @@ class Accumulator:
             )
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
-        self._clip_norm, self._log_grad_norm, self._on_nonfinite = clip_norm, log_grad_norm, on_nonfinite
+        self._clip_norm = None if clip_norm is None else float(clip_norm)
+        self._log_grad_norm, self._on_nonfinite = log_grad_norm, on_nonfinite
         self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._sparse = SparseGradients(model, self._parameters)

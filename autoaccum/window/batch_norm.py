@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.norm_layer import NormLayer, end_window_of, has_running_statistics, sharers
@@ -68,7 +68,7 @@ class PooledStatistics:
             SetupError: an unknown mode.
         """
         if mode not in MODES:
-            raise SetupError(f"batch_norm={mode!r} is not known: give one of {', '.join(map(repr, MODES))}")
+            raise SetupError(f"batch_norm={shown(mode)} is not known: give one of {', '.join(map(repr, MODES))}")
         self.mode, self.k, self.is_open, self.pending = mode, k, False, False
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)

@@ -5,7 +5,6 @@ What cannot be trained by accumulating gradients is refused here, with the reaso
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
-from autoaccum.checks import shown
-from autoaccum.errors import SetupError
+from autoaccum.checks import is_positive
+from autoaccum.errors import SetupError, shown
 
 __all__ = [
     "FirstBackward",
@@ -49,7 +48,9 @@ def build_optimizer(
     """
     if isinstance(optimizer, Optimizer):
         if lr is not None:
-            raise SetupError(f"lr={lr!r} was given beside an Optimizer instance, whose own rates count: give only one")
+            raise SetupError(
+                f"lr={shown(lr)} was given beside an Optimizer instance, whose own rates count: give only one"
+            )
         made = optimizer
     elif isinstance(optimizer, (list, tuple, dict)):
         raise SetupError(_several(optimizer))
@@ -84,10 +85,12 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
         factory = _NAMED.get(optimizer.lower())
         if factory is None:
             raise SetupError(
-                f"optimizer={optimizer!r} is not in torch.optim: choose one of {', '.join(sorted(_NAMED))}"
+                f"optimizer={shown(optimizer)} is not in torch.optim: choose one of {', '.join(sorted(_NAMED))}"
             )
     if not callable(factory):
-        raise SetupError(f"optimizer={optimizer!r} is not an Optimizer, a factory f(params, lr=lr) or a torch name")
+        raise SetupError(
+            f"optimizer={shown(optimizer)} is not an Optimizer, a factory f(params, lr=lr) or a torch name"
+        )
     _refuse_closure(factory)
     try:
         made = factory(parameters, lr=lr)
@@ -101,7 +104,8 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     except ValueError as error:
         named = repr(optimizer) if isinstance(optimizer, str) else getattr(optimizer, "__name__", "its factory")
         raise SetupError(
-            f"optimizer={named} refuses this model's parameters or its lr={lr!r}: {error}; choose another, or make one "
+            f"optimizer={named} refuses this model's parameters or its lr={shown(lr)}: {error}; choose another, or "
+            "make one "
             "for these parameters and pass it"
         ) from error
     if not isinstance(made, Optimizer):
@@ -149,8 +153,8 @@ def check_model(
         )
     _refuse_sharded(model, parameters)
     _refuse_meta(model)
-    if clip_norm is not None and (isinstance(clip_norm, bool) or not isinstance(clip_norm, Real) or not clip_norm > 0):
-        raise SetupError(f"clip_norm={clip_norm!r}: give a norm above 0, or None to leave gradients as they are")
+    if clip_norm is not None and not is_positive(clip_norm):
+        raise SetupError(f"clip_norm={shown(clip_norm)}: give a norm above 0, or None to leave gradients as they are")
     if clip_norm is not None or log_grad_norm:
         setting = "log_grad_norm=True" if clip_norm is None else f"clip_norm={clip_norm}"
         _refuse_sparse(model, setting)
@@ -162,6 +166,8 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) ->
     Raises:
         SetupError: it needs a closure, or holds parameters that are not the model's.
     """
+    if not isinstance(getattr(optimizer, "param_groups", None), list) or not hasattr(optimizer, "step"):
+        raise SetupError(f"optimizer={shown(optimizer)} is no optimizer: give one, such as AdamW(model.parameters())")
     _refuse_closure(type(optimizer))
     known = {
         id(parameter) for module in (model, loss) if isinstance(module, nn.Module) for parameter in module.parameters()

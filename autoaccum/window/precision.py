@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 
 __all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm"]
 
@@ -36,7 +36,7 @@ class Precision:
             SetupError: an unknown name, or fp16 for parameters that are 16-bit themselves.
         """
         if precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise SetupError(f'precision={precision!r}: choose "auto", "fp32", "bf16" or "fp16"')
+            raise SetupError(f'precision={shown(precision)}: choose "auto", "fp32", "bf16" or "fp16"')
         self.name, self.reason = _decide(precision, device)
         own = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
         if precision == "auto" and self.name == "fp32" and own:
