@@ -1,5 +1,6 @@
 """The public functions: wiring only. What each keyword means is said once, at `prepare`."""
 
+import functools
 import inspect
 import os
 import sys
@@ -38,6 +39,7 @@ from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Send
 from autoaccum.probing.lengths import OverLengths
 from autoaccum.probing.outcome import Trial
+from autoaccum.probing.over_ranks import shared_out
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, ends_all
@@ -94,6 +96,7 @@ def probe(
     on_nonfinite: str = "raise",
     seed: int | None = None,
     callbacks: Iterable[Listener] = (),
+    group: Any = None,
 ) -> ProbeReport:
     """The largest micro-batch that fits, or the one that `target_batch` needs; nothing else is changed by asking.
 
@@ -105,13 +108,14 @@ def probe(
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
     together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
-    with ends_all(together):
+    with ends_all(together, group):
         check_counts(target_batch=target_batch, max_batch=max_batch, multiple_of=multiple_of)
         _check_choices(prefer, ladder, cache=cache, compile=compile)
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
             stays=_in_a_child(isolate), phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
+            group=group,
         )  # fmt: skip
         check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
         if together:
@@ -121,9 +125,12 @@ def probe(
         question = Question(share, memory, max_batch, multiple_of, prefer)
         events = Events(listed("callbacks", callbacks))
         _run_as_asked(parts, compile, ladder, events)
-        report = probed_phases(
-            parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-            clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+        report = shared_out(
+            functools.partial(
+                probed_phases, parts, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
+                accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+            ),
+            question, parts.ranks, target_batch, parts.source.length,
         )  # fmt: skip
         if parts.source.one_shot and worst_case is None and not _in_a_child(isolate):
             report = replace(report, notes=(*report.notes, READ_AWAY))
@@ -134,7 +141,18 @@ def probe(
         return replace(report, plan=made)
 
 
-@ends_all()
+def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
+    """An error on one rank ends the function on all."""
+
+    @functools.wraps(function)
+    def called(*arguments: P.args, **keywords: P.kwargs) -> R:
+        with ends_all(group=keywords.get("group")):
+            return function(*arguments, **keywords)
+
+    return called
+
+
+@_on_all_ranks
 def prepare(
     model: nn.Module,
     data: Any,
@@ -183,6 +201,7 @@ def prepare(
     progress: bool | None = None,
     sinks: Iterable[Listener] = (),
     callbacks: Iterable[Listener] = (),
+    group: Any = None,
 ) -> TrainingLoop:
     """The configured training loop: probed, planned, verified, not yet begun. Iterate it, or call `run()`.
 
@@ -246,6 +265,7 @@ def prepare(
         seed: of shuffling and of what is random in training.
         progress: draw a progress bar; None: on a terminal.
         sinks, callbacks: functions of an event.
+        group: the ranks that train together, a process group of torch.distributed's; None: all of them.
 
     Raises:
         NothingFitsError: not even the smallest micro-batch fits.
@@ -269,7 +289,7 @@ def prepare(
     parts = assemble(
         model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
         precision=precision, clip_norm=clip_norm, log_grad_norm=log_grad_norm, shuffle=shuffle, seed=seed,
-        worst_case=worst_case, stays=_in_a_child(isolate),
+        worst_case=worst_case, stays=_in_a_child(isolate), group=group,
         phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
     )  # fmt: skip
     for turn in parts.turns:
@@ -277,7 +297,7 @@ def prepare(
     check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
     if given is not None:
         given = for_ranks(given, parts.ranks)
-    val_source = None if val_data is None else open_source(val_data, shuffle=False)
+    val_source = None if val_data is None else open_source(val_data, shuffle=False, ranks=parts.ranks)
     read_more_than_once(epochs if max_steps is None else 1, data=parts.source, val_data=val_source)
     agreed(
         parts, "prepare", val_source, target_batch=target_batch, reduction=reduction, lr_batch=lr_batch,
@@ -307,9 +327,12 @@ def prepare(
         question = Question(
             share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer
         )
-        report = probed_phases(
-            parts, question, events, _isolation(isolate), cache, ladder=ladder, accumulate=accumulate,
-            clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+        report = shared_out(
+            functools.partial(
+                probed_phases, parts, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
+                accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
+            ),
+            question, parts.ranks, target_batch, parts.source.length,
         )  # fmt: skip
     _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far
     if given is None:

@@ -134,6 +134,7 @@ def assemble(
     worst_case: Any = None,
     stays: bool = False,
     phases: Sequence[Phase] = (),
+    group: Any = None,
 ) -> Parts:
     """Checks everything first, then puts the model on the device and makes the optimizer.
 
@@ -142,7 +143,7 @@ def assemble(
     """
     model = unwrapped(model)
     join()
-    ranks = here()
+    ranks = here(group=group)
     first = phases[0] if phases else None
     if first is not None:
         step, reduction = first.step, first.reduction
@@ -151,7 +152,7 @@ def assemble(
     check_seed(seed)
     one_of("shuffle", shuffle, (True, False))
     place = open_device(device if device is not None else _where(model, ranks))
-    source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case)
+    source = open_source(data, shuffle=shuffle, seed=seed, worst_case=worst_case, ranks=ranks)
     objective = Objective(model, loss=loss, step=step, reduction=reduction)
     loss = objective.loss
     lazy = _is_lazy(model)

@@ -40,7 +40,7 @@ from autoaccum.ranks import Ranks
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.state import gathered, optimizer_name
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.batch_norm import needs_two
+from autoaccum.window.batch_norm import expect_equal_counts, needs_two
 from autoaccum.window.compiled import Compiled
 from autoaccum.window.ladder import RUNGS, obstacle
 from autoaccum.window.modes import TrainingMode
@@ -327,6 +327,8 @@ def planned(
         minimum=report.floor if report is not None else _floor(parts), multiple_of=multiple_of, tail=tail,
         reasons=reasons, by_length=_by_length(parts, report),
     )  # fmt: skip
+    if parts.ranks.size > 1:
+        expect_equal_counts(parts.model, made)
     return replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
 
 

@@ -1,13 +1,11 @@
-"""What each of two ranks does for test_ranks_apart.py: what differs between the ranks, and must be told on both."""
+"""What each of two ranks does for test_ranks_apart.py where they differ: it must be told on both."""
 
 import functools
 import random
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -15,7 +13,7 @@ import autoaccum
 from autoaccum.errors import AutoaccumError
 from tests.ranks_work import Case, Net, data, plain_sgd, train
 
-__all__ = ["DIFFERENT", "accuracy", "validated", "work"]
+__all__ = ["DIFFERENT", "accuracy", "apart", "ended", "prepared", "validated"]
 
 
 def ended(attempt: Callable[[], Any]) -> str:
@@ -91,7 +89,7 @@ DIFFERENT: dict[str, tuple[str, Callable[[int, str], Any]]] = {
         lambda r, _: used(r),
     ),
     "another loop": (
-        "rank 0 is in prepare, rank 1 is in epoch 0's beginning",
+        "rank 0 is in prepare, rank 1 is in a wish to stop",
         lambda r, _: prepared() if r == 0 else alone(r),
     ),
 }
@@ -142,11 +140,8 @@ def evaluated_alone(rank: int) -> None:
             loop.evaluate()
 
 
-def work(rank: int, folder: str) -> None:
-    """One of two ranks; writes what it found to a file."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def apart(rank: int, folder: str) -> dict[str, Any]:
+    """What one of two ranks found."""
     _loop()
     found: dict[str, Any] = {
         "different": {
@@ -157,5 +152,4 @@ def work(rank: int, folder: str) -> None:
     }
     torch.manual_seed(rank)
     found["augmented"] = ended(lambda: prepared(data=Augmented(rank)))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found

@@ -344,7 +344,7 @@ def _losses(limits, **keywords):
     for _ in loop:
         model.window += 1
         states.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
-    stopped = loop._safe.stopped
+    stopped = loop._turns.stopped
     return states, [(record.micro_batches, record.samples) for record in loop.history], loop.plan.limits, stopped
 
 

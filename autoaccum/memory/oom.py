@@ -24,7 +24,7 @@ import torch
 
 from autoaccum.errors import AutoaccumError
 
-__all__ = ["RULES", "Rule", "Verdict", "out_of_memory", "poisons"]
+__all__ = ["RULES", "Rule", "Verdict", "out_of_memory", "poisons", "unusable"]
 
 
 class Verdict(enum.Enum):
@@ -96,6 +96,15 @@ def out_of_memory(error: BaseException) -> Verdict:
 def poisons(error: BaseException) -> bool:
     """Whether `error` leaves the device's context unusable, so that only another process can go on with it."""
     return any(_judge(link)[1] in _POISON for link in _chain(error))
+
+
+def unusable(error: BaseException, then: str) -> str:
+    """An error that `poisons`, in our words; `then` says how to go on."""
+    said = next(str(link).splitlines()[0] for link in _chain(error) if _judge(link)[1] in _POISON)
+    return (
+        f"the device can no longer be used by this process ({said[:200]}), and everything on it is lost. An index or a "
+        f"label out of range is the usual cause; CUDA_LAUNCH_BLOCKING=1 in the environment shows where. {then}"
+    )
 
 
 def _judge(error: BaseException) -> tuple[Verdict, Rule | None]:

@@ -27,6 +27,7 @@ __all__ = [
     "TAILS",
     "can_split",
     "check_target",
+    "counts",
     "even_split",
     "largest_size",
     "look_ahead",
@@ -199,6 +200,16 @@ def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> Non
     for rank, limit in enumerate(limits):
         _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
     _require_split(target, max(limits), minimum)
+
+
+def counts(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[int, ...]:
+    """How many micro-batches each rank runs of a window of `samples` samples, with the arguments of `shares`.
+
+    Raises:
+        PlanError: such a window cannot be shared.
+    """
+    parts = shares(samples, limits, minimum=minimum)
+    return tuple(-(-part // limit) for part, limit in zip(parts, limits, strict=True))
 
 
 def _proportional(total: int, weights: Sequence[int]) -> tuple[int, ...]:

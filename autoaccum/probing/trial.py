@@ -22,10 +22,10 @@ import torch
 from autoaccum.data import tree
 from autoaccum.data.pool import LOOKED_AT
 from autoaccum.data.source import Source
-from autoaccum.errors import DataError, ProbeError
+from autoaccum.errors import DataError, DeviceError, ProbeError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
-from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.memory.oom import Verdict, out_of_memory, poisons, unusable
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth, heap_advice
@@ -348,6 +348,10 @@ class Bench:
 
     def _for_want_of_memory(self, error: BaseException, size: int) -> bool:
         verdict = out_of_memory(error)
+        if poisons(error):
+            raise DeviceError(
+                unusable(error, "With isolate=True a child process is lost instead of this one")
+            ) from error
         if verdict is Verdict.PERHAPS:
             # Libraries report faults of other kinds in the same words: believe them only near the budget.
             fitted = max(

@@ -17,6 +17,6 @@ Choices:
 from autoaccum.ranks.alone import Flight, Ranks
 from autoaccum.ranks.joining import ends_all, here, join
 from autoaccum.ranks.lost import LostRankError
-from autoaccum.ranks.places import digest
+from autoaccum.ranks.places import digest, told
 
-__all__ = ["Flight", "LostRankError", "Ranks", "digest", "ends_all", "here", "join"]
+__all__ = ["Flight", "LostRankError", "Ranks", "digest", "ends_all", "here", "join", "told"]

@@ -52,13 +52,13 @@ def _leave() -> None:
 
 
 @contextmanager
-def ends_all(together: bool = True) -> Iterator[None]:
-    """For what all ranks do together and ends in an exchange: an error on one of them ends it on all."""
+def ends_all(together: bool = True, group: Any = None) -> Iterator[None]:
+    """For what all ranks of `group` do together and ends in an exchange: an error on one of them ends it on all."""
     try:
         yield
     except Exception:
         if together:
-            here().fail()
+            here(group=group).fail()
         raise
 
 

@@ -20,14 +20,17 @@ from autoaccum.data.windows import Window, indices_of, windows
 from autoaccum.errors import (
     CheckpointError,
     DataError,
+    DeviceError,
     LossError,
     NothingFitsError,
     SetupError,
     StateNotRestoredError,
 )
 from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.oom import poisons, unusable
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
+from autoaccum.ranks import LostRankError
 from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import (
@@ -170,7 +173,7 @@ class TrainingLoop:
         return _Iteration(self)
 
     def _records(self) -> Generator[StepRecord, None, None]:
-        began = time.perf_counter()
+        began, usable = time.perf_counter(), True
         self._mode = TrainingMode(self.model)
         try:
             self._begin()
@@ -189,8 +192,11 @@ class TrainingLoop:
             self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
+            if poisons(error):
+                usable = False
+                raise DeviceError(unusable(error, self._where_to_go_on())) from error
             self._rescue()
-            if isinstance(error, (NothingFitsError, OptimizerOutOfMemoryError)):
+            if isinstance(error, (NothingFitsError, OptimizerOutOfMemoryError, LostRankError)):
                 raise type(error)(f"{error}. {self._where_to_go_on()}") from error.__cause__
             if is_dead_worker(error):
                 raise dead_worker(error) from error
@@ -200,7 +206,7 @@ class TrainingLoop:
             raise
         finally:
             self._mode.back()
-            for turn in self._turns.all:
+            for turn in self._turns.all if usable else ():
                 turn.accumulator.close()  # no hook of ours stays on the model
             if self.folder is not None:
                 self.folder.close()
@@ -224,7 +230,8 @@ class TrainingLoop:
         evaluator = self._evaluator
         if evaluator is None:
             raise DataError("evaluate() has no data: pass some, or give val_data to prepare() or fit()")
-        return evaluator.evaluate(open_source(data, shuffle=False) if data is not None else None)
+        ranks = self._accumulator.ranks
+        return evaluator.evaluate(None if data is None else open_source(data, shuffle=False, ranks=ranks))
 
     def _lengths(self) -> LengthSummary | None:
         return length_summary(self.history) if self.plan.by_length else None

@@ -26,6 +26,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
+from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
 from autoaccum.training.generators import Generators
@@ -216,6 +217,8 @@ class SafeWindow:
         try:
             work()
         except Exception as error:
+            if accumulator.meets_inside and accumulator.is_open:
+                raise told(_cut_off(error, accumulator.step + 1)) from error
             # On several ranks an error before the window is open is in the middle of an exchange, and ends them all.
             opened = accumulator.ranks.size == 1 or accumulator.is_open
             if opened and _is_for_memory(error, pieces, accumulator.plan.minimum):
@@ -277,6 +280,17 @@ class SafeWindow:
         self._accumulator.discard()
         self._start.restore()
         self.inside = False
+
+
+def _cut_off(error: Exception, step: int) -> AutoaccumError:
+    """An error where the other ranks wait inside a layer, and no vote reaches them."""
+    memory = judge(error) is Verdict.SURELY
+    what = "memory ran out" if memory else f"{type(error).__name__}: {error}"
+    help_ = "; lower max_batch, or train with BatchNorm, whose running statistics are pooled over the ranks as well"
+    return AutoaccumError(
+        f"{what} in step {step}, in which the other ranks wait in a SyncBatchNorm layer for this one, so that it "
+        f"cannot be run again{help_ if memory else ''}"
+    )
 
 
 def _versions(window: Window) -> list[int]:

@@ -13,10 +13,12 @@ Choices made here:
 - Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
 - A folder that could not be readied is not saved to: what a restart finds there would be another training's. Each save
   tries to ready it again.
-- Only the first rank writes; all resume from what it finds.
+- Only the first rank writes, and sends the others what it resumes from: their machines may share no disk.
+- What torchrun restarts after a failure goes on also with resume=False, which its first start has obeyed.
 - Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
 """
 
+import io
 import math
 import os
 import platform
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from autoaccum.checks import check_kind
@@ -95,6 +98,9 @@ class RunFolder:
         """Where the training can go on from, in words that end an error's message; waits for what is being finished."""
         self.poll(wait=True)
         last = self.checkpoints.last
+        if not self.writes:  # the first rank's, as far as its folder is seen from here
+            entries = self.checkpoints.entries()
+            last = self.checkpoints.path(entries[-1]) if entries else last
         return f"nothing was saved yet in {self.folder}" if last is None else f"the last checkpoint is {last}"
 
     # --- finding ---
@@ -105,12 +111,14 @@ class RunFolder:
         Raises:
             CheckpointError: `resume` is True and there is none; or one has code in it.
         """
-        if resume is False:
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if resume is False and not restarted:
             return None
-        state: dict[str, Any] | None = None
+        state: dict[str, Any] = {}
         try:
             self._seen = set(self.checkpoints.entries())
-            found = self.checkpoints.newest(self._events.warn) if self.writes else None
+            looks = self.writes and (resume is not False or self._is_of_this_job())
+            found = self.checkpoints.newest(self._events.warn) if looks else None
             if self.writes and found is None and resume is True:
                 raise CheckpointError(
                     f"resume=True, and there is no checkpoint in {str(self.folder)!r} to go on from: give the folder "
@@ -124,10 +132,19 @@ class RunFolder:
         if not there:
             return None
         self._resumed = self._saved = Entry(*place)
-        state = found[1] if found is not None else self.checkpoints.read(self._resumed)
-        self.checkpoints.last = self.checkpoints.path(self._resumed)
-        self._cut = Fields(state, str(self.checkpoints.last)).count("metrics")
+        path = self.checkpoints.last = self.checkpoints.path(self._resumed)
+        if self._ranks.size > 1:  # sent, since a folder on another machine may be another folder
+            sent = self._ranks.send("resuming", path.read_bytes() if self.writes else b"")
+            state = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=True)
+        else:
+            state = found[1] if found is not None else {}
+        self._cut = Fields(state, str(path)).count("metrics")
         return state
+
+    def _is_of_this_job(self) -> bool:
+        """Whether what is in the folder was begun by the torchrun that has restarted this process."""
+        runs = _runs_in(self.folder / "environment.json")
+        return bool(runs) and isinstance(runs[-1], dict) and runs[-1].get("job") == _job()
 
     # --- saving ---
 
@@ -282,10 +299,20 @@ class RunFolder:
                 "device": device.name,
                 "device_bytes": device.total(),
                 "ranks": self._ranks.size,
+                "job": _job(),
                 "command": sys.argv,
             }
         )
         write_json(path, {"schema": 1, "runs": runs}, private=True)  # a command may have a password in it
+
+
+def _job() -> str | None:
+    """The torchrun that started this process, which starts it again after a failure; None without one."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name is None:
+        return None
+    agent = psutil.Process(os.getppid())
+    return f"{name} {agent.pid} {agent.create_time():.0f}"
 
 
 def _runs_in(path: Path) -> list[Any]:

@@ -9,12 +9,11 @@ one sum of the gradients, one clip, one step.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -29,12 +28,13 @@ from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
-from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.window.agreement import agree_on_windows
+from autoaccum.window.batch_norm import PooledStatistics, unequal
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
-from autoaccum.window.pieces import micro_batches
+from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -74,6 +74,7 @@ class Accumulator:
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,
         steps: bool = True,
+        group: Any = None,
     ) -> None:
         """Prepares buffers; nothing is trained, and the model is untouched until the first window.
 
@@ -91,7 +92,8 @@ class Accumulator:
             scheduler: stepped once for each optimizer step.
             precision, accumulate, clip_norm, log_grad_norm, batch_norm, on_nonfinite: as in `fit`.
             device: where micro-batches go; None: where the model's first parameter is.
-            ranks: this process among others; None: the default process group, where there is one.
+            ranks: this process among others; None: that of `group`.
+            group: the ranks that train together, a process group; None: the default one, where there is one.
             steps: False: a window ends with its whole gradient in the parameters' `.grad`, scaled by the loss scaler
                 where there is one; clipping, the step and emptying them are somebody else's, such as a trainer's.
 
@@ -116,7 +118,7 @@ class Accumulator:
         self.device = open_device(device if device is not None else next(model.parameters()).device).torch_device
         self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
         self.precision = Precision(precision, self.device, model)
-        self.ranks = ranks if ranks is not None else here()
+        self.ranks = ranks if ranks is not None else here(self.device, group)
         if (plan.rank, plan.world_size) != (self.ranks.rank, self.ranks.size):
             raise SetupError(
                 f"the plan is for rank {plan.rank} of {plan.world_size}, and this is rank {self.ranks.rank} of "
@@ -125,6 +127,8 @@ class Accumulator:
             )
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
+        self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
+                          "batch_norm": batch_norm or plan.batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
         self._clip_norm = None if clip_norm is None else float(clip_norm)
         self._log_grad_norm, self._on_nonfinite = log_grad_norm, on_nonfinite
         self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
@@ -170,7 +174,7 @@ class Accumulator:
         try:
             for piece in pieces:
                 before = ledger.done
-                with self.precision.autocast(), self._without_synchronisation():
+                with self.precision.autocast(), without_synchronisation(self.model):
                     yield plain(tree.move(piece, self.device))
                 if ledger.done != before + 1:
                     raise LossError(
@@ -222,7 +226,13 @@ class Accumulator:
         objective = self.objective
         denominators = None if objective is None else objective.window_denominators(batches)
         names = objective.names if objective is not None else ()
-        self._ledger = Ledger(samples, denominators, names, self.ranks, f"step {self.step + 1}")
+        if self._settings:
+            agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings)
+            self._settings = {}  # asked once
+        ledger = Ledger(samples, denominators, names, self.ranks, f"step {self.step + 1}")
+        if self.meets_inside and len(set(ledger.micro_batches)) > 1:
+            raise SetupError(unequal(f"step {self.step + 1}", ledger.micro_batches))
+        self._ledger = ledger
         self._statistics.begin(len(batches))
         self.noise_scale.open(len(samples))
         return self._ledger
@@ -371,6 +381,11 @@ class Accumulator:
         return denominators is None or any(denominators[0].values())
 
     @property
+    def meets_inside(self) -> bool:
+        """Whether the ranks meet inside the forward pass (SyncBatchNorm), where no vote reaches one that waits."""
+        return self.ranks.size > 1 and self._statistics.synchronised
+
+    @property
     def is_open(self) -> bool:
         """Whether a window is."""
         return self._ledger is not None
@@ -475,9 +490,6 @@ class Accumulator:
         if self._ledger is None:
             raise SetupError("no window is open: call backward inside `for micro in accumulator.window(batch):`")
         return self._ledger
-
-    def _without_synchronisation(self) -> AbstractContextManager[Any]:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _zero(self) -> None:
         self._side.clear()

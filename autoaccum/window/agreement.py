@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["model_facts", "optimizer_facts", "setting_facts", "weight_facts"]
+from autoaccum.planning.plan import Plan
+from autoaccum.ranks import Ranks
+
+__all__ = ["agree_on_windows", "model_facts", "optimizer_facts", "setting_facts"]
+
+_BUILD_ALIKE = (
+    "Build model, optimizer and plan alike on every rank; DistributedDataParallel around the model gives all ranks the "
+    "first one's weights"
+)
 
 
 def setting_facts(**settings: Any) -> dict[str, Any]:
@@ -26,7 +34,21 @@ def model_facts(*modules: Any) -> dict[str, Any]:
     return facts
 
 
-def weight_facts(model: nn.Module) -> dict[str, Any]:
+def agree_on_windows(
+    ranks: Ranks, plan: Plan, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
+) -> None:
+    """Before the first window: compares plan, model, weights and optimizer.
+
+    Raises:
+        SetupError: the ranks' differ, and in what; on all ranks.
+    """
+    if ranks.size > 1:
+        facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum, **settings)
+        facts |= model_facts(model) | _weight_facts(model) | optimizer_facts(optimizer)
+        ranks.agree("the first window", facts, _BUILD_ALIKE)
+
+
+def _weight_facts(model: nn.Module) -> dict[str, Any]:
     """A checksum of each parameter's value, exact and the same on every device."""
     return _checksums((f"the values of {name!r}", parameter) for name, parameter in model.named_parameters())
 
@@ -38,6 +60,8 @@ def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
         of = "the optimizer's" if len(optimizer.param_groups) == 1 else f"the optimizer's group {number}'s"
         facts[f"{of} number of parameters"] = len(group["params"])
         facts |= {f"{of} {name}": _said(value) for name, value in group.items() if name != "params"}
+    if hasattr(optimizer, "process_group"):  # ZeroRedundancyOptimizer: each rank remembers its own part
+        return facts
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     remembered = [
         (f"the optimizer's {name} of parameter {place}", value)

@@ -20,6 +20,7 @@ Choices:
   the average is kept over windows of k. Over ranks the buffers are averaged. Mode "keep" touches nothing.
 """
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,13 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from autoaccum.errors import SetupError, shown
+from autoaccum.errors import PlanError, SetupError, shown
 from autoaccum.planning.bn_momentum import MODES
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import counts
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.norm_layer import NormLayer, end_window_of, has_running_statistics, sharers
 from autoaccum.window.pooling import Pool, wide
 
-__all__ = ["PooledStatistics", "needs_two"]
+__all__ = ["PooledStatistics", "expect_equal_counts", "needs_two", "unequal"]
 
 _WHAT = "BatchNorm's statistics"
 
@@ -291,3 +294,28 @@ def needs_two(error: BaseException) -> bool:
             return True
         seen = seen.__cause__
     return False
+
+
+def expect_equal_counts(model: nn.Module, made: Plan) -> None:
+    """Where SyncBatchNorm meets the other ranks in each micro-batch: that all have as many, in every window.
+
+    Raises:
+        PlanError: they have not.
+    """
+    if not any(sharers(module) > 1 for module in model.modules()):
+        return
+    sizes = {made.target_batch, *(() if made.samples is None else (size for size, _ in made.window_runs(made.samples)))}
+    for size in sorted(sizes, reverse=True):
+        found = counts(size, made.limits, minimum=made.minimum)
+        if len(set(found)) > 1:
+            raise PlanError(unequal(f"a window of {size} samples", found))
+
+
+def unequal(what: str, micro_batches: Sequence[int]) -> str:
+    """Why a window cannot be run in which a SyncBatchNorm layer would wait for micro-batches that do not come."""
+    counts = ", ".join(f"{count} on rank {rank}" for rank, count in enumerate(micro_batches))
+    return (
+        f"{what} has unequally many micro-batches on the ranks ({counts}), and SyncBatchNorm meets the other ranks in "
+        'each of them: choose a target batch or micro-batch by which all have as many, tail="drop" for what is left at '
+        "an epoch's end, or BatchNorm, whose running statistics are pooled over the ranks as well"
+    )
