@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from autoaccum.assembly import Parts, agreed, assemble, share_model
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
+from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.mean import Mean
+from autoaccum.memory.device import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.phased import checked_phases, for_phase, probed_phases, ready_to_train
 from autoaccum.pipeline import (
@@ -51,6 +53,7 @@ from autoaccum.training.rates import take_back
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
 from autoaccum.window.ladder import RUNGS
+from autoaccum.window.optimizer import check_no_gradient, trained_parameters
 from autoaccum.window.phase import Phase, check_phases
 from autoaccum.window.verify import VerifyReport
 
@@ -65,6 +68,7 @@ READ_AWAY = (
 )
 
 
+@uninterrupted
 def probe(
     model: nn.Module,
     data: Any,
@@ -110,7 +114,7 @@ def probe(
     together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
     with ends_all(together, group):
         check_counts(target_batch=target_batch, max_batch=max_batch, multiple_of=multiple_of)
-        _check_choices(prefer, ladder, cache=cache, compile=compile)
+        _check_choices(prefer, ladder, memory, cache=cache, compile=compile)
         parts = assemble(
             model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
             precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
@@ -152,6 +156,7 @@ def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+@uninterrupted
 @_on_all_ranks
 def prepare(
     model: nn.Module,
@@ -282,7 +287,7 @@ def prepare(
                  multiple_of=multiple_of, checkpoint_every=checkpoint_every, regrow_after=regrow_after)  # fmt: skip
     listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
     _check_training(check, resume, schedule, warmup_steps)
-    _check_choices(prefer, ladder, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
+    _check_choices(prefer, ladder, memory, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
     check_metrics(metrics, step)
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
@@ -292,6 +297,7 @@ def prepare(
         worst_case=worst_case, stays=_in_a_child(isolate), group=group,
         phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
     )  # fmt: skip
+    check_no_gradient(trained_parameters(parts.model, loss))
     for turn in parts.turns:
         take_back(turn.optimizer)
     check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
@@ -393,6 +399,7 @@ def fit(*arguments: Any, **keywords: Any) -> FitResult:
     return prepare(*arguments, **keywords).run()
 
 
+@uninterrupted
 def verify(
     model: nn.Module,
     data: Any,
@@ -417,10 +424,11 @@ def verify(
     return verified(parts)
 
 
-def _check_choices(prefer: str, ladder: str | bool | None, **switches: bool) -> None:
+def _check_choices(prefer: str, ladder: str | bool | None, memory: int | str | None, **switches: bool) -> None:
     one_of("prefer", prefer, ("fewest", "fastest"))
     one_of("ladder", ladder, (None, False, "auto", *RUNGS))
     check_switches(**switches)
+    check_memory(memory)
 
 
 def _check_training(check: Any, resume: Any, schedule: Any, warmup_steps: Any) -> None:

@@ -2,7 +2,7 @@
 
 Python raises KeyboardInterrupt between any two instructions, also in a `finally` that puts something back. So the
 library's own code is `uninterrupted`, and only the user's code and long waits, which it calls as `interruptible`, are
-broken off at once. What comes elsewhere is raised at the next such call, or at the very end.
+broken off at once. What comes elsewhere is raised at the next `check_interrupt`, or at the very end.
 
 Which of the two runs is read off the stack when the signal arrives, and not from a flag: between raising a flag and the
 `try` beside it there is always a moment more. Threads other than the main one never get the signal.
@@ -34,8 +34,8 @@ class _Held:
 def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
     """Decorates a function that Ctrl-C breaks off only inside its `interruptible` calls.
 
-    One that came elsewhere is raised by the next of these, or when the outermost such function ends. Ctrl-C that is
-    ignored, or ends the process, is left as it is.
+    One that came elsewhere is raised by the next `check_interrupt`, or when the outermost such function ends. Ctrl-C
+    that is ignored, or ends the process, is left as it is.
     """
 
     @functools.wraps(function)
@@ -52,11 +52,8 @@ def uninterrupted(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def interruptible(function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-    """Calls `function`, which Ctrl-C breaks off at once; one that was held back is raised before or after it."""
-    check_interrupt()
-    result = function(*args, **kwargs)
-    check_interrupt()
-    return result
+    """Calls `function`, which Ctrl-C breaks off at once."""
+    return function(*args, **kwargs)
 
 
 def check_interrupt() -> None:
@@ -110,10 +107,15 @@ def _may_break_off(frame: FrameType | None) -> bool:
     if frame is not None and frame.f_code is _OPEN:
         return False
     while frame is not None and frame.f_code is not _OPEN:
-        if frame.f_code in _CLOSED:
+        if frame.f_code in _CLOSED or _is_dropped(frame):
             return False
         frame = frame.f_back
     return frame is not None
+
+
+def _is_dropped(frame: FrameType) -> bool:
+    """Whether Python would drop what is raised in there: at the end of an object, nobody is there to hear it."""
+    return frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset")
 
 
 def _in_main_thread() -> bool:

@@ -23,6 +23,7 @@ from autoaccum.errors import (
     StateNotRestoredError,
     shown,
 )
+from autoaccum.interrupts import interruptible
 from autoaccum.loss.counting import holds_indices
 from autoaccum.model.untouched import Untouched
 from autoaccum.planning.learning_rate import number
@@ -250,7 +251,7 @@ def _probe(
             "precision": parts.asked_precision, "cache": cache, **how, **settings,
             "ladder": parts.ladder or False,  # the child looks at this rung only: it may be killed on any
         }  # fmt: skip
-        return _probe_in_child(isolation, asked, listener, events)
+        return interruptible(_probe_in_child, isolation, asked, listener, events)
     key = training_key(
         parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
         {"precision": precision, **how, **settings, **beside}, f"{device.torch_device} {device.name} {device.total()}",

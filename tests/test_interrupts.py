@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from autoaccum.interrupts import _Held, interruptible, uninterrupted
+from autoaccum.interrupts import _Held, check_interrupt, interruptible, uninterrupted
 from tests.interrupting import events_in, interrupted_at, python_handles_it
 
 
@@ -74,12 +74,13 @@ def test_the_users_code_is_broken_off_at_once():
     assert time.monotonic() - started < 20
 
 
-def test_one_that_came_in_our_code_is_raised_before_the_next_part_of_the_users():
+def test_one_that_came_in_our_code_is_raised_where_it_is_asked_for():
     @uninterrupted
     def work():
         interrupt()
         seen.append("ours")
-        interruptible(seen.append, "theirs")
+        check_interrupt()
+        seen.append("more")
 
     seen = []
     with pytest.raises(KeyboardInterrupt):
@@ -103,6 +104,24 @@ def test_our_code_inside_the_users_is_not_broken_off_either():
     assert seen == ["ours", "theirs"]
 
 
+def test_one_that_comes_where_python_would_drop_it_is_raised_later():
+    class Ends:
+        def __del__(self):
+            interrupt()
+            len("")
+
+    @uninterrupted
+    def work():
+        interruptible(Ends)
+        seen.append("ours")
+        check_interrupt()
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == ["ours"]
+
+
 def test_an_error_of_the_users_is_the_context_of_one_that_came_beside_it():
     @uninterrupted
     def work():
@@ -118,6 +137,7 @@ def test_whoever_handled_it_before_still_does():
     @uninterrupted
     def work():
         interrupt()
+        check_interrupt()
         interruptible(heard.append, "theirs")
         return 1
 

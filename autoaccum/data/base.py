@@ -27,6 +27,7 @@ from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.lengths import ByLength, Padding, Ruler, find_ruler, measured
 from autoaccum.data.per_sample import ListReader
 from autoaccum.errors import CheckpointError, DataError
+from autoaccum.interrupts import interruptible
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
 
@@ -95,10 +96,10 @@ class Source(ABC):
                 chosen = [tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)]
                 return self.marked(self._collated(chosen))
         if self._worst_case is None:
-            return self.marked(self._trial(size))
+            return self.marked(interruptible(self._trial, size))
         if not callable(self._worst_case):
             return tree.repeat(self._worst_case, size)
-        batch = self._worst_case(size)
+        batch = interruptible(self._worst_case, size)
         found = tree.batch_size(batch)
         if found != size:
             raise DataError(
@@ -120,7 +121,7 @@ class Source(ABC):
         With a `worst_case` there are none: what to make room for was said.
         """
         if self._lengths is None:
-            self._measure()
+            interruptible(self._measure)
         return self._lengths or ()
 
     def short_and_long(self) -> tuple[tuple[Any, Any], Any] | None:

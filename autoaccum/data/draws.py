@@ -16,8 +16,6 @@ Choices made here:
 
 import random
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from autoaccum.data.held import held, restore, state_of
+from autoaccum.interrupts import uninterrupted
 
 __all__ = ["Lane", "draw", "mix", "preserved", "seed_sample"]
 
@@ -85,6 +84,7 @@ class Lane:
         self._inside: _Globals | None = None
         self._outside: _Globals | None = None
 
+    @uninterrupted
     def __enter__(self) -> None:
         self._outside = _Globals()
         if self._inside is None or (self._inside.numpy is None and _numpy() is not None):
@@ -92,22 +92,28 @@ class Lane:
         if self._inside is not None:
             self._inside.restore()
 
+    @uninterrupted
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._inside = _Globals()
         if self._outside is not None:
             self._outside.restore()
 
 
-@contextmanager
-def preserved(*owners: Any) -> Iterator[None]:
+class preserved:
     """Leaves every generator as it was: the global ones, and those that `owners` (datasets, samplers) hold."""
-    before = _Globals()
-    own = [(generator, state_of(generator)) for generator in held({str(n): o for n, o in enumerate(owners)}).values()]
-    try:
-        yield
-    finally:
-        before.restore()
-        for generator, state in own:
+
+    def __init__(self, *owners: Any) -> None:
+        self._before = _Globals()
+        named = {str(number): owner for number, owner in enumerate(owners)}
+        self._own = [(generator, state_of(generator)) for generator in held(named).values()]
+
+    def __enter__(self) -> None:
+        """Nothing is to be done here: `__init__` has kept the states."""
+
+    @uninterrupted
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._before.restore()
+        for generator, state in self._own:
             restore(generator, state)
 
 

@@ -14,7 +14,7 @@ Choices made here:
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import accumulate, islice
 from typing import Any
@@ -56,7 +56,7 @@ class Reader:
         self._items, self._lane, self._read, self._in_workers = items, lane, read, in_workers
         self._iterator: Iterator[Any] | None = None
         self._count = 0
-        self._ended = False
+        self._ended = self._broken_off = False
         self.drawn: deque[Any] = deque()
         self.ahead = 0
         self.epoch: int | None = None
@@ -75,8 +75,15 @@ class Reader:
         try:
             if self._iterator is None:
                 self._iterator = iter(self._items)
+            broken_off, self._broken_off = self._broken_off, True
             item = next(self._iterator)
+            self._broken_off = False
         except StopIteration:
+            if broken_off:  # a generator that an exception has gone through has ended, wherever it was
+                raise DataError(
+                    f"the data was broken off while it was being read, after {self._count} items, and cannot be read "
+                    "on: give data that can be read again, or an iterator of its own"
+                ) from None
             self._ended, self._iterator = True, None
             return
         except DataError:
@@ -91,6 +98,11 @@ class Reader:
         if samples:
             self.drawn.append(item)
             self.ahead += samples
+
+    def put_back(self, items: Sequence[Any], samples: int) -> None:
+        """Adds items at the front, in their order."""
+        self.drawn.extendleft(reversed(items))
+        self.ahead += samples
 
 
 class StreamSource(Source):
@@ -122,9 +134,17 @@ class StreamSource(Source):
 
     def _windows(self, reader: Reader, cutter: Cutter) -> Iterator[Read]:
         while total := cutter.total(reader.look):
-            drawn = self._take(reader, total)
-            reader.index += 1
-            yield self._micro_batches(drawn, cutter, total)
+            yield self._window(reader, cutter, total)
+
+    def _window(self, reader: Reader, cutter: Cutter, total: int) -> Read:
+        drawn = self._take(reader, total)
+        try:
+            read = self._micro_batches(drawn, cutter, total)
+        except BaseException:
+            reader.put_back(drawn, total)  # they are asked for again, and may be there only once
+            raise
+        reader.index += 1
+        return read
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the source that gave `state` would have."""

@@ -37,7 +37,7 @@ from autoaccum.memory.host import host_memory
 from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes, parse_bytes
 
-__all__ = ["Budget", "CpuDevice", "Device", "devices", "less", "open_device", "plus"]
+__all__ = ["Budget", "CpuDevice", "Device", "check_memory", "devices", "less", "open_device", "plus"]
 
 _HOST_RESERVE = 0.1
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
@@ -325,6 +325,16 @@ def _why_not(kind: str) -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return ": this PyTorch is built without CUDA"
     return ": no GPU can be seen (check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES)"
+
+
+def check_memory(memory: int | str | None) -> None:
+    """Refuses a `memory` that is no size, before anything is touched for it.
+
+    Raises:
+        SetupError: it is no size, or a share outside (0%, 100%].
+    """
+    if memory is not None:
+        _asked(memory, 1)
 
 
 def _asked(memory: int | str, total: int) -> tuple[int, str]:

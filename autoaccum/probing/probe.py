@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
+from autoaccum.interrupts import interruptible
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
@@ -94,7 +95,8 @@ def run_probe(
     budget = device.budget(question.memory, held=held, headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)
     others = [other for other in (objective.loss, objective.step) if other is not None]
-    with device.limit(budget), Snapshot(model, optimizer, *others, device=device.torch_device) as snapshot:
+    snapshot = interruptible(Snapshot, model, optimizer, *others, device=device.torch_device)
+    with device.limit(budget), snapshot:
         snapshot.set_gradients_aside()
         try:
             TrainingMode(model).on()
@@ -287,7 +289,7 @@ def _floor(objective: Objective, source: Source, device: Device, accumulator: Ac
     try:
         # With gradients on: a model may ask for some inside its forward, as force fields do.
         with accumulator.precision.autocast():
-            objective.forward(batch)
+            interruptible(objective.forward, batch)
     except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
         if not needs_two(error):
             raise

@@ -22,6 +22,7 @@ from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source
 from autoaccum.data.windows import Window, evaluation_windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError, shown
+from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
@@ -60,6 +61,7 @@ class Evaluator:
         """Whether there is validation data."""
         return self.source is not None
 
+    @uninterrupted
     def evaluate(self, source: Source | None = None) -> dict[str, float]:
         """{"loss": ..., and each metric}, over `source` or the validation data.
 
@@ -73,14 +75,15 @@ class Evaluator:
         if source is not None and self.ranks.size > 1:
             self.ranks.agree("evaluate", data_facts("the data to evaluate", source), "Give every rank all of it")
         model = self.objective.model
-        training = [module for module in model.modules() if module.training]
+        training, graph = [module for module in model.modules() if module.training], torch.is_grad_enabled()
         model.eval()
         try:
-            return self._means(chosen, "val_data" if source is None else "the data to evaluate")
+            return interruptible(self._means, chosen, "val_data" if source is None else "the data to evaluate")
         except Exception:
             self.ranks.fail()
             raise
         finally:
+            torch.set_grad_enabled(graph)  # a no_grad() that was broken off at its end leaves it off
             for module in training:
                 module.training = True
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
 from autoaccum.files import open_own
+from autoaccum.interrupts import interruptible
 from autoaccum.window.record import StepRecord
 
 __all__ = [
@@ -175,7 +176,7 @@ class Events:
         """Tells all; what one raises ends the telling, unless it is StopTraining."""
         for listener in self._listeners:
             try:
-                listener(event)
+                interruptible(listener, event)
             except StopTraining as asked:
                 self.stop = str(asked) or "a listener asked for it"
 

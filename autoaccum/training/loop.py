@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from autoaccum.data.draws import mix
 from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
@@ -26,6 +28,7 @@ from autoaccum.errors import (
     SetupError,
     StateNotRestoredError,
 )
+from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.oom import poisons, unusable
 from autoaccum.planning.plan import Plan
@@ -173,7 +176,7 @@ class TrainingLoop:
         return _Iteration(self)
 
     def _records(self) -> Generator[StepRecord, None, None]:
-        began, usable = time.perf_counter(), True
+        began, usable, graph = time.perf_counter(), True, torch.is_grad_enabled()
         self._mode = TrainingMode(self.model)
         try:
             self._begin()
@@ -202,6 +205,7 @@ class TrainingLoop:
                 raise dead_worker(error) from error
             raise
         except KeyboardInterrupt:
+            torch.set_grad_enabled(graph)  # a no_grad() that was broken off at its end leaves it off
             self._rescue()
             raise
         finally:
@@ -212,6 +216,7 @@ class TrainingLoop:
                 self.folder.close()
             self._events.close()
 
+    @uninterrupted
     def run(self) -> FitResult:
         """Trains to the end."""
         for _ in self:
@@ -295,6 +300,7 @@ class TrainingLoop:
                     self.folder.poll()
                     if self._turns.overdue or self.folder.due(self.step):
                         self._save()
+                check_interrupt()  # one that came in the step: the step is whole, and in the history
                 yield record
             if self._turns.stopped is not None:
                 return
@@ -312,7 +318,8 @@ class TrainingLoop:
         while True:
             self._mark_boundary()
             began = time.perf_counter()
-            window = next(rest, None)
+            check_interrupt()
+            window = interruptible(next, rest, None)
             self._waited = time.perf_counter() - began
             if window is None:
                 self._boundary = None
@@ -320,8 +327,8 @@ class TrainingLoop:
             yield window
 
     def _mark_boundary(self) -> None:
-        """Keeps this moment for a checkpoint, should the next thing fail; it takes a while, so only with a folder."""
-        self._boundary = self._parts.boundary(quick=True) if self.folder is not None else None
+        """Keeps this moment: what is broken off is drawn anew from here, and a checkpoint of it can be saved."""
+        self._boundary = self._parts.boundary(quick=True)
 
     def _check_epoch(self) -> None:
         if self._window_index == 0:
@@ -448,6 +455,7 @@ class _Iteration:
     def __iter__(self) -> "_Iteration":
         return self
 
+    @uninterrupted
     def __next__(self) -> StepRecord:
         loop = self._loop
         if loop._at_work:
@@ -476,9 +484,12 @@ class _Iteration:
         self._replaced = inspect.getgeneratorstate(self._records) != inspect.GEN_CLOSED
         self._records.close()
 
+    @uninterrupted
     def close(self) -> None:
         """Ends the iteration, as leaving a for loop does."""
         self._records.close()
+
+    __del__ = close
 
 
 def _with_waiting(record: StepRecord, waited: float, window: Window) -> StepRecord:

@@ -22,6 +22,7 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError
+from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
@@ -33,7 +34,13 @@ from autoaccum.window.batch_norm import PooledStatistics, unequal
 from autoaccum.window.engine import backward
 from autoaccum.window.ledger import Ledger, Parts
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.optimizer import FirstBackward, check_model, check_optimizer, optimizer_parameters
+from autoaccum.window.optimizer import (
+    FirstBackward,
+    check_model,
+    check_no_gradient,
+    check_optimizer,
+    optimizer_parameters,
+)
 from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
 from autoaccum.window.rank_sum import RankSum
@@ -208,6 +215,7 @@ class Accumulator:
 
     # The same in parts, for the training loop, which may have to replay a window.
 
+    @uninterrupted
     def open(self, batches: Sequence[Any]) -> Ledger:
         """Opens a window over this rank's micro-batches, which wait on the host; none where the rank idles."""
         if self._ledger is not None:
@@ -215,12 +223,7 @@ class Accumulator:
                 "the window before is still open: something holds its generator, which the loop over it was left by; "
                 "let the generator go (del, or its close()) before the next window"
             )
-        for parameter in self._parameters:
-            if parameter.grad is not None:
-                raise SetupError(
-                    "a gradient stands before the window's first backward, and would enter its sum: "
-                    "call optimizer.zero_grad(set_to_none=True) before the window"
-                )
+        check_no_gradient(self._parameters)
         self._memory.reset_peak()
         samples = [tree.batch_size(batch) for batch in batches]
         objective = self.objective
@@ -237,6 +240,7 @@ class Accumulator:
         self.noise_scale.open(len(samples))
         return self._ledger
 
+    @uninterrupted
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
         ledger, objective, precision = self._running(), self.objective, self.precision
@@ -245,12 +249,13 @@ class Accumulator:
             self._run_twice(self._two_passes, list(batches))
             return
         for batch in batches:
+            check_interrupt()
             self.on_phase("batch")
             placed = batch if self._on_host else tree.move(batch, self.device)
             self.on_phase("forward")
             # Where nothing counts the forward still runs: statistics and random generators move as they would.
             with precision.autocast(), nullcontext() if ledger.counts else torch.no_grad():
-                terms = objective.terms(placed, ledger.own)
+                terms = interruptible(objective.terms, placed, ledger.own)
             self._add(terms)
 
     @property
@@ -273,7 +278,7 @@ class Accumulator:
             ledger.enter([])
 
         what = f"step {self.step + 1}"
-        loss = two_passes.run(batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
+        loss = interruptible(two_passes.run, batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
         if loss is not None:
             ledger.add(loss)
 
@@ -285,7 +290,7 @@ class Accumulator:
             self.precision.forget_casts()
             first = None if self._looked_at_backward else FirstBackward(self.model, self.optimizer)
             with self.precision.outside():
-                self._backward(parts)
+                interruptible(self._backward, parts)
             if first is not None:
                 first.check()
                 self._looked_at_backward = True
@@ -324,6 +329,7 @@ class Accumulator:
         """Where a rank is that is done with the window's micro-batches."""
         return f"the end of step {self.step + 1}"
 
+    @uninterrupted
     def finish(self) -> StepRecord:
         """Sums over the ranks, corrects, clips, steps and zeroes; commits statistics; advances the scheduler.
 
@@ -420,6 +426,7 @@ class Accumulator:
         else:
             self._side.put(parameter, torch.zeros_like(parameter, dtype=dtype))
 
+    @uninterrupted
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
         self._zero()
@@ -428,6 +435,7 @@ class Accumulator:
         self.rank_sum.drop()
         self._ledger = self._ended = None
 
+    @uninterrupted
     def close(self) -> None:
         """Takes the hooks off the model."""
         self.noise_scale.close()

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.data.piece import Piece
 from autoaccum.data.structure import Reading
+from autoaccum.interrupts import interruptible
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
@@ -108,7 +109,7 @@ class Bench:
         with ExitStack() as stack:
             self._taken = _Taken(self._parameters)
             others = [part for part in (self.objective.loss, self.objective.step) if part is not None]
-            snapshot = Snapshot(self._model, self._taken, *others, device=self._device)
+            snapshot = interruptible(Snapshot, self._model, self._taken, *others, device=self._device)
             stack.enter_context(snapshot).set_gradients_aside()
             self.fixed = stack.enter_context(Determinism(*self._modules, samples=self.samples, device=self._device))
             self._accumulator = Accumulator(

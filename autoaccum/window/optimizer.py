@@ -19,6 +19,7 @@ __all__ = [
     "FirstBackward",
     "build_optimizer",
     "check_model",
+    "check_no_gradient",
     "check_optimizer",
     "optimizer_parameters",
     "trained_parameters",
@@ -127,6 +128,19 @@ def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]
     """The parameters that require gradients, of the model and of a loss that is a module."""
     modules = [model, loss] if isinstance(loss, nn.Module) else [model]
     return [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+
+
+def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
+    """Refuses gradients that would enter a window's sum.
+
+    Raises:
+        SetupError: one stands there.
+    """
+    if any(parameter.grad is not None for parameter in parameters):
+        raise SetupError(
+            "a gradient stands before the window's first backward, and would enter its sum: "
+            "call optimizer.zero_grad(set_to_none=True) before the window"
+        )
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError
+from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.diagnosis import Cause, Diagnosis, Evidence, Rows, diagnose, ragged
 from autoaccum.loss.objective import Objective
@@ -70,6 +71,7 @@ class VerifyReport:
         return asdict(self)
 
 
+@uninterrupted
 def verify_gradient(
     model: nn.Module,
     objective: Objective,

@@ -1,6 +1,7 @@
-"""`make torture`: kills, injected out-of-memory errors and a soak; a table on stdout, and the figures as JSON.
+"""`make torture`: kills, out-of-memory errors, interrupts, a soak; a table on stdout, and the figures as JSON.
 
-python -m tests.torture [--kills 200] [--ooms 500] [--soak 20000] [--cost 15] [--seed 0] [--json FILE]
+python -m tests.torture [--kills 200] [--ooms 500] [--interrupts 500] [--soak 20000] [--cost 15] [--seed 0]
+    [--json FILE]
 
 0 leaves a part out. Ends with 1 where something was not survived.
 """
@@ -18,7 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked children train on the CPU
 
 import torch
 
-from tests.torture import cost, kills, ooms, soak
+from tests.torture import cost, interrupts, kills, ooms, soak
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--kills", type=int, default=200, help="trainings that are killed at random moments")
     parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
+    parser.add_argument("--interrupts", type=int, default=500, help="SIGINTs in a probe, a check and a training")
     parser.add_argument("--soak", type=int, default=20000, help="windows whose memory is watched")
     parser.add_argument("--cost", type=int, default=15, help="checkpoints whose cost is measured")
     parser.add_argument("--seed", type=int, default=0)
@@ -43,6 +45,10 @@ def main() -> int:
         injected = ooms.run(options.ooms, options.seed)
         found["out of memory"], failures = injected.to_dict(), failures + injected.failures
         _show("out of memory", found["out of memory"])
+    if options.interrupts:
+        broken_off = interrupts.run(options.interrupts, options.seed)
+        found["interrupts"], failures = broken_off.to_dict(), failures + broken_off.failures
+        _show("interrupts", found["interrupts"])
     if options.cost:
         found["checkpoints"] = cost.run(options.cost)
         _show("checkpoints", found["checkpoints"])
