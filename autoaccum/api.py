@@ -327,8 +327,9 @@ def prepare(
         adopt(parts, given, events)
         given = beside_own_rate(given, parts) if kept is None else given
         told_of_the_plans(
-            given, events, micro_batch=micro_batch, lr_batch=lr_batch, lr_rule=lr_rule, tail=tail, batch_norm=batch_norm
-        )
+            given, events, micro_batch=micro_batch, lr_batch=lr_batch, lr_rule=lr_rule, tail=tail,
+            batch_norm=batch_norm, prefer=prefer, multiple_of=multiple_of, max_batch=max_batch,
+        )  # fmt: skip
     if given is None and micro_batch is None:
         question = Question(
             share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer

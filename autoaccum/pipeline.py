@@ -38,6 +38,7 @@ from autoaccum.probing.outcome import OVER_BUDGET, Trial
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
+from autoaccum.settings import SETTINGS, deciding
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.state import gathered, optimizer_name
 from autoaccum.window.accumulate import Accumulator
@@ -465,11 +466,15 @@ def beside_own_rate(given: Plan, parts: Parts) -> Plan:
 
 
 def told_of_the_plans(given: Plan, events: Events, **asked: Any) -> None:
-    """Says which of the settings asked for are set aside, since the plan has them already."""
-    usual = {"lr_rule": "auto", "tail": "step", "batch_norm": "pooled"}
-    for name, value in asked.items():
-        if value != usual.get(name) and value != getattr(given, name):
-            has = f"the plan has {name}={getattr(given, name)!r}"
+    """Says which of the settings asked for are set aside, since the plan has them already.
+
+    Args:
+        asked: every setting that a plan fixes, as it was given.
+    """
+    for name in deciding("plan"):
+        value = asked[name]
+        if value != SETTINGS[name].default and value != getattr(given, name, None):
+            has = f"the plan has {name}={getattr(given, name)!r}" if hasattr(given, name) else "the plan has its sizes"
             events.tell(Noted(f"{name}={shown(value)} is set aside: {has}, and make another plan to change it"))
 
 

@@ -13,9 +13,9 @@ PACKAGE = Path(autoaccum.__file__).parent
 
 # From the ground up: each may import from those before it. Files of one room may import each other.
 ROOMS = [
-    "errors", "units", "files", "checks", "interrupts", "random_state", "display", "planning", "ranks", "memory",
-    "data", "model", "loss", "window", "probing", "training", "assembly", "pipeline", "phased", "searching", "api",
-    "integrations", "cli", "__main__",
+    "errors", "units", "files", "checks", "settings", "interrupts", "random_state", "display", "planning", "ranks",
+    "memory", "data", "model", "loss", "window", "probing", "training", "assembly", "pipeline", "phased", "searching",
+    "api", "integrations", "cli", "__main__",
 ]  # fmt: skip
 
 

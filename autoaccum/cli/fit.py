@@ -9,7 +9,7 @@ import click
 from autoaccum.cli.calling import arguments_of, call, need_target_batch
 from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED, one_line
-from autoaccum.cli.options import new_file, takes, target_argument
+from autoaccum.cli.options import new_file, takes_all, target_argument
 from autoaccum.cli.saving import saved, write_weights
 from autoaccum.cli.stopping import Stopping
 
@@ -23,12 +23,7 @@ __all__ = ["fit"]
 
 @click.command(cls=Command, short_help="Probe, plan, check and train.")
 @target_argument
-@takes(
-    "target_batch", "epochs", "max_steps", "memory", "device", "precision", "accumulate", "reduction",
-    "optimizer", "lr", "lr_batch", "lr_rule", "schedule", "warmup_steps", "clip_norm", "batch_norm", "tail", "shuffle",
-    "prefer", "micro_batch", "plan", "multiple_of", "max_batch", "isolate", "cache", "check",
-    "checkpoint", "checkpoint_every", "resume", "compile", "ladder", "regrow_after", "on_nonfinite", "seed", "progress",
-)  # fmt: skip
+@takes_all("fit")
 @new_file("save", "Save the trained weights: the model's state_dict.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
 def fit(target: str, save: Path | None, save_plan: Path | None, **options: Any) -> Answer:

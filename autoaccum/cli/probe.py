@@ -9,7 +9,7 @@ import click
 from autoaccum.cli.asked import Asked
 from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
-from autoaccum.cli.options import new_file, new_picture, takes, target_argument
+from autoaccum.cli.options import new_file, new_picture, takes_all, target_argument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,11 +19,7 @@ __all__ = ["probe"]
 
 @click.command(cls=Command, short_help="Find the micro-batch that fits, and the plan for a target batch.")
 @target_argument
-@takes(
-    "target_batch", "memory", "device", "precision", "accumulate", "reduction", "optimizer", "lr", "lr_batch",
-    "lr_rule", "clip_norm", "batch_norm", "tail", "prefer", "multiple_of", "max_batch", "cache", "compile",
-    "ladder", "on_nonfinite", "seed",
-)  # fmt: skip
+@takes_all("probe", but=("isolate",))
 # On for this command alone. A child of `fit` would not see what the training's own process holds already or will hold
 # beside it (its data, a context, libraries), and would take that for somebody else's.
 @click.option(

@@ -8,7 +8,7 @@ import click
 
 from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
-from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes, target_argument
+from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes_all, target_argument
 from autoaccum.cli.saving import saved
 from autoaccum.errors import SetupError, shown
 
@@ -61,7 +61,7 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
 @click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what others may have put in the study.")
-@takes("epochs", "max_steps", "memory", "device", "precision", "max_batch", "cache", "check", "seed", "progress")
+@takes_all("search")
 @new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
 @new_picture("Draw history, importance, and values over batch and learning rate.")
 def search(

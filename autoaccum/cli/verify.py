@@ -8,7 +8,7 @@ import click
 from autoaccum.cli.calling import arguments_of, call
 from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
-from autoaccum.cli.options import takes, target_argument
+from autoaccum.cli.options import takes_all, target_argument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -18,7 +18,7 @@ __all__ = ["verify"]
 
 @click.command(cls=Command, short_help="Check that the accumulated gradient is the large batch's.")
 @target_argument
-@takes("device", "precision", "reduction")
+@takes_all("verify")
 def verify(target: str, **options: Any) -> Answer:
     """Check on your own model and data that the accumulated gradient is the large batch's gradient.
 

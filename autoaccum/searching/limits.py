@@ -17,13 +17,11 @@ from autoaccum.errors import NothingFitsError
 from autoaccum.files import read_json, write_json
 from autoaccum.probing.cache import training_key
 from autoaccum.probing.report import ProbeReport
+from autoaccum.settings import deciding
 from autoaccum.training.locks import FolderLock
 
 __all__ = ["Limits", "forecast_bytes"]
 
-# What of fit's arguments decides the answer beside model, batch and optimizer.
-_DECIDING = ("precision", "accumulate", "clip_norm", "batch_norm", "memory", "max_batch", "multiple_of", "prefer",
-             "compile", "ladder")  # fmt: skip
 _SCHEMA = 1
 
 
@@ -39,7 +37,7 @@ class Limits:
     def key(self, parts: Parts, arguments: Mapping[str, Any]) -> str:
         """A name for all that decides how many samples fit."""
         device = f"{parts.device.torch_device.type} {parts.device.name} {parts.device.total()}"
-        settings = {name: arguments[name] for name in _DECIDING if arguments.get(name) is not None}
+        settings = {name: arguments[name] for name in deciding("memory") if arguments.get(name) is not None}
         training = training_key(
             parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
             {**settings, "precision": parts.precision.name}, device,

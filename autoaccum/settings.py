@@ -1,0 +1,159 @@
+"""Every setting of a training, said once: its default, its kind, its words, who takes it and what follows from it.
+
+The public signatures stay written out, for people and editors; a test holds them equal to this. The command line's
+options, what a plan sets aside, what decides how much fits and the reference of keywords are made from here. To add a
+setting: a line here, the one place that uses it, and a parameter of `prepare` (and `probe`, where it changes memory).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SETTINGS", "Setting", "deciding", "reference", "taken_by"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One keyword of `fit`.
+
+    Attributes:
+        default: what it is where it was not given.
+        kind: "count" (a whole number of 1 or more), "steps" (0 or more), "number" (above 0), "bytes", "word" (one of
+            `choices`), "flag", "switch" (yes, no, or its one choice), "seed", "folder", "file", "text"; "python" where
+            it can only be given from Python.
+        words: what it does, in a sentence.
+        takers: the functions and commands that take it beside `fit` and `prepare`.
+        decides: "memory" where it changes what a step takes or how much is looked for; "plan" where a plan fixes it.
+        choices: its words.
+        metavar: how its value is called on the command line.
+    """
+
+    default: Any
+    kind: str
+    words: str
+    takers: tuple[str, ...] = ()
+    decides: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+
+
+_PROBE, _ALL = ("probe",), ("probe", "verify")
+_MEMORY, _PLAN, _BOTH = ("memory",), ("plan",), ("memory", "plan")
+_REDUCTIONS = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
+_LADDER = ("auto", "bf16", "checkpointing", "save_on_cpu", "checkpointing+save_on_cpu")
+
+SETTINGS: dict[str, Setting] = {
+    "target_batch": Setting(None, "count", "Samples per optimizer step, over all ranks.", _PROBE, metavar="N"),
+    "loss": Setting(None, "python", "f(outputs, targets); None: the model returns its loss.", _ALL),
+    "step": Setting(
+        None, "python", "f(model, batch) -> Tensor, Mean or dict of Means, instead of loss; or Coupled.", _ALL
+    ),
+    "phases": Setting(None, "python", "A list of Phase, instead of step, loss and optimizer.", _PROBE),
+    "reduction": Setting("auto", "word", "What the loss is a mean over.", _ALL, (), _REDUCTIONS),
+    "optimizer": Setting(
+        "adamw", "text", 'One of torch\'s by name: "adamw", "sgd", ...', ("probe", "plan"), metavar="NAME"
+    ),
+    "lr": Setting(None, "number", "Learning rate; 1e-3 if not given.", ("probe", "plan"), metavar="LR"),
+    "lr_batch": Setting(
+        None, "count", "The batch that the learning rate was tuned at.", ("probe", "plan"), _PLAN, metavar="N"
+    ),
+    "lr_rule": Setting(
+        "auto",
+        "word",
+        "How the learning rate goes from lr-batch to target-batch.",
+        ("probe", "plan"),
+        _PLAN,
+        ("auto", "linear", "sqrt", "adam-sde", "none"),
+    ),
+    "schedule": Setting("constant", "word", "Learning rate over the steps.", (), (), ("constant", "linear", "cosine")),
+    "warmup_steps": Setting(0, "steps", "Optimizer steps of warm-up.", metavar="N"),
+    "epochs": Setting(1, "count", "Passes over the data.", ("search",), metavar="N"),
+    "max_steps": Setting(None, "count", "Optimizer steps, over as many epochs as it takes.", ("search",), metavar="N"),
+    "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics."),
+    "metrics": Setting(None, "python", "{name: f(outputs, targets) -> Mean}, beside val_data."),
+    "shuffle": Setting(True, "flag", "Shuffle a Dataset or tensors; a DataLoader keeps its own order."),
+    "device": Setting(
+        None,
+        "text",
+        '"cpu", "cuda:1", ...; the best there is if not given.',
+        ("probe", "verify", "search"),
+        metavar="NAME",
+    ),
+    "memory": Setting(
+        None,
+        "bytes",
+        'A hard budget: "8GiB", bytes, or "80%" of the device.',
+        ("probe", "search"),
+        _MEMORY,
+        metavar="SIZE",
+    ),
+    "precision": Setting(
+        "auto", "word", "Autocast.", ("probe", "verify", "search"), _MEMORY, ("auto", "fp32", "bf16", "fp16")
+    ),
+    "accumulate": Setting(
+        "fp32", "word", "What bf16 and fp16 gradients are summed in.", _PROBE, _MEMORY, ("fp32", "native")
+    ),
+    "clip_norm": Setting(None, "number", "Clip the window's gradient to this norm.", _PROBE, _MEMORY, metavar="NORM"),
+    "log_grad_norm": Setting(False, "python", "Record the gradient's norm without clipping."),
+    "batch_norm": Setting(
+        "pooled", "word", "BatchNorm's running statistics.", ("probe", "plan"), _BOTH, ("pooled", "momentum", "keep")
+    ),
+    "tail": Setting("step", "word", "What becomes of a short last window.", ("probe", "plan"), _PLAN, ("step", "drop")),
+    "prefer": Setting(
+        "fewest", "word", "Fewest micro-batches, or the fastest as measured.", _PROBE, _BOTH, ("fewest", "fastest")
+    ),
+    "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, metavar="N"),
+    "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", metavar="FILE"),
+    "multiple_of": Setting(
+        1, "count", "Prefer micro-batches that are multiples of N.", ("probe", "plan"), _BOTH, metavar="N"
+    ),
+    "worst_case": Setting(None, "python", "A batch, or f(n) -> batch, to probe with.", _ALL),
+    "max_batch": Setting(None, "count", "No micro-batch above this size.", ("probe", "search"), _BOTH, metavar="N"),
+    "isolate": Setting(False, "flag", "Run trials in a child process, which a kill may take.", _PROBE),
+    "cache": Setting(True, "flag", "Reuse answers of earlier probes.", ("probe", "search")),
+    "check": Setting(
+        True, "switch", "Check the accumulated gradient before training, or only warn.", ("search",), (), ("warn",)
+    ),
+    "checkpoint": Setting(None, "folder", "Folder for checkpoints.", metavar="DIR"),
+    "checkpoint_every": Setting(None, "count", "Optimizer steps between checkpoints.", metavar="N"),
+    "resume": Setting(
+        "auto", "switch", "Go on from the last checkpoint: it must be there, or only if it is.", (), (), ("auto",)
+    ),
+    "compile": Setting(False, "flag", "Compile the model with torch.compile.", _PROBE, _MEMORY),
+    "ladder": Setting(
+        None,
+        "word",
+        "Where not even one sample fits: take the cheapest of these that does (auto), or this one.",
+        _PROBE,
+        _MEMORY,
+        _LADDER,
+    ),
+    "regrow_after": Setting(None, "count", "Windows after which to try larger micro-batches again.", metavar="N"),
+    "on_nonfinite": Setting(
+        "raise", "word", "What to do at a loss that is not finite.", _PROBE, _MEMORY, ("raise", "skip")
+    ),
+    "seed": Setting(None, "seed", "Seed of all random numbers.", ("probe", "search"), metavar="N"),
+    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("search",)),
+    "sinks": Setting((), "python", "Functions of an event, told beside callbacks."),
+    "callbacks": Setting((), "python", "Functions of an event.", _PROBE),
+}
+"""In the order of the public signatures."""
+
+
+def taken_by(function: str) -> Iterator[str]:
+    """The settings that a function or command takes, by its name; "fit" takes all."""
+    return (name for name, setting in SETTINGS.items() if function in (*setting.takers, "fit"))
+
+
+def deciding(what: str) -> Iterator[str]:
+    """The settings that decide on "memory" or that a "plan" fixes."""
+    return (name for name, setting in SETTINGS.items() if what in setting.decides)
+
+
+def reference() -> str:
+    """All settings as a table in Markdown."""
+    rows = ["| keyword | default | values | what it does |", "|---|---|---|---|"]
+    for name, setting in SETTINGS.items():
+        values = ", ".join(f'`"{choice}"`' for choice in setting.choices) or setting.kind
+        rows.append(f"| `{name}` | `{setting.default!r}` | {values} | {setting.words} |")
+    return "\n".join(rows) + "\n"
