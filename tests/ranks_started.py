@@ -1,16 +1,22 @@
 """Starts real processes, one for each rank, and waits for them."""
 
 import multiprocessing as mp
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 __all__ = ["started"]
 
 
-def started(work: Callable[[int, str], Any], count: int, folder: Path, seconds: float = 300.0) -> None:
-    """Runs `work(rank, folder)` in `count` processes at once; a rank that hangs fails the test."""
+def started(
+    work: Callable[[int, str], Any], count: int, folder: Path, seconds: float = 300.0, killed: Sequence[int] = ()
+) -> None:
+    """Runs `work(rank, folder)` in `count` processes at once; a rank that hangs fails the test.
+
+    Those in `killed` are to end by SIGKILL, all others well.
+    """
     context = mp.get_context("spawn")
     processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(count)]
     for process in processes:
@@ -22,4 +28,5 @@ def started(work: Callable[[int, str], Any], count: int, folder: Path, seconds: 
     for process in processes:
         process.kill()
     assert not hung, "a rank waits for one that does not come"
-    assert [process.exitcode for process in processes] == [0] * count
+    expected = [-signal.SIGKILL if rank in killed else 0 for rank in range(count)]
+    assert [process.exitcode for process in processes] == expected

@@ -199,7 +199,7 @@ class SafeWindow:
         """All of a window up to the vote."""
         self._accumulator.open(pieces)
         self._accumulator.run(pieces)
-        self._accumulator.ready()
+        self._accumulator.rank_sum.ready()
 
     def _vote(self, end: "_End") -> tuple[bool, bool]:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""

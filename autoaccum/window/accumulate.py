@@ -309,11 +309,6 @@ class Accumulator:
             return
         backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
 
-    def ready(self) -> None:
-        """Allocates what the sum over the ranks needs: the last thing before the vote that may run out of memory."""
-        if self.ranks.size > 1:
-            self.rank_sum.ready()
-
     def vote(self, flags: Sequence[float] = ()) -> list[float]:
         """All ranks meet at the window's end, also those that failed in it; the sums of `flags` over the ranks.
 
@@ -338,7 +333,7 @@ class Accumulator:
         """
         ledger = self._running()
         if self._ended is None:  # in a loop of one's own, where nobody has voted yet
-            self.ready()
+            self.rank_sum.ready()
             self.vote()
             if self.rank_sum.uneven:
                 self.rank_sum.level(self.place)

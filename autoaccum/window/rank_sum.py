@@ -37,7 +37,12 @@ class RankSum:
         self.layout, self.uneven = 0, False
 
     def ready(self) -> None:
-        """Allocates what the sum needs where all ranks have such gradients as this one."""
+        """Allocates what the sum needs where all ranks have such gradients as this one.
+
+        The last thing before the vote that may run out of memory.
+        """
+        if self._ranks.size == 1:
+            return
         gradients = [self._side.gradient(parameter) for parameter in self._parameters]
         kinds = [_kind(gradient) for gradient in gradients]
         sparse = max(kinds, default=0) > 0
