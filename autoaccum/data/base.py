@@ -96,7 +96,7 @@ class Source(ABC):
                 chosen = [tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)]
                 return self.marked(self._collated(chosen))
         if self._worst_case is None:
-            return self.marked(interruptible(self._trial, size))
+            return _filled(self.marked(interruptible(self._trial, size)), size)
         if not callable(self._worst_case):
             return tree.repeat(self._worst_case, size)
         batch = interruptible(self._worst_case, size)
@@ -300,6 +300,16 @@ class Source(ABC):
         if self._ranks.size > 1:
             base = int(self._ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
         return base
+
+
+def _filled(batch: Any, size: int) -> Any:
+    """The batch with `size` samples again, where a collate function dropped some."""
+    if batch is None:
+        raise DataError(
+            f"the collate function dropped all {size} samples of a trial: repair the data, or leave out what cannot be "
+            "read with a Subset"
+        )
+    return tree.repeat(batch, size) if 0 < tree.batch_size(batch) < size else batch
 
 
 def _itself(tensor: Tensor) -> Tensor:

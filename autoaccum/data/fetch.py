@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from torch.utils.data._utils.collate import collate as torchs_collate
+
 from autoaccum.data.draws import mix, seed_sample
 from autoaccum.data.lengths import ByLength, Padding, cut
 from autoaccum.errors import DataError
@@ -17,6 +19,7 @@ from autoaccum.memory.oom import Verdict, out_of_memory
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
 
 
+_TORCHS_COLLATE = torchs_collate.__code__  # what default_collate calls
 _FOR_WANT_OF_MEMORY = (
     "the host's memory ran out, in which all samples of a step wait: lower target_batch, or keep samples in a smaller "
     "format (uint8 images) until they are on the device"
@@ -25,6 +28,7 @@ _PAD = (
     "give a DataLoader with a collate_fn that pads them (a list is read as a dataset of samples; tensors that belong "
     "together go into a tuple or a dict)"
 )
+_NONE_LEFT = "a collate_fn that drops samples may be left with none: let it return None then"
 
 
 class Ask(NamedTuple):
@@ -119,17 +123,22 @@ class Fetcher:
         return samples
 
     def collated(self, samples: list[Any], indices: Sequence[Any] | None = None) -> Any:
-        """The samples as one batch.
+        """The samples as one batch; None where the collate function dropped them all.
 
         Raises:
             DataError: the collate function failed.
         """
         try:
             return self._collate(samples)
+        except DataError:
+            raise
         except Exception as error:
+            if _was_left_empty(error):
+                return None
             which = f"samples {', '.join(map(repr, indices[:8]))}" if indices else f"{len(samples)} samples"
             which += ", ..." if indices and len(indices) > 8 else ""
-            remedy = _FOR_WANT_OF_MEMORY if out_of_memory(error) is Verdict.SURELY else _PAD
+            dropped = "empty" in str(error) or "got 0" in str(error)
+            remedy = _FOR_WANT_OF_MEMORY if out_of_memory(error) is Verdict.SURELY else _NONE_LEFT if dropped else _PAD
             raise DataError(
                 f"{which} could not be made into one batch: {type(error).__name__}: {error}; {remedy}"
             ) from error
@@ -188,6 +197,16 @@ def _draws(dataset: Any) -> bool:
     """Whether fetching may draw random numbers; a Hugging Face dataset does only where it has a transform."""
     form = getattr(dataset, "format", None)
     return not isinstance(form, dict) or form.get("type") == "custom"
+
+
+def _was_left_empty(error: Exception) -> bool:
+    """Whether torch's collate function was called with no samples, by one that drops some of those it is given."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not isinstance(error, IndexError):
+        return False
+    return trace.tb_frame.f_code is _TORCHS_COLLATE and not trace.tb_frame.f_locals["batch"]
 
 
 def _survives(error: Exception) -> bool:

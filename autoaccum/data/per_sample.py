@@ -80,10 +80,12 @@ class ListReader:
         self._asked = True
         for size in _TRIED:
             try:
-                outline = _outline(other(size))
+                made = other(size)
             except DataError:  # a collate function may want more at once: the next size, or the batches that come
                 continue
-            self._learn(outline, sure=True)
+            if made is None:  # all were dropped
+                continue
+            self._learn(_outline(made), sure=True)
             if all(path in self._per_sample for path, _ in self._lists(batch, "")):
                 return
 

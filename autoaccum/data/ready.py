@@ -81,11 +81,13 @@ class BatchSource(StreamSource):
         if not (self._compared or self.one_shot or tree.is_flat(batch)):
             self._compared = True
             with self._untouched():
-                for other in islice(self._batches_for_trials(), _LOOKED_AT):
+                for other in islice(filter(_is_some, self._batches_for_trials()), _LOOKED_AT):
                     self._lists.look(other)
         return self._lists.read(batch)
 
     def _counted(self, item: Any) -> tuple[Any, int]:
+        if item is None:  # a collate function had nothing left
+            return None, 0
         item = self.marked(item)
         return item, _checked_size(item)
 
@@ -161,7 +163,7 @@ class BatchSource(StreamSource):
             with self._untouched():
                 looked_at = []
                 samples = 0
-                for batch in map(self.marked, self._batches_for_trials()):
+                for batch in map(self.marked, filter(_is_some, self._batches_for_trials())):
                     looked_at.append(batch)
                     samples += _checked_size(batch)
                     if samples >= size and len(looked_at) >= _LOOKED_AT:
@@ -205,6 +207,10 @@ def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
         batches.sampler = inner
         return rebuilt(loader, loader.dataset, batch_sampler=batches, **same)
     return loader
+
+
+def _is_some(batch: Any) -> bool:
+    return batch is not None
 
 
 def _checked_size(batch: Any) -> int:

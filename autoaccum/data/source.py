@@ -5,13 +5,17 @@
     tensor, tuple or dict of tensors  rows taken directly                                     TensorSource
     IterableDataset, iterable         read on, collated here                                  SampleSource
     DataLoader of ready batches       cut along the batch dimension                           BatchSource
+    a loader of one's own             likewise                                                BatchSource
+    arrays, tuple or dict of arrays   rows taken directly, as of tensors                      TensorSource
 
 A DataLoader over a TensorDataset that collates as torch does needs no loader: its rows are taken directly too.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
@@ -19,10 +23,11 @@ from autoaccum.checks import check_call
 from autoaccum.data import tree
 from autoaccum.data.base import Source
 from autoaccum.data.indexed import TensorSource
+from autoaccum.data.items import collate_samples, gives_batches, ready_loader
 from autoaccum.data.mapped import MapSource
 from autoaccum.data.ready import BatchSource, iterates_by_itself
 from autoaccum.data.stream import SampleSource
-from autoaccum.data.structure import children, steps
+from autoaccum.data.structure import children, rebuild, steps
 from autoaccum.errors import DataError, shown
 from autoaccum.ranks import Ranks, here
 
@@ -70,15 +75,20 @@ def open_source(
         return _of_loader(data, {"shuffle": shuffle, **common}, common)
     if isinstance(data, TensorDataset):
         data = data.tensors
+    _refuse_table(data)
+    data = _from_arrays(data)
     if _is_tensors(data):
         return TensorSource(data, shuffle=shuffle, **common)
     if isinstance(data, (str, bytes)):
         raise _unknown(data)
     data = _with_tensors(data)
+    if gives_batches(data):
+        return BatchSource(ready_loader(data), **common)
     if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return MapSource(data, default_collate, shuffle=shuffle, **common)
+        return MapSource(data, collate_samples if type(data) is list else default_collate, shuffle=shuffle, **common)
     if isinstance(data, Iterable):
-        return SampleSource(data, default_collate, **common)
+        declared = isinstance(data, IterableDataset) or hasattr(data, "with_format")
+        return SampleSource(data, default_collate if declared else collate_samples, **common)
     raise _unknown(data)
 
 
@@ -121,6 +131,31 @@ def _is_tensors(data: Any) -> bool:
             )
     tree.batch_size(data)
     return True
+
+
+def _refuse_table(data: Any) -> None:
+    if hasattr(data, "iloc") or (hasattr(data, "columns") and hasattr(data, "to_numpy")):
+        raise DataError(
+            f"the data is a {type(data).__name__}, a table whose columns are no tensors yet, and nothing says which "
+            "is the target: give (torch.tensor(table[features].to_numpy()), torch.tensor(table[target].to_numpy()))"
+        )
+
+
+def _from_arrays(data: Any) -> Any:
+    """Tensors in place of another library's arrays, which share their memory: in a tuple or dict, or one alone."""
+    if isinstance(data, (tuple, Mapping)) and not hasattr(data, "__array_interface__"):
+        inside = [_from_arrays(child) for child in children(data) or ()]
+        return rebuild(data, inside) if any(new is not old for new, old in zip(inside, children(data) or ())) else data
+    if not hasattr(data, "__array_interface__") or not getattr(data, "shape", ()):
+        return data
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a memory-mapped array cannot be written to: nothing writes here
+            return torch.as_tensor(data)
+    except TypeError as error:
+        raise DataError(
+            f"the data holds an array of {data.dtype}, which no tensor can hold: {error}; turn it into numbers first"
+        ) from error
 
 
 def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:

@@ -13,7 +13,7 @@ Choices made here:
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -34,7 +34,9 @@ __all__ = [
     "alike",
     "children",
     "disagreement",
+    "graphs_in",
     "is_list",
+    "join_graphs",
     "kind_of",
     "known_as",
     "labelled",
@@ -42,6 +44,7 @@ __all__ = [
     "plain",
     "rebuild",
     "steps",
+    "take",
     "walk",
 ]
 
@@ -90,6 +93,29 @@ def plain(node: Any) -> Any:
     if type(node) in _PLAIN:
         return kind_of(node)(below)
     return rebuild(node, below) if any(new is not old for new, old in zip(below, inside)) else node
+
+
+def graphs_in(node: Any) -> int | None:
+    """Graphs in a batch of them, as PyTorch Geometric joins them into one object; None for anything else."""
+    count = getattr(node, "num_graphs", None)
+    known = isinstance(count, int) and hasattr(node, "to_data_list") and hasattr(node, "from_data_list")
+    return count if known else None
+
+
+def take(leaf: Any, rows: Sequence[int]) -> Any:
+    """The items at `rows` of what is cut and is no tensor: a list, a batch of graphs, another library's array."""
+    if is_list(leaf):
+        return type(leaf)(leaf[row] for row in rows)
+    if graphs_in(leaf) is None:
+        return leaf[list(rows)]
+    graphs = leaf.to_data_list()
+    return join_graphs(type(leaf), [graphs[row] for row in rows])
+
+
+def join_graphs(kind: type, graphs: Sequence[Any]) -> Any:
+    """The graphs as one batch of a `kind`, by the class that can join them: its subclasses are made for each sort."""
+    joins = next(each for each in kind.__mro__ if "from_data_list" in vars(each))
+    return joins.from_data_list(list(graphs))  # type: ignore[attr-defined]
 
 
 def children(node: Any) -> list[Any] | None:
@@ -175,7 +201,8 @@ class Reading:
             DataError: it cannot; a leaf is named.
         """
         sizes = {path: tensor.size(0) for path, tensor in walk(self.batch) if tensor.dim()}
-        if self.fits and (sizes or any(self.listed(items) for items in lists(self.batch))):
+        cut = sizes or any(self.listed(items) for items in lists(self.batch)) or graphs_in(self.batch) == self.size
+        if self.fits and cut:
             return self
         if len(set(sizes.values())) > 1:
             raise disagreement(sizes)
@@ -203,7 +230,7 @@ class Reading:
         """`count` structures like `node`: `cut` gives the parts of each batched leaf, and the rest goes to all."""
         if isinstance(node, Tensor):
             return cut(node) if node.dim() else [node] * count
-        if self.listed(node) or _is_array(node, self.size):
+        if self.listed(node) or self._is_array(node):
             return cut(node)
         inside = children(node)
         if inside is None:
@@ -229,7 +256,7 @@ class Reading:
             yield from self._uncut(self.batch, "")
 
     def _uncut(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, (Tensor, *_SHARED)) or self.listed(node) or _is_array(node, self.size):
+        if isinstance(node, (Tensor, *_SHARED)) or self.listed(node) or self._is_array(node):
             return
         inside = children(node)
         if inside is None:
@@ -237,6 +264,12 @@ class Reading:
             return
         for step, child in zip(steps(node), inside):
             yield from self._uncut(child, path + step)
+
+    def _is_array(self, node: Any) -> bool:
+        """Whether `node` is of another library and has one row a sample: an array, or a batch of graphs."""
+        shape = getattr(node, "shape", None)
+        rows = shape[0] if isinstance(shape, tuple) and shape and hasattr(node, "__getitem__") else graphs_in(node)
+        return rows == self.size
 
     def _fits(self, node: Any) -> bool:
         if isinstance(node, Tensor):
@@ -307,9 +340,3 @@ def _signature(node: Any) -> object:
         return type(node)
     below = [_signature(child) for child in inside]
     return (kind_of(node), frozenset(below)) if is_list(node) else (type(node), tuple(steps(node)), tuple(below))
-
-
-def _is_array(node: Any, size: int) -> bool:
-    """Whether `node` is an array of another library with one row a sample."""
-    shape = getattr(node, "shape", None)
-    return isinstance(shape, tuple) and bool(shape) and shape[0] == size and hasattr(node, "__getitem__")

@@ -19,12 +19,15 @@ from autoaccum.data.structure import (
     alike,
     children,
     disagreement,
+    graphs_in,
     is_list,
+    join_graphs,
     kind_of,
     labelled,
     lists,
     rebuild,
     steps,
+    take,
     walk,
 )
 from autoaccum.errors import DataError
@@ -54,11 +57,9 @@ def batch_size(batch: Any) -> int:
     size = _flat_size(batch)
     if size is not None:
         return size
-    if isinstance(batch, Piece):
-        return len(batch.samples)
-    known = next((items for items in lists(batch) if isinstance(items, (SampleList, SampleTuple))), None)
+    known = _told_size(batch)
     if known is not None:
-        return len(known)
+        return known
     for items in lists(batch):  # whatever the sizes of their tensors say: three channels are not three samples
         if labelled(items) and Reading(batch, len(items)).fits:
             return len(items)
@@ -74,6 +75,14 @@ def batch_size(batch: Any) -> int:
         f"a batch of type {type(batch).__name__} has no batch dimension: it needs a tensor with samples along "
         "dimension 0, or lists with one item a sample that are equally long"
     )
+
+
+def _told_size(batch: Any) -> int | None:
+    """Samples of a batch that says itself how many it holds: a piece, a batch of graphs, or by a list that is known."""
+    if isinstance(batch, Piece):
+        return len(batch.samples)
+    known = next((items for items in lists(batch) if isinstance(items, (SampleList, SampleTuple))), None)
+    return graphs_in(batch) if known is None else len(known)
 
 
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
@@ -93,8 +102,7 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
 
     def cut(leaf: Any) -> list[Any]:
         if not isinstance(leaf, Tensor):
-            parts = [leaf[start:stop] for start, stop in zip(starts, stops)]
-            return [type(leaf)(part) for part in parts] if is_list(leaf) else parts
+            return [take(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
         if leaf.layout is torch.strided and not leaf.is_nested:
             return list(torch.split_with_sizes(leaf, list(sizes)))
         return [take_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
@@ -120,7 +128,7 @@ def repeat(batch: Any, size: int) -> Any:
     def pick(leaf: Any) -> list[Any]:
         if isinstance(leaf, Tensor):
             return [take_rows(leaf, rows)]
-        return [type(leaf)(leaf[row] for row in rows) if is_list(leaf) else leaf[rows]]
+        return [take(leaf, rows)]
 
     return Reading(batch, length).checked().parts(batch, pick, 1)[0]
 
@@ -216,6 +224,8 @@ def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
     full = all(is_list(node) and len(node) == reading.size for reading, node in zip(readings, nodes))
     if full and any(reading.listed(node) for reading, node in zip(readings, nodes)):
         return type(first)(item for node in nodes for item in node)
+    if graphs_in(first) is not None:
+        return join_graphs(type(first), [graph for node in nodes for graph in node.to_data_list()])
     if children(first) is None:
         return first
     for node in nodes[1:]:

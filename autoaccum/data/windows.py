@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoaccum.data import tree
 from autoaccum.data.base import Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.lengths import Padding
+from autoaccum.data.structure import children
 from autoaccum.planning.plan import Plan
 
 __all__ = ["Window", "evaluation_windows", "indices_of", "windows"]
@@ -73,9 +75,20 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
 
 def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Window]:
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
-    for index, (total, sizes, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
-        marked = [source.marked(batch) for batch in batches]
+    for index, (total, _, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
+        marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
+        sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some
         yield Window(marked, sizes, sum(sizes), total, epoch, index, padding)
+
+
+def _holds_none(batch: Any) -> bool:
+    """Whether a micro-batch has no samples left: None, no rows, or nothing inside."""
+    if batch is None:
+        return True
+    if tree.is_flat(batch):
+        return tree.batch_size(batch) == 0
+    tensors = [tensor for _, tensor in tree.tensors(batch)]
+    return all(tensor.dim() and not tensor.size(0) for tensor in tensors) if tensors else children(batch) == []
 
 
 def indices_of(window: Window, source: Source, plan: Plan) -> Sequence[Any] | None:

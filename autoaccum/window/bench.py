@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.data.piece import Piece
-from autoaccum.data.structure import Reading
+from autoaccum.data.structure import Reading, take
 from autoaccum.interrupts import interruptible
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
@@ -280,7 +280,7 @@ def _take(batch: Any, rows: Sequence[int]) -> Any:
                 return [leaf.index_select(0, torch.tensor(rows, dtype=torch.int64, device=leaf.device))]
             single = tree.split(leaf, [1] * size)
             return [tree.join([single[row] for row in rows])]
-        return [type(leaf)(leaf[row] for row in rows) if isinstance(leaf, (list, tuple)) else leaf[list(rows)]]
+        return [take(leaf, rows)]
 
     return Reading(batch, size).checked().parts(batch, pick, 1)[0]
 
