@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -283,7 +282,7 @@ class TrainingLoop:
             self._left = window
             self._mode.keep()  # between two windows a person may have looked at the model's answers
             for done in self._turns.train(window):
-                record = _with_waiting(done, self._waited, window)
+                record = done.after(self._waited, window.padding)
                 self.history.append(record)
                 if self._turns.inside:  # a further phase trains on the same samples
                     self._waited = 0.0
@@ -490,12 +489,3 @@ class _Iteration:
         self._records.close()
 
     __del__ = close
-
-
-def _with_waiting(record: StepRecord, waited: float, window: Window) -> StepRecord:
-    """The record with the wait for its samples, and what its window says of their lengths."""
-    seconds = record.seconds + waited
-    if window.padding is not None:
-        own, padded, unsorted = window.padding
-        record = replace(record, tokens=own, padded_tokens=padded, unsorted_tokens=unsorted)
-    return replace(record, seconds=seconds, samples_per_second=record.samples / seconds)

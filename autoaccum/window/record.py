@@ -1,6 +1,6 @@
 """What one optimizer step did, as plain values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 __all__ = ["StepRecord"]
@@ -45,6 +45,15 @@ class StepRecord:
     padded_tokens: int | None = None
     unsorted_tokens: int | None = None
     phase: str | None = None
+
+    def after(self, waited: float, padding: tuple[int, int, int] | None) -> "StepRecord":
+        """The record with the seconds that its samples were waited for, and the lengths that they were cut by."""
+        seconds = self.seconds + waited
+        tokens, padded, unsorted = padding or (self.tokens, self.padded_tokens, self.unsorted_tokens)
+        return replace(
+            self, seconds=seconds, samples_per_second=self.samples / seconds, tokens=tokens, padded_tokens=padded,
+            unsorted_tokens=unsorted,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
