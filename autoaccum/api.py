@@ -99,6 +99,7 @@ def probe(
     ladder: str | bool | None = None,
     on_nonfinite: str = "raise",
     seed: int | None = None,
+    progress: bool | None = None,
     callbacks: Iterable[Listener] = (),
     group: Any = None,
 ) -> ProbeReport:
@@ -127,7 +128,7 @@ def probe(
                    batch_norm=batch_norm, lr_batch=lr_batch, lr_rule=lr_rule)  # fmt: skip
         share = None if target_batch is None else share_of(target_batch, parts.source.length, parts.ranks)
         question = Question(share, memory, max_batch, multiple_of, prefer)
-        events = Events(listed("callbacks", callbacks))
+        events = Events([*listed("callbacks", callbacks), *display(progress, parts.ranks)])
         _run_as_asked(parts, compile, ladder, events)
         report = shared_out(
             functools.partial(
@@ -469,7 +470,7 @@ def _child_probe(
     arguments: dict[str, Any] = {
         name: value for name, value in factory().items() if name in inspect.signature(probe).parameters
     }
-    arguments.update(asked, isolate=InChild(send), callbacks=[lambda event: _heard(event, send)])
+    arguments.update(asked, isolate=InChild(send), callbacks=[lambda event: _heard(event, send)], progress=False)
     report = probe(**arguments)
     lines = report.forecaster
     if isinstance(lines, (Forecast, OverLengths)):

@@ -99,6 +99,7 @@ class Asked:
             from autoaccum.display.narrator import Narrator
 
             arguments["callbacks"] = (*(arguments.get("callbacks") or ()), Narrator())
+        arguments["progress"] = False  # told above, with what a killed child has left
         lost = _told(killed, arguments.get("callbacks") or ())
         report = call(autoaccum.probe, arguments)
         if lost:

@@ -56,14 +56,6 @@ def probe(
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from rich.console import Group
-    from rich.text import Text
+    from autoaccum.display.terminal import probe_view
 
-    from autoaccum.display.terminal import elsewhere_view, plan_view, report_view
-
-    views = [report_view(values)]
-    if values.get("target_batch"):
-        views += [Text(), plan_view(values)]
-    if values.get("elsewhere"):
-        views += [Text(), elsewhere_view(values["elsewhere"])]
-    return Group(*views)
+    return probe_view(values)

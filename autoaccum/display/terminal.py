@@ -41,6 +41,7 @@ __all__ = [
     "fit_view",
     "open_console",
     "plan_view",
+    "probe_view",
     "report_view",
     "search_view",
     "verify_view",
@@ -61,7 +62,7 @@ _LEADING_VALUE = re.compile(r"(\S{1,12}(?: [\w-]+)?)(?=:| = )")  # "pooled: ..."
 
 def plan_view(plan: Mapping[str, Any]) -> RenderableType:
     """A Plan's `to_dict()`: a line on every value, which is the value and its reason."""
-    title = Text.assemble(("Plan  ", "bold"), (str(plan["target_batch"]), "bold green"), " samples a step")
+    title = Text.assemble(("Plan  ", "bold"), (str(_samples(plan)), "bold green"), " samples a step")
     if plan.get("world_size", 1) > 1:
         title.append(f" over {plan['world_size']} ranks; rank {plan.get('rank', 0)} has {_sum(plan['micro_batches'])}")
     else:
@@ -110,6 +111,16 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
         measured = [(trial["batch"], trial["peak_bytes"]) for trial in on_curve(trials) if trial.get("peak_bytes")]
         blocks += [Text(), MemoryChart(curve, measured=measured, budget=budget, chosen=micro)]
     return Group(*blocks)
+
+
+def probe_view(values: Mapping[str, Any]) -> RenderableType:
+    """A ProbeReport's `to_dict()` with its plan's keys beside, and what would fit elsewhere where that was asked."""
+    views = [report_view(values)]
+    if values.get("target_batch"):
+        views += [Text(), plan_view(values)]
+    if values.get("elsewhere"):
+        views += [Text(), elsewhere_view(values["elsewhere"])]
+    return Group(*views)
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
@@ -192,7 +203,7 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
     title = Text.assemble(("Trained  ", "bold"), (str(steps), "bold green"), " step" if steps == 1 else " steps")
     if result.get("plan"):
         plan = result["plan"]
-        title.append(f" of {plan['target_batch']} samples = {_sizes(plan)}")
+        title.append(f" of {_samples(plan)} samples = {_sizes(plan)}")
     return Group(title, facts(rows))
 
 
@@ -314,6 +325,12 @@ def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
         "cap": "nothing larger was allowed or looked for; memory has room for more",
         None: f"the largest that was run: {unproved}",
     }[report.get("limit_proof")]
+
+
+def _samples(plan: Mapping[str, Any]) -> int:
+    """Samples of a step: the target, or all of an epoch that has fewer."""
+    alone = plan.get("world_size", 1) == 1 and not plan.get("by_length") and plan.get("micro_batches")
+    return sum(plan["micro_batches"]) if alone else int(plan["target_batch"])
 
 
 def _sizes(plan: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoaccum.display.shown import Drawn
 from autoaccum.errors import PlanError, shown
 from autoaccum.planning import learning_rate, split, stored
 from autoaccum.planning.bn_momentum import MODES
@@ -30,7 +31,7 @@ __all__ = ["SCHEMA", "Plan", "plan"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Drawn):
     """How one rank trains with exactly `target_batch` samples a step. `plan` makes it; all sizes are in samples."""
 
     target_batch: int
@@ -76,6 +77,8 @@ class Plan:
     those of the longest samples seen; each window is cut by the lengths in it, and k varies."""
     ladder: str | None = None
     """What makes the step smaller, without which not even the smallest micro-batch fits; None where nothing does."""
+
+    _view = "plan_view"
 
     @property
     def length_rule(self) -> LengthRule | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
 
@@ -17,7 +18,7 @@ __all__ = ["ProbeReport"]
 
 
 @dataclass(frozen=True)
-class ProbeReport:
+class ProbeReport(Drawn):
     """The answer of a probe and what it rests on.
 
     Attributes:
@@ -63,6 +64,8 @@ class ProbeReport:
     timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
 
+    _view = "probe_view"
+
     @property
     def out_of_memory_count(self) -> int:
         """Trials that ran out of memory or were killed for it."""
@@ -105,6 +108,9 @@ class ProbeReport:
             "curve": self._curve(),
             "timeline": self._timeline(),
         }
+
+    def _values(self) -> dict[str, Any]:
+        return {**(self.plan.to_dict() if self.plan is not None else {}), **self.to_dict()}
 
     def _curve(self) -> list[list[int]]:
         if self.forecaster is None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autoaccum.display.shown import Drawn
 from autoaccum.errors import AutoaccumError, NothingFitsError
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.stored import write_file
@@ -21,7 +22,7 @@ _HIDDEN = ("void", "interrupted")
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Drawn):
     """What a search found.
 
     Attributes:
@@ -55,6 +56,8 @@ class SearchResult:
     seed: int = 0
     threads: int = 1
     dashboard: str | None = None
+
+    _view = "search_view"
 
     @cached_property
     def importance(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.training.lengths import LengthSummary
@@ -16,7 +17,7 @@ __all__ = ["FitResult"]
 
 
 @dataclass(frozen=True)
-class FitResult:
+class FitResult(Drawn):
     """What `fit` gives back.
 
     Attributes:
@@ -40,6 +41,8 @@ class FitResult:
     unsaved: str | None = None
     stopped: str | None = None
     lengths: LengthSummary | None = None
+
+    _view = "fit_view"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the model."""

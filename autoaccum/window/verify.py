@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
+from autoaccum.display.shown import Drawn
 from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.counting import holds_indices
@@ -39,7 +40,7 @@ _CANCELLED = 1e3  # parts' gradients that are this much larger than the whole's 
 
 
 @dataclass(frozen=True)
-class VerifyReport:
+class VerifyReport(Drawn):
     """Whether the accumulated gradient is the large batch's.
 
     Attributes:
@@ -60,6 +61,8 @@ class VerifyReport:
     cause: str | None
     worst_parameter: str | None
     text: str
+
+    _view = "verify_view"
 
     @property
     def untried(self) -> bool:
