@@ -298,11 +298,7 @@ def _probe_in_child(
 
 
 def check_arithmetic(parts: Parts, **settings: Any) -> None:
-    """Refuses settings of the plan's before a probe is spent on them.
-
-    Raises:
-        PlanError: naming the value.
-    """
+    """Refuses settings of the plan's, by the PlanError that it raises, before a probe is spent on them."""
     plan(1, 1, optimizer=parts.optimizer, **settings)
 
 
