@@ -230,3 +230,35 @@ def test_bad_values_and_loaders():
     ready = DataLoader(TensorDataset(X, Y), batch_sampler=[[0, 1], [2, 3]])
     with pytest.raises(SetupError, match="its own batch_sampler"):
         trained(Module(), target(), data=ready)
+
+
+def own(accumulated, **settings):
+    return pl.Trainer(**{**USUAL, "accumulate_grad_batches": accumulated, **settings})
+
+
+class Plain(Module):
+    """No target is ignored: every micro-batch counts alike."""
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.net(batch[0]), batch[1].clamp(min=0))
+
+
+def test_verify_says_what_lightnings_own_accumulation_does():
+    module, loader = Module(), DataLoader(TensorDataset(X, Y), 8)
+    before, random = flat(module), torch.get_rng_state()
+    report = autoaccum.verify(own(4), (module, loader))
+    assert not report.ok
+    assert report.cause == "uneven denominators"
+    assert "averaged per micro-batch" in report.text
+    assert "TargetBatch(32)" in report.text
+    assert torch.equal(flat(module), before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert module._trainer is None
+    assert "configure_optimizers" not in vars(module)
+
+
+def test_verify_sees_what_becomes_of_an_epochs_last_window():
+    report = autoaccum.verify(own(4), (Plain(), DataLoader(TensorDataset(X, Y), 8)))
+    assert not report.ok
+    assert "the last window of an epoch, of 2 micro-batches" in report.text
+    assert not autoaccum.verify(own(1), (Plain(), DataLoader(TensorDataset(X, Y), 8))).verifiable

@@ -33,11 +33,12 @@ from autoaccum.data.mapped import rebuilt
 from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment, Trained
 from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
+from autoaccum.integrations.lightning_verify import verify
 from autoaccum.integrations.logged import Logged
 from autoaccum.integrations.wanted import Wanted
 from autoaccum.ranks import here
 
-__all__ = ["TargetBatch", "attach"]
+__all__ = ["TargetBatch", "attach", "verify"]
 
 
 def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:

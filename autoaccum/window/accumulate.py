@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autoaccum.checks import check_kind, check_switches, one_of
 from autoaccum.data import tree
@@ -39,10 +38,12 @@ from autoaccum.window.optimizer import (
     check_model,
     check_no_gradient,
     check_optimizer,
+    check_ranks,
+    check_schedule,
     optimizer_parameters,
 )
 from autoaccum.window.pieces import micro_batches, without_synchronisation
-from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
+from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm, prepared_by, scaled_step
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sparse import SparseGradients, untouched_rows
@@ -82,6 +83,7 @@ class Accumulator:
         ranks: Ranks | None = None,
         steps: bool = True,
         group: Any = None,
+        accelerator: Any = None,
     ) -> None:
         """Prepares buffers; nothing is trained, and the model is untouched until the first window.
 
@@ -101,8 +103,8 @@ class Accumulator:
             device: where micro-batches go; None: where the model's first parameter is.
             ranks: this process among others; None: that of `group`.
             group: the ranks that train together, a process group; None: the default one, where there is one.
-            steps: False: a window ends with its whole gradient in the parameters' `.grad`, scaled by the loss scaler
-                where there is one; clipping, the step and emptying them are somebody else's, such as a trainer's.
+            accelerator: Hugging Face's, which prepared model, optimizer and scheduler: its scaler and autocast serve.
+            steps: False: a window ends with its gradient in `.grad`, scaled as the scaler says; the step is another's.
 
         Raises:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
@@ -111,27 +113,20 @@ class Accumulator:
         check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
         check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
         check_switches(log_grad_norm=log_grad_norm, steps=steps)
+        if accelerator is not None:
+            optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
         check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm, log_grad_norm=log_grad_norm)
         check_optimizer(optimizer, model, getattr(objective, "loss", None))
         one_of("accumulate", accumulate, ("fp32", "native"))
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise SetupError(
-                "ReduceLROnPlateau wants a loss at each step, and a schedule here takes one step a window: call its "
-                "step(loss) yourself after each epoch, such as in a callback that gets EpochEnded"
-            )
+        check_schedule(scheduler)
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
         self.last: StepRecord | None = None
         self.device = open_device(device if device is not None else next(model.parameters()).device).torch_device
         self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
-        self.precision = Precision(precision, self.device, model)
+        self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
         self.ranks = ranks if ranks is not None else here(self.device, group)
-        if (plan.rank, plan.world_size) != (self.ranks.rank, self.ranks.size):
-            raise SetupError(
-                f"the plan is for rank {plan.rank} of {plan.world_size}, and this is rank {self.ranks.rank} of "
-                f"{self.ranks.size}: call torch.distributed.init_process_group() first where there are several, and "
-                "make the plan with their world_size and rank"
-            )
+        check_ranks(plan.rank, plan.world_size, self.ranks)
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
@@ -461,15 +456,11 @@ class Accumulator:
         self._side.give_back()
         if not self._steps:
             return norm, None
-        scale = scaler.get_scale()
         self.stepping = True
-        scaler.step(self.optimizer)
-        scaler.update()
-        if scaler.get_scale() < scale:
-            return norm, f"fp16 gradients overflowed at the loss scale {scale:g}, which is now {scaler.get_scale():g}"
-        if self.scheduler is not None:
+        overflowed = scaled_step(scaler, self.optimizer)
+        if overflowed is None and self.scheduler is not None:
             self.scheduler.step()
-        return norm, None
+        return norm, overflowed
 
     def _nonfinite(self, what: str) -> str | None:
         """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then."""

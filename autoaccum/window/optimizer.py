@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autoaccum.checks import is_positive
 from autoaccum.errors import SetupError, shown
+from autoaccum.ranks import Ranks
 
 __all__ = [
     "FirstBackward",
@@ -21,6 +23,8 @@ __all__ = [
     "check_model",
     "check_no_gradient",
     "check_optimizer",
+    "check_ranks",
+    "check_schedule",
     "optimizer_parameters",
     "trained_parameters",
 ]
@@ -319,4 +323,31 @@ def _refuse_sharded(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Non
         raise SetupError(
             f"the model's parameters are sharded ({', '.join(found)}), which autoaccum does not support yet: "
             "train it unsharded, or on several ranks with a whole model on each"
+        )
+
+
+def check_schedule(scheduler: Any) -> None:
+    """Refuses a schedule that wants a loss.
+
+    Raises:
+        SetupError: ReduceLROnPlateau.
+    """
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SetupError(
+            "ReduceLROnPlateau wants a loss at each step, and a schedule here takes one step a window: call its "
+            "step(loss) yourself after each epoch, such as in a callback that gets EpochEnded"
+        )
+
+
+def check_ranks(rank: int, world_size: int, ranks: Ranks) -> None:
+    """Refuses a plan that is for another rank, or for another number of them.
+
+    Raises:
+        SetupError: both are named.
+    """
+    if (rank, world_size) != (ranks.rank, ranks.size):
+        raise SetupError(
+            f"the plan is for rank {rank} of {world_size}, and this is rank {ranks.rank} of {ranks.size}: call "
+            "torch.distributed.init_process_group() first where there are several, and make the plan with their "
+            "world_size and rank"
         )

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError, shown
 
-__all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm"]
+__all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm", "prepared_by", "scaled_step"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _NOTHING = nullcontext()
@@ -29,8 +30,8 @@ class Precision:
         scaler: the loss scaler; disabled unless fp16.
     """
 
-    def __init__(self, precision: str, device: torch.device, model: nn.Module) -> None:
-        """Decides.
+    def __init__(self, precision: str, device: torch.device, model: nn.Module, scaler: Any = None) -> None:
+        """Decides. A `scaler` is somebody else's, which scales the loss in place of ours.
 
         Raises:
             SetupError: an unknown name, or fp16 for parameters that are 16-bit themselves.
@@ -49,7 +50,8 @@ class Precision:
             )
         self._device_type = device.type
         self._dtype = _AUTOCAST.get(self.name)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+        made = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+        self.scaler: torch.amp.GradScaler = made if scaler is None else scaler
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass runs inside this."""
@@ -156,3 +158,27 @@ def clip_by_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
     factor = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.device))
+
+
+def prepared_by(accelerator: Any, optimizer: Any) -> Any:
+    """The optimizer inside what Hugging Face's Accelerator has prepared.
+
+    Raises:
+        SetupError: the Accelerator accumulates by itself.
+    """
+    if accelerator.gradient_accumulation_steps != 1:
+        raise SetupError(
+            f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) beside an Accumulator "
+            "accumulates twice: leave it at 1, the plan says how many micro-batches there are"
+        )
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> str | None:
+    """The optimizer's step, and the scale's; why no step was taken, where fp16 gradients overflowed."""
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if scaler.get_scale() < scale:
+        return f"fp16 gradients overflowed at the loss scale {scale:g}, which is now {scaler.get_scale():g}"
+    return None

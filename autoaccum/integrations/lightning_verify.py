@@ -1,0 +1,160 @@
+"""`autoaccum.verify(trainer, module)`: what Lightning's own accumulation does to the gradient.
+
+Lightning's own loop runs: a trainer of the same precision and accumulation fits the module on a few of its samples,
+with an optimizer whose rate is 0, and the gradient is what stands in the parameters before the step. Hooks of the
+module run as in any fit; its loggers, callbacks and checkpoints are left out.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from autoaccum.errors import SetupError
+from autoaccum.integrations.examination import Subject, examine
+from autoaccum.integrations.heldback import Held, source_of
+from autoaccum.window.verify import VerifyReport
+
+__all__ = ["verify"]
+
+MOST_STEPS = 16  # micro-batches that a check runs
+
+
+def verify(trainer: Any, given: Any = None) -> VerifyReport:
+    """Whether the trainer's own accumulation, as it is configured, gives the whole batch's gradient.
+
+    Args:
+        trainer: a Lightning Trainer, fitted or not.
+        given: the module; or (module,), (module, loader or datamodule). None: the module that it fitted.
+
+    Raises:
+        SetupError: no module, no DataLoader, or manual optimization.
+    """
+    module, data = _parts(trainer, given)
+    if not module.automatic_optimization:
+        raise SetupError("manual optimization accumulates by the module's own code: verify(module, data, step=...)")
+    loader = _loader(module, data)
+    asked = trainer.accumulate_grad_batches
+    steps = min(asked, MOST_STEPS)
+    size = min(max(loader.batch_size or 2, 2), 4)
+    held = DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn))
+    source = source_of(held)
+    few = steps * size if source.length is None else min(steps * size, source.length)
+
+    def fit(batches: Any, accumulated: int) -> None:
+        _fit(trainer, module, batches, accumulated)
+
+    return examine(
+        Subject(
+            name="Lightning Trainer",
+            setting="accumulate_grad_batches",
+            steps=steps,
+            asked=asked,
+            model=_Inside(module),
+            device=next(module.parameters()).device,
+            samples=source.trial(few).samples if steps > 1 else [],
+            collate=source._collated,
+            plain=lambda batch: fit([batch], 1),
+            own=lambda batches, last: fit(batches, steps),
+            preserved=lambda: _unattached(module),
+            blame="the mean of each micro-batch is added up undivided",
+            mend=(
+                "Trainer(callbacks=[autoaccum.integrations.lightning.TargetBatch("
+                f"{(loader.batch_size or size) * asked})]) gives it the batch's own, whatever the micro-batch"
+            ),
+        )
+    )
+
+
+def _parts(trainer: Any, given: Any) -> tuple[Any, Any]:
+    module, *rest = given if isinstance(given, tuple) else (given,)
+    module = module if module is not None else trainer.lightning_module
+    if module is None:
+        raise SetupError("a Lightning Trainer knows its module in fit() only: call verify(trainer, module)")
+    return module, rest[0] if rest else None
+
+
+def _loader(module: Any, data: Any) -> DataLoader[Any]:
+    if hasattr(data, "train_dataloader"):
+        data.prepare_data()
+        data.setup("fit")
+    owner = data if hasattr(data, "train_dataloader") else module
+    loader = data if isinstance(data, DataLoader) else owner.train_dataloader()
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise SetupError(
+            f"the training loader is a {type(loader).__name__}: verify(trainer, (module, loader)) takes a DataLoader "
+            "of a dataset with indices"
+        )
+    return loader
+
+
+def _fit(trainer: Any, module: Any, batches: Sequence[Any], accumulated: int) -> None:
+    """Lightning's own loop over these batches, up to the step, whose optimizer changes nothing."""
+
+    class Turn(Callback):  # type: ignore[misc]
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches[batch_idx]  # puts the module back to its start for this micro-batch; the next was fetched before
+
+    def optimizer() -> Any:
+        return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
+
+    vars(module)["configure_optimizers"] = optimizer
+    vars(module)["configure_gradient_clipping"] = lambda *given, **named: None
+    chatty = logging.getLogger("lightning.pytorch")
+    level = chatty.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            chatty.setLevel(logging.ERROR)
+            again = Trainer(
+                accelerator=next(module.parameters()).device.type.replace("cuda", "gpu"), devices=1,
+                precision=trainer.precision, accumulate_grad_batches=accumulated, max_epochs=1, callbacks=[Turn()],
+                limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )  # fmt: skip
+            again.fit(module, _InTurn(batches))
+    finally:
+        chatty.setLevel(level)
+        del vars(module)["configure_optimizers"], vars(module)["configure_gradient_clipping"]
+
+
+class _Inside(nn.Module):
+    """What a module holds, without what Lightning keeps on it while it fits, which nobody may put back meanwhile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+
+class _InTurn:
+    """A loader of these batches; Lightning takes a list for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self._batches[place] for place in range(len(self._batches)))
+
+
+@contextmanager
+def _unattached(module: Any) -> Iterator[None]:
+    """The module belongs to the trainer that it belonged to before."""
+    before = module._trainer
+    try:
+        yield
+    finally:
+        module._trainer = before
