@@ -26,6 +26,9 @@ class FakeForecast:
         (a, b), (at_a, at_b) = self.sizes, self.levels
         return round(max(x + (y - x) * (batch - a) / (b - a) for x, y in zip(at_a, at_b, strict=True)))
 
+    def peak(self, batch: int) -> int:
+        return self.reserved(batch)
+
 
 @dataclass
 class FakeMachine:
@@ -36,6 +39,7 @@ class FakeMachine:
     hard: bool = True
     aligned: bool = True
     traces_all: bool = False
+    spare: float = 0.0
     trials: list[Trial] = field(default_factory=list)
     traces: dict[int, list[float]] = field(default_factory=dict)
 

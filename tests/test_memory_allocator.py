@@ -10,9 +10,11 @@ from autoaccum.memory.allocator import (
     Block,
     CachingAllocator,
     Segment,
+    Setup,
     SimulatedOutOfMemory,
     rounded,
     segment_size,
+    setup_of,
     unsupported,
 )
 from autoaccum.units import KIB, MIB
@@ -214,15 +216,65 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
             None,
         ),
         ({"max_split_size": 2**63 - 1}, "native", None),
-        ({"max_split_size": 128 * MIB}, "native", "max_split_size_mb"),
+        ({"max_split_size": 128 * MIB}, "native", None),
         ({"garbage_collection_threshold": 0.8}, "native", "garbage_collection_threshold"),
-        ({"roundup_power2_divisions": {"1": 4}}, "native", "roundup_power2_divisions"),
+        ({"roundup_power2_divisions": {"1": 4}}, "native", None),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments_reserve:1"}, "native", "expandable_segments_reserve"),
         ({"PYTORCH_ALLOC_CONF": "large_segment_size_mb:40"}, "native", "large_segment_size_mb"),
         ({}, "cudaMallocAsync", "the allocator backend 'cudaMallocAsync'"),
     ],
 )
 def test_settings_that_are_not_simulated_are_named(settings_, backend, name):
     assert unsupported(settings_, backend) == name
+
+
+def test_a_private_pool_is_not_simulated():
+    assert unsupported({}, segments=[{"segment_pool_id": (0, 0)}]) is None
+    assert unsupported({}, segments=[{"segment_pool_id": (0, 1)}]) == "private pools of CUDA graphs"
+
+
+def test_what_is_simulated_of_the_settings_is_read():
+    powers = {str(2**at): 8 if at > 2 else 1 for at in range(16)}
+    settings_ = {"max_split_size": 64 * MIB, "expandable_segments": True, "roundup_power2_divisions": powers}
+    assert setup_of(settings_) == Setup(True, 64 * MIB, (1, 1, 1, *[8] * 13))
+    nothing = {"max_split_size": 2**63 - 1, "roundup_power2_divisions": dict.fromkeys(powers, 0)}
+    assert setup_of(nothing) == setup_of({}) == Setup()
+
+
+@pytest.mark.parametrize(
+    ("request_", "block"),
+    [(700, 1024), (5000, 5120), (8192, 8192), (9000, 9216), (MIB + 1, MIB + MIB // 8), (100 * MIB, 104 * MIB)],
+)
+def test_a_request_is_rounded_up_to_a_part_of_the_power_of_two_below_it(request_, block):
+    assert rounded(request_, (8,) * 16) == block
+
+
+def test_divisions_go_by_the_size_of_the_request():
+    divisions = (0, 2, *[4] * 14)
+    assert rounded(MIB + 1, divisions) == MIB + 512
+    assert rounded(2 * MIB + 1, divisions) == 3 * MIB
+    assert rounded(4 * MIB + 1, divisions) == 5 * MIB
+
+
+def test_a_block_from_the_largest_size_to_be_split_on_serves_requests_of_about_its_size_alone():
+    allocator = CachingAllocator(max_split=64 * MIB)
+    allocator.free(allocator.allocate(100 * MIB))
+    assert allocator.allocate(10 * MIB).size == 10 * MIB  # not out of the 100 MiB
+    assert allocator.reserved == 110 * MIB
+    whole = allocator.allocate(90 * MIB)
+    assert (whole.size, allocator.reserved) == (100 * MIB, 110 * MIB)
+    allocator.free(whole)
+    allocator.allocate(70 * MIB)  # 30 MiB less
+    assert allocator.reserved == 180 * MIB
+
+
+def test_at_the_limit_blocks_that_are_not_split_go_back_first():
+    allocator = CachingAllocator(limit=150 * MIB, max_split=64 * MIB)
+    kept = allocator.allocate(30 * MIB)
+    allocator.free(allocator.allocate(100 * MIB))
+    allocator.free(kept)
+    allocator.allocate(76 * MIB)
+    assert (allocator.reserved, allocator.retries) == (106 * MIB, 0)  # the 30 MiB stay cached
 
 
 sizes = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(1, 60 * MIB))

@@ -1,6 +1,7 @@
 """Forecasts against what is then measured, on a dozen and more architectures; and when a forecast must not be made."""
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from autoaccum.memory.allocator import SimulatedOutOfMemory, rounded
+from autoaccum.memory.allocator import Segment, SimulatedOutOfMemory, rounded
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
@@ -375,7 +376,71 @@ def test_the_largest_batch_under_a_reserved_limit_needs_no_retry():
     assert largest < forecast.largest(100 * MIB, 10_000)
 
 
-def test_settings_of_the_allocator_that_are_not_simulated_are_refused():
-    forecast = _fitted([(100, 10, 6)], None, caching=True, unsupported="max_split_size_mb")
-    with pytest.raises(ForecastFailed, match="max_split_size_mb, which is not simulated"):
-        forecast.reserved(4)
+def test_an_allocator_that_is_not_simulated_reserves_as_was_measured():
+    extra = {"caching": True, "unsupported": "garbage_collection_threshold"}
+    traces, sizes = [play([("mm", "+a", 1000 * n)], **extra) for n in (2, 4)], [(2,), (4,)]
+    with pytest.raises(ForecastFailed, match="garbage_collection_threshold, which is not simulated"):
+        Forecast.fit(traces, sizes).reserved(8)
+    forecast = Forecast.fit(traces, sizes, reserved=[2600, 5000])
+    assert (forecast.peak(8), forecast.reserved(8)) == (8000, 10_000)
+
+
+def _window(n: int, *, state: bool) -> Trace:
+    """Two micro-batches: activations, gradients born in the first backward, and an optimizer that makes its state."""
+    script = []
+    for turn in range(2):
+        script += [("mark", "batch", 0), ("mark", "forward", 0)]
+        script += [(f"mm{at}", f"+activation{turn}{at}", 12 * MIB * n) for at in range(2)]
+        script += [("mark", "backward", 0)]
+        for at in (1, 0):
+            script += [(f"mm{at} backward", f"+gradient{at}", 30 * MIB)] if turn == 0 else []
+            script += [(f"mm{at} backward'", f"-activation{turn}{at}", 0)]
+    script += [("mark", "optimizer", 0)]
+    script += [("adam", f"+state{at}", 120 * MIB) for at in range(2)] if state else [("adam", "+nothing", 512)]
+    script += [] if state else [("adam", "-nothing", 0)]
+    script += [("mark", "zero_grad", 0), *(("", f"-gradient{at}", 0) for at in (1, 0))]
+    return play(script, caching=True)
+
+
+def test_a_training_is_played_from_an_emptied_cache_through_two_windows():
+    first = _window(2, state=True)
+    assert first.left() == (("optimizer", 120 * MIB), ("optimizer", 120 * MIB))
+    cached = Segment(0, False, ((400 * MIB, False),))  # of trials before, which a training finds emptied
+    traces = [replace(_window(n, state=False), segments=(cached,), kept=first.left()) for n in (2, 4)]
+    forecast = Forecast.fit(traces, [(2,), (4,)])
+    assert forecast.above(20) == 540 * MIB
+    # 240 MiB twice, and 30 for a gradient; the other one is cut out of a freed block, so that the second micro-batch
+    # finds that no longer whole: 240 more. The gradients at hand beforehand would hide it.
+    assert Forecast.fit([replace(trace, kept=()) for trace in traces], [(2,), (4,)]).reserved(20) == 752 * MIB
+    # So is the optimizer's state, and there it stays.
+    assert forecast.reserved(20) == 992 * MIB
+
+
+def test_a_further_trace_that_matches_nothing_does_not_undo_a_good_forecast():
+    def step(n: int, way: str) -> Trace:
+        kernels = [(f"{way}{at}", f"+x{at}", 1000 * n) for at in range(5)]
+        return play([*kernels, ("end", "-x0", 0)], caching=True)
+
+    traces = [step(2, "small"), step(4, "small"), step(40, "large")]
+    sizes = [(2,), (4,), (40,)]
+    forecast = Forecast.fit(traces, sizes)
+    assert forecast.unaligned == 1.0
+    assert (forecast.above(40), forecast.above(60), forecast.residual) == (200_000, 300_000, 0.0)
+    traces[2] = play([("large", "+x", 300_000)], caching=True)  # and its peak is another one: nothing holds there
+    with pytest.raises(ForecastFailed, match="could not be matched"):
+        Forecast.fit(traces, sizes)
+
+
+def test_a_kernel_that_stages_partial_sums_from_some_size_on_leaves_the_layers_matched():
+    """Twelve equal layers, one of which reduces in two steps at larger sizes: folded into one loop none would match."""
+
+    def step(n: int) -> Trace:
+        script = [(f"{name}{at % 2 * '_'}", f"+{name}{at}", 10_000 * n) for at in range(12) for name in ("mm", "gelu")]
+        staged = [("sum", "+staging", 600), ("sum", "-staging", 0)] if n > 4 else []
+        return play([*script[:14], *staged, *script[14:]], caching=True)
+
+    sizes = [(2,), (4,), (40,)]
+    forecast = Forecast.fit([step(n) for (n,) in sizes], sizes)
+    assert 0 < forecast.unaligned < 0.01
+    assert len([row for row in forecast._table.rows if not row.coarse]) >= 24
+    assert forecast.above(300) == step(300).peak

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from autoaccum.memory.allocator import Segment
+from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.history import History, RawEvent, join, segments_of
 from autoaccum.units import MIB
 
@@ -128,7 +128,7 @@ class _Cuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, on: bool) -> None:
         self.on = on
         self.entries: list[dict[str, Any]] = []
-        self.settings: dict[str, Any] = {"expandable_segments": True, "max_split_size": 5 * MIB}
+        self.settings: dict[str, Any] = {"expandable_segments": True, "garbage_collection_threshold": 0.8}
         monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: self.on, raising=False)
         monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", self._switch)
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", self._snapshot)
@@ -153,8 +153,8 @@ def test_the_history_is_on_only_while_recording(monkeypatch):
     assert [event.bytes for event in events] == [400]
     assert extra == {
         "segments": (Segment(0, True, BLOCKS),),
-        "expandable": True,
-        "unsupported": "max_split_size_mb",
+        "setup": Setup(expandable=True),
+        "unsupported": "garbage_collection_threshold",
         "requested": True,
         "background": 0,
     }

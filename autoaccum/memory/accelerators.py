@@ -119,8 +119,8 @@ class AcceleratorDevice(Device):
             reset(self.torch_device)
 
     def peak(self) -> int | None:
-        """The most bytes in tensors since `reset_peak`."""
-        return self._count("allocated_bytes.all.peak")
+        """The most bytes in tensors since `reset_peak`, as they were asked for: blocks may be larger."""
+        return self._requested("peak")
 
     def reserved_peak(self) -> int | None:
         """The most bytes the allocator held since `reset_peak`."""
@@ -131,8 +131,12 @@ class AcceleratorDevice(Device):
         return self._count("num_alloc_retries")
 
     def allocated(self) -> int | None:
-        """Bytes in tensors now."""
-        return self._count("allocated_bytes.all.current")
+        """Bytes in tensors now, as they were asked for."""
+        return self._requested("current")
+
+    def _requested(self, when: str) -> int:
+        # Not every backend's allocator keeps the first.
+        return self._count(f"requested_bytes.all.{when}") or self._count(f"allocated_bytes.all.{when}")
 
     def reserved(self) -> int | None:
         """Bytes the allocator holds now."""

@@ -2,30 +2,39 @@
 
 At two batch sizes a step calls the same operators in the same order, almost always. Where it does not:
 
-- A loop that runs more often (over the samples, or over the time steps of a recurrent layer) is found as a
-  pattern that repeats, and becomes one cell, however often it ran.
-- Else what agrees before and after is matched (a kernel of another algorithm lies between), and the stretch
-  between becomes one cell of its own. How much was allocated in such stretches is handed back, not hidden.
+- What agrees before and after is matched (a kernel of another algorithm lies between: a reduction that stages its
+  partial sums, an embedding's backward), and the stretch between becomes one cell of its own. How much was allocated
+  in such stretches is handed back, not hidden.
+- Where more than a hundredth of the bytes stays unmatched so, short agreements are taken for chance, and loops are
+  looked for: one that runs more often (over the samples, or over the time steps of a recurrent layer) is found as a
+  pattern that repeats, and becomes one cell, however often it ran. Not before, since a model's equal layers are such a
+  pattern as well: as one cell they would match nothing where a single one of them differs, and nothing of their order
+  would be left for an allocator.
 
 A cell's net and inside figures follow the size as an operator's do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from autoaccum.memory.trace import Trace
 
-__all__ = ["Cell", "ForecastFailed", "align"]
+__all__ = ["MOST_UNMATCHED", "Cell", "ForecastFailed", "align"]
+
+MOST_UNMATCHED = 0.01  # of a trace's allocated bytes, up to which nothing better is looked for
 
 _MOST_DIFFERENCES = 1000  # the search for common groups takes this squared; beyond, only both ends are matched
 _LONGEST_PATTERN = 400  # groups in one turn of a loop
 _SHORTEST_LOOP = 4  # groups in all turns together; shorter ones are as likely chance
-_SHORTEST_RUN = 3  # fewer agreeing groups than this between two stretches may agree by chance: they join them
+# Fewer agreeing groups than this between two stretches may agree by chance: they join them. Where all that is unmatched
+# weighs next to nothing, so does what chance matched.
+_SHORTEST_RUN = 3
 
 _Key = tuple[str, str]  # a group by the names of its operators
 _Turned = tuple[object, int, int]
+_Items = Callable[[Sequence[_Key]], list[_Turned]]
 
 
 class ForecastFailed(Exception):
@@ -51,14 +60,29 @@ def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
     names = [tuple(phase.name for phase in trace.phases) for trace in traces]
     if len(set(names)) > 1:
         raise ForecastFailed(f"the traces went through different phases: {' against '.join(map(str, set(names)))}")
+    plain = _align(traces, _single, shortest=1)
+    if plain[1] <= MOST_UNMATCHED:
+        return plain
+    careful = (_align(traces, items, shortest=_SHORTEST_RUN) for items in (_loops, _single))
+    return min(careful, key=lambda found: found[1])
+
+
+def _align(traces: Sequence[Trace], items: _Items, *, shortest: int) -> tuple[list[Cell], float]:
+    """The cells and the unmatched share, as `align` gives them.
+
+    Args:
+        traces: of the same phases.
+        items: what is matched: groups one by one, or loops as well.
+        shortest: in fewer than so many agreeing items between two stretches no agreement is seen.
+    """
     cells: list[Cell] = []
-    for phase in range(len(names[0])):
+    for phase in range(len(traces[0].phases)):
         bounds = [_bounds(trace, phase) for trace in traces]
         keys = [
             [(group.innermost, group.operator) for group in trace.groups[start:stop]]
             for trace, (start, stop) in zip(traces, bounds)
         ]
-        cells += _cells([start for start, _ in bounds], keys)
+        cells += _cells([start for start, _ in bounds], keys, items, shortest)
     spans = ([cell.spans[at] for cell in cells if not cell.matched] for at in range(len(traces)))
     return cells, max(map(_unmatched, traces, spans))
 
@@ -68,12 +92,12 @@ def _bounds(trace: Trace, phase: int) -> tuple[int, int]:
     return trace.phases[phase].first_group, len(trace.groups) if last else trace.phases[phase + 1].first_group
 
 
-def _cells(starts: list[int], keys: list[list[_Key]]) -> list[Cell]:
+def _cells(starts: list[int], keys: list[list[_Key]], items: _Items, shortest: int) -> list[Cell]:
     """One phase's cells. `keys`: each trace's groups by name; `starts`: the number of its first group."""
     base = keys[0]
     if all(other == base for other in keys[1:]):
         return [Cell(tuple((start + at, start + at + 1) for start in starts), True) for at in range(len(base))]
-    turned = [_loops(each) for each in keys]
+    turned = [items(each) for each in keys]
     names = [[name for name, _, _ in each] for each in turned]
     ends = tuple(map(len, names))
     cells: list[Cell] = []
@@ -85,7 +109,7 @@ def _cells(starts: list[int], keys: list[list[_Key]]) -> list[Cell]:
         spans = ((start + _first(each, a), start + _first(each, b)) for start, each, a, b in bounds)
         cells.append(Cell(tuple(spans), matched))
 
-    for there in [*_long_runs(_anchors(names), ends), ends]:
+    for there in [*_long_runs(_anchors(names), ends, shortest), ends]:
         if there != here:
             add(there, False)
             here = there
@@ -101,6 +125,11 @@ def _first(turned: list[_Turned], at: int) -> int:
     if at < len(turned):
         return turned[at][1]
     return turned[-1][2] if turned else 0
+
+
+def _single(keys: Sequence[_Key]) -> list[_Turned]:
+    """Each group by itself, in the form of `_loops`."""
+    return [(key, at, at + 1) for at, key in enumerate(keys)]
 
 
 def _loops(keys: Sequence[_Key]) -> list[_Turned]:
@@ -136,8 +165,8 @@ def _anchors(names: list[list[object]]) -> list[tuple[int, ...]]:
     ]
 
 
-def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The anchors without those in short runs; a run that touches the phase's start or end is never short."""
+def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...], shortest: int) -> list[tuple[int, ...]]:
+    """The anchors without those in runs below `shortest`; one that touches the phase's start or end is never short."""
     runs: list[list[tuple[int, ...]]] = []
     for anchor in anchors:
         if runs and all(at == before + 1 for at, before in zip(anchor, runs[-1][-1])):
@@ -147,7 +176,7 @@ def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...]) -> list[tu
     kept: list[tuple[int, ...]] = []
     for run in runs:
         edge = not any(run[0]) or all(at + 1 == end for at, end in zip(run[-1], ends))
-        if edge or len(run) >= _SHORTEST_RUN:
+        if edge or len(run) >= shortest:
             kept += run
     return kept
 

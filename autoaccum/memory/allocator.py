@@ -14,11 +14,14 @@ the allocator. The rules are those of `c10/cuda/CUDACachingAllocator.cpp` in tor
 - where the limit would be passed, all whole cached segments go back to the device, and the request
   is tried once more (torch counts a retry);
 - expandable segments: one long address range per stream and pool, mapped in pages of 2 MiB (small)
-  or 20 MiB (large); a free block before unmapped addresses grows in place.
+  or 20 MiB (large); a free block before unmapped addresses grows in place;
+- `roundup_power2_divisions`: a request is rounded up to a part of the power of two below it instead;
+- `max_split_size_mb`: a large block from that size on is neither split nor given to a smaller request, nor to one that
+  is more than 20 MiB smaller; at the limit such blocks go back to the device first.
 
 Assumed, since the driver decides it: a new segment lies at a higher address than the older ones.
-Not modelled, and refused by name in `unsupported`: `max_split_size_mb`, `roundup_power2_divisions`,
-`garbage_collection_threshold`, a changed large segment size, other backends, private pools of CUDA graphs.
+Not modelled, and refused by name in `unsupported`: `garbage_collection_threshold`, a changed large segment size, a
+reserve of expandable segments, other backends, private pools of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,17 @@ from typing import Any, NamedTuple
 
 from autoaccum.units import MIB, format_bytes
 
-__all__ = ["Block", "CachingAllocator", "Segment", "SimulatedOutOfMemory", "rounded", "segment_size", "unsupported"]
+__all__ = [
+    "Block",
+    "CachingAllocator",
+    "Segment",
+    "Setup",
+    "SimulatedOutOfMemory",
+    "rounded",
+    "segment_size",
+    "setup_of",
+    "unsupported",
+]
 
 MIN_BLOCK = 512
 SMALL_REQUEST = MIB
@@ -38,11 +51,29 @@ SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
 MIN_LARGE = 10 * MIB
 LARGE_ROUNDING = 2 * MIB
+OVERSIZE_ROUNDING = (
+    20 * MIB
+)  # a block that is not split may be so much larger than the request (max_non_split_rounding)
 _ADDRESS_SPACE = LARGE_SEGMENT * 2**24  # one segment's range, larger than any device; whole pages of both sizes
 
 
 class SimulatedOutOfMemory(Exception):
     """The simulated allocator could not serve a request under its limit."""
+
+
+class Setup(NamedTuple):
+    """How an allocator is set up.
+
+    Attributes:
+        expandable: segments grow in place.
+        max_split: bytes from which on a block is not split; None: any is.
+        divisions: parts into which a power of two is divided, for requests below 2 MiB, 4 MiB and so on; none or 0 and
+            1: requests are rounded up to 512 bytes alone.
+    """
+
+    expandable: bool = False
+    max_split: int | None = None
+    divisions: tuple[int, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -102,12 +133,22 @@ class _Pool:
     def insert_unmapped(self, block: Block) -> None:
         insort(self.unmapped, block, key=lambda other: other.address)
 
-    def best_fit(self, size: int) -> Block | None:
+    def from_size(self, size: int) -> Block | None:
+        """The smallest cached block of at least `size`."""
+        at = bisect_left(self._keys, (size, 0))
+        return None if at == len(self._keys) else self._blocks[self._keys[at][1]]
+
+    def largest(self) -> Block | None:
+        return self._blocks[self._keys[-1][1]] if self._keys else None
+
+    def best_fit(self, size: int, max_split: int | None = None) -> Block | None:
         """The smallest cached block of at least `size`; where blocks can grow, the one that could grow least."""
         at = bisect_left(self._keys, (size, 0))
         if at == len(self._keys):
             return None
         best = self._blocks[self._keys[at][1]]
+        if max_split is not None and not best.expandable and best.size >= max_split:
+            return best if size >= max_split and best.size < size + OVERSIZE_ROUNDING else None
         while best.expandable and at + 1 < len(self._keys):
             at += 1
             following = self._blocks[self._keys[at][1]]
@@ -120,13 +161,20 @@ class _Pool:
 class CachingAllocator:
     """The allocator of one device. Sizes are bytes.
 
-    `limit` is the most it may reserve (what `set_per_process_memory_fraction` caps); None: no limit.
-    `reserved`, `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
+    `limit` is the most it may reserve (what `set_per_process_memory_fraction` caps); None: no limit. The others are
+    as in Setup. `reserved`, `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
     """
 
-    def __init__(self, *, limit: int | None = None, expandable: bool = False) -> None:
-        self.limit = limit
-        self.expandable = expandable
+    def __init__(
+        self,
+        *,
+        limit: int | None = None,
+        expandable: bool = False,
+        max_split: int | None = None,
+        divisions: Sequence[int] = (),
+    ) -> None:
+        self.limit, self.expandable = limit, expandable
+        self._max_split, self._divisions = max_split, divisions
         self.reserved = self.allocated = 0
         self.peak_reserved = self.peak_allocated = 0
         self.retries = 0
@@ -135,10 +183,16 @@ class CachingAllocator:
 
     @classmethod
     def holding(
-        cls, segments: Sequence[Segment], *, limit: int | None = None, expandable: bool = False
+        cls,
+        segments: Sequence[Segment],
+        *,
+        limit: int | None = None,
+        expandable: bool = False,
+        max_split: int | None = None,
+        divisions: Sequence[int] = (),
     ) -> CachingAllocator:
         """An allocator that already holds `segments`; their blocks in use stay so (nobody here can free them)."""
-        allocator = cls(limit=limit, expandable=expandable)
+        allocator = cls(limit=limit, expandable=expandable, max_split=max_split, divisions=divisions)
         for segment in segments:
             allocator._adopt(segment)
         return allocator
@@ -149,20 +203,25 @@ class CachingAllocator:
         Raises:
             SimulatedOutOfMemory: it does not fit under the limit, even with all cached segments given back.
         """
-        size = rounded(request)
+        size = rounded(request, self._divisions)
         pool = self._pool(stream, size <= SMALL_REQUEST)
-        block = pool.best_fit(size)
+        block = pool.best_fit(size, self._max_split)
         if block is not None:
             pool.remove(block)
         else:
             block = self._new_block(pool, size)
-        remaining = block.size - size
-        if remaining >= MIN_BLOCK if pool.small or self.expandable else remaining > SMALL_REQUEST:
+        if self._splits(block, size):
             self._cut(block, size)
         block.allocated = True
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
+
+    def _splits(self, block: Block, size: int) -> bool:
+        remaining = block.size - size
+        if block.pool.small or self.expandable:
+            return remaining >= MIN_BLOCK
+        return remaining > SMALL_REQUEST and (self._max_split is None or size < self._max_split)
 
     def free(self, block: Block) -> None:
         """Give a block back to its pool, joined with its free neighbours."""
@@ -179,8 +238,28 @@ class CachingAllocator:
                 if block.expandable:
                     self._unmap(block)
                 elif not block.split:
-                    pool.remove(block)
-                    self.reserved -= block.size
+                    self._give_back(block)
+
+    def _release_unsplit(self, pool: _Pool, size: int) -> bool:
+        """Gives as much of the blocks that are not split back as the request needs; False where they are too few."""
+        if self._max_split is None:
+            return False
+        needed = max(size, self._max_split)
+        enough = pool.from_size(needed)
+        if enough is not None and not enough.expandable:
+            self._give_back(enough)
+            return True
+        released = 0
+        largest = pool.largest()
+        while largest is not None and not largest.expandable and largest.size >= self._max_split and released < needed:
+            released += largest.size
+            self._give_back(largest)
+            largest = pool.largest()
+        return released >= needed
+
+    def _give_back(self, block: Block) -> None:
+        block.pool.remove(block)
+        self.reserved -= block.size
 
     def _pool(self, stream: int, small: bool) -> _Pool:
         pool = self._pools.get((stream, small))
@@ -191,6 +270,8 @@ class CachingAllocator:
     def _new_block(self, pool: _Pool, size: int) -> Block:
         """A block that was not in the cache, of at least `size` bytes, in no pool's list."""
         block = self._reserve(pool, size)
+        if block is None and self._release_unsplit(pool, size):
+            block = self._reserve(pool, size)
         if block is None:
             self.release_cached()
             self.retries += 1
@@ -331,9 +412,14 @@ class CachingAllocator:
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
 
-def rounded(request: int) -> int:
-    """The bytes of the block that serves a request: the next multiple of 512, at least 512."""
-    return max(MIN_BLOCK, _up(request, MIN_BLOCK))
+def rounded(request: int, divisions: Sequence[int] = ()) -> int:
+    """The bytes of the block that serves a request: the next multiple of 512, at least 512; or by `divisions`."""
+    parts = divisions[min(max(request.bit_length() - MIB.bit_length(), 0), len(divisions) - 1)] if divisions else 0
+    if parts < 2 or request <= MIN_BLOCK * parts:
+        return max(MIN_BLOCK, _up(request, MIN_BLOCK))
+    below = 1 << (request.bit_length() - 1)
+    part = below >> (parts.bit_length() - 1)
+    return request if request == below else _up(request, part) if part else 2 * below
 
 
 def segment_size(size: int) -> int:
@@ -343,19 +429,33 @@ def segment_size(size: int) -> int:
     return LARGE_SEGMENT if size < MIN_LARGE else _up(size, LARGE_ROUNDING)
 
 
-def unsupported(settings: Mapping[str, Any], backend: str = "native") -> str | None:
-    """What in the allocator's settings (`_snapshot()["allocator_settings"]`) is not simulated, or None."""
+def setup_of(settings: Mapping[str, Any]) -> Setup:
+    """What of the allocator's settings (`_snapshot()["allocator_settings"]`) is simulated."""
+    max_split = int(settings.get("max_split_size", -1))
+    divisions = settings.get("roundup_power2_divisions") or {}
+    return Setup(
+        bool(settings.get("expandable_segments", False)),
+        max_split if 0 < max_split < 2**60 else None,  # unlimited is -1, or the largest size_t
+        tuple(int(divisions[at]) for at in sorted(divisions, key=int)) if any(map(int, divisions.values())) else (),
+    )
+
+
+def unsupported(
+    settings: Mapping[str, Any], backend: str = "native", segments: Sequence[Mapping[str, Any]] = ()
+) -> str | None:
+    """What in the allocator's settings, or in the `segments` of a snapshot, is not simulated, or None."""
     if backend != "native":
         return f"the allocator backend {backend!r}"
-    if 0 < int(settings.get("max_split_size", -1)) < 2**60:  # unlimited is -1, or the largest size_t
-        return "max_split_size_mb"
     if float(settings.get("garbage_collection_threshold", 0.0)) > 0:
         return "garbage_collection_threshold"
-    if any(int(divisions) > 1 for divisions in (settings.get("roundup_power2_divisions") or {}).values()):
-        return "roundup_power2_divisions"
     # The variable was renamed from PYTORCH_CUDA_ALLOC_CONF to PYTORCH_ALLOC_CONF.
-    if any("large_segment_size" in str(value) for name, value in settings.items() if name.endswith("ALLOC_CONF")):
-        return "large_segment_size_mb"
+    texts = [str(value) for name, value in settings.items() if name.endswith("ALLOC_CONF")]
+    names = {"large_segment_size": "large_segment_size_mb", "segments_reserve": "expandable_segments_reserve"}
+    for part, name in names.items():
+        if any(part in text for text in texts):
+            return name
+    if any(tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0) for segment in segments):
+        return "private pools of CUDA graphs"
     return None
 
 

@@ -9,7 +9,8 @@ Choices:
 - Traces too small to match the larger ones are left out.
 - The largest trace that the others can do without is held out once: how far the forecast from the others
   misses its course, at any moment, relative to its peak, is `residual`. The course and not only the peak,
-  since at other sizes the peak lies elsewhere.
+  since at other sizes the peak lies elsewhere. Where an allocator caches it is the peak alone: kernels of a GPU
+  change with the size all the time, and the last trace there is near the size that will be run.
 - Bytes are requested bytes. What CUDA's allocator makes of them is not fitted but simulated (`reserved`).
 """
 
@@ -17,17 +18,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from autoaccum.memory.alignment import Cell, ForecastFailed, align
-from autoaccum.memory.allocator import Block, CachingAllocator, SimulatedOutOfMemory
+from autoaccum.memory.alignment import MOST_UNMATCHED, Cell, ForecastFailed, align
+from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
 from autoaccum.memory.fitting import columns, determined, fit, point, volume
 from autoaccum.memory.pages import Stairs, stairs_of
-from autoaccum.memory.replay import FOREVER, Flow, Table, matrix, tabulate
+from autoaccum.memory.playback import Playback, Reservation
+from autoaccum.memory.replay import Flow, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
@@ -37,16 +38,7 @@ Resident = int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None
 
 # With more than this share of its bytes unmatched a forecast stands on stretches instead of operators: it is
 # believed only where it met a held-out trace this closely.
-MOST_UNALIGNED, MOST_RESIDUAL = 0.01, 0.01
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A window played through the simulated allocator: peaks in bytes, and how often it had to empty its cache."""
-
-    reserved: int
-    allocated: int
-    retries: int
+MOST_UNALIGNED, MOST_RESIDUAL = MOST_UNMATCHED, 0.01
 
 
 class Forecast:
@@ -54,17 +46,20 @@ class Forecast:
 
     Attributes:
         sizes: of the traces it stands on.
-        residual: the largest miss at a held-out trace, relative to its peak above the start; None where no
-            trace could be spared.
+        residual: the largest miss at a held-out trace, relative to its peak above the start, or where an allocator
+            caches the miss at that peak; None where no trace could be spared.
         unaligned: the share of a step's allocated bytes that could not be matched between the traces.
         requested: False where block sizes had to stand for requested sizes (see trace.Trace).
         stairs: the functions, beside those of the basis, of blocks that are rounded up to pages.
+        reserve: reserved over requested bytes, as measured at the largest trace, where the allocator is not simulated;
+            None where it is, or was not measured.
     """
 
     sizes: tuple[tuple[int, ...], ...]
     residual: float | None
     unaligned: float
     requested: bool
+    reserve: float | None = None
 
     def __init__(self, table: Table, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
         self._table = table
@@ -72,15 +67,24 @@ class Forecast:
         self._lengths = {size[1] for size in sizes if len(size) > 1}
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
+        self._reserved: dict[tuple[int, int | None], int] = {}
+        self._playback = Playback(table, [phase.name for phase in self._last.phases])
         self.stairs = stairs_of([trace.layers for trace in traces], sizes)
 
     @classmethod
-    def fit(cls, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]], resident: Resident = None) -> Forecast:
+    def fit(
+        cls,
+        traces: Sequence[Trace],
+        sizes: Sequence[tuple[int, ...]],
+        resident: Resident = None,
+        reserved: Sequence[int] = (),
+    ) -> Forecast:
         """The forecast from traces at `sizes`: (batch,) each, or (batch, length) each.
 
         Args:
             resident: what was there before the traces: bytes, or bytes by part; a sequence of either, one for
                 each trace, where it grows with the size (the batch on the device). `peak` includes it.
+            reserved: bytes that the allocator was measured to reserve in each trace, where it caches.
 
         Raises:
             ForecastFailed: fewer sizes than the fit needs (two batches; for sequences two batches × three
@@ -88,22 +92,58 @@ class Forecast:
                 further one that the forecast is seen to meet.
         """
         _check(traces, sizes)
-        used, cells, unaligned = _aligned(traces, sizes)
-        traces, sizes, held = [traces[at] for at in used], [sizes[at] for at in used], _residents(resident, len(sizes))
+        held = _residents(resident, len(sizes))
+        every = cls._of(traces, sizes, held, *_aligned(traces, sizes))
+        if every.unaligned > MOST_UNALIGNED and (every.residual is None or every.residual > MOST_RESIDUAL):
+            seen = "there is no further trace to check the rest on"
+            if every.residual is not None:
+                seen = f"the rest misses a held-out trace by {every.residual:.1%}"
+            raise ForecastFailed(
+                f"{every.unaligned:.1%} of what a step allocates could not be matched between the sizes "
+                f"{list(every.sizes)}, and {seen}"
+            )
+        forecast = every._or_of_the_largest(traces, sizes, held)
+        if reserved and not forecast.simulated:
+            largest = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
+            forecast.reserve = reserved[largest] / max(1, forecast.peak(*sizes[largest]))
+        return forecast
+
+    @classmethod
+    def _of(
+        cls,
+        traces: Sequence[Trace],
+        sizes: Sequence[tuple[int, ...]],
+        held: Mapping[str, Sequence[int]],
+        used: Sequence[int],
+        cells: Sequence[Cell],
+        unaligned: float,
+    ) -> Forecast:
+        """The forecast from the traces numbered in `used`, which were aligned into `cells`."""
+        traces, sizes = [traces[at] for at in used], [sizes[at] for at in used]
         table = tabulate(traces, cells)
         forecast = cls(table, traces, sizes)
         forecast.sizes = tuple(sizes)
         forecast.unaligned = unaligned
         forecast.requested = all(trace.requested for trace in traces)
         forecast._solve(table, sizes, {name: [each[at] for at in used] for name, each in held.items()})
-        forecast.residual = _residual(table, sizes, forecast.stairs)
-        if unaligned > MOST_UNALIGNED and (forecast.residual is None or forecast.residual > MOST_RESIDUAL):
-            seen = "there is no further trace to check the rest on"
-            if forecast.residual is not None:
-                seen = f"the rest misses a held-out trace by {forecast.residual:.1%}"
-            raise ForecastFailed(
-                f"{unaligned:.1%} of what a step allocates could not be matched between the sizes {sizes}, and {seen}"
-            )
+        forecast.residual = _residual(table, sizes, forecast.stairs, at_peak=forecast._last.caching)
+        return forecast
+
+    def _or_of_the_largest(
+        self, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]], held: Mapping[str, Sequence[int]]
+    ) -> Forecast:
+        """The forecast from the two largest traces alone, where these have more in common than all; else this one.
+
+        Lines go through those two in any case. What all show is kept: by how much the largest was missed.
+        """
+        if self.unaligned == 0 or len(sizes[0]) > 1 or len(self.sizes) < 3:
+            return self
+        largest = sorted(range(len(sizes)), key=lambda at: sizes[at])[-2:]
+        cells, unaligned = align([traces[at] for at in largest])
+        if unaligned >= self.unaligned or sizes[largest[0]] == sizes[largest[1]]:
+            return self
+        forecast = self._of(traces, sizes, held, largest, cells, unaligned)
+        forecast.residual = self.residual
         return forecast
 
     def peak(self, batch: int, length: int | None = None) -> int:
@@ -174,42 +214,46 @@ class Forecast:
         return dict(sorted(whole.items(), key=lambda item: -item[1]))
 
     def simulate(self, batch: int, length: int | None = None, *, limit: int | None = None) -> Reservation:
-        """The window at this size played through PyTorch's caching allocator, from its state before the traces.
+        """A training's first two windows at this size, played through the caching allocator from an emptied cache.
 
         Args:
             limit: the most the allocator may reserve, in bytes.
 
         Raises:
             ForecastFailed: the allocator has a setting that is not simulated.
-            SimulatedOutOfMemory: the window does not fit under the limit.
+            SimulatedOutOfMemory: they do not fit under the limit.
         """
         if self._last.unsupported is not None:
             raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
         point = self._point(batch, length)
-        allocator = CachingAllocator.holding(self._last.segments, limit=limit, expandable=self._last.expandable)
+        allocator = CachingAllocator.holding(self._last.segments, limit=limit, **self._last.setup._asdict())
         sizes = (self._flows @ point).round().long().tolist()
         inside = (self._deltas @ point).round().long().tolist()
-        births, deaths = self._agenda()
-        blocks: dict[int, Block] = {}
-        for at, row in enumerate(self._table.rows):
-            if row.coarse and inside[at] > 0:
-                allocator.free(allocator.allocate(inside[at]))
-            for flow in deaths.get(at, ()):
-                if flow in blocks:
-                    allocator.free(blocks.pop(flow))
-            for flow in births.get(at, ()):
-                if sizes[flow] > 0 and self._table.flows[flow].death > at:
-                    blocks[flow] = allocator.allocate(sizes[flow], self._table.flows[flow].stream)
-        return Reservation(allocator.peak_reserved, allocator.peak_allocated, allocator.retries)
+        return self._playback.play(allocator, sizes, inside, self._last.kept)
 
-    def reserved(self, batch: int, length: int | None = None, *, limit: int | None = None) -> int:
+    @property
+    def simulated(self) -> bool:
+        """Whether `reserved` is simulated: of an allocator that caches, as far as its settings are known."""
+        return self._last.caching and self._last.unsupported is None
+
+    @property
+    def unsupported(self) -> str | None:
+        """What the allocator is set up with that is not simulated."""
+        return self._last.unsupported
+
+    def reserved(self, batch: int, length: int | None = None) -> int:
         """The most that the device's allocator takes: simulated where it caches (CUDA), else it is `peak`.
 
-        Raises: as `simulate`.
+        Raises:
+            ForecastFailed: the allocator has a setting that is not simulated, and nothing was measured beside it.
         """
         if not self._last.caching:
             return self.peak(batch, length)
-        return self.simulate(batch, length, limit=limit).reserved + self._background
+        if self.reserve is not None:
+            return round(self.peak(batch, length) * self.reserve)
+        if (batch, length) not in self._reserved:
+            self._reserved[batch, length] = self.simulate(batch, length).reserved + self._background
+        return self._reserved[batch, length]
 
     def largest(self, budget: int, ceiling: int, length: int | None = None, *, reserved: bool = False) -> int:
         """The largest batch up to `ceiling` whose forecast is within `budget` bytes; 0 where not even 1 is.
@@ -290,15 +334,6 @@ class Forecast:
             found[name(Flow(at, at, here.operator, "temporary", 0))] += float(level) - live
         return found
 
-    def _agenda(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-        births: dict[int, list[int]] = defaultdict(list)
-        deaths: dict[int, list[int]] = defaultdict(list)
-        for at, flow in enumerate(self._table.flows):
-            births[flow.birth].append(at)
-            if flow.death < FOREVER:
-                deaths[flow.death].append(at)
-        return births, deaths
-
 
 def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
     if not traces or len(traces) != len(sizes) or len({len(size) for size in sizes}) != 1:
@@ -336,7 +371,9 @@ def _levels(deltas: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(deltas[:1]), deltas.cumsum(0)])
 
 
-def _residual(table: Table, sizes: Sequence[tuple[int, ...]], stairs: Sequence[Stairs]) -> float | None:
+def _residual(
+    table: Table, sizes: Sequence[tuple[int, ...]], stairs: Sequence[Stairs], *, at_peak: bool
+) -> float | None:
     """How far the forecast from the other traces misses the largest that can be spared; None: none can."""
     count = columns(sizes)
     for held_out in sorted(range(len(sizes)), key=lambda at: -volume(sizes[at])):
@@ -346,8 +383,9 @@ def _residual(table: Table, sizes: Sequence[tuple[int, ...]], stairs: Sequence[S
             continue
         rows = fit(table.deltas[:, rest], others, stairs, [row.operator for row in table.rows])
         forecast = _levels(rows) @ point(sizes[held_out], count, stairs)
-        measured = _levels(table.deltas[:, held_out : held_out + 1]).squeeze(1)
-        return float((forecast - measured).abs().max() / measured.max().clamp(min=1))
+        measured = _levels(table.deltas[:, held_out])
+        missed = (forecast.max() - measured.max()).abs() if at_peak else (forecast - measured).abs().max()
+        return float(missed / measured.max().clamp(min=1))
     return None
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from autoaccum.memory.allocator import Segment, unsupported
+from autoaccum.memory.allocator import Segment, setup_of, unsupported
 
 __all__ = ["NO_OPERATOR", "History", "RawEvent", "join", "segments_of"]
 
@@ -54,6 +54,7 @@ class History:
         self._before = 0
         self._segments: tuple[Segment, ...] = ()
         self._settings: Mapping[str, Any] = {}
+        self._unsupported: str | None = None
 
     def start(self) -> None:
         """Switch the history on, unless it is on, and note the allocator's state."""
@@ -66,6 +67,8 @@ class History:
         self._before = len(at_start["device_traces"][self._index])
         self._segments = segments_of(at_start["segments"], self._index)
         self._settings = at_start.get("allocator_settings", {})
+        own = [segment for segment in at_start["segments"] if segment["device"] == self._index]
+        self._unsupported = unsupported(self._settings, self._backend, own)
 
     def finish(self, found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
         """The profiler's events with requested sizes, and what else the trace wants to know."""
@@ -75,8 +78,8 @@ class History:
             joined = join(found, entries)
         extra: dict[str, Any] = {
             "segments": self._segments,
-            "expandable": bool(self._settings.get("expandable_segments", False)),
-            "unsupported": unsupported(self._settings, self._backend),
+            "setup": setup_of(self._settings),
+            "unsupported": self._unsupported if self._kept else unsupported(self._settings, self._backend),
             "requested": joined is not None,
         }
         if joined is None:

@@ -45,13 +45,13 @@ from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_pro
 from torch.autograd.profiler import profile, record_function
 
 from autoaccum.errors import ProbeError
-from autoaccum.memory.allocator import Segment
+from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.events import Event, Events
 from autoaccum.memory.history import NO_OPERATOR, History, RawEvent
 from autoaccum.memory.pages import LSTM, Layer
 from autoaccum.memory.watch import small_stacks
 
-__all__ = ["Group", "Phase", "Recording", "Trace", "assemble", "record"]
+__all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
 
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
@@ -99,6 +99,13 @@ class Phase(NamedTuple):
     first_group: int
 
 
+class Kept(NamedTuple):
+    """A block that the first window leaves for good: the phase it was made in, and its bytes."""
+
+    phase: str
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Trace:
     """What happened inside one `record`. Sizes are bytes, times are nanoseconds of the profiler's clock.
@@ -117,8 +124,10 @@ class Trace:
         complete: False where the body raised.
         seconds: how long the body took, profiler included.
         layers: the calls of oneDNN's LSTM in the forward pass, in time order, where shapes were asked for.
-        caching: whether the device's allocator caches (CUDA); `segments`, `expandable` and `unsupported` then
+        caching: whether the device's allocator caches (CUDA); `segments`, `setup` and `unsupported` then
             describe it at the start, for allocator.py.
+        kept: what a training's first window adds for good to what `segments` hold, in order: an optimizer's state,
+            libraries' workspaces; none where `segments` hold it already.
     """
 
     groups: tuple[Group, ...]
@@ -134,8 +143,19 @@ class Trace:
     layers: tuple[Layer, ...] = ()
     caching: bool = False
     segments: tuple[Segment, ...] = ()
-    expandable: bool = False
+    kept: tuple[Kept, ...] = ()
+    setup: Setup = Setup()  # noqa: RUF009 - immutable
     unsupported: str | None = None
+
+    def left(self) -> tuple[Kept, ...]:
+        """What was allocated and is still there at the end, in order."""
+        live: dict[int, Kept] = {}
+        for event in self.events:
+            if event.bytes > 0:
+                live[event.block] = Kept(self.phases[self.groups[event.group].phase].name, event.bytes)
+            else:
+                live.pop(event.block, None)
+        return tuple(live.values())
 
     def timeline(self) -> Iterator[tuple[float, str, int]]:
         """(seconds since the first event, phase, bytes in use above the start) after each event."""

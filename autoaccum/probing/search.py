@@ -23,7 +23,8 @@ THIRD_TRACE, NEAR_TRACE, STEPPING_STONE = 4, 2, 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
 CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
-NOT_WORTH_A_STEP = 1.025  # nor, under a process's limit, is any: what libraries keep varies by as much
+# Nor is any by less than this: under a process's limit, where what libraries keep varies by as much, and on a device.
+NOT_WORTH_A_STEP, NOT_ON_A_DEVICE = 1.025, 1.01
 ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
 # How clear of a size that overran the next one stays: once something between was measured, and after each overrun.
 OVERRUNS = (1.1, 1.3, 2.0, 4.0)
@@ -39,12 +40,8 @@ class Forecaster(Protocol):
     def reserved(self, batch: int) -> int:
         """The peak at `batch` samples, in the bytes that the budget counts."""
 
-
-class Known(Forecaster, Protocol):
-    """A forecast from an earlier run, believed once a small step has shown that it still holds."""
-
-    def peak(self, batch: int, length: int | None = None) -> int:
-        """The peak at `batch` samples in bytes in use."""
+    def peak(self, batch: int) -> int:
+        """The peak at `batch` samples in bytes in use: no more than `reserved`, and told at once."""
 
 
 class Machine(Protocol):
@@ -61,6 +58,10 @@ class Machine(Protocol):
     @property
     def traces_all(self) -> bool:
         """Whether every step is traced, in the bytes that the budget counts: all that ran then helps to forecast."""
+
+    @property
+    def spare(self) -> float:
+        """The share of the budget that a forecast leaves free."""
 
     @property
     def fixed(self) -> int:
@@ -94,7 +95,7 @@ def find(
     ceiling: int,
     wanted: Callable[[int], int] | None = None,
     reach: int | None = None,
-    known: Known | None = None,
+    known: Forecaster | None = None,
 ) -> Answer:
     """The largest micro-batch that fits, or the one that a target needs.
 
@@ -124,7 +125,7 @@ class _Search:
         wanted: Callable[[int], int],
         reach: int,
         exact: bool,
-        known: Known | None,
+        known: Forecaster | None,
     ) -> None:
         self._machine, self._floor, self._wanted, self._reach, self._exact = machine, floor, wanted, reach, exact
         self._bracket = Bracket(floor, ceiling, machine.budget)
@@ -138,6 +139,7 @@ class _Search:
 
     def run(self) -> Answer:
         self._trace()
+        self._step_nearer()
         for _ in range(MOST_RUNS):
             size = self._next()
             if size is None:
@@ -172,6 +174,17 @@ class _Search:
             self._forecast = self._machine.forecast()
             if self._forecast is not None and self._forecast.residual is not None:
                 return
+
+    def _step_nearer(self) -> None:
+        """One trace more, near the limit, where an overrun would be suffered and only small steps were traced."""
+        machine = self._machine
+        if self._forecast is None or self._forecast is self._known:
+            return
+        if not (self._exact and machine.suffers) or machine.traces_all:
+            return
+        size = int(self._limit(self._bracket.high - 1) * STEPPING_STONE)
+        if size > max(self._traced) and self._try(size, "trace").fits:
+            self._forecast = machine.forecast() or self._forecast
 
     def _look_again(self) -> None:
         """Where each step is traced, the larger ones may line up though the small ones did not."""
@@ -220,10 +233,8 @@ class _Search:
         if settled and (self._runs >= ENOUGH_RUNS or (overran and bracket.high <= CLOSE_ENOUGH * bracket.low)):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
-        if self._exact and self._machine.suffers and not self._machine.traces_all and self._runs == 0:
-            size = max(min(size, self._floor), int(size * STEPPING_STONE))
-        limits_process = self._machine.suffers and self._machine.traces_all
-        if settled and limits_process and size <= NOT_WORTH_A_STEP * bracket.low:
+        least = NOT_WORTH_A_STEP if self._machine.traces_all else NOT_ON_A_DEVICE
+        if settled and self._machine.suffers and size <= least * bracket.low:
             return None
         if size > bracket.low:
             return size
@@ -237,24 +248,45 @@ class _Search:
         return self._wanted(size)
 
     def _uncertain(self, size: int) -> bool:
-        """Whether the forecast at `size` is over the budget by less than it has been wrong."""
+        """Whether the forecast at `size` is over the budget by less than it has been wrong.
+
+        Where an overrun is suffered, what counts is how wrong it was at the size last measured, which is near.
+        """
         forecast, budget = self._forecast, self._machine.budget
         if forecast is None or size >= self._bracket.high:
             return False
-        return self._scaled(size) - budget < 2 * (forecast.residual or 0.0) * budget
+        wrong = forecast.residual or 0.0
+        if self._machine.suffers and self._anchor is not None:
+            at, measured = self._anchor
+            wrong = abs(forecast.reserved(at) / measured - 1.0)
+        return self._scaled(size) - self._budget < 2 * wrong * budget
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
-        low, high = 0, ceiling + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._scaled(middle) <= self._machine.budget else (low, middle)
-        return low
-
-    def _scaled(self, size: int, *, raised: bool = True) -> float:
-        """The forecast at `size`, moved to what was measured; `raised`: growing as fast as overruns showed it may."""
         assert self._forecast is not None
-        here = self._forecast.reserved(size)
+        for ask in (self._forecast.peak, self._forecast.reserved):  # what an allocator reserves takes a while to tell
+            low, high = 0, ceiling + 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self._scaled(middle, ask(middle)) <= self._budget else (low, middle)
+            ceiling = low
+        return ceiling
+
+    @property
+    def _budget(self) -> float:
+        """What a forecast may come to."""
+        return self._machine.budget * (1.0 - self._machine.spare)
+
+    def _scaled(self, size: int, here: int | None = None, *, raised: bool = True) -> float:
+        """The forecast at `size`, moved to what was measured.
+
+        Args:
+            size: samples.
+            here: what the forecast says there; None: it is asked.
+            raised: growing as fast as overruns showed it may.
+        """
+        assert self._forecast is not None
+        here = self._forecast.reserved(size) if here is None else here
         if self._anchor is None:  # nothing near was measured: as wrong as it was at the third trace, it may be here
             return here * (1.0 + (self._forecast.residual or 0.0))
         at, measured = self._anchor
@@ -271,6 +303,8 @@ class _Search:
             self._traced.append(size)
         self._bracket.budget = self._machine.budget
         measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
+        if not trial.fits and measured is not None and measured <= self._machine.budget:
+            measured = None  # the allocator had to empty its cache: this is what it was allowed, and not what it needs
         if trial.fits:
             self._bracket.fits(size, measured)
         else:
@@ -322,7 +356,7 @@ class _Search:
         high = self._last_high
         if high is None or high.batch != self._bracket.high:
             return False
-        return self._scaled(high.batch, raised=high.peak_bytes is not None) <= self._machine.budget
+        return self._scaled(high.batch, raised=high.peak_bytes is not None) <= self._budget
 
     def _sure(self, limit: int) -> int:
         """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""
@@ -336,5 +370,5 @@ class _Search:
             return "out of memory" if high.peak_bytes is None else "forecast"
         if limit >= self._reach:
             return "cap"
-        over = self._forecast is not None and self._scaled(limit + 1, raised=False) > self._machine.budget
+        over = self._forecast is not None and self._scaled(limit + 1, raised=False) > self._budget
         return "forecast" if over else None

@@ -1,8 +1,10 @@
 """One real step at a chosen size: what the window's code does, no rehearsal of it.
 
-A trial runs one micro-batch with the gradients already there, as every micro-batch but a window's first finds them,
-then the optimizer step: it shows a window's peak at half of its cost. Learning rates are 0 meanwhile, so that many
-steps on the same samples cannot diverge; what moves all the same is put back by the snapshot around the probe.
+On the CPU a trial runs one micro-batch with the gradients already there, as every micro-batch but a window's first
+finds them, then the optimizer step: it shows a window's peak at half of its cost. Where an allocator caches, what it
+reserves depends on what came before, and a trial is what a training does: from an emptied cache, without optimizer
+state, two windows of two micro-batches. Learning rates are 0 meanwhile, so that many steps on the same samples cannot
+diverge; what moves all the same is put back by the snapshot around the probe.
 
 A trial is meant to be no easier than any step of the training:
 - The optimizer is long past its warm-up, at a step at which whatever it does every so often is due.
@@ -13,7 +15,7 @@ A trial is meant to be no easier than any step of the training:
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -41,6 +43,9 @@ from autoaccum.window.record import StepRecord
 __all__ = ["Bench", "Counted"]
 
 Shape = tuple[int, ...]
+
+# Of what is free on a device, where others may take some of it.
+SPARE = 0.01
 
 # Of an optimizer in a trial: divided by 1 to 10, and by most of the periods that people write (12, 50, 100, ...).
 STEP = 25_200
@@ -82,6 +87,9 @@ class Bench:
             growth or ProcessGrowth(budget.kind), partial(resident_bytes, accumulator.model, accumulator.optimizers)
         )
         self._copies: list[torch.Tensor] = []
+        self._stateless = not any(accumulator.optimizer.state.values())
+        self._reserved: dict[Shape, int] = {}  # by the traced steps
+        self._first: Trace | None = None  # a training's first window, where an allocator caches
         modules = accumulator.model.modules()
         self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
         self.trials: list[Trial] = []
@@ -107,6 +115,14 @@ class Bench:
     def traces_all(self) -> bool:
         """On the CPU every step is traced; elsewhere only the small ones, and the allocator tells the others' peaks."""
         return self._device.type == "cpu"
+
+    @property
+    def spare(self) -> float:
+        """The share of the budget that a forecast leaves free: an allocator that retries at every window is slow.
+
+        None of a hard budget: what was run there without a retry runs in training without one.
+        """
+        return SPARE if self.caches and not self._budget.hard else 0.0
 
     @property
     def shared(self) -> bool:
@@ -184,7 +200,10 @@ class Bench:
         shapes = sorted(shape for shape in self.traces if len(shape) == dimensions)
         try:
             fitted = Forecast.fit(
-                [self.traces[shape] for shape in shapes], shapes, [self.resident[shape] for shape in shapes]
+                [self.traces[shape] for shape in shapes],
+                shapes,
+                [self.resident[shape] for shape in shapes],
+                [self._reserved[shape] for shape in shapes] if self.caches else (),
             )
         except ForecastFailed:
             return None
@@ -254,44 +273,74 @@ class Bench:
         return size / seconds
 
     def _step(self, shape: Shape, batch: Any, kind: str) -> int:
-        """The peak in bytes."""
-        accumulator = self._accumulator
-        counted = not self.traces_all and kind != "trace"
+        """The peak in bytes of one window, recorded; where an allocator caches, of a training's second, traces apart.
+
+        It is the second that shows what a training reserves: it runs in the cache that the first has left, with the
+        optimizer's state where the first has put it.
+        """
         if self._dense is None:
-            self._window(batch)  # warm-up: optimizer state, handles and workspaces exist from here on
-            if self._unused:
-                self._window(batch)  # theirs as well
-            if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
-                self._copies = [buffer.detach().clone() for buffer in accumulator.model.buffers()]
-        age(accumulator.optimizer)
-        if counted:
+            self._warm_up(batch)
+        if self.caches and kind != "trace":
+            self._begin()
+            self._window(batch, 2)
+        elif self.caches:
             self._device.drop_cache()  # of other sizes, which a training at this one would not have in its way
-            self._device.reset_peak()
-            self._window(batch)
-            self._device.synchronize()
-            return int(self._device.peak() or 0)
-        accumulator.open([batch])
+        age(self._accumulator.optimizer)
+        trace, held = self._record(batch)
+        if self._first is not None:
+            trace = replace(trace, segments=self._first.segments, kept=self._first.left())
+        self.traces[shape], self.resident[shape] = trace, held
+        self._reserved[shape] = self._device.reserved_peak() or 0
+        counted = self._device.peak()
+        peak = sum(held.values()) + trace.peak if counted is None else counted
+        self._process.step_peaked(peak)
+        return peak
+
+    def _warm_up(self, batch: Any) -> None:
+        """Optimizer state, handles and workspaces exist from here on."""
+        self._window(batch)
+        if self._unused:
+            self._window(batch)  # theirs as well
+        if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
+            self._copies = [buffer.detach().clone() for buffer in self._accumulator.model.buffers()]
+        if self.caches:
+            self._begin()
+            self._first, _ = self._record(batch)
+
+    def _begin(self) -> None:
+        """To where a training begins: no optimizer state of the trials' making, no cache, no workspaces."""
+        if self._stateless:
+            self._accumulator.optimizer.state.clear()
+        self._device.release(young=True)
+
+    def _record(self, batch: Any) -> tuple[Trace, dict[str, int]]:
+        """The allocations of one window, and what was in use before it by part.
+
+        Where an allocator caches, two micro-batches: gradients are born in the first among what its backward pass
+        frees, and the second runs in the cache that this leaves. Elsewhere one, with the gradients there already: it
+        peaks as high.
+        """
+        accumulator = self._accumulator
+        pieces = [batch, batch] if self.caches else [batch]
+        accumulator.open(pieces)
         held = self._held(batch)
         with self._process.growth, record(self._device, shapes=self._shapes) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
-            self._allocate_gradients(shape[0])
+            self._allocate_gradients(tree.batch_size(batch), len(pieces))
             accumulator.on_phase = recording.mark
-            accumulator.run([batch])
+            accumulator.run(pieces)
             self._stepped(accumulator.finish())
         accumulator.on_phase = ignore
-        trace = recording.trace
-        self.traces[shape], self.resident[shape] = trace, held
-        peak = sum(held.values()) + trace.peak
-        self._process.step_peaked(peak)
-        return peak
+        return recording.trace, held
 
-    def _window(self, batch: Any) -> None:
+    def _window(self, batch: Any, micro_batches: int = 1) -> None:
         accumulator = self._accumulator
         size = tree.batch_size(batch)
-        accumulator.open([batch])
-        self._allocate_gradients(size)
-        accumulator.run([batch])
+        pieces = [batch] * micro_batches
+        accumulator.open(pieces)
+        self._allocate_gradients(size, micro_batches)
+        accumulator.run(pieces)
         if self._dense is None:
             self._look_at_gradients(size)
         self._stepped(accumulator.finish())
@@ -328,11 +377,12 @@ class Bench:
                 "size, or another precision="
             )
 
-    def _allocate_gradients(self, size: int) -> None:
-        """What the other micro-batches of a window leave to one of `size`."""
-        for parameter in self._dense or ():
+    def _allocate_gradients(self, size: int, micro_batches: int) -> None:
+        """What the other micro-batches of a window leave to `micro_batches` of `size`, beside what these will make."""
+        for parameter in (self._dense or ()) if micro_batches == 1 else self._unused:
             self._accumulator.allocate_gradient(parameter)
-        others = size if self._share is None else max(self._share - size, 0)
+        ran = size * micro_batches
+        others = size if self._share is None else max(self._share - ran, 0)
         for parameter, rows in self._rows.items():
             self._accumulator.allocate_gradient(parameter, 1, min(math.ceil(rows * others), parameter.shape[0]))
 

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
+from autoaccum.memory.allocator import Block, CachingAllocator, Setup, SimulatedOutOfMemory, setup_of
 from autoaccum.memory.forecast import Forecast
 from autoaccum.memory.history import segments_of
 from autoaccum.memory.trace import Trace, record
@@ -27,14 +27,26 @@ class _Device:
     torch_device = torch.device("cuda", 0)
 
 
-@pytest.fixture(params=[False, True], ids=["fixed", "expandable"])
-def expandable(request):
-    """The allocator with fixed or expandable segments, its cache empty."""
+# What an allocator can be set up with, as torch writes it, and what undoes it.
+SETTINGS = {
+    "fixed": ("expandable_segments:False", "expandable_segments:False"),
+    "expandable": ("expandable_segments:True", "expandable_segments:False"),
+    "unsplit": ("max_split_size_mb:24", "max_split_size_mb:1000000000"),
+    "divided": ("roundup_power2_divisions:[1:2,8:1,16:4,>:8]", "roundup_power2_divisions:1"),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def setup(request):
+    """The allocator as it is set up, its cache empty."""
+    chosen, undone = SETTINGS[request.param]
     _empty()
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{request.param}")
-    yield request.param
+    torch.cuda.memory._set_allocator_settings(chosen)
+    found = setup_of(torch.cuda.memory._snapshot()["allocator_settings"])
+    assert (found != Setup()) == (request.param != "fixed")
+    yield found
     _empty()
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    torch.cuda.memory._set_allocator_settings(undone)
 
 
 def _empty() -> None:
@@ -48,6 +60,20 @@ def _bytes(size: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
+class _Following(CachingAllocator):
+    """New segments lie where torch's do, so that of cached blocks of one size the same is taken."""
+
+    here: int | None = None
+
+    def _fresh_address(self) -> int:
+        return super()._fresh_address() if self.here is None or self.expandable else self.here
+
+    def follow(self, tensor: torch.Tensor) -> Block:
+        """Allocates as torch did for `tensor`, which lies at the start of its segment if that is a new one."""
+        self.here = tensor.data_ptr()
+        return self.allocate(tensor.numel())
+
+
 def _sizes(seed: int, count: int) -> list[tuple[int, int]]:
     """(bytes, a number that decides what is freed before) of a random stream of requests."""
     draw = random.Random(seed)
@@ -56,8 +82,8 @@ def _sizes(seed: int, count: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_requests_reserve_what_torch_reserves(seed, expandable):
-    simulated = CachingAllocator.holding(segments_of(torch.cuda.memory_snapshot(), 0), expandable=expandable)
+def test_random_requests_reserve_what_torch_reserves(seed, setup):
+    simulated = _Following.holding(segments_of(torch.cuda.memory_snapshot(), 0), **setup._asdict())
     live = []
     for size, choice in _sizes(seed, 400):
         while len(live) > 20 or (live and choice % 5 < 2):
@@ -65,19 +91,19 @@ def test_random_requests_reserve_what_torch_reserves(seed, expandable):
             del tensor
             simulated.free(block)
             choice //= 5
-        live.append((_bytes(size), simulated.allocate(size)))
+        tensor = _bytes(size)
+        live.append((tensor, simulated.follow(tensor)))
+        del tensor
         assert simulated.reserved == torch.cuda.memory_reserved()
         assert simulated.allocated == torch.cuda.memory_allocated()
     assert simulated.peak_reserved == torch.cuda.max_memory_reserved()
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_at_a_limit_the_simulation_retries_and_fails_where_torch_does(seed, expandable):
+def test_at_a_limit_the_simulation_retries_and_fails_where_torch_does(seed, setup):
     limit = torch.cuda.memory_reserved() + 201 * MIB  # between two segment sizes: rounding of the fraction is harmless
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
-    simulated = CachingAllocator.holding(
-        segments_of(torch.cuda.memory_snapshot(), 0), limit=limit, expandable=expandable
-    )
+    simulated = _Following.holding(segments_of(torch.cuda.memory_snapshot(), 0), limit=limit, **setup._asdict())
     retries = torch.cuda.memory_stats()["num_alloc_retries"]
     live = []
     try:
@@ -93,7 +119,7 @@ def test_at_a_limit_the_simulation_retries_and_fails_where_torch_does(seed, expa
                     simulated.allocate(size)
                 live = _half_freed(live, simulated)
                 continue
-            live.append((tensor, simulated.allocate(size)))
+            live.append((tensor, simulated.follow(tensor)))
             del tensor
             assert simulated.reserved == torch.cuda.memory_reserved()
         assert simulated.retries == torch.cuda.memory_stats()["num_alloc_retries"] - retries
@@ -167,15 +193,15 @@ def _moved(batch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
-def test_a_trace_has_the_requested_bytes_and_plays_to_the_reserved_ones(architecture, expandable):
+def test_a_trace_has_the_requested_bytes_and_plays_to_the_reserved_ones(architecture, setup):
     windows = _Windows(architecture)
     trace, measured = windows.trace(16), windows.measured(16)
     assert trace.requested
     assert trace.caching
-    assert trace.expandable == expandable
+    assert trace.setup == setup
     assert trace.peak == measured["requested"]
     assert trace.background == 0
-    played = CachingAllocator.holding(trace.segments, expandable=expandable)
+    played = CachingAllocator.holding(trace.segments, **setup._asdict())
     blocks = {}
     for event in trace.events:
         if event.bytes > 0:
