@@ -13,6 +13,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from optuna.samplers import RandomSampler
 import autoaccum
 from tests.ranks_work import threads_of_gloo
 from tests.search_setups import arguments
@@ -23,7 +24,7 @@ def setup(width=4):
     return arguments(width=width, epochs=9, micro_batch=8)
 
 result = autoaccum.search(setup, n_trials=6, space={"lr": (1e-3, 1e-1, "log"), "width": [4, 5], "target_batch": [16]},
-                          folder=sys.argv[1] + "/run", study_name="ranks", sampler="random")
+                          folder=sys.argv[1] + "/run", study_name="ranks", sampler=RandomSampler(seed=0))
 values = {"rank": int(os.environ["RANK"]), "best": result.best_value, "sizes": result.best_plan.micro_batches,
           "world": result.best_plan.world_size, "states": [row["state"] for row in result.trials],
           "threads": threads_of_gloo()}

@@ -53,9 +53,9 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--metric", metavar="NAME", help='"loss", one of the metrics, or "train_loss".')
 @click.option("--direction", type=click.Choice(["minimize", "maximize"]), help="Whether less of the metric is better.")
 @click.option("--budget", metavar="B", help='What a trial trains on: samples, or a time such as "90s".')
-@click.option("--sampler", type=click.Choice(["tpe", "random", "gp", "cmaes", "qmc"]), help="Draws the parameters.")
+@click.option("--sampler", metavar="NAME", help="Draws the parameters: tpe, or one of Optuna's, such as random or gp.")
 @click.option(
-    "--pruner", type=click.Choice(["once", "hyperband", "halving", "median", "none"]), help="Ends weak trials early."
+    "--pruner", metavar="NAME", help="Ends weak trials early: once, none, or one of Optuna's, such as median."
 )
 @click.option("--workers", metavar="N", callback=_workers, help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
@@ -87,6 +87,9 @@ def search(
              "trust_storage")  # fmt: skip
     settings = given({name: options.pop(name) for name in names})
     progress = options.pop("progress")
+    for kind in ("sampler", "pruner"):
+        if kind in settings:
+            settings[kind] = _of_optuna(kind, settings[kind])
     budget = settings.get("budget")
     if budget is not None and budget.isdigit():
         settings["budget"] = int(budget)
@@ -105,6 +108,23 @@ def search(
         done = saved(save, "the result", result.save)
         done &= saved(plot, "the plot", result.plot)
     return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
+
+
+def _of_optuna(kind: str, name: str) -> Any:
+    """A name of ours as it is; else the class of `optuna.samplers` or `optuna.pruners` of that name, made anew."""
+    if name in ("tpe", "once", "none"):
+        return name
+    from autoaccum.searching.extra import load_optuna
+
+    room = getattr(load_optuna(), f"{kind}s")
+    found = {each.lower().removesuffix(kind): each for each in room.__all__ if each.lower().endswith(kind)}
+    try:
+        return getattr(room, found[name.lower().removesuffix(kind)])()
+    except (KeyError, TypeError, ImportError) as error:
+        why = "needs settings of its own" if isinstance(error, TypeError) else str(error)
+        if isinstance(error, KeyError):
+            why = f"is not known: choose {', '.join(sorted(found))}"
+        raise click.UsageError(f"--{kind} {name}: {why}") from None
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":

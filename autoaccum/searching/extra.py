@@ -15,14 +15,11 @@ from autoaccum.errors import MissingExtraError, SetupError, shown
 __all__ = ["CONSTRAINT", "hushed", "load_optuna", "make_pruner", "mark_infeasible", "quiet", "says_ended"]
 
 CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a constraint under Optuna 4
-PRUNERS = ("once", "hyperband", "halving", "median", "none")
-REDUCTION = 3  # of the trials that reach a rung, one in this many goes on
 # Where "once" looks, in parts of the budget. Among good settings a later value says little more about the last one than
 # an early one does, and every look gives up some that would have won: so there is one look, and an early one, where
 # fewer need to be given up for the same saving. One in so many goes on; as a sampler that learns draws better
 # and better ones, about two in five of a whole search do.
 EARLY, BEST = 1 / 9, 4
-FIRST_RUNG, LAST_RUNG = 0.18, 0.60  # of the budget: Hyperband's
 
 
 def load_optuna() -> Any:
@@ -61,10 +58,7 @@ def hushed() -> Iterator[None]:
 
 def says_ended(error: BaseException) -> bool:
     """Whether a storage refused to change a trial because it has ended."""
-    kind = getattr(load_optuna().exceptions, "UpdateFinishedTrialError", None)
-    if kind is not None:
-        return isinstance(error, kind)
-    return type(error) is RuntimeError and "has already finished and can not be updated" in str(error)  # Optuna 4.0
+    return isinstance(error, load_optuna().exceptions.UpdateFinishedTrialError)
 
 
 def mark_infeasible(trial: Any) -> None:
@@ -78,10 +72,7 @@ def make_pruner(pruner: Any, amount: int) -> Any:
     """The pruner over a budget of `amount` samples (or milliseconds).
 
     "once" looks at each trial a single time, at a ninth of the budget, and lets it go on where it is among the best
-    quarter of those that have come so far; the best of them always does.
-
-    Hyperband is wrapped: Optuna shows a sampler only the trials of its own bracket where it sees that pruner, and a
-    short search has too few for one of them to learn from.
+    quarter of those that have come so far; the best of them always does. "none" prunes nothing.
 
     Raises:
         SetupError: an unknown name, or something that is no pruner.
@@ -89,34 +80,14 @@ def make_pruner(pruner: Any, amount: int) -> Any:
     optuna = load_optuna()
     if isinstance(pruner, optuna.pruners.BasePruner):
         return pruner
-    name = "none" if pruner is None else pruner
-    if name not in PRUNERS:
-        raise SetupError(
-            f"pruner={shown(pruner)}: choose {', '.join(map(repr, PRUNERS))}, or give a pruner of Optuna's"
-        )
-    if name == "once":
-        return _once(max(1, int(EARLY * amount)))
-    first = max(1, int(FIRST_RUNG * amount))
-    if name == "none" or amount < REDUCTION * first:
+    if pruner is None or pruner == "none":
         return optuna.pruners.NopPruner()
-    if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_warmup_steps=first)
-    # Two brackets: rungs at about a fifth and a half, or at a half alone. A third one would prune nothing.
-    inner = optuna.pruners.HyperbandPruner(
-        min_resource=first, max_resource=max(first, int(LAST_RUNG * amount)), reduction_factor=REDUCTION
+    if pruner == "once":
+        return _once(max(1, int(EARLY * amount)))
+    raise SetupError(
+        f'pruner={shown(pruner)}: choose "once" or "none", or give a pruner of Optuna\'s, such as '
+        "optuna.pruners.MedianPruner()"
     )
-
-    base: Any = optuna.pruners.BasePruner
-
-    class Hyperband(base):  # type: ignore[misc]  # the base is known when Optuna is loaded, and not before
-        """Hyperband, but the sampler sees all trials."""
-
-        def prune(self, study: Any, trial: Any) -> bool:
-            return bool(inner.prune(study, trial))
-
-    return Hyperband()
 
 
 def _once(rung: int) -> Any:

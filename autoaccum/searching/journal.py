@@ -1,16 +1,12 @@
-"""A study in a journal file: one machine, no server. Its lock, and what a crash may have left in it.
+"""A study in a journal file, one machine, no server: opened, and what a crash may have left in it.
 
 Choices:
-- The lock is the one that Optuna makes, a symbolic link beside the file, so that its dashboard and other programs see
-  it; but Ctrl-C waits from the taking of it to the giving back, and a wait for it can be broken off.
-- A lock whose holder was killed is broken, under every version of Optuna; 4.0 to 4.2 would wait for ever.
+- The lock is Optuna's, which breaks one whose holder was killed after half a minute, from version 4.3 on. Ctrl-C waits
+  from the asking for it to the giving back: in between, Optuna leaves the lock behind or makes another error of it.
 - A last line that was cut off by a crash is dropped before use: it was never acknowledged to anyone.
 """
 
 import json
-import os
-import time
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,7 @@ from autoaccum.errors import SetupError
 from autoaccum.interrupts import Deferral
 from autoaccum.searching.extra import load_optuna
 
-__all__ = ["JournalLock", "broken_line", "open_journal"]
-
-LOCK_GRACE = 10.0  # seconds until a lock whose holder is gone is broken; a line takes milliseconds to write
-LONGEST_WAIT = 0.5  # seconds between two looks at a lock that another process has
+__all__ = ["broken_line", "open_journal"]
 
 
 def open_journal(path: Path) -> Any:
@@ -43,74 +36,46 @@ def open_journal(path: Path) -> Any:
             raise SetupError(f"storage={str(path)!r} is an SQLite database: write sqlite:///{path}")
         if head and not head.startswith(b"{"):
             raise SetupError(f"storage={str(path)!r} is not a journal file: give another path")
-    lock = JournalLock(path.absolute())
+    path = path.absolute()
+    lock = _lock(str(path))
     _mend(path, lock)
-    backend = optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock)
-    return optuna.storages.JournalStorage(backend)
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path), lock_obj=lock))
 
 
-class JournalLock:
-    """One writer at a time, over all processes that write to the file."""
+def _lock(path: str) -> Any:
+    base: Any = load_optuna().storages.journal.JournalFileSymlinkLock
 
-    def __init__(self, path: Path) -> None:
-        """`path`: of the journal, absolute."""
-        self._path, self._link = str(path), f"{path}.lock"
-        self._deferral = Deferral()
+    class Lock(base):  # type: ignore[misc]  # the base is known when Optuna is loaded, and not before
+        """Optuna's, with Ctrl-C held back."""
 
-    def acquire(self) -> bool:
-        """Waits until nobody else has it; from then on Ctrl-C waits."""
-        pause, holder, since = 0.001, None, time.monotonic()
-        while not self._take():
-            now = _identity(self._link)
-            if now != holder:
-                holder, since = now, time.monotonic()
-            elif holder is not None and time.monotonic() - since > LOCK_GRACE:
-                self._break()
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_WAIT)
-        return True
+        _waits = False
 
-    def _take(self) -> bool:
-        self._deferral.begin()
-        try:
-            os.symlink(self._path, self._link)
-        except FileExistsError:
-            self._deferral.end()
-            return False
-        except BaseException:
-            self._deferral.end()
-            raise
-        return True
+        def __init__(self) -> None:
+            super().__init__(path)
+            self._deferral = Deferral()
 
-    def release(self) -> None:
-        """Gives it back; a Ctrl-C that came since it was taken is raised here."""
-        try:
-            if not self._break():
-                raise RuntimeError(f"the journal's lock {self._link} was taken from this process")
-        finally:
-            self._deferral.end()
+        def acquire(self) -> bool:
+            self._waits = True
+            self._deferral.begin()
+            try:
+                super().acquire()
+            except BaseException:
+                self._deferral.end()
+                raise
+            self._waits = False
+            return True
 
-    def _break(self) -> bool:
-        """Removes it, whoever has it; whether this process did that, and no other was first."""
-        name = f"{self._link}{uuid.uuid4()}.rename"
-        try:
-            os.rename(self._link, name)  # of several that try, only one succeeds
-        except FileNotFoundError:
-            return False
-        os.unlink(name)
-        return True
+        def release(self) -> None:
+            try:
+                super().release()
+            finally:
+                if not self._waits:  # else Optuna breaks another's lock from within `acquire`
+                    self._deferral.end()
+
+    return Lock()
 
 
-def _identity(link: str) -> tuple[int, int] | None:
-    """By which a lock is told from one that was taken later; None where there is none."""
-    try:
-        found = os.lstat(link)
-    except FileNotFoundError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _mend(path: Path, lock: JournalLock) -> None:
+def _mend(path: Path, lock: Any) -> None:
     """Cuts off a last line without its end: whoever wrote it was killed before it counted."""
     if not path.exists() or not _torn(path):
         return

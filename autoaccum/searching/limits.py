@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from autoaccum.api import probe
 from autoaccum.assembly import Parts
 from autoaccum.errors import NothingFitsError
 from autoaccum.files import read_json, write_json
@@ -69,13 +70,11 @@ class Limits:
         return [] if found is None else found["curve"]
 
     def _probe(self, arguments: Mapping[str, Any], share: int) -> dict[str, Any]:
-        import autoaccum
-
-        taken = inspect.signature(autoaccum.probe).parameters
+        taken = inspect.signature(probe).parameters
         asked = {name: value for name, value in arguments.items() if name in taken}
         self.probes += 1
         try:
-            report = autoaccum.probe(**{**asked, "target_batch": share})
+            report = probe(**{**asked, "target_batch": share})
         except NothingFitsError as error:
             return {"schema": _SCHEMA, "share": share, "nothing": str(error), "report": None}
         values = report.to_dict() | {"timeline": None}

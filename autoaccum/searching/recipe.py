@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoaccum.api import fit
 from autoaccum.errors import SetupError, shown
 from autoaccum.training.generators import seed_everything
 
@@ -29,9 +30,7 @@ USELESS = {**dict.fromkeys(DROPPED, _LONG), "plan": "and a plan fixes the target
 
 def fit_keywords() -> list[str]:
     """The names that `fit` takes."""
-    import autoaccum
-
-    return list(inspect.signature(autoaccum.fit).parameters)
+    return list(inspect.signature(fit).parameters)
 
 
 @dataclass(frozen=True)

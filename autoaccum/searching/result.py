@@ -171,7 +171,7 @@ def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> Se
     if best is None:
         raise _no_best(study, rows)
     facts = best.user_attrs[TRAINING]
-    file = weights.path_of(folder, best.number)
+    file = weights.path_of(folder, best)
     return SearchResult(
         best_params=dict(best.params),
         best_value=float(best.value),
@@ -182,7 +182,7 @@ def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> Se
         direction=terms.direction,
         unit=terms.unit,
         best_number=best.number,
-        weights=file if file.exists() else None,
+        weights=file if file is not None and file.exists() else None,
         arguments=_arguments(facts, terms),
         seed=terms.seed,
         threads=int(facts["threads"]),

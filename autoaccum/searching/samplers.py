@@ -11,7 +11,6 @@ alike under versions 4 and 5; how wide TPE's kernels are is each version's own.
 """
 
 import hashlib
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,11 +18,6 @@ from autoaccum.errors import SetupError, shown
 from autoaccum.searching.extra import CONSTRAINT, load_optuna, quiet
 
 __all__ = ["check_sampler", "make_sampler"]
-
-SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler", "gp": "GPSampler", "cmaes": "CmaEsSampler",
-            "qmc": "QMCSampler"}  # fmt: skip
-LEARNING = ("tpe", "gp", "cmaes")
-NEEDED = {"gp": "scipy", "cmaes": "cmaes", "qmc": "scipy"}  # which Optuna does not bring along
 
 
 def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
@@ -35,38 +29,41 @@ def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
         trusted: whether the user trusts them with this account.
 
     Raises:
-        SetupError: an unknown name, something that is no sampler, one that needs a package that is not there, or one
-            that would run what others have written into the study.
+        SetupError: something that is no sampler, or one that would run what others have written into the study.
     """
-    if (sampler == "cmaes" or isinstance(sampler, load_optuna().samplers.CmaEsSampler)) and shared and not trusted:
+    if _unpickles(sampler) and shared and not trusted:
         raise SetupError(
-            f"sampler={sampler!r:.60} unpickles what stands in the study, and others can write to this storage: what "
-            "they put there would run as your own code. Use another sampler, or a journal file of your own; where you "
-            "trust everybody who can write there, say trust_storage=True (--trust-storage)"
+            f"sampler={type(sampler).__name__}() unpickles what stands in the study, and others can write to this "
+            "storage: what they put there would run as your own code. Use another sampler, or a journal file of your "
+            "own; where you trust everybody who can write there, say trust_storage=True (--trust-storage)"
         )
-    if sampler is None or isinstance(sampler, load_optuna().samplers.BaseSampler):
-        return
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        known = ", ".join(map(repr, SAMPLERS))
-        raise SetupError(f"sampler={shown(sampler)}: choose {known}, or give a sampler of Optuna's")
-    package = NEEDED.get(sampler)
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise SetupError(f"sampler={shown(sampler)} needs {package}, which is not installed: pip install {package}")
+    if sampler not in (None, "tpe") and not isinstance(sampler, load_optuna().samplers.BaseSampler):
+        raise SetupError(
+            f"sampler={shown(sampler)}: leave it out for TPE, or give a sampler of Optuna's, such as "
+            "optuna.samplers.RandomSampler(seed=0)"
+        )
+
+
+def _unpickles(sampler: Any) -> bool:
+    """Whether it is Optuna's CmaEsSampler, or has one inside."""
+    while sampler is not None and not isinstance(sampler, load_optuna().samplers.CmaEsSampler):
+        sampler = getattr(sampler, "_base_sampler", None)
+    return sampler is not None
 
 
 def make_sampler(sampler: Any, *, seed: int, n_trials: int, first: Mapping[str, Any] | None = None) -> Any:
     """The sampler for all trials that this process draws.
 
     Args:
-        sampler: None ("tpe"), a name, or a sampler of Optuna's. Its generators go on from where they are as long as
+        sampler: None or "tpe", or a sampler of Optuna's. Its generators go on from where they are as long as
             no other process draws a trial in between; then, and after a restart, they are set anew.
         seed: the search's.
         n_trials: of the search; a third of them, 5 to 10, are drawn at random first.
-        first: what the first trial has, for samplers by name that learn; the rest of its parameters is drawn.
+        first: what the first trial has with TPE; the rest of its parameters is drawn.
     """
     if isinstance(sampler, load_optuna().samplers.BaseSampler):
         return _by_number(_own(sampler))
-    return _by_number(lambda number: _named(sampler or "tpe", seed, number, n_trials, first or {}))
+    return _by_number(lambda number: _tpe(seed, number, n_trials, first or {}))
 
 
 def _own(sampler: Any) -> Callable[[int], Any]:
@@ -83,20 +80,19 @@ def _own(sampler: Any) -> Callable[[int], Any]:
     return of
 
 
-def _named(name: str, seed: int, number: int, n_trials: int, first: Mapping[str, Any]) -> Any:
+def _tpe(seed: int, number: int, n_trials: int, first: Mapping[str, Any]) -> Any:
     optuna = load_optuna()
-    own = int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
-    settings: dict[str, Any] = {"seed": own}
-    if name == "tpe":
-        random = max(5, min(10, n_trials // 3))
-        settings |= {"n_startup_trials": random, "multivariate": True, "constant_liar": True}
-        if not hasattr(optuna.trial.Trial, "set_constraint"):
-            settings["constraints_func"] = _constraints
+    settings: dict[str, Any] = {
+        "seed": int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big"),
+        "n_startup_trials": max(5, min(10, n_trials // 3)),
+        "multivariate": True,
+        "constant_liar": True,
+    }
+    if not hasattr(optuna.trial.Trial, "set_constraint"):
+        settings["constraints_func"] = _constraints
     with quiet():
-        made = getattr(optuna.samplers, SAMPLERS[name])(**settings)
-        if number > 0 or name not in LEARNING or not first:
-            return made
-        return optuna.samplers.PartialFixedSampler(dict(first), made)
+        made = optuna.samplers.TPESampler(**settings)
+        return made if number > 0 or not first else optuna.samplers.PartialFixedSampler(dict(first), made)
 
 
 def _constraints(trial: Any) -> tuple[float]:

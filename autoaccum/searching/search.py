@@ -73,9 +73,9 @@ def search(
         storage: None: a journal file in `folder`; a path: a journal file there; or sqlite:///study.db,
             postgresql://user@host/name, grpc://host:port.
         study_name: None: after the setup.
-        sampler: None ("tpe"), "random", "gp", "cmaes", "qmc" or a sampler of Optuna's.
-        pruner: "once" (at a ninth of the budget the best quarter goes on), "hyperband", "halving", "median", "none"
-            or a pruner of Optuna's.
+        sampler: None ("tpe") or a sampler of Optuna's, such as optuna.samplers.RandomSampler(seed=0).
+        pruner: "once" (at a ninth of the budget the best quarter goes on), "none" or a pruner of Optuna's, such as
+            optuna.pruners.MedianPruner().
         budget: samples that a trial trains on, or a time such as "90s"; None: what the setup's epochs come to.
         workers: processes on this machine, or "gpus" for one a GPU. With 1, trials run in this process.
         resume: go on with a study that is there; False refuses it.

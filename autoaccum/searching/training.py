@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from autoaccum.api import prepare
 from autoaccum.assembly import Parts, assemble
 from autoaccum.errors import LossError, NothingFitsError, PlanError, SetupError
 from autoaccum.pipeline import planned
@@ -149,8 +150,6 @@ class Trainer:
             Pruned, Diverged, Infeasible: it ended early.
             Refused: no trial of this search can be trained.
         """
-        import autoaccum
-
         given = {name: value for name, value in arguments.items() if value is not None}
         check_metric_now(given, self._terms)
         target = _target(given)
@@ -171,7 +170,7 @@ class Trainer:
         check = given.pop("check", True)
         watch = _Watch(self._terms, report, parts.ranks)
         callbacks = [*given.pop("callbacks", ()), self._at_epochs(watch)]
-        loop = autoaccum.prepare(
+        loop = prepare(
             **{**given, "plan": made, "micro_batch": None, "check": key not in self._checked and check,
                "callbacks": callbacks, "progress": False},
         )  # fmt: skip

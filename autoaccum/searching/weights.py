@@ -1,10 +1,12 @@
 """The best trial's weights, kept as a file; those of all others are cleaned away.
 
 A trial that beats the best so far writes its weights before it is told as complete: whenever a trial is the best of its
-study, its file is whole. What is left over by a kill is no best trial's, and goes at the next cleaning.
+study, its file is whole. The file's name stands in its trial before the file is there, with a part that nobody guesses:
+what a kill leaves behind goes at the next cleaning, and no file of the user's ever does.
 """
 
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,34 @@ from autoaccum.files import whole_file
 
 __all__ = ["best_trial", "clean", "path_of", "save_weights"]
 
-
-def path_of(folder: Path, number: int) -> Path:
-    """The file of a trial's weights."""
-    return folder / f"trial-{number}.pt"
+_ATTRIBUTE = "autoaccum.weights"
+_NAME = re.compile(r"trial-[0-9]+-[0-9a-f]{16}\.pt")  # others may write to the study: it leads to no other file
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
+def path_of(folder: Path, trial: Any) -> Path | None:
+    """The file of a trial's weights; None where there never was one."""
+    name = trial.user_attrs.get(_ATTRIBUTE)
+    return folder / name if isinstance(name, str) and _NAME.fullmatch(name) else None
+
+
+def save_weights(model: nn.Module, folder: Path, trial: Any) -> None:
     """The model's `state_dict()`, on the CPU: whole on the disk, or not there."""
     state = {
         name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
         for name, value in model.state_dict().items()
     }
-    with whole_file(path) as file:
+    name = f"trial-{trial.number}-{secrets.token_hex(8)}.pt"
+    trial.set_user_attr(_ATTRIBUTE, name)
+    with whole_file(folder / name) as file:
         torch.save(state, file)
 
 
-def clean(folder: Path, kept: set[int]) -> None:
-    """Removes the weights of all trials but those of these numbers."""
-    for path in folder.glob("trial-*.pt"):
-        match = re.fullmatch(r"trial-(\d+)\.pt", path.name)
-        if match and int(match[1]) not in kept:
+def clean(folder: Path, study: Any) -> None:
+    """Removes the weights of all trials that have ended but the best one's."""
+    best = best_trial(study)
+    for trial in study.get_trials(deepcopy=False):
+        path = path_of(folder, trial)
+        if path is not None and trial.state.is_finished() and (best is None or trial.number != best.number):
             path.unlink(missing_ok=True)
 
 

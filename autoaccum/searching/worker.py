@@ -82,9 +82,7 @@ class Worker:
             self._ask_and_tell()
         finally:
             self._lock.release()
-        running = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"}
-        best = weights.best_trial(study)
-        weights.clean(job.folder, running if best is None else running | {best.number})
+        weights.clean(job.folder, study)
         return True
 
     def _ask_and_tell(self) -> None:
@@ -164,7 +162,7 @@ class Worker:
             finished = self._train(trial, params)
             trial.set_user_attr(TRAINING, finished.facts)
             if self._is_best(finished.value):
-                weights.save_weights(finished.model, weights.path_of(self._job.folder, trial.number))
+                weights.save_weights(finished.model, self._job.folder, trial)
             return finished.value
         except Pruned:
             early = "pruned"
