@@ -6,6 +6,7 @@ The library behind them is stood in for by functions that take the same keywords
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ class Library:
         return SimpleNamespace(to_dict=lambda: values, **values)
 
     def search(self, setup, *, n_trials, workers=1, storage=None, study_name=None, target_batch=(64,), progress=None,
-               budget=None, space=None):  # fmt: skip
+               budget=None, space=None, sampler=None, pruner="once", trust_storage=False):  # fmt: skip
         self._called("search", locals())
         values = {"best_params": {"lr": 0.1}, "best_value": 0.5, "best_plan": None, "trials": []}
         return SimpleNamespace(
@@ -198,6 +199,22 @@ def test_a_search_gets_the_space_and_the_batches_to_choose_from(library):
     assert done.exit_code == 0, done.stderr
     assert library.calls[-1][1]["space"] == {"lr": [1e-4, 1e-3]}
     assert library.calls[-1][1]["target_batch"] == (64, 128), "which the library adds to the space"
+
+
+def test_a_search_gets_optunas_own_sampler_and_pruner_by_their_names(library):
+    words = ["search", "train.py:tries", "--n-trials", "4"]
+    done = run(*words, "--sampler", "random", "--pruner", "MedianPruner", "--trust-storage")
+    assert done.exit_code == 0, done.stderr
+    kinds = [type(library.calls[-1][1][name]).__name__ for name in ("sampler", "pruner")]
+    assert kinds == ["RandomSampler", "MedianPruner"]
+    assert library.calls[-1][1]["trust_storage"] is True
+
+    done = run(*words, "--sampler", "tpe", "--pruner", "none")
+    assert [library.calls[-1][1][name] for name in ("sampler", "pruner", "trust_storage")] == ["tpe", "none", False]
+    for wrong, why in (("best", "is not known: choose .*random"), ("grid", "needs settings of its own")):
+        done = run(*words, "--sampler", wrong)
+        assert done.exit_code == 2
+        assert re.search(f"--sampler {wrong}: {why}", " ".join(done.stderr.split()))
 
 
 @pytest.mark.parametrize(

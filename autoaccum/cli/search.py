@@ -83,9 +83,10 @@ def search(
     import autoaccum
     from autoaccum.cli.target import Target
 
-    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed",
-             "trust_storage")  # fmt: skip
+    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed")
     settings = given({name: options.pop(name) for name in names})
+    if options.pop("trust_storage"):
+        settings["trust_storage"] = True
     progress = options.pop("progress")
     for kind in ("sampler", "pruner"):
         if kind in settings:
