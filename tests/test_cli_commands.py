@@ -488,3 +488,11 @@ def test_a_plan_of_more_micro_batches_than_can_be_listed_is_refused_at_once():
     done = run("plan", "--limit", "1", "--target-batch", "100000000")
     assert done.exit_code == 2
     assert "lower the target batch to 1048576" in done.stderr
+
+
+def test_a_plan_is_printed_in_another_trainers_words_alone():
+    done = run("plan", "--limit", "100", "--target-batch", "256", "--as", "axolotl")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines()[-2:] == ["micro_batch_size: 64", "gradient_accumulation_steps: 4"]
+    assert all(line.startswith("# ") for line in done.stdout.splitlines()[:-2])
+    assert run("plan", "--limit", "8", "--target-batch", "8", "--as", "keras").exit_code == 2

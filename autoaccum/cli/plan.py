@@ -10,6 +10,7 @@ from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import COUNT, given, new_file, takes
 from autoaccum.cli.saving import saved
+from autoaccum.planning.trainer_config import TRAINERS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,8 +34,14 @@ __all__ = ["plan"]
 @takes("batch_norm")
 @click.option("--minimum", type=COUNT, metavar="N", help="No micro-batch below this size.")
 @takes("multiple_of", "tail")
+@click.option(
+    "--as", "trainer", type=click.Choice(list(TRAINERS)), metavar="TRAINER",
+    help=f"Print the lines to put into another trainer's configuration: {', '.join(TRAINERS)}.",
+)  # fmt: skip
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
-def plan(limit: tuple[int, ...], target_batch: int, save_plan: Path | None, **options: Any) -> Answer:
+def plan(
+    limit: tuple[int, ...], target_batch: int, trainer: str | None, save_plan: Path | None, **options: Any
+) -> Answer:
     """Work out micro-batches, learning rate and BatchNorm momentum for a target batch, each with its reason."""
     from autoaccum.planning.plan import plan as make
 
@@ -43,10 +50,13 @@ def plan(limit: tuple[int, ...], target_batch: int, save_plan: Path | None, **op
         chosen.setdefault("world_size", len(limit))
     made = make(limit[0] if len(limit) == 1 else limit, target_batch, **chosen)
     done = saved(save_plan, "the plan", made.save)
-    return Answer(made.to_dict(), _view, 0 if done else FAILED)
+    config = {} if trainer is None else {"config": made.as_config(trainer)}
+    return Answer({**made.to_dict(), **config}, _view, 0 if done else FAILED)
 
 
 def _view(values: Mapping[str, Any]) -> "RenderableType":
+    from rich.text import Text
+
     from autoaccum.display.terminal import plan_view
 
-    return plan_view(values)
+    return Text(values["config"], no_wrap=True, overflow="ignore") if "config" in values else plan_view(values)

@@ -180,6 +180,20 @@ class Plan(Drawn):
         _check(found)
         return found
 
+    def as_config(self, name: str) -> str:
+        """What to put into another trainer's configuration, and what of the plan it cannot express, as text.
+
+        Args:
+            name: "transformers", "lightning", "accelerate", "deepspeed", "torchtitan", "axolotl", "llamafactory" or
+                "trl".
+
+        Raises:
+            PlanError: a trainer that is not known.
+        """
+        from autoaccum.planning.trainer_config import as_config
+
+        return as_config(self, name)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON: whole, or not at all where something fails half-way.
 
