@@ -143,8 +143,11 @@ class RunFolder:
 
     def _is_of_this_job(self) -> bool:
         """Whether what is in the folder was begun by the torchrun that has restarted this process."""
-        runs = _runs_in(self.folder / "environment.json")
-        return bool(runs) and isinstance(runs[-1], dict) and runs[-1].get("job") == _job()
+        runs, own = _runs_in(self.folder / "environment.json"), _job()
+        job = runs[-1].get("job") if runs and isinstance(runs[-1], dict) else None
+        if own is None or not isinstance(job, list) or len(job) != len(own) or not isinstance(job[2], int):
+            return False
+        return job[:2] == own[:2] and abs(job[2] - own[2]) <= 2  # seconds: the boot's time is read anew each time
 
     # --- saving ---
 
@@ -306,13 +309,10 @@ class RunFolder:
         write_json(path, {"schema": 1, "runs": runs}, private=True)  # a command may have a password in it
 
 
-def _job() -> str | None:
-    """The torchrun that started this process, which starts it again after a failure; None without one."""
+def _job() -> list[Any] | None:
+    """The torchrun that started this process, which starts it again after a failure: its run's id, process, start."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name is None:
-        return None
-    agent = psutil.Process(os.getppid())
-    return f"{name} {agent.pid} {agent.create_time():.0f}"
+    return None if name is None else [name, os.getppid(), int(psutil.Process(os.getppid()).create_time())]
 
 
 def _runs_in(path: Path) -> list[Any]:
