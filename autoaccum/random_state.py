@@ -1,23 +1,35 @@
-"""Random generators, kept aside and put back."""
+"""The global random generators at one moment: torch's, the device's, Python's and numpy's; also as plain values.
 
+They are captured at every window, for the rare one that has to be run again. numpy takes as long to copy its state as
+a short window's own overhead may be, and most trainings draw nothing from it: a quick capture compares its raw bytes
+with those seen last, and copies only a change. That is exact unless the user's code seeds it with the same number
+again in between and draws one normal value more or less, since the one that numpy keeps for later is not in those
+bytes. What goes into a checkpoint is captured in full.
+"""
+
+import ctypes
 import random
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-__all__ = ["RandomState"]
+__all__ = ["RandomState", "seed_everything"]
+
+_MT19937_BYTES = 624 * 4 + 4  # the key, and the place in it, as in numpy's struct
 
 
 class RandomState:
-    """The random generators of torch (CPU and `device`), Python and, where it is loaded, numpy."""
+    """The state of all global generators when this was made."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, quick: bool = False) -> None:
+        """Captures; `quick` as this file's beginning says."""
         self._device = device
         self._cpu = torch.get_rng_state()
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy is not None and hasattr(numpy, "random") else None
+        self._numpy = _numpy_seen.state_of(_numpy(), quick)
 
     def restore(self) -> None:
         """Sets every generator back."""
@@ -25,5 +37,85 @@ class RandomState:
         if self._accelerator is not None:
             torch.get_device_module(self._device).set_rng_state(self._accelerator, self._device)
         random.setstate(self._python)
+        numpy = _numpy()
+        if numpy is not None and self._numpy is not None:
+            numpy.set_state(self._numpy)
+            _numpy_seen.raw = None  # it may have the same bytes by another way: look at it in full the next time
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        version, words, gauss = self._python
+        numpy: dict[str, Any] | None = None
         if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+            kind, key, place, has_gauss, cached = self._numpy
+            numpy = {
+                "kind": str(kind),
+                "key": torch.tensor([int(word) for word in key]),
+                "place": int(place),
+                "has_gauss": int(has_gauss),
+                "cached": float(cached),
+            }
+        return {
+            "torch": self._cpu,
+            "device": str(self._device.type),
+            "accelerator": self._accelerator,
+            "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+            "numpy": numpy,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "RandomState":
+        """The generators that gave `state`; that of another kind of device cannot go on here, and is left as it is."""
+        made = cls.__new__(cls)
+        made._device, made._cpu = device, state["torch"]
+        made._accelerator = state["accelerator"] if state["device"] == device.type else None
+        python, numpy = state["python"], state["numpy"]
+        made._python = (python["version"], tuple(python["words"].tolist()), python["gauss"])
+        made._numpy = None
+        if numpy is not None:
+            key = numpy["key"].tolist()
+            made._numpy = (numpy["kind"], key, numpy["place"], numpy["has_gauss"], numpy["cached"])
+        return made
+
+
+class _NumpySeen:
+    """numpy's state as it was copied last."""
+
+    def __init__(self) -> None:
+        self.raw: bytes | None = None
+        self.state: tuple[Any, ...] | None = None
+
+    def state_of(self, numpy: Any, quick: bool) -> tuple[Any, ...] | None:
+        if numpy is None:
+            return None
+        raw = self._raw(numpy)
+        # A normal value that is kept for later can be used up without a change of the raw state.
+        if not quick or raw is None or raw != self.raw or self.state is None or self.state[3]:
+            state = numpy.get_state()
+            # Of a bit generator other than numpy's standard one a dict is returned; it is the user's to keep.
+            self.raw, self.state = raw, state if isinstance(state, tuple) else None
+        return self.state
+
+    def _raw(self, numpy: Any) -> bytes | None:
+        generator: Any = getattr(getattr(numpy.mtrand, "_rand", None), "_bit_generator", None)
+        if type(generator).__name__ != "MT19937":
+            return None
+        return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+
+
+_numpy_seen = _NumpySeen()
+
+
+def _numpy() -> Any:
+    """numpy.random, where something has loaded numpy, which loads that part of itself only when it is asked for."""
+    return getattr(sys.modules.get("numpy"), "random", None)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch on every device, Python, and numpy where it is loaded."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.seed(seed % 2**32)
+        _numpy_seen.raw = None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoaccum.errors import CheckpointError
-from autoaccum.training.generators import Generators, seed_everything
+from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.training.state import check_same, load_optimizer, optimizer_name, plain, scheduler_state
 
 CPU = torch.device("cpu")
@@ -71,24 +71,24 @@ def test_the_generators_come_back_whatever_was_drawn_before(used):
     actions = {
         "numpy": lambda: numpy.random.rand(3), "normal": numpy.random.randn, "python": random.random,
         "gauss": lambda: random.gauss(0, 1), "torch": lambda: torch.rand(1), "seed": lambda: seed_everything(7),
-        "look": lambda: Generators(CPU, quick=True),
+        "look": lambda: RandomState(CPU, quick=True),
     }  # fmt: skip
     for name in used:
         actions[name]()
-    kept = Generators(CPU, quick="seed" not in used)
+    kept = RandomState(CPU, quick="seed" not in used)
     want = draws()
     kept.restore()
     assert draws() == want
     state = written_and_read(kept.state_dict())
-    Generators.from_state(state, CPU).restore()
+    RandomState.from_state(state, CPU).restore()
     assert draws() == want
 
 
 def test_what_another_kind_of_device_drew_is_left_as_it_is():
     torch.manual_seed(3)
-    state = {**Generators(CPU).state_dict(), "device": "cuda", "accelerator": torch.zeros(16, dtype=torch.uint8)}
+    state = {**RandomState(CPU).state_dict(), "device": "cuda", "accelerator": torch.zeros(16, dtype=torch.uint8)}
     want = draws()
-    Generators.from_state(state, CPU).restore()
+    RandomState.from_state(state, CPU).restore()
     assert draws() == want
 
 

@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from autoaccum.errors import SetupError
 from autoaccum.ranks import here
 from autoaccum.window.batch_norm import PooledStatistics
-from autoaccum.window.recalibrate import recalibrate
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
@@ -99,10 +98,6 @@ def work(rank, folder):
         window(statistics, model, data(rank, UNEQUAL[rank]))
     found["momentum"] = model.state_dict()
 
-    model = Parallel()
-    found["batches"] = recalibrate(model, data(rank, IDLE[rank]))
-    found["recalibrated"] = model.state_dict()
-
     model = nn.Sequential(nn.LazyBatchNorm1d())
     statistics = PooledStatistics(model)
     statistics.begin()
@@ -185,17 +180,6 @@ def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
         expected = (counts[0] * ends[0] + counts[1] * ends[1]) / sum(counts)
         for rank in range(2):
             torch.testing.assert_close(found[rank]["momentum"][name], expected, rtol=1e-12, atol=1e-12)
-
-
-def test_recalibration_sees_the_data_of_all_ranks(found):
-    elements = (
-        torch.cat([micro for rank in range(2) for micro in data(rank, IDLE[rank])]).transpose(0, 1).reshape(3, -1)
-    )
-    for rank in range(2):
-        assert found[rank]["batches"] == len(IDLE[0])
-        state = found[rank]["recalibrated"]
-        torch.testing.assert_close(state["layers.0.running_mean"], elements.mean(1), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(state["layers.0.running_var"], elements.var(1), rtol=1e-12, atol=1e-12)
 
 
 def test_a_lazy_layer_without_shape_on_one_rank_stops_all(found):

@@ -15,7 +15,7 @@ from typing import Any
 
 from autoaccum.api import fit
 from autoaccum.errors import SetupError, shown
-from autoaccum.training.generators import seed_everything
+from autoaccum.random_state import seed_everything
 
 __all__ = ["Recipe", "fit_keywords", "folder_name"]
 

@@ -28,8 +28,8 @@ from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.planning.plan import plan
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
-from autoaccum.training.generators import Generators
 from autoaccum.window.precision import Precision
 
 __all__ = ["Evaluator"]
@@ -165,7 +165,7 @@ class Evaluator:
     def _forward(self, batch: Any) -> dict[str, Mean]:
         """The means of one forward pass. The first one tells whether it needs a graph."""
         if self._with_graph is None:
-            before = Generators(self.device.torch_device)
+            before = RandomState(self.device.torch_device)
             try:
                 means = self._without_trace(batch)
             except RuntimeError as error:

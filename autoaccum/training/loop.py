@@ -32,6 +32,7 @@ from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.oom import poisons, unusable
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
+from autoaccum.random_state import seed_everything
 from autoaccum.ranks import LostRankError
 from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
@@ -45,7 +46,6 @@ from autoaccum.training.events import (
     WindowSkipped,
 )
 from autoaccum.training.fields import Fields, loading
-from autoaccum.training.generators import seed_everything
 from autoaccum.training.history import History
 from autoaccum.training.lengths import LengthSummary, length_summary
 from autoaccum.training.parts import Boundary, TrainingParts

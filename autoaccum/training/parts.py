@@ -15,11 +15,11 @@ from autoaccum.errors import CheckpointError
 from autoaccum.memory.device import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Noted
 from autoaccum.training.fields import Fields, loading
-from autoaccum.training.generators import Generators
 from autoaccum.training.schedule import schedule_name
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
@@ -44,7 +44,7 @@ class Boundary:
 
     def __init__(self, device: torch.device, source: Source, validation: Source | None, *, quick: bool) -> None:
         """Captures; `quick` as in generators.py."""
-        self._random = Generators(device, quick=quick)
+        self._random = RandomState(device, quick=quick)
         self._sources = [source] if validation is None else [source, validation]
         self._data = [each.state_dict() for each in self._sources]
 
@@ -67,7 +67,7 @@ class Boundary:
         """The moment that gave `state`, of these sources."""
         made = cls.__new__(cls)
         with loading("random generators"):
-            made._random = Generators.from_state(state["random"], device)
+            made._random = RandomState.from_state(state["random"], device)
         made._sources = [source] if validation is None else [source, validation]
         made._data = state["data"]
         return made

@@ -26,10 +26,10 @@ from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
-from autoaccum.training.generators import Generators
 from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
@@ -64,7 +64,7 @@ class WindowStart:
         self._entries: list[dict[str, Tensor | None]] = []
         self._buffers: list[Tensor] = []
         self._saved: list[Tensor] = []
-        self._random: Generators | None = None
+        self._random: RandomState | None = None
 
     def mark(self) -> None:
         """Keeps the state of this moment."""
@@ -76,7 +76,7 @@ class WindowStart:
         elif buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
-        self._random = Generators(self._device, quick=True)
+        self._random = RandomState(self._device, quick=True)
 
     def restore(self) -> None:
         """Puts the state of `mark` back."""
