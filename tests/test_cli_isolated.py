@@ -164,6 +164,7 @@ def test_a_probe_in_a_child_prints_the_same_for_people_and_writes_nothing_else_t
     assert "from below Python" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -184,6 +185,7 @@ def test_what_fails_in_a_child_fails_as_in_the_process(folder, words, code):
     assert not list((folder / "cache").glob("*.journal"))
 
 
+@pytest.mark.slow
 def test_debug_shows_the_childs_traceback(folder):
     code, _, err = in_a_child("train.py:fails", "--debug")
     assert code == 1
@@ -192,6 +194,7 @@ def test_debug_shows_the_childs_traceback(folder):
     assert err.splitlines()[-1].startswith("Error: ValueError: my own (train.py, line ")
 
 
+@pytest.mark.slow
 def test_a_model_that_aborts_from_a_size_on_ends_with_an_answer_in_one_run(folder):
     code, out, err = in_a_child("train.py:aborts", "--no-cache", "--json", "--max-batch", "60")
     assert code == 0, err
@@ -213,6 +216,7 @@ def test_a_child_that_is_killed_outside_of_a_trial_is_an_error_that_says_so(fold
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "child"),
     [
@@ -229,11 +233,13 @@ def test_the_command_line_then_targets_key_then_a_child(folder, words, child):
     assert (parent == process.pid) is child
 
 
+@pytest.mark.slow
 def test_the_users_code_may_have_children_of_its_own(folder):
     code, _, err = in_a_child("train.py:has_children", *ASKED)
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_the_parent_does_not_load_what_the_child_needs(folder):
     script = """
         import sys
@@ -278,6 +284,7 @@ def wait_until_gone(child):
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True])
 def test_ctrl_c_ends_both_with_130_and_no_traceback(folder, whole_group):
     process, child = hanging(folder)
@@ -293,6 +300,7 @@ def test_ctrl_c_ends_both_with_130_and_no_traceback(folder, whole_group):
     assert not list((folder / "cache").iterdir()), "an interrupt is no kill: nothing is left to learn from"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_child_ends_in_silence_with_its_parent(folder, number):
     process, child = hanging(folder)

@@ -81,6 +81,7 @@ def test_sigterm_finishes_the_window_saves_and_ends_with_143_and_the_same_comman
     assert 0 < runs[1]["resumed_at"] < 30
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_at_once_with_130(folder):
     process = start(folder, "--checkpoint", "run", target="train.py:hanging")
     wait_for(folder / "run" / "metrics.jsonl", '"start"')
@@ -94,6 +95,7 @@ def test_ctrl_c_twice_ends_at_once_with_130(folder):
     assert "Ended by Ctrl-C" in err
 
 
+@pytest.mark.slow
 def test_without_a_folder_a_signal_ends_at_once_since_there_is_nothing_to_save(folder):
     process = start(folder, target="train.py:hanging")
     for line in process.stderr:
@@ -106,6 +108,7 @@ def test_without_a_folder_a_signal_ends_at_once_since_there_is_nothing_to_save(f
     assert out == ""
 
 
+@pytest.mark.slow
 def test_what_could_not_be_saved_makes_the_exit_code_5(folder):
     (folder / "file").write_text("")
     process = start(folder, "--checkpoint", "file/run", "--json", "--max-steps", "2")

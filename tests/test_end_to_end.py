@@ -36,12 +36,14 @@ def test_the_first_example_trains_with_a_batch_that_does_not_fit():
     assert "the fewest that fit" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_two_loops_of_the_second_example_agree():
     done = run("examples/02_own_loop.py")
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"parameters is (\S+)", done.stdout).group(1)) < 1e-10
 
 
+@pytest.mark.slow
 def test_the_third_example_kills_a_training_and_ends_where_the_other_did():
     done = run("examples/03_resume.py")
     assert done.returncode == 0, done.stderr
@@ -49,6 +51,7 @@ def test_the_third_example_kills_a_training_and_ends_where_the_other_did():
     assert "bit for bit" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_fourth_example_cuts_windows_of_text_by_length():
     done = run("examples/04_text.py")
     assert done.returncode == 0, done.stderr
@@ -85,6 +88,7 @@ def test_verify_says_that_the_gradient_is_right():
     assert json.loads(done.stdout)["ok"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

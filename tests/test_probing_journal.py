@@ -204,6 +204,7 @@ def killer_setup():
     return {"model": Killer(), "data": data, "loss": nn.CrossEntropyLoss(), "device": "cpu"}
 
 
+@pytest.mark.slow
 def test_a_killed_child_costs_its_trial_and_the_probe_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
     heard = []
@@ -220,6 +221,7 @@ def test_a_killed_child_costs_its_trial_and_the_probe_goes_on(tmp_path, monkeypa
     assert report.forecast(10) > 0
 
 
+@pytest.mark.slow
 def test_a_killed_child_teaches_the_next_one_also_where_no_answer_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
     report = autoaccum.probe(**killer_setup(), target_batch=80, max_batch=80, isolate=killer_setup, cache=False)
@@ -242,6 +244,7 @@ def staying_setup():
     return {**killer_setup(), "model": Stays(20, 5)}
 
 
+@pytest.mark.slow
 def test_the_model_is_not_moved_to_the_device_before_the_child_has_answered():
     given = staying_setup()
     moved = []

@@ -197,6 +197,7 @@ def test_a_cached_forecast_that_no_longer_holds_is_traced_anew(tmp_path, report)
     assert again.by_length == report.by_length
 
 
+@pytest.mark.slow
 def test_a_probe_in_a_child_brings_its_table_and_its_forecast_back(report):
     found = autoaccum.probe(**setup(), target_batch=32, memory="5MiB", device="cpu", isolate=setup)
     assert found.by_length == found.plan.by_length == report.by_length

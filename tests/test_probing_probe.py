@@ -72,6 +72,7 @@ def perceptron():
     return nn.Sequential(nn.Linear(40, 96), nn.ReLU(), nn.Linear(96, 200), nn.GELU(), nn.Linear(200, 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [800_000, 2_000_000])
 def test_the_answer_holds_where_scratch_follows_no_line(budget):
     """As where the processor multiplies bfloat16 itself: forecasts are far off there until the answer has been run."""
@@ -419,6 +420,7 @@ assert found == [64, 64, 64], found
 """
 
 
+@pytest.mark.slow
 def test_threads_probe_in_turn():
     """PyTorch's profiler has one session a process: two at once ended in a segmentation fault."""
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=False,

@@ -60,7 +60,7 @@ def default_stack():
     return size.value
 
 
-@pytest.mark.parametrize(("threads", "part"), [(1, 0.89), (2, 0.8)])
+@pytest.mark.parametrize(("threads", "part"), [(1, 0.89), pytest.param(2, 0.8, marks=pytest.mark.slow)])
 def test_what_is_found_trains_on_and_is_most_of_what_a_bisection_could_find(told, threads, part):
     """Lost of 180 MiB: 8 that the probe needed; with two threads 13 kept for the unknown and up to 10 more."""
     found = child(
@@ -81,6 +81,7 @@ def test_what_is_found_trains_on_and_is_most_of_what_a_bisection_could_find(told
     assert child(told, trains.format(int(size / part)), threads=threads) is None
 
 
+@pytest.mark.slow
 def test_where_malloc_would_keep_what_is_freed_it_is_told_not_to_and_the_report_says_so(told):
     with Forks(SETUP) as untold:
         found = child(

@@ -80,6 +80,7 @@ def test_an_unknown_name_is_an_attribute_error():
     assert "has no attribute 'prob'" in done.stderr
 
 
+@pytest.mark.slow
 def test_public_functions_stay_callable_after_every_submodule_was_imported():
     done = run(
         """

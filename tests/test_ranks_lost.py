@@ -19,6 +19,7 @@ def found(tmp_path_factory):
     return {rank: torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 2)}
 
 
+@pytest.mark.slow
 def test_a_part_of_the_ranks_trains_as_one_process_does(found):
     ended, world, evaluations = found[2]["sub-group"]
     alone = autoaccum.fit(Net(), data()[:2], val_data=data(13)[:2], **settings())
@@ -28,10 +29,12 @@ def test_a_part_of_the_ranks_trains_as_one_process_does(found):
     assert evaluations[0]["loss"] == pytest.approx(alone.evaluations[0]["loss"], rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_not_of_the_group_is_told(found):
     assert "group= does not hold this process" in found[0]["not of it"]
 
 
+@pytest.mark.slow
 def test_the_others_say_which_rank_was_killed_and_where_the_training_can_go_on(found):
     for rank in (0, 2):
         assert found[rank]["kind"] == "LostRankError"

@@ -17,7 +17,10 @@ from autoaccum.errors import SetupError
 from tests.ranks_started import started
 from tests.ranks_work import CASES, Case, Net, by_hand, data, errors, train, work
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed"),
+    pytest.mark.slow,
+]
 
 EXACT = 1e-10
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.versions import TORCH
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,7 @@ Path(sys.argv[1], f"{values['rank']}.json").write_text(json.dumps(values))
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_search_as_one_worker(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     done = subprocess.run(

@@ -70,6 +70,7 @@ def test_a_search_goes_on_in_every_kind_of_storage(tmp_path, kind):
     assert len(result.study.trials) == 4
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
     pytest.importorskip("grpc")
     with grpc_proxy(optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/study.db")) as address:
@@ -297,6 +298,7 @@ open_storage(sys.argv[1], Path("."))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_same_database_at_once_all_open_it(tmp_path):
     """Each finds no tables and makes them: all but one are refused by the database itself."""
     command = [sys.executable, "-c", OPENER, f"sqlite:///{tmp_path}/study.db"]

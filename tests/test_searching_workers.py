@@ -97,11 +97,13 @@ def test_workers_share_trials_and_threads_and_a_killed_ones_trial_runs_again(tmp
     assert {threads for _, threads in calls} == {str(places(2)[0].threads)}
 
 
+@pytest.mark.slow
 def test_workers_that_die_one_after_another_end_the_search(tmp_path):
     with pytest.raises(AutoaccumError, match=r"workers died one after another.*ended by SIGKILL"):
         search(tmp_path, killed_always, 4, workers=2)
 
 
+@pytest.mark.slow
 def test_an_error_that_ends_the_search_reaches_the_caller_from_a_worker(tmp_path):
     # When the fifth has failed, the other worker may be in a sixth.
     with pytest.raises(SetupError, match="all of the first [56] trials failed"):
@@ -113,6 +115,7 @@ def test_a_setup_that_cannot_be_sent_says_what_to_do(tmp_path):
         search(tmp_path, lambda: {**arguments()}, 2, workers=2)
 
 
+@pytest.mark.slow
 def test_interrupted_killed_and_orphaned_a_search_ends_with_exactly_its_trials(tmp_path):
     process = started(tmp_path, "slow", 6, 2)
     wait_for(tmp_path, process, running)
@@ -154,6 +157,7 @@ def setup():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["stdin", "-c"])
 def test_a_setup_without_a_file_is_refused_at_once(tmp_path, how):
     code = UNSENDABLE.format(guard="if __name__ == '__main__':", folder=str(tmp_path / "run"))
@@ -163,6 +167,7 @@ def test_a_setup_without_a_file_is_refused_at_once(tmp_path, how):
     assert "at the top level of a module" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(UNSENDABLE.format(guard="if True:", folder=str(tmp_path / "run")))

@@ -642,6 +642,7 @@ def test_the_probes_report_is_in_the_record(tmp_path):
 # --- kills ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trainings_killed_at_random_moments_come_to_the_same_end(tmp_path):
     """The command that `make torture` runs at full size."""
     import subprocess

@@ -241,6 +241,7 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_each_cut_their_own_share_by_length(tmp_path):
     context = mp.get_context("spawn")
     processes = [context.Process(target=work, args=(rank, str(tmp_path))) for rank in range(2)]

@@ -316,6 +316,7 @@ REAL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts what torch allocates on Linux only")
 def test_memory_that_is_really_taken_away_in_mid_run_is_survived():
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0",
@@ -397,6 +398,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest_ranks
 @pytest.mark.parametrize("case", ["undisturbed", "one ran out", "both ran out, one twice"])
 def test_two_ranks_replay_together_and_equal_one_process(found, case):
@@ -407,6 +409,7 @@ def test_two_ranks_replay_together_and_equal_one_process(found, case):
         assert all((a - b).norm() / a.norm() < 1e-12 for a, b in zip(want, got))
 
 
+@pytest.mark.slow
 @pytest_ranks
 def test_only_the_rank_that_ran_out_takes_smaller_pieces(found):
     counts = [[count for count, _ in found[rank]["one ran out"][1]] for rank in range(2)]
@@ -416,6 +419,7 @@ def test_only_the_rank_that_ran_out_takes_smaller_pieces(found):
     assert all(samples == 16 for rank in range(2) for _, samples in found[rank]["one ran out"][1])
 
 
+@pytest.mark.slow
 @pytest_ranks
 def test_a_rank_that_is_asked_to_stop_stops_all_at_the_same_window(found):
     steps = [len(found[rank]["stopped"][0]) for rank in range(2)]
@@ -424,12 +428,14 @@ def test_a_rank_that_is_asked_to_stop_stops_all_at_the_same_window(found):
     assert "another rank" in found[0]["stopped"][3]
 
 
+@pytest.mark.slow
 @pytest_ranks
 def test_where_one_rank_cannot_go_on_the_other_hears_of_it(found):
     assert found[0]["nothing fits"].startswith("NothingFitsError: step 2 ran out of memory")
     assert "rank 0 of 2 failed" in found[1]["nothing fits"]
 
 
+@pytest.mark.slow
 @pytest_ranks
 def test_two_ranks_go_on_from_one_checkpoint_with_generators_of_their_own(found):
     assert [found[rank]["resumed at"] for rank in range(2)] == [4, 4]

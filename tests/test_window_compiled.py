@@ -241,6 +241,7 @@ def test_parts_that_run_as_they_are_are_said():
     assert "parts of the model run without it: " in notes[0]
 
 
+@pytest.mark.slow
 @since("2.5", "a float made of a counter is compiled")
 def test_a_training_that_compiles_on_and_on_says_so_each_time_and_when_torch_gives_up():
     class Counting(Net):
@@ -283,6 +284,7 @@ def test_a_model_that_is_compiled_already_is_left_to_its_owner():
     assert model._compiled_call_impl is not None
 
 
+@pytest.mark.slow
 @since("2.6", "earlier ones compile once more")
 def test_generated_code_gives_the_same_gradients_in_one_graph(monkeypatch):
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)

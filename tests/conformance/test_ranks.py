@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is built without torch.distributed"),
     pytest.mark.timeout(600),
+    pytest.mark.slow,
 ]
 
 
