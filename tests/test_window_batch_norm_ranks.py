@@ -146,17 +146,20 @@ def assert_same(states, expected, names=None):
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["unequal", "idle"])
 def test_ranks_with_unequal_windows_end_as_one_process_with_the_whole_batch(found, case):
     sizes = {"unequal": UNEQUAL, "idle": IDLE}[case]
     assert_same([rank[case] for rank in found], whole(sizes, windows=2), "layers")
 
 
+@pytest.mark.slow
 def test_a_layer_called_on_one_rank_only_is_updated_on_all(found):
     assert found[0]["unequal"]["seldom.num_batches_tracked"] == 2
     assert torch.equal(found[0]["unequal"]["seldom.running_mean"], found[1]["unequal"]["seldom.running_mean"])
 
 
+@pytest.mark.slow
 def test_synchronised_statistics_count_no_element_twice(found):
     expected = nn.Sequential(nn.BatchNorm1d(3, momentum=0.4).double())
     expected(torch.cat([micro for rank in range(2) for micro in data(rank, SYNCHRONISED[rank])]))
@@ -164,10 +167,12 @@ def test_synchronised_statistics_count_no_element_twice(found):
     assert found[0]["talks"]
 
 
+@pytest.mark.slow
 def test_the_buffers_that_ddp_broadcasts_in_mid_window_spoil_nothing(found):
     assert_same([rank["ddp"] for rank in found], whole(SYNCHRONISED), "layers")
 
 
+@pytest.mark.slow
 def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
     for name in ("layers.0.running_mean", "layers.0.running_var"):
         ends = []
@@ -182,5 +187,6 @@ def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
             torch.testing.assert_close(found[rank]["momentum"][name], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_lazy_layer_without_shape_on_one_rank_stops_all(found):
     assert [rank["shapeless"].split(":")[0] for rank in found] == ["layer '0' has no channels yet on 1 of 2 ranks"] * 2
