@@ -8,6 +8,7 @@ Which of the two runs is read off the stack when the signal arrives, and not fro
 `try` beside it there is always a moment more. Threads other than the main one never get the signal.
 """
 
+import _signal  # type: ignore[import-not-found]
 import functools
 import os
 import signal
@@ -71,12 +72,13 @@ def _begin() -> bool:
     """Takes the signal over; False where that was done before, or it is not ours to take."""
     if _Held.before is not None or not _in_main_thread():
         return False
-    before = signal.getsignal(signal.SIGINT)
+    # The C functions: what signal.py puts around them makes enumeration members, at 30 µs a call.
+    before: Any = _signal.getsignal(signal.SIGINT)
     if not callable(before):
         return False
     _Held.before, _Held.came, _Held.owner = before, False, os.getpid()
     try:
-        signal.signal(signal.SIGINT, _heard)
+        _signal.signal(signal.SIGINT, _heard)
     except BaseException:  # an earlier signal was waiting to be handled, and its handler raised
         _Held.before = None
         raise
@@ -87,8 +89,8 @@ def _end() -> None:
     """Gives the signal back, and raises what was held back."""
     before = _Held.before
     try:
-        if signal.getsignal(signal.SIGINT) is _heard:  # else the user's code has put another there
-            signal.signal(signal.SIGINT, before)
+        if _signal.getsignal(signal.SIGINT) is _heard:  # else the user's code has put another there
+            _signal.signal(signal.SIGINT, before)
     finally:  # from there on it may come here too
         came, _Held.before, _Held.came = _Held.came, None, False
     if came:
