@@ -16,7 +16,6 @@ from autoaccum.assembly import Parts, agreed, assemble, share_model
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.interrupts import uninterrupted
-from autoaccum.loss.mean import Mean
 from autoaccum.memory.device import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.phased import checked_phases, for_phase, probed_phases, ready_to_train
@@ -177,7 +176,7 @@ def prepare(
     epochs: int = 1,
     max_steps: int | None = None,
     val_data: Any = None,
-    metrics: Mapping[str, Callable[[Any, Any], Mean]] | None = None,
+    metrics: Mapping[str, Any] | None = None,
     shuffle: bool = True,
     device: str | torch.device | None = None,
     memory: int | str | None = None,
@@ -238,6 +237,9 @@ def prepare(
         warmup_steps: optimizer steps over which the rate rises.
         epochs: passes over the data; `max_steps`, where given, decides instead, over as many epochs as it takes.
         val_data: evaluated after each epoch, with `metrics`: `{name: f(outputs, targets) -> Mean}`, not beside `step`.
+            A ratio of sums is a Mean: an F1 is Mean(2 * tp, 2 * tp + fp + fn). What is none, such as an average over
+            classes or an AUC, is an object with `reset()`, `update(outputs, targets)` and `compute()`, which sees all
+            outputs first: torchmetrics are.
         shuffle: for Datasets and tensors; a DataLoader keeps its own sampler.
         device: None: where the model is, if that is a GPU, else the best there is.
         memory: a hard budget: bytes, "8GiB" or "80%" of the device; None: what is free, less headroom.

@@ -70,7 +70,7 @@ SETTINGS: dict[str, Setting] = {
     "epochs": Setting(1, "count", "Passes over the data.", ("search",), metavar="N"),
     "max_steps": Setting(None, "count", "Optimizer steps, over as many epochs as it takes.", ("search",), metavar="N"),
     "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics."),
-    "metrics": Setting(None, "python", "{name: f(outputs, targets) -> Mean}, beside val_data."),
+    "metrics": Setting(None, "python", "{name: f(outputs, targets) -> Mean}, or objects with reset, update, compute."),
     "shuffle": Setting(True, "flag", "Shuffle a Dataset or tensors; a DataLoader keeps its own order."),
     "device": Setting(
         None,
@@ -133,9 +133,10 @@ SETTINGS: dict[str, Setting] = {
         "raise", "word", "What to do at a loss that is not finite.", _PROBE, _MEMORY, ("raise", "skip")
     ),
     "seed": Setting(None, "seed", "Seed of all random numbers.", ("probe", "search"), metavar="N"),
-    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("search",)),
+    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("probe", "search")),
     "sinks": Setting((), "python", "Functions of an event, told beside callbacks."),
     "callbacks": Setting((), "python", "Functions of an event.", _PROBE),
+    "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE),
 }
 """In the order of the public signatures."""
 

@@ -245,3 +245,76 @@ def test_data_that_can_be_read_once_is_refused_where_epochs_read_it_again(which)
     with pytest.raises(DataError, match=f"^{which} can be read only once, and epochs=2"):
         autoaccum.prepare(Narrow(), given.pop("data"), loss=nn.CrossEntropyLoss(), target_batch=16, micro_batch=8,
                           epochs=2, device="cpu", **given)  # fmt: skip
+
+
+# --- a metric over all outputs
+
+
+class MacroF1:
+    """The F1 of each class, averaged: no mean over samples, and no ratio of two sums."""
+
+    def reset(self):
+        self.outputs, self.targets = [], []
+
+    def update(self, outputs, targets):
+        self.outputs.append(outputs.argmax(-1))
+        self.targets.append(targets)
+
+    def compute(self):
+        outputs, targets = torch.cat(self.outputs), torch.cat(self.targets)
+        return sum(self.of_class(outputs == c, targets == c) for c in range(3)) / 3
+
+    def of_class(self, said, true):
+        return 2 * (said & true).sum() / max(int(said.sum() + true.sum()), 1)
+
+
+def f1_of_class_0(outputs, targets):
+    said, true = outputs.argmax(-1) == 0, targets == 0
+    return autoaccum.Mean(2 * (said & true).sum(), said.sum() + true.sum())
+
+
+@pytest.mark.parametrize("micro_batch", [50, 7, 1])
+def test_a_metric_over_all_outputs_does_not_depend_on_the_micro_batch(micro_batch):
+    torch.manual_seed(0)
+    model, labels, whole = nn.Linear(6, 3), torch.arange(50) % 3, MacroF1()
+    loop = autoaccum.prepare(
+        model, (X, labels), loss=nn.CrossEntropyLoss(), target_batch=50, micro_batch=micro_batch, device="cpu",
+        val_data=(X, labels), metrics={"macro": whole, "f1": f1_of_class_0},
+    )  # fmt: skip
+    found = [loop.evaluate(), loop.evaluate()]
+    whole.reset()
+    with torch.no_grad():
+        whole.update(model(X), labels)
+        ratio = f1_of_class_0(model(X), labels)
+    assert found[0] == found[1], "it begins anew each time"
+    assert found[0]["macro"] == pytest.approx(float(whole.compute()))
+    assert found[0]["f1"] == pytest.approx(float(ratio.numerator) / float(ratio.denominator))
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("compute", torch.ones(3), "which is not one number"),
+        ("update", MemoryError("out of memory"), "raised MemoryError in update"),
+    ],
+)
+def test_a_metric_over_all_outputs_that_cannot_be_is_refused_and_not_run_twice(method, value, message):
+    updates = []
+
+    class Odd(MacroF1):
+        def update(self, outputs, targets):
+            updates.append(len(targets))
+            if method == "update":
+                raise value
+            super().update(outputs, targets)
+
+        def compute(self):
+            return value
+
+    loop = autoaccum.prepare(
+        nn.Linear(6, 3), (X, torch.arange(50) % 3), loss=nn.CrossEntropyLoss(), target_batch=50, micro_batch=50,
+        device="cpu", val_data=(X, torch.arange(50) % 3), metrics={"odd": Odd()},
+    )  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        loop.evaluate()
+    assert updates == [50]

@@ -27,7 +27,6 @@ __all__ = ["probe"]
     default=None,
     help="Work in a child process, which a kill may take; on if not given. A debugger needs --no-isolate.",
 )
-@click.option("--progress/--no-progress", default=None, help="Draw a line on stderr for every trial.")
 @new_file("save-plan", "Save the plan, for fit --plan FILE.")
 @new_picture("Draw the forecast and the trials: .png, .svg or .pdf.")
 @click.option(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.alike import data_facts
@@ -35,6 +35,7 @@ from autoaccum.window.precision import Precision
 __all__ = ["Evaluator"]
 
 Metric = Callable[[Any, Any], Mean]
+_OVER_ALL = ("reset", "update", "compute")  # the methods of a metric over all outputs; torchmetrics has them
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Evaluator:
     Attributes:
         objective: gives the loss's terms, and the outputs and targets that metrics see.
         micro_batch: samples a forward pass, halved when memory runs out.
-        metrics: `f(outputs, targets) -> Mean` by name.
+        metrics: by name, `f(outputs, targets) -> Mean`; or, for what is no mean over samples, an object with `reset()`,
+            `update(outputs, targets)` and `compute() -> float`, which sees all outputs before it is asked.
     """
 
     objective: Objective
@@ -53,7 +55,7 @@ class Evaluator:
     ranks: Ranks
     micro_batch: int
     source: Source | None = None
-    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
     @property
@@ -88,6 +90,9 @@ class Evaluator:
                 module.training = True
 
     def _means(self, source: Source, called: str) -> dict[str, float]:
+        over_all = {name: metric for name, metric in self.metrics.items() if _sees_all(metric)}
+        for name, metric in over_all.items():
+            self._begin(name, metric)
         sums: dict[str, list[float | Tensor]] = {}
         samples, added_up = 0, set()
         for window in self._windows(source):
@@ -97,7 +102,7 @@ class Evaluator:
                 sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
                 if isinstance(mean, Sum):
                     added_up.add(name)
-        names = sorted({*self.metrics, *map(_term, self.objective.names), *sums})
+        names = sorted({*(self.metrics.keys() - over_all), *map(_term, self.objective.names), *sums})
         # A rank without a batch knows neither: the others tell it.
         samples, *flags = map(int, self.ranks.tally("evaluate", [samples, *(name in added_up for name in names)]))
         if not samples:
@@ -113,7 +118,22 @@ class Evaluator:
             terms = zip(names, flags, totals[1::2])
             counting = [name for name, flag, bottom in terms if name.startswith("loss/") and (flag or bottom)]
             means["loss"] = sum(means[name] for name in counting) if counting else math.nan
-        return means
+        return means | {name: _computed(name, metric) for name, metric in over_all.items()}
+
+    def _begin(self, name: str, metric: Any) -> None:
+        """Empties a metric over all outputs, and puts it where they are.
+
+        Raises:
+            SetupError: there are several ranks, and it does not say how theirs become one.
+        """
+        if self.ranks.size > 1 and not hasattr(metric, "sync"):
+            raise SetupError(
+                f"the metric {name!r} sees this rank's outputs only, of {self.ranks.size} ranks: give one that gathers "
+                "them in compute(), as torchmetrics do (they have sync()), or a function that returns a Mean"
+            )
+        if isinstance(metric, nn.Module):
+            metric.to(self.device.torch_device)
+        metric.reset()
 
     def _expect_all(self, samples: int, source: Source, called: str) -> None:
         """That the ranks together saw each sample once.
@@ -189,8 +209,34 @@ class Evaluator:
             if self._with_graph and self.metrics:
                 outputs = tree.map_tensors(Tensor.detach, outputs)
             for name, metric in self.metrics.items():
-                means[name] = _checked(name, metric(outputs, targets))
+                if not _sees_all(metric):
+                    means[name] = _checked(name, metric(outputs, targets))
+            # Last, and never a second time: after an error nobody knows what it has counted already.
+            for name, metric in self.metrics.items():
+                if _sees_all(metric):
+                    _updated(name, metric, outputs, targets)
         return means
+
+
+def _sees_all(metric: Any) -> bool:
+    return all(callable(getattr(metric, method, None)) for method in _OVER_ALL)
+
+
+def _updated(name: str, metric: Any, outputs: Any, targets: Any) -> None:
+    try:
+        metric.update(outputs, targets)
+    except Exception as error:
+        raise DataError(f"the metric {name!r} raised {type(error).__name__} in update(outputs, targets)") from error
+
+
+def _computed(name: str, metric: Any) -> float:
+    value = metric.compute()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the metric {name!r} gave {shown(value)} in compute(), which is not one number: average it there"
+        ) from error
 
 
 def check_metrics(metrics: Any, step: Any) -> None:
@@ -215,9 +261,10 @@ def check_metrics(metrics: Any, step: Any) -> None:
             raise SetupError(
                 f"metrics has the name {shown(name)}: give it another, since the loss is reported under that"
             )
-        if not callable(metric):
+        if not callable(metric) and not _sees_all(metric):
             raise SetupError(
-                f"metrics[{name!r}]={shown(metric)}: give a function f(outputs, targets) -> autoaccum.Mean"
+                f"metrics[{name!r}]={shown(metric)}: give a function f(outputs, targets) -> autoaccum.Mean, or an "
+                "object with reset(), update(outputs, targets) and compute() for what is no mean over samples"
             )
 
 
@@ -225,7 +272,11 @@ def _checked(name: str, value: Any) -> Mean:
     if not isinstance(value, Mean):
         raise DataError(
             f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such "
-            "as Mean((outputs.argmax(-1) == targets).sum(), len(targets))"
+            "as Mean((outputs.argmax(-1) == targets).sum(), len(targets)), or Mean(2 * tp, 2 * tp + fp + fn) for an "
+            "F1; "
+            "what is no such ratio (an average over classes, an AUC) is an object with reset(), update(outputs, "
+            "targets) "
+            "and compute(), as torchmetrics are"
         )
     return value
 
