@@ -8,8 +8,10 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
-from autoaccum.errors import AutoaccumError
+import autoaccum
+from autoaccum.errors import AutoaccumError, DeviceError
 from autoaccum.memory.oom import RULES, Verdict, out_of_memory, poisons
 
 SURELY, PERHAPS, GRID, NO = Verdict.SURELY, Verdict.PERHAPS, Verdict.GRID, Verdict.NO
@@ -252,3 +254,29 @@ def test_onednns_real_error_is_perhaps_out_of_memory(starved):
 def test_whatever_a_starved_process_raises_is_seen_to_be_about_memory(starved):
     assert len(starved) > 10
     assert [line for line in starved if not line.startswith(("SURELY: ", "PERHAPS: "))] == []
+
+
+class Poisoned(nn.Module):
+    """Fails as a model does whose device was left unusable, once so many samples run at once."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.layer, self.at = nn.Linear(3, 1), at
+
+    def forward(self, x):
+        if len(x) >= self.at:
+            raise RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronous")
+        return self.layer(x)
+
+
+def test_a_training_on_a_device_that_became_unusable_says_so_and_where_to_go_on(tmp_path):
+    rows = torch.randn(16, 3), torch.randn(16, 1)
+    with pytest.raises(DeviceError, match=r"no longer be used .*device-side assert triggered.*nothing was saved yet"):
+        autoaccum.fit(Poisoned(4), rows, loss=nn.MSELoss(), target_batch=8, micro_batch=4, check=False,
+                      checkpoint=tmp_path, device="cpu", progress=False)  # fmt: skip
+
+
+def test_a_probe_that_leaves_the_device_unusable_points_to_a_child_process():
+    rows = torch.randn(64, 3), torch.randn(64, 1)
+    with pytest.raises(DeviceError, match="With isolate=True a child process is lost instead of this one"):
+        autoaccum.probe(Poisoned(2), rows, loss=nn.MSELoss(), device="cpu", cache=False)
