@@ -12,7 +12,6 @@ Choices made here:
 - On several ranks the module runs without its DistributedDataParallel: gradients are summed once a window.
 """
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,12 +26,11 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from autoaccum.data.mapped import rebuilt
 from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment, Trained
-from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
+from autoaccum.integrations.heldback import Samples, source_of
+from autoaccum.integrations.lightning_loader import Windows
 from autoaccum.integrations.lightning_verify import verify
 from autoaccum.integrations.logged import Logged
 from autoaccum.integrations.wanted import Wanted
@@ -91,7 +89,7 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
             )
         trainer.accumulate_grad_batches = 1
         loop = trainer.fit_loop
-        loop._data_source = _Windows(loop._data_source, self.attachment)
+        loop._data_source = Windows(loop._data_source, self.attachment)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first moment at which everything is there: the strategy set up, the state restored, the loader made."""
@@ -142,7 +140,7 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
         if isinstance(loop.epoch_loop.automatic_optimization, _Windowed):
             loop.epoch_loop.automatic_optimization.leave()
             loop.epoch_loop.automatic_optimization = loop.epoch_loop.automatic_optimization.own()
-        if isinstance(loop._data_source, _Windows):
+        if isinstance(loop._data_source, Windows):
             loop._data_source = loop._data_source.source
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,67 +238,6 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
             results.clear()
             results.update(kept)
             results.batch = results.batch_size = None
-
-
-class _Windows:
-    """Where the trainer gets its training loader from, which yields windows."""
-
-    def __init__(self, source: Any, attachment: Attachment) -> None:
-        self.source, self._attachment = source, attachment
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
-
-    def dataloader(self) -> Any:
-        """The user's loader with the target batch, whose samples are not collated."""
-        loader = self.source.dataloader()
-        if not isinstance(loader, DataLoader):
-            raise SetupError(
-                f"the training loader is a {type(loader).__name__}: TargetBatch makes the batches of one DataLoader"
-            )
-        target, held = self._attachment.target_batch, Held(loader.collate_fn)
-        ranks = here().size
-        if isinstance(loader.dataset, IterableDataset):
-            if ranks > 1:
-                raise SetupError(
-                    f"an IterableDataset on {ranks} ranks gives each the same samples: give a dataset with indices"
-                )
-            return rebuilt(
-                loader, loader.dataset, batch_size=target, drop_last=loader.drop_last, collate_fn=held,
-                generator=loader.generator,
-            )  # fmt: skip
-        if loader.batch_size is None:
-            raise SetupError(
-                "the training loader's batches are given by its own batch_sampler, or are ready: give a DataLoader "
-                "with batch_size=, whose batching can be redone"
-            )
-        sampler: Any = loader.sampler
-        if ranks > 1:
-            sampler = DistributedSampler(
-                loader.dataset, 1, 0, shuffle=isinstance(sampler, RandomSampler),
-                seed=int(os.environ.get("PL_GLOBAL_SEED", "0")),
-            )  # fmt: skip
-        batches: Any = BatchSampler(sampler, target, loader.drop_last)
-        if ranks > 1:
-            batches = Shares(batches, self._attachment)
-        made = rebuilt(loader, loader.dataset, batch_sampler=batches, collate_fn=held, generator=loader.generator)
-        return made if ranks == 1 else _Dealt(made)
-
-
-class _Dealt:
-    """A loader that deals the ranks their parts already; as it is no DataLoader, Lightning deals it no second time."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["_loader"], name)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
 
 
 def _past_windows(move: Any) -> Any:

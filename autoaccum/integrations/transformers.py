@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import IterableDataset
 
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import write_json
@@ -28,13 +27,13 @@ from autoaccum.integrations.attachment import Attachment, Trained
 from autoaccum.integrations.examination import Subject, examine
 from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares, source_of
 from autoaccum.integrations.noted import Noted, plain
+from autoaccum.integrations.unserved import NAME, refuse, refuse_own_batches
 from autoaccum.ranks import here
 from autoaccum.window.verify import VerifyReport
 
 __all__ = ["attach", "verify"]
 
 FILE = "autoaccum.json"
-_NAME = "_autoaccum"
 MOST_STEPS = 16  # micro-batches that a check runs
 
 
@@ -45,7 +44,7 @@ def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
         SetupError: a trainer that cannot be served, or that is attached already.
     """
     refuse(trainer)
-    vars(trainer)[_NAME] = _Attached(trainer, keywords)
+    vars(trainer)[NAME] = _Attached(trainer, keywords)
     return trainer
 
 
@@ -211,7 +210,7 @@ def verify(trainer: Any) -> VerifyReport:
     Raises:
         SetupError: a trainer that makes its own batches.
     """
-    _refuse_own_batches(trainer)
+    refuse_own_batches(trainer)
     args, model = trainer.args, trainer.model
     taken = _Attached.__new__(_Attached)  # its way to the loss, without taking hold of anything
     taken._trainer, taken._step, taken._kind = trainer, trainer.training_step, type(trainer)
@@ -273,59 +272,6 @@ def verify(trainer: Any) -> VerifyReport:
             "gives it the batch's own, whatever the micro-batch",
         )
     )
-
-
-def refuse(trainer: Any) -> None:
-    """Refuses, before anything is touched, a trainer whose windows cannot be made ours.
-
-    Raises:
-        SetupError: with the reason, and what to do instead.
-    """
-    args = trainer.args
-    if _NAME in vars(trainer):
-        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
-    if trainer.is_in_train:
-        raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.train()")
-    _refuse_own_batches(trainer)
-    if args.auto_find_batch_size:
-        raise SetupError(
-            "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to False"
-        )
-    if args.n_gpu > 1:
-        raise SetupError(
-            f"one process for {args.n_gpu} GPUs is DataParallel, which splits each batch by itself: start the script "
-            "with torchrun, one process for each GPU, or show it one with CUDA_VISIBLE_DEVICES"
-        )
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise SetupError(
-            'train_sampling_strategy="batch_rebalance" makes its own batches: leave it out; windows are cut by length'
-        )
-    for name, on in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
-        if on:
-            raise SetupError(f"{name} shards what attach() has to add up: train without it, or with its own settings")
-    ranks = here().size
-    if isinstance(trainer.train_dataset, IterableDataset) and ranks > 1:
-        raise SetupError(
-            f"an IterableDataset on {ranks} ranks is dealt by Accelerate, which repeats samples: give a dataset with "
-            "indices, or one process"
-        )
-
-
-def _refuse_own_batches(trainer: Any) -> None:
-    kind = type(trainer)
-    for method in (
-        "get_train_dataloader",
-        "_get_dataloader",
-        "_prepare_inputs",
-        "get_batch_samples",
-        "_inner_training_loop",
-    ):
-        where = next((base for base in kind.__mro__ if method in vars(base)), None)
-        if where is not None and not where.__module__.startswith("transformers."):
-            raise SetupError(
-                f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "
-                "calls of training_step: attach() cannot cut them; train with its own settings"
-            )
 
 
 def _inner(model: Any) -> Any:

@@ -3,9 +3,9 @@
 from tests.conformance.trainers.accelerate import Accelerate, AccelerateRecipe
 from tests.conformance.trainers.base import NotOffered, Trainer
 from tests.conformance.trainers.ignite import Ignite
-from tests.conformance.trainers.lightning import Lightning
+from tests.conformance.trainers.lightning import Lightning, LightningAttached
 from tests.conformance.trainers.ours import Fit, OwnLoop
-from tests.conformance.trainers.transformers import Transformers
+from tests.conformance.trainers.transformers import Transformers, TransformersAttached
 
 __all__ = ["TRAINERS", "NotOffered", "Trainer"]
 
@@ -17,4 +17,6 @@ TRAINERS: tuple[Trainer, ...] = (
     AccelerateRecipe(),
     Lightning(),
     Ignite(),
+    TransformersAttached(),
+    LightningAttached(),
 )

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+import autoaccum
 from tests.conformance.problems import Problem, Run
 from tests.conformance.trainers.base import Trainer
 
-__all__ = ["Lightning"]
+__all__ = ["Lightning", "LightningAttached"]
 
 _PRECISIONS = {torch.float64: "64-true", torch.bfloat16: "bf16-true", torch.float32: "32-true"}
 
@@ -82,9 +83,24 @@ class Lightning(Trainer):
                 use_distributed_sampler=False,  # the one it would add shuffles
                 default_root_dir=folder,
             )
+            self._before(trainer, problem)
             if problem.options.get("tune"):
                 found = Tuner(trainer).scale_batch_size(module, init_val=problem.micro_batch, max_trials=2)
                 assert found is not None
                 module.batch_size = problem.micro_batch
             trainer.fit(module, ckpt_path="last" if problem.resume else None, weights_only=False)
         return Run(module.recorder.gradients, module.model, module.recorder.rates)
+
+    def _before(self, trainer: Any, problem: Problem) -> None:
+        """What is done to the trainer before it trains."""
+
+
+class LightningAttached(Lightning):
+    """lightning.Trainer, with a TargetBatch among its callbacks."""
+
+    name = "lightning + attach"
+
+    def _before(self, trainer: Any, problem: Problem) -> None:
+        autoaccum.attach(
+            trainer, target_batch=problem.target_batch, micro_batch=problem.micro_batch, progress=False, check=False
+        )

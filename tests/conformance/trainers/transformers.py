@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+import autoaccum
 from tests.conformance.problems import Problem, Run, positional
 from tests.conformance.trainers.base import Trainer
 
-__all__ = ["Transformers"]
+__all__ = ["Transformers", "TransformersAttached"]
 
 
 class Scored(nn.Module):
@@ -66,12 +67,28 @@ class Transformers(Trainer):
                 auto_find_batch_size=problem.recover,
                 **length,
             )
-            transformers.Trainer(
+            made = transformers.Trainer(
                 model=inner if problem.loss is None else Scored(inner, problem.loss),
                 args=arguments,
                 train_dataset=problem.dataset(),
                 data_collator=problem.collate,
                 optimizers=(optimizer, make(optimizer)),
                 callbacks=[] if problem.stop_after is None else [Stop()],
-            ).train(resume_from_checkpoint=problem.resume or None)
+            )
+            self._before(made, problem)
+            made.train(resume_from_checkpoint=problem.resume or None)
         return Run(optimizer.gradients, inner, optimizer.rates)
+
+    def _before(self, trainer: Any, problem: Problem) -> None:
+        """What is done to the trainer before it trains."""
+
+
+class TransformersAttached(Transformers):
+    """transformers.Trainer, with one line more: its windows are autoaccum's."""
+
+    name = "transformers + attach"
+
+    def _before(self, trainer: Any, problem: Problem) -> None:
+        autoaccum.attach(
+            trainer, target_batch=problem.target_batch, micro_batch=problem.micro_batch, progress=False, check=False
+        )

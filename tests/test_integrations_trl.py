@@ -1,0 +1,94 @@
+"""TRL's trainers and PEFT's adapters, attached: their collators put chosen beside rejected, or all in one row."""
+
+import pytest
+import torch
+
+import autoaccum
+from tests.trainer_models import TINY, flat, moved
+
+pytest.importorskip("trl", reason="trl is not installed: it is in the group peers")
+peft = pytest.importorskip("peft", reason="peft is not installed: it is in the group peers")
+datasets = pytest.importorskip("datasets")
+transformers = pytest.importorskip("transformers")
+
+import trl  # noqa: E402
+
+EXACT, SINGLE = 1e-10, 1e-6  # TRL takes the logarithms of SFT and DPO in float32
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[EOS]", *(f"w{number}" for number in range(47))]
+    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]"
+    )
+
+
+def rows(kind):
+    draw = torch.Generator().manual_seed(0)
+
+    def text(count):
+        return " ".join(f"w{int(number)}" for number in torch.randint(0, 47, (count,), generator=draw))
+
+    made = [(text(3 + n % 4), " " + text(2 + n % 7), " " + text(3 + n % 5)) for n in range(22)]
+    names = ("prompt", "completion") if kind == "sft" else ("prompt", "chosen", "rejected")
+    return datasets.Dataset.from_list([dict(zip(names, each)) for each in made])
+
+
+def trainer(kind, folder, lora=False, **settings):
+    config = transformers.LlamaConfig(
+        **TINY,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=2,
+        **({"num_labels": 1} if kind == "reward" else {}),
+    )
+    net = transformers.LlamaForSequenceClassification if kind == "reward" else transformers.LlamaForCausalLM
+    torch.manual_seed(0)
+    model = net(config).double()
+    torch.manual_seed(1)
+    other = net(config).double()
+    common = {
+        "output_dir": str(folder), "num_train_epochs": 1, "learning_rate": 0.1, "optim": "sgd", "report_to": [],
+        "save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0, "use_cpu": True, "disable_tqdm": True,
+        "log_level": "error", "bf16": False, "max_length": 32, **settings,
+    }  # fmt: skip
+    kinds = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig),
+             "reward": (trl.RewardTrainer, trl.RewardConfig)}  # fmt: skip
+    made, arguments = kinds[kind]
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0) if lora else None
+    more = {"ref_model": other} if kind == "dpo" and not lora else {}
+    made = made(
+        model,
+        args=arguments(**common),
+        train_dataset=rows(kind),
+        processing_class=tokenizer(),
+        peft_config=adapter,
+        **more,
+    )
+    for parameter in made.model.parameters():
+        parameter.data = parameter.data.double()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora", "within"),
+    [
+        ("sft", False, SINGLE),
+        ("sft", True, SINGLE),
+        ("dpo", False, SINGLE),
+        ("dpo", True, EXACT),
+        ("reward", False, EXACT),
+    ],
+)
+def test_the_update_is_that_of_the_trainer_alone_at_the_whole_batch(kind, lora, within, tmp_path):
+    alone = trainer(kind, tmp_path, lora, per_device_train_batch_size=16)
+    before = flat(alone.model)
+    alone.train()
+    ours = trainer(kind, tmp_path, lora, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    autoaccum.attach(ours, target_batch=16, micro_batch=3, progress=False).train()
+    assert moved(flat(ours.model), before, flat(alone.model)) <= within
+    assert ours.state.global_step == alone.state.global_step == 2
