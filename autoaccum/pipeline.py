@@ -24,7 +24,6 @@ from autoaccum.errors import (
     shown,
 )
 from autoaccum.interrupts import interruptible
-from autoaccum.loss.counting import holds_indices
 from autoaccum.model.untouched import Untouched
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.lengths import Room, narrowest
@@ -47,6 +46,7 @@ from autoaccum.window.compiled import Compiled
 from autoaccum.window.ladder import RUNGS, obstacle
 from autoaccum.window.modes import TrainingMode
 from autoaccum.window.padding import padding_error
+from autoaccum.window.settling import settle_loss
 from autoaccum.window.torchscript import layer_class
 from autoaccum.window.verify import VerifyReport, verify_gradient
 
@@ -98,8 +98,6 @@ def verified(parts: Parts, most: int = 8) -> VerifyReport:
 def _looked_at(parts: Parts, size: int) -> Any:
     """What the check chooses its samples from: more of them where their labels may count unequally, and are small."""
     few = parts.source.trial(size)
-    if not holds_indices(parts.objective.targets(few)):
-        return few
     room = min(LOOKED_AT, KEPT_BYTES * size // max(1, tree.nbytes(few)), parts.source.length or LOOKED_AT)
     return parts.source.trial(room) if room > size else few
 
@@ -120,8 +118,7 @@ def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> Veri
     if parts.ranks.any("the gradient check", not report.ok and accumulates) and check != "warn":
         text = report.text if not report.ok else "the accumulated gradient is not the large batch's on another rank"
         raise LossError(f'{text}; check="warn" trains all the same')
-    unseen = not report.verifiable or report.untried
-    if unseen and parts.objective.assumed and accumulates:
+    if parts.objective.unseen is not None and report.ok and accumulates:
         events.warn(
             f"{report.text}\nif the loss is a mean over anything but samples, such as tokens, declare it: "
             'reduction="token_mean", or reduction=f(batch)'
@@ -308,9 +305,9 @@ def planned(
 ) -> Plan:  # fmt: skip
     """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
     layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
-    if report is None:  # no trial has run, which would have shown what the loss divides by: the reason tells it
-        with parts.running(compiled=False, alone=True), parts.precision.autocast():
-            parts.objective.denominators(parts.source.trial(2))
+    few = min(8, report.micro_batch if report is not None else micro_batch or target_batch)
+    with parts.running(compiled=False, alone=True), parts.precision.autocast():
+        settle_loss(parts.model, parts.objective, _looked_at(parts, few), few, parts.device.torch_device)
     reasons = _reasons(parts, report)
     if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
         lr_batch = parts.source.loader_batch

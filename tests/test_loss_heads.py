@@ -1,4 +1,4 @@
-"""A model's own loss: how it counts its labels is measured, and measuring leaves no trace."""
+"""A model's own loss: how it counts its labels is read off its graph, and asking leaves no trace."""
 
 import copy
 import random
@@ -14,9 +14,8 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from autoaccum.data import tree
 from autoaccum.errors import LossError
 from autoaccum.loss.counting import tokens
-from autoaccum.loss.heads import Head
 from autoaccum.loss.objective import Objective
-from tests.test_loss_objective import error
+from tests.test_loss_objective import counted, error
 
 VOCABULARY, B, T = 11, 9, 6
 CLASS_WEIGHTS = torch.linspace(0.2, 3, VOCABULARY, dtype=torch.float64)
@@ -126,8 +125,8 @@ def test_a_models_own_token_mean_is_accumulated_exactly_however_it_shifts_and_ig
     assert error(objective, data, lambda: model(**data)["loss"]) <= 1e-10
     assert ("adds up" in objective.reason) == (head is added)
     if head not in (added, weighted, last_left_out):
-        counted = data[key][:, first : T - last]
-        assert objective.denominators(data) == {"loss": tokens(counted, ignored)}
+        kept = data[key][:, first : T - last]
+        assert counted(objective, data) == {"loss": tokens(kept, ignored)}
 
 
 def test_a_first_column_that_is_ignored_in_the_batch_measured_does_not_hide_a_shift():
@@ -135,66 +134,9 @@ def test_a_first_column_that_is_ignored_in_the_batch_measured_does_not_hide_a_sh
         y = labels(ignored)
         y[:, 0] = ignored
         objective = Objective(Language(head).eval())
-        objective.measure(batch(y))
-        other = labels(ignored)
-        assert objective.denominators(batch(other)) == {"loss": tokens(other[:, 1:], ignored)}
-
-
-def test_a_head_that_masks_labels_itself_is_asked_by_values_with_the_index_it_ignores():
-    def head(logits, y):
-        return padding_ignored(logits, y.masked_fill(y == 3, 0))
-
-    objective = Objective(Language(head).eval())
-    y = labels(0)
-    y[0, 1:3] = 3
-    objective.measure(batch(y))
-    assert "the labels other than 0, without the first 1" in objective.reason
-
-
-@pytest.mark.parametrize("head", [shifted, by_gathering, by_gathering_unshifted], ids=lambda head: head.__name__)
-@pytest.mark.parametrize("ignoring", [True, False])
-def test_a_head_that_starts_at_zero_is_told_apart_all_the_same(head, ignoring):
-    """All classes are equally likely then, so that the loss's value says little."""
-    model = Language(head).eval()
-    nn.init.zeros_(model.out.weight)
-    nn.init.zeros_(model.out.bias)
-    data = batch(labels() if ignoring else labels().clamp(min=1))
-    objective = Objective(model)
-    objective.measure(data)
-    if head is by_gathering and not ignoring:  # nothing in the loss's value shows it: every row is equally long then
-        assert "assumed" in objective.reason
-    else:
-        expected = (head is not by_gathering_unshifted) and (ignoring or head is shifted)
-        assert ("without the first 1" in objective.reason) == expected
-
-
-def test_a_head_that_is_asked_by_values_sees_only_labels_that_occur_in_the_data():
-    seen = []
-
-    def head(logits, y):
-        seen.append(set(y.unique().tolist()))
-        return by_gathering(logits, y)
-
-    y = labels().clamp(min=1)
-    objective = Objective(Language(head).eval())
-    objective.measure(batch(y))
-    assert set().union(*seen) <= set(y.unique().tolist())
-    assert "without the first 1" in objective.reason
-
-
-def test_labels_that_are_also_the_inputs_are_changed_as_labels_only():
-    seen = []
-
-    class Noting(Language):
-        def forward(self, input_ids, labels):
-            seen.append(input_ids.clone())
-            return super().forward(input_ids, labels)
-
-    ids = torch.randint(0, VOCABULARY, (2, T))
-    objective = Objective(Noting(by_gathering).eval())
-    objective.measure({"input_ids": ids, "labels": ids})
-    assert all(torch.equal(seen[0], other) for other in seen)
-    assert "without the first 1" in objective.reason
+        objective.settle([batch(y)])
+        model, data = objective.model, batch(labels(ignored))
+        assert error(objective, data, lambda: model(**data)["loss"]) <= 1e-10  # noqa: B023
 
 
 class Busy(nn.Module):
@@ -217,7 +159,7 @@ class Busy(nn.Module):
         return self.inner(input_ids, labels)
 
 
-def test_measuring_leaves_no_trace():
+def test_asking_leaves_no_trace():
     model = Busy()
     data = batch(labels())
     kept = copy.deepcopy((model.state_dict(), data))
@@ -225,8 +167,8 @@ def test_measuring_leaves_no_trace():
     flags = [module.training for module in model.modules()]
     generators = (torch.get_rng_state(), random.getstate())
     objective = Objective(model)
-    objective.measure(data)
-    assert "without the first 1" in objective.reason
+    objective.settle([data])
+    assert "as its graph says" in objective.reason
     for now, before in zip((model.state_dict(), data), kept):
         assert list(now) == list(before)
         assert all(torch.equal(now[name], before[name]) for name in before)
@@ -238,7 +180,7 @@ def test_measuring_leaves_no_trace():
     assert torch.is_grad_enabled()
 
 
-def test_measuring_that_fails_leaves_no_trace_either():
+def test_asking_that_fails_leaves_no_trace_either():
     class Failing(Busy):
         def forward(self, input_ids, labels):
             super().forward(input_ids, labels)
@@ -246,56 +188,9 @@ def test_measuring_that_fails_leaves_no_trace_either():
 
     model = Failing()
     with pytest.raises(KeyError, match="mine"):
-        Objective(model).measure(batch(labels()))
+        Objective(model).settle([batch(labels())])
     assert model.calls == 0
     assert model.inner.training
-
-
-def test_a_loss_is_measured_once():
-    calls = []
-
-    def head(logits, y):
-        calls.append(len(y))
-        return shifted(logits, y)
-
-    objective = Objective(Language(head).eval())
-    objective.denominators(batch(labels()))
-    number = len(calls)
-    assert 1 <= number <= 2
-    assert set(calls) == {2}
-    objective.measure(batch(labels()))
-    objective.denominators(batch(labels()))
-    assert len(calls) == number
-
-
-def test_a_model_that_gives_its_loss_in_training_only_is_measured_so():
-    class Training(Language):
-        def forward(self, input_ids, labels):
-            outputs = super().forward(input_ids, labels)
-            return outputs if self.training else {"logits": outputs["logits"]}
-
-    objective = Objective(Training(shifted))
-    objective.measure(batch(labels()))
-    assert "without the first 1" in objective.reason
-
-
-def test_a_model_that_returns_no_scalar_is_refused_while_measuring():
-    objective = Objective(Language(lambda logits, y: logits.sum(-1)))
-    with pytest.raises(LossError, match=r"shape \(2, 6\)"):
-        objective.measure(batch(labels()))
-
-
-def test_a_head_that_fails_where_one_column_counts_is_taken_as_unshifted_and_says_so():
-    def head(logits, y):
-        if (y != -100).sum() < 4:
-            raise ValueError("too few labels")
-        return by_gathering_unshifted(logits, y)
-
-    model = Language(head).eval()
-    objective = Objective(model)
-    objective.measure(batch(labels()))
-    assert "too few labels" in objective.reason
-    assert objective.denominators(batch(labels())) == {"loss": tokens(labels())}
 
 
 def test_labels_one_a_sample_are_counted_where_they_are_not_ignored():
@@ -307,7 +202,7 @@ def test_labels_one_a_sample_are_counted_where_they_are_not_ignored():
     y = torch.tensor([1, 2, -100, 3, -100, 4, 5, 6, -100])
     model, data = Classifier(None).eval(), batch(y)
     objective = Objective(model)
-    assert objective.denominators(data) == {"loss": 6.0}
+    assert counted(objective, data) == {"loss": 6.0}
     assert error(objective, data, lambda: model(**data)[0]) <= 1e-10
 
 
@@ -324,7 +219,7 @@ def test_labels_that_are_no_integers_are_counted_by_element(columns):
     model = Regression()
     data = {"x": torch.randn(B, 3, dtype=torch.float64), "labels": torch.randn(B, columns, dtype=torch.float64)}
     objective = Objective(model)
-    assert objective.denominators(data) == {"loss": float(B * columns)}
+    assert counted(objective, data) == {"loss": float(B * columns)}
     assert error(objective, data, lambda: model(**data).loss) <= 1e-10
 
 
@@ -341,7 +236,7 @@ def test_without_labels_a_models_own_loss_is_a_mean_over_samples():
     data = (torch.randn(B, 3, dtype=torch.float64), torch.randn(B, dtype=torch.float64))
     objective = Objective(model)
     assert error(objective, data, lambda: model(*data)) <= 1e-10
-    assert objective.denominators(data) == {"loss": float(B)}
+    assert counted(objective, data) == {"loss": float(B)}
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -357,7 +252,7 @@ def test_a_ctc_head_counts_samples_or_adds_up_whatever_its_labels(reduction):
     model, data = Speech(None).eval(), batch(y)
     objective = Objective(model)
     assert error(objective, data, lambda: model(**data)) <= 1e-10
-    assert objective.denominators(data) == {"loss": float(B)}
+    assert counted(objective, data) == {"loss": float(B)}
     assert ("adds up" in objective.reason) == (reduction == "sum")
 
 
@@ -376,7 +271,7 @@ def test_images_labelled_by_pixel_with_an_ignored_index_of_their_own_are_counted
     model, data = Segmenter(), {"x": torch.randn(B, 2, 3, 3, dtype=torch.float64), "labels": y}
     objective = Objective(model)
     assert error(objective, data, lambda: model(**data)[0]) <= 1e-10
-    assert objective.denominators(data) == {"loss": tokens(y, 255)}
+    assert counted(objective, data) == {"loss": tokens(y, 255)}
 
 
 def test_a_second_term_with_one_label_a_sample_does_not_hide_the_token_mean():
@@ -398,26 +293,6 @@ def test_a_step_with_a_declared_token_mean_is_measured_with_gradients_as_they_ar
     assert error(objective, data, lambda: model(**data)["loss"]) <= 1e-10
 
 
-def test_a_wrapped_model_is_measured_without_its_wrapper():
-    model = Language(shifted).eval()
-    objective = Objective(torch.compile(model, backend="eager"))
-    objective.measure(batch(labels()))
-    assert "without the first 1" in objective.reason
-
-
-def test_a_batch_in_which_nothing_counts_can_be_measured():
-    y = torch.full((B, T), -100)
-    for head in (shifted, by_gathering):
-        objective = Objective(Language(head).eval())
-        objective.measure(batch(y))
-        assert objective.denominators(batch(y)) == {"loss": 0.0}
-
-
-def test_a_head_counts_no_column_it_does_not_have():
-    assert Head(first=1).count(torch.ones(3, 1, dtype=torch.long)) == 0
-    assert Head(first=1, last=1).count(torch.ones(3, 4, dtype=torch.long)) == 6
-
-
 class Unpacking(nn.Linear):
     def forward(self, packed):
         return super().forward(pad_packed_sequence(packed, batch_first=True)[0])
@@ -427,21 +302,56 @@ def test_a_batch_that_cannot_be_cut_is_measured_whole():
     model = Unpacking(6, VOCABULARY)
     packed = pack_sequence([torch.randn(T, 6) for _ in range(B)])
     objective = Objective(model, loss=entropy, reduction="token_mean")
-    objective.measure((packed, labels()))
+    objective.settle([(packed, labels())])
     assert objective.denominators((packed, labels())) == {"loss": float((labels() != -100).sum())}
+
+
+def test_a_model_that_gives_its_loss_in_training_only_is_read():
+    class Training(Language):
+        def forward(self, input_ids, labels):
+            outputs = super().forward(input_ids, labels)
+            return outputs if self.training else {"logits": outputs["logits"]}
+
+    objective = Objective(Training(shifted))
+    objective.settle([batch(labels())])
+    assert "the labels from the second on other than -100" in objective.reason
+
+
+def test_a_model_that_returns_no_scalar_is_refused():
+    objective = Objective(Language(lambda logits, y: logits.sum(-1)))
+    with pytest.raises(LossError, match=r"shape \(8, 6\)"):
+        objective.settle([batch(labels())])
+
+
+def test_a_batch_in_which_nothing_counts_is_asked_again():
+    nothing = batch(torch.full((B, T), -100))
+    for head in (shifted, by_gathering):
+        objective = Objective(Language(head).eval())
+        objective.settle([nothing])
+        assert objective.unseen is not None
+        assert error(objective, batch(labels()), lambda: objective.model(**batch(labels()))["loss"]) <= 1e-10  # noqa: B023
 
 
 def test_micro_batches_padded_to_different_lengths_are_weighted_by_their_shifted_tokens():
     model = Language(shifted).eval()
     data = batch(labels())
     objective = Objective(model)
+    objective.settle([data])
     micros = []
     for micro in tree.split(data, (3, 2, 2, 2)):
         longest = max(2, int((micro["labels"] != -100).sum(1).max()) + 1)
         micros.append({name: value[:, :longest] for name, value in micro.items()})
-    known = objective.window_denominators(micros)
-    total = sum(d["loss"] for d in known)
+    means = [objective.terms(micro, None, micro)["loss"] for micro in micros]
+    total = sum(mean.denominator for mean in means)
     assert total == tokens(data["labels"][:, 1:])
-    parts = [objective.terms(m, d)["loss"].part(total) for m, d in zip(micros, known)]
-    loss = sum(tensor.detach() * factor for tensor, factor in parts)
+    loss = sum(tensor.detach() * factor for tensor, factor in (mean.part(total) for mean in means))
     assert float(loss) == pytest.approx(float(model(**data)["loss"].detach()), rel=1e-12)
+
+
+def test_a_model_that_is_compiled_counts_by_what_its_eager_self_was_read_to():
+    """torch.compile hides the graph of what it compiles; the values add up by the labels that count all the same."""
+    model = Language(shifted).eval()
+    compiled, data = torch.compile(model, backend="aot_eager"), batch(labels())
+    objective = Objective(compiled)
+    objective.settle([data])
+    assert error(objective, data, lambda: compiled(**data)["loss"]) <= 1e-10

@@ -13,6 +13,9 @@ from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.torch_losses import TorchLoss
+from autoaccum.ranks import Ranks
+from autoaccum.window.engine import backward
+from autoaccum.window.ledger import Ledger
 
 N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features
 SIZES = (4, 1, 3, 1)
@@ -60,26 +63,26 @@ def share_of(term, total):
     return tensor * factor
 
 
+def counted(objective, batch):
+    """The denominator of a loss of one term, as it is read."""
+    objective.settle([batch])
+    return {"loss": float(objective.terms(batch, None, batch)["loss"].denominator)}
+
+
 def accumulated(objective, batch, sizes=SIZES):
-    """As a window does: denominators first, then each share; a micro-batch where nothing counts runs forward only."""
+    """As a window does."""
     objective.model.zero_grad()
     micros = tree.split(batch, sizes)
-    known = objective.window_denominators(micros)
-    late = 0.0
-    for number, micro in enumerate(micros):
-        terms = objective.terms(micro, known and known[number])
-        if known is None:
-            (term,) = terms.values()
-            late = late + term.denominator
-            share = share_of(term, sum(sizes))
-        else:
-            totals = {name: sum(d[name] for d in known) for name in terms}
-            counted = [share_of(term, totals[name]) for name, term in terms.items() if known[number][name]]
-            share = sum(counted) if counted else None
-        if share is not None and share.requires_grad:
-            share.backward()
-    result = gradient(objective.model)
-    return result * (sum(sizes) / late) if known is None else result
+    objective.prepare(micros)
+    ledger = Ledger(micros, objective, Ranks())
+    for micro in micros:
+        terms = objective.terms(micro, ledger.own, micro)
+        parts, value = ledger.parts(terms)
+        if parts:
+            backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
+        ledger.enter(parts if value is None else [(value, 1.0)])
+    _, correction = ledger.close(*ledger.sums)
+    return gradient(objective.model) * correction
 
 
 def error(objective, batch, reference, sizes=SIZES):
@@ -347,7 +350,7 @@ def test_an_all_ignored_term_adds_nothing_to_a_term_that_counts():
     assert error(objective, {"x": X, "y": y}, reference) <= 1e-10
 
 
-def test_a_subclass_with_a_forward_of_its_own_is_measured_for_a_shift():
+def test_a_subclass_with_a_forward_of_its_own_is_read():
     class Shifted(nn.CrossEntropyLoss):
         def forward(self, outputs, targets):
             return super().forward(outputs[..., :-1], targets[:, 1:])
@@ -356,7 +359,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_measured_for_a_shift():
     loss = Shifted(ignore_index=3, weight=WEIGHT)
     objective = Objective(model, loss=loss)
     assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
-    assert "without the first 1" in objective.reason
+    assert "the total weight of its targets, as its graph says" in objective.reason
 
 
 # Means.
@@ -458,5 +461,5 @@ def test_the_reason_is_one_line_that_names_the_denominator_and_the_loss():
     assert "adds up, as mse_loss" in reason(loss=functools.partial(functional.mse_loss, reduction="sum"))
     assert reason(loss=nn.KLDivLoss(reduction="batchmean")).startswith("divides by the samples")
     assert "as declared by reduction='element_mean'" in reason(loss=print, reduction="element_mean")
-    assert "step's Mean" in reason(step=print)
+    assert "read at each micro-batch" in reason(step=print)
     assert "divides by print(batch), as declared" in reason(loss=nn.MSELoss(), reduction=print)

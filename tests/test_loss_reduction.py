@@ -8,19 +8,18 @@ from torch.nn import functional
 from autoaccum.errors import DataError, LossError, SetupError
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
-from tests.test_loss_objective import WEIGHT, C, N, Net, T, X, classes, error, tensor
+from tests.test_loss_objective import WEIGHT, C, N, Net, T, X, classes, counted, error, tensor
 
 
-def test_a_loss_that_is_not_torchs_is_taken_as_a_mean_over_samples():
+def test_a_loss_that_is_not_torchs_is_read():
     def loss(outputs, targets):
         return (outputs - targets).abs().sum(1).sqrt().mean()
 
     model, y = Net(T), tensor(N, T)
     objective = Objective(model, loss=loss)
-    assert objective.denominators((X, y)) == {"loss": float(N)}
+    assert counted(objective, (X, y)) == {"loss": float(N)}
     assert error(objective, (X, y), lambda: loss(model(X), y)) <= 1e-10
     assert "samples" in objective.reason
-    assert "loss" in objective.reason
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -177,14 +176,17 @@ def test_several_terms_each_have_their_own_declared_denominator():
     assert "adds up" in objective.reason
 
 
-def test_several_terms_without_declared_denominators_are_refused_with_the_dict_to_write():
-    objective = Objective(Net(C), step=lambda m, b: {"main": Mean(m(b).sum(), 3), "auxiliary": Mean(m(b).sum(), 4)})
+def test_a_loss_beside_terms_that_may_be_in_it_is_refused_with_the_dict_to_write():
+    objective = Objective(Net(C), step=lambda m, b: {"loss": m(b).mean(), "aux_loss": m(b).sum()})
     with pytest.raises(
-        LossError, match=r"2 terms \('main', 'auxiliary'\).*reduction=\{'main': f\(batch\), 'auxiliary'"
+        LossError, match=r"'loss': Tensor, 'aux_loss': Tensor.*detach.*\{'loss': f\(batch\), 'aux_loss'"
     ):
         objective.terms(X)
+    mixed = Objective(Net(C), step=lambda m, b: {"main": Mean(m(b).sum(), 3), "auxiliary": m(b).sum()})
+    with pytest.raises(LossError, match=r"'main': Mean, 'auxiliary': Tensor"):
+        mixed.terms(X)
     one = Objective(Net(C), step=lambda m, b: {"main": Mean(m(b).sum(), 3)})
-    assert one.terms(X)["main"].denominator == 3
+    assert one.terms(X)["loss"].denominator == 3
 
 
 def test_terms_other_than_declared_are_refused_with_both_lists():

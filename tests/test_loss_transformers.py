@@ -6,7 +6,7 @@ import torch
 from autoaccum.loss.counting import tokens
 from autoaccum.loss.objective import Objective
 from tests.test_loss_heads import B, T, batch, labels
-from tests.test_loss_objective import accumulated, error
+from tests.test_loss_objective import accumulated, counted, error
 
 TINY = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 20}
 
@@ -52,9 +52,9 @@ def test_transformers_token_heads_are_accumulated_exactly(name, first, within):
     y[y > 0] %= 3 if "TokenClassification" in name else 20
     data = {"input_ids": batch(y)["input_ids"] + 1, "attention_mask": torch.ones(B, T, dtype=torch.long), "labels": y}
     objective = Objective(model)
-    assert objective.denominators(data) == {"loss": tokens(y[:, first:])}
+    assert counted(objective, data) == {"loss": tokens(y[:, first:])}
     assert error(objective, data, lambda: model(**data).loss) <= within
-    assert "measured" in objective.reason
+    assert "as its graph says" in objective.reason
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_transformers_segmentation_head_ignores_what_its_configuration_says():
     y[::2, 5:] = 255
     data = {"pixel_values": torch.randn(B, 3, 32, 32, dtype=torch.float64), "labels": y}
     objective = Objective(model)
-    assert objective.denominators(data) == {"loss": tokens(y, 255)}
+    assert counted(objective, data) == {"loss": tokens(y, 255)}
     assert error(objective, data, lambda: model(**data).loss) <= SINGLE
 
 

@@ -23,7 +23,7 @@ from autoaccum.data.lengths import cut
 from autoaccum.data.piece import Piece
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError, PlanError
-from autoaccum.integrations.denominators import LabelCount, counted_in_batch
+from autoaccum.integrations.denominators import counted_in_batch
 from autoaccum.integrations.wanted import Wanted
 from autoaccum.pipeline import checked, for_ranks, planned, probed, share_of, told_of_padding
 from autoaccum.planning.plan import Plan
@@ -114,9 +114,7 @@ class Attachment:
             NothingFitsError, PlanError, LossError, SetupError, DataError: as `fit`.
         """
         asked = self.asked
-        counts: Any = (
-            LabelCount(trained.model, trained.step) if asked.reduction == "auto" else counted_in_batch(asked.reduction)
-        )
+        counts = "auto" if asked.reduction == "auto" else counted_in_batch(asked.reduction)
         parts = assemble(
             trained.model, trained.source, step=_Step(trained), reduction=counts, optimizer=trained.optimizer,
             device=trained.device, precision="fp32",

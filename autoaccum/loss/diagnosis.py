@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autoaccum.loss.asking import Rows, ragged
 from autoaccum.loss.counts import Count, countable
 from autoaccum.loss.objective import Objective
 
-__all__ = ["Cause", "Diagnosis", "Evidence", "Rows", "diagnose", "ragged"]
-
-Rows = tuple[int, ...]  # places of samples in the whole batch
+__all__ = ["Cause", "Diagnosis", "Evidence", "diagnose"]
 
 _TINY = 1e-300
 
@@ -44,12 +43,6 @@ class Diagnosis(NamedTuple):
 
     cause: str
     text: str
-
-
-def ragged(samples: int) -> tuple[int, int]:
-    """Two micro-batches of together `samples` samples, 2 or more, unequal where that can be: 8 is 5 + 3."""
-    first = samples // 2 + 1 if samples > 2 else 1
-    return first, samples - first
 
 
 class Evidence:
@@ -155,7 +148,8 @@ def diagnose(objective: Objective, evidence: Evidence) -> Diagnosis:
         objective: as it was declared.
         evidence: the gradients of parts of a batch on which the accumulated gradient was wrong.
     """
-    counts = list(countable(objective, evidence.batch(evidence.whole)))
+    batch = evidence.batch(evidence.whole)
+    counts = list(countable(batch, objective.targets(batch)))
     found = _fitting(evidence, counts)
     if found is not None:
         return _declare(objective, evidence, found)

@@ -5,6 +5,8 @@ model's own loss) it enters as mean × (its denominator / the sum of all): no ra
 half precision, and a mean over nothing (NaN) never enters at all.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from torch import Tensor
 from autoaccum.errors import LossError, shown
 from autoaccum.loss.call import scalar
 from autoaccum.loss.counting import as_denominator
+from autoaccum.loss.graph import Term, weigh
 
-__all__ = ["Mean", "Sum"]
+__all__ = ["Mean", "Several", "Sum"]
 
 
 class Mean:
@@ -30,7 +33,7 @@ class Mean:
         denominator: a float, or a tensor of shape () where it lies on a device, which is then not waited for.
     """
 
-    __slots__ = ("_mean", "_numerator", "denominator")
+    __slots__ = ("_divisor", "_mean", "_numerator", "denominator")
 
     def __init__(self, numerator: Tensor | float, denominator: float | Tensor) -> None:
         """Takes the parts.
@@ -46,13 +49,20 @@ class Mean:
             numerator = torch.tensor(as_number(numerator), dtype=torch.float64)  # a metric's count; no graph
         self._numerator: Tensor | None = scalar(numerator, "Mean(numerator, denominator)", graph=False)
         self._mean: Tensor | None = None
-        self.denominator = _denominator(denominator)
+        self.denominator = self._divisor = _denominator(denominator)
 
     @classmethod
-    def of(cls, mean: Tensor, denominator: float | Tensor) -> "Mean":
-        """Where only the mean is at hand, and what it was divided by."""
+    def of(cls, mean: Tensor, denominator: float | Tensor, divisor: float | Tensor | None = None) -> "Mean":
+        """Where only the mean is at hand, and what counts in it.
+
+        Args:
+            mean: one element.
+            denominator: what it adds to the denominator of a mean over more.
+            divisor: what it was divided by itself, where that is another number: a floor, say.
+        """
         made = cls.__new__(cls)
         made._mean, made._numerator, made.denominator = mean, None, _denominator(denominator)
+        made._divisor = made.denominator if divisor is None else divisor
         return made
 
     @property
@@ -63,7 +73,7 @@ class Mean:
         mean = self._graph()
         if isinstance(self.denominator, float) and self.denominator == 0:
             return mean.new_zeros(())
-        return (mean.float() if mean.dtype.itemsize == 2 else mean) * self.denominator
+        return (mean.float() if mean.dtype.itemsize == 2 else mean) * self._divisor
 
     @property
     def value(self) -> Tensor:
@@ -80,9 +90,14 @@ class Mean:
         if self._mean is None:
             return self._graph(), 1.0 / total
         if isinstance(self.denominator, float):
-            return self._mean, self.denominator / total
-        share = torch.as_tensor(self.denominator / total)
+            assert isinstance(self._divisor, float)
+            return self._mean, self._divisor / total
+        share = torch.as_tensor(self._divisor / total)
         return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
+
+    def share(self, total: float) -> float | Tensor:
+        """What the mean is multiplied by to be this part's share of a mean over `total`."""
+        return self._divisor / total
 
     def _graph(self) -> Tensor:
         tensor = self._mean if self._numerator is None else self._numerator
@@ -106,6 +121,41 @@ class Sum(Mean):
     def part(self, total: float) -> tuple[Tensor, float]:
         """The sum itself."""
         return self.numerator, 1.0
+
+    def share(self, total: float) -> float | Tensor:
+        """1: a sum's parts are added up."""
+        return 1.0
+
+
+class Several(dict[str, Mean]):
+    """The terms of one loss that was read off its graph: they are weighed there, each at its own node.
+
+    Attributes:
+        loss: all of them together, one element.
+        nodes: where each term is weighed.
+    """
+
+    def __init__(self, loss: Tensor, terms: Mapping[str, Mean], nodes: Mapping[str, Term]) -> None:
+        super().__init__(terms)
+        self.loss, self.nodes = loss, nodes
+
+    def parts(self, totals: Mapping[str, float], own: Mapping[str, float]) -> tuple[list[tuple[Tensor, float]], Tensor]:
+        """([the loss, and what its backward pass begins with], the value it enters the window's loss with).
+
+        Args:
+            totals: each term's denominator, over the window and all ranks.
+            own: each term's in this micro-batch.
+        """
+        shares = {name: term.share(totals[name]) if own[name] else 0.0 for name, term in self.items()}
+        first, *others = (float(share) for share in shares.values())
+        if all(math.isclose(share, first, rel_tol=1e-12) for share in others):
+            return [(self.loss, first)], self.loss.detach() * first
+        value = self.loss.new_zeros(())
+        for name, share in shares.items():
+            weigh(self.nodes[name], share)
+            if own[name]:
+                value = value + share * self[name].value
+        return [(self.loss, 1.0)], value
 
 
 def as_number(value: Any) -> float:

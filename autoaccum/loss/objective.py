@@ -9,6 +9,7 @@ mean of its elements, as `.mean()` by hand would give; with a declared denominat
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,13 +19,17 @@ from torch.nn.parallel import DistributedDataParallel
 from autoaccum.data import tree
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
+from autoaccum.loss.asking import Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
-from autoaccum.loss.heads import measure
+from autoaccum.loss.divisor import Settled, Unread
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
+from autoaccum.loss.reading import OwnMeans, Reader, Returned
 from autoaccum.loss.reduction import Reduction, name_of
+from autoaccum.loss.values import Values
+from autoaccum.model.untouched import Untouched
 
 __all__ = ["Objective"]
 
@@ -37,7 +42,8 @@ class Objective:
         loss, step: as the user gave them; a loss module inside a Coupled step is the loss too.
         coupled: the two halves of a loss that compares samples; None for one that is a mean.
         shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
-        names: the terms whose denominators are known from the batch, the same on every rank.
+        prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
+        before_reading: called before each micro-batch, by its number, of a pass that only reads denominators.
     """
 
     def __init__(
@@ -66,7 +72,9 @@ class Objective:
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
-        self.names = self._reduction.names
+        self.before_reading: Callable[[int], None] = lambda number: None
+        self.prepared: list[dict[str, float]] | None = None
+        self._reader = Reader()
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the model" if loss is None else f"loss={name_of(loss)}"
 
@@ -78,12 +86,33 @@ class Objective:
                 "compares the samples of a window, so it is computed once over all of them and divided by nothing: "
                 "each micro-batch runs forward twice; validation compares the samples of one micro-batch"
             )
-        return self._reduction.reason
+        found = self._reader.found if self._reduction.reads else None
+        if isinstance(found, Settled):
+            return f"{found.words}, as its graph says"
+        if self._reduction.reads and isinstance(self._reader.found, Returned):
+            return "divides by what the step's Means say"
+        return self._reduction.assumed_reason(found) if isinstance(found, Unread) else self._reduction.reason
 
     @property
-    def assumed(self) -> bool:
-        """Whether the loss is a function whose mean nobody declared, taken for one over samples."""
-        return self._reduction.assumed
+    def names(self) -> tuple[str, ...]:
+        """The terms whose denominators are known before a window runs, the same on every rank."""
+        return self._reader.names if self._reduction.reads else self._reduction.names
+
+    @property
+    def unseen(self) -> str | None:
+        """Why it cannot be seen what the loss divides by, in words; None where it was declared or seen."""
+        found = self._reader.found
+        if not self._reduction.reads or isinstance(found, (Settled, Returned)):
+            return None
+        if found is None:
+            return "nothing counts in the samples that were tried, or too little"
+        return None if found.rule is not None else found.why
+
+    @property
+    def uncountable(self) -> str | None:
+        """Why no accumulation of this loss can be right, as its values over parts of a batch show; else None."""
+        found = self._reader.found
+        return found.why if isinstance(found, Unread) and found.wrong else None
 
     # What is known before the model runs.
 
@@ -101,81 +130,166 @@ class Objective:
             DataError: the batch does not hold what is counted.
             LossError: a declared f(batch) gave no denominator.
         """
-        if self._reduction.late:
-            return None
-        if self._reduction.wants_head:
-            self.measure(batch)
-        return self._reduction.count(batch)
+        self.settle([batch])
+        return (
+            self._reader.count(batch, self._reduction.count) if self._reduction.reads else self._reduction.count(batch)
+        )
 
-    def window_denominators(self, batches: Sequence[Any]) -> list[dict[str, float]] | None:
+    def prepare(self, batches: Sequence[Any], *, rehearses: bool = False) -> None:
+        """Finds `prepared`, the denominators of a window to come, as `window_denominators` does."""
+        self.prepared = self.window_denominators(batches, rehearses=rehearses)
+
+    def window_denominators(self, batches: Sequence[Any], *, rehearses: bool = False) -> list[dict[str, float]] | None:
         """The denominators of each micro-batch of a window, none for a rank that idles.
 
-        None where only the step knows them; that is so on all ranks or on none.
+        None where one is only known once the loss ran; that is so on all ranks or on none. Of a loss with several
+        terms all must be known before: where the batches do not say them, each micro-batch is run forward once more.
+
+        Args:
+            batches: on the host.
+            rehearses: whether only the memory that the window takes matters.
         """
-        if self._reduction.late:
+        reader = self._reader
+        reader.rehearses = rehearses
+        self.settle(batches)
+        if not self._reduction.reads:
+            return [self._reduction.count(batch) for batch in batches]
+        if isinstance(reader.found, Unread) or reader.adds_up:
+            return [reader.count(batch, self._reduction.count) or {} for batch in batches]
+        if reader.names == ("loss",):
             return None
-        for batch in batches:
-            if not self._reduction.wants_head:
-                break
-            self.measure(batch)
-        return [self._reduction.count(batch) for batch in batches]
+        return reader.ahead(batches) or self._read_ahead(batches)
 
-    def measure(self, batch: Any) -> None:
-        """Finds out, where nothing else tells, how the loss counts its labels: shifted, ignored, weighted, added up.
+    def _read_ahead(self, batches: Sequence[Any]) -> list[dict[str, float]]:
+        """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
+        device = device_of(self.model)
+        known = []
+        with Untouched(self.model, device=device), torch.enable_grad():
+            for number, batch in enumerate(batches):
+                self.before_reading(number)
+                terms = self.terms(tree.move(batch, device), on_host=batch)
+                known.append({name: float(term.denominator) for name, term in terms.items()})
+        return known
 
-        Runs the loss a few times on two samples of `batch`, which lies on the host, once: later calls return at once.
-        The model is left as it was. The first count asks for it where nobody did.
+    def expected(self, batches: Sequence[Any]) -> float:
+        """What a denominator that is known only afterwards will be, as far as the batches say; 0 where they do not."""
+        return self._reader.expected(batches) if self._reduction.reads else 0.0
+
+    def whole(self, name: str, total: float) -> float:
+        """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
+        return self._reader.whole(name, total) if self._reduction.reads else total
+
+    def settle(self, batches: Sequence[Any], most: int = 8, begin: Callable[[Rows], None] | None = None) -> None:
+        """Finds out, where nobody declared it, what the loss divides by: on a few samples, once.
+
+        The model is left as it was. The first count asks for it where nobody did; while nothing counts in the samples
+        it was shown, the next one asks again.
+
+        Args:
+            batches: on the host.
+            most: samples that may run at once.
+            begin: makes the model a function of its samples alone, before it runs on those at some places.
 
         Raises:
             LossError: the loss is not a scalar tensor.
         """
-        labels = targets_in(batch, apart=self._reduction.apart)
-        if not self._reduction.wants_head or not holds_indices(labels):
+        reader, reduction = self._reader, self._reduction
+        if reader.found is not None or not batches or not (reduction.reads or reduction.wants_cut):
+            return
+        if reader.rehearses and reader.asked:
+            return  # trials are alike: what one of them does not show, none does
+        if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
             return
         model = _inner(self.model)
+        device = device_of(model)
 
-        def evaluate(small: Any) -> Tensor:
-            if self.step is not None:  # may differentiate inside: the grad mode stays as it is
-                (term,) = self._late_terms(self.step(model, plain(small)), small, graph=True).values()
-                return term.value
-            with torch.no_grad():
-                loss, source, _, _ = self._loss_of(model, small)
-            return scalar(loss, source, graph=False)
+        def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
+            with Untouched(model, device=device), torch.enable_grad():
+                if begin is not None:
+                    begin(rows)
+                else:
+                    torch.rand(number)
+                return self._whole_loss(model, tree.move(small, device))
 
-        reduction = self._reduction
-        reduction.head = measure(model, batch, evaluate, apart=reduction.apart, ignore_index=reduction.ignore_index)
+        while not reader.settle(evaluate, batches, self.targets, most, reduction.declared_counts()):
+            most = most // 2  # ran out of memory: fewer samples show as much, one shows the least
+        if reduction.wants_cut:
+            reduction.take_cut(reader.found)
+
+    def _whole_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of a batch, all its terms together, with its graph.
+
+        Raises:
+            OwnMeans: the step returned Means.
+            LossError: the loss is not a scalar tensor.
+        """
+        if self.step is not None:
+            return scalar(_summed(self.step(model, plain(batch))), "the step")
+        loss, source, _, _ = self._loss_of(model, batch)
+        return scalar(loss, source)
 
     # The forward.
 
-    def terms(self, batch: Any, denominators: Mapping[str, float] | None = None) -> dict[str, Mean]:
+    def terms(
+        self, batch: Any, denominators: Mapping[str, float] | None = None, on_host: Any = None
+    ) -> dict[str, Mean]:
         """Runs the forward, and gives the loss as its terms.
 
         Args:
             batch: on the model's device.
             denominators: of this batch, where they were counted before it was moved; else they are counted here.
+            on_host: the batch as it was before it was moved, where it lies there as well.
 
         Raises:
             LossError: not a scalar, no graph, or terms other than declared.
             DataError: the batch does not fit the model's call or the loss's.
         """
-        return self.evaluate(batch, denominators)[0]
+        return self.evaluate(batch, denominators, on_host=on_host)[0]
 
     def evaluate(
-        self, batch: Any, denominators: Mapping[str, float] | None = None, *, graph: bool = True
+        self, batch: Any, denominators: Mapping[str, float] | None = None, *, graph: bool = True, on_host: Any = None
     ) -> tuple[dict[str, Mean], Any, Any]:
         """(terms, outputs, targets) of one forward. A `step` keeps outputs and targets to itself: None.
 
         Targets are None as well where the batch does not say which they are. `graph`: whether the loss must have one,
         where gradients are enabled; nothing is learned from a validation loss.
         """
-        if denominators is None:
+        if denominators is None and on_host is None:
             denominators = self.denominators(batch)
+        is_read = self._reduction.reads and self._reader.reads
+        if is_read and (denominators is None or torch.is_grad_enabled()):
+            return self._read(batch, denominators, batch if on_host is None else on_host, graph)
         if self.step is not None:
-            return self._step_terms(self.step(self.model, plain(batch)), batch, denominators, graph), None, None
+            result = self.step(self.model, plain(batch))
+            if is_read and len(self.names) > 1:  # nothing counts in it: it only had to run
+                return {name: Mean.of(torch.zeros(()), 0.0) for name in self.names}, None, None
+            return self._step_terms(result, denominators, graph), None, None
         loss, source, outputs, targets = self._loss_of(self.model, batch)
-        assert denominators is not None  # late only with a step
+        assert denominators is not None  # late only where the loss is read, or with a step
+        if len(denominators) > 1:
+            return {name: Mean.of(loss, 0.0) for name in self.names}, outputs, targets
         ((name, denominator),) = denominators.items()
         return {name: self._term(loss, denominator, name, source, graph)}, outputs, targets
+
+    def _read(
+        self, batch: Any, known: Mapping[str, float] | None, on_host: Any, graph: bool
+    ) -> tuple[dict[str, Mean], Any, Any]:
+        """`evaluate`, of a loss whose divisors stand in its graph. Where gradients are off, it has one all the same."""
+        values = Values() if len(self.names) > 1 else None
+        with values or nullcontext():
+            if self.step is not None:
+                with torch.enable_grad():
+                    loss, source, outputs, targets = (
+                        _summed(self.step(self.model, plain(batch))),
+                        "the step",
+                        None,
+                        None,
+                    )
+            else:
+                off = not torch.is_grad_enabled()
+                loss, source, outputs, targets = self._loss_of(self.model, batch, graph=off)
+        loss = scalar(loss, source, graph=graph)
+        return self._reader.terms(loss, on_host, known, {} if values is None else values.by_node), outputs, targets
 
     def forward(self, batch: Any) -> None:
         """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
@@ -184,10 +298,11 @@ class Objective:
         else:
             self._outputs(self.model, arrange(batch, apart=self.loss is not None))
 
-    def _loss_of(self, model: nn.Module, batch: Any) -> tuple[Any, str, Any, Any]:
-        """(loss, who returned it, outputs, targets)."""
+    def _loss_of(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, str, Any, Any]:
+        """(loss, who returned it, outputs, targets). `graph`: the loss gets one although gradients are off."""
         call = arrange(batch, apart=self.loss is not None)
-        outputs = self._outputs(model, call)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or (graph and self.loss is None)):
+            outputs = self._outputs(model, call)
         if self.loss is None:
             loss = returned_loss(outputs)
             if loss is outputs and isinstance(loss, Tensor) and loss.numel() != 1:
@@ -198,7 +313,8 @@ class Objective:
                 )
             return loss, self._source, outputs, call.targets
         torch_loss = self._reduction.torch
-        loss = self._compared(outputs, call.targets)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or graph):
+            loss = self._compared(tree.map_tensors(_leaf, outputs) if graph else outputs, call.targets)
         if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
             loss = loss.sum() if self._reduction.takes_sums else loss.mean()
         return loss, self._source, outputs, call.targets
@@ -235,11 +351,9 @@ class Objective:
             return Sum(loss, denominator)
         return Mean(loss, denominator) if self._reduction.takes_sums else Mean.of(loss, denominator)
 
-    def _step_terms(
-        self, result: Any, batch: Any, denominators: Mapping[str, float] | None, graph: bool
-    ) -> dict[str, Mean]:
+    def _step_terms(self, result: Any, denominators: Mapping[str, float] | None, graph: bool) -> dict[str, Mean]:
         if denominators is None:
-            return self._late_terms(result, batch, graph)
+            return self._own_means(_terms_in(result), graph)
         result = _terms_in(result, self.names)
         if len(result) == 1 and self.names == ("loss",):
             result = {"loss": next(iter(result.values()))}
@@ -265,22 +379,51 @@ class Objective:
             )
         return Mean(scalar(value.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
 
-    def _late_terms(self, result: Any, batch: Any, graph: bool) -> dict[str, Mean]:
-        """One term at most: several whose denominators come late cannot share one gradient."""
-        result = _terms_in(result)
-        if len(result) != 1:
+    def _own_means(self, result: Mapping[str, Any], graph: bool) -> dict[str, Mean]:
+        """What a step returned that owns its denominators."""
+        if len(result) == 1 and self.names == ("loss",):
+            result = {"loss": next(iter(result.values()))}
+        if tuple(result) != self.names or not all(isinstance(value, Mean) for value in result.values()):
             raise LossError(
-                f"the step returned {len(result)} terms ({', '.join(map(repr, result))}) whose denominators are only "
-                f"known once it ran, and one gradient cannot be corrected for each: declare them, as "
-                f"reduction={_remedy(result)}"
+                f"the step returned {_kinds(result)}, and a Mean for each of {', '.join(map(repr, self.names))} "
+                "before: return the same terms each time, with a denominator of 0 where nothing counts"
             )
-        ((name, value),) = result.items()
-        if not isinstance(value, Mean):
-            return {name: Mean.of(scalar(value, "the step", graph=graph), float(tree.batch_size(batch)))}
-        # A tensor on a device is not waited for; where it is 0 there may be no graph either.
-        counts = isinstance(value.denominator, Tensor) or value.denominator > 0
-        scalar(value.numerator, "the step's Mean", graph=graph and counts)
-        return {name: value}
+        for value in result.values():
+            # A tensor on a device is not waited for; where it is 0 there may be no graph either.
+            counts = isinstance(value.denominator, Tensor) or value.denominator > 0
+            scalar(value.numerator, "the step's Mean", graph=graph and counts)
+        return dict(result)
+
+
+def _summed(result: Any) -> Any:
+    """What a step returned, as one loss.
+
+    Raises:
+        OwnMeans: it is made of Means.
+        LossError: some of its terms are Means and some are not; or a loss stands beside terms that may be in it.
+    """
+    terms = _terms_in(result)
+    means = [isinstance(value, Mean) for value in terms.values()]
+    if means and all(means):
+        raise OwnMeans(tuple(terms) if len(terms) > 1 else ("loss",))
+    if len(terms) == 1:
+        return next(iter(terms.values()))
+    if any(means) or "loss" in terms or not terms:
+        raise LossError(
+            f"the step returned {_kinds(terms)}: return the one loss, and detach what is only to be looked at "
+            f"(.detach()); or a Mean for each term; or declare each term's denominator, as reduction={_remedy(terms)}"
+        )
+    return sum(scalar(value, f"the step's term {name!r}") for name, value in terms.items())
+
+
+def _kinds(terms: Mapping[Any, Any]) -> str:
+    return "{" + ", ".join(f"{name!r}: {type(value).__name__}" for name, value in terms.items()) + "}"
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The tensor as the start of a graph of its own."""
+    detached = tensor.detach()
+    return detached.requires_grad_() if detached.is_floating_point() or detached.is_complex() else detached
 
 
 def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:

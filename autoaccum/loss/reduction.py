@@ -1,8 +1,9 @@
 """What a loss is divided by, decided from the settings: one counter a term, and the reason in words.
 
-Choices: torch's losses know themselves; a model's own loss is measured (heads.py); of anything else the samples are
-counted, and verification tells whether that was right. A declared reduction says what the loss's mean runs over,
-whatever the loss is. Settings that contradict each other are refused here, before anything runs.
+Choices: torch's losses know themselves; of any other loss the divisor is read off its graph (graph.py, settle.py), and
+where that cannot be, labels or samples are counted, and verification tells whether that was right. A declared reduction
+says what the loss's mean runs over, whatever the loss is. Settings that contradict each other are refused here, before
+anything runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,9 @@ from autoaccum.checks import check_call
 from autoaccum.data import tree
 from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.call import TARGET_KEYS, arrange, targets_in
-from autoaccum.loss.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices
-from autoaccum.loss.heads import Head
+from autoaccum.loss.counting import IGNORED, ClassWeights, as_denominator, elements, holds_indices, tokens
+from autoaccum.loss.counts import CUTS, Count
+from autoaccum.loss.divisor import Settled, Unread
 from autoaccum.loss.torch_losses import TorchLoss
 
 __all__ = ["Reduction", "name_of"]
@@ -31,9 +33,9 @@ class Reduction:
 
     Attributes:
         names: the terms, the same on every rank.
-        late: only the step knows, after it ran.
+        reads: nobody declared what the loss divides by, and it is none of torch's: its graph says it.
         torch: the loss as one of torch's, or None.
-        head: how the loss counts its labels, once measured.
+        apart: whether a tuple's last element is the target.
     """
 
     def __init__(self, loss: Any, step: Any, declared: Any) -> None:
@@ -50,12 +52,14 @@ class Reduction:
             check_call("loss", loss, ("outputs", "targets"))
         if step is not None:
             check_call("step", step, ("model", "batch"))
-        self.head: Head | None = None
+        self._cut = ""
         self._weights = ClassWeights()
         terms: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {"loss": declared}
         self.names: tuple[str, ...] = tuple(terms)
-        self.late = step is not None and isinstance(declared, str) and declared == "auto"
-        self.apart = loss is not None or step is not None  # whether a tuple's last element is the target
+        self.apart = loss is not None or step is not None
+        own_code = self.torch is None or not self.torch.plain
+        self.reads = own_code and isinstance(declared, str) and declared == "auto"
+        self.wants_cut = own_code and isinstance(declared, str) and declared in ("token_mean", "weighted_mean")
         self._counters: Sequence[tuple[str, Counter]] = [(name, self._counter(how)) for name, how in terms.items()]
         if self.torch is not None and declared == "sum" and self.torch.reduction in ("mean", "batchmean"):
             raise SetupError(
@@ -88,28 +92,29 @@ class Reduction:
             return bool(how == "sum")
         if self.torch is not None:
             return self.torch.reduction == "sum"
-        return self._loss is None and self.head is not None and self.head.adds_up
-
-    @property
-    def assumed(self) -> bool:
-        """Whether samples are counted only because nothing is known of the loss."""
-        return self._loss is not None and self.torch is None and self._declared == "auto"
+        return False
 
     @property
     def takes_sums(self) -> bool:
         """Whether what the loss gives is a numerator already: a sum or single elements, with a declared denominator."""
         return self.torch is not None and self._declared != "auto" and self.torch.reduction in ("sum", "none")
 
-    @property
-    def wants_head(self) -> bool:
-        """Whether the loss must be measured before its labels can be counted."""
-        if self.head is not None or isinstance(self._declared, Mapping):
-            return False
-        if self.torch is not None and self.torch.plain:
-            return False
-        if self._declared == "auto":
-            return self._step is None and (self._loss is None or (self.torch is not None and self.torch.over_classes))
-        return self._declared in ("token_mean", "weighted_mean")
+    def declared_counts(self) -> list[Count]:
+        """What a declared mean over labels may mean: all columns of them, or less those that the head shifts away."""
+        if not self.wants_cut:
+            return []
+        weights = self._class_weights() if self._declared == "weighted_mean" else None
+
+        def counting(cut: str) -> Callable[[Any], float]:
+            return lambda batch: self._indices(batch, self._declared, weights, cut)
+
+        return [Count(cut, f"reduction={self._declared!r}", counting(cut)) for cut in CUTS]
+
+    def take_cut(self, found: Any) -> None:
+        """Takes the columns which a declared mean over labels was seen to leave out."""
+        self.wants_cut = found is None
+        rules = found.divisors[0].rules if isinstance(found, Settled) and len(found.divisors) == 1 else []
+        self._cut = next((rule.counted.name for rule in rules if rule.counted.name in CUTS), "")
 
     @property
     def ignore_index(self) -> int:
@@ -133,26 +138,21 @@ class Reduction:
 
     def _torch(self, batch: Any) -> float:
         assert self.torch is not None
-        targets = arrange(batch, apart=True).targets
-        if self.head is not None and holds_indices(targets) and self.torch.reduction != "none":
-            return self._indices(batch, "token_mean", self.torch.weights)
-        return self.torch.denominator(targets, lambda: _samples(batch))
+        return self.torch.denominator(arrange(batch, apart=True).targets, lambda: _samples(batch))
 
     def _own(self, batch: Any) -> float:
         labels = targets_in(batch, apart=False)
-        if not isinstance(labels, Tensor) or (self.head is not None and self.head.over == "samples"):
+        if not isinstance(labels, Tensor):
             return _samples(batch)
-        if holds_indices(labels):
-            return (self.head or Head()).count(labels)
-        return elements(labels)
+        return tokens(labels, IGNORED) if holds_indices(labels) else elements(labels)
 
     def _tokens(self, batch: Any) -> float:
-        return self._indices(batch, "token_mean", None)
+        return self._indices(batch, "token_mean", None, self._cut)
 
     def _weighted(self, batch: Any) -> float:
-        return self._indices(batch, "weighted_mean", self._class_weights())
+        return self._indices(batch, "weighted_mean", self._class_weights(), self._cut)
 
-    def _indices(self, batch: Any, how: str, weights: Tensor | None) -> float:
+    def _indices(self, batch: Any, how: str, weights: Tensor | None, cut: str) -> float:
         targets = self._targets(batch, how)
         if not holds_indices(targets):
             kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
@@ -160,10 +160,10 @@ class Reduction:
                 f"reduction={shown(how)} counts targets that are integers, and these are {kind}: "
                 "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
             )
-        head = self.head or Head(self.ignore_index)
+        counted = CUTS[cut](targets) if targets.dim() == 2 else targets
         if weights is not None:
-            return self._weights.total(head.counted(targets), weights, head.ignore_index)
-        return head.tokens(targets)
+            return self._weights.total(counted, weights, self.ignore_index)
+        return tokens(counted, self.ignore_index)
 
     def _targets(self, batch: Any, how: str) -> Any:
         targets = targets_in(batch, apart=self.apart)
@@ -193,37 +193,29 @@ class Reduction:
             return f"divides by {name_of(how)}(batch), as declared"
         if how != "auto":
             return self._declared_reason(how)
-        if self._step is not None:
-            return "divides by what the step's Mean says, or by the samples where it returns a tensor"
-        if self._loss is None:
-            return self._own_reason()
-        if self.torch is None:
-            return (
-                f"divides by the samples, as nothing is known of {name_of(self._loss)}: reduction= declares another "
-                "denominator"
-            )
-        by = self.head.divides_by if self.head is not None else self.torch.divides_by
-        does = "adds up" if self.torch.reduction == "sum" else f"divides by {by}"
+        if self.torch is None or not self.torch.plain:
+            return "divides by what its graph says, read at each micro-batch"
+        does = "adds up" if self.torch.reduction == "sum" else f"divides by {self.torch.divides_by}"
         return f"{does}, as {self.torch.name} does"
+
+    def assumed_reason(self, found: Unread) -> str:
+        """One line, of a loss whose graph does not say what it divides by."""
+        if found.rule is not None:
+            return f"divides by {found.rule.name}, by which its values add up ({found.why})"
+        by = "the labels that count" if self._loss is None and self._step is None else "the samples"
+        return f"divides by {by}, assumed since {found.why}: reduction= declares another denominator"
 
     def _declared_reason(self, how: str) -> str:
         if how == "sum":
             return "adds up, as declared by reduction='sum'"
-        head = self.head or Head(self.ignore_index)
+        labels = f"the labels other than {self.ignore_index}" + (f" in batch{self._cut}" if self._cut else "")
         by = {
             "sample_mean": "the samples",
-            "token_mean": head.divides_by,
-            "weighted_mean": f"the class weights of {head.divides_by}",
+            "token_mean": labels,
+            "weighted_mean": f"the class weights of {labels}",
             "element_mean": "the elements of the targets",
         }[how]
         return f"divides by {by}, as declared by reduction={shown(how)}"
-
-    def _own_reason(self) -> str:
-        if self.head is None:
-            return "divides by the labels that count, or by the samples where a batch has none: the model's own loss"
-        if self.head.adds_up:
-            return f"adds up, as the model's own loss does ({self.head.found})"
-        return f"divides by {self.head.divides_by}, as the model's own loss does ({self.head.found})"
 
 
 def name_of(f: Any) -> str:

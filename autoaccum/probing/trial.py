@@ -353,17 +353,23 @@ class Bench:
         self._unused = [p for p, g in found if g is None and p.requires_grad and not accumulator.is_sparse(p)]
         self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self._unused
 
+    def _counts(self, batch: Any) -> bool:
+        """Whether a target in the batch counts, as far as that is known before its step."""
+        objective = self._accumulator.objective
+        known = None if objective is None else objective.denominators(batch)
+        return known is None or any(known.values())
+
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
         """The batch, or another of samples of which some have a target that counts: it would have no gradient.
 
         Raises:
             DataError: there are none among those looked at.
         """
-        if self._accumulator.counts(batch):
+        if self._counts(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)
         for piece in tree.split(self._source.trial(sum(sizes), length), sizes):
-            if self._accumulator.counts(piece):
+            if self._counts(piece):
                 return tree.map_tensors(torch.clone, piece)  # a view would hold all of them
         raise DataError(
             f"every target of the {sum(sizes)} samples looked at is ignored, so that a trial step has no gradient: "

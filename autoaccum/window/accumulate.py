@@ -220,19 +220,17 @@ class Accumulator:
             )
         check_no_gradient(self._parameters)
         self._memory.reset_peak()
-        samples = [tree.batch_size(batch) for batch in batches]
-        objective = self.objective
-        denominators = None if objective is None else objective.window_denominators(batches)
-        names = objective.names if objective is not None else ()
+        if self.objective is not None:
+            self.objective.prepare(batches, rehearses=self.rehearses)
         if self._settings:
             agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings)
             self._settings = {}  # asked once
-        ledger = Ledger(samples, denominators, names, self.ranks, f"step {self.step + 1}")
+        ledger = Ledger(batches, self.objective, self.ranks, f"step {self.step + 1}")
         if self.meets_inside and len(set(ledger.micro_batches)) > 1:
             raise SetupError(unequal(f"step {self.step + 1}", ledger.micro_batches))
         self._ledger = ledger
         self._statistics.begin(len(batches))
-        self.noise_scale.open(len(samples))
+        self.noise_scale.open(len(batches))
         return self._ledger
 
     @uninterrupted
@@ -250,7 +248,7 @@ class Accumulator:
             self.on_phase("forward")
             # Where nothing counts the forward still runs: statistics and random generators move as they would.
             with precision.autocast(), nullcontext() if ledger.counts else torch.no_grad():
-                terms = interruptible(objective.terms, placed, ledger.own)
+                terms = interruptible(objective.terms, placed, ledger.own, batch)
             self._add(terms)
 
     @property
@@ -279,7 +277,7 @@ class Accumulator:
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()
-        parts = ledger.parts(terms)
+        parts, value = ledger.parts(terms)
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()
@@ -293,7 +291,7 @@ class Accumulator:
             self._side.collect()
         if self.noise_scale.watches:
             self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
-        ledger.enter(parts)
+        ledger.enter(parts if value is None else [(value, 1.0)])
 
     def _backward(self, parts: Parts) -> None:
         """Each term's factor is where its backward pass begins: a multiplication less in the graph."""
@@ -370,11 +368,6 @@ class Accumulator:
             skipped=skipped,
         )
         return self.last
-
-    def counts(self, batch: Any) -> bool:
-        """Whether a target in the batch counts, as far as that is known before its step."""
-        denominators = None if self.objective is None else self.objective.window_denominators([batch])
-        return denominators is None or any(denominators[0].values())
 
     @property
     def meets_inside(self) -> bool:

@@ -82,7 +82,6 @@ class Bench:
         objective: whose weighting is looked at.
         precision: "fp32", "bf16" or "fp16".
         fixed: what holds the model still.
-        ignores: some label in the whole of `batch`, of which samples are chosen, is negative, and thus ignored.
     """
 
     def __init__(
@@ -125,9 +124,7 @@ class Bench:
             stack.callback(self._accumulator.close)
             self._accumulator.noise_scale.why_not = "nothing is trained"
             self.precision = self._accumulator.precision.name
-            self.objective.measure(self._batch)
-            labels = self.objective.targets(self._batch)
-            self.ignores = holds_indices(labels) and bool((labels < 0).any())
+            self.objective.settle([self._batch], self.samples, self.fixed.begin)
             self._batch = _arranged(self.objective, self._batch, self.samples)
             self._stack = stack.pop_all()
         return self
@@ -150,6 +147,7 @@ class Bench:
         batches = [self.batch(rows) for rows in pieces]
         for _ in range(_FP16_ATTEMPTS):
             self._taken.gradient = None
+            self.objective.before_reading = lambda number: self.fixed.begin(pieces[number], seed=seed)
             accumulator.open(batches)
             order = cycle(pieces)  # a loss that compares samples runs them all twice
 

@@ -1,18 +1,21 @@
 """The sums of an open window: its samples, its denominators, its loss so far.
 
 Denominators that follow from the batches are summed before the first backward, so that each micro-batch's loss enters
-with its true weight. One that is only known afterwards enters divided by the window's samples (raw sums would
-overflow in fp16) and is put right once, at the end.
+with its true weight. One that is only known afterwards enters divided by what it is expected to be, or the window's
+samples (raw sums would overflow in fp16), and is put right once, at the end.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.loss.mean import Mean
+from autoaccum.loss.mean import Mean, Several
+from autoaccum.loss.objective import Objective
 from autoaccum.ranks import Ranks
 
 __all__ = ["Ledger", "Parts"]
@@ -36,31 +39,38 @@ class Ledger:
 
     def __init__(
         self,
-        samples: Sequence[int],
-        denominators: Sequence[Mapping[str, float]] | None,
-        names: Sequence[str],
+        batches: Sequence[Any],
+        objective: Objective | None,
         ranks: Ranks,
         what: str = "a window",
     ) -> None:
         """Sums over the micro-batches and the ranks.
 
         Args:
-            samples: of each micro-batch; none on a rank that idles.
-            denominators: of each micro-batch, by term; None: only known afterwards.
-            names: the terms, the same on every rank.
+            batches: the micro-batches, on the host; none on a rank that idles.
+            objective: knows their denominators, names the terms, the same on every rank, and says what their sums come
+                to; prepared for these batches. None: denominators are only known afterwards.
             ranks: asked for the sums over all ranks, once.
             what: names the window in that exchange.
         """
         self.started = time.perf_counter()
-        self.samples = samples
-        self.denominators = denominators
+        self.samples = samples = [tree.batch_size(batch) for batch in batches]
+        self.denominators = denominators = None if objective is None else objective.prepared
+        # What is only known afterwards is divided by what it is expected to be: a good guess leaves nothing to correct,
+        # and the whole batch's own rounding.
+        guessed = objective.expected(batches) if objective is not None and denominators is None else 0.0
+        expected = guessed or float(sum(samples))
         self.done = 0
-        own = [float(sum(samples))]
+        names = objective.names if objective is not None else ()
+        self._whole = objective.whole if objective is not None else lambda name, total: total
+        own = [float(sum(samples)), expected]
         if denominators is not None:
             own += [math.fsum(micro[name] for micro in denominators) for name in names]
-        (total, *sums), counts = ranks.meet(what, own, own=len(samples))
+        (total, self._expected, *sums), counts = ranks.meet(what, own, own=len(samples))
         self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
-        self.totals = None if denominators is None else dict(zip(names, sums, strict=True))
+        self.totals = None
+        if denominators is not None:
+            self.totals = {name: self._whole(name, total) for name, total in zip(names, sums, strict=True)}
         self._loss: Tensor | float = 0.0
         self._late: Tensor | float = 0.0
 
@@ -80,16 +90,22 @@ class Ledger:
         """No target counts in the whole window, on any rank."""
         return self.totals is not None and not any(self.totals.values())
 
-    def parts(self, terms: Mapping[str, Mean]) -> Parts:
-        """The next micro-batch's part of the window's loss; none where nothing in it counts.
+    def parts(self, terms: Mapping[str, Mean]) -> tuple[Parts, Tensor | None]:
+        """(the next micro-batch's part of the window's loss; its value, where the part's own is not that).
+
+        No parts where nothing in the micro-batch counts.
 
         Raises:
             LossError: several terms whose denominators are only known afterwards.
         """
         totals, own = self.totals, self.own
         if totals is None or own is None:
-            return self._provisional(terms)
-        return [term.part(totals[name]) for name, term in terms.items() if own[name]]
+            return self._provisional(terms), None
+        if not any(own.values()):
+            return [], None
+        if isinstance(terms, Several):
+            return terms.parts(totals, own)
+        return [term.part(totals[name]) for name, term in terms.items() if own[name]], None
 
     def _provisional(self, terms: Mapping[str, Mean]) -> Parts:
         if len(terms) != 1:
@@ -105,7 +121,7 @@ class Ledger:
         elif denominator == 0:
             return []
         self._late = self._late + denominator
-        return [term.part(self.total_samples)]
+        return [term.part(self._expected)]
 
     def enter(self, parts: Parts) -> None:
         """Counts one micro-batch as done, with its part of the loss."""
@@ -130,5 +146,5 @@ class Ledger:
         """
         if self.totals is not None:
             return loss, 0.0 if self.empty else 1.0
-        correction = self.total_samples / late if late else 0.0
+        correction = self._expected / self._whole("loss", late) if late else 0.0
         return loss * correction, correction

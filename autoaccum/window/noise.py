@@ -47,6 +47,8 @@ class SampleNoise(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _CASTS:
             self.formats.update(arg.dtype for arg in args if isinstance(arg, Tensor) and arg.is_floating_point())
+        if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], Tensor):
+            return args[0]  # a number that the graph has kept as a tensor comes here as the number itself
         handler = _HANDLERS.get(func)
         if handler is None:
             self.unexplained = self.unexplained or func in _OPAQUE

@@ -23,10 +23,11 @@ from autoaccum.data.structure import Reading
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
-from autoaccum.loss.counting import holds_indices
-from autoaccum.loss.diagnosis import Cause, Diagnosis, Evidence, Rows, diagnose, ragged
+from autoaccum.loss.asking import Rows, ragged
+from autoaccum.loss.diagnosis import Cause, Diagnosis, Evidence, diagnose
+from autoaccum.loss.divisor import DECLARE
 from autoaccum.loss.objective import Objective
-from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed, counted_labels
+from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed
 from autoaccum.window.precision import Precision
 
 __all__ = ["VERIFIED_SAMPLES", "VerifyReport", "verify_gradient"]
@@ -35,7 +36,6 @@ VERIFIED_SAMPLES = 8
 
 _NOISE_FACTOR = 10  # by which the error may exceed what two runs of the whole batch differ by
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
-_UNTRIED = "all these samples have equally many labels that count, so unequal denominators were not tried"
 _CANCELLED = 1e3  # parts' gradients that are this much larger than the whole's leave rounding
 
 
@@ -63,11 +63,6 @@ class VerifyReport(Drawn):
     text: str
 
     _view = "verify_view"
-
-    @property
-    def untried(self) -> bool:
-        """Whether the samples have equally many labels, so that a wrong denominator could not show."""
-        return self.text.endswith(_UNTRIED)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -270,6 +265,8 @@ class _Examination:
 
     def _passed(self, split: Difference) -> VerifyReport:
         bench = self._bench
+        if bench.objective.uncountable is not None:  # these parts are alike by chance, and others showed it
+            return self._failed(split, _uncountable(bench.objective.uncountable))
         text = (
             f"the accumulated gradient is the whole batch's: {self._split} differ by {split.error:.1g} of its norm "
             f"(tolerance {self._tolerance:.1g}, {bench.precision}); the loss {bench.objective.reason}"
@@ -277,25 +274,11 @@ class _Examination:
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
         text += self._plain()
-        if self._even():
-            text += f"\n{_UNTRIED}"
+        if bench.objective.unseen is not None:
+            text += (
+                f"\nwhat the loss divides by was not seen, and these samples need not show it: {bench.objective.unseen}"
+            )
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
-
-    def _even(self) -> bool:
-        """Whether labels could not show whether the loss is divided by those that count or by samples.
-
-        One label a sample could only where some are ignored, so it is held against the samples only where some of those
-        looked at are.
-        """
-        bench = self._bench
-        labels = bench.objective.targets(bench.batch(self._whole))
-        if not holds_indices(labels):
-            return False
-        rows = [bench.batch([row]) for row in self._whole]
-        if labels.dim() < 2:
-            return bench.ignores and len({counted_labels(bench.objective.targets(row)) for row in rows}) == 1
-        counts = [bench.objective.denominators(row) for row in rows]
-        return counts[0] is not None and all(count == counts[0] for count in counts)
 
     def _failed(self, split: Difference | None, diagnosis: Diagnosis) -> VerifyReport:
         if split is None:
@@ -322,6 +305,14 @@ def _of_order(order: float) -> Diagnosis:
         f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so the model "
         "or the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 is the samples "
         "everywhere (an RNN needs batch_first=True), or use a micro-batch as large as the target batch",
+    )
+
+
+def _uncountable(why: str) -> Diagnosis:
+    return Diagnosis(
+        Cause.COUPLED,
+        f"a batch-coupled loss: its values over parts of a batch do not add up to that over all of it, as {why}; these "
+        f"parts are alike by chance.\nWhere it is a mean over what counts, {DECLARE}",
     )
 
 

@@ -1,0 +1,193 @@
+"""What a divisor read off a loss's graph is, once settled: a count, a constant or a penalty; and how it is read on."""
+
+import collections
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from autoaccum.errors import LossError
+from autoaccum.loss.counts import Count
+from autoaccum.loss.graph import Number, Term, Way, read
+
+__all__ = ["CLOSE", "DECLARE", "Divisor", "Rule", "Settled", "Unread", "near"]
+
+CLOSE = 1e-6  # relative: float32 counts weights no closer
+_TRUSTED = 24  # micro-batches in which rules gave what was read, before they are asked instead
+
+
+def near(one: float, other: float) -> bool:
+    """Whether two divisors are the same, but for rounding."""
+    return math.isclose(one, other, rel_tol=CLOSE)
+
+
+class Rule(NamedTuple):
+    """A count of the batch, and what it is multiplied by to be the divisor."""
+
+    counted: Count
+    scale: float
+
+    def of(self, batch: Any) -> float:
+        """The divisor of a batch."""
+        return self.counted.of(batch) * self.scale
+
+
+@dataclass
+class Divisor:
+    """What one term's divisor is.
+
+    Attributes:
+        reduction: the node's name.
+        kind: "count", "constant" or "penalty".
+        offset: what is added to the count.
+        floor: what it never falls below.
+        scaled: whether the term's factor changes with the samples, and belongs to the divisor.
+        divided: whether somebody divided beside the reduction, so that a floor may hide.
+        zero_seen: whether a divisor of 0 was seen, which no floor would leave.
+        rules: counts that gave every divisor so far; those that give another one later are struck off.
+        confirmed: micro-batches in which they gave what was read.
+    """
+
+    reduction: str
+    kind: str
+    offset: float = 0.0
+    floor: float = 0.0
+    scaled: bool = False
+    divided: bool = False
+    zero_seen: bool = False
+    rules: list[Rule] = field(default_factory=list)
+    confirmed: int = 0
+
+    def of(self, term: Term) -> Number:
+        """The divisor of a term of this kind, above 0."""
+        assert term.divisor is not None
+        own, factor = term.divisor, term.factor
+        if self.scaled and (isinstance(factor, Tensor) or factor):
+            own = own / factor
+        return own.abs() if isinstance(own, Tensor) else abs(own)
+
+    @property
+    def hides_floor(self) -> bool:
+        """Whether a divisor may be a floor rather than a count."""
+        return self.kind == "count" and self.divided and not self.zero_seen and not self.offset
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the rules have been right often enough to be asked instead of the graph."""
+        return self.kind != "count" or (bool(self.rules) and self.confirmed >= _TRUSTED)
+
+    def foretold(self, batch: Any) -> float | None:
+        """The count of a batch by the rules, before the model runs; None where there are none, or they differ."""
+        amounts = [rule.of(batch) for rule in self.rules]
+        return amounts[0] if amounts and all(near(amount, amounts[0]) for amount in amounts) else None
+
+    def count(self, divisor: float, batch: Any) -> float:
+        """What a batch adds to the window's divisor, given its own.
+
+        Raises:
+            LossError: that cannot be told, as it may be a floor.
+        """
+        if divisor == 0:
+            self.zero_seen = True
+        self.confirmed += 1
+        if not self.hides_floor:
+            if self.confirmed <= _TRUSTED:
+                self.rules = [rule for rule in self.rules if near(rule.of(batch), divisor)]
+            return max(divisor - self.offset, 0.0)
+        amounts = [(rule, rule.of(batch)) for rule in self.rules]
+        given = [rule for rule, amount in amounts if near(amount, divisor)]
+        below = [rule for rule, amount in amounts if amount < divisor]
+        self.rules = given or (below if not self.floor or near(divisor, self.floor) else [])
+        kept = [amount for rule, amount in amounts if rule in self.rules]
+        if given or (not kept and not self.floor):
+            return divisor
+        if not kept or not all(near(amount, kept[0]) for amount in kept):
+            raise LossError(
+                f"the loss divides by {divisor:g} in this micro-batch, where {amounts[0][0].counted.name}, by which it "
+                f"divided before, would be {amounts[0][1]:g}: {DECLARE}"
+            )
+        self.floor = divisor
+        return kept[0]
+
+    def whole(self, total: float) -> float:
+        """What the loss of all samples is divided by, of the sum of its parts' counts."""
+        if self.kind != "count" or not total:
+            return total
+        return max(total + self.offset, self.floor)
+
+    @property
+    def words(self) -> str:
+        """What it is, for a reader."""
+        if self.kind == "constant":
+            return "adds up"
+        if self.kind == "penalty":
+            return "counts once, whatever the samples"
+        more = f" + {self.offset:.3g}" if self.offset else ""
+        more += f", at least {self.floor:g}" if self.floor else ""
+        what = self.rules[0].counted.name if self.rules else _WORDS.get(self.reduction, "what it divides its sum by")
+        return f"divides by {what}{more}"
+
+
+_WORDS = {
+    "NllLoss": "the total weight of its targets",
+    "NllLoss2D": "the total weight of its targets",
+    "Mean": "the elements of its mean",
+}
+DECLARE = (
+    "return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch), the number of what counts"
+)
+
+
+@dataclass
+class Settled:
+    """How a loss is read from here on."""
+
+    way: Way
+    divisors: list[Divisor]
+
+    @property
+    def sums(self) -> int:
+        """Terms that add up."""
+        return sum(divisor.kind == "constant" for divisor in self.divisors)
+
+    @property
+    def words(self) -> str:
+        """What the terms are divided by."""
+        if len(self.divisors) == 1:
+            return self.divisors[0].words
+        words = collections.Counter(divisor.words for divisor in self.divisors)
+        return "; ".join(f"{each} ({number} term{'s' * (number > 1)})" for each, number in words.items())
+
+    def terms(self, loss: Tensor) -> tuple[Term, ...] | None:
+        """The loss's terms; None where a compiled function hides them.
+
+        Raises:
+            LossError: they are not those that were settled.
+        """
+        terms = read(loss, self.way)
+        names = [term.name for term in terms]
+        if names != [divisor.reduction for divisor in self.divisors]:
+            if any("Compiled" in name for name in names):
+                return None
+            raise LossError(
+                f"the loss of this micro-batch is made of {', '.join(names) or 'nothing'}, and was of "
+                f"{', '.join(divisor.reduction for divisor in self.divisors)} before: compute every term each time, as "
+                "0 where nothing counts, or return the terms from step= as autoaccum.Mean(numerator, denominator)"
+            )
+        return terms
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A loss whose divisor cannot be read.
+
+    Attributes:
+        why: in words.
+        rule: a count by which its values add up all the same; None where none or several do.
+        wrong: whether its values add up by nothing that was tried, so that no accumulation of it can be right.
+    """
+
+    why: str
+    rule: Count | None = None
+    wrong: bool = False

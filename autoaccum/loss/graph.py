@@ -1,0 +1,333 @@
+"""What a loss divides by, read off its autograd graph, whoever wrote it.
+
+From the loss down through scalar nodes (sums, differences, products and quotients with numbers) to the first node that
+reduces many numbers to one. What that node divides by (the elements of a mean, the total weight of a negative log
+likelihood), times what is divided by on the way, is the divisor of that term:
+
+    (losses * mask).sum() / mask.sum()          one term, a sum; divisor Σ mask
+    cross_entropy(x, y) + 0.1 * z.mean()        two terms; divisors: total weight, elements of z; factors 1, 0.1
+
+A few attributes are read, microseconds at each micro-batch, and nothing waits for a device: a divisor that lies on one
+stays there. What its divisor means (a count, a constant, a floor) is settled elsewhere (settle.py).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PLAINLY", "Number", "Term", "Way", "read", "weigh"]
+
+Number = float | Tensor  # a tensor of shape () where it lies on a device
+
+_BEYOND = 2**63  # nodes keep negative dimensions as what is left when they are taken from 2**64
+
+
+class Term(NamedTuple):
+    """One summand of a loss.
+
+    Attributes:
+        parent, place: the edge of the graph just above its reduction: the node, and which of its inputs. No parent
+            where the reduction is the loss itself.
+        node: its reduction; or the node at which the reading stopped.
+        divisor: what its sum is divided by; None where the reading stopped.
+        over: what is divided by above `node`.
+        factor: what it is multiplied by.
+        divided: whether something was divided by on the way.
+        tied: the edge above a product with parameters, which needs the term's share as well.
+        top: the node whose value, times `factor` over `over`, is the term's part of the loss.
+    """
+
+    parent: Any
+    place: int
+    node: Any
+    divisor: Number | None
+    over: Number
+    factor: Number
+    divided: bool
+    tied: tuple[Any, int] | None = None
+    top: Any = None
+
+    @property
+    def name(self) -> str:
+        """The reduction's name in PyTorch, without its version: "Mean", "NllLoss"."""
+        return str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
+
+
+class Way(NamedTuple):
+    """How far a loss is read; which way is right is settled once (settle.py).
+
+    Attributes:
+        split: whether the summands of a sum, and of a list of losses, are terms of their own.
+        deep: whether a reduction over dimension 0 that stands below another one is the reduction over samples, as in
+            `losses.mean(0).sum()`.
+    """
+
+    split: bool = True
+    deep: bool = False
+
+
+PLAINLY = Way()
+
+
+def read(loss: Tensor, way: Way = PLAINLY) -> tuple[Term, ...]:
+    """The terms of a scalar loss, one element with its graph; in the order in which the graph has them."""
+    found: list[Term] = []
+    if loss.grad_fn is not None:
+        _walk(_Walker(loss.grad_fn, None, 0, 1.0, 1.0, False), way, found)
+    return tuple(found)
+
+
+def weigh(term: Term, share: Number) -> None:
+    """Multiplies a term's gradient by `share` in the backward pass to come.
+
+    Put in below the division, where a share of 0 stops the 0 / 0 of a term in which nothing counts.
+    """
+
+    def scaled(gradient: Tensor) -> Tensor:
+        if isinstance(share, Tensor):
+            return torch.where(share > 0, gradient * share, torch.zeros_like(gradient))
+        return gradient * share if share else torch.zeros_like(gradient)
+
+    def kept(gradient: Tensor) -> Tensor:
+        nothing = share <= 0 if isinstance(share, Tensor) else torch.tensor(not share, device=gradient.device)
+        return torch.where(nothing, torch.zeros_like(gradient), gradient)
+
+    if term.tied is not None:  # the share comes in above the product; below the division only what is NaN goes
+        _on_edge(*term.tied, scaled)
+        _on_edge(term.parent, term.place, kept)
+    elif term.parent is None:
+        term.node.register_prehook(lambda gradients: tuple(None if g is None else scaled(g) for g in gradients))
+    else:
+        _on_edge(term.parent, term.place, scaled)
+
+
+def _on_edge(parent: Any, place: int, change: Callable[[Tensor], Tensor]) -> None:
+    def hook(inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
+        return tuple(each if each is None or number != place else change(each) for number, each in enumerate(inputs))
+
+    parent.register_hook(hook)
+
+
+# The walk. Nodes of one element only: below a sum, a difference, a product or a quotient of one element are others of
+# one element.
+
+_SAME = frozenset(
+    [
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "AliasBackward0",
+        "SqueezeBackward0",
+        "SqueezeBackward1",
+        "SqueezeBackward2",
+        "SqueezeBackward3",
+        "UnsqueezeBackward0",
+        "ToCopyBackward0",
+        "CloneBackward0",
+        "NanToNumBackward0",
+    ]
+)
+_SUMS = frozenset(["AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1"])
+_PRODUCTS = frozenset(("MulBackward0", "MulBackward1"))
+_QUOTIENTS = frozenset(("DivBackward0", "DivBackward1"))
+_LISTS = frozenset(("StackBackward0", "CatBackward0"))
+_OVER_SOME = frozenset(("MeanBackward1", "SumBackward1"))
+
+
+class _Walker:
+    """Goes down a graph. It is where it stands, and what was divided by and multiplied with on the way."""
+
+    __slots__ = ("divided", "factor", "node", "over", "parent", "place")
+
+    def __init__(self, node: Any, parent: Any, place: int, over: Number, factor: Number, divided: bool) -> None:
+        self.node, self.parent, self.place = node, parent, place
+        self.over, self.factor, self.divided = over, factor, divided
+
+    def down(self, place: int) -> None:
+        """To one of the node's inputs."""
+        self.parent, self.place, self.node = self.node, place, self.node.next_functions[place][0]
+
+    def branch(self, place: int, factor: Number) -> "_Walker":
+        """Another walker, at one of the node's inputs."""
+        return _Walker(self.node.next_functions[place][0], self.node, place, self.over, factor, self.divided)
+
+    def term(self, divisor: Number | None) -> Term:
+        """What ends here."""
+        return Term(self.parent, self.place, self.node, divisor, self.over, self.factor, self.divided, None, self.node)
+
+
+def _walk(at: _Walker, way: Way, found: list[Term]) -> None:
+    """Down to each term's end."""
+    while True:
+        name = at.node.name()
+        if name in _REDUCTIONS:
+            if _reduced(at, name, way, found):
+                return
+            continue
+        places = [place for place, (each, _) in enumerate(at.node.next_functions) if each is not None]
+        if len(places) == 1:
+            if not _passed(at, name, places[0]):
+                break
+            at.down(places[0])
+        elif places and name in _SUMS:
+            if not way.split:
+                found.append(at.term(at.over))
+                return
+            for place in places[1:]:
+                _walk(at.branch(place, _signed(at, name, place)), way, found)
+            at.factor = _signed(at, name, places[0])
+            at.down(places[0])
+        else:
+            term = _tied(at, places, way) if name in _PRODUCTS or name in _QUOTIENTS else None
+            if term is None:
+                break
+            found.append(term)
+            return
+    found.append(at.term(None))
+
+
+def _reduced(at: _Walker, name: str, way: Way, found: list[Term]) -> bool:
+    """Notes the term that ends in a reduction, or those of a list; False where another reduction below is its end."""
+    own = _REDUCTIONS[name](at.node)
+    if own is None:
+        found.append(at.term(None))
+        return True
+    inner = at.node.next_functions[0][0] if name in _PLAIN else None
+    if inner is None:
+        found.append(at.term(at.over * own))
+        return True
+    within = inner.name()
+    if way.split and within in _LISTS and _elements(at.node) == len(inner.next_functions):
+        at.over = at.over * own
+        at.down(0)
+        for place, (each, _) in enumerate(inner.next_functions):
+            if each is not None:
+                _walk(at.branch(place, at.factor), way, found)
+        return True
+    if way.deep and within in _OVER_SOME and 0 in _dimensions(inner):
+        at.over = at.over * own
+        at.down(0)
+        return False
+    found.append(at.term(at.over * own))
+    return True
+
+
+def _passed(at: _Walker, name: str, place: int) -> bool:
+    """Takes along what a node of one input multiplies with or divides by; False where it does something else."""
+    node = at.node
+    if name in _SUMS:
+        at.factor = _signed(at, name, place)
+    elif name in _PRODUCTS:
+        at.factor = at.factor * _number(node._saved_self if place else node._saved_other)
+    elif name in _QUOTIENTS and place == 0:
+        at.over, at.divided = at.over * _number(node._saved_other), True
+    elif name == "NegBackward0":
+        at.factor = -at.factor
+    elif name == "WhereBackward0":
+        at.over = at.over * _number(node._saved_condition if place == 0 else ~node._saved_condition)
+    else:
+        return name in _SAME
+    return True
+
+
+def _tied(at: _Walker, places: list[int], way: Way) -> Term | None:
+    """The one term under a product, where all else in it is made of parameters; None where two terms are multiplied."""
+    known: list[Term] = []
+    for place in places:
+        side: list[Term] = []
+        _walk(at.branch(place, at.factor), way, side)
+        if any(term.divisor is not None for term in side):
+            known += side
+    if len(known) != 1:
+        return None
+    edge = None if at.parent is None else (at.parent, at.place)
+    return known[0]._replace(tied=edge, top=at.node, over=at.over, factor=at.factor)
+
+
+def _signed(at: _Walker, name: str, place: int) -> Number:
+    """The factor of one side of a sum or a difference."""
+    if place == 0 and not name.startswith("Rsub"):
+        return at.factor
+    alpha = float(getattr(at.node, "_saved_alpha", 1))
+    if name.startswith("Rsub"):  # other - alpha × self
+        return -at.factor * alpha if place == 0 else at.factor
+    return at.factor * (alpha if name.startswith("Add") else -alpha)
+
+
+def _number(value: Any) -> Number:
+    """A number that a node has kept. What lies on a device stays there."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.item() if value.is_cpu else value.detach().reshape(())
+
+
+def _elements(node: Any) -> int:
+    """Numbers that a node reduces."""
+    count = 1
+    for size in node._saved_self_sym_sizes:
+        count *= int(size)
+    return count
+
+
+def _dimensions(node: Any) -> list[int]:
+    """The dimensions that a sum or a mean goes over, from 0."""
+    number = len(node._saved_self_sym_sizes)
+    kept = node._saved_dim or range(number)
+    return [(dim - 2 * _BEYOND if dim >= _BEYOND else dim) % max(number, 1) for dim in kept]
+
+
+def _of_dimensions(node: Any) -> int:
+    sizes, count = node._saved_self_sym_sizes, 1
+    for dim in _dimensions(node):
+        count *= int(sizes[dim]) if sizes else 1
+    return count
+
+
+def _averaged(node: Any, count: Callable[[Any], Number]) -> Number | None:
+    """What one of torch's losses divides by itself, by its reduction: 1 mean, 2 sum."""
+    return count(node) if node._saved_reduction == 1 else 1.0 if node._saved_reduction == 2 else None
+
+
+def _loss_over(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
+    return lambda node: _averaged(node, count)
+
+
+def _one(node: Any) -> Number:
+    return 1.0
+
+
+_ELEMENTS = _loss_over(lambda node: node._saved_self.numel())
+_TARGETS = _loss_over(lambda node: node._saved_target.numel())
+_ROWS = _loss_over(lambda node: node._saved_self.numel() / node._saved_self.shape[-1])
+_WEIGHT = _loss_over(lambda node: _number(node._saved_total_weight))
+
+_PLAIN = frozenset(["MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1"])
+_REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
+    "MeanBackward0": lambda node: int(node._saved_self_sym_numel),
+    "MeanBackward1": _of_dimensions,
+    "SumBackward0": _one,
+    "SumBackward1": _one,
+    "NansumBackward0": _one,
+    "DotBackward0": _one,
+    "NllLossBackward0": _WEIGHT,
+    "NllLoss2DBackward0": _WEIGHT,
+    "MultiMarginLossBackward0": _TARGETS,
+    "MultilabelMarginLossBackward0": _ROWS,
+    **dict.fromkeys(
+        (
+            f"{name}Backward0"
+            for name in [
+                "MseLoss",
+                "SmoothL1Loss",
+                "HuberLoss",
+                "BinaryCrossEntropy",
+                "BinaryCrossEntropyWithLogits",
+                "SoftMarginLoss",
+            ]
+        ),
+        _ELEMENTS,
+    ),
+}
+"""What each node that reduces divides by itself; None where it reduces nothing."""
