@@ -19,6 +19,7 @@ from autoaccum.planning.learning_rate import (
     sqrt,
     unscaled,
 )
+from autoaccum.planning.plan import plan
 
 batches = st.integers(1, 100_000)
 betas = st.floats(0, 0.9999)
@@ -279,3 +280,11 @@ def test_nothing_is_set_where_nothing_is_scaled():
 
 def test_settings_that_a_group_does_not_have_are_not_added():
     assert set(group_settings({"lr": 0.1}, "adam-sde", 256, 64)) == {"lr"}
+
+
+def test_the_rate_that_a_warm_up_begins_with_is_planned_for():
+    """LambdaLR and its like set the optimizer's rate to 0 when they are made."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    made = plan(8, 64, optimizer=optimizer, lr_batch=16)
+    assert made.lr == 0.0
