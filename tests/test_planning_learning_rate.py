@@ -282,9 +282,6 @@ def test_settings_that_a_group_does_not_have_are_not_added():
     assert set(group_settings({"lr": 0.1}, "adam-sde", 256, 64)) == {"lr"}
 
 
-def test_the_rate_that_a_warm_up_begins_with_is_planned_for():
-    """LambdaLR and its like set the optimizer's rate to 0 when they are made."""
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
-    made = plan(8, 64, optimizer=optimizer, lr_batch=16)
-    assert made.lr == 0.0
+def test_a_rate_of_0_that_a_loop_of_ones_own_raises_later_is_planned_for():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.0)
+    assert plan(8, 64, optimizer=optimizer, lr_batch=16).lr == 0.0

@@ -223,7 +223,7 @@ def decide(
         if rule == "linear" and scaling.factor > _WARMUP_ABOVE:
             others = {"warmup_steps": warmup_advice(scaling.factor, target_batch, samples)}
     reasons = {"lr": _lr_line(lr, len(own), rule, scaling), "lr_rule": why, **others}
-    # An optimizer's own rate may be 0: a schedule that warms up has set it.
+    # An optimizer's own rate may be 0, until a loop that warms up by hand raises it.
     scaled = lr if not lr else _rate("lr", lr * scaling.factor)
     return Decision(scaled, scaling.factor, rule, scaling.overrides, reasons)
 
