@@ -17,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
 
 
-def run(*arguments, seconds=200):
+def run(*arguments, seconds=560):
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=seconds, check=False
     )
@@ -27,6 +27,7 @@ def command(*arguments):
     return run("-m", "autoaccum", *arguments)
 
 
+@pytest.mark.slow
 def test_the_first_example_trains_with_a_batch_that_does_not_fit():
     done = run("examples/01_first_fit.py")
     assert done.returncode == 0, done.stderr
