@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.assembly import assemble
+from autoaccum.errors import SetupError
 from autoaccum.pipeline import _looked_at, planned
 from tests.norms import Force
 
@@ -117,3 +118,11 @@ def test_a_huge_target_over_little_data_is_planned_at_once():
                              cache=False, epochs=10**9)  # fmt: skip
     assert loop.plan.micro_batches == (24,)
     assert loop.total_steps == 10**9
+
+
+@pytest.mark.parametrize("isolate", [lambda: {}, 3, "yes", [1]], ids=["lambda", "number", "word", "list"])
+def test_what_no_child_process_can_build_from_is_refused_by_name(isolate):
+    data = torch.randn(24, 6), torch.randint(0, 4, (24,))
+    with pytest.raises(SetupError, match="child process"):
+        autoaccum.probe(nn.Linear(6, 4), data, loss=nn.CrossEntropyLoss(), target_batch=8, device="cpu", cache=False,
+                        isolate=isolate)  # fmt: skip

@@ -12,6 +12,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum import errors
-from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError
+from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError, SetupError, shown
 from autoaccum.probing.journal import Journal, Owner
 from autoaccum.probing.outcome import KILLED, Trial
 
@@ -74,8 +75,17 @@ def answer_of_children(
 
     Raises:
         ProbeError: a child was killed outside of any trial, or too many were.
+        SetupError: an argument cannot be pickled.
         AutoaccumError: as `run_in_child`.
     """
+    for argument in arguments:
+        try:
+            pickle.dumps(argument)
+        except Exception as error:
+            raise SetupError(
+                f"{shown(argument)} cannot be sent to a child process: {error}; isolate= takes a function with a name, "
+                "at a module's top level"
+            ) from error
     killed: list[Trial] = []
     journals: list[Journal] = []
     answered = False
