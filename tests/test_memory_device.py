@@ -449,3 +449,60 @@ def test_a_budget_beyond_all_machines_is_refused_in_a_short_line(memory):
 def test_a_device_with_an_index_beyond_all_numbers_is_none():
     with pytest.raises(DeviceError, match="is not a device that PyTorch knows"):
         open_device(10**400)
+
+
+# --- what a driver, a slice and older torch tell otherwise
+
+
+def test_the_free_memory_of_a_slice_is_cudas(gpu):
+    cuda, _ = gpu(total=10 * GIB, free=9 * GIB)  # NVML tells of all 24 GiB
+    row = cuda.describe()
+    assert (row["free"], row["note"]) == (9 * GIB, "free memory by CUDA: NVML tells that of the whole GPU")
+
+
+@pytest.mark.parametrize("base", ["properties", "driver"])
+def test_a_hard_limit_is_a_fraction_of_what_the_allocator_takes_it_of(gpu, base, monkeypatch):
+    driver = 24 * GIB - 331 * MIB - 4096
+    monkeypatch.setattr(FakeCuda, "mem_get_info", lambda self, device: (20 * GIB, driver))
+    cuda, api = gpu(total=24 * GIB)
+    whole = 24 * GIB if base == "properties" else driver
+
+    def told(device):
+        return 1.0 if api.fraction == 1 else int(api.fraction * whole) / whole
+
+    monkeypatch.setattr(api, "get_per_process_memory_fraction", told)
+    with cuda.limit(Budget(10 * GIB, "", True, "torch")):
+        assert int(api.fraction * whole) == 10 * GIB
+    assert api.fraction == 1.0
+
+
+def test_a_users_own_fraction_survives_where_torch_cannot_tell_it(gpu, monkeypatch):
+    cuda, api = gpu()
+    monkeypatch.delattr(FakeCuda, "get_per_process_memory_fraction")
+    monkeypatch.setattr(accelerators.torch, "accelerator", None, raising=False)
+
+    def ask(size, device):
+        allowed = " 12.00 GiB allowed;" if api.fraction < 1 else ""
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate 1048576.00 GiB.{allowed} Of the allocated")
+
+    api.caching_allocator_alloc = ask
+    for own in (0.5, 1.0):
+        api.fraction = own
+        with cuda.limit(Budget(6 * GIB, "", True, "torch")):
+            assert api.fraction == pytest.approx(0.25)
+        assert api.fraction == own
+
+
+def test_what_lies_beside_the_allocator_is_this_processs_by_nvml_else_the_devices(gpu):
+    cuda, _ = gpu([GpuProcess(os.getpid(), "python", 3 * GIB), GpuProcess(41, "jupyter", GIB)])
+    assert cuda.beside() == GIB  # of 3 GiB the allocator holds 2
+    assert gpu()[0].beside() == 2 * GIB  # 4 GiB of the device are taken
+
+
+def test_bytes_in_tensors_are_those_asked_for_where_the_backend_counts_them(gpu, monkeypatch):
+    cuda, _ = gpu()
+    assert (cuda.allocated(), cuda.peak()) == (1, 2)
+    found = {"requested_bytes.all.current": 7, "requested_bytes.all.peak": 8}
+    monkeypatch.setattr(FakeCuda, "memory_stats", lambda self, device: found)
+    cuda, _ = gpu()
+    assert (cuda.allocated(), cuda.peak()) == (7, 8)

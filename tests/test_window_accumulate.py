@@ -452,3 +452,26 @@ def test_an_own_loop_takes_no_more_memory_under_autocast_than_a_trial():
         return recording.trace.peak
 
     assert peak(None) <= 1.02 * peak(Objective(model, loss=loss))
+
+
+def test_the_loss_is_fetched_before_the_last_backward_pass():
+    """A device then still has that pass to do while the host reads the loss."""
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(list(accumulator._ledger._fetched))
+            return gradient
+
+    model = nn.Linear(3, 1)
+    made = plan(limit=2, target_batch=4)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), made, precision="fp32")
+    for piece in accumulator.window(torch.ones(4, 3)):
+        accumulator.backward(Seen.apply(model(piece)).mean())
+    assert [len(fetched) for fetched in seen] == [0, 2]
+    assert seen[1][0] == pytest.approx(accumulator.last.loss)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import autoaccum
 from autoaccum.window import compiled as compiled_module
 from autoaccum.window.batch_norm import PooledStatistics
-from autoaccum.window.compiled import Compiled
+from autoaccum.window.compiled import Compiled, _options
 from tests.versions import since
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torch.compile is tried on Linux and macOS")
@@ -298,3 +298,9 @@ def test_generated_code_gives_the_same_gradients_in_one_graph(monkeypatch):
     fit(plain, target_batch=100, plan=result.plan)
     for (name, value), other in zip(model.state_dict().items(), plain.state_dict().values()):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_matrices_are_not_padded_since_that_guards_on_the_batch():
+    assert _options("inductor") == {"shape_padding": False}
+    assert "shape_padding" in torch._inductor.list_options()
+    assert _options(lambda graph, inputs: graph) is None

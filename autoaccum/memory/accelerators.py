@@ -13,6 +13,7 @@ Choices:
 import contextlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,11 +25,14 @@ from autoaccum.errors import DeviceError
 from autoaccum.memory.device import Budget, Device, less, plus
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
-from autoaccum.units import MIB, format_bytes
+from autoaccum.units import MIB, format_bytes, parse_bytes
 
 __all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice", "fraction"]
 
 HEADROOM = 256 * MIB
+SAME_DEVICE = 0.1  # what a driver keeps for itself is less of a device's memory
+IMPOSSIBLE = 2**50
+_ALLOWED = re.compile(r"([\d.]+ [KMG]iB) allowed")
 
 
 class AcceleratorDevice(Device):
@@ -83,7 +87,7 @@ class AcceleratorDevice(Device):
         free, own = self.free(), self.reserved() or 0
         size = max(0, free + own - headroom)
         reason = f"{format_bytes(free)} free on {self.name}{plus(own)}{less(headroom)}"
-        cap = int(self._fraction() * self.total())  # of what the allocator reserves: headroom is for what it does not
+        cap = int(self._fraction() * self._whole())  # of what the allocator reserves: headroom is for what it does not
         if cap < size:
             size, reason = cap, f"{reason}, but this process's memory fraction allows {format_bytes(cap)}"
         return Budget(size, f"{format_bytes(size)}: {reason}", False, "torch")
@@ -92,6 +96,10 @@ class AcceleratorDevice(Device):
         """The share of the device that this process's allocator may reserve; older PyTorch cannot tell, so all."""
         get = self._function("get_per_process_memory_fraction")
         return float(get(self.torch_device)) if get else 1.0
+
+    def _whole(self) -> int:
+        """What the allocator takes its fraction of."""
+        return self.total()
 
     @contextlib.contextmanager
     def limit(self, budget: Budget) -> Iterator[None]:
@@ -106,7 +114,7 @@ class AcceleratorDevice(Device):
             return
         self.release()  # a cache from before would be charged to the budget, and its release counted as a retry
         before = min(1.0, self._fraction())  # allocators other than PyTorch's own tell no share
-        cap(min(before, fraction(budget.bytes, self.total())), self.torch_device)
+        cap(min(before, fraction(budget.bytes, self._whole())), self.torch_device)
         try:
             yield
         finally:
@@ -175,8 +183,53 @@ class CudaDevice(AcceleratorDevice):
         self.spills = _spills() if spills is None else spills
 
     def total(self) -> int:
-        """The device's memory: the number that the allocator takes its fraction of."""
+        """The device's memory, by its properties."""
         return int(self._api.get_device_properties(self.torch_device).total_memory)
+
+    def _whole(self) -> int:
+        """What the allocator takes its fraction of: the properties' total, in older torch what the driver tells.
+
+        Where these differ, a fraction that is set and read back shows which it was: times that one it is whole bytes.
+        """
+        totals = {self.total(), int(self._info(self.torch_device)[1])}
+        get = self._function("get_per_process_memory_fraction")
+        if len(totals) == 1:
+            return totals.pop()
+        if get is None:
+            return int(self._info(self.torch_device)[1])
+        before = min(1.0, self._fraction())
+        self._api.set_per_process_memory_fraction(0.7310585786, self.torch_device)
+        read = float(get(self.torch_device))
+        self._api.set_per_process_memory_fraction(before, self.torch_device)
+        return min(totals, key=lambda total: abs(read * total - round(read * total)))
+
+    def _fraction(self) -> float:
+        """The share of the device that this process's allocator may reserve.
+
+        Torch before 2.8 tells it only in the message of a request that cannot be served, to a hundredth of a GiB.
+        """
+        ask = getattr(self._api, "caching_allocator_alloc", None)
+        if self._function("get_per_process_memory_fraction") is not None or ask is None:
+            return super()._fraction()
+        try:
+            ask(IMPOSSIBLE, self.torch_device)
+        except torch.OutOfMemoryError as error:
+            allowed = _ALLOWED.search(str(error))
+        return parse_bytes(allowed[1].replace(" ", "")) / self._whole() if allowed else 1.0
+
+    def beside(self) -> int:
+        """The context, and what libraries took for themselves: by NVML, or by CUDA where that tells no processes."""
+        info, _ = self._gpu()
+        processes = () if info is None or not pids_are_ours() else info.processes
+        mine = next((process.bytes for process in processes if process.pid == os.getpid()), None)
+        if mine is None:
+            free, total = map(int, self._info(self.torch_device))
+            mine = total - free
+        return max(0, mine - (self.reserved() or 0))
+
+    def headroom(self) -> int:
+        """None: the probe measures what kernels take as they are loaded."""
+        return 0
 
     def free(self) -> int:
         """What no process has taken. Raises DeviceError where CUDA does not answer, as on a GPU that is full."""
@@ -223,8 +276,13 @@ class CudaDevice(AcceleratorDevice):
         row = {"device": str(self.torch_device), "type": self.type, "name": self.name, "total": self.total()}
         if info is None:
             return {**row, "free": self.free(), "processes": [], "driver": None, "note": f"without NVML: {why}"}
+        free, note = info.free, ""
+        if (
+            abs(info.total - self.total()) > SAME_DEVICE * self.total()
+        ):  # a slice of a GPU, where NVML tells of all of it
+            free, note = self.free(), "free memory by CUDA: NVML tells that of the whole GPU"
         processes = [{"pid": p.pid, "name": p.name, "bytes": p.bytes} for p in info.processes]
-        return {**row, "free": info.free, "processes": processes, "driver": info.driver, "note": ""}
+        return {**row, "free": free, "processes": processes, "driver": info.driver, "note": note}
 
 
 class MpsDevice(Device):

@@ -144,6 +144,10 @@ class Device(ABC):
         """What PyTorch's allocator holds now, its cache too; None where the backend does not count."""
         return None
 
+    def beside(self) -> int | None:
+        """Bytes that this process takes on the device beside what PyTorch's allocator holds; None: nobody can tell."""
+        return None
+
     def headroom(self) -> int:
         """Bytes to leave free where the user named no budget, for what is allocated beside PyTorch's own."""
         return 0

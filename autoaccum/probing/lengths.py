@@ -96,6 +96,10 @@ class OverLengths:
         """The peak in requested bytes."""
         return int(self.whole.peak(batch, self.longest if length is None else length))
 
+    def reserved(self, batch: int, length: int | None = None) -> int:
+        """The peak in the bytes that the budget counts."""
+        return int(self.whole.reserved(batch, self.longest if length is None else length))
+
     def timeline(self, batch: int) -> dict[str, Any]:
         """Memory over the window by part, for a plot."""
         found: dict[str, Any] = self.whole.timeline(batch, self.longest)

@@ -374,6 +374,11 @@ def _report(
                 f"the forecast was {residual:.1%} off at a further trace: memory follows no sum of lines in the number "
                 f"of samples, or differs from step to step, so that {wrong}"
             )
+    if isinstance(forecaster, Forecast) and forecaster.reserve is not None:
+        notes.append(
+            f"the allocator is set up with {forecaster.unsupported}, which is not simulated: it is taken to reserve "
+            f"{forecaster.reserve:.3f} times what is asked for, as it did at the largest step traced"
+        )
     if isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
         notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
     micro_batch = fastest(throughput) if throughput else answer.micro_batch

@@ -14,7 +14,25 @@ if TYPE_CHECKING:
     from autoaccum.probing.cache import Lines
     from autoaccum.probing.lengths import OverLengths
 
-__all__ = ["ProbeReport"]
+__all__ = ["ForecastBytes", "ProbeReport"]
+
+
+class ForecastBytes(int):
+    """A forecast peak in the bytes that a budget counts, to be compared with one.
+
+    Attributes:
+        requested: what tensors take.
+        reserved: what the allocator takes from the device for them: the number itself. The CPU's keeps nothing.
+    """
+
+    requested: int
+    reserved: int
+
+    def __new__(cls, requested: int, reserved: int) -> "ForecastBytes":
+        """The number is `reserved`."""
+        made = super().__new__(cls, reserved)
+        made.requested, made.reserved = requested, reserved
+        return made
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,11 @@ class ProbeReport(Drawn):
         """Trials that ran out of memory or were killed for it."""
         return sum(trial.outcome in (OUT_OF_MEMORY, KILLED) for trial in self.trials)
 
-    def forecast(self, batch: int, length: int | None = None) -> int:
+    def forecast(self, batch: int, length: int | None = None) -> ForecastBytes:
         """The peak in bytes at `batch` samples (of `length`, where it was traced over lengths), run or not.
+
+        The number is what a budget counts, on a device what its allocator reserves; `forecast(n).requested` is what the
+        tensors take of it.
 
         Raises:
             ProbeError: the probe had to measure instead: it has no forecast.
@@ -84,7 +105,7 @@ class ProbeReport(Drawn):
                 "this report has no forecast: sizes were run until one did not fit, or the answer came from the cache "
                 "(cache=False probes anew)"
             )
-        return self.forecaster.peak(batch, length)
+        return ForecastBytes(self.forecaster.peak(batch, length), self.forecaster.reserved(batch, length))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""

@@ -298,6 +298,7 @@ class Bench:
 
     def _warm_up(self, batch: Any) -> None:
         """Optimizer state, handles and workspaces exist from here on."""
+        before = None if self._budget.hard else self._device.beside()
         self._window(batch)
         if self._unused:
             self._window(batch)  # theirs as well
@@ -306,6 +307,14 @@ class Bench:
         if self.caches:
             self._begin()
             self._first, _ = self._record(batch)
+        if before is not None:
+            self._less_what_kernels_took((self._device.beside() or 0) - before)
+
+    def _less_what_kernels_took(self, size: int) -> None:
+        """Kernels take memory of the device as they are loaded, which was free when the budget was read."""
+        if size > 0:
+            reason = f"{self._budget.reason}; {format_bytes(size)} less, which kernels took as they were loaded"
+            self._budget = replace(self._budget, bytes=max(0, self._budget.bytes - size), reason=reason)
 
     def _begin(self) -> None:
         """To where a training begins: no optimizer state of the trials' making, no cache, no workspaces."""

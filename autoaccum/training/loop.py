@@ -144,6 +144,7 @@ class TrainingLoop:
             objective=accumulator.objective,
             indices=lambda window: indices_of(window, source, accumulator.plan),
             wants_checkpoint=(lambda: False) if self.folder is None else self.folder.overdue,
+            verified=None if self.probe is None or self._device.reserved() is None else self.probe.micro_batch,
         )
         return Turn(phase, accumulator, safe)
 

@@ -30,7 +30,7 @@ from autoaccum.random_state import RandomState
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
-from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
+from autoaccum.training.smaller import PERSISTENT, Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.record import StepRecord
@@ -116,6 +116,7 @@ class SafeWindow:
         objective: Objective | None = None,
         indices: Callable[[Window], Sequence[Any] | None] = lambda window: None,
         wants_checkpoint: Callable[[], bool] = lambda: False,
+        verified: int | None = None,
     ) -> None:
         """Keeps references only.
 
@@ -128,11 +129,14 @@ class SafeWindow:
             objective: asked which samples gave a loss that is not finite; None: nobody is.
             indices: the dataset's indices of a window's samples, where they have some.
             wants_checkpoint: asked on the first rank, whose answer holds for all.
+            verified: a micro-batch that the probe ran; None: none was.
         """
         self._objective, self._indices, self._wants_checkpoint = objective, indices, wants_checkpoint
         self._accumulator, self._device, self._events = accumulator, device, events
         self._start = WindowStart(modules, device.torch_device)
-        self.replays = Replays(regrow_after)
+        self.replays = Replays(regrow_after, verified)
+        self._strained = 0  # windows in a row in which the allocator had to empty its cache
+        self._easing = False
         self.inside = False
         self.broken: str | None = None
         self.stopped: str | None = None
@@ -149,6 +153,7 @@ class SafeWindow:
         self._accumulator.epoch = window.epoch
         self.inside = True
         self._start.mark()
+        retries = self._device.retries()
         versions = _versions(window)
         try:
             self._run(window, versions)
@@ -157,12 +162,25 @@ class SafeWindow:
             raise
         record = self._finish(window)
         self.inside = False
+        self._strained = self._strained + 1 if self._device.retries() > retries else 0
+        if self._easing:
+            self._ease()
         grown = self.replays.grow(self._accumulator.plan)
         if grown is not None:
             self._accumulator.plan = grown
             text = f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again"
             self._events.tell(Noted(text))
         return record
+
+    def _ease(self) -> None:
+        """Somewhat smaller micro-batches, since a rank's allocator has retried window after window."""
+        accumulator = self._accumulator
+        strained = self._strained > PERSISTENT
+        plan = self.replays.ease(accumulator.plan, strained, accumulator.ranks, accumulator.step + 1)
+        if plan is not accumulator.plan:
+            accumulator.plan = plan
+            self._events.tell(Noted(plan.reasons["limit"]))
+        self._strained, self._easing = 0, False
 
     def _run(self, window: Window, versions: Sequence[int]) -> None:
         """Forward and backward of all pieces, until no rank ran out of memory.
@@ -204,9 +222,10 @@ class SafeWindow:
     def _vote(self, end: "_End") -> tuple[bool, bool]:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
-        votes = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL, self._events.stop is not None, wants]
-        out_of_memory, too_small, stopping, overdue = map(bool, self._accumulator.vote(votes))
-        self.overdue = overdue
+        ends = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL]
+        votes = [*ends, self._events.stop is not None, wants, self._strained >= PERSISTENT]
+        out_of_memory, too_small, stopping, overdue, strained = map(bool, self._accumulator.vote(votes))
+        self.overdue, self._easing = overdue, strained
         if stopping:
             self.stopped = self._events.stop or "another rank was asked to stop"
         return out_of_memory, too_small

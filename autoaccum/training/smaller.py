@@ -19,6 +19,13 @@ from autoaccum.training.fields import Fields
 __all__ = ["Replays", "cut_in_half", "cut_smaller", "plan_for", "with_floor"]
 
 
+# Of a size that the probe ran, or that is nearly as large: memory was short by little, and half of it is not needed.
+NOTCH, NEAR = 0.95, 0.9
+# A retry of the allocator gives its cache back to the device and takes it anew, at every window: after so many in a row
+# they will not end by themselves.
+PERSISTENT = 3
+
+
 class Replays:
     """How small micro-batches have become, and whether they may grow again.
 
@@ -27,7 +34,9 @@ class Replays:
         undisturbed: windows since the last one.
     """
 
-    def __init__(self, regrow_after: int | None) -> None:
+    def __init__(self, regrow_after: int | None, verified: int | None = None) -> None:
+        """`verified` is a size that the probe ran on this rank; None: none was."""
+        self._verified = verified
         self.before: Plan | None = None
         self.undisturbed = 0
         self._regrow_after = self._patience = regrow_after
@@ -48,6 +57,9 @@ class Replays:
         """
         now = plan.limits[plan.rank]
         half = max((largest + 1) // 2, plan.minimum)
+        if ran_out and self._verified is not None and NEAR * self._verified <= largest <= self._verified:
+            half = max(min(int(largest * NOTCH), largest - 1), half)
+            self._verified = None  # once: what fails again is not near
         if ran_out and half >= largest:
             raise NothingFitsError(
                 f"step {step} ran out of memory at a micro-batch of {max(largest, 1)}, the smallest there is: "
@@ -78,6 +90,25 @@ class Replays:
             self._patience *= 2  # it was too soon: the next time is later
         self.before, self.undisturbed, self._grew = self.before or plan, 0, False
         return smaller, smaller.limits[plan.rank] if ran_out else max(largest, 1)
+
+    def ease(self, plan: Plan, strained: bool, ranks: Ranks, step: int) -> Plan:
+        """The plan with a somewhat smaller limit on each rank that is `strained`, whose allocator retries.
+
+        All ranks call this. Where no smaller limit makes the batch, or windows are cut by length, it stays as it is.
+        """
+        now = plan.limits[plan.rank]
+        less = max(min(int(now * NOTCH), now - 1), plan.minimum) if strained else now
+        limits = ranks.gather(f"the allocator's retries by step {step}", less)
+        if plan.by_length or tuple(limits) == tuple(plan.limits):
+            return plan
+        text = (
+            f"the allocator emptied its cache in each of the last {PERSISTENT} windows, which is slow: micro-batches "
+            f"of at most {max(limits)} from step {step} on; the batch stays {plan.target_batch}"
+        )
+        try:
+            return dataclasses.replace(plan, limits=tuple(limits)).with_limit(max(limits), text)
+        except PlanError:
+            return plan
 
     def grow(self, plan: Plan) -> Plan | None:
         """Counts a window that ran; after enough of them, the plan from before, which is tried under the same guard."""

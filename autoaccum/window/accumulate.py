@@ -268,7 +268,7 @@ class Accumulator:
         def entered() -> None:
             self._sparse.merge()
             self._side.collect()
-            ledger.enter([])
+            ledger.enter()
 
         what = f"step {self.step + 1}"
         loss = interruptible(two_passes.run, batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
@@ -278,6 +278,7 @@ class Accumulator:
     def _add(self, terms: Mapping[str, Mean]) -> None:
         ledger = self._running()
         parts, value = ledger.parts(terms)
+        ledger.note(parts if value is None else [(value, 1.0)])
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()
@@ -291,7 +292,7 @@ class Accumulator:
             self._side.collect()
         if self.noise_scale.watches:
             self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
-        ledger.enter(parts if value is None else [(value, 1.0)])
+        ledger.enter()
 
     def _backward(self, parts: Parts) -> None:
         """Each term's factor is where its backward pass begins: a multiplication less in the graph."""

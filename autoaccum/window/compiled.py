@@ -70,7 +70,7 @@ class Compiled(StandIn):
         if size == 1 and not self.single:
             return self.forward(*args, **kwargs)
         if self._compiled is None:
-            self._compiled = torch.compile(self.forward, backend=self._backend)
+            self._compiled = torch.compile(self.forward, backend=self._backend, options=_options(self._backend))
         from torch._dynamo.exc import TorchDynamoException
 
         before, started = _Counts(), time.perf_counter()
@@ -122,6 +122,11 @@ class _Counts:
         self.frames = counters["frames"]["total"]
         self.refused = self.frames - counters["frames"]["ok"]
         self.breaks = list(counters["graph_break"])
+
+
+def _options(backend: Any) -> dict[str, Any] | None:
+    """Inductor pads matrices to sizes that a GPU likes, and guards on the batch to do so: a graph for each range."""
+    return {"shape_padding": False} if backend == "inductor" else None
 
 
 def _marked(arguments: Any) -> int | None:

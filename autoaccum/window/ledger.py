@@ -17,6 +17,7 @@ from autoaccum.errors import LossError
 from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
 from autoaccum.ranks import Ranks
+from autoaccum.window.figures import Figures
 
 __all__ = ["Ledger", "Parts"]
 
@@ -73,6 +74,7 @@ class Ledger:
             self.totals = {name: self._whole(name, total) for name, total in zip(names, sums, strict=True)}
         self._loss: Tensor | float = 0.0
         self._late: Tensor | float = 0.0
+        self._fetched: list[Figures | float] = []  # the two, once no more is added
 
     @property
     def own(self) -> Mapping[str, float] | None:
@@ -123,20 +125,35 @@ class Ledger:
         self._late = self._late + denominator
         return [term.part(self._expected)]
 
-    def enter(self, parts: Parts) -> None:
-        """Counts one micro-batch as done, with its part of the loss."""
+    def note(self, parts: Parts) -> None:
+        """Adds a micro-batch's part of the loss, before its backward pass.
+
+        Of the last one the sums are fetched from here on: they are there before the device has done that pass, so that
+        it still has work when they are read.
+        """
         for tensor, factor in parts:
             self.add(tensor, factor)
+        if self.done + 1 == len(self.samples):
+            sums = (self._loss, self._late)
+            self._fetched = [Figures(each) if isinstance(each, Tensor) else each for each in sums]
+
+    def enter(self) -> None:
+        """Counts one micro-batch as done."""
         self.done += 1
 
     def add(self, loss: Tensor, factor: float = 1.0) -> None:
         """Adds to the window's loss. What lies on a device is not waited for."""
+        self._fetched = []
         self._loss = self._loss + (loss.item() if loss.device.type == "cpu" else loss.detach()) * factor
 
     @property
     def sums(self) -> tuple[float, float]:
-        """(this rank's part of the window's loss, denominators known only afterwards). Waits for the device."""
-        return float(self._loss), float(self._late)
+        """(this rank's part of the window's loss, denominators known only afterwards). Waits for their fetching."""
+        loss, late = (
+            each.read()[0] if isinstance(each, Figures) else float(each)
+            for each in self._fetched or (self._loss, self._late)
+        )
+        return loss, late
 
     def close(self, loss: float, late: float) -> tuple[float, float]:
         """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts).

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoaccum.window.figures import Figures
 from autoaccum.window.torchscript import layer_class
 
 __all__ = ["NoiseScale", "advice"]
@@ -46,6 +47,7 @@ class NoiseScale:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
+        self._pending: tuple[Figures, list[float], int] | None = None  # measured, and on its way
         self._windows = 0
         self._weight = 0.0
         self._noise = self._signal = 0.0
@@ -65,6 +67,7 @@ class NoiseScale:
     def open(self, micro_batches: int) -> None:
         """A window begins; of those with at least two micro-batches the first is measured, and every so many."""
         self.close()
+        self._settle()
         if self.why_not is not None or micro_batches < 2:
             return
         self._windows += 1
@@ -90,12 +93,23 @@ class NoiseScale:
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
         if norms and len(self._micro) > 1:  # none are left where a hook of the user's own takes them as they come
-            whole = float(torch.stack(norms).square().sum())
-            # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
-            spread = sum(float(square) / share for share, square in self._micro) - whole
-            noise = samples * spread / (len(self._micro) - 1)
-            self._smooth(noise, whole - noise / samples)
+            shares = [share for share, _ in self._micro]
+            squares = [torch.stack(norms).square().sum(), *(square for _, square in self._micro)]
+            self._pending = Figures(torch.stack(squares)), shares, samples
+            if _at_hand(squares[0]):
+                self._settle()
         self.close()
+
+    def _settle(self) -> None:
+        """Takes in what the last window measured. On a device it is there a window later, when nobody waits for it."""
+        if self._pending is None:
+            return
+        (figures, shares, samples), self._pending = self._pending, None
+        whole, *squares = figures.read()
+        # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
+        spread = sum(square / share for share, square in zip(shares, squares, strict=True)) - whole
+        noise = samples * spread / (len(shares) - 1)
+        self._smooth(noise, whole - noise / samples)
 
     def _smooth(self, noise: float, signal: float) -> None:
         # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
@@ -111,12 +125,19 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""
+        self._settle()
         return {"windows": self._windows, "weight": self._weight, "noise": self._noise, "signal": self._signal}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on from `state_dict`."""
+        self._pending = None
         self._windows = int(state["windows"])
         self._weight, self._noise, self._signal = state["weight"], state["noise"], state["signal"]
+
+
+def _at_hand(value: Tensor) -> bool:
+    """Whether nobody has to wait for a value."""
+    return value.device.type == "cpu"
 
 
 def _norm(gradient: Tensor) -> Tensor:
