@@ -16,21 +16,21 @@ from autoaccum import errors
 
 if TYPE_CHECKING:
     from autoaccum.api import fit, prepare, probe
+    from autoaccum.checking.verify import VerifyReport
     from autoaccum.integrations.trainers import attach, verify
     from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
     from autoaccum.planning.plan import Plan, plan
     from autoaccum.probing.outcome import Trial
     from autoaccum.probing.report import ProbeReport
-    from autoaccum.searching.result import SearchResult
     from autoaccum.searching.search import search
+    from autoaccum.searching.search_result import SearchResult
     from autoaccum.training import events
     from autoaccum.training.events import JsonlSink, StopTraining, TensorBoardSink
     from autoaccum.training.loop import FitResult, TrainingLoop
     from autoaccum.window.accumulate import Accumulator
     from autoaccum.window.phase import Phase
     from autoaccum.window.record import StepRecord
-    from autoaccum.window.verify import VerifyReport
 
 __version__ = "0.1.0"
 
@@ -43,13 +43,13 @@ _HOME = {
     "Phase": "autoaccum.window.phase",
     "Plan": "autoaccum.planning.plan",
     "ProbeReport": "autoaccum.probing.report",
-    "SearchResult": "autoaccum.searching.result",
+    "SearchResult": "autoaccum.searching.search_result",
     "StepRecord": "autoaccum.window.record",
     "StopTraining": "autoaccum.training.events",
     "TensorBoardSink": "autoaccum.training.events",
     "TrainingLoop": "autoaccum.training.loop",
     "Trial": "autoaccum.probing.outcome",
-    "VerifyReport": "autoaccum.window.verify",
+    "VerifyReport": "autoaccum.checking.verify",
     "attach": "autoaccum.integrations.trainers",
     "fit": "autoaccum.api",
     "plan": "autoaccum.planning.plan",

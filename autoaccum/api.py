@@ -13,11 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.assembly import Parts, agreed, assemble, share_model
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.source import open_source, read_more_than_once
 from autoaccum.interrupts import uninterrupted
 from autoaccum.memory.device import check_memory
 from autoaccum.memory.forecast import Forecast
+from autoaccum.model.memory_savers import RUNGS
+from autoaccum.model.optimizer import check_no_gradient, trained_parameters
 from autoaccum.phased import checked_phases, for_phase, probed_phases, ready_to_train
 from autoaccum.pipeline import (
     Isolation,
@@ -38,7 +41,7 @@ from autoaccum.pipeline import (
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Send
-from autoaccum.probing.lengths import OverLengths
+from autoaccum.probing.length_search import OverLengths
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.over_ranks import shared_out
 from autoaccum.probing.probe import Question, as_lines
@@ -51,10 +54,7 @@ from autoaccum.training.parts import kept_answers
 from autoaccum.training.rates import take_back
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
-from autoaccum.window.ladder import RUNGS
-from autoaccum.window.optimizer import check_no_gradient, trained_parameters
 from autoaccum.window.phase import Phase, check_phases
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["fit", "plan", "prepare", "probe", "verify"]
 

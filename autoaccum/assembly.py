@@ -19,15 +19,15 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.errors import SetupError, shown
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
+from autoaccum.model.compiled import Compiled
+from autoaccum.model.forward import OwnStatistics
+from autoaccum.model.memory_savers import installed, obstacle
+from autoaccum.model.optimizer import build_optimizer, check_model
+from autoaccum.model.precision import Precision
 from autoaccum.model.untouched import Untouched
 from autoaccum.ranks import Ranks, here, join
 from autoaccum.window.agreement import model_facts, optimizer_facts, setting_facts
-from autoaccum.window.compiled import Compiled
-from autoaccum.window.forward import OwnStatistics
-from autoaccum.window.ladder import installed, obstacle
-from autoaccum.window.optimizer import build_optimizer, check_model
 from autoaccum.window.phase import Phase
-from autoaccum.window.precision import Precision
 
 __all__ = ["GIVE_ALIKE", "Parts", "agreed", "assemble", "share_model"]
 

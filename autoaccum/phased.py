@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from autoaccum.assembly import Parts
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.pipeline import Isolation, checked, probed
 from autoaccum.planning.plan import Plan, plan
@@ -17,7 +18,6 @@ from autoaccum.training.events import Events, Noted
 from autoaccum.training.rates import apply_plan, scheduled
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["checked_phases", "for_phase", "probed_phases", "ready_to_train"]
 

@@ -11,9 +11,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum.assembly import Parts
+from autoaccum.batch_norm.pooled_statistics import expect_equal_counts, needs_two
+from autoaccum.checking.padding import padding_error
+from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, one_of
 from autoaccum.data import tree
-from autoaccum.data.pool import KEPT_BYTES, LOOKED_AT
+from autoaccum.data.trial_samples import KEPT_BYTES, LOOKED_AT
 from autoaccum.errors import (
     LossError,
     NothingFitsError,
@@ -24,15 +27,19 @@ from autoaccum.errors import (
     shown,
 )
 from autoaccum.interrupts import interruptible
+from autoaccum.model.compiled import Compiled
+from autoaccum.model.memory_savers import RUNGS, obstacle
+from autoaccum.model.modes import TrainingMode
+from autoaccum.model.torchscript import layer_class
 from autoaccum.model.untouched import Untouched
 from autoaccum.planning.learning_rate import number
-from autoaccum.planning.lengths import Room, narrowest
+from autoaccum.planning.length_rule import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.cache import Cache, Lines, training_key
+from autoaccum.probing.climb import Tried, climb, told
 from autoaccum.probing.isolate import InChild, answer_of_children
 from autoaccum.probing.journal import Journal, cache_folder
-from autoaccum.probing.ladder import Tried, climb, told
 from autoaccum.probing.outcome import OVER_BUDGET, Trial
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
@@ -41,14 +48,7 @@ from autoaccum.settings import SETTINGS, deciding
 from autoaccum.training.events import Events, Noted, TrialRan
 from autoaccum.training.state import gathered, optimizer_name
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.batch_norm import expect_equal_counts, needs_two
-from autoaccum.window.compiled import Compiled
-from autoaccum.window.ladder import RUNGS, obstacle
-from autoaccum.window.modes import TrainingMode
-from autoaccum.window.padding import padding_error
 from autoaccum.window.settling import settle_loss
-from autoaccum.window.torchscript import layer_class
-from autoaccum.window.verify import VerifyReport, verify_gradient
 
 __all__ = [
     "Isolation",

@@ -8,7 +8,7 @@ Consecutive entries of one name are one call; a name ending in "'" is another ca
 from collections.abc import Iterable
 from typing import Any
 
-from autoaccum.memory.history import NO_OPERATOR, RawEvent
+from autoaccum.memory.cuda_history import NO_OPERATOR, RawEvent
 from autoaccum.memory.trace import Trace, assemble
 
 __all__ = ["play"]

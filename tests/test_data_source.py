@@ -22,8 +22,8 @@ from torch.utils.data import (
 
 from autoaccum.data import tree
 from autoaccum.data.draws import Lane, mix, preserved
-from autoaccum.data.pool import spread
 from autoaccum.data.source import Source, open_source
+from autoaccum.data.trial_samples import spread
 from autoaccum.data.windows import windows
 from autoaccum.errors import CheckpointError, DataError
 from autoaccum.planning.plan import plan

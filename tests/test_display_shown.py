@@ -6,7 +6,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.display.terminal import fit_view, open_console, plan_view, probe_view, search_view, verify_view
-from autoaccum.searching.result import SearchResult
+from autoaccum.searching.search_result import SearchResult
 
 DATA = torch.randn(24, 6), torch.randint(0, 4, (24,))
 KEYS = ("target_batch", "accumulation_steps", "micro_batch", "lr", "memory_bytes", "error", "repeats")

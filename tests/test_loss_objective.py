@@ -15,7 +15,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.ranks import Ranks
 from autoaccum.window.engine import backward
-from autoaccum.window.ledger import Ledger
+from autoaccum.window.window_sums import Ledger
 
 N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features
 SIZES = (4, 1, 3, 1)

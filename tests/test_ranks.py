@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from autoaccum import ranks
 from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.model.precision import SideBuffers
 from autoaccum.ranks import joining, together
-from autoaccum.window.precision import SideBuffers
 from autoaccum.window.rank_sum import RankSum
 from tests.ranks_started import started
 

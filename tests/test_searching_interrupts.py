@@ -11,7 +11,7 @@ import torch
 
 import autoaccum
 from autoaccum.interrupts import Deferral, interruption_in
-from autoaccum.searching.journal import open_journal
+from autoaccum.searching.journal_file import open_journal
 from autoaccum.searching.study import OUTCOME
 from tests.search_setups import arguments, short, swallows_an_interruption
 

@@ -15,7 +15,7 @@ import pytest
 
 import autoaccum
 from autoaccum.errors import AutoaccumError, DeviceError, SetupError
-from autoaccum.searching.pool import places
+from autoaccum.searching.worker_pool import places
 from tests.search_setups import arguments, counted, fails_in_a_worker, killed_always, probed, slow
 
 ROOT = Path(__file__).parents[1]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum.cli.fit import fit
-from autoaccum.cli.probe import probe
-from autoaccum.cli.search import search
-from autoaccum.cli.verify import verify
+from autoaccum.cli.fit_command import fit
+from autoaccum.cli.probe_command import probe
+from autoaccum.cli.search_command import search
+from autoaccum.cli.verify_command import verify
 from autoaccum.settings import SETTINGS, deciding, reference, taken_by
 
 # What a probe's and a check's own signatures say otherwise: a probe without a target looks for the largest that fits.

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.loss.diagnosis import Cause
+from autoaccum.checking.diagnosis import Cause
 from autoaccum.loss.mean import Mean
 
 

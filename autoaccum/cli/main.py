@@ -2,12 +2,12 @@
 
 import click
 
-from autoaccum.cli.devices import devices
-from autoaccum.cli.fit import fit
-from autoaccum.cli.plan import plan
-from autoaccum.cli.probe import probe
-from autoaccum.cli.search import search
-from autoaccum.cli.verify import verify
+from autoaccum.cli.devices_command import devices
+from autoaccum.cli.fit_command import fit
+from autoaccum.cli.plan_command import plan
+from autoaccum.cli.probe_command import probe
+from autoaccum.cli.search_command import search
+from autoaccum.cli.verify_command import verify
 
 __all__ = ["cli"]
 

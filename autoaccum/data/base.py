@@ -24,8 +24,8 @@ from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import draw, mix, preserved
 from autoaccum.data.held import held, restore, state_of
-from autoaccum.data.lengths import ByLength, Padding, Ruler, find_ruler, measured
 from autoaccum.data.per_sample import ListReader
+from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler, measured
 from autoaccum.errors import CheckpointError, DataError
 from autoaccum.interrupts import interruptible
 from autoaccum.planning.plan import Plan

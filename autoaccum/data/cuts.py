@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.data import tree
-from autoaccum.data.lengths import ByLength
+from autoaccum.data.sample_lengths import ByLength
 from autoaccum.errors import DataError, PlanError
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split, look_ahead, next_window

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch.utils.data._utils.collate import collate as torchs_collate
 
 from autoaccum.data.draws import mix, seed_sample
-from autoaccum.data.lengths import ByLength, Padding, cut
+from autoaccum.data.sample_lengths import ByLength, Padding, cut
 from autoaccum.errors import DataError
 from autoaccum.memory.oom import Verdict, out_of_memory
 

@@ -25,9 +25,9 @@ from autoaccum.data.cuts import Cut, Cutter
 from autoaccum.data.draws import mix
 from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
-from autoaccum.data.lengths import ByLength
 from autoaccum.data.orders import Order, length_of, possible_indices
-from autoaccum.data.pool import Pool, spread
+from autoaccum.data.sample_lengths import ByLength
+from autoaccum.data.trial_samples import Pool, spread
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 

@@ -24,8 +24,8 @@ from autoaccum.data.cuts import Cutter
 from autoaccum.data.fetch import Fetcher
 from autoaccum.data.mapped import rebuilt, samples_from
 from autoaccum.data.orders import length_of, possible_indices, undistributed
-from autoaccum.data.pool import KEPT_BYTES, Pool, spread
 from autoaccum.data.stream import Reader, StreamSource, reads_once
+from autoaccum.data.trial_samples import KEPT_BYTES, Pool, spread
 from autoaccum.errors import DataError, shown
 from autoaccum.units import format_bytes
 

@@ -27,9 +27,9 @@ from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import Lane, mix, preserved
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.lengths import cut
 from autoaccum.data.mapped import as_is, rebuilt
-from autoaccum.data.pool import LOOKED_AT, Pool, pick
+from autoaccum.data.sample_lengths import cut
+from autoaccum.data.trial_samples import LOOKED_AT, Pool, pick
 from autoaccum.errors import DataError
 
 __all__ = ["Reader", "SampleSource", "StreamSource", "reads_once"]

@@ -11,7 +11,7 @@ from typing import Any
 from autoaccum.data import tree
 from autoaccum.data.base import Source
 from autoaccum.data.cuts import Cutter
-from autoaccum.data.lengths import Padding
+from autoaccum.data.sample_lengths import Padding
 from autoaccum.data.structure import children
 from autoaccum.planning.plan import Plan
 

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from autoaccum.api import display
 from autoaccum.assembly import Parts, assemble
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import listed
 from autoaccum.data.base import Source
-from autoaccum.data.lengths import cut
 from autoaccum.data.piece import Piece
+from autoaccum.data.sample_lengths import cut
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError, PlanError
 from autoaccum.integrations.denominators import counted_in_batch
@@ -37,7 +38,6 @@ from autoaccum.training.smaller import plan_for
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.record import StepRecord
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["Attachment", "Trained"]
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoaccum.checking.diagnosis import Cause
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.piece import Piece
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counting import holds_indices
-from autoaccum.loss.diagnosis import Cause
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.determinism import Determinism
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["Subject", "examine"]
 

@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import SetupError
 from autoaccum.integrations.examination import Subject, examine
 from autoaccum.integrations.heldback import Held, source_of
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["verify"]
 

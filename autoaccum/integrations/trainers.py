@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from autoaccum import api
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.training.events import Listener
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["attach", "is_trainer", "verify"]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import write_json
 from autoaccum.integrations.attachment import Attachment, Trained
@@ -29,7 +30,6 @@ from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares, sourc
 from autoaccum.integrations.noted import Noted, plain
 from autoaccum.integrations.unserved import NAME, refuse, refuse_own_batches
 from autoaccum.ranks import here
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["attach", "verify"]
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from autoaccum.memory.alignment import Cell
-from autoaccum.memory.events import Event
+from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.trace import Trace
 
 __all__ = ["FOREVER", "RELEASED", "Flow", "Row", "Table", "matrix", "tabulate"]

@@ -45,9 +45,9 @@ from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_pro
 from torch.autograd.profiler import profile, record_function
 
 from autoaccum.errors import ProbeError
+from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
-from autoaccum.memory.events import Event, Events
-from autoaccum.memory.history import NO_OPERATOR, History, RawEvent
+from autoaccum.memory.cuda_history import NO_OPERATOR, History, RawEvent
 from autoaccum.memory.pages import LSTM, Layer
 from autoaccum.memory.watch import small_stacks
 

@@ -23,7 +23,7 @@ from autoaccum.errors import PlanError, shown
 from autoaccum.planning import learning_rate, split, stored
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
-from autoaccum.planning.lengths import LengthRule, Room, check_room, scaled
+from autoaccum.planning.length_rule import LengthRule, Room, check_room, scaled
 from autoaccum.planning.reasons import batch_norm_lines, size_lines, tail_line
 from autoaccum.planning.stored import SCHEMA
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
@@ -15,23 +16,22 @@ from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.watch import ProcessGrowth
+from autoaccum.model.modes import TrainingMode
+from autoaccum.model.optimizer import trained_parameters
 from autoaccum.model.snapshot import Snapshot
+from autoaccum.model.torchscript import layer_class
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
+from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
-from autoaccum.probing.lengths import LengthAnswer, OverLengths, find_by_length
+from autoaccum.probing.length_search import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
-from autoaccum.probing.search import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.ranks import here
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.batch_norm import needs_two
-from autoaccum.window.modes import TrainingMode
-from autoaccum.window.optimizer import trained_parameters
-from autoaccum.window.torchscript import layer_class
 from autoaccum.window.two_passes import LossOutOfMemoryError
 
 __all__ = ["Question", "as_lines", "fastest", "run_probe"]

@@ -12,7 +12,7 @@ from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
     from autoaccum.probing.cache import Lines
-    from autoaccum.probing.lengths import OverLengths
+    from autoaccum.probing.length_search import OverLengths
 
 __all__ = ["ForecastBytes", "ProbeReport"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from autoaccum.data import tree
-from autoaccum.data.pool import LOOKED_AT
 from autoaccum.data.source import Source
+from autoaccum.data.trial_samples import LOOKED_AT
 from autoaccum.errors import DataError, DeviceError, ProbeError
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
@@ -33,7 +33,7 @@ from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth, heap_advice
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
-from autoaccum.probing.lengths import OverLengths
+from autoaccum.probing.length_search import OverLengths
 from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.probing.process import ProcessNeeds
 from autoaccum.units import format_bytes

@@ -11,8 +11,8 @@ from autoaccum.searching.samplers import make_sampler
 from autoaccum.searching.space import Space
 from autoaccum.searching.storage import open_storage, shown
 from autoaccum.searching.study import open_study
+from autoaccum.searching.study_trial import Finished, Trainer
 from autoaccum.searching.terms import Terms
-from autoaccum.searching.training import Finished, Trainer
 
 __all__ = ["Job", "open_job", "train_once"]
 

@@ -16,16 +16,16 @@ from autoaccum.searching.extra import hushed, load_optuna, make_pruner
 from autoaccum.searching.job import Job, open_job, train_once
 from autoaccum.searching.ledger import Kind
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.pool import check_not_in_a_worker, places, run_pool
 from autoaccum.searching.recipe import Recipe, folder_name
-from autoaccum.searching.result import SearchResult, result_of, rows_of
 from autoaccum.searching.samplers import check_sampler
+from autoaccum.searching.search_result import SearchResult, result_of, rows_of
 from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, is_shared, telling_of
 from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
+from autoaccum.searching.study_trial import Pruned, Trainer
 from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle, with_targets
-from autoaccum.searching.training import Pruned, Trainer
 from autoaccum.searching.worker import Worker
+from autoaccum.searching.worker_pool import check_not_in_a_worker, places, run_pool
 
 __all__ = ["search"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.searching.extra import load_optuna, quiet
-from autoaccum.searching.journal import broken_line, open_journal
+from autoaccum.searching.journal_file import broken_line, open_journal
 
 __all__ = ["dashboard_line", "has_heartbeats", "is_shared", "open_storage", "shown", "telling_of"]
 
@@ -113,7 +113,7 @@ def _of_a_storage(error: Exception, opening: bool) -> bool:
     packages = ("sqlalchemy", "sqlite3", "psycopg", "psycopg2", "grpc", "optuna", "alembic")
     if home in packages or (opening and isinstance(error, OSError)):
         return True
-    readers = ("optuna.storages.", "autoaccum.searching.study", "autoaccum.searching.result")
+    readers = ("optuna.storages.", "autoaccum.searching.study", "autoaccum.searching.search_result")
     if opening and any(name.startswith(readers) for name in _frames(error)):
         return True  # whatever it is: those who read a damaged journal stumble in many ways
     return isinstance(error, OSError) and error.errno in UNWRITABLE

@@ -33,7 +33,7 @@ from autoaccum.searching.study import (
     repeat_broken,
     sweep,
 )
-from autoaccum.searching.training import Diverged, Finished, Infeasible, Pruned, Refused, Trainer
+from autoaccum.searching.study_trial import Diverged, Finished, Infeasible, Pruned, Refused, Trainer
 from autoaccum.training.locks import FolderLock
 
 __all__ = ["Worker"]

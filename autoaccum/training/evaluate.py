@@ -27,10 +27,10 @@ from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.precision import Precision
 from autoaccum.planning.plan import plan
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
-from autoaccum.window.precision import Precision
 
 __all__ = ["Evaluator"]
 

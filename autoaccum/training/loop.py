@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.draws import mix
 from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
@@ -30,6 +31,7 @@ from autoaccum.errors import (
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.memory.device import Budget, Device
 from autoaccum.memory.oom import poisons, unusable
+from autoaccum.model.modes import TrainingMode
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import seed_everything
@@ -46,20 +48,18 @@ from autoaccum.training.events import (
     WindowSkipped,
 )
 from autoaccum.training.fields import Fields, loading
+from autoaccum.training.fit_result import FitResult
 from autoaccum.training.history import History
-from autoaccum.training.lengths import LengthSummary, length_summary
+from autoaccum.training.length_summary import LengthSummary, length_summary
 from autoaccum.training.parts import Boundary, TrainingParts
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
-from autoaccum.training.result import FitResult
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.turns import Turn, Turns
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.modes import TrainingMode
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.phase import Phase
 from autoaccum.window.record import StepRecord
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["FitResult", "TrainingLoop"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.source import Source
 from autoaccum.errors import CheckpointError
 from autoaccum.memory.device import Device
@@ -34,7 +35,6 @@ from autoaccum.training.state import (
     scheduler_state,
 )
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["Boundary", "TrainingParts", "kept_answers"]
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, DataError, LossError
@@ -32,7 +33,6 @@ from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
 from autoaccum.training.smaller import PERSISTENT, Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
-from autoaccum.window.batch_norm import needs_two
 from autoaccum.window.record import StepRecord
 
 __all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError, NothingFitsError, PlanError
-from autoaccum.planning.lengths import halved
+from autoaccum.planning.length_rule import halved
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics, unequal
 from autoaccum.checks import check_kind, check_switches, one_of
 from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
@@ -26,14 +27,7 @@ from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
-from autoaccum.planning.plan import Plan
-from autoaccum.ranks import Ranks, here
-from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.batch_norm import PooledStatistics, unequal
-from autoaccum.window.engine import backward
-from autoaccum.window.ledger import Ledger, Parts
-from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.optimizer import (
+from autoaccum.model.optimizer import (
     FirstBackward,
     check_model,
     check_no_gradient,
@@ -42,12 +36,18 @@ from autoaccum.window.optimizer import (
     check_schedule,
     optimizer_parameters,
 )
+from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, global_norm, prepared_by, scaled_step
+from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
+from autoaccum.planning.plan import Plan
+from autoaccum.ranks import Ranks, here
+from autoaccum.window.agreement import agree_on_windows
+from autoaccum.window.engine import backward
+from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.pieces import micro_batches, without_synchronisation
-from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm, prepared_by, scaled_step
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
-from autoaccum.window.sparse import SparseGradients, untouched_rows
 from autoaccum.window.two_passes import TwoPasses
+from autoaccum.window.window_sums import Ledger, Parts
 
 __all__ = ["Accumulator", "ignore"]
 

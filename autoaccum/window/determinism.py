@@ -27,10 +27,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.model.torchscript import layer_class
 from autoaccum.model.untouched import Untouched
 from autoaccum.window.engine import run_engine
-from autoaccum.window.noise import SampleNoise
-from autoaccum.window.torchscript import layer_class
+from autoaccum.window.sample_noise import SampleNoise
 
 __all__ = ["Determinism"]
 

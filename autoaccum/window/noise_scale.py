@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoaccum.model.torchscript import layer_class
 from autoaccum.window.figures import Figures
-from autoaccum.window.torchscript import layer_class
 
 __all__ = ["NoiseScale", "advice"]
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from autoaccum.checks import check_counts
 from autoaccum.errors import SetupError
-from autoaccum.window.optimizer import build_optimizer, optimizer_parameters
+from autoaccum.model.optimizer import build_optimizer, optimizer_parameters
 
 __all__ = ["Phase", "check_phases"]
 

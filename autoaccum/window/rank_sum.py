@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from autoaccum.model.precision import SideBuffers
+from autoaccum.model.sparse_gradients import untouched_rows
 from autoaccum.ranks import Flight, Ranks, digest
-from autoaccum.window.precision import SideBuffers
-from autoaccum.window.sparse import untouched_rows
 
 __all__ = ["RankSum"]
 

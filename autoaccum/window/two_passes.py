@@ -21,10 +21,10 @@ from autoaccum.loss.call import scalar
 from autoaccum.loss.coupled import Representations
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.precision import Precision
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
 from autoaccum.window.gathered import Everyone, gathered
-from autoaccum.window.precision import Precision
 
 __all__ = ["LossOutOfMemoryError", "TwoPasses"]
 

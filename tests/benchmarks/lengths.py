@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import autoaccum
-from autoaccum.planning.lengths import limit_at
+from autoaccum.planning.length_rule import limit_at
 from autoaccum.planning.plan import Plan
 from tests.benchmarks.measure import median, table, write
 

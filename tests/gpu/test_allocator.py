@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from autoaccum.memory.allocator import Block, CachingAllocator, Setup, SimulatedOutOfMemory, setup_of
+from autoaccum.memory.cuda_history import segments_of
 from autoaccum.memory.forecast import Forecast
-from autoaccum.memory.history import segments_of
 from autoaccum.memory.trace import Trace, record
 from autoaccum.units import KIB, MIB
 from tests.architectures import ARCHITECTURES, BY_NAME, Architecture

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.window.ladder import RUNGS, installed
+from autoaccum.model.memory_savers import RUNGS, installed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ import sys
 import torch
 import torch.distributed as dist
 from autoaccum import ranks
-from autoaccum.window.precision import SideBuffers
+from autoaccum.model.precision import SideBuffers
 from autoaccum.window.rank_sum import RankSum
 
 torch.cuda.set_device(0)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.split import even_split
+from autoaccum.probing.find_size import find
 from autoaccum.probing.outcome import OUT_OF_MEMORY, OVER_BUDGET
-from autoaccum.probing.search import find
 from tests.fakes import FakeMachine, card
 
 CARDS = 1000  # for each kind of card

@@ -1,6 +1,6 @@
 """Up the ladder, purely: which rungs are looked at, which is taken, and what is said of them."""
 
-from autoaccum.probing.ladder import Tried, climb, told
+from autoaccum.probing.climb import Tried, climb, told
 
 MIB = 2**20
 SHOWN = {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.window.batch_norm import PooledStatistics
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 from tests.norms import SIZES, assert_same, batch, float64, state, train_window  # noqa: F401, a fixture
 from tests.versions import since
 

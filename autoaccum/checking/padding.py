@@ -11,8 +11,8 @@ import torch
 
 from autoaccum.data import tree
 from autoaccum.loss.objective import Objective
+from autoaccum.model.precision import Precision
 from autoaccum.model.untouched import Untouched
-from autoaccum.window.precision import Precision
 
 __all__ = ["padding_error"]
 

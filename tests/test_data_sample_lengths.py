@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
-from autoaccum.data.lengths import Ruler, find_ruler
+from autoaccum.data.sample_lengths import Ruler, find_ruler
 from autoaccum.data.source import open_source
 from autoaccum.data.windows import windows
 from autoaccum.errors import DataError

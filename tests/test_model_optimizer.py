@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from autoaccum.errors import SetupError
-from autoaccum.window.optimizer import build_optimizer, check_model, check_optimizer
+from autoaccum.model.optimizer import build_optimizer, check_model, check_optimizer
 
 
 def test_a_name_a_class_a_factory_and_an_instance():

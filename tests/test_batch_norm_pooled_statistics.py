@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics, needs_two
 from autoaccum.errors import PlanError, SetupError
-from autoaccum.window.batch_norm import PooledStatistics, needs_two
 from tests.norms import SIZES, assert_same, batch, float64, state, train_window  # noqa: F401, a fixture
 
 LAYERS = {

@@ -15,9 +15,9 @@ from itertools import product
 from typing import Any, Protocol
 
 from autoaccum.errors import NothingFitsError
-from autoaccum.planning.lengths import Room, limit_at, room_of
+from autoaccum.planning.length_rule import Room, limit_at, room_of
+from autoaccum.probing.find_size import SAME_PEAK
 from autoaccum.probing.outcome import Trial
-from autoaccum.probing.search import SAME_PEAK
 from autoaccum.units import MIB
 
 __all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "OverLengths", "find_by_length", "three_lengths"]

@@ -6,11 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.loss.diagnosis import Cause
+from autoaccum.checking.diagnosis import Cause
 from autoaccum.model.snapshot import Snapshot
+from autoaccum.model.torchscript import layer_class
 from autoaccum.window.determinism import Determinism
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.torchscript import layer_class
 
 CPU = torch.device("cpu")
 ROWS = [[0, 1, 2], [7, 6], [3]]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoaccum.window.pooling import Pool
+from autoaccum.batch_norm.pooling import Pool
 
 CHANNELS = (2, 3)
 

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from autoaccum.batch_norm.norm_layer import NormLayer, end_window_of, has_running_statistics, sharers
+from autoaccum.batch_norm.pooling import Pool, wide
 from autoaccum.errors import PlanError, SetupError, shown
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import counts
 from autoaccum.ranks import Ranks, here
-from autoaccum.window.norm_layer import NormLayer, end_window_of, has_running_statistics, sharers
-from autoaccum.window.pooling import Pool, wide
 
 __all__ = ["PooledStatistics", "expect_equal_counts", "needs_two", "unequal"]
 

@@ -16,7 +16,7 @@ from autoaccum.cli.stopping import Stopping
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from autoaccum.training.result import FitResult
+    from autoaccum.training.fit_result import FitResult
 
 __all__ = ["fit"]
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoaccum.errors import PlanError
-from autoaccum.planning import lengths as module
-from autoaccum.planning.lengths import LengthRule, check_room, halved, limit_at, narrowest, room_of, scaled
+from autoaccum.planning import length_rule as module
+from autoaccum.planning.length_rule import LengthRule, check_room, halved, limit_at, narrowest, room_of, scaled
 from autoaccum.planning.plan import Plan, plan
 
 sample_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)

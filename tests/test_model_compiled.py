@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.window import compiled as compiled_module
-from autoaccum.window.batch_norm import PooledStatistics
-from autoaccum.window.compiled import Compiled, _options
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from autoaccum.model import compiled as compiled_module
+from autoaccum.model.compiled import Compiled, _options
 from tests.versions import since
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torch.compile is tried on Linux and macOS")

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
+from autoaccum.checking.diagnosis import Cause, Diagnosis, Evidence, diagnose
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.asking import Rows, ragged
-from autoaccum.loss.diagnosis import Cause, Diagnosis, Evidence, diagnose
 from autoaccum.loss.divisor import DECLARE
 from autoaccum.loss.objective import Objective
-from autoaccum.window.bench import Bench, Difference, Gradient, PartFailed
-from autoaccum.window.precision import Precision
+from autoaccum.model.precision import Precision
 
 __all__ = ["VERIFIED_SAMPLES", "VerifyReport", "verify_gradient"]
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 import autoaccum
 from autoaccum.data.source import open_source
 from autoaccum.errors import DataError, NothingFitsError
-from autoaccum.planning.lengths import halved
+from autoaccum.planning.length_rule import halved
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.training.events import Noted, TrainingWarning
-from autoaccum.training.lengths import length_summary
+from autoaccum.training.length_summary import length_summary
 from autoaccum.training.smaller import cut_in_half
 from tests.texts import Reader, loader, pad, sentences
 

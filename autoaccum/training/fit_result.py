@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.training.lengths import LengthSummary
+from autoaccum.training.length_summary import LengthSummary
 from autoaccum.window.record import StepRecord
-from autoaccum.window.verify import VerifyReport
 
 __all__ = ["FitResult"]
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.window.forward import StandIn
+from autoaccum.model.forward import StandIn
 
 __all__ = ["RUNGS", "Checkpointed", "SavedOnHost", "checkpointed", "installed", "obstacle", "repeated_blocks"]
 

@@ -8,8 +8,8 @@ import torch
 
 import autoaccum
 from autoaccum.errors import NothingFitsError
-from autoaccum.planning.lengths import limit_at
-from autoaccum.probing.lengths import find_by_length, three_lengths
+from autoaccum.planning.length_rule import limit_at
+from autoaccum.probing.length_search import find_by_length, three_lengths
 from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from tests.texts import Reader, loader, sentences, setup
 

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 from autoaccum.errors import SetupError
 from autoaccum.ranks import here
-from autoaccum.window.batch_norm import PooledStatistics
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 

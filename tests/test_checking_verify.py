@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
+from autoaccum.checking import verify as verify_module
+from autoaccum.checking.diagnosis import Cause
+from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.errors import DataError, LossError
-from autoaccum.loss.diagnosis import Cause
 from autoaccum.loss.objective import Objective
-from autoaccum.window import verify as verify_module
-from autoaccum.window.ledger import Ledger
-from autoaccum.window.verify import VerifyReport, verify_gradient
+from autoaccum.window.window_sums import Ledger
 from tests.verify_cases import (
     FAULTS,
     READ,

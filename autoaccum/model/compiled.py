@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
-from autoaccum.window.forward import StandIn
+from autoaccum.model.forward import StandIn
 
 __all__ = ["BACKEND", "Compiled"]
 

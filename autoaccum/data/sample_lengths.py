@@ -20,7 +20,7 @@ from torch import Tensor
 from autoaccum.data import tree
 from autoaccum.data.draws import preserved
 from autoaccum.errors import DataError
-from autoaccum.planning.lengths import LengthRule
+from autoaccum.planning.length_rule import LengthRule
 from autoaccum.planning.split import even_split
 
 __all__ = ["ByLength", "Padding", "Ruler", "cut", "find_ruler", "measured"]

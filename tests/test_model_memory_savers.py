@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.errors import NothingFitsError, PlanError, SetupError
+from autoaccum.model.memory_savers import RUNGS, SavedOnHost, checkpointed, installed, obstacle, repeated_blocks
 from autoaccum.planning.plan import Plan
-from autoaccum.window.ladder import RUNGS, SavedOnHost, checkpointed, installed, obstacle, repeated_blocks
 
 CPU = torch.device("cpu")
 ONLY_CHECKPOINTING = "2400KiB"
@@ -229,7 +229,7 @@ def test_what_cannot_help_says_why(rung, model, precision, text):
 
 
 def test_the_command_line_has_the_same_rungs():
-    from autoaccum.cli.fit import fit
+    from autoaccum.cli.fit_command import fit
 
     (option,) = [parameter for parameter in fit.params if parameter.name == "ladder"]
     assert list(option.type.choices) == ["auto", *RUNGS]

@@ -24,12 +24,12 @@ from autoaccum.interrupts import interruptible
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.optimizer import optimizer_parameters, trained_parameters
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.determinism import Determinism
-from autoaccum.window.optimizer import optimizer_parameters, trained_parameters
 
 __all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoaccum.memory.allocator import Segment, Setup
-from autoaccum.memory.history import History, RawEvent, join, segments_of
+from autoaccum.memory.cuda_history import History, RawEvent, join, segments_of
 from autoaccum.units import MIB
 
 

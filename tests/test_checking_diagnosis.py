@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoaccum.loss.diagnosis import Evidence, ragged
+from autoaccum.checking.diagnosis import Evidence, ragged
 
 SIZES = st.integers(4, 9)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoaccum.errors import SetupError
-from autoaccum.window.precision import Precision, SideBuffers, clip_by_norm, global_norm
+from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, global_norm
 
 CPU = torch.device("cpu")
 
