@@ -187,7 +187,11 @@ def test_what_an_attribute_holds_comes_back(value, change):
         assert list(value) == list(saved)
 
 
-@pytest.mark.parametrize("value", [Foreign(), TensorDataset(X), Kind.ONE, Hooked, Hooked.forward], ids=str)
+@pytest.mark.parametrize(
+    "value",
+    [Foreign(), TensorDataset(X), Kind.ONE, Hooked, Hooked.forward],
+    ids=["foreign", "dataset", "enum", "class", "function"],
+)
 def test_what_has_a_life_of_its_own_is_left_alone(value):
     contents = Contents(holding(value))
     if isinstance(value, Foreign):

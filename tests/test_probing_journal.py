@@ -112,7 +112,7 @@ def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_pa
 
 
 @pytest.mark.parametrize("elsewhere", [{"host": "other"}, {"boot": "another boot"}, {"namespace": "pid:[1]"}])
-@pytest.mark.parametrize("pid", [2**30, os.getpid()])
+@pytest.mark.parametrize("pid", [2**30, os.getpid()], ids=["of nobody", "of this process"])
 def test_a_trial_in_another_machine_or_container_is_left_alone(tmp_path, elsewhere, pid):
     """Nothing is known of its process from here, neither that it lives nor that it was killed."""
     path = tmp_path / "trials.journal"
