@@ -80,7 +80,8 @@ def accumulated(objective, batch, sizes=SIZES):
         parts, value = ledger.parts(terms)
         if parts:
             backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
-        ledger.enter(parts if value is None else [(value, 1.0)])
+        ledger.note(parts if value is None else [(value, 1.0)])
+        ledger.enter()
     _, correction = ledger.close(*ledger.sums)
     return gradient(objective.model) * correction
 
