@@ -136,12 +136,13 @@ def probe(
             ),
             question, parts.ranks, target_batch, parts.source.length,
         )  # fmt: skip
-        if parts.source.one_shot and worst_case is None and not _in_a_child(isolate):
+        reads_away = parts.source.one_shot and worst_case is None
+        if reads_away and not _in_a_child(isolate):
             report = replace(report, notes=(*report.notes, READ_AWAY))
         if target_batch is None:
             return report
         made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
-                     tail=tail, multiple_of=multiple_of)  # fmt: skip
+                     tail=tail, multiple_of=multiple_of, settles=not (reads_away and _in_a_child(isolate)))  # fmt: skip
         return replace(report, plan=made)
 
 

@@ -301,13 +301,14 @@ def check_arithmetic(parts: Parts, **settings: Any) -> None:
 
 def planned(
     parts: Parts, report: ProbeReport | None, micro_batch: int | None, target_batch: int, *, lr_batch: int | None,
-    lr_rule: str, batch_norm: str, tail: str, multiple_of: int,
+    lr_rule: str, batch_norm: str, tail: str, multiple_of: int, settles: bool = True,
 ) -> Plan:  # fmt: skip
-    """The plan over all ranks; each rank's limit is the micro-batch that it has run, or was given."""
+    """The plan over all ranks, by the micro-batch that each has run, or was given; `settles` reads samples for that."""
     layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
-    few = min(8, report.micro_batch if report is not None else micro_batch or target_batch)
-    with parts.running(compiled=False, alone=True), parts.precision.autocast():
-        settle_loss(parts.model, parts.objective, _looked_at(parts, few), few, parts.device.torch_device)
+    if settles:
+        few = min(8, report.micro_batch if report is not None else micro_batch or target_batch)
+        with parts.running(compiled=False, alone=True), parts.precision.autocast():
+            settle_loss(parts.model, parts.objective, _looked_at(parts, few), few, parts.device.torch_device)
     reasons = _reasons(parts, report)
     if lr_batch is None and parts.lr_given and parts.source.loader_batch is not None:
         lr_batch = parts.source.loader_batch

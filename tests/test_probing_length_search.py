@@ -191,6 +191,7 @@ def test_a_cached_forecast_that_no_longer_holds_is_traced_anew(tmp_path, report)
     (path,) = tmp_path.glob("*.json")
     kept = json.loads(path.read_text())
     kept["lines"] = [[2 * number for number in line] for line in kept["lines"]]
+    del kept["checksum"]  # as the warning about values that do not fit it asks of who changes them on purpose
     path.write_text(json.dumps(kept))
     again = autoaccum.probe(Reader(), loader(), target_batch=32, memory="5MiB", device="cpu")
     assert sum(trial.kind == "trace" for trial in again.trials) == 7

@@ -302,7 +302,7 @@ def test_schedulers_one_after_another_go_on_with_the_milestones_they_had(tmp_pat
 
 def test_an_error_of_the_data_is_saved_up_to_and_gone_on_from_once_it_is_repaired(tmp_path):
     class Broken(torch.utils.data.Dataset):
-        broken = True
+        broken = False
 
         def __len__(self):
             return 52
@@ -313,8 +313,10 @@ def test_an_error_of_the_data_is_saved_up_to_and_gone_on_from_once_it_is_repaire
             return X[index] + torch.randn(6), Y[index]
 
     data = Broken()
+    loop = prepared(tmp_path, data=data)
+    data.broken = True  # preparing reads samples too, and would have said so
     with pytest.raises(DataError, match=r"sample 17 .*unreadable"):
-        prepared(tmp_path, data=data).run()
+        loop.run()
     assert names(tmp_path)
     data.broken = False
     assert_same(finished(tmp_path, data=data), undisturbed(data=data))

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import shutil
 import signal
 import time
 import warnings
@@ -252,7 +253,8 @@ def test_a_listener_can_ask_for_the_end(tmp_path):
     assert result.stopped == "enough"
     assert heard.count("step") == 2, "listeners behind it hear the event too"
     assert [path.name for path in tmp_path.glob("*.pt")] == ["step-00000002-epoch-0-window-2.pt"]
-    assert prepared(checkpoint=tmp_path).run().stopped is None
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    assert prepared(checkpoint=tmp_path / "copy").run().stopped is None
     assert loop.run().stopped is None, "asked again, it goes on"
 
 
@@ -296,7 +298,7 @@ class Dies(torch.utils.data.Dataset):
         return 50
 
     def __getitem__(self, index):
-        if index == 40:
+        if index == 40 and torch.utils.data.get_worker_info() is not None:  # preparing reads samples without a worker
             import os
 
             os._exit(3)
@@ -385,11 +387,37 @@ def of_tokens(data, **settings):
     return autoaccum.prepare(model, data, target_batch=8, device="cpu", **{"loss": tokens_loss, **settings})
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 1}, {"micro_batch": 2}], ids=str)
-def test_a_loss_that_the_check_could_not_see_through_is_warned_of(settings):
-    with pytest.warns(TrainingWarning, match="not verifiable|denominators were not tried") as told:
-        of_tokens(tokens(even=True), **settings)
+class Opaque(torch.autograd.Function):
+    """A mean over tokens that does not say in its graph what it divides by."""
+
+    @staticmethod
+    def forward(ctx, outputs, targets):
+        with torch.enable_grad():
+            inner = outputs.detach().requires_grad_()
+            loss = tokens_loss(inner, targets)
+        ctx.save_for_backward(*torch.autograd.grad(loss, inner))
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0], None
+
+
+def opaque_loss(outputs, targets):
+    return Opaque.apply(outputs, targets)
+
+
+def test_a_loss_that_the_check_could_not_see_through_is_warned_of():
+    with pytest.warns(TrainingWarning, match="not verifiable") as told:
+        of_tokens(tokens(even=True), micro_batch=1, loss=opaque_loss)
     assert 'declare it: reduction="token_mean"' in str(told[0].message)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.filterwarnings("error::autoaccum.training.events.TrainingWarning")
+def test_a_loss_whose_graph_says_what_it_divides_by_is_read(micro_batch):
+    made = of_tokens(tokens(even=True), micro_batch=micro_batch).plan
+    assert made.reasons["denominator"].endswith("as its graph says")
 
 
 @pytest.mark.parametrize(
@@ -409,8 +437,16 @@ def test_nobody_is_warned_where_the_loss_is_known_or_nothing_is_accumulated(sett
 
 
 def test_the_check_looks_at_samples_from_all_over_the_data():
+    """Labels that do not count are as many in each of the first samples, where samples and labels look alike."""
     with pytest.raises(LossError, match="token_mean"):
-        of_tokens(tokens(even=False), micro_batch=4)
+        of_tokens(tokens(even=False), micro_batch=4, loss=opaque_loss, reduction="sample_mean")
+
+
+@pytest.mark.parametrize("loss", [tokens_loss, opaque_loss])
+def test_what_a_loss_divides_by_is_found_in_samples_from_all_over_the_data(loss):
+    loop = of_tokens(tokens(even=False), micro_batch=4, loss=loss)
+    assert "the labels other than -100" in loop.plan.reasons["denominator"]
+    assert loop.verify.ok
 
 
 # --- a plan that was made before
@@ -453,7 +489,7 @@ def test_what_a_plan_sets_aside_is_said():
     said = []
     from_plan(made, lambda event: said.append(getattr(event, "text", "")), micro_batch=8, lr_batch=2, tail="drop")
     aside = [text.partition(" is set aside")[0] for text in said if "set aside" in text]
-    assert aside == ["micro_batch=8", "lr_batch=2", "tail='drop'"]
+    assert sorted(aside) == ["lr_batch=2", "micro_batch=8", "tail='drop'"]
 
 
 def test_a_loss_that_couples_samples_trains_where_nothing_is_accumulated():

@@ -77,6 +77,7 @@ def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Win
     source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
     for index, (total, _, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
         marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
+        batches.clear()  # the window alone holds them: whoever has trained on it lets them go
         sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some
         yield Window(marked, sizes, sum(sizes), total, epoch, index, padding)
 

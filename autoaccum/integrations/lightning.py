@@ -193,6 +193,7 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
 
     def loss(self, module: Any, batch: Any) -> Tensor:
         """The loss of one batch as the module's training_step makes it; what it logs is gathered."""
+        self._logged.begin()
         trainer = self.trainer
         batch = trainer.precision_plugin.convert_input(batch)
         batch = self._move(self._hook(batch, dataloader_idx=0), dataloader_idx=0)

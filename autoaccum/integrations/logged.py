@@ -26,6 +26,10 @@ class Logged:
         """A value that the module logged in the piece that runs."""
         self._open.append((key, value, batch_size))
 
+    def begin(self) -> None:
+        """A piece begins: what one logged that ran out of memory is forgotten."""
+        self._open = []
+
     def piece(self, loss: Tensor) -> None:
         """The piece's step has returned, with this loss."""
         self._pieces.append(self._open)

@@ -65,7 +65,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
     """
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
-    if most == 1 or sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
+    if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
         return [_run(evaluate, tuple(range(max(sizes))), largest)]
     singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
     chosen = [singles[row] for row in _chosen(singles, most)]
@@ -107,7 +107,7 @@ def _chosen(singles: Sequence[Any], most: int) -> list[int]:
     for marks in sorted(columns.values(), key=lambda marks: len(set(marks))):
         if len(set(marks)) > 1:
             order = sorted(range(len(singles)), key=marks.__getitem__)
-            orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], order[-3]])
+            orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], *order[-3:-2]])
     picked = dict.fromkeys(row for ranks in itertools.zip_longest(*orders) for row in ranks if row is not None)
     picked.update(dict.fromkeys(range(len(singles))))
     return sorted(itertools.islice(picked, most))

@@ -135,6 +135,13 @@ class Objective:
             self._reader.count(batch, self._reduction.count) if self._reduction.reads else self._reduction.count(batch)
         )
 
+    def may_count(self, batch: Any) -> bool:
+        """Whether anything in `batch` counts, as far as that is known before its step."""
+        known = self.denominators(batch)
+        if known is None and self._reader.found is None:
+            known = self._reduction.count(batch)  # no sample showed a divisor, perhaps as all its labels are ignored
+        return any(known.values()) if known is not None else self._reader.may_count(batch)
+
     def prepare(self, batches: Sequence[Any], *, rehearses: bool = False) -> None:
         """Finds `prepared`, the denominators of a window to come, as `window_denominators` does."""
         self.prepared = self.window_denominators(batches, rehearses=rehearses)

@@ -134,6 +134,12 @@ class Reader:
         rule = self.found.divisors[0].rules[0]
         return math.fsum(rule.of(batch) for batch in batches)
 
+    def may_count(self, batch: Any) -> bool:
+        """Whether one of the rules, or what has none, lets a batch count."""
+        if not isinstance(self.found, Settled):
+            return True
+        return any(divisor.foretold(batch) != 0 for divisor in self.found.divisors)
+
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
         if not isinstance(self.found, Settled):
@@ -161,7 +167,8 @@ class Reader:
         if terms is None:
             return {"loss": self._hidden(loss, on_host)}
         if len(terms) == 1:
-            return {"loss": _single(loss, terms[0], self.found.divisors[0], size, on_host)}
+            divisor = self.found.divisors[0]
+            return {"loss": _single(loss, terms[0], divisor, size, None if self.rehearses else on_host)}
         parts: dict[str, Mean] = {}
         apart = apportioned(loss.detach(), terms, values)
         for name, term, divisor, value in zip(self.names, terms, self.found.divisors, apart):
@@ -169,7 +176,7 @@ class Reader:
                 parts[name] = Sum(value, size) if divisor.kind == "constant" else Mean.of(value, size)
                 continue
             own = float(divisor.of(term))
-            count = divisor.count(own, on_host)
+            count = max(own - divisor.offset, 0.0) if self.rehearses else divisor.count(own, on_host)
             if known is not None and not self.rehearses and not math.isclose(count, known[name], rel_tol=1e-6):
                 raise LossError(
                     f"{name} of the loss ({divisor.reduction}) divides by {count:g} in this micro-batch, and by "
@@ -204,8 +211,12 @@ class Reader:
         return Mean.of(loss, 0.0)
 
 
-def _single(loss: Tensor, term: Term, divisor: Divisor, size: float, on_host: Any) -> Mean:
-    """The one term of a loss."""
+def _single(loss: Tensor, term: Term, divisor: Divisor, size: float, on_host: Any | None) -> Mean:
+    """The one term of a loss.
+
+    Without `on_host`, in a rehearsal, no rule is held against what was read: a training ceases to after a few windows,
+    and what counting takes in the first traces alone is no growth with their samples.
+    """
     if divisor.kind != "count":
         return Sum(loss, size) if divisor.kind == "constant" else Mean.of(loss, size)
     own = divisor.of(term)
@@ -214,6 +225,8 @@ def _single(loss: Tensor, term: Term, divisor: Divisor, size: float, on_host: An
             weigh(term, own.sign())  # keeps the 0 / 0 of a batch in which nothing counts out of the gradient
             return Mean.of(loss, own - divisor.offset, own)
         own = float(own)
+    if on_host is None:
+        return Mean.of(loss, max(own - divisor.offset, 0.0), own)
     if divisor.hides_floor and not divisor.rules and own and float(loss.detach()) == 0:
         raise LossError(
             f"the loss of a micro-batch is 0, and divides by {own:g}, which may be a floor such as clamp(min=1) rather "

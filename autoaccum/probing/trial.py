@@ -365,8 +365,7 @@ class Bench:
     def _counts(self, batch: Any) -> bool:
         """Whether a target in the batch counts, as far as that is known before its step."""
         objective = self._accumulator.objective
-        known = None if objective is None else objective.denominators(batch)
-        return known is None or any(known.values())
+        return objective is None or objective.may_count(batch)
 
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
         """The batch, or another of samples of which some have a target that counts: it would have no gradient.
