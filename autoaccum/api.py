@@ -292,7 +292,7 @@ def prepare(
     listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
     _check_training(check, resume, schedule, warmup_steps)
     _check_choices(prefer, ladder, memory, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
-    check_metrics(metrics, step)
+    check_metrics(metrics, step, val_data=None if loss is None else val_data)
     if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
         lr = given.lr / given.lr_scale
     parts = assemble(

@@ -15,6 +15,7 @@ Choices made here:
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from autoaccum.data.draws import draw, mix, preserved
 from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler, measured
-from autoaccum.errors import CheckpointError, DataError
+from autoaccum.errors import CheckpointError, DataError, shown
 from autoaccum.interrupts import interruptible
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
@@ -98,6 +99,12 @@ class Source(ABC):
         if self._worst_case is None:
             return _filled(self.marked(interruptible(self._trial, size)), size)
         if not callable(self._worst_case):
+            given = self._worst_case
+            if isinstance(given, (list, tuple)) and all(isinstance(each, Number) for each in given):
+                raise DataError(
+                    f"worst_case={shown(given)} is a list of numbers: give a batch as the data's own are, or f(n) -> "
+                    "such a batch of n samples"
+                )
             return tree.repeat(self._worst_case, size)
         batch = interruptible(self._worst_case, size)
         found = tree.batch_size(batch)

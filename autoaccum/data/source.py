@@ -68,6 +68,8 @@ def open_source(
     if isinstance(data, Source):
         return data
     _refuse_class("the data", data)
+    if isinstance(worst_case, torch.nn.Module):
+        raise DataError(f"worst_case={shown(worst_case)} is a module: give a batch, or f(n) -> a batch of n samples")
     if callable(worst_case):
         check_call("worst_case", worst_case, ("samples",))
     common: dict[str, Any] = {"seed": seed, "ranks": here() if ranks is None else ranks, "worst_case": worst_case}

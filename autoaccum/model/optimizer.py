@@ -92,7 +92,7 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
             raise SetupError(
                 f"optimizer={shown(optimizer)} is not in torch.optim: choose one of {', '.join(sorted(_NAMED))}"
             )
-    if not callable(factory):
+    if not callable(factory) or isinstance(factory, nn.Module):
         raise SetupError(
             f"optimizer={shown(optimizer)} is not an Optimizer, a factory f(params, lr=lr) or a torch name"
         )

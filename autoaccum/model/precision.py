@@ -164,8 +164,10 @@ def prepared_by(accelerator: Any, optimizer: Any) -> Any:
     """The optimizer inside what Hugging Face's Accelerator has prepared.
 
     Raises:
-        SetupError: the Accelerator accumulates by itself.
+        SetupError: it is none, or accumulates by itself.
     """
+    if not hasattr(accelerator, "gradient_accumulation_steps"):
+        raise SetupError(f"accelerator={shown(accelerator)}: give the accelerate.Accelerator that prepared these")
     if accelerator.gradient_accumulation_steps != 1:
         raise SetupError(
             f"Accelerator(gradient_accumulation_steps={accelerator.gradient_accumulation_steps}) beside an Accumulator "

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 from autoaccum.files import read_json, write_json
 
 __all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
@@ -148,9 +148,9 @@ def read_file(path: Path) -> Any:
         return read_json(path)
     except OSError as error:
         why = error.strerror or str(error)
-        raise PlanError(f"the plan {path} cannot be read: {why}; give a file saved by Plan.save") from error
+        raise PlanError(f"the plan {shown(str(path))} cannot be read: {why}; give a file saved by Plan.save") from error
     except ValueError as error:  # not UTF-8, not JSON, out of bounds, or of another checksum
-        raise PlanError(f"the plan {path} is damaged: {error}; make it anew and save it again") from error
+        raise PlanError(f"the plan {shown(str(path))} is damaged: {error}; make it anew and save it again") from error
 
 
 def write_file(path: Path, values: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ Validation has a micro-batch of its own: running out of memory here halves it an
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -239,12 +239,22 @@ def _computed(name: str, metric: Any) -> float:
         ) from error
 
 
-def check_metrics(metrics: Any, step: Any) -> None:
+def check_metrics(metrics: Any, step: Any, *, val_data: Any = None) -> None:
     """Refuses what could be no metrics, before an epoch is spent on them.
+
+    Args:
+        val_data: of a training whose loss needs a target beside each input; None: of another, or there is none.
 
     Raises:
         SetupError: naming the metric.
+        DataError: `val_data` is plainly without targets.
     """
+    items = isinstance(val_data, Sequence) and not isinstance(val_data, (tuple, str)) and len(val_data) > 0
+    if isinstance(val_data, Tensor) or (items and isinstance(val_data[0], (Tensor, int, float))):
+        raise DataError(
+            f"val_data is of {type(val_data).__name__} without targets, and the loss needs one beside each input: give "
+            "(inputs, targets), or samples (input, target)"
+        )
     if metrics is None:
         return
     if not isinstance(metrics, Mapping):

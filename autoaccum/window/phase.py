@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.checks import check_counts
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.model.optimizer import build_optimizer, optimizer_parameters
 
 __all__ = ["Phase", "check_phases"]
@@ -61,7 +61,7 @@ class Phase:
             SetupError: no step, no parameters, or `every` below 1.
         """
         if not callable(step) or isinstance(step, type):
-            raise SetupError(f"Phase got step={step!r}, which is no function: pass step(model, batch) -> loss")
+            raise SetupError(f"Phase got step={shown(step)}, which is no function: pass step(model, batch) -> loss")
         check_counts(every=every)
         given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
         self.parameters = list(given) if isinstance(given, Iterable) else [given]
@@ -141,7 +141,7 @@ def check_phases(phases: Any, *, loss: Any, step: Any, optimizer: Any) -> Sequen
         return ()
     if not isinstance(phases, (list, tuple)) or not phases or not all(isinstance(each, Phase) for each in phases):
         raise SetupError(
-            f"phases={str(phases)[:80]}: give a list of autoaccum.Phase(step, parameters, optimizer), in the order in "
+            f"phases={shown(phases)}: give a list of autoaccum.Phase(step, parameters, optimizer), in the order in "
             "which they run"
         )
     for name, given, usual in (("loss", loss, None), ("step", step, None), ("optimizer", optimizer, "adamw")):
