@@ -129,12 +129,9 @@ def probe(
         question = Question(share, memory, max_batch, multiple_of, prefer)
         events = Events([*listed("callbacks", callbacks), *display(progress, parts.ranks)])
         _run_as_asked(parts, compile, ladder, events)
-        report = shared_out(
-            functools.partial(
-                probed_phases, parts, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
-                accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
-            ),
-            question, parts.ranks, target_batch, parts.source.length,
+        report = _probed(
+            parts, question, target_batch, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
+            accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
         )  # fmt: skip
         reads_away = parts.source.one_shot and worst_case is None
         if reads_away and not _in_a_child(isolate):
@@ -144,6 +141,12 @@ def probe(
         made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
                      tail=tail, multiple_of=multiple_of, settles=not (reads_away and _in_a_child(isolate)))  # fmt: skip
         return replace(report, plan=made)
+
+
+def _probed(parts: Parts, question: Question, target_batch: int | None, **settings: Any) -> ProbeReport:
+    """The probe of all phases, its answer shared over ranks with unequal memory."""
+    look = functools.partial(probed_phases, parts, **settings)
+    return shared_out(look, question, parts.ranks, target_batch, parts.source.length)
 
 
 def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
@@ -338,12 +341,9 @@ def prepare(
         question = Question(
             share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer
         )
-        report = shared_out(
-            functools.partial(
-                probed_phases, parts, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
-                accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
-            ),
-            question, parts.ranks, target_batch, parts.source.length,
+        report = _probed(
+            parts, question, target_batch, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
+            accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
         )  # fmt: skip
     _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far
     if given is None:

@@ -103,7 +103,7 @@ def _looked_at(parts: Parts, size: int) -> Any:
 
 
 def checked(parts: Parts, check: bool | str, made: Plan, events: Events) -> VerifyReport | None:
-    """The same before training, with no more samples at once than are known to fit; the ranks agree on the verdict.
+    """Checks the gradient before training, at most at the plan's size; the ranks agree on the verdict.
 
     Where nothing could be seen and the loss is a function whose mean is not known, a Python warning says so. Where the
     whole batch runs at once nothing is accumulated, and what it said is only told.

@@ -69,11 +69,11 @@ class Pool:
         self.put_back_batches()
 
     def put_back_one(self, place: int) -> None:
-        """The same for one layer's mean and variance."""
+        """Puts one layer's mean and variance back to what they were at `begin`."""
         self._write(self._start, (place,))
 
     def put_back_batches(self, plus_one: Container[int] = ()) -> None:
-        """The same for `num_batches_tracked` alone, and one batch more for some layers."""
+        """Puts `num_batches_tracked` back to what it was at `begin`, with one batch more for some layers."""
         if self.batches:
             more = [int(place in plus_one) for place in self.batches]
             counts = self._start_batches + 1 if all(more) else self._start_batches

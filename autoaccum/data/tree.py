@@ -41,7 +41,7 @@ def tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def map_tensors(f: Callable[[Tensor], Any], batch: Any) -> Any:
-    """The same structure, each tensor replaced by `f(tensor)`; containers are new, other leaves the same objects."""
+    """Like `batch`, each tensor replaced by `f(tensor)`; containers are new, other leaves the same objects."""
     if isinstance(batch, Tensor):
         return f(batch)
     inside = children(batch)

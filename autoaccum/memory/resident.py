@@ -32,7 +32,7 @@ def resident_parts(
     *,
     device: torch.device | None = None,
 ) -> dict[str, int]:
-    """The same by part; a storage that several parts share counts in the first of them.
+    """Resident bytes by part; a storage that several parts share counts in the first of them.
 
     Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch"; their sum is
     `resident_bytes(model, optimizer, batch, device=device)`.

@@ -26,7 +26,7 @@ class TrainingMode:
             module.training = False
 
     def keep(self) -> None:
-        """The same, where somebody has put the whole model into evaluation mode meanwhile."""
+        """Puts training mode on again, where somebody has put the whole model into evaluation mode meanwhile."""
         if not self._model.training:
             self.on()
 

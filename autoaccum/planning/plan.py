@@ -157,7 +157,7 @@ class Plan(Drawn):
         return _arranged(dataclasses.replace(self, limits=limits, by_length=room, reasons=reasons))
 
     def on_rank(self, rank: int) -> "Plan":
-        """The same plan as another rank has it: what a plan read from one rank's file becomes on the others.
+        """This plan as another rank has it: what a plan read from one rank's file becomes on the others.
 
         Raises:
             PlanError: there is no such rank.

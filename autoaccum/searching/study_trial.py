@@ -266,7 +266,7 @@ def _rung(watch: _Watch) -> bool:
 
 
 def check_metric_now(given: Mapping[str, Any], terms: Terms) -> None:
-    """The same check as before the search, on this trial's own arguments."""
+    """Checks the gradient as before the search, on this trial's own arguments."""
     try:
         check_metric(given, terms.metric)
     except SetupError as error:

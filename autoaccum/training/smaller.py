@@ -179,7 +179,7 @@ def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str)
 
 
 def cut_in_half(batches: Sequence[Any], minimum: int) -> list[Any]:
-    """The same samples in the same order, each micro-batch in two, where each has its own length and its own limit.
+    """Each micro-batch in two, its samples in their order, where each has its own length and its own limit.
 
     Raises:
         NothingFitsError: not one can be cut.
@@ -194,7 +194,7 @@ def cut_in_half(batches: Sequence[Any], minimum: int) -> list[Any]:
 
 
 def cut_smaller(batches: Sequence[Any], limit: int, minimum: int) -> list[Any]:
-    """The same samples in the same order, in micro-batches of at most `limit`.
+    """The samples of `batches` in their order, in micro-batches of at most `limit`.
 
     Each micro-batch is cut by itself, since what was padded together need not match its neighbours. Only where one
     cannot be cut so, as 3 samples where at least 2 have to run together, they are joined first.

@@ -1,1 +1,1 @@
-"""One window, exactly right: calls, denominators, BatchNorm, precision, snapshots and the accumulation itself."""
+"""One window, exactly right: the accumulation, its sums over micro-batches and ranks, its record."""
