@@ -72,7 +72,7 @@ def model(name):
     return getattr(transformers, name)(config).double()
 
 
-def by_hand(model, data, batch, *, epochs=1, lr=0.1, schedule=None):
+def by_hand(model, data, batch, *, epochs=1, lr=0.1, schedule=None, clip=None):
     """Plain SGD over whole batches in order: (the parameters, the loss of each step)."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     scheduler = None if schedule is None else schedule(optimizer)
@@ -82,6 +82,8 @@ def by_hand(model, data, batch, *, epochs=1, lr=0.1, schedule=None):
         for start in range(0, len(data), batch):
             loss = model(**padded([data[i] for i in range(start, min(start + batch, len(data)))])).loss
             loss.backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())

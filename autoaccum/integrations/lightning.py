@@ -184,7 +184,7 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
             with self._gathering() as logged:
                 record = self._attachment.window(kwargs["batch"].samples, self.trainer.current_epoch)
             loss = torch.tensor(record.loss, dtype=logged.dtype, device=self.trainer.strategy.root_device)
-            logged.apply(len(self._attachment.pieces), loss)
+            logged.apply(record.micro_batches, loss)
             call._call_callback_hooks(self.trainer, "on_after_backward")
             call._call_lightning_module_hook(self.trainer, "on_after_backward")
             return ClosureResult(loss)

@@ -58,7 +58,9 @@ class Logged:
         meta = self._results[key].meta
         stacked = torch.stack([value.to(torch.float64) for value, _, _ in each])
         if meta.is_mean_reduction:
-            if torch.equal(stacked, torch.stack([own.to(stacked) for _, _, own in each])):
+            losses = torch.stack([own.to(stacked) for _, _, own in each])
+            # Where every target of a piece is ignored its mean is NaN, and the window's loss is not.
+            if torch.allclose(stacked, losses, rtol=0, atol=0, equal_nan=True):
                 return loss.to(last.dtype)
             weights = torch.tensor([size for _, size, _ in each], dtype=torch.float64, device=stacked.device)
             return ((stacked * weights).sum() / total).to(last.dtype)
