@@ -1,4 +1,4 @@
-"""Trainers on two gloo ranks, started by torchrun: the whole batch's update, also when memory ran out on one of them."""
+"""Trainers on two gloo ranks, started by torchrun: the whole batch's update, also when memory ran out on one."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What torchrun starts: `-m tests.trainers_ranks FOLDER TRAINER...`; each rank trains, and leaves what it found in FOLDER.
+"""What torchrun starts: `-m tests.trainers_ranks FOLDER TRAINER...`: each rank trains, its figures go to FOLDER.
 
 Windows of 8 of 21 samples: 4 + 4, 4 + 4, and a tail of 3 + 2. On the second rank memory runs out once, in the second
 micro-batch of the second window.
