@@ -24,6 +24,7 @@ from autoaccum.model.forward import OwnStatistics
 from autoaccum.model.memory_savers import installed, obstacle
 from autoaccum.model.optimizer import build_optimizer, check_model
 from autoaccum.model.precision import Precision
+from autoaccum.model.shards import refuse_for_shards
 from autoaccum.model.untouched import Untouched
 from autoaccum.ranks import Ranks, here, join
 from autoaccum.window.agreement import model_facts, optimizer_facts, setting_facts
@@ -142,6 +143,7 @@ def assemble(
     where it is until `Parts.settle`: a child process is to have the device's memory first.
     """
     model = unwrapped(model)
+    refuse_for_shards(model, fit=(True, "use autoaccum.Accumulator, with a plan of your own"))
     join()
     ranks = here(group=group)
     first = phases[0] if phases else None

@@ -85,7 +85,7 @@ def test_a_norm_that_is_none_is_refused_by_its_value(clip_norm):
         check_model(nn.Linear(2, 2), clip_norm=clip_norm)
 
 
-def test_sharded_models_are_refused_for_now():
+def test_a_model_that_is_sharded_the_older_way_is_refused():
     class FullyShardedDataParallel(nn.Linear):
         """Stands in by its name: the real one needs a process group."""
 

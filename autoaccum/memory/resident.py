@@ -89,7 +89,12 @@ def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tup
 
 
 def _dense(tensor: Tensor) -> list[Tensor]:
-    """The strided tensors that a tensor consists of."""
+    """The strided tensors on this rank that a tensor consists of."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return [part] if part is not tensor else _whole(tensor)
+
+
+def _whole(tensor: Tensor) -> list[Tensor]:
     if tensor.layout == torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):

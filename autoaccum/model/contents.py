@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from autoaccum.data.held import is_generator, restore, state_of
+from autoaccum.model.shards import local, reset_all
 
 __all__ = ["Contents"]
 
@@ -47,6 +48,8 @@ class Contents:
     def __init__(self, *roots: Any) -> None:
         """Walks through `roots`: modules, optimizers, or other objects with a state."""
         self.tensors: list[Tensor] = []
+        self._roots = roots
+        reset_all(roots)
         self._kept: list[_Attributes | _Container | _Generator | _Place | _TensorHooks] = []
         self._seen: set[int] = set()
         self._waiting: list[tuple[Any, str, int]] = [(hooks, "torch", 0) for hooks in _GLOBAL_HOOKS]
@@ -59,6 +62,7 @@ class Contents:
 
     def restore(self) -> None:
         """Puts everything back that is no longer as it was; what still is, is not touched."""
+        reset_all(self._roots)
         for each in self._kept:
             each.restore()
 
@@ -210,7 +214,7 @@ class _Place:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.layout != torch.strided:
         return (tensor.shape,)
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr()
+    return tensor.shape, tensor.stride(), tensor.dtype, local(tensor).data_ptr()
 
 
 class _TensorHooks:

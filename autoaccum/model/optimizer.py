@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from autoaccum.checks import is_positive
 from autoaccum.errors import SetupError, shown
+from autoaccum.model.shards import check_shards
 from autoaccum.ranks import Ranks
 
 __all__ = [
@@ -34,7 +35,6 @@ _NAMED = {
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
 }
-_SHARDED = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def build_optimizer(
@@ -169,7 +169,7 @@ def check_model(
             f"{type(model).__name__} has no parameter that requires a gradient, so there is nothing to train: "
             "unfreeze what should learn with parameter.requires_grad_(True)"
         )
-    _refuse_sharded(model, parameters)
+    check_shards(model, (parameter for parameter in parameters if not isinstance(parameter, UninitializedParameter)))
     _refuse_meta(model)
     if clip_norm is not None and not is_positive(clip_norm):
         raise SetupError(f"clip_norm={shown(clip_norm)}: give a norm above 0, or None to leave gradients as they are")
@@ -312,17 +312,6 @@ def _refuse_sparse(model: nn.Module, setting: str) -> None:
         raise SetupError(
             f"{setting} beside sparse gradients (of {', '.join(sparse)}): torch cannot take their norm; "
             f"make those embeddings with sparse=False, or leave {setting.partition('=')[0]} out"
-        )
-
-
-def _refuse_sharded(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
-    kinds |= {type(parameter).__name__ for parameter in parameters if not isinstance(parameter, UninitializedParameter)}
-    found = sorted(kinds.intersection((*_SHARDED, "DTensor")))
-    if found:
-        raise SetupError(
-            f"the model's parameters are sharded ({', '.join(found)}), which autoaccum does not support yet: "
-            "train it unsharded, or on several ranks with a whole model on each"
         )
 
 

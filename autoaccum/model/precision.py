@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError, shown
+from autoaccum.model.shards import is_sharded, local
 
 __all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm", "prepared_by", "scaled_step"]
 
@@ -39,6 +40,8 @@ class Precision:
         if precision not in ("auto", "fp32", "bf16", "fp16"):
             raise SetupError(f'precision={shown(precision)}: choose "auto", "fp32", "bf16" or "fp16"')
         self.name, self.reason = _decide(precision, device)
+        if is_sharded(model):
+            self.name, self.reason = _of_policy(precision)
         own = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
         if precision == "auto" and self.name == "fp32" and own:
             self.reason = f"fp32: no autocast, so that the model computes in its own {' and '.join(sorted(own))}"
@@ -81,6 +84,15 @@ def _decide(precision: str, device: torch.device) -> tuple[str, str]:
     return "fp32", f"fp32: {device.type} has no native bf16 that would be faster"
 
 
+def _of_policy(precision: str) -> tuple[str, str]:
+    if precision in ("bf16", "fp16"):
+        raise SetupError(
+            f'precision="{precision}" is not supported for a model that fully_shard has sharded: give fully_shard '
+            "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)"
+        )
+    return "fp32", "fp32: no autocast, since the model is sharded, and its MixedPrecisionPolicy decides"
+
+
 class SideBuffers:
     """fp32 sums for the gradients of bf16 and fp16 parameters.
 
@@ -95,7 +107,7 @@ class SideBuffers:
     @property
     def nbytes(self) -> int:
         """What the buffers take while a window runs: 4 bytes an element."""
-        return sum(4 * parameter.numel() for parameter in self._half)
+        return sum(4 * local(parameter).numel() for parameter in self._half)
 
     def collect(self) -> None:
         """Adds the gradients of one micro-batch to the sums and empties them."""
@@ -119,6 +131,11 @@ class SideBuffers:
             self._sums[id(parameter)] = gradient
         else:
             parameter.grad = gradient
+
+    def drop(self, parameter: nn.Parameter) -> None:
+        """Takes the window's gradient of `parameter` away."""
+        self._sums.pop(id(parameter), None)
+        parameter.grad = None
 
     def dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """The format that the window's gradient of `parameter` is summed in."""

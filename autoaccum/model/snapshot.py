@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from autoaccum.errors import StateNotRestoredError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.model.contents import Contents
+from autoaccum.model.shards import local
 from autoaccum.random_state import RandomState
 
 __all__ = ["Snapshot"]
@@ -106,7 +107,7 @@ class _StorageBytes:
         self._copied: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
         self._whole: list[tuple[Tensor, Tensor]] = []  # tensors without a plain storage: sparse and other kinds
         seen: set[int] = set()
-        for tensor in tensors:
+        for tensor in map(local, tensors):
             if tensor.layout != torch.strided or tensor.device.type == "meta":
                 self._whole.append((tensor, tensor.detach().clone()))
                 continue

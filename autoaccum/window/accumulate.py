@@ -8,8 +8,7 @@ one sum of the gradients, one clip, one step.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +21,12 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError
-from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
+from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
 from autoaccum.model.optimizer import (
-    FirstBackward,
     check_model,
     check_no_gradient,
     check_optimizer,
@@ -36,23 +34,25 @@ from autoaccum.model.optimizer import (
     check_schedule,
     optimizer_parameters,
 )
-from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, global_norm, prepared_by, scaled_step
+from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, prepared_by, scaled_step
+from autoaccum.model.shards import local, refuse_for_shards
 from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
+from autoaccum.window.passes import Passes, call, ignore
 from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
+from autoaccum.window.sharded import ShardedPasses, norm_over_ranks, sharded_passes
 from autoaccum.window.two_passes import TwoPasses
-from autoaccum.window.window_sums import Ledger, Parts
+from autoaccum.window.window_sums import Ledger
 
 __all__ = ["Accumulator", "ignore"]
 
 
-class Accumulator:
+class Accumulator(Passes):
     """Turns the micro-batches of a window into one optimizer step, for people who keep their own loop.
 
     ```python
@@ -127,6 +127,9 @@ class Accumulator:
         self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
         self.ranks = ranks if ranks is not None else here(self.device, group)
         check_ranks(plan.rank, plan.world_size, self.ranks)
+        self.sharded = sharded_passes(model, self.ranks, self.device)
+        # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
+        self._call: Callable[..., Any] = interruptible if self.sharded is None else call
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
         self.objective, self._steps = objective, steps
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
@@ -137,23 +140,23 @@ class Accumulator:
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
+        self._resting = [layer for _, layer in self._statistics.layers]
         self.noise_scale = NoiseScale(model, self._parameters)
         if self.ranks.size > 1 or self.precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
         self._ledger: Ledger | None = None
         self._lists = ListReader()
         self._looked_at_backward = False
-        self.rank_sum = RankSum(self.ranks, self._parameters, self._side)
+        self.rank_sum = RankSum(self.ranks, self._parameters, self._side, self.sharded)
         self._ended: tuple[float, float] | None = None  # the window's loss and correction, once the ranks have voted
         self.stepping = False  # an optimizer step has begun whose window has not ended: weights may be half updated
         self._memory = open_device(self.device)
         self.on_phase: Callable[[str], None] = ignore
-        self.rehearses = False
-        self.rehearsed_samples = 0
         self.beside: Sequence[Optimizer] = ()
-        self.at_once = False
         self._two_passes: TwoPasses | None = None
-        if objective is not None and objective.coupled is not None:
+        coupled = objective is not None and objective.coupled is not None
+        refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
+        if objective is not None and coupled:
             self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
             self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
 
@@ -183,6 +186,10 @@ class Accumulator:
                         f"backward was called {ledger.done - before} times for one micro-batch: "
                         "call accumulator.backward(loss) exactly once for each"
                     )
+            if self.sharded is not None:  # as many passes as on any other rank
+                for _ in range(max(ledger.micro_batches) - len(pieces)):
+                    with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
+                        yield plain(tree.move(self.sharded.sample, self.device))
             self.finish()
             finished = True
         except Exception:
@@ -203,6 +210,9 @@ class Accumulator:
             LossError: not a scalar, or without a graph.
         """
         ledger = self._running()
+        if self.sharded is not None and self.sharded.collectives.muted:
+            self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
+            return
         if not isinstance(loss, Mean):
             expect_scalar(loss)
             loss = Mean.of(loss, ledger.samples[ledger.done] if denominator is None else denominator)
@@ -220,6 +230,8 @@ class Accumulator:
             )
         check_no_gradient(self._parameters)
         self._memory.reset_peak()
+        if self.sharded is not None:
+            self._begin_sharded(self.sharded, batches)
         if self.objective is not None:
             self.objective.prepare(batches, rehearses=self.rehearses)
         if self._settings:
@@ -233,75 +245,15 @@ class Accumulator:
         self.noise_scale.open(len(batches))
         return self._ledger
 
-    @uninterrupted
-    def run(self, batches: Iterable[Any]) -> None:
-        """Forward and backward of each micro-batch in turn, as the objective says."""
-        ledger, objective, precision = self._running(), self.objective, self.precision
-        assert objective is not None
-        if self._two_passes is not None and not self.at_once:
-            self._run_twice(self._two_passes, list(batches))
-            return
-        for batch in batches:
-            check_interrupt()
-            self.on_phase("batch")
-            placed = batch if self._on_host else tree.move(batch, self.device)
-            self.on_phase("forward")
-            # Where nothing counts the forward still runs: statistics and random generators move as they would.
-            with precision.autocast(), nullcontext() if ledger.counts else torch.no_grad():
-                terms = interruptible(objective.terms, placed, ledger.own, batch)
-            self._add(terms)
-
-    @property
-    def compares(self) -> bool:
-        """Whether the loss compares the samples of a window, and each micro-batch runs forward twice."""
-        return self._two_passes is not None
-
-    def _run_twice(self, two_passes: TwoPasses, batches: Sequence[Any]) -> None:
-        ledger = self._running()
-        two_passes.rehearsed = self.rehearsed_samples
-
-        def again() -> None:
-            self._side.collect()  # what the loss has of its own has its gradient now
-            self._statistics.discard()
-            self._statistics.begin(len(batches))
-
-        def entered() -> None:
-            self._sparse.merge()
-            self._side.collect()
-            ledger.enter()
-
-        what = f"step {self.step + 1}"
-        loss = interruptible(two_passes.run, batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
-        if loss is not None:
-            ledger.add(loss)
-
-    def _add(self, terms: Mapping[str, Mean]) -> None:
-        ledger = self._running()
-        parts, value = ledger.parts(terms)
-        ledger.note(parts if value is None else [(value, 1.0)])
-        if parts:
-            self.on_phase("backward")
-            self.precision.forget_casts()
-            first = None if self._looked_at_backward else FirstBackward(self.model, self.optimizer)
-            with self.precision.outside():
-                interruptible(self._backward, parts)
-            if first is not None:
-                first.check()
-                self._looked_at_backward = True
-            self._sparse.merge()
-            self._side.collect()
-        if self.noise_scale.watches:
-            self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
-        ledger.enter()
-
-    def _backward(self, parts: Parts) -> None:
-        """Each term's factor is where its backward pass begins: a multiplication less in the graph."""
-        scaler = self.precision.scaler
-        if scaler.is_enabled():
-            share = torch.stack([tensor * factor for tensor, factor in parts]).sum()
-            scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-            return
-        backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
+    def _begin_sharded(self, sharded: ShardedPasses, batches: Sequence[Any]) -> None:
+        try:
+            sharded.keep_sample(batches, self.plan.minimum)
+        except SetupError:
+            self.ranks.fail()
+            raise
+        sharded.begin(self.place)
+        if self.objective is not None:
+            sharded.compare(self._empty_pass, self._resting, "the first pass")
 
     def vote(self, flags: Sequence[float] = ()) -> list[float]:
         """All ranks meet at the window's end, also those that failed in it; the sums of `flags` over the ranks.
@@ -353,6 +305,8 @@ class Accumulator:
             self._zero()
         self._ledger = self._ended = None
         self.stepping = False
+        if self.sharded is not None:
+            self.sharded.end()
         seconds = time.perf_counter() - ledger.started
         self.last = StepRecord(
             step=self.step,
@@ -418,10 +372,14 @@ class Accumulator:
         self._statistics.discard()
         self.rank_sum.drop()
         self._ledger = self._ended = None
+        if self.sharded is not None:
+            self.sharded.end()
 
     @uninterrupted
     def close(self) -> None:
         """Takes the hooks off the model."""
+        if self.sharded is not None:
+            self.sharded.close()
         self.noise_scale.close()
         self._statistics.close()
 
@@ -432,14 +390,14 @@ class Accumulator:
         self.rank_sum.run()
         if scaler.is_enabled() and self._steps:
             scaler.unscale_(self.optimizer)
-        gradients = self._gradients()
+        gradients = [gradient for _, gradient in self._gradients()]
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
         self.noise_scale.finish(gradients, self._running().total_samples)
         norm = None
-        if gradients and (self._clip_norm is not None or self._log_grad_norm):
-            measured = global_norm(gradients)
+        if (gradients or self.sharded is not None) and (self._clip_norm is not None or self._log_grad_norm):
+            measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
             if self._clip_norm is not None:
                 clip_by_norm(gradients, measured, self._clip_norm)
             norm = float(measured)
@@ -460,7 +418,7 @@ class Accumulator:
         """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then."""
         if self._on_nonfinite == "skip":
             if self.rehearses:
-                for gradient in self._gradients():
+                for _, gradient in self._gradients():
                     (gradient._values() if gradient.is_sparse else gradient).zero_()
                 return None
             self._statistics.discard()  # they would stay what the samples made of them, NaN for instance
@@ -471,19 +429,12 @@ class Accumulator:
             'or pass on_nonfinite="skip" to leave such windows out'
         )
 
-    def _gradients(self) -> list[Tensor]:
-        return [g for g in map(self._side.gradient, self._parameters) if g is not None]
-
-    def _running(self) -> Ledger:
-        if self._ledger is None:
-            raise SetupError("no window is open: call backward inside `for micro in accumulator.window(batch):`")
-        return self._ledger
+    def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter's gradient of the window, what lies on this rank."""
+        found = ((parameter, self._side.gradient(parameter)) for parameter in self._parameters)
+        return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
 
     def _zero(self) -> None:
         self._side.clear()
         for parameter in self._parameters:
             parameter.grad = None
-
-
-def ignore(phase: str) -> None:
-    """Takes no notice of a window's phases; a trace puts something that does in `on_phase`."""

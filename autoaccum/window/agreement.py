@@ -93,6 +93,8 @@ def _checksums(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Sums of the bits as integers: no order of addition changes them."""
     names, sums = [], []
     for name, tensor in tensors:
+        if hasattr(tensor, "_local_tensor"):  # each rank has a shard of its own
+            continue
         if tensor.layout == torch.strided and tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             bits = flat.view(torch.int32) if flat.numel() % 4 == 0 else flat

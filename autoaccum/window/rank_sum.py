@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from autoaccum.model.precision import SideBuffers
 from autoaccum.model.sparse_gradients import untouched_rows
 from autoaccum.ranks import Flight, Ranks, digest
+from autoaccum.window.sharded import ShardedPasses
 
 __all__ = ["RankSum"]
 
@@ -30,9 +31,13 @@ class RankSum:
         uneven: by the last vote, the ranks must `level` and vote again before they `run`; the same on all of them.
     """
 
-    def __init__(self, ranks: Ranks, parameters: Sequence[nn.Parameter], side: SideBuffers) -> None:
-        """Keeps references only."""
+    def __init__(
+        self, ranks: Ranks, parameters: Sequence[nn.Parameter], side: SideBuffers, sharded: ShardedPasses | None = None
+    ) -> None:
+        """Keeps references only. `sharded` has summed the gradients of the parameters that it holds."""
         self._ranks, self._parameters, self._side = ranks, parameters, side
+        self._sharded = sharded
+        self._unused: list[nn.Parameter] = []  # sharded, and without a gradient on all ranks
         self._flight = Flight()
         self.layout, self.uneven = 0, False
 
@@ -41,16 +46,25 @@ class RankSum:
 
         The last thing before the vote that may run out of memory.
         """
+        self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
         if self._ranks.size == 1:
             return
-        gradients = [self._side.gradient(parameter) for parameter in self._parameters]
+        gradients = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
         kinds = [_kind(gradient) for gradient in gradients]
         sparse = max(kinds, default=0) > 0
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None and gradient.is_sparse:
                 self._side.put(parameter, gradient.coalesce())
         self.layout = 2 * digest(kinds) + sparse
-        self._flight = Flight() if sparse else self._ranks.ready([g for g in gradients if g is not None])
+        own = [g for p, g in zip(self._parameters, gradients) if g is not None and not self._is_summed(p)]
+        self._flight = Flight() if sparse else self._ranks.ready(own)
+
+    def _is_summed(self, parameter: nn.Parameter) -> bool:
+        return self._sharded is not None and self._sharded.holds(parameter)
+
+    def _has(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank has a gradient; of what is sharded FSDP has zeros where a pass gave none."""
+        return self._sharded is None or not self._sharded.holds(parameter) or self._sharded.used(parameter)
 
     def vote(self, what: str, values: Sequence[float]) -> list[float]:
         """The sums of `values` over all ranks, which compare their layouts as well."""
@@ -68,7 +82,7 @@ class RankSum:
         table = torch.zeros(len(self._parameters), 3 + size, dtype=torch.int64, device=self._parameters[0].device)
         rows = []
         for parameter in self._parameters:
-            gradient = self._side.gradient(parameter)
+            gradient = self._side.gradient(parameter) if self._has(parameter) else None
             kind, row = _kind(gradient), [0] * (3 + size)
             row[0], row[1], row[2] = int(kind == 0), int(kind > 0), max(kind, 0)
             row[3 + rank] = gradient._nnz() if gradient is not None and gradient.is_sparse else 0
@@ -82,6 +96,9 @@ class RankSum:
         dense: list[Tensor] = []
         for parameter, (full, sparse, dimensions, *rows) in zip(self._parameters, table, strict=True):
             if not full and not sparse:  # what no rank used keeps none, as it would on one rank
+                continue
+            if self._is_summed(parameter):
+                self._unused = [other for other in self._unused if other is not parameter]
                 continue
             gradient = self._side.gradient(parameter)
             if full:
@@ -109,6 +126,8 @@ class RankSum:
     def run(self) -> None:
         """Communicates. Every parameter that any rank has a gradient for then has the sum."""
         self._ranks.run(self._flight)
+        for parameter in self._unused:  # as on one rank, where an optimizer passes over it
+            self._side.drop(parameter)
         self.drop()
 
     def drop(self) -> None:

@@ -1,0 +1,189 @@
+"""Models that `fully_shard` has sharded over the ranks: found, checked, and put back to where a pass begins.
+
+Nothing of torch.distributed is imported for a model that is not sharded. What FSDP's own methods do not tell (its
+groups of parameters, how they are reduced) is read from its states here, and nowhere else.
+"""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoaccum.errors import SetupError
+
+__all__ = ["Shards", "check_shards", "is_sharded", "local", "refuse_for_shards", "reset_all"]
+
+_OTHER_WAY = "train it unsharded, or shard it with torch.distributed.fsdp.fully_shard over all ranks"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What lies on this rank of a distributed tensor; any other tensor itself."""
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `fully_shard` was called on the model or on a part of it."""
+    return isinstance(model, nn.Module) and any(_is_fsdp(module) for module in model.modules())
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+class Shards:
+    """The sharded part of a model, on this rank.
+
+    Attributes:
+        root: the module on which `fully_shard` was called last.
+        groups: FSDP's groups of parameters, which are gathered and reduced together.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Reads FSDP's states, of a model that `is_sharded`, and reshards what a forward pass has left gathered."""
+        modules: list[Any] = [module for module in model.modules() if _is_fsdp(module)]
+        self.root = modules[0]
+        self._modules = modules
+        state = self.root._get_fsdp_state()
+        if state._is_root is None:  # else the first forward would do it, and change what a snapshot has kept
+            state._lazy_init()
+        states = [module._get_fsdp_state() for module in modules]
+        self.groups: list[Any] = list(dict.fromkeys(group for each in states for group in each._fsdp_param_groups))
+        self.reset()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The sharded ones, which the optimizer holds."""
+        return [parameter.sharded_param for group in self.groups for parameter in group.fsdp_params]
+
+    def reset(self) -> None:
+        """To where a pass begins: nothing gathered, nothing left over from a pass that was broken off."""
+        self.root.reset_iter_state()
+        for group in self.groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+
+    def gather_once(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """(the sharded parameter, the one that forward passes use) of each; these exist once they were gathered.
+
+        All ranks call this.
+        """
+        for module in self._modules:
+            module.unshard()
+            module.reshard()
+        every = [parameter for group in self.groups for parameter in group.fsdp_params]
+        return [(parameter.sharded_param, parameter._unsharded_param) for parameter in every]
+
+    def replicas(self) -> int:
+        """How many ranks hold the same shard: 1, but on a mesh of two dimensions (HSDP)."""
+        return next((group.mesh_info.replicate_mesh_size for group in self.groups if group._is_hsdp), 1)
+
+
+def check_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Refuses sharded parameters that cannot be trained here; reshards those that can.
+
+    Raises:
+        SetupError: FSDP1; a mesh with tensor parallelism; torch that is too old; several sharded roots; parameters on
+            the host or with communication of the user's own; sparse embeddings; layers that meet other ranks.
+    """
+    if any(base.__name__ == "FullyShardedDataParallel" for module in model.modules() for base in type(module).__mro__):
+        raise SetupError(
+            f"the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported: {_OTHER_WAY}"
+        )
+    distributed = [parameter for parameter in parameters if hasattr(parameter, "_local_tensor")]
+    if not is_sharded(model):
+        if distributed:
+            raise SetupError(
+                "the model's parameters are distributed tensors (DTensor) that fully_shard has not made, such as those "
+                f"of tensor, pipeline or context parallelism, which is not supported: {_OTHER_WAY}"
+            )
+        return
+    _check_version()
+    _check_roots(model)
+    shards = Shards(model)
+    _check_groups(shards)
+    own = {id(parameter) for parameter in shards.parameters}
+    if any(id(parameter) not in own for parameter in model.parameters() if hasattr(parameter, "_local_tensor")):
+        raise SetupError(
+            "some parameters of the sharded model are distributed tensors (DTensor) that fully_shard has not made: "
+            f"tensor, pipeline and context parallelism are not supported beside it: {_OTHER_WAY}"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise SetupError(f"{name} is a SyncBatchNorm in a sharded model, which is not supported: use BatchNorm, "
+                             "whose running statistics are pooled over the ranks as well")  # fmt: skip
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise SetupError(f"{name} has sparse gradients, which cannot be sharded: make it with sparse=False")
+
+
+def _check_version() -> None:
+    from torch.distributed import fsdp
+
+    kind: Any = getattr(fsdp, "FSDPModule", None)
+    wanted = ("reset_iter_state", "set_reduce_scatter_unused_params", "set_force_sum_reduction_for_comms")
+    missing = [name for name in wanted if not hasattr(kind, name)]
+    if missing:
+        raise SetupError(
+            f"training a fully_shard model takes torch 2.13 or newer, and this is torch {torch.__version__}, whose "
+            f"FSDPModule has no {missing[0]}: update torch, or train the model unsharded"
+        )
+
+
+def _check_roots(model: nn.Module) -> None:
+    """That one sharded module holds all others."""
+    modules = [module for module in model.modules() if _is_fsdp(module)]
+    inside = {id(module) for module in modules[0].modules()}
+    others = [name for name, module in model.named_modules() if _is_fsdp(module) and id(module) not in inside]
+    if others:
+        raise SetupError(
+            f"the model has several sharded roots ({others[0]} is not inside the first of them), each of which would "
+            "gather and reduce by itself: call fully_shard on the whole model last"
+        )
+
+
+def _check_groups(shards: Shards) -> None:
+    for group in shards.groups:
+        offload = type(group.offload_policy).__name__
+        if offload != "OffloadPolicy":
+            raise SetupError(
+                f"the model is sharded with {offload}, whose parameters wait on the host, which is not supported: call "
+                "fully_shard without offload_policy"
+            )
+        for comm in (group._all_gather_comm, group._reduce_scatter_comm):
+            if not type(comm).__name__.startswith("Default"):
+                raise SetupError(
+                    f"the model communicates through {type(comm).__name__}, an object of your own or of a backend's, "
+                    "where autoaccum puts its own: leave set_custom_all_gather, set_custom_reduce_scatter and "
+                    "set_allocate_memory_from_process_group_for_comm out"
+                )
+        if not hasattr(group.mesh_info, "shard_mesh_size") or group._all_reduce_hook is not None:
+            raise SetupError(f"the model is replicated by FSDP's own means, or has an all-reduce hook: {_OTHER_WAY}")
+        if any(parameter.is_dtensor for parameter in group.fsdp_params):
+            raise SetupError(f"the sharded parameters are distributed by tensor parallelism already: {_OTHER_WAY}")
+
+
+def refuse_for_shards(model: Any, **given: tuple[bool, str]) -> None:
+    """Refuses what a sharded model cannot be trained with.
+
+    Args:
+        model: looked at.
+        given: by the name of a setting, whether it was asked for, and what to do instead.
+
+    Raises:
+        SetupError: it was.
+    """
+    for name, (asked, advice) in given.items():
+        if asked and is_sharded(model):
+            raise SetupError(f"{name} is not supported for a model that fully_shard has sharded: {advice}")
+
+
+def reset_all(roots: Iterable[Any]) -> None:
+    """Reshards each sharded module among `roots`."""
+    if "torch.distributed.fsdp" in sys.modules:
+        for root in roots:
+            if is_sharded(root):
+                Shards(root).reset()

@@ -1,0 +1,129 @@
+"""The collectives of a sharded model's passes: counted, so that a rank that failed in a pass can still finish it.
+
+FSDP gathers parameters and reduces gradients through objects that it lets one replace. These count what this rank has
+issued since a pass began. A rank that runs the pass again swallows as many: the others have had them from it already.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autoaccum.ranks.lost import answering
+
+__all__ = ["Collectives"]
+
+
+class Collectives:
+    """What one rank issues in a pass. Its `gather` and `scatter` are for `fully_shard` modules.
+
+    Attributes:
+        done: collectives of the pass that the others have had from this rank.
+        place: collectives that the present attempt at the pass has come to.
+        muted: gradients enter the sums as zeros.
+        apart: where tensors lie in host memory, they are sent from copies on a thread of its own, so that what gloo's
+            own threads hold on to is no part of a step's memory. For measuring.
+        alone: nothing is issued; what would have been is written into `sequence`.
+        caught_up: called where the last one that is swallowed comes up.
+    """
+
+    def __init__(self) -> None:
+        self.done = self.place = 0
+        self.muted = self.apart = self.alone = False
+        self.sequence: list[str] = []
+        self.caught_up: Callable[[], None] = lambda: None
+        self.gather, self.scatter = _Gather(self), _Scatter(self)
+        self._copies: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._lane: ThreadPoolExecutor | None = None
+
+    def begin(self) -> None:
+        """A pass begins, on all ranks."""
+        self.done = self.place = 0
+
+    def again(self) -> None:
+        """The pass that was broken off begins again, on this rank alone."""
+        self.place = 0
+
+    @property
+    def swallows(self) -> bool:
+        """Whether the next collective was issued by an earlier attempt."""
+        return self.alone or self.place < self.done
+
+    def takes_turn(self, kind: str, tensor: Tensor) -> bool:
+        """Whether the collective that has come up is issued."""
+        swallowed = self.swallows
+        self.place += 1
+        if self.alone:
+            self.sequence.append(f"{kind} {tensor.numel()} {tensor.dtype}")
+        elif not swallowed:
+            self.done = self.place
+        elif self.place == self.done:
+            self.caught_up()
+        return not swallowed
+
+    def issue(self, function: Any, output: Tensor, input: Tensor, group: Any, **how: Any) -> Any:
+        """Calls a collective of torch.distributed.
+
+        Raises:
+            LostRankError: another process ended, or no longer answers.
+        """
+        with answering(group, dist.get_rank(group), dist.get_world_size(group)):
+            if not (self.apart and output.device.type == "cpu"):
+                return function(output, input, group=group, **how)
+            sent, got = self._copy("sent", input), self._copy("got", output)
+            sent.copy_(input.view(-1))
+            how["async_op"] = False
+            self._lane = self._lane or ThreadPoolExecutor(1, thread_name_prefix="autoaccum-collectives")
+            self._lane.submit(function, got, sent, group=group, **how).result()
+            output.view(-1).copy_(got)
+            return None
+
+    def _copy(self, use: str, tensor: Tensor) -> Tensor:
+        key = use, tensor.dtype
+        if key not in self._copies or self._copies[key].numel() < tensor.numel():
+            self._copies[key] = torch.empty(tensor.numel(), dtype=tensor.dtype)
+        return self._copies[key][: tensor.numel()]
+
+    def close(self) -> None:
+        """Lets thread and copies go."""
+        if self._lane is not None:
+            self._lane.shutdown()
+        self._lane, self.apart = None, False
+        self._copies.clear()
+
+
+class _Allocating:
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Room for a collective's tensor."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Allocating):
+    """Gathers the shards of a group of parameters."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        own = self._collectives
+        if own.takes_turn("gather", output_tensor):
+            return own.issue(dist.all_gather_into_tensor, output_tensor, input_tensor, group, async_op=async_op)
+        for part in output_tensor.view(-1, input_tensor.numel()):  # plausible numbers, whatever the model asks of them
+            part.copy_(input_tensor)
+        return None
+
+
+class _Scatter(_Allocating):
+    """Sums the gradients of a group of parameters, and gives each rank its shard."""
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        own = self._collectives
+        if own.muted:
+            input_tensor.zero_()
+        if own.takes_turn("scatter", input_tensor):
+            return own.issue(dist.reduce_scatter_tensor, output_tensor, input_tensor, group, op=op, async_op=async_op)
+        output_tensor.zero_()
+        return None
