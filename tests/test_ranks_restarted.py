@@ -17,10 +17,6 @@ from tests.ranks_work import Net, data, state
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed"),
-    pytest.mark.skipif(
-        "AUTOACCUM_ELASTIC" not in os.environ,
-        reason="gloo does not always connect anew where torchrun starts ranks again: AUTOACCUM_ELASTIC=1 runs it",
-    ),
 ]
 
 ROOT = Path(__file__).parents[1]

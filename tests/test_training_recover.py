@@ -1,6 +1,5 @@
 """Out of memory and other errors in mid-training: what was trained is what would have been, and no sample is lost."""
 
-import multiprocessing as mp
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from autoaccum.ranks import Ranks
 from autoaccum.training.events import Noted, StopTraining, TrainingWarning
 from autoaccum.training.recover import OptimizerOutOfMemoryError
 from autoaccum.training.smaller import Replays, cut_smaller
+from tests.ranks_started import started
 from tests.torture import ooms
 
 X = torch.randn(48, 6, generator=torch.Generator().manual_seed(0))
@@ -345,7 +345,7 @@ def _losses(limits, **keywords):
     for _ in loop:
         model.window += 1
         states.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
-    stopped = loop._turns.stopped
+    stopped = loop._stopped
     return states, [(record.micro_batches, record.samples) for record in loop.history], loop.plan.limits, stopped
 
 
@@ -357,11 +357,13 @@ def _work(rank, folder):
     found["one ran out"] = _losses({1: 2} if rank == 1 else {}, micro_batch=4)
     found["both ran out, one twice"] = _losses({2: 1 if rank == 0 else 2}, micro_batch=4)
 
-    def stop(event):
-        if rank == 1 and event.name == "step" and event.record.step == 2:
-            raise StopTraining("enough")
+    for name, step in (("step", 2), ("step", 3), ("epoch", 3)):  # three steps are an epoch
 
-    found["stopped"] = _losses({}, micro_batch=4, callbacks=[stop])
+        def stop(event, name=name, step=step):
+            if rank == 1 and event.name == name and (event.record.step if name == "step" else event.step) == step:
+                raise StopTraining("enough")
+
+        found[name, step] = _losses({}, micro_batch=4, epochs=2, callbacks=[stop])
     try:
         _losses({1: 0} if rank == 0 else {}, micro_batch=4)
     except AutoaccumError as error:
@@ -388,13 +390,7 @@ def _work(rank, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=_work, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    started(_work, 2, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -421,11 +417,11 @@ def test_only_the_rank_that_ran_out_takes_smaller_pieces(found):
 
 @pytest.mark.slow
 @pytest_ranks
-def test_a_rank_that_is_asked_to_stop_stops_all_at_the_same_window(found):
-    steps = [len(found[rank]["stopped"][0]) for rank in range(2)]
-    assert steps == [3, 3]
-    assert found[1]["stopped"][3] == "enough"
-    assert "another rank" in found[0]["stopped"][3]
+@pytest.mark.parametrize("when", [("step", 2), ("step", 3), ("epoch", 3)])
+def test_a_rank_that_is_asked_to_stop_stops_all_there(found, when):
+    assert [len(found[rank][when][0]) for rank in range(2)] == [when[1]] * 2
+    assert found[1][when][3] == "enough"
+    assert "another rank" in found[0][when][3]
 
 
 @pytest.mark.slow

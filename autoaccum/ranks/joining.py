@@ -19,6 +19,7 @@ if dist.is_available():
     # it would keep a destroyed group and its threads alive, and one that lets go of a tensor while the interpreter
     # ends aborts the process.
     import torch.distributed.nn
+    from torch.distributed.rendezvous import rendezvous
 
 __all__ = ["ends_all", "here", "join"]
 
@@ -33,14 +34,29 @@ def join() -> None:
         return
     atexit.register(_leave)
     if not torch.cuda.is_available():
-        dist.init_process_group("gloo")
+        _init("gloo")
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local < torch.cuda.device_count():
         # Otherwise all ranks of a host would meet on its first GPU, where NCCL waits forever.
         torch.cuda.set_device(local)
     # A model may be trained on the CPU of a machine with GPUs, and small messages need not wait for a GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl")
+    _init("cpu:gloo,cuda:nccl")
+
+
+def _init(backend: str) -> None:
+    """Initialises the default group; one that torchrun started again meets where no earlier start has met.
+
+    torchrun keeps one store over its restarts, in which torch looks for the addresses of the other ranks without asking
+    which start they are of: who reads before the others have written is sent to the port of a process that was killed.
+    How often torchrun has started again tells the starts apart on one node; several nodes may count differently.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        dist.init_process_group(backend)
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _leave() -> None:

@@ -126,6 +126,7 @@ class TrainingLoop:
         self._turns = Turns([self._turn(phase, each, regrow_after) for phase, each in phases or [(None, accumulator)]])
         self._window_index = self._epoch_began_at = 0
         self._evaluation_due = False
+        self._stopped: str | None = None  # why a rank asked for the end, or that another one did
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
         self._left: Window | None = None  # fetched, and not trained yet
         self._iteration: weakref.ref[_Iteration] | None = None  # who breaks off lets it go, and it must end then
@@ -223,7 +224,7 @@ class TrainingLoop:
             pass
         return FitResult(
             self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
-            None if self.folder is None else self.folder.unsaved, self._turns.stopped, self._lengths(),
+            None if self.folder is None else self.folder.unsaved, self._stopped, self._lengths(),
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -245,7 +246,7 @@ class TrainingLoop:
 
     def _begin(self) -> None:
         self._check_whole()
-        self._turns.stopped = self._events.stop = None
+        self._stopped = self._events.stop = None
         if self._boundary is not None and self._left is None:
             self._boundary.restore()
         elif self._seed is not None and not self.history and self._left is None:
@@ -258,20 +259,20 @@ class TrainingLoop:
         self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 
     def _rest(self) -> Iterator[StepRecord]:
-        while self._turns.stopped is None:
+        while self._stopped is None:
             if self._evaluation_due:
                 self._evaluate_now()
             if self._done():
                 return
-            if self._asked_to_stop():
+            self._hear_wishes()
+            if self._stopped is not None:
                 return
             yield from self._rest_of_epoch()
 
-    def _asked_to_stop(self) -> bool:
-        """Whether a listener on any rank asked for the end between two windows, as early stopping does."""
+    def _hear_wishes(self) -> None:
+        """Stops where a listener on any rank has asked for the end, at the same window on all of them."""
         if self._accumulator.ranks.any("a wish to stop", self._events.stop is not None):
-            self._turns.stopped = self._events.stop or "another rank was asked to stop"
-        return self._turns.stopped is not None
+            self._stopped = self._events.stop or "another rank was asked to stop"
 
     def _done(self) -> bool:
         if self._max_steps is not None:
@@ -294,15 +295,14 @@ class TrainingLoop:
                 window.batches.clear()  # the next window is read while its reader still holds this one
                 self._window_index += 1
                 self._tell_record(record)
-                if self._accumulator.ranks.size == 1:
-                    self._turns.stopped = self._events.stop
+                self._hear_wishes()
                 if self.folder is not None:
                     self.folder.poll()
                     if self._turns.overdue or self.folder.due(self.step):
                         self._save()
                 check_interrupt()  # one that came in the step: the step is whole, and in the history
                 yield record
-            if self._turns.stopped is not None:
+            if self._stopped is not None:
                 return
             if self._max_steps is not None and self.step >= self._max_steps:
                 self._evaluation_due = True
@@ -417,7 +417,7 @@ class TrainingLoop:
         with loading("history"):
             self.history.load_state_dict(fields.get("history", Mapping))
             self.evaluations[:] = [{**results, "loss": float(results["loss"])} for results in evaluations]
-        self._left = self._turns.stopped = self._turns.all[0].safe.broken = None
+        self._left = self._stopped = self._turns.all[0].safe.broken = None
 
     def _save(self, loss: float | None = None) -> None:
         """A checkpoint of this moment, unless there is one; `loss` is what validation has just found."""

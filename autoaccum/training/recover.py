@@ -102,7 +102,6 @@ class SafeWindow:
         replays: how small micro-batches have become.
         inside: a window is being trained.
         broken: what left the weights half updated; None where nothing did.
-        stopped: a rank was asked to stop, and all of them know; why. None where none was.
         overdue: the first rank wanted a checkpoint when the window ran, and all of them know.
     """
 
@@ -139,7 +138,6 @@ class SafeWindow:
         self._easing = False
         self.inside = False
         self.broken: str | None = None
-        self.stopped: str | None = None
         self.overdue = False
 
     def train(self, window: Window) -> StepRecord:
@@ -223,11 +221,9 @@ class SafeWindow:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
         ends = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL]
-        votes = [*ends, self._events.stop is not None, wants, self._strained >= PERSISTENT]
-        out_of_memory, too_small, stopping, overdue, strained = map(bool, self._accumulator.vote(votes))
+        votes = [*ends, wants, self._strained >= PERSISTENT]
+        out_of_memory, too_small, overdue, strained = map(bool, self._accumulator.vote(votes))
         self.overdue, self._easing = overdue, strained
-        if stopping:
-            self.stopped = self._events.stop or "another rank was asked to stop"
         return out_of_memory, too_small
 
     def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> "_End":

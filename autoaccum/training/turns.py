@@ -66,16 +66,6 @@ class Turns:
         return next((turn.safe.broken for turn in self.all if turn.safe.broken is not None), None)
 
     @property
-    def stopped(self) -> str | None:
-        """Why a rank was asked to stop, which all of them know; None where none was."""
-        return next((turn.safe.stopped for turn in self.all if turn.safe.stopped is not None), None)
-
-    @stopped.setter
-    def stopped(self, why: str | None) -> None:
-        for turn in self.all:
-            turn.safe.stopped = why
-
-    @property
     def overdue(self) -> bool:
         """Whether the first rank wanted a checkpoint when the window ran, which all of them know."""
         return any(turn.safe.overdue for turn in self.all)
