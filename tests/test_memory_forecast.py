@@ -1,6 +1,7 @@
 """Forecasts against what is then measured, on a dozen and more architectures; and when a forecast must not be made."""
 
 import functools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from autoaccum.memory.allocator import Segment, SimulatedOutOfMemory, rounded
+from autoaccum.memory.allocator import Segment, Setup, SimulatedOutOfMemory, rounded
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
-from autoaccum.memory.trace import Trace, record
+from autoaccum.memory.trace import Kept, Trace, record
+from autoaccum.probing.find_size import Answer
+from autoaccum.probing.probe import with_expandable_segments
 from autoaccum.units import MIB
+from tests import recorded
 from tests.architectures import ARCHITECTURES, BY_NAME, Architecture, lstm_is_known, multiplies_bf16
 from tests.synthetic import play
 
@@ -376,6 +380,22 @@ def test_the_largest_batch_under_a_reserved_limit_needs_no_retry():
     assert largest < forecast.largest(100 * MIB, 10_000)
 
 
+def test_what_would_fit_in_segments_that_grow_is_told_where_it_is_more():
+    traces, sizes = [_caching(n) for n in (2, 4)], [(2,), (4,)]
+    forecast, budget = Forecast.fit(traces, sizes), 100 * MIB
+    limit = forecast.largest(budget, 10_000, reserved=True)
+    more = forecast.largest(budget, 10_000, reserved=True, expandable=True)
+    assert more > 1.02 * limit
+    answer = Answer(limit, limit, "forecast", forecast)
+    hint = with_expandable_segments(forecast, answer, budget)
+    assert hint is not None
+    assert f"would let {more} samples fit, by simulation, where {limit} do now" in hint
+    growing = [replace(trace, setup=Setup(expandable=True)) for trace in traces]
+    assert with_expandable_segments(Forecast.fit(growing, sizes), answer, budget) is None
+    assert with_expandable_segments(forecast, replace(answer, limit=more), budget) is None
+    assert with_expandable_segments(forecast, replace(answer, limit=None, proof=None), budget) is None
+
+
 def test_an_allocator_that_is_not_simulated_reserves_as_was_measured():
     extra = {"caching": True, "unsupported": "garbage_collection_threshold"}
     traces, sizes = [play([("mm", "+a", 1000 * n)], **extra) for n in (2, 4)], [(2,), (4,)]
@@ -404,7 +424,7 @@ def _window(n: int, *, state: bool) -> Trace:
 
 def test_a_training_is_played_from_an_emptied_cache_through_two_windows():
     first = _window(2, state=True)
-    assert first.left() == (("optimizer", 120 * MIB), ("optimizer", 120 * MIB))
+    assert first.left() == tuple(Kept("optimizer", 120 * MIB, "adam", at) for at in range(2))
     cached = Segment(0, False, ((400 * MIB, False),))  # of trials before, which a training finds emptied
     traces = [replace(_window(n, state=False), segments=(cached,), kept=first.left()) for n in (2, 4)]
     forecast = Forecast.fit(traces, [(2,), (4,)])
@@ -414,6 +434,19 @@ def test_a_training_is_played_from_an_emptied_cache_through_two_windows():
     assert Forecast.fit([replace(trace, kept=()) for trace in traces], [(2,), (4,)]).reserved(20) == 752 * MIB
     # So is the optimizer's state, and there it stays.
     assert forecast.reserved(20) == 992 * MIB
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (4, 40), (4, 8, 40)])
+def test_a_training_recorded_on_cudas_allocator_is_forecast_though_its_kernels_change_with_the_size(sizes):
+    """Where a reduction stages 8 bytes, a block of 16 MiB and those together would not fit where it does alone."""
+    told = json.loads(recorded.HERE.read_text(encoding="utf-8"))
+    traces = [recorded.from_json(told["traces"][str(size)]) for size in sizes]
+    forecast = Forecast.fit(traces, [(size,) for size in sizes], [told["resident"][str(size)] for size in sizes])
+    assert forecast.unaligned < 0.01
+    assert len(told["measured"]) == 2
+    for size, measured in told["measured"].items():
+        assert forecast.peak(int(size)) == pytest.approx(measured["requested"], rel=0.001)
+        assert forecast.reserved(int(size)) == pytest.approx(measured["reserved"], rel=0.01)
 
 
 def test_a_further_trace_that_matches_nothing_does_not_undo_a_good_forecast():

@@ -21,7 +21,7 @@ import torch
 from autoaccum.memory.alignment import ForecastFailed
 from autoaccum.memory.pages import Stairs
 
-__all__ = ["basis", "columns", "determined", "fit", "point", "volume"]
+__all__ = ["Size", "basis", "columns", "determined", "fit", "point", "volume"]
 
 Size = tuple[int, ...]
 _CLEARLY = 4  # times the miss with L² is what the miss without may be

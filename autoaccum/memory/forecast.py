@@ -28,7 +28,7 @@ from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
 from autoaccum.memory.fitting import columns, determined, fit, point, volume
 from autoaccum.memory.pages import Stairs, stairs_of
 from autoaccum.memory.playback import Playback, Reservation
-from autoaccum.memory.replay import Flow, Table, matrix, tabulate
+from autoaccum.memory.replay import Column, Flow, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
@@ -61,14 +61,15 @@ class Forecast:
     requested: bool
     reserve: float | None = None
 
-    def __init__(self, table: Table, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
-        self._table = table
+    def __init__(self, tabled: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[tuple[int, ...]]) -> None:
+        traces = [column.trace for column in tabled]
+        self._table = tabulate(tabled, cells)
         self._last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
         self._lengths = {size[1] for size in sizes if len(size) > 1}
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
         self._reserved: dict[tuple[int, int | None], int] = {}
-        self._playback = Playback(table, [phase.name for phase in self._last.phases])
+        self._playback = Playback(tabled, cells, sizes)
         self.stairs = stairs_of([trace.layers for trace in traces], sizes)
 
     @classmethod
@@ -120,13 +121,12 @@ class Forecast:
     ) -> Forecast:
         """The forecast from the traces numbered in `used`, which were aligned into `cells`."""
         traces, sizes = [traces[at] for at in used], [sizes[at] for at in used]
-        table = tabulate(traces, cells)
-        forecast = cls(table, traces, sizes)
+        forecast = cls([Column(trace) for trace in traces], cells, sizes)
         forecast.sizes = tuple(sizes)
         forecast.unaligned = unaligned
         forecast.requested = all(trace.requested for trace in traces)
-        forecast._solve(table, sizes, {name: [each[at] for at in used] for name, each in held.items()})
-        forecast.residual = _residual(table, sizes, forecast.stairs, at_peak=forecast._last.caching)
+        forecast._solve(sizes, {name: [each[at] for at in used] for name, each in held.items()})
+        forecast.residual = _residual(forecast._table, sizes, forecast.stairs, at_peak=forecast._last.caching)
         return forecast
 
     def _or_of_the_largest(
@@ -213,11 +213,14 @@ class Forecast:
         whole = _whole(found, self.above(batch, length), max(found, key=lambda name: found[name]))
         return dict(sorted(whole.items(), key=lambda item: -item[1]))
 
-    def simulate(self, batch: int, length: int | None = None, *, limit: int | None = None) -> Reservation:
+    def simulate(
+        self, batch: int, length: int | None = None, *, limit: int | None = None, expandable: bool | None = None
+    ) -> Reservation:
         """A training's first two windows at this size, played through the caching allocator from an emptied cache.
 
         Args:
             limit: the most the allocator may reserve, in bytes.
+            expandable: whether its segments grow in place; None: as it is set up.
 
         Raises:
             ForecastFailed: the allocator has a setting that is not simulated.
@@ -226,10 +229,9 @@ class Forecast:
         if self._last.unsupported is not None:
             raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
         point = self._point(batch, length)
-        allocator = CachingAllocator.holding(self._last.segments, limit=limit, **self._last.setup._asdict())
-        sizes = (self._flows @ point).round().long().tolist()
-        inside = (self._deltas @ point).round().long().tolist()
-        return self._playback.play(allocator, sizes, inside, self._last.kept)
+        setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
+        allocator = CachingAllocator.holding(self._last.segments, limit=limit, **setup._asdict())
+        return self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
 
     @property
     def simulated(self) -> bool:
@@ -255,20 +257,34 @@ class Forecast:
             self._reserved[batch, length] = self.simulate(batch, length).reserved + self._background
         return self._reserved[batch, length]
 
-    def largest(self, budget: int, ceiling: int, length: int | None = None, *, reserved: bool = False) -> int:
+    @property
+    def expandable(self) -> bool:
+        """Whether the device's allocator is set up with segments that grow in place."""
+        return self._last.setup.expandable
+
+    def largest(
+        self,
+        budget: int,
+        ceiling: int,
+        length: int | None = None,
+        *,
+        reserved: bool = False,
+        expandable: bool | None = None,
+    ) -> int:
         """The largest batch up to `ceiling` whose forecast is within `budget` bytes; 0 where not even 1 is.
 
         Between a batch that fits and one that does not there is always an n that fits while n + 1 does not;
         bisection finds it. A peak is a maximum of affine functions, thus convex in the batch: whatever is
         beyond n + 1 does not fit either. That holds for requested bytes. With `reserved`, the forecast is the
-        simulated allocator's, which may rise and fall by a segment: then n and n + 1 are as said, no more.
+        simulated allocator's, which may rise and fall by a segment: then n and n + 1 are as said, no more;
+        `expandable` is as in `simulate`.
         """
 
         def fits(batch: int) -> bool:
             if not (reserved and self._last.caching):
                 return self.peak(batch, length) <= budget
             try:
-                outcome = self.simulate(batch, length, limit=budget - self._background)
+                outcome = self.simulate(batch, length, limit=budget - self._background, expandable=expandable)
             except SimulatedOutOfMemory:
                 return False
             return outcome.retries == 0
@@ -283,10 +299,11 @@ class Forecast:
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
-    def _solve(self, table: Table, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
-        self._deltas = fit(table.deltas, sizes, self.stairs, [row.operator for row in table.rows])
+    def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
+        table, playback = self._table, self._playback
         self._flows = fit(table.sizes, sizes, self.stairs, [flow.operator for flow in table.flows])
-        self._levels = _levels(self._deltas)
+        self._blocks = fit(playback.sizes, sizes, self.stairs, playback.operators)
+        self._levels = _levels(fit(table.deltas, sizes, self.stairs, [row.operator for row in table.rows]))
         self._resident_names = list(residents)
         self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes, self.stairs)
 
@@ -331,7 +348,7 @@ class Forecast:
         if at >= 0:
             here = self._table.rows[at]
             # What a coarse cell holds inside has no flows of its own.
-            found[name(Flow(at, at, here.operator, "temporary", 0))] += float(level) - live
+            found[name(Flow(at, at, here.operator, "temporary"))] += float(level) - live
         return found
 
 

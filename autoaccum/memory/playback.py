@@ -3,22 +3,30 @@
 A training begins with an emptied cache and, most often, an optimizer without state. Its first window fills the cache,
 the optimizer's state is born among what that left, and the second window runs in what both left: it is the second that
 shows what a training reserves. So two windows are played, of two micro-batches each, as the traces recorded them.
+
+The order of requests is the largest trace's, which is nearest to the sizes that are asked for, down to the staging of a
+few bytes inside one kernel: a block that is 8 bytes larger than a free one is cut out of a larger one, and what is left
+of that serves no equal one again. The size of each is fitted over the traces that have it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from autoaccum.memory.alignment import Cell
+from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.allocator import Block, CachingAllocator
-from autoaccum.memory.replay import FOREVER, Table
-from autoaccum.memory.trace import Kept
+from autoaccum.memory.fitting import Size, volume
+from autoaccum.memory.replay import Column, matrix
+from autoaccum.memory.trace import Kept, Trace
 
 __all__ = ["Playback", "Reservation"]
 
 WINDOWS = 2
-_INSIDE, _FREE, _TAKE, _PHASE = range(4)
+_FREE, _TAKE, _KEEP = range(3)
 
 
 @dataclass(frozen=True)
@@ -31,39 +39,43 @@ class Reservation:
 
 
 class Playback:
-    """The requests of one window in order, of sizes that are told when it is played."""
+    """The requests of one window in the order of the largest trace, of sizes that are told when it is played.
 
-    def __init__(self, table: Table, phases: Sequence[str]) -> None:
-        """Puts what happens at each row of `table` in a line; `phases` names the phases that its rows count."""
-        births: dict[int, list[int]] = defaultdict(list)
-        deaths: dict[int, list[int]] = defaultdict(list)
-        for at, flow in enumerate(table.flows):
-            if flow.death > flow.birth:
-                births[flow.birth].append(at)
-            if flow.death < FOREVER:
-                deaths[flow.death].append(at)
-        self._streams = [flow.stream for flow in table.flows]
-        self._script: list[tuple[int, int]] = []
-        self._phases: list[str] = []  # each once, as it first comes
-        for at, row in enumerate(table.rows):
-            if phases[row.phase] not in self._phases:
-                self._script.append((_PHASE, len(self._phases)))
-                self._phases.append(phases[row.phase])
-            if row.coarse:
-                self._script.append((_INSIDE, at))
-            self._script += ((_FREE, flow) for flow in deaths[at])
-            self._script += ((_TAKE, flow) for flow in births[at])
+    Attributes:
+        sizes: (blocks × traces) bytes of each block that the largest trace allocates, to be fitted over the sizes.
+        operators: of each block, the operator that allocated it.
+    """
 
-    def play(
-        self, allocator: CachingAllocator, sizes: Sequence[int], inside: Sequence[int], kept: Sequence[Kept]
-    ) -> Reservation:
+    def __init__(self, columns: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[Size]) -> None:
+        """From traces of `sizes` (batch,) or (batch, length), aligned into `cells`."""
+        largest = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
+        trace = columns[largest].trace
+        groups = [trace.groups[event.group] for event in trace.events]
+        taken = [at for at, event in enumerate(trace.events) if event.bytes > 0]
+        self._streams = [trace.events[at].stream for at in taken]
+        self.operators = [groups[at].operator for at in taken]
+        shares = [volume(size) / volume(sizes[largest]) for size in sizes]
+        lasting = _lasting(trace)
+        # Where no other trace has the block: in proportion to the size, but for gradients and an optimizer's state.
+        measured = [
+            [event.bytes * (1.0 if event.block in lasting else share) for share in shares]
+            for event in map(trace.events.__getitem__, taken)
+        ]
+        for cell in cells:
+            born = [_born(column.events(span)) for column, span in zip(columns, cell.spans)]
+            for at, other in enumerate(born):
+                for mine, theirs in _pairs(born[largest], other):
+                    measured[mine.block][at] = float(theirs.bytes)
+        self.sizes = matrix(measured, len(sizes))
+        self._script = _script(trace)
+        self._kept = [each.bytes for each in trace.kept]
+
+    def play(self, allocator: CachingAllocator, sizes: Sequence[int]) -> Reservation:
         """Two windows from the cache emptied.
 
         Args:
             allocator: holds what is there when a training begins.
-            sizes: bytes of each flow.
-            inside: bytes that each coarse row holds at most.
-            kept: what the first window leaves for good.
+            sizes: bytes of each block.
 
         Raises:
             SimulatedOutOfMemory: the windows do not fit under the allocator's limit.
@@ -84,11 +96,73 @@ class Playback:
                     block = blocks.pop(at, None)
                     if block is not None:
                         free(block)
-                elif what == _INSIDE:
-                    if inside[at] > 0:
-                        free(allocate(inside[at]))
                 elif window == 0:
-                    for phase, size in kept:
-                        if phase == self._phases[at]:
-                            allocate(size)
+                    allocate(self._kept[at])
         return Reservation(allocator.peak_reserved, allocator.peak_allocated, allocator.retries)
+
+
+class _Born(NamedTuple):
+    """A block that was allocated in a cell, its bytes, and whether the cell frees it."""
+
+    block: int
+    bytes: int
+    brief: bool
+
+
+def _born(events: Sequence[Event]) -> list[_Born]:
+    """What a cell's events allocate, in order."""
+    freed = {event.block for event in events if event.bytes <= 0}
+    return [_Born(event.block, event.bytes, event.block in freed) for event in events if event.bytes > 0]
+
+
+def _lasting(trace: Trace) -> set[int]:
+    """The blocks that are made in a backward pass or by the optimizer, and outlive it."""
+    phases = [trace.groups[event.group].phase for event in trace.events]
+    born = {event.block: phase for event, phase in zip(trace.events, phases) if event.bytes > 0}
+    freed = {event.block: phase for event, phase in zip(trace.events, phases) if event.bytes <= 0}
+    made = {at for at, phase in enumerate(trace.phases) if phase.name in ("backward", "optimizer")}
+    return {block for block, phase in born.items() if phase in made and freed.get(block) != phase}
+
+
+def _pairs(mine: Sequence[_Born], theirs: Sequence[_Born]) -> Iterator[tuple[_Born, _Born]]:
+    """The blocks of a cell in one trace with those of another: in order, or where one has more, the largest first.
+
+    Those that outlive the cell are no partners of those that it frees. What has no partner is left out.
+    """
+    if [born.brief for born in mine] == [born.brief for born in theirs]:
+        yield from zip(mine, theirs)
+        return
+    for brief in (False, True):
+        of_mine, of_theirs = (
+            sorted((born for born in each if born.brief == brief), key=lambda born: -born.bytes)
+            for each in (mine, theirs)
+        )
+        yield from zip(of_mine, of_theirs)
+
+
+def _script(trace: Trace) -> list[tuple[int, int]]:
+    """What a window does in order: (_TAKE or _FREE, a block of the trace), or (_KEEP, what its first one keeps)."""
+    kept: dict[int, list[int]] = defaultdict(list)  # by the event that it comes before
+    for at, each in enumerate(trace.kept):
+        kept[_moment(trace, each)].append(at)
+    script: list[tuple[int, int]] = []
+    for at, event in enumerate(trace.events):
+        script += [(_KEEP, number) for number in kept[at]]
+        if event.bytes > 0:
+            script.append((_TAKE, event.block))
+        elif event.block >= 0:
+            script.append((_FREE, event.block))
+    return script + [(_KEEP, number) for number in kept[len(trace.events)]]
+
+
+def _moment(trace: Trace, kept: Kept) -> int:
+    """The event before which a first window takes what it keeps: where its operator first runs, or its phase begins."""
+    phase = [each.name for each in trace.phases].index(kept.phase)
+    later = len(trace.events)
+    for at, event in enumerate(trace.events):
+        group = trace.groups[event.group]
+        if group.phase == phase and group.operator == kept.operator:
+            return at + min(kept.after, sum(other.group == event.group for other in trace.events[at : at + kept.after]))
+        if group.phase >= phase:
+            later = min(later, at)
+    return later

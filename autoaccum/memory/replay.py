@@ -5,8 +5,7 @@ cell gives two rows: the most it held inside, and what it left behind. The sum o
 the memory in use there, so whatever is fitted to the rows can be replayed by adding them up.
 
 A flow is a block, or several, that lives from one row to another: what is in use at a row is what was born
-at or before it and dies after it. Flows say whose the memory at the peak is, and they are what the
-simulated allocator is asked for.
+at or before it and dies after it. Flows say whose the memory at the peak is.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from autoaccum.memory.alignment import Cell
 from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.trace import Trace
 
-__all__ = ["FOREVER", "RELEASED", "Flow", "Row", "Table", "matrix", "tabulate"]
+__all__ = ["FOREVER", "RELEASED", "Column", "Flow", "Row", "Table", "matrix", "tabulate"]
 
 RELEASED = "released"
 FOREVER = 2**62
@@ -42,7 +41,6 @@ class Flow(NamedTuple):
     death: int
     operator: str
     part: str
-    stream: int
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Table:
     sizes: torch.Tensor
 
 
-class _Column:
+class Column:
     """One trace while it is tabulated."""
 
     def __init__(self, trace: Trace) -> None:
@@ -70,12 +68,12 @@ class _Column:
         self._starts.append(len(trace.events))
 
     def events(self, span: tuple[int, int]) -> Sequence[Event]:
+        """Those of the groups [start, stop)."""
         return self.trace.events[self._starts[span[0]] : self._starts[span[1]]]
 
 
-def tabulate(traces: Sequence[Trace], cells: Sequence[Cell]) -> Table:
+def tabulate(columns: Sequence[Column], cells: Sequence[Cell]) -> Table:
     """The table of traces that were aligned into `cells`."""
-    columns = [_Column(trace) for trace in traces]
     rows: list[Row] = []
     deltas: list[list[int]] = []
     for cell in cells:
@@ -93,10 +91,10 @@ def tabulate(traces: Sequence[Trace], cells: Sequence[Cell]) -> Table:
             deltas += [list(inside), [after - most for most, after in zip(inside, net)]]
             rows += [Row(group.operator, group.phase, True), Row(group.operator, group.phase)]
     flows, sizes = _flows(columns, rows)
-    return Table(rows, flows, matrix(deltas, len(traces)), matrix(sizes, len(traces)))
+    return Table(rows, flows, matrix(deltas, len(columns)), matrix(sizes, len(columns)))
 
 
-def _alike(columns: Sequence[_Column], events: Sequence[Sequence[Event]], row: int) -> bool:
+def _alike(columns: Sequence[Column], events: Sequence[Sequence[Event]], row: int) -> bool:
     """Whether all traces allocate and free alike here; notes births and deaths, from `row` on, on the way."""
     if any(len(found) != len(events[0]) for found in events):
         return False
@@ -122,7 +120,7 @@ def _alike(columns: Sequence[_Column], events: Sequence[Sequence[Event]], row: i
     return True
 
 
-def _figures(column: _Column, events: Sequence[Event], row: int) -> tuple[int, int]:
+def _figures(column: Column, events: Sequence[Event], row: int) -> tuple[int, int]:
     """The most held inside a stretch and what it left behind; births and deaths are noted (anew) at `row`."""
     net = inside = 0
     for event in events:
@@ -137,22 +135,22 @@ def _figures(column: _Column, events: Sequence[Event], row: int) -> tuple[int, i
     return inside, net
 
 
-def _flows(columns: Sequence[_Column], rows: Sequence[Row]) -> tuple[list[Flow], list[list[int]]]:
-    found: dict[tuple[int, int, bool], tuple[list[int], int]] = {}
+def _flows(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[Flow], list[list[int]]]:
+    found: dict[tuple[int, int, bool], list[int]] = {}
     for at, column in enumerate(columns):
         for event in column.trace.events:
             if event.bytes > 0:
                 key = (column.births[event.block], column.deaths[event.block], False)
-                found.setdefault(key, ([0] * len(columns), event.stream))[0][at] += event.bytes
+                found.setdefault(key, [0] * len(columns))[at] += event.bytes
         for row, size in column.released.items():
-            found.setdefault((row, FOREVER, True), ([0] * len(columns), 0))[0][at] += size
+            found.setdefault((row, FOREVER, True), [0] * len(columns))[at] += size
     phases = [phase.name for phase in columns[0].trace.phases]
     flows: list[Flow] = []
-    for (birth, death, released), (_, stream) in found.items():
+    for birth, death, released in found:
         last = rows[death].phase if death < FOREVER else len(phases)
         part = RELEASED if released else _part(phases[rows[birth].phase], last > rows[birth].phase)
-        flows.append(Flow(birth, death, rows[birth].operator, part, stream))
-    return flows, [sizes for sizes, _ in found.values()]
+        flows.append(Flow(birth, death, rows[birth].operator, part))
+    return flows, list(found.values())
 
 
 def _part(phase: str, outlives: bool) -> str:
@@ -162,6 +160,6 @@ def _part(phase: str, outlives: bool) -> str:
     return {"batch": "batch", "backward": "gradients", "optimizer": "optimizer_state"}.get(phase, "activations")
 
 
-def matrix(values: Sequence[Sequence[int]], columns: int) -> torch.Tensor:
+def matrix(values: Sequence[Sequence[float]], columns: int) -> torch.Tensor:
     """Rows of bytes as a float64 tensor, (rows × columns) also where there are none."""
     return torch.tensor(values, dtype=torch.float64, device="cpu").reshape(len(values), columns)

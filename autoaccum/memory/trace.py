@@ -100,10 +100,15 @@ class Phase(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """A block that the first window leaves for good: the phase it was made in, and its bytes."""
+    """A block that the first window leaves for good: the phase it was made in, its bytes, and by whom.
+
+    `after` is how many allocations and frees of that call of `operator` come before it.
+    """
 
     phase: str
     bytes: int
+    operator: str = ""
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,13 @@ class Trace:
     def left(self) -> tuple[Kept, ...]:
         """What was allocated and is still there at the end, in order."""
         live: dict[int, Kept] = {}
-        for event in self.events:
+        group, first = -1, 0
+        for at, event in enumerate(self.events):
+            if event.group != group:
+                group, first = event.group, at
             if event.bytes > 0:
-                live[event.block] = Kept(self.phases[self.groups[event.group].phase].name, event.bytes)
+                operator, phase = self.groups[group].operator, self.phases[self.groups[group].phase].name
+                live[event.block] = Kept(phase, event.bytes, operator, at - first)
             else:
                 live.pop(event.block, None)
         return tuple(live.values())

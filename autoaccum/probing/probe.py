@@ -39,6 +39,8 @@ __all__ = ["Question", "as_lines", "fastest", "run_probe"]
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
 MOST_LOOKS = 3
+# A setting of the allocator is named where so many times as much would fit: less is not worth another run.
+WORTH_TELLING = 1.02
 
 FROM_CACHE = "the forecast is from an earlier run of the same training; a small step and the answer were run again"
 
@@ -379,6 +381,8 @@ def _report(
             f"the allocator is set up with {forecaster.unsupported}, which is not simulated: it is taken to reserve "
             f"{forecaster.reserve:.3f} times what is asked for, as it did at the largest step traced"
         )
+    if isinstance(forecaster, Forecast) and (hint := with_expandable_segments(forecaster, answer, bench.budget)):
+        notes.append(hint)
     if isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
         notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
     micro_batch = fastest(throughput) if throughput else answer.micro_batch
@@ -397,6 +401,23 @@ def _report(
         floor=floor,
         device_type=device.type,
         forecaster=forecaster,
+    )
+
+
+def with_expandable_segments(forecast: Forecast, answer: Answer, budget: int) -> str | None:
+    """What would fit in `budget` bytes if the allocator's segments grew in place; None where that is hardly more.
+
+    Both figures are simulated, without a retry: torch's allocator finds no room in fixed segments for a block that is
+    larger than each free one, though together they hold it.
+    """
+    if not forecast.simulated or forecast.expandable or answer.limit is None or answer.proof != "forecast":
+        return None
+    more = forecast.largest(budget, 2 * answer.limit, reserved=True, expandable=True)
+    if more < answer.limit * WORTH_TELLING:
+        return None
+    return (
+        f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment would let {more} samples fit, by simulation, "
+        f"where {answer.limit} do now (older torch calls the variable PYTORCH_CUDA_ALLOC_CONF); probe again then"
     )
 
 
