@@ -15,7 +15,8 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 EXACT, SINGLE = 1e-10, 1e-6  # heads that compute their loss in float32 are as exact as float32 is
 
-CHOOSES_ORDER = "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fields__
+NEW = "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fields__
+ROUNDED = 0.0 if NEW else 5.1e-5  # what the oldest release logs has four digits
 
 
 def trainer(net, data, folder, *, kind=transformers.Trainer, more=None, **arguments):
@@ -26,7 +27,7 @@ def trainer(net, data, folder, *, kind=transformers.Trainer, more=None, **argume
         "train_sampling_strategy": "sequential",
     }  # fmt: skip
     settings |= arguments
-    order = None if CHOOSES_ORDER else settings.pop("train_sampling_strategy")
+    order = None if NEW else settings.pop("train_sampling_strategy")
     args = transformers.TrainingArguments(**settings)
     made = kind(net, args, train_dataset=data, data_collator=padded, **(more or {}))
     if order == "sequential":
@@ -49,7 +50,7 @@ def logged(made, *names):
         ("BertForSequenceClassification", "class", EXACT),
         ("RobertaForSequenceClassification", "class", EXACT),
         ("BertForMaskedLM", "tokens", EXACT),
-        ("T5ForConditionalGeneration", "tokens", EXACT),
+        ("T5ForConditionalGeneration", "tokens", EXACT if NEW else SINGLE),
         ("GPT2LMHeadModel", "tokens", SINGLE),
         ("LlamaForCausalLM", "tokens", SINGLE),
     ],
@@ -61,7 +62,7 @@ def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
     made = attach(trainer(net, data, tmp_path), micro_batch=3)
     made.train()
     assert moved(flat(net), before, reference) <= within
-    assert [loss for (loss,) in logged(made, "loss")] == pytest.approx(losses, rel=1e-6)
+    assert [loss for (loss,) in logged(made, "loss")] == pytest.approx(losses, rel=1e-6, abs=ROUNDED)
     assert made.state.global_step == 3
 
 
@@ -287,7 +288,7 @@ class Generates(transformers.Trainer):
             {},
             SetupError,
             "batch_rebalance",
-            marks=pytest.mark.skipif(not CHOOSES_ORDER, reason="this transformers always shuffles"),
+            marks=pytest.mark.skipif(not NEW, reason="this transformers always shuffles"),
         ),
         (Generates, {}, {}, SetupError, "Generates makes its own batches"),
     ],
@@ -323,20 +324,27 @@ def test_notes_go_to_listeners(tmp_path):
     assert any(isinstance(event, Noted) and "noise" in event.text for event in heard)
 
 
-@pytest.mark.parametrize(
-    ("name", "labels", "says"),
-    [
-        (
-            "BertForSequenceClassification", "class",
-            "4.00 × the batch's at gradient_accumulation_steps=4: BertForSequenceClassification takes **kwargs and "
-            "ignores num_items_in_batch",
-        ),
-        ("T5ForConditionalGeneration", "tokens", "T5ForConditionalGeneration takes **kwargs and ignores"),
-        ("GPT2LMHeadModel", "tokens", "labels are counted that the model shifts away"),
-        ("LlamaForCausalLM", "tokens", None),
-    ],
-)  # fmt: skip
-def test_verify_says_what_the_trainers_own_accumulation_does(name, labels, says, tmp_path):
+SAYS = {
+    "BertForSequenceClassification": (
+        "4.00 × the batch's at gradient_accumulation_steps=4: BertForSequenceClassification takes **kwargs and ignores "
+        "num_items_in_batch"
+    ),
+    "T5ForConditionalGeneration": "T5ForConditionalGeneration takes **kwargs and ignores",
+    "GPT2LMHeadModel": "labels are counted that the model shifts away",
+    "LlamaForCausalLM": None,
+}
+SAYS_OLDEST = {  # its heads take no **kwargs, and causal ones count labels that they shift away
+    "BertForSequenceClassification": "each of its 2 micro-batches is divided by 4, as if it were full",
+    "T5ForConditionalGeneration": "averaged per micro-batch",
+    "GPT2LMHeadModel": "labels are counted that the model shifts away",
+    "LlamaForCausalLM": "labels are counted that the model shifts away",
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_verify_says_what_the_trainers_own_accumulation_does(name, tmp_path):
+    labels = "class" if "Classification" in name else "tokens"
+    says = (SAYS if NEW else SAYS_OLDEST)[name]
     made = trainer(model(name), samples(labels), tmp_path, gradient_accumulation_steps=4)
     before, random, held = flat(made.model), torch.get_rng_state(), set(vars(made))
     report = autoaccum.verify(made)

@@ -226,8 +226,17 @@ def verify(trainer: Any) -> VerifyReport:
     source = source_of(loader)
     few = steps * size if source.length is None else min(steps * size, source.length)
 
+    @contextmanager
+    def accumulating(number: int) -> Iterator[None]:
+        asked, args.gradient_accumulation_steps = args.gradient_accumulation_steps, number
+        try:
+            with trainer.accelerator.autocast():
+                yield
+        finally:
+            args.gradient_accumulation_steps = asked
+
     def plain(batch: Any) -> None:
-        with trainer.accelerator.autocast():
+        with accumulating(1):  # 4.50 divides by it in training_step
             loss = taken.loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -235,14 +244,10 @@ def verify(trainer: Any) -> VerifyReport:
         # What the trainer's loop does for one optimizer step.
         whole = [batches[place] for place in range(len(batches))]
         drawn, items = trainer.get_batch_samples(iter(whole), len(whole), args.device)
-        asked, args.gradient_accumulation_steps = args.gradient_accumulation_steps, steps
         trainer.current_gradient_accumulation_steps = len(drawn)
-        try:
+        with accumulating(steps):
             for place in range(len(drawn)):
-                with trainer.accelerator.autocast():
-                    trainer.training_step(model, batches[place], items)
-        finally:
-            args.gradient_accumulation_steps = asked
+                trainer.training_step(model, batches[place], items)
         scaler = trainer.accelerator.scaler
         for parameter in model.parameters() if scaler is not None else ():
             if parameter.grad is not None:

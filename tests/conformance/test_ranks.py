@@ -51,6 +51,8 @@ def together():
     each = ("tokens", *llama, "schedule", "branch, looked for", "branch, last window", "branch")
     ours = [f"autoaccum:{name}" for name in (*each, "unequal")] + [f"Accumulator:{name}" for name in each]
     yield tuple(ours)
+    for attached in ("transformers + attach", "lightning + attach"):
+        yield tuple(f"{attached}:{name}" for name in each)
     for peer in ("transformers", "accelerate", "lightning", "ignite"):
         recipe = ("accelerate, recipe:tokens",) if peer == "accelerate" else ()
         yield (*recipe, *(f"{peer}:{name}" for name in each[:-1]))
