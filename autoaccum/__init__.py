@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from autoaccum.integrations.trainers import attach, verify
     from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
+    from autoaccum.model.chunked_loss import chunked_cross_entropy
     from autoaccum.planning.plan import Plan, plan
     from autoaccum.probing.outcome import Trial
     from autoaccum.probing.report import ProbeReport
@@ -51,6 +52,7 @@ _HOME = {
     "Trial": "autoaccum.probing.outcome",
     "VerifyReport": "autoaccum.checking.verify",
     "attach": "autoaccum.integrations.trainers",
+    "chunked_cross_entropy": "autoaccum.model.chunked_loss",
     "fit": "autoaccum.api",
     "plan": "autoaccum.planning.plan",
     "prepare": "autoaccum.api",
@@ -76,6 +78,7 @@ __all__ = [
     "Trial",
     "VerifyReport",
     "attach",
+    "chunked_cross_entropy",
     "errors",
     "events",
     "fit",

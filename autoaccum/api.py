@@ -268,10 +268,10 @@ def prepare(
         resume: "auto" goes on where there is something to go on from, True insists on it, False starts anew.
         compile: run the model's forward through torch.compile while it trains: one graph for all batch sizes. Each
             compilation is noted with its time, and so is what falls back to running as it is.
-        ladder: what is done when not even one sample fits: "bf16" autocast (where precision is "auto"), "checkpointing"
-            of the repeated blocks, "save_on_cpu" or "checkpointing+save_on_cpu". None: each is tried with one sample,
-            and the error says which would fit; "auto": the first that fits is taken; one of these names: it is taken in
-            any case; False: none is tried.
+        ladder: what is done when not even one sample fits: "chunked_loss", "bf16" (where precision is "auto"),
+            "checkpointing", "checkpointing/2" of each second block, "selective_checkpointing", "save_on_cpu", or two of
+            them with a plus. None: each is tried with one sample, and the error says which would fit; "auto": the first
+            that fits is taken; one of these names: it is taken in any case; False: none is tried.
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.
         seed: of shuffling and of what is random in training.

@@ -40,7 +40,10 @@ class Setting:
 _PROBE, _ALL = ("probe",), ("probe", "verify")
 _MEMORY, _PLAN, _BOTH = ("memory",), ("plan",), ("memory", "plan")
 _REDUCTIONS = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
-_LADDER = ("auto", "bf16", "checkpointing", "save_on_cpu", "checkpointing+save_on_cpu")
+_LADDER = (
+    "auto", "chunked_loss", "bf16", "checkpointing/4", "checkpointing/2", "selective_checkpointing", "checkpointing",
+    "chunked_loss+checkpointing", "save_on_cpu", "checkpointing+save_on_cpu",
+)  # fmt: skip
 
 SETTINGS: dict[str, Setting] = {
     "target_batch": Setting(None, "count", "Samples per optimizer step, over all ranks.", _PROBE, metavar="N"),

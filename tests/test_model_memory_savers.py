@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.errors import NothingFitsError, PlanError, SetupError
-from autoaccum.model.memory_savers import RUNGS, SavedOnHost, checkpointed, installed, obstacle, repeated_blocks
+from autoaccum.model.checkpointing import repeated_blocks
+from autoaccum.model.host_saving import SavedOnHost
+from autoaccum.model.memory_savers import RUNGS, installed, obstacle
 from autoaccum.planning.plan import Plan
 
 CPU = torch.device("cpu")
@@ -108,7 +110,7 @@ def test_what_is_installed_is_gone_afterwards_also_after_an_error():
     before, signature = list(model.state_dict()), str(inspect.signature(model.forward))
     for rung in RUNGS:
         with pytest.raises(ZeroDivisionError), installed(rung, model, CPU):
-            assert bare(model) == (rung == "bf16")
+            assert bare(model) == (rung in ("bf16", "chunked_loss"))  # the model has no head over many classes
             assert list(model.state_dict()) == before
             assert str(inspect.signature(model.forward)) == signature
             _ = 1 / 0
@@ -175,6 +177,47 @@ def test_blocks_are_the_outermost_repeated_children_that_hold_more_than_one_laye
     assert repeated_blocks(model) == [*inner, *stages[1][:2], *cells]
 
 
+def kept(model, rung):
+    """Numbers that a forward keeps for its backward, parameters apart."""
+    shapes, own = [], {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            shapes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), installed(rung, model, CPU):
+        model(data(1)[0])
+    return sum(shapes)
+
+
+def test_the_more_blocks_run_again_the_less_is_kept():
+    model = make()
+    amounts = [kept(model, rung) for rung in (None, "checkpointing/4", "checkpointing/2", "checkpointing")]
+    assert amounts == sorted(set(amounts), reverse=True)
+
+
+def test_selective_checkpointing_runs_no_matrix_product_again():
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    counts = {}
+    for rung in (None, "selective_checkpointing", "checkpointing"):
+        model, batch = make(), data(1)
+        with installed(rung, model, CPU), Products() as products:
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+        counts[rung] = products.count
+    assert counts[None] == counts["selective_checkpointing"] < counts["checkpointing"]
+
+
+def test_fewer_blocks_than_each_so_many_th_is_said():
+    assert "there are but 3 blocks" in obstacle("checkpointing/4", make(blocks=3), CPU, "auto")
+
+
 def test_experts_inside_a_block_are_part_of_it():
     class Mixture(nn.Module):
         def __init__(self):
@@ -185,7 +228,8 @@ def test_experts_inside_a_block_are_part_of_it():
     assert repeated_blocks(layers) == list(layers)
 
 
-def test_a_model_of_transformers_uses_its_own_switch_and_gets_it_back():
+@pytest.mark.parametrize("rung", ["checkpointing", "checkpointing/2", "selective_checkpointing"])
+def test_a_model_of_transformers_uses_its_own_switch_and_gets_it_back(rung):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=50, n_positions=16, bos_token_id=0,
                                      eos_token_id=0)  # fmt: skip
@@ -198,7 +242,7 @@ def test_a_model_of_transformers_uses_its_own_switch_and_gets_it_back():
         model.zero_grad()
         torch.manual_seed(1)
         if under:
-            with checkpointed(model):
+            with installed(rung, model, CPU):
                 assert obstacle("checkpointing", model, CPU, "auto") == "the model's own checkpointing is on already"
                 loss = model(input_ids=tokens, labels=tokens).loss  # with its cache on, as by default
                 loss.backward()
@@ -244,7 +288,9 @@ def test_the_error_names_every_rung_with_its_peak_and_leaves_nothing_behind():
     with pytest.raises(NothingFitsError) as caught:
         autoaccum.probe(**given, **ASKED, memory=ONLY_CHECKPOINTING)
     text = str(caught.value)
-    assert "bf16: does not fit, at 2.4 MiB; checkpointing: fits, at 1.4 MiB" in text
+    assert "bf16: does not fit, at 2.4 MiB" in text
+    assert "; checkpointing: fits, at 1.4 MiB" in text
+    assert "chunked_loss, chunked_loss+checkpointing: no head was found" in text
     assert "save_on_cpu, checkpointing+save_on_cpu: frees nothing here" in text
     assert text.endswith('ladder="auto" takes checkpointing, the cheapest that fits')
     assert bare(given["model"])

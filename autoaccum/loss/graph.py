@@ -51,8 +51,9 @@ class Term(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The reduction's name in PyTorch, without its version: "Mean", "NllLoss"."""
-        return str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
+        """The reduction's name in PyTorch, without its version: "Mean"; "NllLoss", of a chunked loss too."""
+        name = str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
+        return "NllLoss" if name == "ChunkedCrossEntropy" else name
 
 
 class Way(NamedTuple):
@@ -313,6 +314,7 @@ _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
     "DotBackward0": _one,
     "NllLossBackward0": _WEIGHT,
     "NllLoss2DBackward0": _WEIGHT,
+    "ChunkedCrossEntropyBackward": lambda node: _number(node.divisor),
     "MultiMarginLossBackward0": _TARGETS,
     "MultilabelMarginLossBackward0": _ROWS,
     **dict.fromkeys(

@@ -56,6 +56,7 @@ __all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
 _EVALUATE = "autograd::engine::evaluate_function: "
+_LOOPS = frozenset({"ChunkedCrossEntropy"})  # run as often as there are chunks, and are one group
 
 # Operators that only make a tensor for another one: a group of theirs is named after who called them.
 _FACTORIES = frozenset(
@@ -365,7 +366,9 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         if name == LSTM:
             layers += _layer(event.extra_fields.inputs)
         children = event.children
-        if children:
+        if innermost in _LOOPS:
+            pending.extend((child, call, innermost, operator, backward) for child in reversed(children))
+        elif children:
             calls += 1
             shown = operator if name in _FACTORIES and call >= 0 else sys.intern(name.removeprefix(_EVALUATE))
             inside = backward or name.startswith(_EVALUATE)

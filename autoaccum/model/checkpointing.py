@@ -1,0 +1,181 @@
+"""Repeated blocks that keep their inputs only, and run again in the backward pass, for the same gradients.
+
+Choices made here:
+
+- Random generators are put back for a block's second run, and BatchNorm's statistics count its first (norm_layer.py).
+- Repeated blocks are the children of one class that a ModuleList or a Sequential has two or more of, the outermost
+  such. A Transformers model checkpoints by its own switch, which knows that its caches must not be filled twice.
+- Every n-th block alone can be checkpointed: the others keep what they keep, and do not run again.
+- Selectively, blocks also keep what their matrix products and attention made: all else is cheap to run again.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from autoaccum.model.forward import StandIn
+
+__all__ = ["Checkpointed", "How", "checkpointed", "repeated_blocks", "why_not"]
+
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
+_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
+
+
+class How(NamedTuple):
+    """Which blocks run again, and what of them.
+
+    Attributes:
+        every: each so many-th block.
+        selective: but for their matrix products and attention.
+    """
+
+    every: int = 1
+    selective: bool = False
+
+    @classmethod
+    def named(cls, name: str) -> "How":
+        """By a saver's name: "checkpointing", "checkpointing/2", "selective_checkpointing"."""
+        every = name.partition("/")[2]
+        return cls(int(every) if every else 1, name.startswith("selective"))
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """f(function, *arguments), which runs the function again in the backward pass."""
+        if not self.selective:
+            return functools.partial(checkpoint, use_reentrant=False)
+        contexts = functools.partial(_selected(), _kept_operators())
+        return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
+
+
+def _selected() -> Any:
+    return getattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts", None)  # newer than the oldest torch
+
+
+def _kept_operators() -> list[Any]:
+    names = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
+             "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+             "_scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
+    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+
+
+def why_not(model: nn.Module, how: How) -> str | None:
+    """Why the model's blocks cannot be checkpointed so, in a few words; None where they can."""
+    blocks, switched = _found(model)
+    if any(_is_on(part) for part in switched):
+        return "the model's own checkpointing is on already"
+    if not blocks and not switched:
+        return "no repeated blocks were found: a ModuleList or Sequential with two or more children of one class"
+    if how.selective and _selected() is None:
+        return f"torch {torch.__version__} has no selective checkpointing"
+    number = len(blocks) + sum(len(_layers(part)) for part in switched)
+    if how.every > max(1, number):
+        return f"there are but {number} blocks that can be checkpointed one by one"
+    return None
+
+
+class Checkpointed(StandIn):
+    """A block that keeps its inputs only, and runs again in the backward pass."""
+
+    def __init__(self, module: nn.Module, how: How = How()) -> None:  # noqa: B008 - immutable
+        super().__init__(module)
+        self._run = how.run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward, of which nothing is kept where it will run again."""
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        return self._run(self.forward, *args, **kwargs)
+
+
+@contextmanager
+def checkpointed(model: nn.Module, how: How = How()) -> Iterator[None]:  # noqa: B008 - immutable
+    """The repeated blocks of `model` are checkpointed inside, or the model does that by itself where it can."""
+    blocks, switched = _found(model)
+    with ExitStack() as stack:
+        for part in switched:
+            stack.enter_context(_switched_on(part, how))
+        for block in blocks[how.every - 1 :: how.every]:
+            stack.enter_context(Checkpointed(block, how))
+        yield
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that are checkpointed, in the model's order; those of models with a switch of their own left out."""
+    return _found(model)[0]
+
+
+def _found(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """(repeated blocks, models with a switch), the outermost of each; each once, though it may be used twice."""
+    blocks: dict[nn.Module, None] = {}
+    switched: dict[nn.Module, None] = {}
+    _search(model, blocks, switched)
+    return list(blocks), list(switched)
+
+
+def _search(module: nn.Module, blocks: dict[nn.Module, None], switched: dict[nn.Module, None]) -> None:
+    if module in blocks or module in switched:
+        return
+    if _has_switch(module):
+        switched[module] = None
+        return
+    alike = Counter(map(type, module if isinstance(module, _CONTAINERS) else ()))
+    for child in module.children():
+        if alike[type(child)] > 1 and _is_block(child):
+            blocks[child] = None
+        else:
+            _search(child, blocks, switched)
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether running it again saves memory: no single layer, and no mere row of blocks that are found inside."""
+    if not any(True for _ in module.children()) or isinstance(module, (nn.ModuleList, torch.jit.ScriptModule)):
+        return False
+    inside: dict[nn.Module, None] = {}
+    if isinstance(module, nn.Sequential):
+        _search(module, inside, inside)
+    return not inside
+
+
+# --- Transformers' own switch
+
+
+def _has_switch(module: nn.Module) -> bool:
+    supported = getattr(module, "supports_gradient_checkpointing", False)
+    return bool(supported) and any(hasattr(part, _SWITCH[0]) for part in module.modules())
+
+
+def _is_on(model: nn.Module) -> bool:
+    return any(getattr(part, _SWITCH[0], False) for part in model.modules())
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model with a switch that have one each, as from Transformers 4.53 on."""
+    return [part for part in model.modules() if hasattr(part, _SWITCH[0]) and _is_layer(part)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+
+
+@contextmanager
+def _switched_on(model: nn.Module, how: How) -> Iterator[None]:
+    # Set here and not by the model's method, which also leaves hooks on its embeddings.
+    left_out = set(_layers(model)) - set(_layers(model)[how.every - 1 :: how.every])
+    parts = [vars(part) for part in model.modules() if hasattr(part, _SWITCH[0]) and part not in left_out]
+    kept = [(held, {name: held[name] for name in _SWITCH if name in held}) for held in parts]
+    on = dict(zip(_SWITCH, (True, how.run)))
+    for held in parts:
+        held.update(on)
+    try:
+        yield
+    finally:
+        for held, before in kept:
+            for name in _SWITCH:
+                del held[name]
+            held.update(before)
