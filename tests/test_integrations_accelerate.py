@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
-from autoaccum.errors import SetupError
+from autoaccum.errors import CheckpointError, SetupError
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: it is in the group peers")
 
@@ -56,6 +56,7 @@ def test_the_update_and_the_schedule_are_the_whole_batchs(accelerator, tmp_path)
     accumulator = autoaccum.Accumulator(
         net, optimizer, autoaccum.plan(7, 32), scheduler=scheduler, clip_norm=0.5, accelerator=accelerator
     )
+    accelerator.register_for_checkpointing(accumulator)
     train(accelerator, accumulator, net, loader)
     accelerator.save_state(str(tmp_path))
     train(accelerator, accumulator, net, loader)
@@ -64,8 +65,23 @@ def test_the_update_and_the_schedule_are_the_whole_batchs(accelerator, tmp_path)
     assert scheduler.get_last_lr() == schedule.get_last_lr()
     assert accumulator.step == 6
     accelerator.load_state(str(tmp_path))
+    assert (accumulator.step, scheduler.get_last_lr()) == (3, [pytest.approx(0.1 * 0.9**3)])
     train(accelerator, accumulator, net, loader)
     assert torch.allclose(net.weight, reference.weight, rtol=1e-10, atol=0)
+
+
+def test_a_checkpoint_of_something_else_or_in_mid_window_is_refused():
+    net, optimizer, _ = parts()
+    accumulator = autoaccum.Accumulator(net, optimizer, autoaccum.plan(7, 32))
+    kept = accumulator.state_dict()
+    with pytest.raises(CheckpointError, match="target_batch=32, and this plan says 16"):
+        autoaccum.Accumulator(net, optimizer, autoaccum.plan(7, 16)).load_state_dict(kept)
+    with pytest.raises(CheckpointError, match="not what Accumulator.state_dict"):
+        accumulator.load_state_dict({**kept, "noise_scale": None})
+    for _ in accumulator.window((X, Y)):
+        with pytest.raises(SetupError, match="a window is open"):
+            accumulator.state_dict()
+        break
 
 
 def test_an_accelerator_that_accumulates_by_itself_is_refused(accelerator):

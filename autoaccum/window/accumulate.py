@@ -20,7 +20,7 @@ from autoaccum.checks import check_kind, check_switches, one_of
 from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
-from autoaccum.errors import LossError, SetupError
+from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.call import expect_scalar
 from autoaccum.loss.mean import Mean
@@ -374,6 +374,40 @@ class Accumulator(Passes):
         self._ledger = self._ended = None
         if self.sharded is not None:
             self.sharded.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts of a loop of one's own, for its checkpoints: plain values, without model, optimizer and schedule.
+
+        An Accelerator keeps them where it is told to: `accelerator.register_for_checkpointing(accumulator)`.
+
+        Raises:
+            SetupError: a window is open.
+        """
+        if self.is_open:
+            raise SetupError(
+                "a window is open, and part of one is no checkpoint: call state_dict() between two windows"
+            )
+        counts = {"step": self.step, "epoch": self.epoch, "skipped_windows": self.skipped_windows}
+        return {**counts, "target_batch": self.plan.target_batch, "noise_scale": self.noise_scale.state_dict()}
+
+    def load_state_dict(self, state: Any) -> None:
+        """Goes on counting from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it gave something else, or of another target batch.
+        """
+        try:
+            counts = {name: int(state[name]) for name in ("step", "epoch", "skipped_windows", "target_batch")}
+            noise_scale = {name: float(state["noise_scale"][name]) for name in self.noise_scale.state_dict()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"this is not what Accumulator.state_dict() gave: {error}") from error
+        if counts["target_batch"] != self.plan.target_batch:
+            raise CheckpointError(
+                f"the checkpoint was trained with target_batch={counts['target_batch']}, and this plan says "
+                f"{self.plan.target_batch}: make the plan with the same"
+            )
+        self.step, self.epoch, self.skipped_windows = counts["step"], counts["epoch"], counts["skipped_windows"]
+        self.noise_scale.load_state_dict(noise_scale)
 
     @uninterrupted
     def close(self) -> None:
