@@ -69,7 +69,7 @@ class Forecast:
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
         self._reserved: dict[tuple[int, int | None], int] = {}
-        self._playback = Playback(tabled, cells, sizes)
+        self._playback = Playback(tabled, cells, sizes) if self._last.caching else None
         self.stairs = stairs_of([trace.layers for trace in traces], sizes)
 
     @classmethod
@@ -223,11 +223,13 @@ class Forecast:
             expandable: whether its segments grow in place; None: as it is set up.
 
         Raises:
-            ForecastFailed: the allocator has a setting that is not simulated.
+            ForecastFailed: the device's allocator does not cache, or has a setting that is not simulated.
             SimulatedOutOfMemory: they do not fit under the limit.
         """
         if self._last.unsupported is not None:
             raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
+        if self._playback is None:
+            raise ForecastFailed("the device's allocator keeps nothing of what is freed: reserved is what is requested")
         point = self._point(batch, length)
         setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
         allocator = CachingAllocator.holding(self._last.segments, limit=limit, **setup._asdict())
@@ -300,9 +302,10 @@ class Forecast:
         return low
 
     def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
-        table, playback = self._table, self._playback
+        table = self._table
         self._flows = fit(table.sizes, sizes, self.stairs, [flow.operator for flow in table.flows])
-        self._blocks = fit(playback.sizes, sizes, self.stairs, playback.operators)
+        if self._playback is not None:
+            self._blocks = fit(self._playback.sizes, sizes, self.stairs, self._playback.operators)
         self._levels = _levels(fit(table.deltas, sizes, self.stairs, [row.operator for row in table.rows]))
         self._resident_names = list(residents)
         self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes, self.stairs)

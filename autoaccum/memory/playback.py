@@ -11,7 +11,7 @@ of that serves no equal one again. The size of each is fitted over the traces th
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.allocator import Block, CachingAllocator
 from autoaccum.memory.fitting import Size, volume
 from autoaccum.memory.replay import Column, matrix
-from autoaccum.memory.trace import Kept, Trace
+from autoaccum.memory.trace import Trace
 
 __all__ = ["Playback", "Reservation"]
 
@@ -143,8 +143,8 @@ def _pairs(mine: Sequence[_Born], theirs: Sequence[_Born]) -> Iterator[tuple[_Bo
 def _script(trace: Trace) -> list[tuple[int, int]]:
     """What a window does in order: (_TAKE or _FREE, a block of the trace), or (_KEEP, what its first one keeps)."""
     kept: dict[int, list[int]] = defaultdict(list)  # by the event that it comes before
-    for at, each in enumerate(trace.kept):
-        kept[_moment(trace, each)].append(at)
+    for number, at in enumerate(_moments(trace)):
+        kept[at].append(number)
     script: list[tuple[int, int]] = []
     for at, event in enumerate(trace.events):
         script += [(_KEEP, number) for number in kept[at]]
@@ -155,14 +155,21 @@ def _script(trace: Trace) -> list[tuple[int, int]]:
     return script + [(_KEEP, number) for number in kept[len(trace.events)]]
 
 
-def _moment(trace: Trace, kept: Kept) -> int:
-    """The event before which a first window takes what it keeps: where its operator first runs, or its phase begins."""
-    phase = [each.name for each in trace.phases].index(kept.phase)
-    later = len(trace.events)
+def _moments(trace: Trace) -> Iterator[int]:
+    """For each block that a first window keeps the event before which it is taken.
+
+    That is in the first call of its operator in its phase, after as many events; where the trace has no such call, at
+    the phase's beginning.
+    """
+    calls: dict[tuple[int, str], tuple[int, int]] = {}  # the first event of the first such call, and its group
+    begins = [len(trace.events)] * len(trace.phases)
+    events = Counter(event.group for event in trace.events)
     for at, event in enumerate(trace.events):
         group = trace.groups[event.group]
-        if group.phase == phase and group.operator == kept.operator:
-            return at + min(kept.after, sum(other.group == event.group for other in trace.events[at : at + kept.after]))
-        if group.phase >= phase:
-            later = min(later, at)
-    return later
+        calls.setdefault((group.phase, group.operator), (at, event.group))
+        begins[group.phase] = min(begins[group.phase], at)
+    phases = [phase.name for phase in trace.phases]
+    for kept in trace.kept:
+        phase = phases.index(kept.phase)
+        call = calls.get((phase, kept.operator))
+        yield min(begins[phase:]) if call is None else call[0] + min(kept.after, events[call[1]])

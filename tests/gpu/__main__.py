@@ -20,11 +20,13 @@ TEST = ("-m", "pytest", "-q", "--tb=short")
 
 # (name, seconds, what python is given). Parts of tests.gpu.models print JSON lines, which are the rows.
 PARTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("device and allocator", 90, (*TEST, "tests/gpu/test_device.py", "tests/gpu/test_allocator.py")),
+    ("device and allocator", 90,
+     (*TEST, "tests/gpu/test_device.py", "tests/gpu/test_waits.py", "tests/gpu/test_allocator.py")),
     ("models under 24 GiB", 200, ("-m", "tests.gpu.models", "probe")),
     ("algorithms", 60, ("-m", "tests.gpu.models", "algorithms")),
-    ("the whole card", 40, ("-m", "tests.gpu.models", "whole")),
-    ("the loop", 30, ("-m", "tests.gpu.models", "loop")),
+    ("whole card", 40, ("-m", "tests.gpu.models", "whole")),
+    ("finders", 40, ("-m", "tests.gpu.models", "finders")),
+    ("loop", 30, ("-m", "tests.gpu.models", "loop")),
     ("allocator settings", 30, ("-m", "tests.gpu.models", "settings")),
     ("ladder, BatchNorm, NCCL", 60, (*TEST, "tests/gpu/test_ladder.py", "tests/gpu/test_batch_norm.py",
                                      "tests/gpu/test_nccl.py")),

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.memory.device import open_device
+from autoaccum.memory.nvml import gpu_info
 from autoaccum.memory.oom import Verdict, out_of_memory
 
 GIB = 2**30
 CEILING = 20_000
+OUT = "out of memory"
 Made = tuple[nn.Module, dict[str, torch.Tensor]]
 
 
@@ -56,8 +58,15 @@ class Repeated:
         return self.sample
 
 
-def trained(make: Callable[[], Made], size: int, count: int, cap: int | None, precision: str, windows: int = 3) -> Any:
-    """Retries of the allocator in windows of `count` micro-batches under the cap, or "out of memory"."""
+def trained(
+    make: Callable[[], Made], size: int, count: int, cap: int | None, precision: str, windows: int = 3
+) -> dict[str, Any]:
+    """Windows of `count` micro-batches under the cap.
+
+    Returns:
+        "result": retries of the allocator, or "out of memory"; without an error peaks in bytes as well: "requested",
+        "allocated" and "reserved" by the allocator, and "nvml", what the driver says of this process (None: nothing).
+    """
     device = open_device("cuda")
     device.release()
     retries = device.retries()
@@ -75,15 +84,22 @@ def trained(make: Callable[[], Made], size: int, count: int, cap: int | None, pr
                         loss = model(**part).loss
                     accumulator.backward(loss)
                     del loss, part
+            stats = torch.cuda.memory_stats()
+            row = {name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")}
+            row |= {"result": device.retries() - retries, "nvml": _of_this_process()}
     except Exception as error:
         if out_of_memory(error) is Verdict.NO:
             raise
-        found: Any = "out of memory"
-    else:
-        found = device.retries() - retries
+        row = {"result": OUT}
     model = optimizer = accumulator = batch = part = loss = None  # noqa: F841 - what they hold goes before the release
     device.release()
-    return found
+    return row
+
+
+def _of_this_process() -> int | None:
+    """Bytes of the GPU that the driver says this process holds, its context included."""
+    info, _ = gpu_info(str(torch.cuda.get_device_properties(0).uuid))
+    return next((each.bytes for each in info.processes if each.pid == os.getpid()), None) if info else None
 
 
 def probed(
@@ -110,18 +126,22 @@ def probed(
 
 
 def probe() -> None:
-    """Under 24 GiB: what is found, training at it, and the largest size without a retry within 15% of it."""
+    """Under 24 GiB: what is found, training at it, the largest sizes without a retry and an error within 15% of it."""
     for name, make in models().items():
         for precision in ("fp32", "bf16"):
             report, row = probed(make, "24GiB", precision)
             size = report.micro_batch
             tell({"model": name, **row, "windows": {k: trained(make, size, k, 24 * GIB, precision) for k in (2, 4)}})
-            low, high = size, int(1.15 * size) + 1
-            while high - low > max(1, size // 100):
-                middle = (low + high) // 2
-                clean = trained(make, middle, 2, 24 * GIB, precision) == 0
-                low, high = (middle, high) if clean else (low, middle)
-            tell({"model": name, "precision": precision, "found": size, "largest_without_a_retry": low})
+            row = {"model": name, "precision": precision, "found": size}
+            seen: dict[int, Any] = {}
+            for what, passes in (("a_retry", lambda found: found == 0), ("an_error", lambda found: found != OUT)):
+                low, high = size, int(1.15 * size) + 1
+                while high - low > max(1, size // 100):
+                    middle = (low + high) // 2
+                    if middle not in seen:
+                        seen[middle] = trained(make, middle, 2, 24 * GIB, precision)["result"]
+                    low, high = (middle, high) if passes(seen[middle]) else (low, middle)
+                tell({**row, f"largest_without_{what}": low})
 
 
 def algorithms() -> None:
@@ -224,6 +244,85 @@ def settings() -> None:
         tell({"setting": setting, **(found[-1] if found else {"error": done.stderr[-500:]})})
 
 
+def finders() -> None:
+    """Time and samples of the peers' finders beside ours, under 8 GiB, where they are installed."""
+    for name, find in (("autoaccum", _ours), ("lightning", _lightning), ("accelerate", _accelerate)):
+        counted = _Counted(models()["resnet50"]())
+        began = time.perf_counter()
+        try:
+            with open_device("cuda").limit(open_device("cuda").budget(8 * GIB)):
+                found: Any = find(counted)
+        except ImportError as error:
+            found = f"not run: {error}"
+        tell({"finder": name, "found": found, "seconds": time.perf_counter() - began, "samples": counted.samples})
+        del counted
+        open_device("cuda").release()
+
+
+class _Counted:
+    """A model, a data set of one sample, and how many samples its forward passes have seen."""
+
+    def __init__(self, made: Made) -> None:
+        self.model, sample = made
+        self.data, self.samples = Repeated(sample), 0
+        self.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
+        self.samples += len(named["labels"])
+
+
+def _ours(counted: _Counted) -> int:
+    report = autoaccum.probe(
+        counted.model, counted.data, memory=8 * GIB, device="cuda", precision="fp32", cache=False, max_batch=CEILING
+    )
+    return report.micro_batch
+
+
+def _accelerate(counted: _Counted) -> int:
+    from accelerate.utils import find_executable_batch_size
+
+    @find_executable_batch_size(starting_batch_size=1024)
+    def train(batch_size: int) -> int:
+        model = counted.model.cuda().train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(2):
+            batch = torch.utils.data.default_collate([counted.data.sample] * batch_size)
+            model(**{key: value.cuda() for key, value in batch.items()}).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return batch_size
+
+    return int(train())
+
+
+def _lightning(counted: _Counted) -> int:
+    import lightning
+    from lightning.pytorch.callbacks import BatchSizeFinder
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.batch_size = counted.model, 2
+
+        def training_step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            loss: torch.Tensor = self.model(**batch).loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+        def train_dataloader(self) -> torch.utils.data.DataLoader[Any]:
+            return torch.utils.data.DataLoader(counted.data, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    module = Module()
+    trainer = lightning.Trainer(
+        accelerator="cuda", devices=1, max_steps=1, logger=False, enable_progress_bar=False, enable_checkpointing=False,
+        enable_model_summary=False, callbacks=[BatchSizeFinder("power", max_trials=12)],
+    )  # fmt: skip
+    trainer.fit(module)
+    return module.batch_size
+
+
 def setting() -> None:
     """One of these, as this process has it."""
     tell(probed(models()["resnet50"], "8GiB", "fp32")[1])
@@ -245,8 +344,11 @@ def tell(row: dict[str, Any]) -> None:
     print(json.dumps(row), flush=True)
 
 
+PARTS = (probe, algorithms, whole, finders, loop, settings, setting, snapshots)
+
+
 def main(arguments: Sequence[str]) -> int:
-    parts = {each.__name__: each for each in (probe, algorithms, whole, loop, settings, setting, snapshots)}
+    parts = {each.__name__: each for each in PARTS}
     if torch.cuda.get_device_name().startswith("Fake"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # a stand-in has no attention of cuDNN's
     parts[arguments[0]]()
