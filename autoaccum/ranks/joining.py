@@ -55,7 +55,8 @@ def _init(backend: str) -> None:
         dist.init_process_group(backend)
         return
     store, rank, world_size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]  # public, and left out of __all__
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
