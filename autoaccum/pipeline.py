@@ -38,6 +38,7 @@ from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.cache import Cache, Lines, training_key
 from autoaccum.probing.climb import Tried, climb, told
+from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, answer_of_children
 from autoaccum.probing.journal import Journal, cache_folder
 from autoaccum.probing.outcome import OVER_BUDGET, Trial
@@ -166,14 +167,15 @@ def probed(
 ) -> ProbeReport:
     """The probe, here or in a child, by what was found before where that still holds; up the ladder if nothing fits.
 
-    With ladder=None the error says which rungs would fit; with "auto" the cheapest that fits on all ranks is taken, for
-    all that runs with `parts` from here on.
+    With ladder=None the error says which rungs would fit; with "auto" the cheapest that fits on all ranks is taken.
 
     Raises:
         NothingFitsError: not even the smallest micro-batch fits; which rungs would is said.
     """
-    refusal: str | None = None
-    report: ProbeReport | None = None
+    refusal, report = None, None
+    if ladder is not False and parts.ladder is None and question.prefer == "fastest" and parts.ranks.size == 1:
+        savers = Alternatives.of(parts.model, parts.device.torch_device, parts.asked_precision)
+        question = replace(question, alternatives=savers)
     try:
         report = _probe(parts, question, events, isolation, cache, settings)
     except NothingFitsError as error:
@@ -183,6 +185,7 @@ def probed(
     # Outside the except block, where nothing holds what the failed step held.
     stuck = parts.ranks.any("the probe", refusal is not None) if ladder == "auto" else refusal is not None
     if report is not None and not stuck:
+        parts.take(report.ladder)  # prefer="fastest" may have found one
         return report
     return _climbed(parts, question, events, isolation, cache, ladder == "auto", refusal, settings)
 
@@ -270,7 +273,7 @@ def _probe(
             accumulator, parts.objective, parts.source, device, question,
             journal=journal, cache=Cache(key) if cache else None, listener=listener,
         )  # fmt: skip
-    return replace(report, ladder=parts.ladder)
+    return replace(report, ladder=parts.ladder or report.ladder)
 
 
 def _probe_in_child(

@@ -27,6 +27,7 @@ _PARTS = {
     "released": "#666666", "other_threads": "#882255",
 }  # fmt: skip
 _REST = ("#44AA99", "#DDCC77", "#AA4499")
+_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -35,7 +36,8 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Left: the forecast peak over the batch size with the measured trials, the budget and the chosen micro-batch. Right,
     where the report has a timeline: the memory in one window at the chosen size, stacked by part; `timeline["bytes"]`
     has one row a part, in the order of `timeline["parts"]`, and one column a moment; `timeline["phases"]`, which may be
-    missing, has [name, first moment] of each phase.
+    missing, has [name, first moment] of each phase. Beside them, where windows were timed: samples a second over the
+    micro-batch, a line for each memory saver.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -46,12 +48,19 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     timeline = report.get("timeline")
-    figure = Figure(figsize=(11.5, 4.8) if timeline else (6.4, 4.8), dpi=150, layout="constrained")
+    savers = [row for row in report.get("savers") or () if row.get("throughput")]
+    number = 1 + bool(timeline) + bool(savers)
+    figure = Figure(figsize=(1.3 + 5.1 * number, 4.8), dpi=150, layout="constrained")
     frame = _frame(report)
-    panels = figure.subplots(1, 2 if timeline else 1, squeeze=False, sharey=True)[0]
-    _peaks(panels[0], report, frame)
+    grid = figure.add_gridspec(1, number)
+    first = figure.add_subplot(grid[0])
+    _peaks(first, report, frame)
     if timeline:
-        _moments(panels[1], report, timeline, frame)
+        second = figure.add_subplot(grid[1], sharey=first)
+        second.tick_params(labelleft=False)
+        _moments(second, report, timeline, frame)
+    if savers:
+        _speeds(figure.add_subplot(grid[number - 1]), savers)
     figure.savefig(path, format=suffix)
 
 
@@ -127,6 +136,19 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     above = f" (budget {format_bytes(budget)}, far above)" if budget and frame.budget is None else ""
     _dress(panel, f"Peak memory by batch size{above}")
     # Below the panel: wherever it stood inside, a curve or the budget could run through its words.
+    panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
+
+
+def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
+    """Samples a second over the micro-batch."""
+    for number, row in enumerate(savers):
+        sizes, rates = zip(*sorted(row["throughput"]), strict=True)
+        panel.plot(sizes, rates, "o-", color=_LINES[number % len(_LINES)], label=row["saver"] or "as it is")
+    panel.set_ylim(bottom=0)
+    panel.set_xlim(left=0)
+    panel.set_xlabel("micro-batch")
+    panel.set_ylabel("samples a second")
+    _dress(panel, "Throughput by memory saver")
     panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=9)
 
 

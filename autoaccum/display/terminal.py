@@ -101,10 +101,14 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     rows += [
         ("throughput", f"{speed:,.1f} samples/s", f"at {batch}") for batch, speed in report.get("throughput") or ()
     ]
+    if report.get("ladder"):
+        rows.append(("saver", str(report["ladder"]), "the model runs under it"))
     rows += [("note", "", str(note)) for note in report.get("notes") or ()]
     blocks: list[RenderableType] = [title, facts(rows)]
     if trials:
         blocks += [Text(), _trials(trials, budget, report.get("out_of_memory_count") or 0)]
+    if len(report.get("savers") or ()) > 1:
+        blocks += [Text(), _savers(report["savers"], report.get("ladder"))]
     if report.get("parts"):
         blocks += [Text(), _parts(report["parts"], micro)]
     if len(curve) > 1:
@@ -284,6 +288,25 @@ class _TrialTable:
             str(trial.get("kind", "")),
             str(trial.get("outcome", "")),
         )
+
+
+def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableType:
+    """A row for each memory saver; (samples per second at batch) of all that was timed under it."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("saver", overflow="fold")
+    for name in ("fits", "batch", "peak", "window"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("result")
+    table.add_column("samples/s", overflow="fold")
+    for row in rows:
+        peak, seconds = row.get("peak_bytes"), row.get("window_seconds")
+        table.add_row(
+            Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else ""),
+            str(row["limit"]), str(row["micro_batch"]), "" if peak is None else format_bytes(peak),
+            "" if seconds is None else f"{seconds:.2f} s", "same" if row["same_result"] else "another",
+            ", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()),
+        )  # fmt: skip
+    return Group(Text("Memory savers", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:

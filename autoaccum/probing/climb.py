@@ -1,4 +1,4 @@
-"""Pure: up the ladder, rung by rung, where not even the smallest micro-batch fits; and what was found, in words.
+"""Up the ladder, rung by rung, where not even the smallest micro-batch fits; and what was found, in words.
 
 A rung is not judged by a forecast: its smallest step is run, which is the very question, and shows its peak.
 """
@@ -6,6 +6,7 @@ A rung is not judged by a forecast: its smallest step is run, which is the very 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from autoaccum.model.memory_savers import CHANGES
 from autoaccum.units import format_bytes
 
 __all__ = ["Tried", "climb", "told"]
@@ -66,4 +67,6 @@ def told(tried: Iterable[Tried]) -> str:
     end = "None of them is enough"
     if fitting is not None:
         end = f'ladder="auto" takes {fitting}, the cheapest that fits'
-    return f"The ladder, with the smallest micro-batch: {found}. {end}"
+    changing = [each.rung for each in tried if each.rung in CHANGES and each.obstacle is None]
+    same = f". The result is the plain step's but for {', '.join(changing)}" if changing else ""
+    return f"The ladder, with the smallest micro-batch: {found}{same}. {end}"

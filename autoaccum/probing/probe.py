@@ -1,6 +1,6 @@
 """The probe on a real model: snapshot, floor, trials, report; everything put back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.model.torchscript import layer_class
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
+from autoaccum.probing.fastest import Alternatives, race
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
@@ -34,7 +35,7 @@ from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.two_passes import LossOutOfMemoryError
 
-__all__ = ["Question", "as_lines", "fastest", "run_probe"]
+__all__ = ["Question", "as_lines", "run_probe"]
 
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
@@ -55,6 +56,7 @@ class Question:
         max_batch: no larger micro-batch is tried.
         multiple_of: preferred multiples, as in the plan.
         prefer: "fewest" micro-batches, or "fastest" by measured throughput.
+        alternatives: memory savers that prefer="fastest" may take.
     """
 
     share: int | None = None
@@ -62,6 +64,7 @@ class Question:
     max_batch: int | None = None
     multiple_of: int = 1
     prefer: str = "fewest"
+    alternatives: Alternatives = Alternatives()  # noqa: RUF009 - immutable
 
 
 def run_probe(
@@ -145,7 +148,7 @@ def _look(
         report = _report_over_lengths(bench, over_lengths, device, floor, source, question)
     else:
         report = _of_the_largest(bench, source, device, question, floor, None if by_length else known, journal)
-    if cache is not None and isinstance(report.forecaster, (Forecast, OverLengths)):
+    if cache is not None and report.ladder is None and isinstance(report.forecaster, (Forecast, OverLengths)):
         cache.write(as_lines(report.forecaster, report.trials))
     return report
 
@@ -196,8 +199,13 @@ def _of_the_largest(
         answer = _below(bench, killed.start, journal.lived(killed.start), floor, wanted, known)
     else:
         answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
-    throughput = _throughput(bench, question, answer, floor) if question.prefer == "fastest" else ()
-    report = _report(bench, answer, device, floor, source, throughput)
+    if question.prefer == "fastest":
+        raced = race(bench, answer, question.alternatives, share=question.share, floor=floor, reach=reach,
+                     multiple_of=question.multiple_of)  # fmt: skip
+        report = _report(raced.bench, raced.answer, device, floor, source)
+        report = replace(report, throughput=raced.throughput, savers=raced.table, ladder=raced.pair.saver)
+    else:
+        report = _report(bench, answer, device, floor, source)
     if ceiling not in killed:
         return report
     note = f"a step at {killed.start} samples killed its process more than once: it was not run again, nor a larger one"
@@ -325,30 +333,7 @@ def _wanted(question: Question, floor: int) -> Callable[[int], int] | None:
     return micro_batch
 
 
-def _throughput(bench: Bench, question: Question, answer: Answer, floor: int) -> tuple[tuple[int, float], ...]:
-    """Samples per second at the answer and at what two, four and eight times as many micro-batches would take."""
-    sizes, share = [answer.micro_batch], question.share or answer.micro_batch
-    for times in (2, 4, 8):
-        steps = -(-share // answer.micro_batch) * times
-        size = -(-share // steps)
-        if size >= max(floor, 2) and size < sizes[-1]:
-            sizes.append(size)
-    measured: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(3):  # interleaved, so that a machine that slows down slows all alike
-        for size in sizes:
-            measured[size].append(bench.time(size))
-    return tuple((size, sorted(rates)[1]) for size, rates in measured.items())
-
-
-def fastest(throughput: Sequence[tuple[int, float]]) -> int:
-    """The size with the most samples per second; among those within 2% of it, which is noise, the largest."""
-    best = max(rate for _, rate in throughput)
-    return max(size for size, rate in throughput if rate >= 0.98 * best)
-
-
-def _report(
-    bench: Bench, answer: Answer, device: Device, floor: int, source: Source, throughput: tuple[tuple[int, float], ...]
-) -> ProbeReport:
+def _report(bench: Bench, answer: Answer, device: Device, floor: int, source: Source) -> ProbeReport:
     notes = [source.varies] if source.varies else []
     notes += [source.mixed] if source.mixed else []
     notes += bench.notes
@@ -385,9 +370,8 @@ def _report(
         notes.append(hint)
     if isinstance(forecaster, Forecast) and forecaster.unaligned > 0.001:
         notes.append(f"{forecaster.unaligned:.1%} of a step's allocations did not line up between the traces")
-    micro_batch = fastest(throughput) if throughput else answer.micro_batch
     return ProbeReport(
-        micro_batch=micro_batch,
+        micro_batch=answer.micro_batch,
         limit=answer.limit,
         limit_proof=answer.proof,
         budget_bytes=bench.budget,
@@ -395,9 +379,8 @@ def _report(
         device=device.name,
         trials=tuple(bench.trials),
         residual=residual,
-        parts=bench.parts(micro_batch, forecaster),
+        parts=bench.parts(answer.micro_batch, forecaster),
         notes=tuple(notes),
-        throughput=throughput,
         floor=floor,
         device_type=device.type,
         forecaster=forecaster,
@@ -478,5 +461,17 @@ def _nothing_fits(
     return NothingFitsError(
         f"not even {samples} fits in {format_bytes(budget.bytes)} on {device.name} ({budget.reason}): {needs}; "
         f"the rest is what a step needs for its activations{measured}. What would help: {more}, "
-        f"an optimizer with less state (SGD), smaller samples{compared}"
+        f"an optimizer with less state (SGD), smaller samples{compared}{_not_taken(parts)}"
     )
+
+
+def _not_taken(parts: Mapping[str, int]) -> str:
+    """What changes the result and is left to the user, with what it would free at most."""
+    state, trained = parts.get("optimizer_state", 0), parts["gradients"]
+    frees = {
+        "8-bit optimizer states": state * 3 // 4,  # a byte of four
+        "bf16 parameters": (parts.get("parameters", 0) + trained + state) // 2,
+        "LoRA": trained + state,
+    }
+    what = ", ".join(f"{name} (frees up to {format_bytes(size)})" for name, size in frees.items() if size)
+    return f". What changes the result, and is never taken: {what}"

@@ -60,6 +60,8 @@ class ProbeReport(Drawn):
         by_length: where samples differ in length: (length, samples), so many fit at once up to that padded length;
             `micro_batch` and `limit` are then of the longest samples looked at.
         ladder: the rung under which this holds, such as "checkpointing"; None where the step ran as it is.
+        savers: where prefer="fastest" looked at memory savers, a row for each, the step as it is (None) first: saver,
+            limit, micro_batch, peak_bytes (forecast), window_seconds (None: not timed), throughput, same_result.
         timeline: for drawing, as a probe in a child told it; None where the forecast at hand can tell.
     """
 
@@ -79,6 +81,7 @@ class ProbeReport(Drawn):
     device_type: str = "cpu"
     by_length: tuple[tuple[int, int], ...] = ()
     ladder: str | None = None
+    savers: tuple[dict[str, Any], ...] = ()
     timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
 
@@ -126,6 +129,7 @@ class ProbeReport(Drawn):
             "device_type": self.device_type,
             "by_length": [list(pair) for pair in self.by_length],
             "ladder": self.ladder,
+            "savers": [dict(row) for row in self.savers],
             "curve": self._curve(),
             "timeline": self._timeline(),
         }

@@ -259,18 +259,27 @@ class Bench:
         self._journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
-    def time(self, size: int) -> float:
-        """Samples per second of one micro-batch at `size`, which has fitted before; nothing is recorded."""
+    def time(self, size: int) -> tuple[float, float]:
+        """Seconds of one micro-batch at `size`, which has fitted before, and of the window's end; nothing recorded."""
         batch = self._counting(self._source.trial(size), size)
         self._journal.start(size, "throughput")
         self._device.synchronize()
-        started = time.perf_counter()
+        started = ended = time.perf_counter()
+
+        def reached(phase: str) -> None:
+            nonlocal ended
+            if phase == "optimizer":
+                self._device.synchronize()
+                ended = time.perf_counter()
+
+        self._accumulator.on_phase = reached
         self._window(batch)
+        self._accumulator.on_phase = ignore
         self._device.synchronize()
-        seconds = time.perf_counter() - started
+        done = time.perf_counter()
         self._journal.end(size, FITS)
-        self._note(Trial(size, "throughput", None, None, seconds, FITS))
-        return size / seconds
+        self._note(Trial(size, "throughput", None, None, done - started, FITS))
+        return ended - started, done - ended
 
     def _step(self, shape: Shape, batch: Any, kind: str) -> int:
         """The peak in bytes of one window, recorded; where an allocator caches, of a training's second, traces apart.

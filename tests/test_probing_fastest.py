@@ -1,0 +1,95 @@
+"""prefer="fastest" over memory savers: which pairs are worth timing, and what is taken and said of it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import autoaccum
+from autoaccum.errors import NothingFitsError
+from autoaccum.probing.fastest import Pair, chosen, pairs
+from autoaccum.probing.report import ProbeReport
+
+
+def named(made):
+    return [(pair.saver, pair.size, pair.count) for pair in made]
+
+
+def test_where_a_window_fits_at_once_savers_can_only_cost_time():
+    assert named(pairs(64, [(None, 100), ("checkpointing", 300)])) == [
+        (None, 64, 1), (None, 32, 2), (None, 16, 4), (None, 8, 8),
+    ]  # fmt: skip
+
+
+def test_a_saver_is_timed_where_it_makes_fewer_micro_batches_than_all_that_cost_less():
+    limits = [(None, 20), ("checkpointing/4", 21), ("checkpointing/2", 32), ("checkpointing", 40), ("both", 70)]
+    first = [pair for pair in named(pairs(64, limits)) if pair[1] > 10]
+    assert first == [(None, 16, 4), ("checkpointing/2", 32, 2), ("both", 64, 1)]
+
+
+def test_a_chunked_loss_is_timed_in_any_case_and_sizes_are_whole():
+    made = named(pairs(64, [(None, 64), ("chunked_loss", 64)], floor=2))
+    assert made[:2] == [(None, 64, 1), ("chunked_loss", 64, 1)]
+    assert all(size * count >= 64 and size >= 2 for _, size, count in made)
+
+
+def test_what_cannot_be_cut_is_left_out():
+    assert named(pairs(3, [(None, 3), ("checkpointing", 1)], floor=2)) == [(None, 3, 1), (None, 2, 2)]
+
+
+def test_the_soonest_is_taken_and_within_noise_the_first():
+    made = [Pair(None, 8, 4, [4.0]), Pair("chunked_loss", 32, 1, [3.0, 2.9, 5.0]), Pair(None, 4, 8, [2.96])]
+    assert chosen(made) is made[1]  # its median is 3.0, and 2.96 is no better by more than noise
+    assert chosen([Pair(None, 8, 1, [1.01]), Pair("chunked_loss", 8, 1, [1.0])]).saver is None
+    assert chosen([Pair(None, 8, 1, [1.1]), Pair("chunked_loss", 8, 1, [1.0]), Pair("other", 8, 1)]).size == 8
+
+
+CLASSES, WIDE, PLACES = 2100, 16, 64
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(CLASSES, WIDE), nn.Linear(WIDE, WIDE), nn.Linear(WIDE, CLASSES)
+
+    def forward(self, tokens, labels):
+        logits = self.head(torch.tanh(self.mix(self.embed(tokens))))
+        return {"loss": F.cross_entropy(logits.view(-1, CLASSES), labels.view(-1))}
+
+
+def asked(**more):
+    torch.manual_seed(0)
+    tokens = torch.randint(CLASSES, (64, PLACES))
+    return {"model": Language(), "data": {"tokens": tokens, "labels": tokens}, "target_batch": 32, "device": "cpu",
+            "optimizer": "sgd", "memory": "6MiB", "cache": False, "prefer": "fastest", **more}  # fmt: skip
+
+
+def test_savers_stand_in_the_report_with_what_they_fit_and_what_is_taken_is_trained_with():
+    report = autoaccum.probe(**asked())
+    table = {row["saver"]: row for row in report.savers}
+    assert list(table)[:2] == [None, "chunked_loss"]
+    assert table["chunked_loss"]["limit"] > 2 * table[None]["limit"]
+    assert all(row["same_result"] and row["peak_bytes"] <= report.budget_bytes for row in table.values())
+    timed = {name: row["window_seconds"] for name, row in table.items() if row["window_seconds"] is not None}
+    assert timed[report.ladder] <= 1.02 * min(timed.values())
+    assert report.micro_batch in dict(report.throughput)
+    assert report.plan.ladder == report.ladder
+    again = ProbeReport.from_dict(report.to_dict())
+    assert again.savers == report.savers
+    assert "chunked_loss" in str(report)
+
+
+def test_false_and_a_name_leave_no_choice():
+    assert [row["saver"] for row in autoaccum.probe(**asked(ladder=False)).savers] == [None]
+    named = autoaccum.probe(**asked(ladder="chunked_loss"))
+    assert named.ladder == "chunked_loss"
+    assert [row["saver"] for row in named.savers] == [None]  # the step as it was asked for
+
+
+def test_what_changes_the_result_is_named_with_what_it_frees():
+    with pytest.raises(NothingFitsError) as caught:
+        autoaccum.probe(**asked(memory="600KiB", optimizer="adamw", prefer="fewest"))
+    text = str(caught.value)
+    assert "never taken: 8-bit optimizer states (frees up to " in text
+    assert "LoRA (frees up to" in text
+    assert "The result is the plain step's but for bf16" in text
