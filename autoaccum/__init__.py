@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from autoaccum import errors
 
 if TYPE_CHECKING:
-    from autoaccum.api import fit, prepare, probe
+    from autoaccum.api import fit, prepare, probe, verify
     from autoaccum.checking.verify import VerifyReport
-    from autoaccum.integrations.trainers import attach, verify
+    from autoaccum.integrations.trainers import attach
     from autoaccum.loss.coupled import Coupled
     from autoaccum.loss.mean import Mean
     from autoaccum.model.chunked_loss import chunked_cross_entropy
@@ -58,7 +58,7 @@ _HOME = {
     "prepare": "autoaccum.api",
     "probe": "autoaccum.api",
     "search": "autoaccum.searching.search",
-    "verify": "autoaccum.integrations.trainers",
+    "verify": "autoaccum.api",
 }
 
 __all__ = [

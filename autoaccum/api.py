@@ -1,70 +1,36 @@
-"""The public functions: wiring only. What each keyword means is said once, at `prepare`."""
+"""The public functions: signatures, what each keyword means, and a few of a Session's steps."""
 
 import functools
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.assembly import Parts, agreed, assemble, share_model
 from autoaccum.checking.verify import VerifyReport
-from autoaccum.checks import check_counts, check_switches, listed, one_of
-from autoaccum.data.source import open_source, read_more_than_once
+from autoaccum.integrations import trainers
 from autoaccum.interrupts import uninterrupted
-from autoaccum.memory.device import check_memory
-from autoaccum.memory.forecast import Forecast
-from autoaccum.model.memory_savers import RUNGS
-from autoaccum.model.optimizer import check_no_gradient, trained_parameters
-from autoaccum.phased import checked_phases, for_phase, probed_phases, ready_to_train
-from autoaccum.pipeline import (
-    Isolation,
-    adopt,
-    beside_own_rate,
-    check_arithmetic,
-    compile_model,
-    for_ranks,
-    given_plan,
-    planned,
-    share_of,
-    target_of,
-    told_of_padding,
-    told_of_the_plans,
-    total_steps,
-    verified,
-)
-from autoaccum.planning.plan import Plan, plan
-from autoaccum.probing.cache import Lines
-from autoaccum.probing.isolate import InChild, Send
-from autoaccum.probing.length_search import OverLengths
-from autoaccum.probing.outcome import Trial
-from autoaccum.probing.over_ranks import shared_out
-from autoaccum.probing.probe import Question, as_lines
+from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks, ends_all
-from autoaccum.training.evaluate import Evaluator, check_metrics
-from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
-from autoaccum.training.loop import FitResult, TrainingLoop
-from autoaccum.training.parts import kept_answers
-from autoaccum.training.rates import take_back
-from autoaccum.training.run_folder import open_run
-from autoaccum.training.schedule import check_schedule
-from autoaccum.window.phase import Phase, check_phases
+from autoaccum.ranks import ends_all
+from autoaccum.session import Session
+from autoaccum.training.events import Listener
+from autoaccum.training.fit_result import FitResult
+from autoaccum.training.loop import TrainingLoop
+from autoaccum.window.phase import Phase
 
-__all__ = ["fit", "plan", "prepare", "probe", "verify"]
+__all__ = ["fit", "prepare", "probe", "verify"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-READ_AWAY = (
-    "the data can be read only once, and the samples that this probe read are gone with it: give it an iterable of its "
-    "own; fit and prepare train on what their probe reads"
-)
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in ("model", "data")}
 
 
 @uninterrupted
@@ -111,42 +77,11 @@ def probe(
     Raises:
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
-    together = target_batch is not None or ladder == "auto"  # else each rank asks for itself
-    with ends_all(together, group):
-        check_counts(target_batch=target_batch, max_batch=max_batch, multiple_of=multiple_of)
-        _check_choices(prefer, ladder, memory, cache=cache, compile=compile)
-        parts = assemble(
-            model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
-            precision=precision, clip_norm=clip_norm, seed=seed, worst_case=worst_case,
-            stays=_in_a_child(isolate), phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
-            group=group,
-        )  # fmt: skip
-        check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
-        if together:
-            agreed(parts, "probe", target_batch=target_batch, multiple_of=multiple_of, tail=tail, ladder=ladder,
-                   batch_norm=batch_norm, lr_batch=lr_batch, lr_rule=lr_rule)  # fmt: skip
-        share = None if target_batch is None else share_of(target_batch, parts.source.length, parts.ranks)
-        question = Question(share, memory, max_batch, multiple_of, prefer)
-        events = Events([*listed("callbacks", callbacks), *display(progress, parts.ranks)])
-        _run_as_asked(parts, compile, ladder, events)
-        report = _probed(
-            parts, question, target_batch, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
-            accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
-        )  # fmt: skip
-        reads_away = parts.source.one_shot and worst_case is None
-        if reads_away and not _in_a_child(isolate):
-            report = replace(report, notes=(*report.notes, READ_AWAY))
-        if target_batch is None:
-            return report
-        made = planned(parts, report, None, target_batch, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm,
-                     tail=tail, multiple_of=multiple_of, settles=not (reads_away and _in_a_child(isolate)))  # fmt: skip
-        return replace(report, plan=made)
-
-
-def _probed(parts: Parts, question: Question, target_batch: int | None, **settings: Any) -> ProbeReport:
-    """The probe of all phases, its answer shared over ranks with unequal memory."""
-    look = functools.partial(probed_phases, parts, **settings)
-    return shared_out(look, question, parts.ranks, target_batch, parts.source.length)
+    settings = _settings(locals())
+    with ends_all(target_batch is not None or ladder == "auto", group):  # else each rank asks for itself
+        session = Session(model, data, settings, what="probe")
+        report = session.probe()
+        return report if target_batch is None else replace(report, plan=session.plan())
 
 
 def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
@@ -258,8 +193,9 @@ def prepare(
         multiple_of: prefer such micro-batches where that costs no extra one.
         worst_case: a batch, or `f(n) -> batch`, to probe with.
         max_batch: no micro-batch is larger.
-        isolate: probe in a child process, which a kill for memory may take: a picklable function that returns these
-            arguments as a dict, since the child builds a model of its own.
+        isolate: probe in a child process, which a kill for memory may take. True: the child gets copies of these
+            arguments, which must be picklable; else a picklable function that returns them as a dict, so that the child
+            builds a model of its own.
         cache: reuse what an earlier probe of the same training found, and keep what this one finds.
         check: verify the accumulated gradient before training: True, "warn" or False.
         checkpoint: a folder for checkpoints and the run's record. A run that ends early, however that comes, goes on
@@ -288,102 +224,7 @@ def prepare(
         DeviceError: no such device.
         CheckpointError: what is in the folder is of another training, or has code in it.
     """
-    given = None if plan is None else given_plan(plan, target_batch)
-    target_batch = target_of(given, target_batch)
-    check_counts(max_batch=max_batch, micro_batch=micro_batch, epochs=epochs, max_steps=max_steps,
-                 multiple_of=multiple_of, checkpoint_every=checkpoint_every, regrow_after=regrow_after)  # fmt: skip
-    listeners = [*listed("sinks", sinks), *listed("callbacks", callbacks)]
-    _check_training(check, resume, schedule, warmup_steps)
-    _check_choices(prefer, ladder, memory, cache=cache, compile=compile, log_grad_norm=log_grad_norm)
-    check_metrics(metrics, step, val_data=None if loss is None else val_data)
-    if given is not None and given.lr is not None and lr is None and not isinstance(optimizer, Optimizer):
-        lr = given.lr / given.lr_scale
-    parts = assemble(
-        model, data, loss=loss, step=step, reduction=reduction, optimizer=optimizer, lr=lr, device=device,
-        precision=precision, clip_norm=clip_norm, log_grad_norm=log_grad_norm, shuffle=shuffle, seed=seed,
-        worst_case=worst_case, stays=_in_a_child(isolate), group=group,
-        phases=check_phases(phases, loss=loss, step=step, optimizer=optimizer),
-    )  # fmt: skip
-    check_no_gradient(trained_parameters(parts.model, loss))
-    for turn in parts.turns:
-        take_back(turn.optimizer)
-    check_arithmetic(parts, lr_batch=lr_batch, lr_rule=lr_rule, batch_norm=batch_norm, tail=tail)
-    if given is not None:
-        given = for_ranks(given, parts.ranks)
-    val_source = None if val_data is None else open_source(val_data, shuffle=False, ranks=parts.ranks)
-    read_more_than_once(epochs if max_steps is None else 1, data=parts.source, val_data=val_source)
-    agreed(
-        parts, "prepare", val_source, target_batch=target_batch, reduction=reduction, lr_batch=lr_batch,
-        lr_rule=lr_rule, schedule=schedule, warmup_steps=warmup_steps, epochs=epochs, max_steps=max_steps,
-        metrics=sorted(metrics or {}), shuffle=shuffle, precision=precision, accumulate=accumulate,
-        clip_norm=clip_norm, log_grad_norm=log_grad_norm, batch_norm=batch_norm, tail=tail, multiple_of=multiple_of,
-        check=check, checkpoint="none" if checkpoint is None else "given", checkpoint_every=checkpoint_every,
-        resume=resume, compile=compile, ladder=ladder, regrow_after=regrow_after, on_nonfinite=on_nonfinite,
-        seed=seed, plan="none" if plan is None else "given", micro_batch="none" if micro_batch is None else "given",
-    )  # fmt: skip
-    _settle(parts, when=not _in_a_child(isolate))
-    events = Events([*listeners, *display(progress, parts.ranks)])
-    _run_as_asked(parts, compile, ladder, events)
-
-    report: ProbeReport | None = None
-    verdict: VerifyReport | None = None
-    folder, kept = open_run(checkpoint, checkpoint_every, resume, parts.ranks, events)
-    if kept is not None:
-        given, report, verdict = kept_answers(kept, target_batch, parts.ranks)
-    if given is not None:
-        adopt(parts, given, events)
-        given = beside_own_rate(given, parts) if kept is None else given
-        told_of_the_plans(
-            given, events, micro_batch=micro_batch, lr_batch=lr_batch, lr_rule=lr_rule, tail=tail,
-            batch_norm=batch_norm, prefer=prefer, multiple_of=multiple_of, max_batch=max_batch,
-        )  # fmt: skip
-    if given is None and micro_batch is None:
-        question = Question(
-            share_of(target_batch, parts.source.length, parts.ranks), memory, max_batch, multiple_of, prefer
-        )
-        report = _probed(
-            parts, question, target_batch, events=events, isolation=_isolation(isolate), cache=cache, ladder=ladder,
-            accumulate=accumulate, clip_norm=clip_norm, batch_norm=batch_norm, on_nonfinite=on_nonfinite,
-        )  # fmt: skip
-    _settle(parts, when=_in_a_child(isolate))  # which had the device's memory to itself so far
-    if given is None:
-        given = planned(parts, report, micro_batch, target_batch, lr_batch=lr_batch, lr_rule=lr_rule,
-                        batch_norm=batch_norm, tail=tail, multiple_of=multiple_of)  # fmt: skip
-    if kept is None:
-        verdict = checked_phases(parts, check, given, events)
-        told_of_padding(parts, given, check, events)
-    if parts.compiled is not None:
-        parts.compiled.single = given.micro_batch <= 1
-    total = total_steps(given, parts.source.length, epochs, max_steps)
-    accumulators = [
-        ready_to_train(
-            turn, given if turn is parts else for_phase(turn, given, lr_rule), total, events, schedule=schedule,
-            warmup_steps=warmup_steps, accumulate=accumulate, clip_norm=clip_norm, log_grad_norm=log_grad_norm,
-            on_nonfinite=on_nonfinite,
-        )
-        for turn in parts.turns
-    ]  # fmt: skip
-    accumulator = accumulators[0]
-    evaluator = Evaluator(
-        parts.objective,
-        parts.device,
-        accumulator.precision,
-        parts.ranks,
-        max(given.micro_batch, 1),
-        val_source,
-        metrics or {},
-    )
-    loop = TrainingLoop(
-        accumulator, parts.source, parts.device, epochs=epochs, max_steps=max_steps, total_steps=total,
-        budget=parts.device.budget(memory, headroom=parts.device.headroom()), events=events, evaluator=evaluator,
-        probe=report, verify=verdict,
-        regrow_after=regrow_after, seed=seed, shuffle=shuffle, folder=folder,
-        running=parts.unfrozen, phases=[(turn.phase, each) for turn, each in zip(parts.turns, accumulators)],
-    )  # fmt: skip
-    if kept is not None:
-        loop.load_state_dict(kept)
-    parts.ranks.tally("the end of prepare")  # whoever failed on the way here is heard by all
-    return loop
+    return Session(model, data, _settings(locals())).loop()
 
 
 def _as(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
@@ -406,95 +247,30 @@ def fit(*arguments: Any, **keywords: Any) -> FitResult:
 
 @uninterrupted
 def verify(
-    model: nn.Module,
-    data: Any,
+    model: Any,
+    data: Any = None,
     *,
     loss: Any = None,
-    step: Callable[[nn.Module, Any], Any] | None = None,
+    step: Callable[[Any, Any], Any] | None = None,
     reduction: Any = "auto",
-    device: str | torch.device | None = None,
+    device: Any = None,
     precision: str = "auto",
     worst_case: Any = None,
 ) -> VerifyReport:
-    """Whether the gradient accumulated over micro-batches is the large batch's, on this model and this data.
+    """Whether the gradient accumulated over micro-batches is the large batch's: of a model, or in a trainer.
 
-    About four small steps; no optimizer is stepped and everything is put back. The keywords are those of `prepare`.
+    With a model and its data: as autoaccum would accumulate, on this model and this data; about four small steps. The
+    keywords are those of `prepare`. With a trainer alone, `verify(trainer)`: that trainer's own accumulation, as it is
+    configured, on a few of its own samples; a Lightning Trainer with its module, `verify(trainer, module)`. No
+    optimizer is stepped and everything is put back.
 
     Raises:
         LossError: the loss is not a scalar with a graph.
-        SetupError, DataError, DeviceError: as `prepare`.
+        SetupError, DataError, DeviceError: as `prepare`; or a trainer that cannot be looked at.
     """
-    parts = assemble(model, data, loss=loss, step=step, reduction=reduction, device=device, precision=precision,
-                     worst_case=worst_case)  # fmt: skip
-    return verified(parts)
-
-
-def _check_choices(prefer: str, ladder: str | bool | None, memory: int | str | None, **switches: bool) -> None:
-    one_of("prefer", prefer, ("fewest", "fastest"))
-    one_of("ladder", ladder, (None, False, "auto", *RUNGS))
-    check_switches(**switches)
-    check_memory(memory)
-
-
-def _check_training(check: Any, resume: Any, schedule: Any, warmup_steps: Any) -> None:
-    one_of("check", check, (True, False, "warn"))
-    one_of("resume", resume, ("auto", True, False))
-    check_schedule(schedule, warmup_steps)
-
-
-def _run_as_asked(parts: Parts, compile: bool, ladder: str | bool | None, events: Events) -> None:
-    if compile:
-        compile_model(parts, events)
-    if isinstance(ladder, str) and ladder != "auto":
-        parts.take(ladder)
-
-
-def _settle(parts: Parts, *, when: bool) -> None:
-    if when:
-        parts.settle()
-        share_model(parts)
-
-
-def _in_a_child(isolate: Any) -> bool:
-    return isinstance(_isolation(isolate), Isolation)
-
-
-def _isolation(isolate: bool | Callable[[], Mapping[str, Any]] | InChild) -> Isolation | InChild | None:
-    if isinstance(isolate, InChild):
-        return isolate
-    return Isolation(_child_probe, isolate) if isolate else None
-
-
-def _child_probe(
-    send: Send, factory: Callable[[], Mapping[str, Any]], asked: Mapping[str, Any], killed: list[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What the child does: builds everything anew and probes; each trial is sent as it ends."""
-    os.environ["WORLD_SIZE"] = "1"  # of several ranks each has a child of its own, which answers for its device alone
-    arguments: dict[str, Any] = {
-        name: value for name, value in factory().items() if name in inspect.signature(probe).parameters
-    }
-    arguments.update(asked, isolate=InChild(send), callbacks=[lambda event: _heard(event, send)], progress=False)
-    report = probe(**arguments)
-    lines = report.forecaster
-    if isinstance(lines, (Forecast, OverLengths)):
-        lines = as_lines(lines, report.trials)
-    trials = (*(Trial(**trial) for trial in killed), *report.trials)
-    notes = tuple(note for note in report.notes if note != READ_AWAY)  # the parent's samples are all there
-    report = replace(report, trials=trials, notes=notes)
-    return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
-
-
-def _heard(event: Event, send: Send) -> None:
-    if isinstance(event, TrialRan):
-        send("trial", event.trial)
-    elif isinstance(event, Noted):
-        send("note", event.text)
-
-
-def display(progress: bool | None, ranks: Ranks, *, bar: bool = True) -> list[Listener]:
-    """Who shows a person what happens: on the first rank, where `progress` or a terminal asks for it."""
-    if ranks.rank != 0 or not (sys.stderr.isatty() if progress is None else progress):
-        return []
-    from autoaccum.display.narrator import Narrator
-
-    return [Narrator(bar=bar)]
+    settings = _settings(locals())
+    if trainers.is_trainer(model):
+        return trainers.verify(model, data, settings)
+    report = Session(model, data, settings, what="verify").check()
+    assert report is not None
+    return report

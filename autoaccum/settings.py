@@ -5,11 +5,11 @@ options, what a plan sets aside, what decides how much fits and the reference of
 setting: a line here, the one place that uses it, and a parameter of `prepare` (and `probe`, where it changes memory).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SETTINGS", "Setting", "deciding", "reference", "taken_by"]
+__all__ = ["SETTINGS", "Setting", "Settings", "alike", "deciding", "reference", "taken_by"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Setting:
         decides: "memory" where it changes what a step takes or how much is looked for; "plan" where a plan fixes it.
         choices: its words.
         metavar: how its value is called on the command line.
+        ranks: "same" where all ranks must give the same value, "given" where all or none must give one, "own" where
+            each has its own or it is compared in another way.
     """
 
     default: Any
@@ -35,6 +37,7 @@ class Setting:
     decides: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     metavar: str | None = None
+    ranks: str = "same"
 
 
 _PROBE, _ALL = ("probe",), ("probe", "verify")
@@ -47,16 +50,20 @@ _LADDER = (
 
 SETTINGS: dict[str, Setting] = {
     "target_batch": Setting(None, "count", "Samples per optimizer step, over all ranks.", _PROBE, metavar="N"),
-    "loss": Setting(None, "python", "f(outputs, targets); None: the model returns its loss.", _ALL),
+    "loss": Setting(None, "python", "f(outputs, targets); None: the model returns its loss.", _ALL, ranks="own"),
     "step": Setting(
-        None, "python", "f(model, batch) -> Tensor, Mean or dict of Means, instead of loss; or Coupled.", _ALL
+        None,
+        "python",
+        "f(model, batch) -> Tensor, Mean or dict of Means, instead of loss; or Coupled.",
+        _ALL,
+        ranks="own",
     ),
-    "phases": Setting(None, "python", "A list of Phase, instead of step, loss and optimizer.", _PROBE),
+    "phases": Setting(None, "python", "A list of Phase, instead of step, loss and optimizer.", _PROBE, ranks="own"),
     "reduction": Setting("auto", "word", "What the loss is a mean over.", _ALL, (), _REDUCTIONS),
     "optimizer": Setting(
-        "adamw", "text", 'One of torch\'s by name: "adamw", "sgd", ...', ("probe", "plan"), metavar="NAME"
+        "adamw", "text", 'One of torch\'s by name: "adamw", "sgd", ...', ("probe", "plan"), metavar="NAME", ranks="own"
     ),
-    "lr": Setting(None, "number", "Learning rate; 1e-3 if not given.", ("probe", "plan"), metavar="LR"),
+    "lr": Setting(None, "number", "Learning rate; 1e-3 if not given.", ("probe", "plan"), metavar="LR", ranks="own"),
     "lr_batch": Setting(
         None, "count", "The batch that the learning rate was tuned at.", ("probe", "plan"), _PLAN, metavar="N"
     ),
@@ -72,8 +79,10 @@ SETTINGS: dict[str, Setting] = {
     "warmup_steps": Setting(0, "steps", "Optimizer steps of warm-up.", metavar="N"),
     "epochs": Setting(1, "count", "Passes over the data.", ("search",), metavar="N"),
     "max_steps": Setting(None, "count", "Optimizer steps, over as many epochs as it takes.", ("search",), metavar="N"),
-    "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics."),
-    "metrics": Setting(None, "python", "{name: f(outputs, targets) -> Mean}, or objects with reset, update, compute."),
+    "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics.", ranks="own"),
+    "metrics": Setting(
+        None, "python", "{name: f(outputs, targets) -> Mean}, or objects with reset, update, compute.", ranks="own"
+    ),
     "shuffle": Setting(True, "flag", "Shuffle a Dataset or tensors; a DataLoader keeps its own order."),
     "device": Setting(
         None,
@@ -81,6 +90,7 @@ SETTINGS: dict[str, Setting] = {
         '"cpu", "cuda:1", ...; the best there is if not given.',
         ("probe", "verify", "search"),
         metavar="NAME",
+        ranks="own",
     ),
     "memory": Setting(
         None,
@@ -89,6 +99,7 @@ SETTINGS: dict[str, Setting] = {
         ("probe", "search"),
         _MEMORY,
         metavar="SIZE",
+        ranks="own",
     ),
     "precision": Setting(
         "auto", "word", "Autocast.", ("probe", "verify", "search"), _MEMORY, ("auto", "fp32", "bf16", "fp16")
@@ -103,21 +114,29 @@ SETTINGS: dict[str, Setting] = {
     ),
     "tail": Setting("step", "word", "What becomes of a short last window.", ("probe", "plan"), _PLAN, ("step", "drop")),
     "prefer": Setting(
-        "fewest", "word", "Fewest micro-batches, or the fastest as measured.", _PROBE, _BOTH, ("fewest", "fastest")
+        "fewest",
+        "word",
+        "Fewest micro-batches, or the fastest as measured.",
+        _PROBE,
+        _BOTH,
+        ("fewest", "fastest"),
+        ranks="own",
     ),
-    "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, metavar="N"),
-    "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", metavar="FILE"),
+    "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, metavar="N", ranks="given"),
+    "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", metavar="FILE", ranks="given"),
     "multiple_of": Setting(
         1, "count", "Prefer micro-batches that are multiples of N.", ("probe", "plan"), _BOTH, metavar="N"
     ),
-    "worst_case": Setting(None, "python", "A batch, or f(n) -> batch, to probe with.", _ALL),
-    "max_batch": Setting(None, "count", "No micro-batch above this size.", ("probe", "search"), _BOTH, metavar="N"),
-    "isolate": Setting(False, "flag", "Run trials in a child process, which a kill may take.", _PROBE),
-    "cache": Setting(True, "flag", "Reuse answers of earlier probes.", ("probe", "search")),
+    "worst_case": Setting(None, "python", "A batch, or f(n) -> batch, to probe with.", _ALL, ranks="own"),
+    "max_batch": Setting(
+        None, "count", "No micro-batch above this size.", ("probe", "search"), _BOTH, metavar="N", ranks="own"
+    ),
+    "isolate": Setting(False, "flag", "Run trials in a child process, which a kill may take.", _PROBE, ranks="own"),
+    "cache": Setting(True, "flag", "Reuse answers of earlier probes.", ("probe", "search"), ranks="own"),
     "check": Setting(
         True, "switch", "Check the accumulated gradient before training, or only warn.", ("search",), (), ("warn",)
     ),
-    "checkpoint": Setting(None, "folder", "Folder for checkpoints.", metavar="DIR"),
+    "checkpoint": Setting(None, "folder", "Folder for checkpoints.", metavar="DIR", ranks="given"),
     "checkpoint_every": Setting(None, "count", "Optimizer steps between checkpoints.", metavar="N"),
     "resume": Setting(
         "auto", "switch", "Go on from the last checkpoint: it must be there, or only if it is.", (), (), ("auto",)
@@ -136,10 +155,10 @@ SETTINGS: dict[str, Setting] = {
         "raise", "word", "What to do at a loss that is not finite.", _PROBE, _MEMORY, ("raise", "skip")
     ),
     "seed": Setting(None, "seed", "Seed of all random numbers.", ("probe", "search"), metavar="N"),
-    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("probe", "search")),
-    "sinks": Setting((), "python", "Functions of an event, told beside callbacks."),
-    "callbacks": Setting((), "python", "Functions of an event.", _PROBE),
-    "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE),
+    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("probe", "search"), ranks="own"),
+    "sinks": Setting((), "python", "Functions of an event, told beside callbacks.", ranks="own"),
+    "callbacks": Setting((), "python", "Functions of an event.", _PROBE, ranks="own"),
+    "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE, ranks="own"),
 }
 """In the order of the public signatures."""
 
@@ -147,6 +166,28 @@ SETTINGS: dict[str, Setting] = {
 def taken_by(function: str) -> Iterator[str]:
     """The settings that a function or command takes, by its name; "fit" takes all."""
     return (name for name, setting in SETTINGS.items() if function in (*setting.takers, "fit"))
+
+
+class Settings(dict[str, Any]):
+    """The settings of one training by name, also as attributes: those given, the others at their defaults."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__({name: setting.default for name, setting in SETTINGS.items()} | dict(given))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def some(self, *names: str) -> dict[str, Any]:
+        """Those of these names."""
+        return {name: self[name] for name in names}
+
+
+def alike(how: str) -> Iterator[str]:
+    """The settings that the ranks must have alike: the "same" value, or all "given" or none."""
+    return (name for name, setting in SETTINGS.items() if setting.ranks == how)
 
 
 def deciding(what: str) -> Iterator[str]:

@@ -14,8 +14,8 @@ PACKAGE = Path(autoaccum.__file__).parent
 # From the ground up: each may import from those before it. Files of one room may import each other.
 ROOMS = [
     "errors", "units", "files", "checks", "settings", "interrupts", "random_state", "display", "planning", "ranks",
-    "memory", "data", "batch_norm", "model", "loss", "window", "checking", "probing", "training", "assembly",
-    "pipeline", "phased", "api", "searching", "integrations", "cli", "__main__",
+    "memory", "data", "batch_norm", "model", "loss", "window", "checking", "probing", "training", "session",
+    "searching", "integrations", "api", "cli", "__main__",
 ]  # fmt: skip
 
 

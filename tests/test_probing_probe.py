@@ -340,7 +340,7 @@ def test_the_fastest_is_measured():
         ({"precision": "fp8"}, SetupError, "fp8"),
         ({"optimizer": "lbfgs"}, SetupError, "closure"),
         ({"lr": -1.0}, SetupError, "lr=-1.0"),
-        ({"isolate": True}, SetupError, "isolate=True"),
+        ({"isolate": "yes"}, SetupError, "isolate='yes'"),
         ({"loss": lambda o, t: o}, LossError, "scalar"),
         ({"loss": lambda o, t: o.sum() * float("nan")}, LossError, "nan"),
         ({"loss": lambda o, t: o.sum().detach()}, LossError, "graph"),

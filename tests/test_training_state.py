@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autoaccum.errors import CheckpointError
+from autoaccum.model.optimizer import optimizer_name
 from autoaccum.random_state import RandomState, seed_everything
-from autoaccum.training.state import check_same, load_optimizer, optimizer_name, plain, scheduler_state
+from autoaccum.training.state import check_same, load_optimizer, plain, scheduler_state
 
 CPU = torch.device("cpu")
 

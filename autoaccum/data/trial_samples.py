@@ -21,11 +21,18 @@ from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 from autoaccum.units import MIB, format_bytes
 
-__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "pick", "spread", "weight"]
+__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "looked_at", "pick", "spread", "weight"]
 
 LOOKED_AT = 64
 _FIRST_LOOK = 16
 KEPT_BYTES = 256 * MIB
+
+
+def looked_at(source: Any, size: int) -> Any:
+    """A batch that a check of `size` samples chooses from: more, where their labels may count unequally, if small."""
+    few = source.trial(size)
+    room = min(LOOKED_AT, KEPT_BYTES * size // max(1, tree.nbytes(few)), source.length or LOOKED_AT)
+    return source.trial(room) if room > size else few
 
 
 class Pool:

@@ -15,8 +15,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.api import display
-from autoaccum.assembly import Parts, assemble
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import listed
 from autoaccum.data.base import Source
@@ -26,12 +24,12 @@ from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError, PlanError
 from autoaccum.integrations.denominators import counted_in_batch
 from autoaccum.integrations.wanted import Wanted
-from autoaccum.pipeline import checked, for_ranks, planned, probed, share_of, told_of_padding
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
-from autoaccum.probing.probe import Question
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import here
+from autoaccum.session import Session, display
+from autoaccum.settings import deciding
 from autoaccum.training.events import Events, Noted, TrainingStarted
 from autoaccum.training.recover import SafeWindow
 from autoaccum.training.smaller import plan_for
@@ -114,15 +112,16 @@ class Attachment:
             NothingFitsError, PlanError, LossError, SetupError, DataError: as `fit`.
         """
         asked = self.asked
-        counts = "auto" if asked.reduction == "auto" else counted_in_batch(asked.reduction)
-        parts = assemble(
-            trained.model, trained.source, step=_Step(trained), reduction=counts, optimizer=trained.optimizer,
-            device=trained.device, precision="fp32",
-        )  # fmt: skip
+        kept = self._kept_plan()
+        session = Session(trained.model, trained.source, self._settings(trained, kept), what="attach",
+                          events=self.events)  # fmt: skip
+        parts = session.parts
         parts.precision.reason = trained.runs_in
-        self._trained, self._parts = trained, parts
+        self._trained = trained
         with trained.preserved():
-            made = self._kept_plan(parts) or self._probed_plan(parts)
+            made = session.plan()
+            self.verify = session.check()
+        self.probe = session.report
         budget = parts.device.budget(asked.memory, headroom=parts.device.headroom())
         self._accumulator = Accumulator(
             parts.model, parts.optimizer, made, objective=parts.objective, precision="fp32",
@@ -145,59 +144,38 @@ class Attachment:
         parts.ranks.tally("the beginning of training")  # whoever failed on the way here is heard by all
         return made
 
-    def _kept_plan(self, parts: Parts) -> Plan | None:
+    def _settings(self, trained: Trained, kept: Plan | None) -> dict[str, Any]:
+        """A session's, by what `attach` was asked for, what the trainer has, and a checkpoint's plan."""
+        asked = self.asked
+        passed = ("target_batch", "memory", "micro_batch", "lr_batch", "lr_rule", "accumulate", "batch_norm", "prefer",
+                  "multiple_of", "max_batch", "cache", "ladder", "on_nonfinite")  # fmt: skip
+        plan = asked.plan if kept is None else kept
+        fixed = () if kept is None else tuple(deciding("plan"))  # by the plan that goes on, which need not be said
+        return {
+            **{name: getattr(asked, name) for name in passed if name not in fixed},
+            "reduction": "auto" if asked.reduction == "auto" else counted_in_batch(asked.reduction),
+            "step": _Step(trained), "optimizer": trained.optimizer, "device": trained.device, "precision": "fp32",
+            "plan": plan, "check": asked.check if kept is None else False,
+            "tail": "drop" if trained.drops and plan is None else "step",
+        }  # fmt: skip
+
+    def _kept_plan(self) -> Plan | None:
+        """What a checkpoint of the trainer's had, where it is for these ranks."""
         if self.kept is None:
             return None
-        made = plan_for(0, self.kept["plan"])
+        made, ranks = plan_for(0, self.kept["plan"]), here()
         if made.target_batch != self.target_batch:
             raise CheckpointError(
                 f"the checkpoint was trained with target_batch={made.target_batch}, and attach() says "
                 f"{self.target_batch}: give the same, or start a training of its own"
             )
-        if made.world_size != parts.ranks.size:
+        if made.world_size != ranks.size:
             self.kept = None
             self.events.tell(
-                Noted(f"the checkpoint is of {made.world_size} ranks, and there are {parts.ranks.size}: probing anew")
+                Noted(f"the checkpoint is of {made.world_size} ranks, and there are {ranks.size}: probing anew")
             )
             return None
-        self._take_rung(made)
-        return made.on_rank(parts.ranks.rank)
-
-    def _probed_plan(self, parts: Parts) -> Plan:
-        asked = self.asked
-        made: Plan | None = asked.plan
-        if made is not None:
-            made = for_ranks(made, parts.ranks)
-            self._take_rung(made)
-        else:
-            if asked.micro_batch is None:
-                question = Question(
-                    share_of(self.target_batch, parts.source.length, parts.ranks),
-                    asked.memory,
-                    asked.max_batch,
-                    asked.multiple_of,
-                    asked.prefer,
-                )
-                settings = {
-                    "accumulate": asked.accumulate,
-                    "batch_norm": asked.batch_norm,
-                    "on_nonfinite": asked.on_nonfinite,
-                }
-                self.probe = probed(
-                    parts, question, self.events, None, asked.cache, ladder=asked.ladder, clip_norm=None, **settings
-                )
-            made = planned(
-                parts, self.probe, asked.micro_batch, self.target_batch, lr_batch=asked.lr_batch, lr_rule=asked.lr_rule,
-                batch_norm=asked.batch_norm, tail="drop" if self._trained.drops else "step",
-                multiple_of=asked.multiple_of,
-            )  # fmt: skip
-        self.verify = checked(parts, asked.check, made, self.events)
-        told_of_padding(parts, made, asked.check, self.events)
         return made
-
-    def _take_rung(self, made: Plan) -> None:
-        if made.ladder is not None:
-            self._parts.take(made.ladder)
 
     def window(self, samples: Sequence[Any], epoch: int = 0) -> StepRecord:
         """One window of this rank's samples: its whole gradient stands in `.grad` afterwards, and no step was taken.

@@ -1,10 +1,9 @@
 """`attach` and `verify`, for whichever trainer they are given: known by where its class is from, loaded on use."""
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from autoaccum import api
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import SetupError
 from autoaccum.planning.plan import Plan
@@ -75,36 +74,16 @@ def attach(
     return _integration(trainer, "attach").attach(trainer, keywords)  # type: ignore[no-any-return]
 
 
-def verify(
-    model: Any,
-    data: Any = None,
-    *,
-    loss: Any = None,
-    step: Callable[[Any, Any], Any] | None = None,
-    reduction: Any = "auto",
-    device: Any = None,
-    precision: str = "auto",
-    worst_case: Any = None,
-) -> VerifyReport:
-    """Whether the gradient accumulated over micro-batches is the large batch's: of a model, or in a trainer.
-
-    With a model and its data: as autoaccum would accumulate, on this model and this data; about four small steps. The
-    keywords are those of `prepare`. With a trainer alone, `verify(trainer)`: that trainer's own accumulation, as it is
-    configured, on a few of its own samples; a Lightning Trainer with its module, `verify(trainer, module)`. No
-    optimizer is stepped and everything is put back.
+def verify(trainer: Any, rest: Any, keywords: Mapping[str, Any]) -> VerifyReport:
+    """What `trainer`'s own accumulation does to the gradient, as it is configured; `rest`: a Lightning module and data.
 
     Raises:
-        LossError: the loss is not a scalar with a graph.
-        SetupError, DataError, DeviceError: as `prepare`; or a trainer that cannot be looked at.
+        SetupError: a trainer that cannot be looked at, or keywords, which are a model's.
     """
-    keywords = {"loss": loss, "step": step, "reduction": reduction, "device": device, "precision": precision,
-                "worst_case": worst_case}  # fmt: skip
-    if not is_trainer(model):
-        return api.verify(model, data, **keywords)
     given = [name for name, value in keywords.items() if value not in (None, "auto")]
     if given:
         raise SetupError(f"verify(trainer) takes no {given[0]}=: what the trainer is configured with is looked at")
-    return _integration(model, "verify").verify(*((model,) if data is None else (model, data)))  # type: ignore[no-any-return]
+    return _integration(trainer, "verify").verify(*((trainer,) if rest is None else (trainer, rest)))  # type: ignore[no-any-return]
 
 
 def is_trainer(value: Any) -> bool:

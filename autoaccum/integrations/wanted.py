@@ -6,7 +6,7 @@ from typing import Any
 
 from autoaccum.checks import check_counts, one_of
 from autoaccum.errors import SetupError
-from autoaccum.pipeline import given_plan, target_of
+from autoaccum.planning.given_plan import given_plan, target_of
 from autoaccum.training.events import Listener
 
 __all__ = ["Wanted"]

@@ -24,9 +24,20 @@ from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.forward import StandIn
 
-__all__ = ["BACKEND", "Compiled"]
+__all__ = ["BACKEND", "Compiled", "compiled"]
 
 BACKEND = "inductor"
+
+
+def compiled(model: nn.Module, tell: Callable[[str], None]) -> "Compiled | None":
+    """The model's compiled forward; None, and said, where there is nothing for us to compile."""
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        tell("compile=True changes nothing, since the model is compiled already, as its owner chose")
+        return None
+    if isinstance(model, torch.jit.ScriptModule):
+        tell("compile=True changes nothing, since a TorchScript model cannot be compiled a second time")
+        return None
+    return Compiled(model, tell)
 
 
 class Compiled(StandIn):

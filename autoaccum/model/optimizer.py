@@ -19,6 +19,7 @@ from autoaccum.model.shards import check_shards
 from autoaccum.ranks import Ranks
 
 __all__ = [
+    "DEFAULT_LR",
     "FirstBackward",
     "build_optimizer",
     "check_model",
@@ -26,6 +27,7 @@ __all__ = [
     "check_optimizer",
     "check_ranks",
     "check_schedule",
+    "optimizer_name",
     "optimizer_parameters",
     "trained_parameters",
 ]
@@ -35,6 +37,7 @@ _NAMED = {
     for name, kind in vars(torch.optim).items()
     if inspect.isclass(kind) and issubclass(kind, Optimizer) and kind is not Optimizer
 }
+DEFAULT_LR = 1e-3
 
 
 def build_optimizer(
@@ -60,7 +63,7 @@ def build_optimizer(
     elif isinstance(optimizer, (list, tuple, dict)):
         raise SetupError(_several(optimizer))
     else:
-        made = _make(optimizer, trained_parameters(model, loss), 1e-3 if lr is None else lr)
+        made = _make(optimizer, trained_parameters(model, loss), DEFAULT_LR if lr is None else lr)
     check_optimizer(made, model, loss)
     return made
 
@@ -145,6 +148,13 @@ def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
             "a gradient stands before the window's first backward, and would enter its sum: "
             "call optimizer.zero_grad(set_to_none=True) before the window"
         )
+
+
+def optimizer_name(optimizer: Optimizer) -> str:
+    """Its class, and how many parameters each of its groups has."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    groups = f"{sizes[0]} parameters" if len(sizes) == 1 else f"groups of {', '.join(map(str, sizes))} parameters"
+    return f"{type(optimizer).__name__} with {groups}"
 
 
 def optimizer_parameters(optimizer: Optimizer) -> list[nn.Parameter]:

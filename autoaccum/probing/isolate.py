@@ -9,6 +9,7 @@ ends at once and in silence: nobody waits for it, and its memory is wanted.
 """
 
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -22,12 +23,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoaccum import errors
 from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError, SetupError, shown
 from autoaccum.probing.journal import Journal, Owner
 from autoaccum.probing.outcome import KILLED, Trial
+from autoaccum.settings import taken_by
 
-__all__ = ["MOST_KILLS", "InChild", "Killed", "Send", "answer_of_children", "run_in_child"]
+__all__ = ["MOST_KILLS", "InChild", "Isolation", "Killed", "Send", "answer_of_children", "isolation", "run_in_child"]
 
 Send = Callable[[str, Any], None]
 
@@ -57,6 +61,90 @@ class InChild:
         """Tells which one. The parent takes it away at the end: a ladder's later rungs rest on the kills before."""
         _kept_here.append(journal)
         self.send("journal", {"path": str(journal.path), "key": journal.key, "owner": journal.owner._asdict()})
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """A probe in a child process: the function that probes there, and what gives it fit's arguments there."""
+
+    work: Callable[..., Any]
+    factory: Callable[[], Mapping[str, Any]]
+
+
+class Packed:
+    """The arguments themselves, for a child process: its copies share no memory with what is trained here."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Packs them.
+
+        Raises:
+            SetupError: one cannot be pickled; which, and why.
+        """
+        try:
+            self._bytes = _packed(arguments)
+        except Exception as error:  # whatever a class of the user's raises where it is pickled
+            for name, value in arguments.items():
+                try:
+                    _packed(value)
+                except Exception as own:
+                    raise _unsendable(name, value, own) from own
+            raise _unsendable("these arguments", dict(arguments), error) from error
+
+    def __call__(self) -> dict[str, Any]:
+        """Copies of them, in the host's memory.
+
+        Raises:
+            SetupError: a class or function among them cannot be found again here.
+        """
+        try:
+            found: dict[str, Any] = torch.load(io.BytesIO(self._bytes), map_location="cpu", weights_only=False)
+        except (AttributeError, ImportError) as error:
+            raise SetupError(
+                f"what isolate=True sent to a child process is not found there ({error}): define it in a file that can "
+                "be imported, or give isolate=f, a function that returns fit's arguments anew"
+            ) from error
+        return found
+
+
+def _packed(value: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def _unsendable(name: str, value: Any, error: Exception) -> SetupError:
+    return SetupError(
+        f"isolate=True: {name}={shown(value)} cannot be sent to a child process: {error}. Define it at a module's top "
+        "level, or give isolate=f, a function there that returns fit's arguments anew"
+    )
+
+
+def isolation(
+    isolate: Any, work: Callable[..., Any], model: Any, data: Any, asked: Mapping[str, Any]
+) -> Isolation | InChild | None:
+    """How a probe runs that `isolate` asks for.
+
+    Args:
+        isolate: as in `prepare`.
+        work: probes in the child.
+        model: without a wrapper that communicates.
+        data, asked: the arguments of `probe`, which a child gets copies of where isolate is True.
+
+    Raises:
+        SetupError: nothing that a child could build the model with, or arguments that cannot be sent there.
+    """
+    if isinstance(isolate, InChild) or isolate in (False, None):
+        return isolate or None
+    if isolate is not True and not callable(isolate):
+        raise SetupError(
+            f"isolate={shown(isolate)}: give True, or a function at a module's top level that returns fit's arguments "
+            "as a dict, with which a child process builds a model of its own"
+        )
+    if isolate is not True:
+        return Isolation(work, isolate)
+    here = {"isolate", "callbacks", "progress", "group", "cache", "memory", "device"}  # which the child is told or not
+    names = [name for name in taken_by("probe") if name in asked and name not in here]
+    return Isolation(work, Packed({"model": model, "data": data, **{name: asked[name] for name in names}}))
 
 
 def answer_of_children(

@@ -3,10 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
@@ -19,11 +15,11 @@ from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.model.modes import TrainingMode
 from autoaccum.model.optimizer import trained_parameters
 from autoaccum.model.snapshot import Snapshot
-from autoaccum.model.torchscript import layer_class
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
 from autoaccum.probing.fastest import Alternatives, race
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer, find
+from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.length_search import LengthAnswer, OverLengths, find_by_length
@@ -105,7 +101,7 @@ def run_probe(
         snapshot.set_gradients_aside()
         try:
             TrainingMode(model).on()
-            floor = _floor(objective, source, device, accumulator)
+            floor = smallest_micro_batch(objective, source, device.torch_device, accumulator.precision)
             if question.max_batch is not None and question.max_batch < floor:
                 raise PlanError(
                     f"max_batch={question.max_batch} is less than the {floor} samples that a micro-batch of this model "
@@ -289,22 +285,6 @@ def _report_over_lengths(
         by_length=answer.room,
         forecaster=forecaster,
     )
-
-
-def _floor(objective: Objective, source: Source, device: Device, accumulator: Accumulator) -> int:
-    """The smallest micro-batch the model takes: 2 where a BatchNorm sees one value a channel in a single sample."""
-    if not any(issubclass(layer_class(module), _BatchNorm) for module in objective.model.modules()):
-        return 1
-    batch = tree.move(source.trial(1), device.torch_device)
-    try:
-        # With gradients on: a model may ask for some inside its forward, as force fields do.
-        with accumulator.precision.autocast():
-            interruptible(objective.forward, batch)
-    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
-        if not needs_two(error):
-            raise
-        return 2
-    return 1
 
 
 def _ceilings(question: Question, source: Source, floor: int) -> tuple[int, int]:

@@ -14,11 +14,10 @@ import torch
 
 from autoaccum.errors import PlanError
 from autoaccum.files import read_json
-from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.recipe import FIT, Recipe
 
 __all__ = ["Best", "read_best"]
 
-FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
 MOST_THREADS = 1024  # PyTorch dies of many more, without a word
 
 

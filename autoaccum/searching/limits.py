@@ -6,19 +6,19 @@ The answers lie in the run's folder, where all workers find them, and one worker
 """
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from autoaccum.api import probe
-from autoaccum.assembly import Parts
 from autoaccum.errors import NothingFitsError
 from autoaccum.files import read_json, write_json
+from autoaccum.interrupts import uninterrupted
 from autoaccum.probing.cache import training_key
 from autoaccum.probing.report import ProbeReport
-from autoaccum.settings import deciding
+from autoaccum.ranks import ends_all
+from autoaccum.session import Session
+from autoaccum.settings import SETTINGS, deciding
 from autoaccum.training.locks import FolderLock
 
 __all__ = ["Limits", "forecast_bytes"]
@@ -35,29 +35,30 @@ class Limits:
         self._known: dict[str, dict[str, Any]] = {}
         self.probes = 0
 
-    def key(self, parts: Parts, arguments: Mapping[str, Any]) -> str:
+    def key(self, session: Session) -> str:
         """A name for all that decides how many samples fit."""
+        parts, asked = session.parts, session.settings
         device = f"{parts.device.torch_device.type} {parts.device.name} {parts.device.total()}"
-        settings = {name: arguments[name] for name in deciding("memory") if arguments.get(name) is not None}
+        settings = {name: asked[name] for name in deciding("memory") if asked[name] != SETTINGS[name].default}
         training = training_key(
             parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
             {**settings, "precision": parts.precision.name}, device,
         )  # fmt: skip
         return hashlib.sha256(f"{training} {parts.ranks.size}".encode()).hexdigest()[:24]
 
-    def report(self, key: str, arguments: Mapping[str, Any], target: int) -> ProbeReport:
+    def report(self, key: str, session: Session) -> ProbeReport:
         """The probe's report, whose `micro_batch` is the most samples that trials may run at once.
 
         Raises:
             NothingFitsError: not even one sample fits, now or when it was probed.
         """
-        share = max(self._ceiling, target)
+        share = max(self._ceiling, session.settings.target_batch)
         found = self._read(key, share)
         if found is None:
             with FolderLock(self._folder, "probe"):
                 found = self._read(key, share)  # another worker may have found out meanwhile
                 if found is None:
-                    found = self._probe(arguments, share)
+                    found = self._probe(session, share)
                     self._write(key, found)
         self._known[key] = found
         if found["nothing"] is not None:
@@ -69,12 +70,12 @@ class Limits:
         found = self._known[key]["report"]
         return [] if found is None else found["curve"]
 
-    def _probe(self, arguments: Mapping[str, Any], share: int) -> dict[str, Any]:
-        taken = inspect.signature(probe).parameters
-        asked = {name: value for name, value in arguments.items() if name in taken}
+    @uninterrupted
+    def _probe(self, session: Session, share: int) -> dict[str, Any]:
         self.probes += 1
         try:
-            report = probe(**{**asked, "target_batch": share})
+            with ends_all():
+                report = session.probe(share)
         except NothingFitsError as error:
             return {"schema": _SCHEMA, "share": share, "nothing": str(error), "report": None}
         values = report.to_dict() | {"timeline": None}

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoaccum.api import fit
 from autoaccum.errors import SetupError, shown
 from autoaccum.random_state import seed_everything
+from autoaccum.settings import SETTINGS
 
 __all__ = ["Recipe", "fit_keywords", "folder_name"]
 
 # What belongs to one long training: trials would write over one another, and go on from another's weights.
 DROPPED = ("checkpoint", "checkpoint_every", "resume", "progress")
+FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
 FORBIDDEN = {
     "plan": "a plan fixes the target batch, which is searched: leave it out, and give micro_batch for a known limit",
 }
@@ -30,7 +31,7 @@ USELESS = {**dict.fromkeys(DROPPED, _LONG), "plan": "and a plan fixes the target
 
 def fit_keywords() -> list[str]:
     """The names that `fit` takes."""
-    return list(inspect.signature(fit).parameters)
+    return ["model", "data", *SETTINGS]
 
 
 @dataclass(frozen=True)

@@ -16,26 +16,30 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
-from autoaccum.api import prepare
-from autoaccum.assembly import Parts, assemble
 from autoaccum.errors import LossError, NothingFitsError, PlanError, SetupError
-from autoaccum.pipeline import planned
+from autoaccum.interrupts import uninterrupted
+from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
 from autoaccum.random_state import RandomState
-from autoaccum.ranks import Ranks
+from autoaccum.ranks import Ranks, ends_all
 from autoaccum.searching.limits import Limits, forecast_bytes
+from autoaccum.searching.recipe import FIT
 from autoaccum.searching.terms import TRAIN_LOSS, Terms, check_metric, check_target, steps_for
+from autoaccum.session import Session
+from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import EpochEnded, Event
+from autoaccum.training.loop import TrainingLoop
 from autoaccum.units import format_bytes
+from autoaccum.window.assembly import Assembly
 
 __all__ = ["Diverged", "Finished", "Infeasible", "Pruned", "Refused", "Trainer"]
 
 NINTHS = 9
 RUNGS = (1, 2, 5)  # ninths at which a trial may be given up before an epoch's end
-_ASSEMBLING = ("model", "data", "loss", "step", "reduction", "optimizer", "lr", "device", "precision", "clip_norm",
-               "shuffle", "seed", "worst_case")  # fmt: skip
 
 
 class Pruned(BaseException):  # no error, and no handler of errors may stop it on its way out of the loop
@@ -152,28 +156,25 @@ class Trainer:
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         check_metric_now(given, self._terms)
-        target = _target(given)
+        _check_target(given)
         given.setdefault("seed", self._terms.seed)
         if self._terms.lr_batch is not None:
             given.setdefault("lr_batch", self._terms.lr_batch)
-        parts = assemble(**{name: given[name] for name in _ASSEMBLING if name in given})
-        key = self._limits.key(parts, given)
-        made, memory = self._planned(parts, given, key, target)
+        session = _session(given)
+        key = self._limits.key(session)
+        made, memory = self._planned(session, key)
+        asked, parts = session.settings, session.parts
         if self._terms.given and self._terms.unit == "samples":
-            given["max_steps"] = steps_for(made, self._terms.amount, parts.source.length)
-            given.pop("epochs", None)
+            asked["max_steps"] = steps_for(made, self._terms.amount, parts.source.length)
         elif self._terms.unit == "ms":
-            given["epochs"] = 10**9
-            given.pop("max_steps", None)
-        facts = self.facts(made, given, memory)
+            asked["epochs"], asked["max_steps"] = 10**9, None
+        facts = self.facts(made, asked, memory)
         began(facts)
-        check = given.pop("check", True)
+        if key in self._checked:
+            asked["check"] = False
         watch = _Watch(self._terms, report, parts.ranks)
-        callbacks = [*given.pop("callbacks", ()), self._at_epochs(watch)]
-        loop = prepare(
-            **{**given, "plan": made, "micro_batch": None, "check": key not in self._checked and check,
-               "callbacks": callbacks, "progress": False},
-        )  # fmt: skip
+        session.events.add(self._at_epochs(watch))
+        loop = _loop(session)
         self._checked.add(key)
         started = time.perf_counter()
         evaluation = self._run(loop, parts, watch)
@@ -182,37 +183,35 @@ class Trainer:
         facts |= {"seconds": time.perf_counter() - started, "samples": watch.samples, "steps": loop.step}
         return Finished(value, watch.samples, facts["seconds"], facts, loop.model)
 
-    def facts(self, made: Plan, given: Mapping[str, Any], memory: int | None) -> dict[str, Any]:
-        """What is known of a training before it begins, as plain values."""
-        import torch
-
-        again = {name: given[name] for name in ("lr", "lr_batch", "max_steps", "epochs", "seed") if name in given}
+    def facts(self, made: Plan, asked: Settings, memory: int | None) -> dict[str, Any]:
+        """What is known of a training before it begins, as plain values: enough to train so again."""
+        again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
+        if "max_steps" in again:
+            again.pop("epochs", None)
+        if "lr" not in again and not isinstance(asked.optimizer, Optimizer):
+            again["lr"] = DEFAULT_LR  # not by way of the plan's scaled one, whose last digit may differ
         return {"plan": made.to_dict(), "fit": again, "memory_bytes": memory, "threads": torch.get_num_threads()}
 
-    def _planned(self, parts: Parts, given: Mapping[str, Any], key: str, target: int) -> tuple[Plan, int | None]:
-        """The plan for the target by what fits, and the bytes that its micro-batches take."""
-        micro, report, failure = given.get("micro_batch"), None, None
-        if micro is None:
+    def _planned(self, session: Session, key: str) -> tuple[Plan, int | None]:
+        """The plan by what fits, and the bytes that its micro-batches take."""
+        asked, report, failure = session.settings, None, None
+        if asked.micro_batch is None:
             try:
-                report = self._limits.report(key, given, target)
+                report = self._limits.report(key, session)
             except NothingFitsError as error:
                 failure = str(error)
-            if parts.ranks.any("a study trial", failure is not None):  # all ranks leave together
+            if session.parts.ranks.any("a study trial", failure is not None):  # all ranks leave together
                 raise Infeasible(failure or "another rank's device has no room for a single sample")
-        settings = {name: given.get(name, default) for name, default in
-                    (("lr_batch", None), ("lr_rule", "auto"), ("batch_norm", "pooled"), ("tail", "step"),
-                     ("multiple_of", 1))}  # fmt: skip
+        if report is not None:
+            if self._share is not None and report.budget_reason.endswith(f"as memory={asked.memory} asks"):
+                report = replace(report, budget_reason=f"{format_bytes(report.budget_bytes)}: {self._share}")
+            session.found(report, "the probe of this search")
         try:
-            made = planned(parts, report, micro, target, **settings)
+            made = session.plan()
         except PlanError as error:
             raise Infeasible(str(error)) from error
         if report is None:
             return made, None
-        why = f"{made.micro_batch}: at most {report.micro_batch} samples fit at once, by the probe of this search"
-        reasons = {**made.reasons, "micro_batch": why}
-        if self._share is not None and report.budget_reason.endswith(f"as memory={given.get('memory')} asks"):
-            reasons["budget"] = f"{format_bytes(report.budget_bytes)}: {self._share}"
-        made = replace(made, reasons=reasons)
         return made, forecast_bytes(report, self._limits.curve(key), made.micro_batch)
 
     def _at_epochs(self, watch: _Watch) -> Callable[[Event], None]:
@@ -227,7 +226,7 @@ class Trainer:
 
         return listen
 
-    def _run(self, loop: Any, parts: Parts, watch: _Watch) -> Mapping[str, float] | None:
+    def _run(self, loop: Any, parts: Assembly, watch: _Watch) -> Mapping[str, float] | None:
         """Trains, and gives the last evaluation."""
         terms = self._terms
         length = parts.source.length
@@ -250,7 +249,7 @@ class Trainer:
                     self._mid_epoch(loop, parts, watch)
         return loop.evaluations[-1] if loop.evaluations else None
 
-    def _mid_epoch(self, loop: Any, parts: Parts, watch: _Watch) -> None:
+    def _mid_epoch(self, loop: Any, parts: Assembly, watch: _Watch) -> None:
         random = RandomState(parts.device.torch_device)
         try:
             evaluation = loop.evaluate() if self._terms.metric != TRAIN_LOSS else None
@@ -273,8 +272,21 @@ def check_metric_now(given: Mapping[str, Any], terms: Terms) -> None:
         raise Refused(str(error)) from error
 
 
-def _target(given: Mapping[str, Any]) -> int:
+def _check_target(given: Mapping[str, Any]) -> None:
     try:
-        return check_target(given.get("target_batch"))
+        check_target(given.get("target_batch"))
     except SetupError as error:
         raise Refused(str(error)) from error
+
+
+def _session(given: Mapping[str, Any]) -> Session:
+    """One trial's, which shows nothing."""
+    settings = {name: value for name, value in given.items() if name not in ("model", "data")}
+    with ends_all():
+        return Session(given["model"], given["data"], {**settings, "progress": False})
+
+
+@uninterrupted
+def _loop(session: Session) -> TrainingLoop:
+    with ends_all():
+        return session.loop()

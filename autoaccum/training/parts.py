@@ -14,6 +14,7 @@ from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.source import Source
 from autoaccum.errors import CheckpointError
 from autoaccum.memory.device import Device
+from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import RandomState
@@ -30,7 +31,6 @@ from autoaccum.training.state import (
     load_module,
     load_optimizer,
     module_state,
-    optimizer_name,
     plain,
     scheduler_state,
 )

@@ -30,7 +30,6 @@ __all__ = [
     "load_module",
     "load_optimizer",
     "module_state",
-    "optimizer_name",
     "plain",
     "scheduler_state",
 ]
@@ -103,13 +102,6 @@ def _other_buffers(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Ten
 
 
 # --- optimizers and schedulers ---------------------------------------------------------------------------------------
-
-
-def optimizer_name(optimizer: Optimizer) -> str:
-    """Its class, and how many parameters each of its groups has."""
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    groups = f"{sizes[0]} parameters" if len(sizes) == 1 else f"groups of {', '.join(map(str, sizes))} parameters"
-    return f"{type(optimizer).__name__} with {groups}"
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

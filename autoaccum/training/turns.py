@@ -7,9 +7,10 @@ from typing import Any
 
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError
+from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.training.recover import SafeWindow
-from autoaccum.training.state import load_optimizer, optimizer_name, plain, scheduler_state
+from autoaccum.training.state import load_optimizer, plain, scheduler_state
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.phase import Phase
 from autoaccum.window.record import StepRecord

@@ -1,4 +1,4 @@
-"""From the user's parts to a plan, where no probe has been asked."""
+"""From model, data and settings to a plan and a loop."""
 
 import pytest
 import torch
@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.assembly import assemble
+from autoaccum.data.source import open_source
+from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import SetupError
-from autoaccum.pipeline import _looked_at, planned
+from autoaccum.session import Session
 from tests.norms import Force
 
 LOSS = nn.CrossEntropyLoss()
@@ -16,9 +17,8 @@ DATA = torch.randn(32, 5), torch.randn(32, 5)
 
 
 def minimum_of(model):
-    parts = assemble(model, DATA, loss=nn.MSELoss(), device="cpu")
-    made = planned(parts, None, 8, 16, lr_batch=None, lr_rule="auto", batch_norm="pooled", tail="step", multiple_of=1)
-    return made.minimum
+    asked = {"loss": nn.MSELoss(), "device": "cpu", "micro_batch": 8, "target_batch": 16}
+    return Session(model, DATA, asked).plan().minimum
 
 
 def test_a_compiled_model_says_in_its_own_way_that_batch_norm_needs_two():
@@ -74,8 +74,8 @@ def test_labels_that_are_left_out_are_seen_however_few(ignored):
 def test_more_samples_are_looked_at_where_labels_may_count_unequally_and_samples_are_small(width, targets, want):
     """Samples of 16 MiB: 16 of them are 256 MiB."""
     labels = torch.randn(400) if targets is None else torch.arange(400) % targets
-    parts = assemble(nn.Linear(5, 4), (torch.zeros(1).expand(400, width), labels), loss=LOSS, device="cpu")
-    assert len(_looked_at(parts, 8)[1]) == want
+    source = open_source((torch.zeros(1).expand(400, width), labels))
+    assert len(looked_at(source, 8)[1]) == want
 
 
 class Segments(nn.Module):
@@ -126,3 +126,56 @@ def test_what_no_child_process_can_build_from_is_refused_by_name(isolate):
     with pytest.raises(SetupError, match="child process"):
         autoaccum.probe(nn.Linear(6, 4), data, loss=nn.CrossEntropyLoss(), target_batch=8, device="cpu", cache=False,
                         isolate=isolate)  # fmt: skip
+
+
+# --- a probe of copies, in a child process ---
+
+
+def tied():
+    """A model with one parameter in two places, an optimizer that has stepped, and a view for data."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    whole = torch.randn(128, 6)
+    return {"model": model, "data": (whole[:64], whole[64:]), "loss": nn.MSELoss(), "optimizer": optimizer}
+
+
+def test_a_child_probes_copies_of_what_can_be_pickled():
+    given = tied()
+    before = [tensor.clone() for tensor in given["model"].state_dict().values()]
+    asked = {"target_batch": 32, "device": "cpu", "cache": False, "memory": "1MiB"}
+    told = []
+    loop = autoaccum.prepare(**given, **asked, isolate=True, callbacks=[told.append])
+    here = autoaccum.probe(**given, **asked)
+    assert loop.probe.micro_batch == here.micro_batch
+    assert loop.probe.forecast(48) == here.forecast(48)
+    assert [trial.batch for trial in loop.probe.trials] == [trial.batch for trial in here.trials]
+    assert any(type(event).__name__ == "TrialRan" for event in told)
+    assert all(torch.equal(a, b) for a, b in zip(before, given["model"].state_dict().values(), strict=True))
+    loop.run()
+
+
+def test_what_cannot_be_sent_to_a_child_is_named_with_what_to_give_instead():
+    given = {**tied(), "loss": lambda outputs, targets: (outputs - targets).square().mean()}
+    with pytest.raises(SetupError, match=r"isolate=True: loss=<function .*cannot be sent to a child.*isolate=f"):
+        autoaccum.probe(**given, target_batch=32, device="cpu", isolate=True)
+
+
+# --- each step does one thing, once ---
+
+
+def test_a_session_keeps_what_its_steps_found():
+    told = []
+    asked = {"loss": nn.MSELoss(), "device": "cpu", "target_batch": 16, "cache": False, "callbacks": [told.append]}
+    session = Session(nn.Linear(5, 5), DATA, asked)
+    report = session.probe()
+    ran = len(told)
+    assert session.probe() is report
+    assert session.plan() is session.plan()
+    assert session.check() is session.check()
+    loop = session.loop()
+    assert (loop.probe, loop.plan, loop.verify) == (report, session.plan(), session.check())
+    assert [event for event in told[ran:] if type(event).__name__ == "TrialRan"] == []

@@ -1,0 +1,76 @@
+"""The model as it was given: what it is wrapped in, where it is, and what of it is not there yet."""
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
+
+from autoaccum.errors import SetupError
+from autoaccum.model.torchscript import layer_class
+from autoaccum.ranks import Ranks
+
+__all__ = ["check_gradients_are_on", "device_of", "follow", "has_batch_norm", "is_lazy", "unwrapped"]
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside DistributedDataParallel: gradients are summed once a window here, not in each backward.
+
+    Raises:
+        SetupError: a DataParallel model, which splits each batch over GPUs by itself.
+    """
+    if isinstance(model, DataParallel):
+        raise SetupError(
+            "the model is wrapped in DataParallel, which splits every micro-batch over the GPUs of one process: "
+            "pass the model inside it, and start one process for each GPU with torchrun"
+        )
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def device_of(model: Any, ranks: Ranks) -> torch.device | None:
+    """Where the model already is, if that is an accelerator; else the rank's own; else None, for the best there is."""
+    first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
+    if first is not None and first.device.type not in ("cpu", "meta"):
+        return first.device
+    if ranks.size > 1 and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks.rank % torch.cuda.device_count())))
+    return None
+
+
+def check_gradients_are_on() -> None:
+    """Refuses to go on where gradients are switched off.
+
+    Raises:
+        SetupError: they are.
+    """
+    if not torch.is_grad_enabled():
+        raise SetupError(
+            "gradients are switched off here, by torch.no_grad(), torch.inference_mode() or "
+            "torch.set_grad_enabled(False), and without them nothing can be trained: call this outside of it"
+        )
+
+
+def is_lazy(model: Any) -> bool:
+    """Whether parameters or buffers wait for a first forward to take their shapes."""
+    if not isinstance(model, nn.Module):
+        return False
+    tensors = (*model.parameters(), *model.buffers())
+    return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a layer may need two samples in a micro-batch."""
+    return any(issubclass(layer_class(module), _BatchNorm) for module in model.modules())
+
+
+def follow(optimizer: Optimizer) -> None:
+    """Moves the state of an optimizer that was used before the model moved to where the parameters are now."""
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
+                optimizer.load_state_dict(optimizer.state_dict())
+                return

@@ -1,0 +1,133 @@
+"""The plan for a target, by what a probe found or a micro-batch that was given, with the reasons for its values."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from autoaccum.batch_norm.pooled_statistics import expect_equal_counts
+from autoaccum.data.trial_samples import looked_at
+from autoaccum.model.given_model import has_batch_norm
+from autoaccum.model.memory_savers import RUNGS
+from autoaccum.model.modes import TrainingMode
+from autoaccum.model.untouched import Untouched
+from autoaccum.planning.length_rule import Room, narrowest
+from autoaccum.planning.plan import Plan, plan
+from autoaccum.planning.reasons import format_sizes
+from autoaccum.probing.floor import smallest_micro_batch
+from autoaccum.probing.outcome import OVER_BUDGET
+from autoaccum.probing.report import ProbeReport
+from autoaccum.window.assembly import Assembly
+from autoaccum.window.settling import settle_loss
+
+__all__ = ["planned"]
+
+
+def planned(
+    parts: Assembly, report: ProbeReport | None, micro_batch: int | None, target_batch: int,
+    settings: Mapping[str, Any], *, settles: bool = True,
+) -> Plan:  # fmt: skip
+    """The plan over all ranks, by the micro-batch that each has run, or was given.
+
+    Args:
+        parts: what is trained.
+        report: the probe's; None where `micro_batch` was given.
+        micro_batch: used where there is no report; None: the whole target.
+        target_batch: samples of one step, over all ranks.
+        settings: lr_batch, lr_rule, batch_norm, tail and multiple_of, as in `prepare`.
+        settles: whether samples may be read to settle what the loss divides by.
+
+    Raises:
+        PlanError: a target that cannot be cut, with the nearest that can.
+    """
+    settings = dict(settings)
+    size = report.micro_batch if report is not None else micro_batch or target_batch
+    if settles:
+        few = min(8, size)
+        with parts.running(compiled=False, alone=True), parts.precision.autocast():
+            batch = looked_at(parts.source, few)
+            settle_loss(parts.model, parts.objective, batch, few, parts.device.torch_device)
+    reasons = _reasons(parts, report)
+    if settings["lr_batch"] is None and parts.lr_given and parts.source.loader_batch is not None:
+        settings["lr_batch"] = parts.source.loader_batch
+        reasons["lr_batch"] = (
+            f"{parts.source.loader_batch}: the DataLoader's batch_size, since the rate given was tuned at it"
+        )
+    if parts.source.drop_last:
+        settings["tail"] = "drop"
+    layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
+    made = plan(
+        parts.ranks.gather("the plan", size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
+        samples=parts.source.length, optimizer=parts.optimizer, batch_norm_layers=len(layers),
+        bn_momentum=layers[0].momentum if layers else None,
+        minimum=report.floor if report is not None else _floor(parts), reasons=reasons,
+        by_length=_by_length(parts, report), **settings,
+    )  # fmt: skip
+    if parts.ranks.size > 1:
+        expect_equal_counts(parts.model, made)
+    return replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
+
+
+def _floor(parts: Assembly) -> int:
+    """Where no probe has found it."""
+    if not has_batch_norm(parts.model):
+        return 1
+    device = parts.device.torch_device
+    with Untouched(parts.model, device=device), parts.running(compiled=False, alone=True):
+        TrainingMode(parts.model).on()
+        return smallest_micro_batch(parts.objective, parts.source, device, parts.precision)
+
+
+def _by_length(parts: Assembly, report: ProbeReport | None) -> Room:
+    """What fits on every rank at each length, so that one table is in everybody's plan and checkpoint."""
+    own = () if report is None else report.by_length
+    tables = [json.loads(told) for told in parts.ranks.collect("the plan", json.dumps(own).encode())]
+    return narrowest([tuple((length, size) for length, size in table) for table in tables])
+
+
+def _reasons(parts: Assembly, report: ProbeReport | None) -> dict[str, str]:
+    reasons = {"denominator": parts.objective.reason, "precision": parts.precision.reason}
+    rung = parts.ladder if report is None else report.ladder
+    if rung is not None:
+        reasons["ladder"] = f"{rung}: {RUNGS[rung]}"
+    if rung == "bf16":
+        reasons["precision"] = "bf16 autocast: a rung of the ladder"
+    if report is None:
+        return reasons
+    reasons["budget"] = report.budget_reason
+    if report.limit is not None:
+        proof = {
+            "forecast": f"{report.limit + 1} is forecast to overrun the budget",
+            "out of memory": f"{report.limit + 1} ran out of memory",
+            "cap": "nothing larger was looked for",
+            None: "the largest that was run: larger ones did not fit where the forecast let them",
+        }
+        if all(trial.fits for trial in report.trials):
+            proof[None] = "the largest that was run: the little more that may fit was not worth a step near the limit"
+        if any(trial.batch == report.limit + 1 and trial.outcome == OVER_BUDGET for trial in report.trials):
+            proof["forecast"] = f"a step at {report.limit + 1} went over the budget"
+        which = "of the longest samples seen fit" if report.by_length else "samples fit"
+        reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof]}"
+    return reasons
+
+
+def _explained(made: Plan, report: ProbeReport | None) -> Plan:
+    """The plan with the probe's own words on the micro-batch: what was run is below what would fit."""
+    if report is None:
+        return made
+    count, sizes = made.accumulation_steps, format_sizes(made.micro_batches)
+    most = f"{report.limit} samples fit at once" if report.limit is not None else f"{report.micro_batch} samples fit"
+    why = "measured to be the fastest" if report.throughput else f"the fewest that fit, since at most {most}"
+    several = f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}"
+    if made.by_length:
+        return made  # its own words speak of lengths
+    return replace(
+        made,
+        reasons={
+            **made.reasons,
+            "micro_batch": f"{made.micro_batch}: was run, and fits in the budget",
+            "accumulation_steps": f"{several}: {why}",
+        },
+    )

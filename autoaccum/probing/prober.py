@@ -1,0 +1,230 @@
+"""A probe as a session asks for it: here or in a child process, of each phase, up the ladder, over unlike ranks."""
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from autoaccum.errors import NothingFitsError, ProbeError, StateNotRestoredError
+from autoaccum.interrupts import interruptible
+from autoaccum.model.given_model import has_batch_norm
+from autoaccum.model.memory_savers import RUNGS, obstacle
+from autoaccum.model.optimizer import optimizer_name
+from autoaccum.model.snapshot import Snapshot
+from autoaccum.planning.plan import plan
+from autoaccum.probing.cache import Cache, Lines, training_key
+from autoaccum.probing.climb import Tried, climb, told
+from autoaccum.probing.fastest import Alternatives
+from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
+from autoaccum.probing.journal import Journal, cache_folder
+from autoaccum.probing.outcome import Trial
+from autoaccum.probing.over_ranks import shared_out
+from autoaccum.probing.probe import Question, run_probe
+from autoaccum.probing.report import ProbeReport
+from autoaccum.ranks import Ranks
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.assembly import Assembly
+
+__all__ = ["Prober"]
+
+# A probe puts the process's generators back at its end, and PyTorch's profiler has one session a process.
+_PROBING = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Finds the largest micro-batch of a training.
+
+    Attributes:
+        parts: what is trained; it runs under the ladder's rung, once one was taken.
+        accumulation: settings of the accumulator, which decide what a window takes.
+        ladder: as in `prepare`.
+        cache: whether earlier answers are used, and this one is kept.
+        isolation: how a child process probes, or that this is one; None: here.
+        ran: told of each trial as it ends.
+        note: told in words what is going on.
+    """
+
+    parts: Assembly
+    accumulation: Mapping[str, Any]
+    ladder: str | bool | None
+    cache: bool
+    isolation: Isolation | InChild | None
+    ran: Callable[[Trial], None]
+    note: Callable[[str], None]
+
+    def report(self, question: Question, target: int | None) -> ProbeReport:
+        """The answer, shared over the ranks.
+
+        Args:
+            question: of an equal share.
+            target: samples of a window over all ranks; None: each rank asks for itself.
+
+        Raises:
+            NothingFitsError: not even the smallest micro-batch fits; which rungs of the ladder would is said.
+        """
+        return shared_out(self._of_all_phases, question, self.parts.ranks, target, self.parts.source.length)
+
+    def _of_all_phases(self, question: Question) -> ProbeReport:
+        """Of several phases the one that fits least, with the other optimizers' state in memory."""
+        turns = self.parts.turns
+        if len(turns) == 1:
+            return self._up_the_ladder(question)
+        reports = []
+        with ExitStack() as stack:
+            for turn in turns:
+                stack.enter_context(Snapshot(turn.model, turn.optimizer, device=turn.device.torch_device))
+            for turn in turns:
+                _warm(turn)
+            for turn in turns:
+                assert turn.phase is not None
+                self.note(f"probing the phase {turn.phase.name!r}")
+                own = {**self.accumulation, "clip_norm": turn.phase.clip_norm}
+                reports.append(replace(self, parts=turn, accumulation=own)._up_the_ladder(question))
+        taken = next((turn.ladder for turn in turns if turn.ladder is not None), None)
+        for turn in turns:
+            if turn.ladder != taken:
+                turn.take(taken)
+        return min(reports, key=lambda report: report.micro_batch)
+
+    def _up_the_ladder(self, question: Question) -> ProbeReport:
+        """Probes; where nothing fits, looks at the ladder's rungs.
+
+        With ladder=None the error says which would fit; with "auto" the cheapest that fits on all ranks is taken, for
+        all that runs with `parts` from here on.
+        """
+        parts, takes = self.parts, self.ladder == "auto"
+        refusal, report = None, None
+        if self.ladder is not False and parts.ladder is None and question.prefer == "fastest" and parts.ranks.size == 1:
+            savers = Alternatives.of(parts.model, parts.device.torch_device, parts.asked_precision)
+            question = replace(question, alternatives=savers)
+        try:
+            report = self._once(question)
+        except NothingFitsError as error:
+            if parts.ladder is not None or self.ladder is False:
+                raise
+            refusal = str(error)
+        # Outside the except block, where nothing holds what the failed step held.
+        stuck = parts.ranks.any("the probe", refusal is not None) if takes else refusal is not None
+        if report is not None and not stuck:
+            parts.take(report.ladder)  # prefer="fastest" may have found one
+            return report
+        tried, taken = climb(
+            RUNGS,
+            lambda rung: self._under(rung, question),
+            lambda fits: takes and not parts.ranks.any("a rung of the ladder", not fits),
+        )
+        if taken is None and refusal is None:
+            raise NothingFitsError(
+                "not even the smallest micro-batch fits on another rank, under any rung of the ladder: the error that "
+                "it raised says what was tried"
+            )
+        if taken is None:
+            raise NothingFitsError(f"{refusal}. {told(tried)}")
+        parts.take(taken)
+        self.note(f"the ladder's {taken} is taken, the cheapest that fits: {RUNGS[taken]}")
+        return self._once(question)
+
+    def _under(self, rung: str, question: Question) -> Tried:
+        """The smallest step under a rung."""
+        parts = self.parts
+        why = obstacle(rung, parts.model, parts.device.torch_device, parts.asked_precision)
+        if why is not None:
+            return Tried(rung, obstacle=why)
+        self.note(f"not even the smallest micro-batch fits: looking at it under {rung}")
+        # BatchNorm may need two samples; which it does is not tried here, where memory is what lacks.
+        most = 2 if has_batch_norm(parts.model) else 1
+        trials: list[Trial] = []
+
+        def ran(trial: Trial) -> None:
+            trials.append(trial)
+            self.ran(trial)
+
+        here = replace(self, parts=replace(parts), ran=ran)
+        here.parts.take(rung)
+        try:
+            here._once(replace(question, share=None, max_batch=most, prefer="fewest"))
+        except NothingFitsError:
+            return Tried(rung, max((trial.peak_bytes or 0 for trial in trials), default=0) or None)
+        except StateNotRestoredError:
+            raise
+        except (ProbeError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            # The model's own code need not bear it, such as a cache that is filled a second time.
+            return Tried(rung, obstacle=f"cannot be run, {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        return Tried(rung, max(trial.peak_bytes or 0 for trial in trials if trial.fits), fits=True)
+
+    def _once(self, question: Question) -> ProbeReport:
+        """One probe of the model as it runs now."""
+        if isinstance(self.isolation, Isolation):
+            return interruptible(self._in_child, self.isolation, question)
+        parts, device, precision = self.parts, self.parts.device, self.parts.precision.name
+        beside = {"beside": [optimizer_name(optimizer) for optimizer in parts.beside]} if parts.beside else {}
+        key = training_key(
+            parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
+            {"precision": precision, **self._run_so(), **self.accumulation, **beside},
+            f"{device.torch_device} {device.name} {device.total()}",
+        )  # fmt: skip
+        # A child's teaches the next one, whatever becomes of the answer.
+        journal = Journal(cache_folder() / f"{key}.journal" if self.cache or self.isolation else None, key)
+        if self.isolation is not None:
+            self.isolation.keeps(journal)
+        accumulator = _accumulator(parts, 1, **self.accumulation)
+        accumulator.beside = parts.beside
+        with _PROBING, parts.running(alone=True), journal.probing(clears=self.isolation is None):
+            report = run_probe(
+                accumulator, parts.objective, parts.source, device, question,
+                journal=journal, cache=Cache(key) if self.cache else None, listener=self.ran,
+            )  # fmt: skip
+        return replace(report, ladder=parts.ladder or report.ladder)
+
+    def _run_so(self) -> dict[str, Any]:
+        return {"ladder": self.parts.ladder, "compile": self.parts.compiled is not None}
+
+    def _in_child(self, isolation: Isolation, question: Question) -> ProbeReport:
+        """A new child for each that is killed, until the journal has taught them enough."""
+        parts = self.parts
+        asked = {
+            "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
+            "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(parts.device.torch_device),
+            "precision": parts.asked_precision, "cache": self.cache, **self._run_so(), **self.accumulation,
+            "ladder": parts.ladder or False,  # the child looks at this rung only: it may be killed on any
+        }  # fmt: skip
+
+        def heard(kind: str, value: Any) -> None:
+            if kind == "trial":
+                self.ran(Trial(**value))
+            else:
+                self.note(value)
+
+        answer = answer_of_children(isolation.work, (isolation.factory, asked), heard, self.ran)
+        lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
+        return ProbeReport.from_dict(answer["report"], lines)
+
+
+def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:
+    """One of the probe's own, which waits for nobody: each rank probes its own device."""
+    made = plan(size, size, optimizer=parts.optimizer, batch_norm=settings["batch_norm"])
+    return Accumulator(
+        parts.model, parts.optimizer, made, objective=parts.objective, precision=parts.precision.name,
+        device=parts.device.torch_device, ranks=Ranks(), **settings,
+    )  # fmt: skip
+
+
+def _warm(turn: Assembly) -> None:
+    """One step of two samples, so that the optimizer has its state; a snapshot around it takes that back."""
+    for group in turn.optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+    accumulator = _accumulator(turn, 2, batch_norm="keep")
+    accumulator.rehearses = True
+    try:
+        with turn.running(alone=True):
+            batch = turn.source.trial(2)
+            accumulator.open([batch])
+            accumulator.run([batch])
+            accumulator.finish()
+    finally:
+        accumulator.discard()
+        accumulator.close()
