@@ -190,10 +190,10 @@ def test_the_probe_runs_once_for_all_that_need_the_same_memory(tmp_path, monkeyp
 
 def test_a_setting_in_which_nothing_fits_is_pruned_and_the_sampler_learns_from_it(tmp_path, monkeypatch):
     def tried(error):
-        def report(self, key, given, target):
-            if given["model"][0].out_features > 8:
+        def report(self, key, session):
+            if session.parts.model[0].out_features > 8:
                 raise error
-            return real(self, key, given, target)
+            return real(self, key, session)
 
         monkeypatch.setattr(Limits, "report", report)
         space = {"width": (2, 20), "target_batch": [8]}
