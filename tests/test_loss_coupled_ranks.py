@@ -45,11 +45,31 @@ def train(name, rank, size):
     return {"moved": taken, "own": own, "losses": [record.loss for record in result.history]}
 
 
+def with_dropout(rank):
+    """One window with dropout, and what each first forward got: the generator's state and the batch."""
+    model, seen = towers(drop=0.3), []
+
+    def encoded(model, batch):
+        if not torch.is_grad_enabled():
+            seen.append((torch.get_rng_state(), *batch))
+        return encode(model, batch)
+
+    before = copy.deepcopy(list(model.parameters()))
+    torch.manual_seed(rank)
+    autoaccum.fit(
+        model, (X, Y, KINDS), plan=autoaccum.plan((9, 4), 23, world_size=2, rank=rank, samples=46), max_steps=1,
+        step=autoaccum.Coupled(encoded, clip), optimizer=torch.optim.SGD, lr=0.1, shuffle=False, device="cpu",
+        check=False,
+    )  # fmt: skip
+    return {"moved": moved(before, model.parameters()), "seen": seen}
+
+
 def work(rank, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({name: train(name, rank, 2) for name in CASES}, f"{folder}/{rank}.pt")
+    trained = {name: train(name, rank, 2) for name in CASES}
+    torch.save({**trained, "dropout": with_dropout(rank)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -81,3 +101,20 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(found, name):
         assert error(found[rank][name]["moved"], moved(before, model.parameters())) < 1e-11
         for own, reference in zip(found[rank][name]["own"], getattr(loss, "parameters", list)()):
             assert float((own - reference.detach()).norm() / reference.detach().norm()) < 1e-12
+
+
+def test_dropout_repeats_its_masks_on_two_ranks_with_unequal_shares(found):
+    model, pieces = towers(drop=0.3), []
+    model.train()
+    for rank in range(2):
+        for state, *batch in found[rank]["dropout"]["seen"]:
+            torch.set_rng_state(state)
+            pieces.append(encode(model, batch))
+    sizes = [len(piece["left"]) for piece in pieces]
+    assert sum(sizes) == 23
+    assert len(set(sizes)) > 1
+    whole = {name: torch.cat([piece[name] for piece in pieces]) for name in ("left", "right")}
+    clip({**whole, "temperature": model.temperature.exp()}).backward()
+    reference = [0.1 * parameter.grad for parameter in model.parameters()]
+    for rank in range(2):
+        assert error(found[rank]["dropout"]["moved"], reference) < 1e-11
