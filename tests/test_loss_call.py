@@ -1,7 +1,7 @@
 """A batch becomes the model's call and the loss's call; what does not fit is refused by name."""
 
 import copy
-from collections import UserDict, namedtuple
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autoaccum.errors import DataError, LossError
-from autoaccum.loss.call import arrange, relabelled, returned_loss, scalar, targets_in
+from autoaccum.loss.call import arrange, returned_loss, scalar, targets_in
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
@@ -69,22 +69,6 @@ def test_targets_in_a_batch_are_found_without_an_error_where_they_are_not_clear(
     assert targets_in((1, 2), apart=True) == 2
     assert targets_in((1, 2), apart=False) is None
     assert targets_in(torch.ones(2), apart=True) is None
-
-
-def test_relabelling_keeps_the_kind_of_the_batch_and_leaves_the_batch_alone():
-    pair = namedtuple("pair", "x y")
-    mapping = UserDict(x=1, labels=2)
-    changed = relabelled(mapping, 3)
-    assert type(changed) is UserDict
-    assert (changed["labels"], mapping["labels"]) == (3, 2)
-    assert relabelled(pair(1, 2), 3) == pair(1, 3)
-    assert relabelled([1, 2], 3) == [1, 3]
-
-
-def test_a_label_tensor_that_is_also_an_input_is_changed_as_a_label_only():
-    ids = torch.arange(4)
-    changed = relabelled({"input_ids": ids, "labels": ids}, torch.zeros(4))
-    assert changed["input_ids"] is ids
 
 
 def test_a_models_own_loss_is_found_in_all_its_places():

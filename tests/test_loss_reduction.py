@@ -128,7 +128,8 @@ def test_a_steps_own_mean_is_corrected_once_its_denominator_is_known():
     objective = Objective(model, step=masked)
     batch = {"x": X, "labels": y}
     assert objective.denominators(batch) is None
-    assert objective.window_denominators([]) is None
+    objective.prepare([])
+    assert objective.prepared is None
     assert error(objective, batch, lambda: functional.cross_entropy(model(X), y)) <= 1e-10
 
 

@@ -89,7 +89,7 @@ class Segments(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.layer(x), labels, ignore_index=255)}
 
 
-@pytest.mark.parametrize("settings", [{"micro_batch": 4}, {"micro_batch": 4, "check": False}])
+@pytest.mark.parametrize("settings", [{"micro_batch": 4}, {"micro_batch": 4, "check": False}, {}])
 def test_the_reason_names_the_label_that_is_left_out(settings):
     data = {"x": torch.randn(24, 6), "labels": torch.tensor([0, 1, 2, 255] * 6)}
     loop = autoaccum.prepare(Segments(), data, target_batch=8, device="cpu", cache=False, **settings)

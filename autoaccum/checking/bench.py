@@ -21,6 +21,7 @@ from autoaccum.data import tree
 from autoaccum.data.piece import Piece
 from autoaccum.data.structure import Reading, take
 from autoaccum.interrupts import interruptible
+from autoaccum.loss.asking import unlike
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
@@ -82,6 +83,7 @@ class Bench:
         objective: whose weighting is looked at.
         precision: "fp32", "bf16" or "fp16".
         fixed: what holds the model still.
+        partial: gradients are looked at of some of the trained parameters only, which need not see all of the loss.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class Bench:
         self._model, self._batch, self._device = model, batch, device
         self._modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
         self._parameters = list(dict.fromkeys(trained_parameters(model, objective.loss)))
+        trained = len(self._parameters)
         if optimizer is not None:
             stepped = {id(parameter) for parameter in optimizer_parameters(optimizer)}
             self._parameters = [p for p in self._parameters if id(p) in stepped] or self._parameters
+        self.partial = len(self._parameters) < trained
         self._stack = ExitStack()
 
     def __enter__(self) -> "Bench":
@@ -122,6 +126,8 @@ class Bench:
                 ranks=Ranks(),
             )
             stack.callback(self._accumulator.close)
+            stack.callback(setattr, self.objective, "compares", self.objective.compares)
+            self.objective.compares = False
             self._accumulator.noise_scale.why_not = "nothing is trained"
             self.precision = self._accumulator.precision.name
             self.objective.settle([self._batch], self.samples, self.fixed.begin)
@@ -148,9 +154,7 @@ class Bench:
         batches = [self.batch(rows) for rows in pieces]
         for _ in range(_FP16_ATTEMPTS):
             self._taken.gradient = None
-            self.objective.before_reading = lambda number: self.fixed.begin(pieces[number], seed=seed)
-            accumulator.open(batches)
-            order = cycle(pieces)  # a loss that compares samples runs them all twice
+            order = cycle(pieces)  # a pass that reads, and a loss that compares samples, run them all once more
 
             def begin(phase: str, order: Iterator[Sequence[int]] = order) -> None:
                 if phase == "batch":
@@ -158,6 +162,7 @@ class Bench:
 
             accumulator.on_phase = begin
             accumulator.at_once = len(pieces) == 1
+            accumulator.open(batches)
             try:
                 accumulator.run(batches)
             except BaseException:
@@ -286,10 +291,9 @@ def _take(batch: Any, rows: Sequence[int]) -> Any:
 
 def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
     """As many of the samples, so ordered that a cut leaves unequal denominators: light ones first, heavy ones last."""
-    size = tree.batch_size(batch)
-    weights = [_weight(objective, _take(batch, [row])) for row in range(size)]
-    order = sorted(range(size), key=lambda row: weights[row])
-    order = [order[round(place * (size - 1) / (samples - 1))] for place in range(samples)]
+    singles = [_take(batch, [row]) for row in range(tree.batch_size(batch))]
+    weights = [_weight(objective, single) for single in singles]
+    order = sorted(unlike(singles, samples), key=lambda row: weights[row])
     if 0.0 in weights[order[0]]:
         order = [order[-1], *order[:-1]]  # something counts in the first part too
     return _take(batch, order)
@@ -302,12 +306,12 @@ def counted_labels(labels: Any) -> float:
 
 def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:
     """What may count in a sample: its denominators as declared, its labels, its masks."""
-    declared = objective.denominators(sample) or {}
+    declared = objective.counted(sample) or {}
     labels = objective.targets(sample)
     tokens = counted_labels(labels)
     masks = [
         float((leaf != 0).sum())
         for _, leaf in tree.tensors(sample)
-        if leaf.dim() == 2 and leaf is not labels and not leaf.is_floating_point()
+        if 0 < leaf.dim() <= 2 and leaf is not labels and leaf.layout is torch.strided and not leaf.is_nested
     ]
     return (*declared.values(), tokens, *masks)

@@ -132,8 +132,17 @@ class _Examination:
         self._reference: Gradient = []
         self._evidence = Evidence(bench.samples, bench.batch, self._sampled, self._tolerance)
         self._unfit: PartFailed | None = None
+        self._shown = True  # whether the whole batch has a gradient
 
     def report(self) -> VerifyReport:
+        """Says what the windows show, unless the loss's values over other samples showed that it is no mean."""
+        found, why = self._report(), self._bench.objective.uncountable
+        alike = found.verifiable or not self._shown  # by chance
+        if found.ok and why is not None and alike and not self._bench.partial:
+            return self._failed(None, _uncountable(why), "these need not differ, and the loss does over others")
+        return found
+
+    def _report(self) -> VerifyReport:
         """Two windows of the whole batch, one of its parts; more only where these disagree."""
         bench = self._bench
         first = bench.window([self._whole])
@@ -146,7 +155,8 @@ class _Examination:
         del first
         self._allow(bench.rounding / _NOISE_FACTOR)
         repeated = self._compare(bench.window([self._whole]))
-        if repeated.reference == 0:
+        self._shown = repeated.reference != 0
+        if not self._shown:
             return _unverifiable(
                 f"not verifiable: the gradient of {bench.samples} samples is 0, so there is nothing to compare: see "
                 "that their targets count, and that the loss reaches a parameter that is trained"
@@ -265,8 +275,6 @@ class _Examination:
 
     def _passed(self, split: Difference) -> VerifyReport:
         bench = self._bench
-        if bench.objective.uncountable is not None:  # these parts are alike by chance, and others showed it
-            return self._failed(split, _uncountable(bench.objective.uncountable))
         text = (
             f"the accumulated gradient is the whole batch's: {self._split} differ by {split.error:.1g} of its norm "
             f"(tolerance {self._tolerance:.1g}, {bench.precision}); the loss {bench.objective.reason}"
@@ -280,9 +288,11 @@ class _Examination:
             )
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
 
-    def _failed(self, split: Difference | None, diagnosis: Diagnosis) -> VerifyReport:
+    def _failed(
+        self, split: Difference | None, diagnosis: Diagnosis, what: str = "only the first can be run"
+    ) -> VerifyReport:
         if split is None:
-            text = f"{self._split}: only the first can be run.\nLikely cause: {diagnosis.text}"
+            text = f"{self._split}: {what}.\nLikely cause: {diagnosis.text}"
             return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
         text = (
             f"the accumulated gradient is not the whole batch's: {self._split} differ by {split.error:.2g} of its norm "

@@ -4,7 +4,8 @@ The samples are chosen unlike in what may count. Plain values are kept of each r
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.loss.graph import PLAINLY, Way, read
+from autoaccum.loss.graph import PLAINLY, Way, divided_elements, read
 from autoaccum.loss.values import Values, part_of
 from autoaccum.memory.oom import Verdict, out_of_memory
 
-__all__ = ["WAYS", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged"]
+__all__ = ["WAYS", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged", "unlike"]
 
 WAYS = (PLAINLY, Way(deep=True), Way(split=False))
 
@@ -36,6 +37,8 @@ class Seen(NamedTuple):
     value: float
     again: float  # its value with other random numbers
     ways: tuple[tuple["SeenTerm", ...], ...]
+    took: bool  # whether it was multiplied with, or divided by, a number that some tensor gave
+    rounding: float  # what its value may be off by, relative, in the formats of its graph, if that was looked at
 
 
 class SeenTerm(NamedTuple):
@@ -45,6 +48,8 @@ class SeenTerm(NamedTuple):
     divisor: float | None
     factor: float
     divided: bool
+    bent: bool
+    quotients: int | None  # numbers that were divided one by one before they were reduced
     value: float | None
     shapes: frozenset[Any] | None
 
@@ -68,7 +73,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
     if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
         return [_run(evaluate, tuple(range(max(sizes))), largest)]
     singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
-    chosen = [singles[row] for row in _chosen(singles, most)]
+    chosen = [singles[row] for row in unlike(singles, most)]
     number = len(chosen)
     if number == 1:
         return [_run(evaluate, (0,), chosen[0])]
@@ -94,8 +99,8 @@ def _alike(singles: Sequence[Any]) -> list[Any]:
     return [single for single, own in zip(singles, shapes) if own == common]
 
 
-def _chosen(singles: Sequence[Any], most: int) -> list[int]:
-    """Samples unlike in what may count: of each flag, mask or label those with the most and the least."""
+def unlike(singles: Sequence[Any], most: int) -> list[int]:
+    """Places of samples unlike in what may count: of each flag, mask or label those with the most and the least."""
     if len(singles) <= most:
         return list(range(len(singles)))
     columns: dict[str, list[float]] = {}
@@ -103,6 +108,8 @@ def _chosen(singles: Sequence[Any], most: int) -> list[int]:
         for path, leaf in tree.tensors(single):
             if leaf.dim() and leaf.dim() <= _DIMS and not leaf.is_complex() and not leaf.is_nested:
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
+                if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
+                    columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))
     orders = []
     for marks in sorted(columns.values(), key=lambda marks: len(set(marks))):
         if len(set(marks)) > 1:
@@ -117,7 +124,7 @@ _DIMS = 2
 
 
 def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, shapes: bool = False) -> Seen:
-    with Values() as values:
+    with _Watched() as values:
         loss = evaluate(rows, batch, 0)
     ways = tuple(
         tuple(
@@ -126,6 +133,8 @@ def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, shapes: bool = False) ->
                 None if term.divisor is None else abs(float(term.divisor)),
                 abs(float(term.factor)),
                 term.divided,
+                term.bent,
+                divided_elements(term),
                 None if (value := part_of(term, values.by_node)) is None else float(value),
                 _shapes(term.node) if shapes else None,
             )
@@ -133,23 +142,66 @@ def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, shapes: bool = False) ->
         )
         for way in WAYS
     )
-    whole = float(loss.detach())
+    whole, took = float(loss.detach()), values.took
     if not shapes:
-        return Seen(rows, batch, whole, whole, ways)
+        return Seen(rows, batch, whole, whole, ways, took, math.inf)
+    rounding = max((_rounding(data.dtype, loss.device) for data in _data(loss.grad_fn)), default=0.0)
     del loss, values
-    return Seen(rows, batch, whole, float(evaluate(rows, batch, 1).detach()), ways)
+    return Seen(rows, batch, whole, float(evaluate(rows, batch, 1).detach()), ways, took, rounding)
 
 
-def _shapes(node: Any) -> frozenset[Any]:
-    """The shapes in the graph from a node on."""
+class _Watched(Values):
+    """Notes as well whether numbers were taken out of tensors: what is divided by may then be any function of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.took = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__name__", "") in _TAKE or (
+            isinstance(result, Tensor)
+            and result.requires_grad
+            and result.numel() == 1
+            and any(isinstance(each, Tensor) and each.numel() == 1 and not each.requires_grad for each in args)
+        ):
+            self.took = True
+        return result
+
+
+_TAKE = ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__")
+
+
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def _rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """Ten times and more what right losses differ by when their samples are split; TF32 is coarser than float32."""
+    coarse = 1e-2 if dtype == torch.float32 and device.type != "cpu" else 0.0
+    return max(coarse, _ROUNDING.get(dtype, _ROUNDING[torch.float32]))
+
+
+def _data(node: Any) -> Iterator[Any]:
+    """What is known of each tensor in the graph from a node on."""
+    for each in _nodes(node):
+        yield from getattr(each, "_input_metadata", ())
+
+
+def _nodes(node: Any) -> set[Any]:
     met, waiting = {node}, [node]
     while waiting:
         for below, _ in waiting.pop().next_functions:
             if below is not None and below not in met:
                 met.add(below)
                 waiting.append(below)
+    return met
+
+
+def _shapes(node: Any) -> frozenset[Any]:
+    """The shapes in the graph from a node on."""
     return frozenset(
-        (each.name(), tuple(tuple(data.shape) for data in getattr(each, "_input_metadata", ()))) for each in met
+        (each.name(), tuple(tuple(data.shape) for data in getattr(each, "_input_metadata", ())))
+        for each in _nodes(node)
     )
 
 

@@ -5,8 +5,7 @@ last element is the target; any other object is the model's one argument. Nothin
 does not fit gets an error which asks for `step=`. The user's batch is never changed.
 """
 
-import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError, shown
 
-__all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "relabelled", "returned_loss", "scalar", "targets_in"]
+__all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "returned_loss", "scalar", "targets_in"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
@@ -97,16 +96,6 @@ def targets_in(batch: Any, *, apart: bool) -> Any:
     if apart and isinstance(batch, (tuple, list)) and len(batch) > 1:
         return batch[-1]
     return None
-
-
-def relabelled(batch: Any, targets: Any) -> Any:
-    """A batch of the same kind with other targets, where `targets_in` finds them; `batch` itself is left alone."""
-    if isinstance(batch, Mapping):
-        changed = copy.copy(batch) if isinstance(batch, MutableMapping) else dict(batch)
-        changed[_own_key(batch)] = targets
-        return changed
-    parts = [*batch[:-1], targets]
-    return batch._make(parts) if hasattr(batch, "_make") else type(batch)(parts)
 
 
 def _own_key(batch: Mapping[Any, Any]) -> str | None:

@@ -11,13 +11,14 @@ A few attributes are read, microseconds at each micro-batch, and nothing waits f
 stays there. What its divisor means (a count, a constant, a floor) is settled elsewhere (settle.py).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["PLAINLY", "Number", "Term", "Way", "read", "weigh"]
+__all__ = ["PLAINLY", "Number", "Term", "Way", "divided_elements", "read", "weigh"]
 
 Number = float | Tensor  # a tensor of shape () where it lies on a device
 
@@ -37,6 +38,7 @@ class Term(NamedTuple):
         divided: whether something was divided by on the way.
         tied: the edge above a product with parameters, which needs the term's share as well.
         top: the node whose value, times `factor` over `over`, is the term's part of the loss.
+        bent: the reading stopped at a function of single numbers, such as a root, which makes a mean no mean.
     """
 
     parent: Any
@@ -48,6 +50,7 @@ class Term(NamedTuple):
     divided: bool
     tied: tuple[Any, int] | None = None
     top: Any = None
+    bent: bool = False
 
     @property
     def name(self) -> str:
@@ -78,6 +81,13 @@ def read(loss: Tensor, way: Way = PLAINLY) -> tuple[Term, ...]:
     if loss.grad_fn is not None:
         _walk(_Walker(loss.grad_fn, None, 0, 1.0, 1.0, False), way, found)
     return tuple(found)
+
+
+def divided_elements(term: Term) -> int | None:
+    """How many numbers a sum or a mean is over, where they were divided one by one; None where they were not."""
+    if term.node.name() not in _PLAIN or term.node.next_functions[0][0] is None:
+        return None
+    return _elements(term.node) if term.node.next_functions[0][0].name() in _QUOTIENTS else None
 
 
 def weigh(term: Term, share: Number) -> None:
@@ -115,20 +125,9 @@ def _on_edge(parent: Any, place: int, change: Callable[[Tensor], Tensor]) -> Non
 # one element.
 
 _SAME = frozenset(
-    [
-        "ViewBackward0",
-        "UnsafeViewBackward0",
-        "ReshapeAliasBackward0",
-        "AliasBackward0",
-        "SqueezeBackward0",
-        "SqueezeBackward1",
-        "SqueezeBackward2",
-        "SqueezeBackward3",
-        "UnsqueezeBackward0",
-        "ToCopyBackward0",
-        "CloneBackward0",
-        "NanToNumBackward0",
-    ]
+    f"{name}Backward{number}"
+    for name in ["View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "NanToNum"]
+    for number in range(4)
 )
 _SUMS = frozenset(["AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1"])
 _PRODUCTS = frozenset(("MulBackward0", "MulBackward1"))
@@ -146,13 +145,13 @@ class _Walker:
         self.node, self.parent, self.place = node, parent, place
         self.over, self.factor, self.divided = over, factor, divided
 
-    def down(self, place: int) -> None:
-        """To one of the node's inputs."""
-        self.parent, self.place, self.node = self.node, place, self.node.next_functions[place][0]
+    def down(self, place: int, below: Any) -> None:
+        """To `below`, one of the node's inputs."""
+        self.parent, self.place, self.node = self.node, place, below
 
-    def branch(self, place: int, factor: Number) -> "_Walker":
-        """Another walker, at one of the node's inputs."""
-        return _Walker(self.node.next_functions[place][0], self.node, place, self.over, factor, self.divided)
+    def branch(self, place: int, below: Any, factor: Number) -> "_Walker":
+        """Another walker, at `below`, one of the node's inputs."""
+        return _Walker(below, self.node, place, self.over, factor, self.divided)
 
     def term(self, divisor: Number | None) -> Term:
         """What ends here."""
@@ -167,26 +166,36 @@ def _walk(at: _Walker, way: Way, found: list[Term]) -> None:
             if _reduced(at, name, way, found):
                 return
             continue
-        places = [place for place, (each, _) in enumerate(at.node.next_functions) if each is not None]
-        if len(places) == 1:
-            if not _passed(at, name, places[0]):
+        inputs = [(place, below) for place, (below, _) in enumerate(at.node.next_functions) if below is not None]
+        if len(inputs) == 1:
+            ((place, below),) = inputs
+            if not _passed(at, name, place):
                 break
-            at.down(places[0])
-        elif places and name in _SUMS:
+            at.down(place, below)
+        elif inputs and name in _SUMS:
             if not way.split:
                 found.append(at.term(at.over))
                 return
-            for place in places[1:]:
-                _walk(at.branch(place, _signed(at, name, place)), way, found)
-            at.factor = _signed(at, name, places[0])
-            at.down(places[0])
+            for place, below in inputs[1:]:
+                _walk(at.branch(place, below, _signed(at, name, place)), way, found)
+            place, below = inputs[0]
+            at.factor = _signed(at, name, place)
+            at.down(place, below)
         else:
-            term = _tied(at, places, way) if name in _PRODUCTS or name in _QUOTIENTS else None
+            term = _tied(at, inputs, way) if name in _PRODUCTS or name in _QUOTIENTS else None
             if term is None:
                 break
             found.append(term)
             return
-    found.append(at.term(None))
+    found.append(at.term(None)._replace(bent=_bends(at.node)))
+
+
+def _bends(node: Any) -> bool:
+    """Whether one of torch's own functions was given single numbers only."""
+    inputs = [(below, place) for below, place in node.next_functions if below is not None]
+    shapes = [below._input_metadata[place].shape for below, place in inputs if hasattr(below, "_input_metadata")]
+    builtin = not isinstance(node, torch._C._FunctionBase)
+    return builtin and bool(shapes) and len(shapes) == len(inputs) and all(math.prod(shape) == 1 for shape in shapes)
 
 
 def _reduced(at: _Walker, name: str, way: Way, found: list[Term]) -> bool:
@@ -195,21 +204,18 @@ def _reduced(at: _Walker, name: str, way: Way, found: list[Term]) -> bool:
     if own is None:
         found.append(at.term(None))
         return True
-    inner = at.node.next_functions[0][0] if name in _PLAIN else None
-    if inner is None:
-        found.append(at.term(at.over * own))
-        return True
-    within = inner.name()
+    inner: Any = at.node.next_functions[0][0] if name in _PLAIN and (way.split or way.deep) else None
+    within = "" if inner is None else inner.name()
     if way.split and within in _LISTS and _elements(at.node) == len(inner.next_functions):
         at.over = at.over * own
-        at.down(0)
-        for place, (each, _) in enumerate(inner.next_functions):
-            if each is not None:
-                _walk(at.branch(place, at.factor), way, found)
+        at.down(0, inner)
+        for place, (below, _) in enumerate(inner.next_functions):
+            if below is not None:
+                _walk(at.branch(place, below, at.factor), way, found)
         return True
     if way.deep and within in _OVER_SOME and 0 in _dimensions(inner):
         at.over = at.over * own
-        at.down(0)
+        at.down(0, inner)
         return False
     found.append(at.term(at.over * own))
     return True
@@ -233,12 +239,12 @@ def _passed(at: _Walker, name: str, place: int) -> bool:
     return True
 
 
-def _tied(at: _Walker, places: list[int], way: Way) -> Term | None:
+def _tied(at: _Walker, inputs: list[tuple[int, Any]], way: Way) -> Term | None:
     """The one term under a product, where all else in it is made of parameters; None where two terms are multiplied."""
     known: list[Term] = []
-    for place in places:
+    for place, below in inputs:
         side: list[Term] = []
-        _walk(at.branch(place, at.factor), way, side)
+        _walk(at.branch(place, below, at.factor), way, side)
         if any(term.divisor is not None for term in side):
             known += side
     if len(known) != 1:
@@ -249,27 +255,24 @@ def _tied(at: _Walker, places: list[int], way: Way) -> Term | None:
 
 def _signed(at: _Walker, name: str, place: int) -> Number:
     """The factor of one side of a sum or a difference."""
-    if place == 0 and not name.startswith("Rsub"):
+    if place == (name[0] == "R"):  # rsub is other - alpha × self
         return at.factor
-    alpha = float(getattr(at.node, "_saved_alpha", 1))
-    if name.startswith("Rsub"):  # other - alpha × self
-        return -at.factor * alpha if place == 0 else at.factor
-    return at.factor * (alpha if name.startswith("Add") else -alpha)
+    alpha = at.node._saved_alpha if hasattr(at.node, "_saved_alpha") else 1
+    return at.factor * (alpha if name[0] == "A" else -alpha)
 
 
 def _number(value: Any) -> Number:
     """A number that a node has kept. What lies on a device stays there."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    return value.item() if value.is_cpu else value.detach().reshape(())
+    if isinstance(value, Tensor):
+        return value.item() if value.is_cpu else value.detach().reshape(())
+    return float(value)
 
 
 def _elements(node: Any) -> int:
     """Numbers that a node reduces."""
-    count = 1
-    for size in node._saved_self_sym_sizes:
-        count *= int(size)
-    return count
+    if node.name() == "MeanBackward0":
+        return int(node._saved_self_sym_numel)
+    return math.prod(int(size) for size in node._saved_self_sym_sizes)
 
 
 def _dimensions(node: Any) -> list[int]:
@@ -317,19 +320,11 @@ _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
     "ChunkedCrossEntropyBackward": lambda node: _number(node.divisor),
     "MultiMarginLossBackward0": _TARGETS,
     "MultilabelMarginLossBackward0": _ROWS,
-    **dict.fromkeys(
-        (
-            f"{name}Backward0"
-            for name in [
-                "MseLoss",
-                "SmoothL1Loss",
-                "HuberLoss",
-                "BinaryCrossEntropy",
-                "BinaryCrossEntropyWithLogits",
-                "SoftMarginLoss",
-            ]
-        ),
-        _ELEMENTS,
-    ),
+    "MseLossBackward0": _ELEMENTS,
+    "SmoothL1LossBackward0": _ELEMENTS,
+    "HuberLossBackward0": _ELEMENTS,
+    "BinaryCrossEntropyBackward0": _ELEMENTS,
+    "BinaryCrossEntropyWithLogitsBackward0": _ELEMENTS,
+    "SoftMarginLossBackward0": _ELEMENTS,
 }
 """What each node that reduces divides by itself; None where it reduces nothing."""

@@ -71,7 +71,7 @@ class Mean:
         if self._numerator is not None:
             return self._numerator
         mean = self._graph()
-        if isinstance(self.denominator, float) and self.denominator == 0:
+        if isinstance(self._divisor, float) and self._divisor == 0:
             return mean.new_zeros(())
         return (mean.float() if mean.dtype.itemsize == 2 else mean) * self._divisor
 
@@ -89,8 +89,7 @@ class Mean:
         """
         if self._mean is None:
             return self._graph(), 1.0 / total
-        if isinstance(self.denominator, float):
-            assert isinstance(self._divisor, float)
+        if isinstance(self.denominator, float) and isinstance(self._divisor, float):
             return self._mean, self._divisor / total
         share = torch.as_tensor(self._divisor / total)
         return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
@@ -98,6 +97,12 @@ class Mean:
     def share(self, total: float) -> float | Tensor:
         """What the mean is multiplied by to be this part's share of a mean over `total`."""
         return self._divisor / total
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is divided by 0, as far as that is known without waiting for a device."""
+        divisor = self.denominator if self._mean is None else self._divisor
+        return isinstance(divisor, float) and divisor == 0
 
     def _graph(self) -> Tensor:
         tensor = self._mean if self._numerator is None else self._numerator
@@ -139,21 +144,20 @@ class Several(dict[str, Mean]):
         super().__init__(terms)
         self.loss, self.nodes = loss, nodes
 
-    def parts(self, totals: Mapping[str, float], own: Mapping[str, float]) -> tuple[list[tuple[Tensor, float]], Tensor]:
+    def parts(self, totals: Mapping[str, float]) -> tuple[list[tuple[Tensor, float]], Tensor]:
         """([the loss, and what its backward pass begins with], the value it enters the window's loss with).
 
         Args:
             totals: each term's denominator, over the window and all ranks.
-            own: each term's in this micro-batch.
         """
-        shares = {name: term.share(totals[name]) if own[name] else 0.0 for name, term in self.items()}
+        shares = {name: term.share(totals[name]) if totals[name] else 0.0 for name, term in self.items()}
         first, *others = (float(share) for share in shares.values())
         if all(math.isclose(share, first, rel_tol=1e-12) for share in others):
             return [(self.loss, first)], self.loss.detach() * first
         value = self.loss.new_zeros(())
         for name, share in shares.items():
             weigh(self.nodes[name], share)
-            if own[name]:
+            if not isinstance(share, float) or share:
                 value = value + share * self[name].value
         return [(self.loss, 1.0)], value
 

@@ -21,6 +21,7 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
 from autoaccum.loss.asking import Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
+from autoaccum.loss.compared import Compared
 from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.divisor import Settled, Unread
@@ -42,8 +43,8 @@ class Objective:
         loss, step: as the user gave them; a loss module inside a Coupled step is the loss too.
         coupled: the two halves of a loss that compares samples; None for one that is a mean.
         shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
+        compares: whether what is declared is held against the graph; not where a gradient check finds a fault's cause.
         prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
-        before_reading: called before each micro-batch, by its number, of a pass that only reads denominators.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class Objective:
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
-        self.before_reading: Callable[[int], None] = lambda number: None
         self.prepared: list[dict[str, float]] | None = None
+        self.compares = self.coupled is None
         self._reader = Reader()
+        self._against_graph = {name: Compared() for name in self._reduction.names}
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the model" if loss is None else f"loss={name_of(loss)}"
 
@@ -88,7 +90,7 @@ class Objective:
             )
         found = self._reader.found if self._reduction.reads else None
         if isinstance(found, Settled):
-            return f"{found.words}, as its graph says"
+            return f"{found.words}, as its graph says{self._reader.price}"
         if self._reduction.reads and isinstance(self._reader.found, Returned):
             return "divides by what the step's Means say"
         return self._reduction.assumed_reason(found) if isinstance(found, Unread) else self._reduction.reason
@@ -99,6 +101,17 @@ class Objective:
         return self._reader.names if self._reduction.reads else self._reduction.names
 
     @property
+    def facts(self) -> dict[str, str]:
+        """The terms, and what was read of each: alike on all ranks that have seen it."""
+        found = self._reader.found if self._reduction.reads else None
+        facts = {"terms": ", ".join(self.names)}
+        if isinstance(found, Unread):
+            facts["the loss"] = f"cannot be read: {found.why}"
+        elif isinstance(found, Settled):
+            facts |= {f"{name} of the loss": each.kind for name, each in zip(self.names, found.divisors)}
+        return facts
+
+    @property
     def unseen(self) -> str | None:
         """Why it cannot be seen what the loss divides by, in words; None where it was declared or seen."""
         found = self._reader.found
@@ -106,7 +119,7 @@ class Objective:
             return None
         if found is None:
             return "nothing counts in the samples that were tried, or too little"
-        return None if found.rule is not None else found.why
+        return found.untried if found.rule is not None else found.why
 
     @property
     def uncountable(self) -> str | None:
@@ -131,23 +144,25 @@ class Objective:
             LossError: a declared f(batch) gave no denominator.
         """
         self.settle([batch])
+        return self.counted(batch)
+
+    def counted(self, batch: Any) -> dict[str, float] | None:
+        """`denominators`, as far as they are known without running the loss on any sample."""
         return (
             self._reader.count(batch, self._reduction.count) if self._reduction.reads else self._reduction.count(batch)
         )
 
     def may_count(self, batch: Any) -> bool:
         """Whether anything in `batch` counts, as far as that is known before its step."""
-        known = self.denominators(batch)
-        if known is None and self._reader.found is None:
-            known = self._reduction.count(batch)  # no sample showed a divisor, perhaps as all its labels are ignored
+        if self._reduction.reads and self._reader.found is None:
+            return any(self._reduction.count(batch).values())
+        known = self.counted(batch)
         return any(known.values()) if known is not None else self._reader.may_count(batch)
 
-    def prepare(self, batches: Sequence[Any], *, rehearses: bool = False) -> None:
-        """Finds `prepared`, the denominators of a window to come, as `window_denominators` does."""
-        self.prepared = self.window_denominators(batches, rehearses=rehearses)
-
-    def window_denominators(self, batches: Sequence[Any], *, rehearses: bool = False) -> list[dict[str, float]] | None:
-        """The denominators of each micro-batch of a window, none for a rank that idles.
+    def prepare(
+        self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
+        """Finds `prepared`, the denominators of each micro-batch of a window to come; none for a rank that idles.
 
         None where one is only known once the loss ran; that is so on all ranks or on none. Of a loss with several
         terms all must be known before: where the batches do not say them, each micro-batch is run forward once more.
@@ -155,25 +170,24 @@ class Objective:
         Args:
             batches: on the host.
             rehearses: whether only the memory that the window takes matters.
+            on_phase: told of a "batch" before each forward of a pass that only reads.
         """
         reader = self._reader
-        reader.rehearses = rehearses
-        self.settle(batches)
-        if not self._reduction.reads:
-            return [self._reduction.count(batch) for batch in batches]
-        if isinstance(reader.found, Unread) or reader.adds_up:
-            return [reader.count(batch, self._reduction.count) or {} for batch in batches]
-        if reader.names == ("loss",):
-            return None
-        return reader.ahead(batches) or self._read_ahead(batches)
+        self.settle(batches, rehearses=rehearses)
+        if not self._reduction.reads or isinstance(reader.found, Unread) or reader.adds_up:
+            self.prepared = [self.counted(batch) or {} for batch in batches]
+        elif reader.names == ("loss",):
+            self.prepared = None
+        else:
+            self.prepared = reader.ahead(batches) or self._read_ahead(batches, on_phase)
 
-    def _read_ahead(self, batches: Sequence[Any]) -> list[dict[str, float]]:
+    def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         device = device_of(self.model)
         known = []
         with Untouched(self.model, device=device), torch.enable_grad():
-            for number, batch in enumerate(batches):
-                self.before_reading(number)
+            for batch in batches:
+                on_phase("batch")
                 terms = self.terms(tree.move(batch, device), on_host=batch)
                 known.append({name: float(term.denominator) for name, term in terms.items()})
         return known
@@ -186,7 +200,14 @@ class Objective:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
         return self._reader.whole(name, total) if self._reduction.reads else total
 
-    def settle(self, batches: Sequence[Any], most: int = 8, begin: Callable[[Rows], None] | None = None) -> None:
+    def settle(
+        self,
+        batches: Sequence[Any],
+        most: int = 8,
+        begin: Callable[[Rows], None] | None = None,
+        *,
+        rehearses: bool = False,
+    ) -> None:
         """Finds out, where nobody declared it, what the loss divides by: on a few samples, once.
 
         The model is left as it was. The first count asks for it where nobody did; while nothing counts in the samples
@@ -196,14 +217,16 @@ class Objective:
             batches: on the host.
             most: samples that may run at once.
             begin: makes the model a function of its samples alone, before it runs on those at some places.
+            rehearses: whether only the memory that a step takes matters, so that few samples serve, and settle nothing.
 
         Raises:
             LossError: the loss is not a scalar tensor.
         """
         reader, reduction = self._reader, self._reduction
+        reader.rehearses = rehearses
         if reader.found is not None or not batches or not (reduction.reads or reduction.wants_cut):
             return
-        if reader.rehearses and reader.asked:
+        if rehearses and reader.asked:
             return  # trials are alike: what one of them does not show, none does
         if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
             return
@@ -353,8 +376,11 @@ class Objective:
             raise better from error
 
     def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
-        loss = scalar(loss, source, graph=graph and denominator > 0)
-        if self._reduction.adds_up(name):
+        loss, adds_up = scalar(loss, source, graph=graph and denominator > 0), self._reduction.adds_up(name)
+        if self.compares and not self._reduction.reads and not self._reduction.takes_sums:
+            amount = float(denominator > 0) if adds_up else denominator
+            self._against_graph[name].check(loss, amount, lambda: self._reduction.words(name))
+        if adds_up:
             return Sum(loss, denominator)
         return Mean(loss, denominator) if self._reduction.takes_sums else Mean.of(loss, denominator)
 

@@ -14,7 +14,7 @@ from autoaccum.data import tree
 from autoaccum.errors import LossError
 from autoaccum.loss.asking import Evaluate
 from autoaccum.loss.counts import Count
-from autoaccum.loss.divisor import DECLARE, Divisor, Settled, Unread
+from autoaccum.loss.divisor import DECLARE, TRUSTED, Divisor, Settled, Unread, near
 from autoaccum.loss.graph import Term, read, weigh
 from autoaccum.loss.mean import Mean, Several, Sum
 from autoaccum.loss.settle import settle
@@ -69,6 +69,19 @@ class Reader:
     def reads(self) -> bool:
         """Whether the graph is asked, as far as is known."""
         return not isinstance(self.found, (Unread, Returned))
+
+    @property
+    def price(self) -> str:
+        """What reading costs, in words, where it is more than a look at the graph: of several terms."""
+        if not isinstance(self.found, Settled) or self.names == ("loss",):
+            return ""
+        counts = [divisor for divisor in self.found.divisors if divisor.kind == "count"]
+        if not counts:
+            return ""
+        until = f", until {TRUSTED} of them have shown that the batch says the same" if all(
+            divisor.rules for divisor in counts
+        ) else ""  # fmt: skip
+        return f"; to know each term's share beforehand each micro-batch runs forward once more{until}"
 
     @property
     def adds_up(self) -> bool:
@@ -160,30 +173,44 @@ class Reader:
         Raises:
             LossError: the loss is not made as it was, or cannot be told to be a count.
         """
-        size = float(tree.batch_size(on_host))
         if not isinstance(self.found, Settled) or not loss.requires_grad:
-            return {"loss": self._unsettled(loss, size)}
+            return {name: self._unsettled(loss, float(tree.batch_size(on_host))) for name in self.names}
         terms = self.found.terms(loss)
         if terms is None:
             return {"loss": self._hidden(loss, on_host)}
-        if len(terms) == 1:
-            divisor = self.found.divisors[0]
-            return {"loss": _single(loss, terms[0], divisor, size, None if self.rehearses else on_host)}
-        parts: dict[str, Mean] = {}
-        apart = apportioned(loss.detach(), terms, values)
-        for name, term, divisor, value in zip(self.names, terms, self.found.divisors, apart):
-            if divisor.kind != "count":
-                parts[name] = Sum(value, size) if divisor.kind == "constant" else Mean.of(value, size)
-                continue
-            own = float(divisor.of(term))
-            count = max(own - divisor.offset, 0.0) if self.rehearses else divisor.count(own, on_host)
-            if known is not None and not self.rehearses and not math.isclose(count, known[name], rel_tol=1e-6):
+        apart = [loss] if len(terms) == 1 else apportioned(loss.detach(), terms, values)
+        parts = {
+            name: self._mean(value, term, divisor, on_host)
+            for name, value, term, divisor in zip(self.names, apart, terms, self.found.divisors)
+        }
+        if len(parts) == 1:
+            return parts
+        for name, counted in (known or {}).items() if not self.rehearses else ():
+            if not near(float(parts[name].denominator), counted):
                 raise LossError(
-                    f"{name} of the loss ({divisor.reduction}) divides by {count:g} in this micro-batch, and by "
-                    f"{known[name]:g} by what was counted before it ran: {DECLARE}"
+                    f"{name} of the loss divides by {parts[name].denominator:g} in this micro-batch, and by "
+                    f"{counted:g} by what was counted before it ran: {DECLARE}"
                 )
-            parts[name] = Mean.of(value, count, own)
         return Several(loss, parts, dict(zip(self.names, terms)))
+
+    def _mean(self, value: Tensor, term: Term, divisor: Divisor, on_host: Any) -> Mean:
+        """One term.
+
+        In a rehearsal no rule is held against what was read: a training ceases to after a few windows, and what
+        counting takes in the first traces alone is no growth with their samples.
+        """
+        if divisor.kind == "penalty":
+            return Mean.of(value, float(tree.batch_size(on_host)))
+        own = divisor.of(term)
+        if divisor.kind == "constant":
+            divisor.check(own)
+            return Sum(value, float(tree.batch_size(on_host)))
+        if isinstance(own, Tensor) and value.requires_grad and not divisor.hides_floor:
+            weigh(term, own.sign())  # keeps the 0 / 0 of a batch in which nothing counts out of the gradient
+            return Mean.of(value, own - divisor.offset, own)
+        own = float(own)
+        count = max(own - divisor.offset, 0.0) if self.rehearses else divisor.count(own, on_host, value)
+        return Mean.of(value, count, own)
 
     def _hidden(self, loss: Tensor, on_host: Any) -> Mean:
         """Of a loss that is compiled, by what was learnt while it was not."""
@@ -205,31 +232,7 @@ class Reader:
             return Mean.of(loss, size)
         if any(term.divisor is None or float(term.divisor) for term in read(loss)):
             raise LossError(
-                "what the loss divides by was the same for all samples tried, so that a count, a constant and a floor "
-                f"such as clamp(min=1) cannot be told apart: {DECLARE}"
+                "what the loss divides by changed too little over the samples tried, so that a count, a constant and a "
+                f"floor such as clamp(min=1) cannot be told apart: {DECLARE}"
             )
         return Mean.of(loss, 0.0)
-
-
-def _single(loss: Tensor, term: Term, divisor: Divisor, size: float, on_host: Any | None) -> Mean:
-    """The one term of a loss.
-
-    Without `on_host`, in a rehearsal, no rule is held against what was read: a training ceases to after a few windows,
-    and what counting takes in the first traces alone is no growth with their samples.
-    """
-    if divisor.kind != "count":
-        return Sum(loss, size) if divisor.kind == "constant" else Mean.of(loss, size)
-    own = divisor.of(term)
-    if isinstance(own, Tensor):
-        if not divisor.hides_floor:
-            weigh(term, own.sign())  # keeps the 0 / 0 of a batch in which nothing counts out of the gradient
-            return Mean.of(loss, own - divisor.offset, own)
-        own = float(own)
-    if on_host is None:
-        return Mean.of(loss, max(own - divisor.offset, 0.0), own)
-    if divisor.hides_floor and not divisor.rules and own and float(loss.detach()) == 0:
-        raise LossError(
-            f"the loss of a micro-batch is 0, and divides by {own:g}, which may be a floor such as clamp(min=1) rather "
-            f"than a count: {DECLARE}"
-        )
-    return Mean.of(loss, divisor.count(own, on_host), own)

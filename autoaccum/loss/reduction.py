@@ -185,10 +185,12 @@ class Reduction:
     def reason(self) -> str:
         """One line: the denominator, and why it is that."""
         if isinstance(self._declared, Mapping):
-            return "; ".join(f"{name} {self._reason(how)}" for name, how in self._declared.items())
-        return self._reason(self._declared)
+            return "; ".join(f"{name} {self.words(name)}" for name in self._declared)
+        return self.words("loss")
 
-    def _reason(self, how: Any) -> str:
+    def words(self, name: str) -> str:
+        """What one of the terms is divided by, and why it is that."""
+        how = self.of(name)
         if callable(how):
             return f"divides by {name_of(how)}(batch), as declared"
         if how != "auto":

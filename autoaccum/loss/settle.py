@@ -18,7 +18,7 @@ from typing import Any
 
 from autoaccum.loss.asking import WAYS, Evaluate, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
-from autoaccum.loss.divisor import CLOSE, Divisor, Rule, Settled, Unread, near
+from autoaccum.loss.divisor import CLOSE, EXACT, TINY, Divisor, Rule, Settled, Unread, near
 
 __all__ = ["settle"]
 
@@ -84,36 +84,72 @@ def _settled(seen: Sequence[Seen], way: int, amounts: Amounts, still: bool) -> S
 def _divisor(
     column: Sequence[SeenTerm], seen: Sequence[Seen], values: Sequence[float] | None, amounts: Amounts
 ) -> Divisor | str | None:
-    """One term over all sets."""
+    """One term over all sets: what it divides by; in words, why that is no mean; None where these sets cannot tell."""
     last = column[-1]
     made = Divisor(last.name, "count", divided=any(term.divided for term in column))
     grows = any(term.shapes not in (None, last.shapes) for term in column)
     if any(term.divisor is None for term in column):
         made.kind = "penalty"
         ends = f"it ends in {last.name} of something that is no plain sum or mean"
+        ends = f"it takes the {last.name} {_OF_A_MEAN}" if last.bent and grows else ends
         return ends if grows or len(seen) == 1 else made
     factors = {term.factor for term in column}
     made.scaled = max(factors) - min(factors) > CLOSE * max(factors)
+    made.divided = made.divided or made.scaled
     found = [(term.divisor or 0.0) / (term.factor if made.scaled and term.factor else 1.0) for term in column]
-    made.zero_seen = not all(found)
+    made.zero_seen, made.amount = not all(found), found[-1]
     if not any(found):
         return None
     if len(seen) == 1:
         # One set shows no growth. What a reduction itself counts are samples, or elements of them.
         made.kind = "constant" if last.name in _SUMS else "count"
         return None if made.divided else made
-    if max(found) - min(found) <= CLOSE * max(found):
-        return _constant(made, found, seen, values, grows)
-    return _count(made, found, seen, amounts)
-
-
-def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts: Amounts) -> Divisor | str:
-    """One that changes with the samples: a count by itself, or by a rule where it has a floor."""
-    fit = _fit(found, seen)
-    made.offset = fit or 0.0
-    made.rules = [] if fit else _rules(made, found, amounts)
-    if fit is not None or made.rules:
+    if max(found) - min(found) > CLOSE * max(found):
+        return _count(made, found, seen, amounts)
+    if not grows:
+        made.kind = "penalty"
         return made
+    return _constant(made, column, seen[-1].took and (made.divided or factors != {1.0}))
+
+
+def _constant(made: Divisor, column: Sequence[SeenTerm], may_change: bool) -> Divisor | str | None:
+    """One that is the same for every set: a sum, unless it is a floor that is never left here."""
+    made.kind = "constant"
+    widths = {term.quotients for term in column}
+    if len(widths) == 1 and None not in widths:
+        return f"it takes quotients, one by one, {_OF_A_MEAN}"  # a mean over classes of means over their samples
+    return None if may_change else made
+
+
+_OF_A_MEAN = "of a mean or a sum over samples, which makes it no mean"
+
+
+def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts: Amounts) -> Divisor | str | None:
+    """One that changes with the samples: it adds up, by itself or beside a number, or a rule says how it does.
+
+    A number that is added and a floor show by little, so that they are looked for before rounding is allowed for.
+    """
+    least = min(each for each in found if each) if any(found) else 0.0
+    for close in (EXACT, CLOSE):
+        made.close = close
+        if _total(found, seen, 0.0, close):
+            made.rules = _rules(made, found, amounts)
+            return made
+        made.rules = _rules(made, found, amounts)
+        if made.rules:
+            return made
+        offset = _offset(found, seen)
+        if offset > 0 and _total(found, seen, offset, close):
+            made.offset = offset
+            many = sum(each > offset * (1 + close) for each, own in zip(found, seen) if len(own.rows) == 1)
+            return made if many > 1 else None
+        if least < TINY * max(found) and _total(
+            [0.0 if near(each, least) else each for each in found], seen, 0.0, close
+        ):
+            made.floor = least
+            return made
+    if len({round(each / found[-1], 6) for each in found}) == 2:
+        return None  # one of the two may be a floor, and the other tells too little
     sizes = ", ".join(str(len(each.rows)) for each in seen[-3:])
     return f"it divides by {', '.join(f'{each:.4g}' for each in found[-3:])} for {sizes} samples, which is no count"
 
@@ -134,46 +170,34 @@ def _adds_up(
     if alone and any(math.isnan(single) for single in singles):
         return all(math.isfinite(total) for total in sums.values())
     off = [abs(math.fsum(singles[row] for row in rows) - total) for rows, total in sums.items() if len(rows) > 1]
-    return all(each <= _OFF * math.fsum(map(abs, singles)) for each in off)
+    return all(each <= seen[-1].rounding * math.fsum(map(abs, singles)) for each in off)
 
 
-_OFF = 1e-2  # relative; what is wrong is so by far more, rounding in 16 bits by less
 _SUMS = ("Sum", "Nansum", "Dot")
 
 
-def _constant(
-    made: Divisor, found: Sequence[float], seen: Sequence[Seen], values: Sequence[float] | None, grows: bool
-) -> Divisor | None:  # fmt: skip
-    """The same for every set: a sum or a penalty, unless what was divided by is a floor that is never left here."""
-    if not made.divided:
-        made.kind = "constant" if grows else "penalty"
-        return made
-    nonzero = sum(len(each.rows) == 1 and value != 0 for each, value in zip(seen, values or ()))
-    if nonzero > 1 or (values is None and found[-1] > 1):
-        made.kind = "constant" if grows else "penalty"
-        return made
-    return None
-
-
-def _fit(found: Sequence[float], seen: Sequence[Seen]) -> float | None:
-    """The number beside a count that adds up, often 0; None where nothing adds up."""
+def _total(found: Sequence[float], seen: Sequence[Seen], offset: float, close: float) -> bool:
+    """Whether the divisors add up, but for a number in each."""
     whole = seen[-1].rows
-    divisors = {each.rows: divisor for each, divisor in zip(seen, found)}
+    divisors = {each.rows: divisor - offset for each, divisor in zip(seen, found)}
+    near_by = close * abs(found[-1])
     singles = [divisors.get((row,)) for row in whole]
-    parts = [rows for rows in divisors if 1 < len(rows) < len(whole)]
-    close = CLOSE * found[-1]
-    known = [single for single in singles if single is not None]
-    if len(known) < len(whole):  # no single samples: the parts are all there is
-        both = sum(divisors[rows] for rows in parts)
-        return 0.0 if len(parts) == 2 and abs(both - found[-1]) <= close else None
-    offset = (math.fsum(known) - found[-1]) / (len(whole) - 1)
-    off = [math.fsum(known[row] for row in rows) - divisors[rows] for rows in parts]
-    if abs(offset) <= close and all(abs(each) <= close for each in off):
-        exact = [abs(each - (len(rows) - 1) * offset) <= 1e-3 * abs(offset) for each, rows in zip(off, parts)]
-        return offset if exact and all(exact) and offset > 0 else 0.0
-    if parts and all(abs(each - (len(rows) - 1) * offset) <= close for each, rows in zip(off, parts)):
-        return offset if min(known) >= offset - close else None
-    return None
+    parts = [rows for rows in divisors if len(rows) > 1]
+    if None in singles:  # no single samples: the parts are all there is
+        first = [rows for rows in parts if len(rows) < len(whole)]
+        return not offset and len(first) == 2 and abs(sum(divisors[rows] for rows in first) - found[-1]) <= near_by
+    return all(abs(math.fsum(singles[row] or 0.0 for row in rows) - divisors[rows]) <= near_by for rows in parts)
+
+
+def _offset(found: Sequence[float], seen: Sequence[Seen]) -> float:
+    """The number beside a count, as single samples and all of them show it: n times in those, once in these."""
+    singles = [divisor for each, divisor in zip(seen, found) if len(each.rows) == 1]
+    whole = seen[-1].rows
+    if len(singles) < len(whole) or len(whole) < 3:
+        return 0.0
+    offset = (math.fsum(singles) - found[-1]) / (len(whole) - 1)
+    least = min(singles)  # where nothing counts it stands alone, and exactly
+    return least if abs(offset - least) <= 1e-3 * least else offset if offset <= least else 0.0
 
 
 def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule]:
@@ -183,12 +207,13 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule
         if own[-1] <= 0:
             continue
         scale = found[-1] / own[-1]
-        if scale < 1 - CLOSE or abs(scale - round(scale)) > CLOSE * scale:
+        if scale < 1 - CLOSE or abs(scale - round(scale)) > made.close * scale:
             continue  # weights that happen to be equal in these samples
         given = [scale * each for each in own]
-        floors = {round(divisor, 9) for divisor, each in zip(found, given) if not near(divisor, each)}
-        fitting = [divisor for divisor, each in zip(found, given) if near(divisor, each)]
-        below = all(each < divisor or near(divisor, each) for divisor, each in zip(found, given))
+        floors = {divisor for divisor, each in zip(found, given) if not near(divisor, each, made.close)}
+        floors = {round(floor, 12) for floor in floors}
+        fitting = [divisor for divisor, each in zip(found, given) if near(divisor, each, made.close)]
+        below = all(each < divisor or near(divisor, each, made.close) for divisor, each in zip(found, given))
         if len(floors) > made.divided or not below or len(set(fitting)) < 2 or (floors and min(fitting) < max(floors)):
             continue
         rules.append((max(floors, default=0.0), Rule(count, scale)))
@@ -198,17 +223,23 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule
     return [rule for floor, rule in rules if floor == made.floor][:_MOST_RULES]
 
 
-def _by_values(seen: Sequence[Seen], amounts: Amounts, why: str, still: bool) -> Unread:
-    """A loss that cannot be read, and the one count by which its values add up."""
-    whole, fitting = seen[-1], dict[tuple[float, ...], Count]()
+def _by_values(seen: Sequence[Seen], amounts: Amounts, why: str, still: bool) -> Unread | None:
+    """A loss that cannot be read, and the one count by which its values add up; None where several that differ do."""
+    whole, fitting = seen[-1], dict[tuple[float, ...], list[Count]]()
+    if _OF_A_MEAN in why:
+        return Unread(why, wrong=True)
     for count, own in (*amounts.items(), (Count("nothing", "reduction='sum'", lambda _: 1.0), [1.0] * len(seen))):
         sums = {each.rows: each.value * amount if amount else 0.0 for each, amount in zip(seen, own)}
         singles = [sums.get((row,), math.nan) for row in whole.rows]
         scale = math.fsum(map(abs, singles))
         off = [abs(math.fsum(singles[row] for row in rows) - sums[rows]) for rows in sums if len(rows) > 1]
-        if scale and off and all(each <= 1e-5 * scale for each in off):
-            fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), count)
+        if scale and off and all(each <= seen[-1].rounding * scale for each in off):
+            fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
-        return Unread(why, next(iter(fitting.values())))
-    tried = len(seen) > 1 and math.isfinite(whole.value) and all(math.isfinite(each.value) for each in seen)
-    return Unread(why, wrong=still and tried and not fitting)
+        ((rule, *others),) = fitting.values()
+        tokens = next((count.name for count in others if count.declare == "reduction='token_mean'"), None)
+        alike = f"{why}, and {tokens} were as many in each sample tried as {rule.name}" if tokens else None
+        return Unread(why, rule, untried=alike)
+    if fitting:
+        return None
+    return Unread(why, wrong=still and len(seen) > 1 and math.isfinite(whole.value))

@@ -204,29 +204,24 @@ class TorchLoss:
         return self._weights.total(targets, self.weights, self.ignore_index)
 
 
-def _inputs(outputs: Any, targets: Any) -> tuple[Any, ...]:
-    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs, targets)
-
-
-def _inputs_and_target(outputs: Any, targets: Any) -> tuple[Any, ...]:
-    return (*outputs, targets) if isinstance(outputs, (tuple, list)) else (outputs, targets)
+def _apart(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def _variance(outputs: Any, targets: Any) -> tuple[Any, ...]:
-    if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
-        return (outputs[0], targets, outputs[1])
-    return (outputs, targets)
+    pair = isinstance(outputs, (tuple, list)) and len(outputs) == 2
+    return (outputs[0], targets, outputs[1]) if pair else (outputs, targets)
 
 
 def _lengths(outputs: Any, targets: Any) -> tuple[Any, ...]:
     if isinstance(targets, (tuple, list)) and isinstance(outputs, (tuple, list)):
         return (outputs[0], targets[0], outputs[1], *targets[1:])
-    return (outputs, *targets) if isinstance(targets, (tuple, list)) else (outputs, targets)
+    return (outputs, *_apart(targets))
 
 
 _LAYOUTS: Mapping[str, Callable[[Any, Any], tuple[Any, ...]]] = {
-    "inputs": _inputs,
-    "inputs and target": _inputs_and_target,
+    "inputs": lambda outputs, targets: tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs, targets),
+    "inputs and target": lambda outputs, targets: (*_apart(outputs), targets),
     "variance": _variance,
     "lengths": _lengths,
 }

@@ -233,9 +233,10 @@ class Accumulator(Passes):
         if self.sharded is not None:
             self._begin_sharded(self.sharded, batches)
         if self.objective is not None:
-            self.objective.prepare(batches, rehearses=self.rehearses)
+            self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
         if self._settings:
-            agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings)
+            loss = {} if self.objective is None else self.objective.facts
+            agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, loss)
             self._settings = {}  # asked once
         ledger = Ledger(batches, self.objective, self.ranks, f"step {self.step + 1}")
         if self.meets_inside and len(set(ledger.micro_batches)) > 1:

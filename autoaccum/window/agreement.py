@@ -16,6 +16,10 @@ _BUILD_ALIKE = (
     "Build model, optimizer and plan alike on every rank; DistributedDataParallel around the model gives all ranks the "
     "first one's weights"
 )
+_DECLARE = (
+    "Each rank reads the loss's denominators off its own samples: return autoaccum.Mean(numerator, denominator) from "
+    "step=, or declare reduction="
+)
 
 
 def setting_facts(**settings: Any) -> dict[str, Any]:
@@ -35,9 +39,14 @@ def model_facts(*modules: Any) -> dict[str, Any]:
 
 
 def agree_on_windows(
-    ranks: Ranks, plan: Plan, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
+    ranks: Ranks,
+    plan: Plan,
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: Mapping[str, Any],
+    loss: Mapping[str, str],
 ) -> None:
-    """Before the first window: compares plan, model, weights and optimizer.
+    """Before the first window: compares plan, model, weights, optimizer, and what the `loss` was seen to divide by.
 
     Raises:
         SetupError: the ranks' differ, and in what; on all ranks.
@@ -46,6 +55,8 @@ def agree_on_windows(
         facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum, **settings)
         facts |= model_facts(model) | _weight_facts(model) | optimizer_facts(optimizer)
         ranks.agree("the first window", facts, _BUILD_ALIKE)
+        unseen = ranks.any("what the loss divides by", len(loss) == 1)  # a rank whose samples showed nothing asks later
+        ranks.agree("what the loss divides by", {"the loss": loss.get("terms")} if unseen else loss, _DECLARE)
 
 
 def _weight_facts(model: nn.Module) -> dict[str, Any]:

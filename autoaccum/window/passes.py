@@ -12,7 +12,7 @@ from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 from autoaccum.data import tree
 from autoaccum.errors import SetupError
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
-from autoaccum.loss.mean import Mean
+from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward
 from autoaccum.model.precision import Precision, SideBuffers
@@ -93,7 +93,7 @@ class Passes:
 
     def _backward_of_nothing(self, terms: Mapping[str, Mean]) -> None:
         self.precision.forget_casts()
-        losses = [term.part(1.0)[0] for term in terms.values()]
+        losses = [terms.loss] if isinstance(terms, Several) else [term.part(1.0)[0] for term in terms.values()]
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
         self._side.collect()

@@ -83,9 +83,12 @@ class Ledger:
 
     @property
     def counts(self) -> bool:
-        """Whether anything in the next micro-batch counts: where all its targets are ignored, there is no gradient."""
+        """Whether anything in the next micro-batch counts: where all its targets are ignored, there is no gradient.
+
+        A loss that is divided by something even then may have one.
+        """
         own = self.own
-        return own is None or any(own.values())
+        return own is None or any(own.values()) or any(map(self._whole, own, own.values()))
 
     @property
     def empty(self) -> bool:
@@ -103,11 +106,11 @@ class Ledger:
         totals, own = self.totals, self.own
         if totals is None or own is None:
             return self._provisional(terms), None
-        if not any(own.values()):
+        if not self.counts:
             return [], None
         if isinstance(terms, Several):
-            return terms.parts(totals, own)
-        return [term.part(totals[name]) for name, term in terms.items() if own[name]], None
+            return terms.parts(totals)
+        return [term.part(totals[name]) for name, term in terms.items() if own[name] or not term.is_empty], None
 
     def _provisional(self, terms: Mapping[str, Mean]) -> Parts:
         if len(terms) != 1:
@@ -120,7 +123,7 @@ class Ledger:
         denominator = term.denominator
         if isinstance(denominator, Tensor):
             denominator = denominator.detach()
-        elif denominator == 0:
+        elif term.is_empty:
             return []
         self._late = self._late + denominator
         return [term.part(self._expected)]
@@ -163,5 +166,6 @@ class Ledger:
         """
         if self.totals is not None:
             return loss, 0.0 if self.empty else 1.0
-        correction = self._expected / self._whole("loss", late) if late else 0.0
+        whole = self._whole("loss", late)
+        correction = self._expected / whole if whole else 0.0
         return loss * correction, correction
