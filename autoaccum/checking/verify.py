@@ -210,7 +210,8 @@ class _Examination:
             self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
             if split.error <= self._tolerance:
                 return self._passed(split)
-            diagnosis = diagnose(bench.objective, evidence)
+            why = bench.objective.uncountable if bench.objective.bends and not bench.partial else None
+            diagnosis = diagnose(bench.objective, evidence) if why is None else _uncountable(why)
             if diagnosis.cause == Cause.COUPLED:
                 diagnosis = self._of_failure(self._unfit) if self._unfit is not None else self._priced(diagnosis)
             return self._failed(split, diagnosis)
@@ -321,8 +322,8 @@ def _of_order(order: float) -> Diagnosis:
 def _uncountable(why: str) -> Diagnosis:
     return Diagnosis(
         Cause.COUPLED,
-        f"a batch-coupled loss: its values over parts of a batch do not add up to that over all of it, as {why}; these "
-        f"parts are alike by chance.\nWhere it is a mean over what counts, {DECLARE}",
+        f"a batch-coupled loss: its values over parts of a batch do not add up to that over all of it, as {why}."
+        f"\nWhere it is a mean over what counts, {DECLARE}",
     )
 
 

@@ -225,6 +225,7 @@ class Unread:
         why: in words.
         rule: a count by which its values add up all the same; None where none or several do.
         untried: what else counted the same in all samples that were tried, in words.
+        bent: whether its graph shows that it is no mean.
         wrong: whether its values add up by nothing that was tried, so that no accumulation of it can be right.
     """
 
@@ -232,3 +233,4 @@ class Unread:
     rule: Count | None = None
     wrong: bool = False
     untried: str | None = None
+    bent: bool = False

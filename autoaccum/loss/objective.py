@@ -127,6 +127,11 @@ class Objective:
         found = self._reader.found
         return found.why if isinstance(found, Unread) and found.wrong else None
 
+    @property
+    def bends(self) -> bool:
+        """Whether the loss is a function of a mean, as its graph says, and no mean itself."""
+        return isinstance(self._reader.found, Unread) and self._reader.found.bent
+
     # What is known before the model runs.
 
     def targets(self, batch: Any) -> Any:

@@ -227,7 +227,7 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, why: str, still: bool) ->
     """A loss that cannot be read, and the one count by which its values add up; None where several that differ do."""
     whole, fitting = seen[-1], dict[tuple[float, ...], list[Count]]()
     if _OF_A_MEAN in why:
-        return Unread(why, wrong=True)
+        return Unread(why, wrong=True, bent=True)
     for count, own in (*amounts.items(), (Count("nothing", "reduction='sum'", lambda _: 1.0), [1.0] * len(seen))):
         sums = {each.rows: each.value * amount if amount else 0.0 for each, amount in zip(seen, own)}
         singles = [sums.get((row,), math.nan) for row in whole.rows]
