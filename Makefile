@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.installed
 PEERS := $(VENV)/.peers-installed
 
-.PHONY: help demo test test-slow test-postgres lint gpu rig-test bench bench-peers conformance torture clean
+.PHONY: help demo test test-slow test-postgres lint gpu rig-test bench bench-peers bench-train conformance torture clean
 
 help:
 	@echo "make demo         install, then train a real model under a memory budget that its batch does not fit in"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the loop's overhead against a loop by hand, and the command line's start"
 	@echo "make bench-peers  the probe against Lightning and Accelerate (installs them)"
+	@echo "make bench-train  whole trainings under one budget, by autoaccum and its peers (installs them)"
 	@echo "make conformance  the correctness table, peers included (installs them)"
 	@echo "make torture      kills, injected out-of-memory errors and a soak, at full size"
 	@echo "make gpu          everything that needs a GPU, in ten minutes; skips elsewhere and says why"
@@ -70,6 +71,9 @@ bench: $(SETUP)
 
 bench-peers: $(PEERS)
 	$(BIN)/python -m tests.benchmarks.peers
+
+bench-train: $(PEERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.train
 
 conformance: $(PEERS)
 	$(BIN)/python -m tests.conformance --table

@@ -79,6 +79,17 @@ def test_savers_stand_in_the_report_with_what_they_fit_and_what_is_taken_is_trai
     assert "chunked_loss" in str(report)
 
 
+def setup():
+    return {name: value for name, value in asked().items() if name in ("model", "data", "optimizer")}
+
+
+@pytest.mark.slow
+def test_a_child_looks_at_savers_too_and_what_it_takes_is_trained_with():
+    report = autoaccum.probe(**asked(), isolate=setup)
+    assert [row["saver"] for row in report.savers][:2] == [None, "chunked_loss"]
+    assert report.plan.ladder == report.ladder
+
+
 def test_false_and_a_name_leave_no_choice():
     assert [row["saver"] for row in autoaccum.probe(**asked(ladder=False)).savers] == [None]
     named = autoaccum.probe(**asked(ladder="chunked_loss"))

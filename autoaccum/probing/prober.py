@@ -98,13 +98,14 @@ class Prober:
         """
         parts, takes = self.parts, self.ladder == "auto"
         refusal, report = None, None
-        if self.ladder is not False and parts.ladder is None and question.prefer == "fastest" and parts.ranks.size == 1:
+        alone = parts.ranks.size == 1 and parts.phase is None  # else all would have to take the same one
+        if question.prefer == "fastest" and self.ladder is not False and parts.ladder is None and alone:
             savers = Alternatives.of(parts.model, parts.device.torch_device, parts.asked_precision)
             question = replace(question, alternatives=savers)
         try:
             report = self._once(question)
         except NothingFitsError as error:
-            if parts.ladder is not None or self.ladder is False:
+            if parts.ladder is not None or self.ladder is False or isinstance(self.isolation, InChild):
                 raise
             refusal = str(error)
         # Outside the except block, where nothing holds what the failed step held.
@@ -190,7 +191,8 @@ class Prober:
             "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
             "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(parts.device.torch_device),
             "precision": parts.asked_precision, "cache": self.cache, **self._run_so(), **self.accumulation,
-            "ladder": parts.ladder or False,  # the child looks at this rung only: it may be killed on any
+            # The child looks at this rung only, since it may be killed on any; or times what may be taken beside none.
+            "ladder": parts.ladder or (None if question.alternatives.savers else False),
         }  # fmt: skip
 
         def heard(kind: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 """Memory savers: how many samples fit under each, and what a sample then costs.
 
-    python -m tests.benchmarks.savers [--times 5] [--budget 1200MiB]
+    python -m tests.benchmarks.savers [--times 5] [--budget 1000MiB]
 
 A GPT-2-like model (4 blocks, 256 wide, vocabulary 50,257, 512 tokens), AdamW, one thread. The sizes are those that a
 probe finds within the budget, counted in PyTorch's own bytes; then one micro-batch of each is run in turn, forward and
@@ -21,7 +21,7 @@ from tests.benchmarks.measure import interleaved, median, table, write
 
 BLOCKS, WIDTH, VOCABULARY, TOKENS = 4, 256, 50_257, 512
 CPU = torch.device("cpu")
-SAVERS = (None, "chunked_loss", "checkpointing")
+SAVERS = (None, "chunked_loss")
 
 
 class Block(nn.Module):
@@ -89,7 +89,7 @@ def step(saver: str | None, size: int) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--budget", default="1200MiB")
+    parser.add_argument("--budget", default="1000MiB")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     found = {saver: most(saver, asked.budget) for saver in SAVERS}

@@ -1,0 +1,111 @@
+"""prefer="fastest" against a grid of every saver and size that fits, on five models.
+
+    python -m tests.benchmarks.fastest [model ...] [--windows 3]
+
+The grid: under each saver the size with the fewest micro-batches, and two, four and eight times as many. Of each pair
+whole windows are trained, in turn; what is told is the time of the pair that the probe takes, over that of the best.
+"""
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import autoaccum
+from autoaccum.errors import AutoaccumError
+from tests.benchmarks.measure import median, table, write
+from tests.benchmarks.train import Pictures, Text
+
+SAVERS = (None, "chunked_loss", "checkpointing/2", "checkpointing", "chunked_loss+checkpointing")
+
+
+def pictures(samples: int) -> dict[str, Tensor]:
+    return {"pixels": torch.randn(samples, 1, 8, 8), "labels": torch.randint(10, (samples,))}
+
+
+def tokens(samples: int, length: int, vocabulary: int, causal: bool) -> dict[str, Tensor]:
+    made = torch.randint(1, vocabulary, (samples, length))
+    return {"tokens": made, "labels": made if causal else torch.randint(2, (samples,))}
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], dict[str, Tensor]], int, str]] = {
+    "digits CNN": (lambda: Pictures(False), pictures, 512, "12MiB"),
+    "ViT-like": (lambda: Pictures(True), pictures, 256, "24MiB"),
+    "BERT-like": (lambda: Text(1000, False), lambda n: tokens(n, 64, 1000, False), 64, "16MiB"),
+    "GPT-2-like, small vocabulary": (lambda: Text(500, True), lambda n: tokens(n, 64, 500, True), 64, "16MiB"),
+    "GPT-2-like, large vocabulary": (lambda: Text(8000, True), lambda n: tokens(n, 64, 8000, True), 32, "40MiB"),
+}
+
+
+def made(name: str) -> dict[str, Any]:
+    model, data, target, memory = MODELS[name]
+    torch.manual_seed(0)
+    return {"model": model(), "data": data(2 * target), "target_batch": target, "memory": memory, "device": "cpu"}
+
+
+def grid(name: str) -> dict[tuple[str | None, int], Iterator[Any]]:
+    """A training under each saver, at each size that fits; those that cannot be are left out."""
+    pairs: dict[tuple[str | None, int], Iterator[Any]] = {}
+    for saver in SAVERS:
+        with contextlib.suppress(AutoaccumError):
+            report = autoaccum.probe(**made(name), ladder=saver, cache=False)
+            if report.plan is None:
+                continue
+            count, target = report.plan.accumulation_steps, MODELS[name][2]
+            for size in sorted({-(-target // (count * times)) for times in (1, 2, 4, 8)}):
+                given = made(name) | {"micro_batch": size, "ladder": saver or False}
+                pairs[saver, size] = iter(autoaccum.prepare(**given, epochs=10**6, check=False, progress=False))
+    return pairs
+
+
+def measured(name: str, windows: int) -> dict[str, Any]:
+    started = time.perf_counter()
+    fewest = autoaccum.probe(**made(name), cache=False)
+    between = time.perf_counter()
+    report = autoaccum.probe(**made(name), prefer="fastest", cache=False)
+    search = time.perf_counter() - between - (between - started)
+    pairs = grid(name)
+    seconds: dict[tuple[str | None, int], list[float]] = {pair: [] for pair in pairs}
+    for turn in range(windows + 1):
+        for pair, training in pairs.items():
+            begun = time.perf_counter()
+            next(training)
+            if turn:  # the first warms up
+                seconds[pair].append(time.perf_counter() - begun)
+    times = {pair: median(each) for pair, each in seconds.items()}
+    best = min(times, key=times.__getitem__)
+    assert report.plan is not None
+    taken = (report.ladder, report.plan.micro_batch)
+    own = times.get(taken, times[min(times, key=lambda pair: (pair[0] != taken[0], abs(pair[1] - taken[1])))])
+    assert fewest.plan is not None
+    return {
+        "model": name, "taken": list(taken), "best": list(best), "over_best": own / times[best],
+        "fewest_over_best": times.get((None, fewest.plan.micro_batch), own) / times[best],
+        "search_windows": search / times[best], "grid": [[*pair, each] for pair, each in times.items()],
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*")
+    parser.add_argument("--windows", type=int, default=3)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for name in asked.models or MODELS:
+        rows.append(measured(name, asked.windows))
+        write("fastest", {"rows": rows})
+    print(table(
+        ["model", "taken", "best of the grid", "time over the best's", "the fewest micro-batches' over it",
+         "search beyond the probe, windows"],
+        [[row["model"], row["taken"], row["best"], f"{row['over_best']:.2f}", f"{row['fewest_over_best']:.2f}",
+          f"{row['search_windows']:.1f}"] for row in rows],
+    ))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
