@@ -121,6 +121,10 @@ def test_attach_adds_the_callback():
     assert autoaccum.attach(trainer, target_batch=32, micro_batch=8, progress=False) is trainer
     with pytest.raises(SetupError, match="attached already"):
         autoaccum.attach(trainer, target_batch=32)
+    running = pl.Trainer(**USUAL)
+    running.training = True
+    with pytest.raises(SetupError, match="training has begun"):
+        autoaccum.attach(running, target_batch=32)
     torch.manual_seed(3)
     trainer.fit(ours, DataLoader(TensorDataset(X, Y), 4, shuffle=True))
     assert off(ours, alone) <= EXACT

@@ -35,7 +35,8 @@ def found(tmp_path_factory):
         env=environment, cwd=folder, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-6000:]
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in names}
+    files = {*names, *(path.name.split("-")[0] for path in folder.glob("refusals-*"))}
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)] for name in files}
 
 
 def compare(found, weights, losses, replays):
@@ -60,3 +61,12 @@ def test_the_update_in_a_loop_of_ones_own_is_the_whole_batchs(found):
     pytest.importorskip("accelerate", reason="accelerate is not installed: it is in the group peers")
     weights, losses = by_hand(trainers_ranks.net(), trainers_ranks.text(), 8, epochs=2, clip=0.5)
     compare(found["accelerate"], weights, losses, replays=0)
+
+
+def test_what_cannot_be_shared_out_is_refused_before_anything_runs(found):
+    if "refusals" not in found:
+        pytest.skip("lightning or transformers is not installed: they are in the group peers")
+    for said in found["refusals"]:
+        for trainer in ("transformers", "lightning"):
+            assert "target_batch=1 is less than the 2 ranks" in said[f"{trainer}, few"]
+            assert "IterableDataset on 2 ranks" in said[f"{trainer}, stream"]

@@ -7,11 +7,13 @@ import torch
 from torch.utils.data import IterableDataset
 
 import autoaccum
-from autoaccum.errors import CheckpointError, LossError, PlanError, SetupError
+from autoaccum.errors import CheckpointError, DataError, LossError, PlanError, SetupError
 from autoaccum.training.events import Noted, TrialRan, WindowReplayed
 from tests.trainer_models import by_hand, flat, model, moved, padded, samples
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is in the group peers")
+
+from transformers.trainer_pt_utils import IterableDatasetShard  # noqa: E402
 
 EXACT, SINGLE = 1e-10, 1e-6  # heads that compute their loss in float32 are as exact as float32 is
 
@@ -19,17 +21,19 @@ NEW = "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fi
 ROUNDED = 0.0 if NEW else 5.1e-5  # what the oldest release logs has four digits
 
 
-def trainer(net, data, folder, *, kind=transformers.Trainer, more=None, **arguments):
+def trainer(
+    net, data, folder, *, kind=transformers.Trainer, arguments=transformers.TrainingArguments, collate=padded,
+    more=None, **given,
+):  # fmt: skip
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 0.1,
         "optim": "sgd", "report_to": [], "save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0,
         "use_cpu": True, "lr_scheduler_type": "constant", "disable_tqdm": True, "log_level": "error",
         "train_sampling_strategy": "sequential",
     }  # fmt: skip
-    settings |= arguments
+    settings |= given
     order = None if NEW else settings.pop("train_sampling_strategy")
-    args = transformers.TrainingArguments(**settings)
-    made = kind(net, args, train_dataset=data, data_collator=padded, **(more or {}))
+    made = kind(net, arguments(**settings), train_dataset=data, data_collator=collate, **(more or {}))
     if order == "sequential":
         made._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     made.remove_callback(transformers.PrinterCallback)
@@ -64,6 +68,42 @@ def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
     assert moved(flat(net), before, reference) <= within
     assert [loss for (loss,) in logged(made, "loss")] == pytest.approx(losses, rel=1e-6, abs=ROUNDED)
     assert made.state.global_step == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "labels", "within"),
+    [
+        ("BertForSequenceClassification", "class", EXACT),
+        ("RobertaForSequenceClassification", "class", EXACT),
+        ("T5ForConditionalGeneration", "tokens", EXACT if NEW else SINGLE),
+        ("GPT2LMHeadModel", "tokens", SINGLE),
+        ("LlamaForCausalLM", "tokens", SINGLE),
+    ],
+)
+def test_the_update_of_adapters_is_the_whole_batchs(name, labels, within, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the group peers")
+
+    def adapted():
+        layers = {"Bert": ["query", "value"], "Robe": ["query", "value"], "T5Fo": ["q", "v"], "GPT2": ["c_attn"],
+                  "Llam": ["q_proj", "v_proj"]}[name[:4]]  # fmt: skip
+        made = peft.get_peft_model(model(name), peft.LoraConfig(r=4, target_modules=layers, lora_dropout=0.0))
+        return made.double()
+
+    net, data = adapted(), samples(labels)
+    before = flat(net)
+    reference, _ = by_hand(adapted(), data, 8)
+    attach(trainer(net, data, tmp_path), micro_batch=3).train()
+    assert moved(flat(net), before, reference) <= within
+
+
+def test_sequence_to_sequence_trainers_are_served(tmp_path):
+    net, data = model("T5ForConditionalGeneration"), samples("tokens")
+    before = flat(net)
+    reference, _ = by_hand(model("T5ForConditionalGeneration"), data, 8)
+    attach(trainer(net, data, tmp_path, kind=transformers.Seq2SeqTrainer,
+                   arguments=transformers.Seq2SeqTrainingArguments), micro_batch=3).train()  # fmt: skip
+    assert moved(flat(net), before, reference) <= (EXACT if NEW else SINGLE)
 
 
 def test_steps_schedule_logs_and_clipping_are_those_of_the_trainer_alone_at_the_whole_batch(tmp_path):
@@ -226,14 +266,16 @@ def test_a_training_goes_on_from_the_trainers_checkpoint_without_probing(tmp_pat
         attach(trainer(model("BertForSequenceClassification"), data, tmp_path / "a", **settings)).train(str(folder))
 
 
-def test_a_stream_without_a_length(tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_stream_without_a_length(shard, tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(samples("class").samples)
 
     net = model("BertForSequenceClassification")
     before = flat(net)
-    made = attach(trainer(net, Stream(), tmp_path, max_steps=3), memory="620KiB", cache=False)
+    stream = IterableDatasetShard(Stream(), batch_size=2) if shard else Stream()
+    made = attach(trainer(net, stream, tmp_path, max_steps=3), memory="620KiB", cache=False)
     made.train()
     reference, _ = by_hand(model("BertForSequenceClassification"), samples("class"), 8)
     assert moved(flat(net), before, reference) <= EXACT
@@ -268,6 +310,39 @@ def test_what_is_left_after_training_is_the_owners(tmp_path):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
+def whole_only(batch):
+    """A collate function that takes batches of 8 only."""
+    if len(batch) != 8:
+        raise ValueError(f"8 samples are needed, and {len(batch)} were given")
+    return padded(batch)
+
+
+def compared(batch):
+    """A collate function whose labels depend on the whole batch."""
+    made = padded(batch)
+    return {**made, "labels": (made["labels"] + made["labels"].sum()) % 3}
+
+
+@pytest.mark.parametrize(
+    ("collate", "error", "says"),
+    [(whole_only, DataError, "8 samples are needed"), (compared, LossError, "gradient")],
+)
+def test_a_collator_that_needs_a_whole_batch_is_refused_before_training(collate, error, says, tmp_path):
+    net = model("BertForSequenceClassification")
+    before = flat(net)
+    with pytest.raises(error, match=says):
+        attach(trainer(net, samples("class", 24), tmp_path, collate=collate), micro_batch=3).train()
+    assert torch.equal(flat(net), before)
+
+
+class OwnLoader(transformers.Trainer):
+    """Gives its batches by its own sampler."""
+
+    def get_train_dataloader(self):
+        batches = torch.utils.data.BatchSampler(range(22), 8, drop_last=False)
+        return torch.utils.data.DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=padded)
+
+
 class Generates(transformers.Trainer):
     """As trainers are that make a batch of their own, such as GRPO's."""
 
@@ -291,6 +366,7 @@ class Generates(transformers.Trainer):
             marks=pytest.mark.skipif(not NEW, reason="this transformers always shuffles"),
         ),
         (Generates, {}, {}, SetupError, "Generates makes its own batches"),
+        (OwnLoader, {}, {}, SetupError, "OwnLoader makes its own batches"),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_left_as_it_was(kind, settings, keywords, error, says, tmp_path):

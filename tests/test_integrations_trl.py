@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import autoaccum
+from autoaccum.errors import SetupError
+from autoaccum.training.events import WindowReplayed
 from tests.trainer_models import TINY, flat, moved
 
 pytest.importorskip("trl", reason="trl is not installed: it is in the group peers")
@@ -92,3 +94,42 @@ def test_the_update_is_that_of_the_trainer_alone_at_the_whole_batch(kind, lora, 
     autoaccum.attach(ours, target_batch=16, micro_batch=3, progress=False).train()
     assert moved(flat(ours.model), before, flat(alone.model)) <= within
     assert ours.state.global_step == alone.state.global_step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "within"), [("sft", SINGLE), ("dpo", SINGLE), ("reward", EXACT)])
+def test_twenty_out_of_memory_errors_are_replayed_and_change_nothing(kind, within, tmp_path):
+    alone = trainer(kind, tmp_path, per_device_train_batch_size=22, max_steps=20)
+    before = flat(alone.model)
+    alone.train()
+    ours = trainer(kind, tmp_path, per_device_train_batch_size=4, max_steps=20)
+    step, left = ours.compute_loss, [20]
+
+    def scarce(model, inputs, *rest, **named):
+        loss = step(model, inputs, *rest, **named)
+        if left[0] and len(inputs["input_ids"]) > 4 and torch.rand((), generator=draw) < 0.6:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return loss
+
+    draw, heard, ours.compute_loss = torch.Generator().manual_seed(1), [], scarce
+    autoaccum.attach(
+        ours, target_batch=22, micro_batch=22, check=False, regrow_after=1, progress=False, callbacks=[heard.append]
+    )
+    with pytest.warns(UserWarning, match="out of memory in step"):
+        ours.train()
+    assert sum(isinstance(event, WindowReplayed) for event in heard) == 20
+    assert moved(flat(ours.model), before, flat(alone.model)) <= within
+
+
+def test_a_trainer_that_makes_its_own_samples_is_refused(tmp_path):
+    config = transformers.LlamaConfig(**TINY, max_position_embeddings=64, pad_token_id=0, eos_token_id=2)
+    made = trl.GRPOTrainer(
+        transformers.LlamaForCausalLM(config),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[]),
+        train_dataset=rows("sft").select_columns(["prompt"]),
+        processing_class=tokenizer(),
+    )
+    with pytest.raises(SetupError, match="makes its own batches"):
+        autoaccum.attach(made, target_batch=16)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import autoaccum
+from autoaccum.errors import SetupError
 from autoaccum.training.events import WindowReplayed
 from tests.trainer_models import flat, model, padded, samples
 
@@ -139,6 +140,51 @@ def accelerate(folder, heard):
     return module, losses, accumulator.step
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(text().samples)
+
+
+def refusals(folder):
+    """What cannot be served on several ranks, and what each trainer says then."""
+    import lightning as lit
+    import transformers as library
+
+    from autoaccum.integrations.lightning import TargetBatch
+
+    def attach(data, target):
+        args = library.TrainingArguments(output_dir=folder, max_steps=2, report_to=[], use_cpu=True)
+        made = library.Trainer(net(), args, train_dataset=data, data_collator=padded)
+        autoaccum.attach(made, target_batch=target, progress=False)
+
+    class Module(lit.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def training_step(self, batch, batch_idx):
+            return self.net(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    def fit(data, target):
+        made = lit.Trainer(
+            accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False, max_epochs=1,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[TargetBatch(target, progress=False)],
+        )  # fmt: skip
+        made.fit(Module(), DataLoader(data, 4, collate_fn=padded))
+
+    said = {}
+    for name, train in (("transformers", attach), ("lightning", fit)):
+        for what, data, target in (("few", text(), 1), ("stream", Stream(), TARGET)):
+            try:
+                train(data, target)
+            except SetupError as error:
+                said[f"{name}, {what}"] = str(error)
+    return said
+
+
 TRAINERS = {"transformers": transformers, "lightning": lightning, "accelerate": accelerate}
 
 
@@ -147,6 +193,8 @@ def main():
     folder, *names = sys.argv[1:]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if {"transformers", "lightning"} <= set(names):
+        torch.save(refusals(folder), Path(folder) / f"refusals-{os.environ['RANK']}.pt")
     for name in names:
         heard = []
         module, losses, steps = TRAINERS[name](folder, heard)

@@ -110,6 +110,8 @@ class Evidence:
             for part in self.parts:
                 # A part in which nothing counts brings nothing, to no subset.
                 counted = amounts[subsets.index(part)] > 0
+                if counted and not all(a for a, s in zip(amounts, subsets) if set(part) <= set(s)):
+                    return math.inf  # more samples, and none of them counts: a collator made other labels of them
                 columns.append([1 / a if counted and set(part) <= set(s) else 0.0 for a, s in zip(amounts, subsets)])
         matrix = torch.tensor(columns, dtype=torch.float64).T
         left, values, _ = torch.linalg.svd(matrix / matrix.amax(dim=0).clamp_min(_TINY))

@@ -199,7 +199,11 @@ class Attachment:
         if self._by_length is not None and plan.length_rule is not None:
             places, _ = cut(samples, self._by_length._replace(rule=plan.length_rule), collate)
             return [collate([samples[place] for place in piece]) for piece in places]
-        sizes = even_split(len(samples), plan.limits[plan.rank], minimum=plan.minimum, multiple_of=plan.multiple_of)
+        number = len(samples)
+        # A tail of 7 in micro-batches of exactly 2 cannot be: one of them takes 3.
+        least = -(-number // max(number // plan.minimum, 1))
+        limit = max(plan.limits[plan.rank], least)
+        sizes = even_split(number, limit, minimum=plan.minimum, multiple_of=plan.multiple_of)
         pieces, start = [], 0
         for size in sizes:
             pieces.append(collate(list(samples[start : start + size])))

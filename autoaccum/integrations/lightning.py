@@ -207,13 +207,15 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
                 output = module.training_step(*kwargs.values())
         finally:
             module._current_fx_name = before
-        loss = ClosureResult.from_training_step_output(output).closure_loss
+        ClosureResult.from_training_step_output(output)  # refuses what is no loss
+        # As the module gave it: the result's own loss is divided by 1, which looks like a division of the user's.
+        loss = output["loss"] if isinstance(output, Mapping) else output
         if loss is None:
             raise SetupError(
                 f"{type(module).__name__}.training_step returned None for a micro-batch, and the window cannot be "
                 "weighted: return a loss, of zero weight where nothing counts"
             )
-        self._logged.piece(output["loss"] if isinstance(output, Mapping) else output)
+        self._logged.piece(loss)
         return loss  # type: ignore[no-any-return]
 
     @contextmanager

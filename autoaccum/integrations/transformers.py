@@ -12,8 +12,7 @@ Choices made here:
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,19 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import write_json
 from autoaccum.integrations.attachment import Attachment, Trained
-from autoaccum.integrations.examination import Subject, examine
-from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares, source_of
-from autoaccum.integrations.noted import Noted, plain
-from autoaccum.integrations.unserved import NAME, refuse, refuse_own_batches
+from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
+from autoaccum.integrations.noted import plain
+from autoaccum.integrations.transformers_step import OwnStep
+from autoaccum.integrations.transformers_verify import verify
+from autoaccum.integrations.unserved import NAME, refuse
 from autoaccum.ranks import here
 
 __all__ = ["attach", "verify"]
 
 FILE = "autoaccum.json"
-MOST_STEPS = 16  # micro-batches that a check runs
 
 
 def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
@@ -55,7 +53,7 @@ class _Attached:
         from transformers import TrainerCallback
 
         self.attachment = Attachment(keywords)
-        self._trainer, self._step, self._kind = trainer, trainer.training_step, type(trainer)
+        self._trainer, self._step = trainer, OwnStep(trainer)
         self._train, self._loader = trainer.train, trainer.get_train_dataloader
         self._resumed: str | None = None
         ranks, args = here(), trainer.args
@@ -130,14 +128,14 @@ class _Attached:
             Trained(
                 model=model,
                 optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
-                step=self.loss,
+                step=self._step.loss,
                 source=source_of(loader),
                 device=trainer.args.device,
                 drops=bool(trainer.args.dataloader_drop_last),
                 scaler=scaler,
                 runs_in=f"{precision if precision != 'no' else 'the model as it is'}: the trainer's own",
-                code=f"{self._kind.__module__}.{self._kind.__qualname__} {trainer.args.label_smoothing_factor}",
-                preserved=self._preserved,
+                code=self._step.code,
+                preserved=self._step.preserved,
             ),
             total_steps=state.max_steps,
             step=state.global_step,
@@ -162,39 +160,6 @@ class _Attached:
         window.pieces = attachment.pieces
         return torch.tensor(record.loss, device=self._trainer.args.device)
 
-    def loss(self, model: Any, batch: Any) -> Tensor:
-        """The loss of one batch as the trainer's own step makes it, before its backward."""
-        trainer = self._trainer
-        caught: list[Tensor] = []
-        accelerator = trainer.accelerator
-        trainer.current_gradient_accumulation_steps = 1
-        own = {"backward": lambda loss, **_: caught.append(loss)}
-        if here().size > 1:  # a rank may run more micro-batches than another, which nobody may wait for in a gather
-            own |= dict.fromkeys(("gather", "gather_for_metrics"), lambda values, *_, **__: values)
-        vars(accelerator).update(own)
-        try:
-            self._step(model, dict(batch) if isinstance(batch, dict) else batch, None)
-        finally:
-            for name in own:
-                del vars(accelerator)[name]
-        if len(caught) != 1:
-            raise SetupError(
-                f"{self._kind.__name__}.training_step called accelerator.backward {len(caught)} times for one batch, "
-                "and attach() takes the loss from there: have it call the Trainer's own training_step, or accelerator."
-                "backward(loss) once"
-            )
-        (loss,) = caught
-        return loss
-
-    @contextmanager
-    def _preserved(self) -> Iterator[None]:
-        """What the trainer's step notes on the trainer (metrics, token counts) is as before afterwards."""
-        kept = Noted(self._trainer)
-        try:
-            yield
-        finally:
-            kept.restore()
-
     def save(self, state: Any) -> None:
         """Our part beside the checkpoint that was just written."""
         from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -202,81 +167,6 @@ class _Attached:
         folder = Path(self._trainer._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and self.attachment.shares is not None:
             write_json(folder / FILE, plain(self.attachment.state_dict()))
-
-
-def verify(trainer: Any) -> VerifyReport:
-    """Whether the trainer's own accumulation, as it is configured, gives the whole batch's gradient.
-
-    Raises:
-        SetupError: a trainer that makes its own batches.
-    """
-    refuse_own_batches(trainer)
-    args, model = trainer.args, trainer.model
-    taken = _Attached.__new__(_Attached)  # its way to the loss, without taking hold of anything
-    taken._trainer, taken._step, taken._kind = trainer, trainer.training_step, type(trainer)
-    steps = min(args.gradient_accumulation_steps, MOST_STEPS)
-    size = min(max(args.per_device_train_batch_size, 2), 4)
-    held = trainer.data_collator
-    trainer.data_collator = Held(held)
-    try:
-        loader = trainer.get_train_dataloader()
-    finally:
-        trainer.data_collator = held
-    collate = Pieces(loader.collate_fn)
-    source = source_of(loader)
-    few = steps * size if source.length is None else min(steps * size, source.length)
-
-    @contextmanager
-    def accumulating(number: int) -> Iterator[None]:
-        asked, args.gradient_accumulation_steps = args.gradient_accumulation_steps, number
-        try:
-            with trainer.accelerator.autocast():
-                yield
-        finally:
-            args.gradient_accumulation_steps = asked
-
-    def plain(batch: Any) -> None:
-        with accumulating(1):  # 4.50 divides by it in training_step
-            loss = taken.loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def own(batches: Any, last: bool) -> None:
-        # What the trainer's loop does for one optimizer step.
-        whole = [batches[place] for place in range(len(batches))]
-        drawn, items = trainer.get_batch_samples(iter(whole), len(whole), args.device)
-        trainer.current_gradient_accumulation_steps = len(drawn)
-        with accumulating(steps):
-            for place in range(len(drawn)):
-                trainer.training_step(model, batches[place], items)
-        scaler = trainer.accelerator.scaler
-        for parameter in model.parameters() if scaler is not None else ():
-            if parameter.grad is not None:
-                parameter.grad /= scaler.get_scale()
-
-    inner = getattr(model, "get_base_model", lambda: model)()
-    samples = source.trial(few).samples if steps > 1 else []
-    return examine(
-        Subject(
-            name="Trainer",
-            setting="gradient_accumulation_steps",
-            steps=steps,
-            asked=args.gradient_accumulation_steps,
-            model=model,
-            device=args.device,
-            samples=samples,
-            collate=collate,
-            plain=plain,
-            own=own,
-            preserved=taken._preserved,
-            blame=(
-                f"{type(inner).__name__} takes **kwargs and ignores num_items_in_batch"
-                if trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
-                else "the mean of each micro-batch is added up undivided"
-            ),
-            mend=f"autoaccum.attach(trainer, target_batch={args.train_batch_size * args.gradient_accumulation_steps}) "
-            "gives it the batch's own, whatever the micro-batch",
-        )
-    )
 
 
 def _inner(model: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autoaccum.data.piece import Piece
 from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError, shown
 
@@ -90,6 +91,8 @@ def targets_in(batch: Any, *, apart: bool) -> Any:
         batch: as for `arrange`.
         apart: False: only a mapping's labels count, as a tuple's last element may be one more input.
     """
+    if isinstance(batch, Piece):
+        return targets_in(batch.batch, apart=apart)
     if isinstance(batch, Mapping):
         key = _own_key(batch)
         return None if key is None else batch[key]

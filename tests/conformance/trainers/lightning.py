@@ -101,6 +101,6 @@ class LightningAttached(Lightning):
     name = "lightning + attach"
 
     def _before(self, trainer: Any, problem: Problem) -> None:
-        autoaccum.attach(
-            trainer, target_batch=problem.target_batch, micro_batch=problem.micro_batch, progress=False, check=False
-        )
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        size = problem.target_batch * ranks
+        autoaccum.attach(trainer, target_batch=size, micro_batch=problem.micro_batch, progress=False)

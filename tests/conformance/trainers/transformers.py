@@ -4,6 +4,7 @@ A model with a loss of its own is given as it is. Another one is wrapped in a mo
 the Trainer's documentation asks for; its forward has no **kwargs, so that the Trainer treats the loss as a plain mean.
 """
 
+import os
 import tempfile
 from typing import Any
 
@@ -32,6 +33,7 @@ class Transformers(Trainer):
     """transformers.Trainer."""
 
     name = package = distribution = "transformers"
+    recovers = True  # by itself, with a switch
 
     def train(self, problem: Problem) -> Run:
         import transformers
@@ -64,7 +66,7 @@ class Transformers(Trainer):
                 dataloader_pin_memory=False,
                 ddp_find_unused_parameters=problem.find_unused,
                 seed=0 if problem.seed is None else problem.seed,
-                auto_find_batch_size=problem.recover,
+                auto_find_batch_size=problem.recover and self.recovers,
                 **length,
             )
             made = transformers.Trainer(
@@ -87,8 +89,9 @@ class TransformersAttached(Transformers):
     """transformers.Trainer, with one line more: its windows are autoaccum's."""
 
     name = "transformers + attach"
+    recovers = False
 
     def _before(self, trainer: Any, problem: Problem) -> None:
-        autoaccum.attach(
-            trainer, target_batch=problem.target_batch, micro_batch=problem.micro_batch, progress=False, check=False
-        )
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        size = problem.target_batch * ranks
+        autoaccum.attach(trainer, target_batch=size, micro_batch=problem.micro_batch, progress=False)
