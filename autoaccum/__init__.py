@@ -94,6 +94,8 @@ def __getattr__(name: str) -> Any:
     """Loads a public name when it is first asked for (PEP 562)."""
     if name == "events":  # what callbacks get, a module as errors is
         return importlib.import_module("autoaccum.training.events")
+    if name == "integrations":
+        return importlib.import_module("autoaccum.integrations")
     if name not in _HOME:
         raise AttributeError(f"module 'autoaccum' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

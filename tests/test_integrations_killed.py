@@ -67,7 +67,7 @@ SCRIPT = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-import autoaccum, autoaccum.integrations
+import autoaccum
 from tests.trainer_models import flat, model, padded, samples
 
 FOLDER, KILL, RESUME = sys.argv[1], sys.argv[2] == "kill", True if sys.argv[2] == "resume" else None
@@ -100,4 +100,5 @@ def test_a_killed_training_goes_on_from_the_trainers_own_checkpoint(name, tmp_pa
     assert "trial" in probed
     assert "trial" not in heard
     assert steps == gone_on == 6
-    assert torch.equal(again, whole)
+    # Not the same bits: what the check learnt of the loss before the first training changes how its weights are rounded.
+    assert float((again - whole).norm() / whole.norm()) <= 1e-12
