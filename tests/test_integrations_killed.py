@@ -100,5 +100,5 @@ def test_a_killed_training_goes_on_from_the_trainers_own_checkpoint(name, tmp_pa
     assert "trial" in probed
     assert "trial" not in heard
     assert steps == gone_on == 6
-    # Not the same bits: what the check learnt of the loss before the first training changes how its weights are rounded.
+    # Not the same bits: what the check learnt of the loss beforehand changes how its weights are rounded.
     assert float((again - whole).norm() / whole.norm()) <= 1e-12
