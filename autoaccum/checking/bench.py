@@ -136,7 +136,6 @@ class Bench:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.objective.before_reading = lambda number: None  # the model is held still in here alone
         self._stack.close()
 
     def batch(self, rows: Sequence[int]) -> Any:
