@@ -213,12 +213,17 @@ def _reduced(at: _Walker, name: str, way: Way, found: list[Term]) -> bool:
             if below is not None:
                 _walk(at.branch(place, below, at.factor), way, found)
         return True
-    if way.deep and within in _OVER_SOME and 0 in _dimensions(inner):
+    if way.deep and ((within in _OVER_SOME and 0 in _dimensions(inner)) or _by_one_number(inner, within)):
         at.over = at.over * own
         at.down(0, inner)
         return False
     found.append(at.term(at.over * own))
     return True
+
+
+def _by_one_number(node: Any, name: str) -> bool:
+    """Whether a node divides all that it is given by one and the same number."""
+    return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
 
 
 def _passed(at: _Walker, name: str, place: int) -> bool:
