@@ -31,6 +31,11 @@ class RandomState:
         self._python = random.getstate()
         self._numpy = _numpy_seen.state_of(_numpy(), quick)
 
+    @property
+    def has_numpy(self) -> bool:
+        """Whether numpy was loaded when this was made."""
+        return self._numpy is not None
+
     def restore(self) -> None:
         """Sets every generator back."""
         torch.set_rng_state(self._cpu)

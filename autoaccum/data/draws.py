@@ -20,14 +20,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from autoaccum.data.held import held, restore, state_of
 from autoaccum.interrupts import uninterrupted
+from autoaccum.random_state import RandomState
 
 __all__ = ["Lane", "draw", "mix", "preserved", "seed_sample"]
 
 _MASK = 2**64 - 1
+_CPU = torch.device("cpu")  # a worker must not touch an accelerator
 
 
 def mix(*numbers: int) -> int:
@@ -51,7 +52,7 @@ def draw(generator: torch.Generator) -> int:
 
 def seed_sample(seed: int) -> None:
     """Seeds torch (on the CPU), Python and, where it is loaded, numpy."""
-    # torch.manual_seed would seed every accelerator too, which a worker must not touch.
+    # torch.manual_seed would seed every accelerator too.
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     numpy = _numpy()
@@ -59,42 +60,25 @@ def seed_sample(seed: int) -> None:
         numpy.seed(seed & 0xFFFFFFFF)
 
 
-class _Globals:
-    """The state of the global generators at one moment."""
-
-    def __init__(self) -> None:
-        numpy = _numpy()
-        self.torch: Tensor = torch.get_rng_state()
-        self.python = random.getstate()
-        self.numpy = numpy.get_state() if numpy is not None else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.torch)
-        random.setstate(self.python)
-        numpy = _numpy()
-        if numpy is not None and self.numpy is not None:
-            numpy.set_state(self.numpy)
-
-
 class Lane:
     """Inside `with lane:` the global generators are the lane's own, and go on where its last use left them."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._inside: _Globals | None = None
-        self._outside: _Globals | None = None
+        self._inside: RandomState | None = None
+        self._outside: RandomState | None = None
 
     @uninterrupted
     def __enter__(self) -> None:
-        self._outside = _Globals()
-        if self._inside is None or (self._inside.numpy is None and _numpy() is not None):
+        self._outside = RandomState(_CPU)
+        if self._inside is None or (not self._inside.has_numpy and _numpy() is not None):
             seed_sample(self._seed)
         if self._inside is not None:
             self._inside.restore()
 
     @uninterrupted
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._inside = _Globals()
+        self._inside = RandomState(_CPU)
         if self._outside is not None:
             self._outside.restore()
 
@@ -103,7 +87,7 @@ class preserved:
     """Leaves every generator as it was: the global ones, and those that `owners` (datasets, samplers) hold."""
 
     def __init__(self, *owners: Any) -> None:
-        self._before = _Globals()
+        self._before = RandomState(_CPU)
         named = {str(number): owner for number, owner in enumerate(owners)}
         self._own = [(generator, state_of(generator)) for generator in held(named).values()]
 

@@ -43,7 +43,7 @@ class Order(Protocol):
         """The next `count` indices."""
 
     def rows(self, count: int) -> Tensor | slice:
-        """The same, for tensors: int64 indices, or a slice where they are consecutive."""
+        """The next `count` indices for a tensor: int64 indices, or a slice where they are consecutive."""
 
 
 class Permutation:
@@ -68,7 +68,7 @@ class Permutation:
         return indices
 
     def rows(self, count: int) -> Tensor | slice:
-        """The same, for tensors."""
+        """The next `count` indices, as a tensor or a slice takes them."""
         start = self._position
         self._position = start + count
         return slice(start, start + count) if self._order is None else self._order[start : start + count]
@@ -110,7 +110,7 @@ class SamplerOrder:
         return [self._read.popleft() for _ in range(count)]
 
     def rows(self, count: int) -> Tensor | slice:
-        """The same, for tensors."""
+        """The next `count` indices, as a tensor or a slice takes them."""
         return torch.tensor(self.take(count), dtype=torch.int64)
 
 

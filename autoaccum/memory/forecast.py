@@ -152,7 +152,7 @@ class Forecast:
         return round(float((self._residents @ point).sum()) + self._above(point)) + self._background
 
     def above(self, batch: int, length: int | None = None) -> int:
-        """The same above the start of the window; at least 0."""
+        """The most in use at once above what was there at the start of the window, in requested bytes; at least 0."""
         return round(self._above(self._point(batch, length))) + self._background
 
     def lines(self) -> list[tuple[float, ...]]:

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from autoaccum.errors import PlanError, shown
 from autoaccum.planning.learning_rate import number
-from autoaccum.planning.reasons import format_sizes
-
-if TYPE_CHECKING:
-    from autoaccum.planning.plan import Plan
+from autoaccum.planning.reasons import Sized, format_sizes
 
 __all__ = ["TRAINERS", "as_config"]
 
 _WIDTH = 78  # columns of a comment
 _TRIED = 100_000  # numbers of micro-batches that are tried for an equal split; beyond, one sample at a time
+
+
+class Planned(Sized, Protocol):
+    """What these lines read of a plan."""
+
+    @property
+    def micro_batches(self) -> tuple[int, ...]: ...
+
+    @property
+    def lr(self) -> float | None: ...
+
+    @property
+    def optimizer_overrides(self) -> Mapping[str, Any]: ...
 
 
 class _Equal(NamedTuple):
@@ -114,7 +124,7 @@ TRAINERS: dict[str, tuple[Callable[[_Equal], list[str]], str, bool]] = {
 """By name: the lines, what differs there, and whether they hold the learning rate."""
 
 
-def as_config(plan: Plan, name: str) -> str:
+def as_config(plan: Planned, name: str) -> str:
     """The plan in the words of the trainer called `name`: comments on what it means there, then the lines to put.
 
     Raises:
@@ -137,7 +147,7 @@ def as_config(plan: Plan, name: str) -> str:
     return "\n".join([*comments, *lines(equal)])
 
 
-def _equal(plan: Plan) -> _Equal:
+def _equal(plan: Planned) -> _Equal:
     """The fewest equal micro-batches on equal ranks that hold the plan's window and fit on every rank.
 
     Where the ranks cannot share it evenly: the nearest window that they can, in the fewest micro-batches.
@@ -150,7 +160,7 @@ def _equal(plan: Plan) -> _Equal:
     return _Equal(share // steps, steps, plan.world_size, plan.lr)
 
 
-def _nearest(plan: Plan) -> _Equal:
+def _nearest(plan: Planned) -> _Equal:
     """The window nearest to the plan's in the fewest micro-batches of one size, whatever it holds."""
     limit, window = min(plan.limits), plan.usual_window
     steps = -(-window // (limit * plan.world_size))
@@ -158,7 +168,7 @@ def _nearest(plan: Plan) -> _Equal:
     return _Equal(size, steps, plan.world_size, plan.lr)
 
 
-def _split_note(plan: Plan, equal: _Equal) -> str:
+def _split_note(plan: Planned, equal: _Equal) -> str:
     ranks = f" on each of {equal.ranks} processes" if equal.ranks > 1 else ""
     told = f"{equal.total} samples a step: {equal.steps} × {equal.size}{ranks}"
     if equal.total != plan.usual_window:
@@ -173,7 +183,7 @@ def _split_note(plan: Plan, equal: _Equal) -> str:
     return text
 
 
-def _limits_note(plan: Plan) -> list[str]:
+def _limits_note(plan: Planned) -> list[str]:
     lost = ["a replay in smaller pieces after running out of memory"]
     if plan.by_length:
         lost.append("windows cut by length")

@@ -42,7 +42,7 @@ class LengthSummary:
 
     @property
     def padding_unsorted(self) -> float:
-        """The same in micro-batches of one size, in the order the samples came."""
+        """The share that padding would be in micro-batches of one size, in the order the samples came."""
         return 1.0 - self.tokens / self.unsorted
 
     def lines(self) -> list[str]:

@@ -43,7 +43,7 @@ class Boundary:
     """What this rank's next window will draw from: the generators and the data's state, between two windows."""
 
     def __init__(self, device: torch.device, source: Source, validation: Source | None, *, quick: bool) -> None:
-        """Captures; `quick` as in generators.py."""
+        """Captures; `quick` as in random_state.py."""
         self._random = RandomState(device, quick=quick)
         self._sources = [source] if validation is None else [source, validation]
         self._data = [each.state_dict() for each in self._sources]
