@@ -333,6 +333,7 @@ def _check(asked: Settings) -> None:
 
 def display(progress: bool | None, ranks: Ranks, *, bar: bool = True) -> list[Listener]:
     """Who shows a person what happens: on the first rank, where `progress` or a terminal asks for it."""
+    one_of("progress", progress, (None, True, False))
     if ranks.rank != 0 or not (sys.stderr.isatty() if progress is None else progress):
         return []
     from autoaccum.display.narrator import Narrator

@@ -1,6 +1,30 @@
 """For all tests: property tests are not timed, since how long an example takes says nothing on a busy machine."""
 
+import gc
+import importlib
+import multiprocessing
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.warm import WARM
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish(session):
+    """Sets all that was imported aside from the collection of garbage, which tests of errors for memory ask for often.
+
+    A look at a whole interpreter with PyTorch and SymPy takes longer than most tests; only a large run is worth that.
+    """
+    if len(session.items) > 300:
+        importlib.import_module("tests.warmed")
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture
+def spawns_warm(monkeypatch):
+    """Processes that the package spawns begin as forks of one that has imported PyTorch."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: WARM)

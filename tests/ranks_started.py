@@ -1,11 +1,12 @@
 """Starts real processes, one for each rank, and waits for them."""
 
-import multiprocessing as mp
 import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.warm import WARM
 
 __all__ = ["started"]
 
@@ -17,8 +18,7 @@ def started(
 
     Those in `killed` are to end by SIGKILL, all others well.
     """
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(folder))) for rank in range(count)]
+    processes = [WARM.Process(target=work, args=(rank, str(folder))) for rank in range(count)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + seconds

@@ -79,6 +79,7 @@ def test_copies_of_the_model_do_not_feed_its_statistics():
     assert_same(model, state(whole), 1e-12)
 
 
+@pytest.mark.slow
 @since("2.5", "graphs through our hooks")
 def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
     def make():

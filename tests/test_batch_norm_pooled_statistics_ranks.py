@@ -1,7 +1,5 @@
 """Pooled statistics over ranks: two real processes over gloo, started once; each test looks at what they found."""
 
-import multiprocessing as mp
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 from autoaccum.errors import SetupError
 from autoaccum.ranks import here
+from tests.ranks_started import started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
 
@@ -115,17 +114,8 @@ def work(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    for process in processes:
-        if process.is_alive():
-            process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    folder = tmp_path_factory.mktemp("ranks")
+    started(work, 2, folder)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import autoaccum
 from autoaccum.cli.main import cli
 from autoaccum.errors import DeviceError, LossError, NothingFitsError, PlanError
 from autoaccum.planning.plan import Plan, plan
+from tests import warm
 
 BUILD = """
 def build():
@@ -301,19 +301,10 @@ for name in ("probe", "fit"):
     vars(here.autoaccum)[name] = getattr(library, name)
 here.cli(["fit", "train.py:build_with_target", "--json"], prog_name="autoaccum")
 """
-    root = str(Path(autoaccum.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": root},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    _, out, err = warm.run("-c", script, cwd=tmp_path)
 
-    assert json.loads(done.stdout)["schema"] == 1
-    assert "from below Python" in done.stderr
+    assert json.loads(out)["schema"] == 1
+    assert "from below Python" in err
 
 
 def test_only_the_first_of_several_ranks_speaks(library, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoaccum.cli.main import cli
+from tests import warm
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -116,8 +117,7 @@ def command(*words):
 
 
 def in_a_child(*words):
-    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=300, check=False)
-    return done.returncode, done.stdout, done.stderr
+    return warm.run(*command(*words)[1:])
 
 
 def here(*words):

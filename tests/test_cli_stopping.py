@@ -1,13 +1,13 @@
 """`autoaccum fit` and signals: the window is finished and saved, the exit code says what it was, all goes on again."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+
+from tests.warm import Command
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
@@ -44,11 +44,7 @@ def folder(tmp_path):
 
 
 def start(folder, *words, target="train.py:build"):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "autoaccum", "fit", target, *words]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Command("-m", "autoaccum", "fit", target, *words, cwd=folder)
 
 
 def wait_for(path, text):
@@ -98,9 +94,7 @@ def test_ctrl_c_twice_ends_at_once_with_130(folder):
 @pytest.mark.slow
 def test_without_a_folder_a_signal_ends_at_once_since_there_is_nothing_to_save(folder):
     process = start(folder, target="train.py:hanging")
-    for line in process.stderr:
-        if "target" in line:
-            break
+    wait_for(process.stderr, "target")
     time.sleep(2.0)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)

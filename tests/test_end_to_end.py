@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = "examples/01_first_fit.py:setup"
@@ -24,7 +27,7 @@ def run(*arguments, seconds=560):
 
 
 def command(*arguments):
-    return run("-m", "autoaccum", *arguments)
+    return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), warm.run("-m", "autoaccum", *arguments))))
 
 
 @pytest.mark.slow
@@ -83,6 +86,7 @@ def test_probe_prints_one_json_object_and_its_saved_plan_trains_without_a_probe(
     assert [record["samples"] for record in values["history"]] == [256, 256, 256]
 
 
+@pytest.mark.slow
 def test_verify_says_that_the_gradient_is_right():
     done = command("verify", EXAMPLE, "--json")
     assert done.returncode == 0, done.stderr

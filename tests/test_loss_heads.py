@@ -348,6 +348,7 @@ def test_micro_batches_padded_to_different_lengths_are_weighted_by_their_shifted
     assert float(loss) == pytest.approx(float(model(**data)["loss"].detach()), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_compiled_counts_by_what_its_eager_self_was_read_to():
     """torch.compile hides the graph of what it compiles; the values add up by the labels that count all the same."""
     model = Language(shifted).eval()

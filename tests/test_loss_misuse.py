@@ -60,6 +60,13 @@ CASES = {
     ),
     "label too large": (nn.Linear(6, 4), (X, Y.clone().fill_(4)), {"loss": LOSS}, SetupError, "a label is 4", ""),
     "label too small": (nn.Linear(6, 4), (X, Y.clone().fill_(-1)), {"loss": LOSS}, SetupError, "a label is -1", ""),
+    "classes in the last dimension": (
+        nn.Linear(6, 4), (torch.ones(24, 5, 6), torch.zeros(24, 5).long()), {"loss": LOSS}, DataError,
+        "takes outputs (samples, classes, ...)", "target size",
+    ),
+    "another shape": (
+        nn.Linear(6, 4), (X, torch.ones(24, 3)), {"loss": nn.BCEWithLogitsLoss()}, DataError, "equal shapes", "size",
+    ),
     "token too large": (embedding(), (TOKENS + 9, WORDS), {"loss": LOSS}, DataError, "have 9 rows", "out of range"),
     "AdamW on sparse": (embedding(True), (TOKENS, WORDS), {"loss": LOSS}, SetupError, "sparse=False", ""),
     "SparseAdam on dense": (

@@ -1,8 +1,6 @@
 """What a recording holds: every byte asked for on the device, by whom, when; and that it leaves nothing behind."""
 
 import gc
-import subprocess
-import sys
 import threading
 import weakref
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from torch.nn import functional as F
 
 from autoaccum.errors import ProbeError
 from autoaccum.memory.trace import record
+from tests import warm
 from tests.synthetic import play
 
 CPU = SimpleNamespace(torch_device=torch.device("cpu"))
@@ -246,9 +245,9 @@ def test_the_first_recording_prints_nothing():
         "with record(SimpleNamespace(torch_device=torch.device('cpu'))) as r: torch.empty(3)\n"
         "import os; assert 'KINETO_LOG_LEVEL' not in os.environ; print(r.trace.peak)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "12\n"
-    assert "profiler" not in done.stderr
+    code, out, err = warm.run("-c", code)
+    assert (code, out) == (0, "12\n")
+    assert "profiler" not in err
 
 
 def test_a_recording_under_autocast_sees_the_cast_copies():

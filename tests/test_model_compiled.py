@@ -91,6 +91,7 @@ def test_ragged_windows_and_a_short_tail_run_in_the_one_graph_that_the_probe_com
         torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_the_forecast_is_of_the_compiled_step():
     report = autoaccum.probe(
         make(), data(), loss=nn.CrossEntropyLoss(), device="cpu", target_batch=200, memory="64MiB", compile=True

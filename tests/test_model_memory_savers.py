@@ -333,6 +333,7 @@ def test_the_model_runs_under_the_rung_while_it_trains_and_only_then():
     assert bare(given["model"])
 
 
+@pytest.mark.slow
 def test_a_precision_that_was_asked_for_is_not_changed():
     result = autoaccum.fit(**setup(), **ASKED, memory=TWO_WITH_CHECKPOINTING, ladder="auto", precision="fp32")
     assert result.plan.ladder == "checkpointing"
@@ -390,6 +391,7 @@ def test_the_same_training_again_goes_by_the_kept_answer_of_its_rung(tmp_path):
     assert not any("earlier run" in note for note in (*first.notes, *plain.notes))
 
 
+@pytest.mark.slow
 def test_a_resumed_training_goes_on_under_the_rung_of_its_checkpoint(tmp_path):
     whole, half, rest = setup(), setup(), setup()
     asked = {**ASKED, "memory": ONLY_CHECKPOINTING, "ladder": "auto"}
@@ -440,6 +442,7 @@ def deadly():
     return {**setup(), "model": Deadly(4), "precision": "fp32"}
 
 
+@pytest.mark.usefixtures("spawns_warm")
 def test_kills_without_a_rung_are_not_held_against_it():
     report = autoaccum.probe(**deadly(), **ASKED, memory="64MiB", ladder="auto", isolate=deadly)
     assert report.ladder == report.plan.ladder == "checkpointing"

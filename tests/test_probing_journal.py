@@ -19,6 +19,8 @@ from autoaccum.errors import NothingFitsError, ProbeError, SetupError
 from autoaccum.probing.isolate import Killed, run_in_child
 from autoaccum.probing.journal import Journal, Owner
 
+pytestmark = pytest.mark.usefixtures("spawns_warm")
+
 HERE = Owner.here()._asdict()
 GONE = {**HERE, "pid": 2**30, "started": 1.0}
 

@@ -571,6 +571,7 @@ def once_setup():
     return {"model": nn.Linear(6, 3), "data": once(), "loss": nn.CrossEntropyLoss(), "device": "cpu"}
 
 
+@pytest.mark.usefixtures("spawns_warm")
 def test_samples_that_a_probe_alone_reads_for_good_are_a_note():
     asked = {"target_batch": 8, "memory": "1MiB", "cache": False}
     given = once_setup()

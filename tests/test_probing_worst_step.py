@@ -175,9 +175,8 @@ class Wall(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize(
-    "at", [pytest.param(7, marks=pytest.mark.slow), 100, pytest.param(300, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [7, 100, 300])
 def test_a_limit_below_a_wall_is_not_called_forecast(at):
     report = probe(Wall(at), rows(1200), memory="8MiB")
     assert report.micro_batch == report.limit < at

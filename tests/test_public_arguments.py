@@ -130,6 +130,15 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["isolate", "progress", "precision", "check", "compile"])
+@pytest.mark.parametrize("value", [torch.ones(3), np.array([1, 0]), "x" * 10**6], ids=["tensor", "array", "text"])
+def test_what_is_no_switch_is_refused_by_name(name, value):
+    with pytest.raises(AutoaccumError, match=f"^{name}=") as raised:
+        positional, keywords = arguments("prepare")
+        autoaccum.prepare(*positional, **{**keywords, name: value})
+    assert len(str(raised.value)) < 300
+
+
 @pytest.mark.parametrize("seed", range(0, 100, 20))
 def test_odd_arguments_end_in_a_clear_line(seed):
     for each in range(seed, seed + 20):

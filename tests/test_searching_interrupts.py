@@ -103,6 +103,7 @@ def test_a_search_begun_in_the_handling_of_one_has_errors_of_its_own(tmp_path):
     assert [row["state"] for row in result.trials] == ["error", "complete", "complete"]
 
 
+@pytest.mark.slow
 def test_a_worker_whose_setup_swallows_it_takes_no_other_trial(tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCH_CALLS", str(tmp_path))
     with pytest.raises(KeyboardInterrupt):

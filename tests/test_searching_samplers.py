@@ -52,6 +52,7 @@ def test_two_machines_that_draw_at_the_same_moment_draw_differently(tmp_path, sa
     assert len(set(drawn)) == 4
 
 
+@pytest.mark.usefixtures("spawns_warm")
 def test_workers_and_restarts_draw_nothing_twice_from_a_sampler_of_the_users(tmp_path):
     search(tmp_path, sampler=optuna.samplers.RandomSampler(seed=1), workers=2, n_trials=4)
     result = search(tmp_path, sampler=optuna.samplers.RandomSampler(seed=1), n_trials=7)

@@ -79,6 +79,7 @@ def running(found):
     return any(trial.state.name == "RUNNING" and "autoaccum.owner" in trial.user_attrs for trial in found)
 
 
+@pytest.mark.usefixtures("spawns_warm")
 def test_workers_share_trials_and_threads_and_a_killed_ones_trial_runs_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCH_CALLS", str(tmp_path))
     (tmp_path / "marker").touch()
@@ -183,6 +184,7 @@ def run_python(words, **more):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=100, **more)
 
 
+@pytest.mark.usefixtures("spawns_warm")
 def test_a_plan_says_that_the_free_memory_was_shared_out(tmp_path):
     result = search(tmp_path, probed, 2, workers=2)
 

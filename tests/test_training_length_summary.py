@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import multiprocessing as mp
 import random
 from contextlib import nullcontext
 
@@ -18,6 +17,7 @@ from autoaccum.planning.plan import Plan, plan
 from autoaccum.training.events import Noted, TrainingWarning
 from autoaccum.training.length_summary import length_summary
 from autoaccum.training.smaller import cut_in_half
+from tests.ranks_started import started
 from tests.texts import Reader, loader, pad, sentences
 
 ROOM = ((20, 32), (60, 8), (120, 4), (400, 1))
@@ -187,8 +187,10 @@ class Interruption(Exception):
     pass
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("tight", [False, True])
+@pytest.mark.parametrize(
+    ("tight", "workers"),
+    [(False, 1), *[pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 0), (True, 0), (True, 1))]],
+)
 def test_a_training_that_was_interrupted_ends_bit_for_bit_where_the_other_does(tmp_path, tight, workers):
     """Dropout, shuffling, and the smaller windows after memory ran out in the second one."""
 
@@ -248,13 +250,7 @@ def work(rank, folder):
 
 @pytest.mark.slow
 def test_two_ranks_each_cut_their_own_share_by_length(tmp_path):
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
+    started(work, 2, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     reference = at_once()
     for parameters, _ in found:

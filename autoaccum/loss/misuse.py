@@ -20,6 +20,7 @@ from autoaccum.loss.torch_losses import TorchLoss
 __all__ = ["check_classes", "explain_loss", "explain_model"]
 
 _DTYPES = re.compile(r"dtype|scalar type|input type|can't be cast|not implemented for '", re.IGNORECASE)
+_SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|dimension", re.IGNORECASE)
 _STEP = "or own the call with step=f(model, batch)"
 
 
@@ -66,12 +67,7 @@ def explain_loss(
             f"loss={name} was given one number, since the model returns a scalar: where that is its loss already, "
             f"leave loss= out ({_torch(error)})"
         )
-    if isinstance(targets, Tensor) and _DTYPES.search(str(error)):
-        return DataError(
-            f"loss={name} was given outputs of {outputs.dtype} and targets of {targets.dtype}, which it does not take "
-            f"together: convert the targets, such as targets.{_wanted(torch_loss, outputs)} ({_torch(error)})"
-        )
-    return None
+    return _no_match(error, name, outputs, targets, torch_loss) if isinstance(targets, Tensor) else None
 
 
 def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> None:
@@ -140,6 +136,24 @@ def _no_tensor(error: Exception, name: str, outputs: Any) -> Exception | None:
         f"loss={name} was given what the model returned, a {type(outputs).__name__}{holds}, and cannot take it: where "
         "the model computes its own loss, leave loss= out; else pick the part that counts, "
         f"loss=lambda outputs, targets: {name}({part}, targets) ({_torch(error)})"
+    )
+
+
+def _no_match(
+    error: Exception, name: str, outputs: Tensor, targets: Tensor, torch_loss: TorchLoss | None
+) -> Exception | None:
+    """Outputs and targets of types or shapes that the loss does not take together."""
+    if _DTYPES.search(str(error)):
+        return DataError(
+            f"loss={name} was given outputs of {outputs.dtype} and targets of {targets.dtype}, which it does not take "
+            f"together: convert the targets, such as targets.{_wanted(torch_loss, outputs)} ({_torch(error)})"
+        )
+    if torch_loss is None or not _SIZES.search(str(error)):
+        return None
+    takes = "outputs (samples, classes, ...) and targets (samples, ...)" if torch_loss.of_logits else "equal shapes"
+    return DataError(
+        f"loss={name} was given outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, "
+        f"which do not go together: it takes {takes} ({_torch(error)})"
     )
 
 

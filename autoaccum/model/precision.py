@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.checks import one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.model.shards import is_sharded, local
 
@@ -37,8 +38,7 @@ class Precision:
         Raises:
             SetupError: an unknown name, or fp16 for parameters that are 16-bit themselves.
         """
-        if precision not in ("auto", "fp32", "bf16", "fp16"):
-            raise SetupError(f'precision={shown(precision)}: choose "auto", "fp32", "bf16" or "fp16"')
+        one_of("precision", precision, ("auto", "fp32", "bf16", "fp16"))
         self.name, self.reason = _decide(precision, device)
         if is_sharded(model):
             self.name, self.reason = _of_policy(precision)

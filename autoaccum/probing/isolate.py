@@ -133,8 +133,10 @@ def isolation(
     Raises:
         SetupError: nothing that a child could build the model with, or arguments that cannot be sent there.
     """
-    if isinstance(isolate, InChild) or isolate in (False, None):
-        return isolate or None
+    if isolate is None or isolate is False:
+        return None
+    if isinstance(isolate, InChild):
+        return isolate
     if isolate is not True and not callable(isolate):
         raise SetupError(
             f"isolate={shown(isolate)}: give True, or a function at a module's top level that returns fit's arguments "

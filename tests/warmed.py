@@ -1,0 +1,13 @@
+"""All that tests of trainings import sooner or later, for the process that others are forked from (warm.py)."""
+
+import hypothesis
+import pytest
+import sklearn.datasets
+import torch._dynamo  # by the first step of any optimizer
+
+import autoaccum
+
+__all__ = ["hypothesis", "pytest", "sklearn", "torch"]
+
+for name in autoaccum.__all__:  # each imports what it needs when it is first asked for
+    getattr(autoaccum, name)
