@@ -206,3 +206,28 @@ def test_a_loss_that_is_no_mean_is_not_taken_for_one(name):
     objective = Objective(Net(), step=COUPLED[name])
     objective.settle([samples(0.3)])
     assert objective.uncountable is not None
+
+
+@pytest.mark.parametrize("declared", ["sample_mean", "sum", lambda batch: float(batch["w"].sum())])
+def test_what_is_declared_is_held_against_the_graph_at_each_micro_batch(declared):
+    objective = Objective(Net(), step=LOSSES["masked mean"], reduction=declared)
+    first, *others = tree.split(samples(0.3), [10] * 8)
+    objective.terms(first)
+    with pytest.raises(LossError, match="its graph says that it divides by 5 and 4"):
+        for batch in others:
+            objective.terms(batch)
+
+
+@pytest.mark.parametrize("declared", [lambda batch: 2 * float(batch["k"].sum()), lambda batch: float(batch["k"].sum())])
+def test_a_declaration_may_be_a_multiple_of_what_the_graph_says(declared):
+    objective = Objective(Net(), step=LOSSES["masked mean"], reduction=declared)
+    for batch in tree.split(samples(0.3), [10] * 8):
+        assert objective.terms(batch)["loss"].denominator == declared(batch)
+
+
+def test_ranks_are_told_what_each_term_was_read_to_be():
+    objective = Objective(Net(), step=LOSSES["two terms"])
+    assert objective.facts == {"terms": "loss"}
+    objective.settle([samples(0.3)])
+    assert objective.facts == {"terms": "term 1, term 2", "term 1 of the loss": "count", "term 2 of the loss": "count"}
+    assert "each micro-batch runs forward once more" in objective.reason

@@ -139,7 +139,9 @@ class _Examination:
         found, why = self._report(), self._bench.objective.uncountable
         alike = found.verifiable or not self._shown  # by chance
         if found.ok and why is not None and alike and not self._bench.partial:
-            return self._failed(None, _uncountable(why), "these need not differ, and the loss does over others")
+            return self._failed(
+                None, _uncountable(self._bench.objective), "these need not differ, and the loss does over others"
+            )
         return found
 
     def _report(self) -> VerifyReport:
@@ -210,8 +212,8 @@ class _Examination:
             self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
             if split.error <= self._tolerance:
                 return self._passed(split)
-            why = bench.objective.uncountable if bench.objective.bends and not bench.partial else None
-            diagnosis = diagnose(bench.objective, evidence) if why is None else _uncountable(why)
+            seen = bench.objective.bends and not bench.partial
+            diagnosis = _uncountable(bench.objective) if seen else diagnose(bench.objective, evidence)
             if diagnosis.cause == Cause.COUPLED:
                 diagnosis = self._of_failure(self._unfit) if self._unfit is not None else self._priced(diagnosis)
             return self._failed(split, diagnosis)
@@ -319,7 +321,15 @@ def _of_order(order: float) -> Diagnosis:
     )
 
 
-def _uncountable(why: str) -> Diagnosis:
+def _uncountable(objective: Objective) -> Diagnosis:
+    """Of a loss whose graph, or whose values over other samples, showed that it is no mean."""
+    why = objective.uncountable
+    if objective.bends:
+        return Diagnosis(
+            Cause.COUPLED,
+            f"a batch-coupled loss: {why}; accumulating cannot be right.\nMinimise the mean instead (MSE for RMSE), or "
+            "use a micro-batch as large as the target batch",
+        )
     return Diagnosis(
         Cause.COUPLED,
         f"a batch-coupled loss: its values over parts of a batch do not add up to that over all of it, as {why}."
