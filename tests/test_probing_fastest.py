@@ -97,6 +97,30 @@ def test_false_and_a_name_leave_no_choice():
     assert [row["saver"] for row in named.savers] == [None]  # the step as it was asked for
 
 
+class Once(nn.Module):
+    """Does not bear to run in a backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x):
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("called again")
+        return torch.tanh(self.inside(x))
+
+
+def test_a_saver_that_the_models_code_does_not_bear_is_left_out_with_its_error():
+    given = asked(memory="400KiB", loss=nn.CrossEntropyLoss())
+    given["model"] = nn.Sequential(nn.Embedding(50, WIDE), *(Once() for _ in range(4)), nn.Flatten(), nn.LazyLinear(5))
+    given["data"] = torch.randint(50, (64, PLACES)), torch.randint(5, (64,))
+    report = autoaccum.probe(**given)
+    assert report.ladder is None
+    left = {row["saver"]: row["obstacle"] for row in report.savers if row["limit"] is None}
+    assert left["checkpointing"] == "cannot be run, RuntimeError: called again"
+    assert "called again" in str(report)
+
+
 def test_what_changes_the_result_is_named_with_what_it_frees():
     with pytest.raises(NothingFitsError) as caught:
         autoaccum.probe(**asked(memory="600KiB", optimizer="adamw", prefer="fewest"))

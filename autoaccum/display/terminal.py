@@ -302,9 +302,10 @@ def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableT
         peak, seconds = row.get("peak_bytes"), row.get("window_seconds")
         table.add_row(
             Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else ""),
-            str(row["limit"]), str(row["micro_batch"]), "" if peak is None else format_bytes(peak),
+            str(row["limit"] or ""), str(row.get("micro_batch", "")), "" if peak is None else format_bytes(peak),
             "" if seconds is None else f"{seconds:.2f} s", "same" if row["same_result"] else "another",
-            ", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()),
+            ", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ())
+            or str(row.get("obstacle", "")),
         )  # fmt: skip
     return Group(Text("Memory savers", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
 

@@ -6,10 +6,14 @@ A rung is not judged by a forecast: its smallest step is run, which is the very 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from autoaccum.errors import ProbeError
 from autoaccum.model.memory_savers import CHANGES
 from autoaccum.units import format_bytes
 
-__all__ = ["Tried", "climb", "told"]
+__all__ = ["NOT_BORNE", "Tried", "cannot_run", "climb", "told"]
+
+# What a model's own code raises that does not bear a saver, such as a cache that is filled a second time.
+NOT_BORNE = (ProbeError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Tried:
         if self.peak_bytes is None:
             return "ran out of memory"
         return f"{'fits' if self.fits else 'does not fit'}, at {format_bytes(self.peak_bytes)}"
+
+
+def cannot_run(error: BaseException) -> str:
+    """Why a saver could not be run, in one clause."""
+    return f"cannot be run, {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def climb(

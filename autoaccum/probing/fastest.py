@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from autoaccum.errors import StateNotRestoredError
 from autoaccum.model.memory_savers import CHANGES, RUNGS, installed, obstacle
 from autoaccum.planning.split import can_split, largest_size
-from autoaccum.probing.find_size import Answer
+from autoaccum.probing.climb import NOT_BORNE, cannot_run
+from autoaccum.probing.find_size import Answer, Forecaster
 from autoaccum.probing.trial import Bench
 
 __all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
@@ -140,12 +142,17 @@ def race(
     """
     share = share or answer.micro_batch
     benches: dict[str | None, Bench] = {None: bench}
-    answers = {None: answer} | {
-        saver: found
-        for saver in alternatives.savers
-        if (saver == "chunked_loss" or share > answer.micro_batch)  # else fewer micro-batches cannot be had
-        and (found := _forecast(benches, saver, alternatives, answer, floor, reach)) is not None
-    }
+    answers: dict[str | None, Answer] = {None: answer}
+    left_out: list[dict[str, Any]] = []
+    for saver in alternatives.savers:
+        if saver != "chunked_loss" and share <= answer.micro_batch:
+            continue  # fewer micro-batches cannot be had
+        with alternatives.under(saver):
+            shown = _forecast(benches, saver, answer, floor, reach)
+        if isinstance(shown, Answer):
+            answers[saver] = shown
+        else:
+            left_out.append({"saver": saver, "limit": None, "obstacle": shown, "same_result": True})
     limits = [(saver, min(found.limit or found.micro_batch, share)) for saver, found in answers.items()]
     limits[0] = (None, answer.micro_batch)
     made = pairs(share, limits, floor=floor, multiple_of=multiple_of)
@@ -155,7 +162,8 @@ def race(
     table = tuple(_row(saver, answers[saver], limit, [pair for pair in made if pair.saver == saver], share)
                   for saver, limit in limits)  # fmt: skip
     rates = next(tuple(row["throughput"]) for row in table if row["saver"] == best.saver)
-    return Raced(benches[best.saver], Answer(best.size, found.limit, found.proof, found.forecast), best, rates, table)
+    taken = Answer(best.size, found.limit, found.proof, found.forecast)
+    return Raced(benches[best.saver], taken, best, rates, (*table, *left_out))
 
 
 def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], share: int) -> dict[str, Any]:
@@ -173,21 +181,33 @@ def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], sha
 
 
 def _forecast(
-    benches: dict[str | None, Bench], saver: str, alternatives: Alternatives, plain: Answer, floor: int, reach: int
-) -> Answer | None:
-    """What fits under a saver by two small traces; None where they do not fit, or show nothing."""
+    benches: dict[str | None, Bench], saver: str, plain: Answer, floor: int, reach: int
+) -> Answer | str:  # fmt: skip
+    """What fits under a saver by two small traces; why that cannot be told."""
     bench = benches[saver] = _alike(benches[None])
-    least = max(2, floor)
-    first = max(least, plain.micro_batch // 32)
+    first = max(2, floor, plain.micro_batch // 32)
     sizes = [size for size in (first, 2 * first) if size <= reach]
-    with alternatives.under(saver):
-        if len(sizes) < 2 or not all(bench.run(size, "trace").fits for size in sizes):
-            return None
-    forecast = bench.forecast()
-    if forecast is None:
-        return None
+    if len(sizes) < 2:
+        return "there are too few samples for two traces"
+    try:
+        fits = all(bench.run(size, "trace").fits for size in sizes)
+    except StateNotRestoredError:
+        raise
+    except NOT_BORNE as error:
+        why = cannot_run(error)
+    else:
+        forecast = bench.forecast() if fits else None
+        why = "its traces do not line up" if fits else f"{first} to {2 * first} samples do not fit"
+        if forecast is not None:
+            return _reaching(bench, forecast, sizes[-1], reach)
+    bench.recover()  # outside the except block, where nothing holds what the failed step held
+    return why
+
+
+def _reaching(bench: Bench, forecast: Forecaster, low: int, reach: int) -> Answer:
+    """The largest size up to `reach` whose peak is forecast to fit, where `low` does."""
     room = bench.budget * (1.0 - bench.spare)
-    low, high = sizes[-1], reach + 1
+    high = reach + 1
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if forecast.reserved(middle) <= room else (low, middle)

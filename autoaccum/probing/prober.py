@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autoaccum.errors import NothingFitsError, ProbeError, StateNotRestoredError
+from autoaccum.errors import NothingFitsError, StateNotRestoredError
 from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
 from autoaccum.model.memory_savers import RUNGS, obstacle
@@ -16,7 +16,7 @@ from autoaccum.model.optimizer import optimizer_name
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.probing.cache import Cache, Lines, training_key
-from autoaccum.probing.climb import Tried, climb, told
+from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, climb, told
 from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
 from autoaccum.probing.journal import Journal, cache_folder
@@ -152,9 +152,8 @@ class Prober:
             return Tried(rung, max((trial.peak_bytes or 0 for trial in trials), default=0) or None)
         except StateNotRestoredError:
             raise
-        except (ProbeError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-            # The model's own code need not bear it, such as a cache that is filled a second time.
-            return Tried(rung, obstacle=f"cannot be run, {type(error).__name__}: {str(error).splitlines()[0][:160]}")
+        except NOT_BORNE as error:
+            return Tried(rung, obstacle=cannot_run(error))
         return Tried(rung, max(trial.peak_bytes or 0 for trial in trials if trial.fits), fits=True)
 
     def _once(self, question: Question) -> ProbeReport:

@@ -61,7 +61,8 @@ class ProbeReport(Drawn):
             `micro_batch` and `limit` are then of the longest samples looked at.
         ladder: the rung under which this holds, such as "checkpointing"; None where the step ran as it is.
         savers: where prefer="fastest" looked at memory savers, a row for each, the step as it is (None) first: saver,
-            limit, micro_batch, peak_bytes (forecast), window_seconds (None: not timed), throughput, same_result.
+            limit, micro_batch, peak_bytes (forecast), window_seconds (None: not timed), throughput, same_result; or
+            limit None and obstacle, why it was not looked at further.
         timeline: for drawing, as a probe in a child told it; None where the forecast at hand can tell.
     """
 

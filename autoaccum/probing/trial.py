@@ -249,7 +249,7 @@ class Bench:
         seconds = time.perf_counter() - started
         reserved = self._device.reserved_peak()
         if peak is None:
-            self._recover()
+            self.recover()
             outcome = OUT_OF_MEMORY
         else:
             strained = self._device.retries() > retries
@@ -435,7 +435,8 @@ class Bench:
             return tight or (near and fitted is not None and fitted.batch < size)
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
+        """Lets go of what a step that failed has left."""
         self._accumulator.discard()
         self._device.release()
 
