@@ -36,7 +36,8 @@ class Only:
         self._names = names
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = [item for item in items if item.callspec.params["trainer"].name in self._names]
+        of_trainers = [item for item in items if "trainer" in getattr(item, "fixturenames", ())]
+        items[:] = [item for item in of_trainers if item.callspec.params["trainer"].name in self._names]
 
 
 if __name__ == "__main__":
