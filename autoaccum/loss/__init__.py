@@ -6,6 +6,6 @@ micro-batch, with what each term came to (`values.py`); `mean.py` weighs the ter
 declared against it.
 
 Where a graph cannot be read, or torch's own loss says it beforehand, `reduction.py` has the rule: by what the batch
-offers to count (`counts.py`, `counting.py`) and by torch's losses (`torch_losses.py`). `coupled.py` has losses that are no
-means. `call.py` makes the model's call of a batch, and `misuse.py` says what was meant where it raised.
+offers to count (`counts.py`, `counting.py`) and by torch's losses (`torch_losses.py`). `coupled.py` has losses that are
+no means. `call.py` makes the model's call of a batch, and `misuse.py` says what was meant where it raised.
 """
