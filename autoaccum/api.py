@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.integrations import trainers
 from autoaccum.interrupts import uninterrupted
+from autoaccum.model.shards import is_sharded
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import ends_all
@@ -78,7 +79,8 @@ def probe(
         NothingFitsError, DeviceError, SetupError, DataError, LossError, PlanError: as `prepare`.
     """
     settings = _settings(locals())
-    with ends_all(target_batch is not None or ladder == "auto", group):  # else each rank asks for itself
+    together = target_batch is not None or ladder == "auto" or is_sharded(model)  # else each rank asks for itself
+    with ends_all(together, group):
         session = Session(model, data, settings, what="probe")
         report = session.probe()
         return report if target_batch is None else replace(report, plan=session.plan())

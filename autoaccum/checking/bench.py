@@ -26,9 +26,10 @@ from autoaccum.loss.counting import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.optimizer import optimizer_parameters, trained_parameters
+from autoaccum.model.shards import is_sharded, local
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
-from autoaccum.ranks import Ranks
+from autoaccum.ranks import Ranks, bytes_of, here
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.determinism import Determinism
 
@@ -42,6 +43,7 @@ _ROUNDING_8_BITS = 5e-2
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
 # What the user's own code raises, TorchScript's among it.
 _RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
+_WHERE = "verify"  # ranks of a sharded model that exchange something
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
 
 Gradient = list[Tensor | None]  # a parameter each; nothing at all where no target counts
@@ -111,6 +113,9 @@ class Bench:
     def __enter__(self) -> "Bench":
         with ExitStack() as stack:
             self._taken = _Taken(self._parameters)
+            # All ranks of a sharded model run the same windows of the same samples, and see the same of them.
+            self._ranks = here(self._device) if is_sharded(self._model) else Ranks()
+            size = self._ranks.size
             others = [part for part in (self.objective.loss, self.objective.step) if part is not None]
             snapshot = interruptible(Snapshot, self._model, self._taken, *others, device=self._device)
             stack.enter_context(snapshot).set_gradients_aside()
@@ -118,12 +123,12 @@ class Bench:
             self._accumulator = Accumulator(
                 self._model,
                 self._taken,
-                plan(self.samples, self.samples, batch_norm="keep"),
+                plan(self.samples, self.samples * size, world_size=size, rank=self._ranks.rank, batch_norm="keep"),
                 objective=self.objective,
                 precision=self.precision,
                 on_nonfinite="skip",
                 device=self._device,
-                ranks=Ranks(),
+                ranks=self._ranks,
             )
             stack.callback(self._accumulator.close)
             stack.callback(setattr, self.objective, "compares", self.objective.compares)
@@ -171,7 +176,7 @@ class Bench:
             found = self._taken.gradient
             if found is not None:
                 finite = all(math.isfinite(float(_flat(g, p).norm())) for g, p in zip(found, self._parameters))
-                return found if finite else "the gradient is not finite"
+                return found if not self._ranks.any(_WHERE, not finite) else "the gradient is not finite"
             if not math.isfinite(record.loss):
                 return f"the loss is {record.loss}"
             if not accumulator.precision.scaler.is_enabled():
@@ -216,20 +221,32 @@ class Bench:
     def difference(self, gradient: Gradient, reference: Gradient) -> Difference:
         """Compares, a parameter at a time, where `gradient` lies."""
         names = {id(p): name for module in reversed(self._modules) for name, p in module.named_parameters()}
-        squares = product = whole = 0.0
-        largest, worst = -1.0, ""
+        rows = []
         for index, parameter in enumerate(self._parameters):
             own = _flat(gradient[index] if gradient else None, parameter)
             expected = _flat(reference[index] if reference else None, parameter).to(own.device)
-            off = float((own - expected).norm()) ** 2
+            product = float((own * expected).sum())  # in pairs, which torch.dot does not
+            rows.append((float((own - expected).norm()) ** 2, product, float(expected.norm()) ** 2))
+        squares = product = whole = 0.0
+        largest, worst = -1.0, ""
+        for parameter, (off, along, size) in zip(self._parameters, self._over_ranks(rows), strict=True):
             if not off <= largest:  # NaN is worst of all
                 largest, worst = off, names[id(parameter)]
-            squares += off
-            product += float((own * expected).sum())  # in pairs, which torch.dot does not
-            whole += float(expected.norm()) ** 2
+            squares, product, whole = squares + off, product + along, whole + size
         if whole == 0:
             return Difference(math.inf if squares else 0.0, math.nan, worst, 0.0)
         return Difference(math.sqrt(squares / whole), product / whole, worst, math.sqrt(whole))
+
+    def _over_ranks(self, rows: list[tuple[float, float, float]]) -> list[list[float]]:
+        """The sums over the ranks of each parameter's three, where it is sharded; else this rank's own."""
+        table = torch.tensor(rows, dtype=torch.float64)
+        if self._ranks.size > 1:
+            alike = [local(parameter) is parameter for parameter in self._parameters]
+            table /= torch.tensor([self._ranks.size if each else 1.0 for each in alike], dtype=torch.float64)[:, None]
+            table = table.to(self._device)
+            self._ranks.sum(_WHERE, [table])
+        found: list[list[float]] = table.tolist()
+        return found
 
     def sampled(self, gradient: Gradient) -> Tensor:
         """A vector on the host, in double precision: of each parameter evenly spaced elements, at most 16384."""
@@ -237,7 +254,11 @@ class Bench:
         for index, parameter in enumerate(self._parameters):
             flat = _flat(gradient[index] if gradient else None, parameter)
             chosen.append(flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double())
-        return torch.cat(chosen)
+        own = torch.cat(chosen)
+        if self._ranks.size == 1:
+            return own
+        messages = self._ranks.collect(_WHERE, bytes_of(own))
+        return torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.float64)
 
     @property
     def rounding(self) -> float:
@@ -256,13 +277,14 @@ class _Taken(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Changes no parameter."""
-        self.gradient = [parameter.grad for parameter in optimizer_parameters(self)]
+        gradients = [parameter.grad for parameter in optimizer_parameters(self)]
+        self.gradient = [None if gradient is None else local(gradient) for gradient in gradients]
 
 
 def _flat(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
     """One dimension, dense, real, 32 bits or more; zeros where there is no gradient."""
     if gradient is None:
-        gradient = torch.zeros_like(parameter)
+        gradient = torch.zeros_like(local(parameter))
     gradient = gradient.detach()
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError
+from autoaccum.model.shards import local
 from autoaccum.model.torchscript import layer_class
 from autoaccum.ranks import Ranks
 
@@ -34,7 +35,7 @@ def unwrapped(model: Any) -> Any:
 def device_of(model: Any, ranks: Ranks) -> torch.device | None:
     """Where the model already is, if that is an accelerator; else the rank's own; else None, for the best there is."""
     first = next(iter(model.parameters()), None) if isinstance(model, nn.Module) else None
-    if first is not None and first.device.type not in ("cpu", "meta"):
+    if first is not None and (first.device.type not in ("cpu", "meta") or local(first) is not first):
         return first.device
     if ranks.size > 1 and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", ranks.rank % torch.cuda.device_count())))

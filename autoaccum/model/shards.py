@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from autoaccum.errors import SetupError
 
-__all__ = ["Shards", "check_shards", "is_sharded", "local", "refuse_for_shards", "reset_all"]
+__all__ = [
+    "Shards",
+    "check_shards",
+    "is_sharded",
+    "local",
+    "put_on",
+    "refuse_beside_shards",
+    "refuse_for_shards",
+    "reset_all",
+]
 
 _OTHER_WAY = "train it unsharded, or shard it with torch.distributed.fsdp.fully_shard over all ranks"
 
@@ -179,6 +188,37 @@ def refuse_for_shards(model: Any, **given: tuple[bool, str]) -> None:
     for name, (asked, advice) in given.items():
         if asked and is_sharded(model):
             raise SetupError(f"{name} is not supported for a model that fully_shard has sharded: {advice}")
+
+
+def refuse_beside_shards(model: Any, isolation: Any, prefer: str, ladder: str | bool | None) -> None:
+    """Refuses what the probe of a sharded model cannot be asked.
+
+    Raises:
+        SetupError: it was.
+    """
+    refuse_for_shards(
+        model,
+        isolate=(isolation is not None, "the ranks meet in each trial, and a child process is none of them"),
+        prefer=(prefer == "fastest", "leave it at fewest"),
+        ladder=(ladder not in (None, False), "shard it over more ranks, or checkpoint its blocks yourself"),
+    )
+
+
+def put_on(device: torch.device, module: nn.Module) -> None:
+    """Puts a module on a device, unless it is sharded, and where its mesh is.
+
+    Raises:
+        SetupError: it is sharded, and on a device of another kind.
+    """
+    if not is_sharded(module):
+        module.to(device)
+        return
+    own = next(module.parameters()).device
+    if own.type != device.type:
+        raise SetupError(
+            f"the model is sharded on {own.type}, and device= says {device}: leave device= out, or shard it over "
+            f"a mesh of {device.type}"
+        )
 
 
 def reset_all(roots: Iterable[Any]) -> None:

@@ -11,6 +11,7 @@ from autoaccum.interrupts import interruptible
 from autoaccum.loss.objective import Objective
 from autoaccum.model.given_model import has_batch_norm
 from autoaccum.model.precision import Precision
+from autoaccum.model.shards import reset_all
 
 __all__ = ["smallest_micro_batch"]
 
@@ -30,5 +31,6 @@ def smallest_micro_batch(objective: Objective, source: Source, device: torch.dev
     except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
         if not needs_two(error):
             raise
+        reset_all([objective.model])
         return 2
     return 1

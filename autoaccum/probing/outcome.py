@@ -3,9 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "Trial"]
+__all__ = ["FITS", "KILLED", "OUT_OF_MEMORY", "OVER_BUDGET", "RanOutElsewhere", "Trial"]
 
 FITS, OUT_OF_MEMORY, OVER_BUDGET, KILLED = "fits", "out of memory", "over budget", "killed"
+
+
+class RanOutElsewhere(MemoryError):
+    """Another rank of a sharded model ran out of memory in a trial."""
 
 
 @dataclass(frozen=True)

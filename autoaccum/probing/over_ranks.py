@@ -13,7 +13,12 @@ __all__ = ["shared_out"]
 
 
 def shared_out(
-    probed: Callable[[Question], ProbeReport], question: Question, ranks: Ranks, target: int | None, length: int | None
+    probed: Callable[[Question], ProbeReport],
+    question: Question,
+    ranks: Ranks,
+    target: int | None,
+    length: int | None,
+    together: bool = False,
 ) -> ProbeReport:
     """Probes; and once more on ranks that can take more than an equal share, where that makes fewer micro-batches.
 
@@ -26,11 +31,12 @@ def shared_out(
         ranks: this process among others.
         target: samples of a window over all ranks; None: each rank asks for itself.
         length: samples of an epoch, where they are known.
+        together: the ranks meet in each trial, and have shared out already.
     """
-    report = probed(question)
-    if ranks.size == 1 or target is None:
+    samples = None if target is None else min(target, length or target)
+    report = probed(replace(question, window=samples))
+    if ranks.size == 1 or samples is None or together:
         return report
-    samples = min(target, length or target)
     limits = ranks.gather("the limits", report.limit or report.micro_batch)
     ran = ranks.gather("the limits", report.micro_batch)
     if ranks.any("the limits", bool(report.by_length or report.throughput)):

@@ -44,8 +44,9 @@ def planned(
     """
     settings = dict(settings)
     size = report.micro_batch if report is not None else micro_batch or target_batch
+    sizes = parts.ranks.gather("the plan", size)
     if settles:
-        few = min(8, size)
+        few = min(8, *sizes)  # alike on all ranks: those of a sharded model meet in each forward
         with parts.running(compiled=False, alone=True), parts.precision.autocast():
             batch = looked_at(parts.source, few)
             settle_loss(parts.model, parts.objective, batch, few, parts.device.torch_device)
@@ -59,7 +60,7 @@ def planned(
         settings["tail"] = "drop"
     layers = [module for module in parts.model.modules() if isinstance(module, _BatchNorm)]
     made = plan(
-        parts.ranks.gather("the plan", size), target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
+        sizes, target_batch, world_size=parts.ranks.size, rank=parts.ranks.rank,
         samples=parts.source.length, optimizer=parts.optimizer, batch_norm_layers=len(layers),
         bn_momentum=layers[0].momentum if layers else None,
         minimum=report.floor if report is not None else _floor(parts), reasons=reasons,

@@ -14,6 +14,7 @@ from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.model.modes import TrainingMode
 from autoaccum.model.optimizer import trained_parameters
+from autoaccum.model.shards import local
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.cache import Cache, Lines, envelope
@@ -23,6 +24,7 @@ from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.length_search import LengthAnswer, OverLengths, find_by_length
+from autoaccum.probing.lockstep import find_together
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench, Counted
@@ -53,6 +55,7 @@ class Question:
         multiple_of: preferred multiples, as in the plan.
         prefer: "fewest" micro-batches, or "fastest" by measured throughput.
         alternatives: memory savers that prefer="fastest" may take.
+        window: samples of one optimizer step over all ranks, where a target says how many.
     """
 
     share: int | None = None
@@ -61,6 +64,7 @@ class Question:
     multiple_of: int = 1
     prefer: str = "fewest"
     alternatives: Alternatives = Alternatives()  # noqa: RUF009 - immutable
+    window: int | None = None
 
 
 def run_probe(
@@ -77,7 +81,8 @@ def run_probe(
     """Finds the micro-batch, leaving no trace on model, optimizer, data and random generators.
 
     Args:
-        accumulator: one of the probe's own, on a single rank: nobody else may be waited for in a trial.
+        accumulator: one of the probe's own, on a single rank: nobody else may be waited for in a trial. But where its
+            model is sharded on all of them, which then meet in each trial.
         objective: gives the loss of a batch.
         source: gives real samples.
         device: where it runs.
@@ -101,6 +106,8 @@ def run_probe(
         snapshot.set_gradients_aside()
         try:
             TrainingMode(model).on()
+            if accumulator.sharded is not None:
+                accumulator.sharded.collectives.apart = True
             floor = smallest_micro_batch(objective, source, device.torch_device, accumulator.precision)
             if question.max_batch is not None and question.max_batch < floor:
                 raise PlanError(
@@ -114,7 +121,7 @@ def run_probe(
             bench = Bench(accumulator, source, device, budget, journal, listener, growth, question.share)
             try:
                 report = _look(bench, source, device, question, floor, cache, journal)
-                for _ in range(MOST_LOOKS - 1):
+                for _ in range(MOST_LOOKS - 1 if accumulator.sharded is None else 0):
                     left = _less_by_now(bench, report, source, device, question)
                     if left is None:
                         break
@@ -188,9 +195,13 @@ def _of_the_largest(
     bench: Bench, source: Source, device: Device, question: Question, floor: int, known: Lines | None, journal: Journal
 ) -> ProbeReport:
     """The size that fits for samples that are alike, or for the largest of those looked at."""
-    ceiling, reach = _ceilings(question, source, floor)
+    asked = question if bench.ranks is None else replace(question, share=question.window)  # shares may be unequal
+    ceiling, reach = _ceilings(asked, source, floor)
     killed = journal.killed_sizes()
     wanted = _wanted(question, floor)
+    if bench.ranks is not None:
+        answer = find_together(bench, bench.ranks, floor, ceiling, reach, question.window)
+        return _report(bench, answer, device, floor, source)
     if ceiling in killed:
         answer = _below(bench, killed.start, journal.lived(killed.start), floor, wanted, known)
     else:
@@ -233,7 +244,7 @@ def _over_lengths(
     bench: Bench, source: Source, question: Question, floor: int, known: Lines | None
 ) -> LengthAnswer | None:
     """What fits at every length, where samples differ in length and a target says how many are wanted at once."""
-    if question.share is None:
+    if question.share is None or bench.ranks is not None:
         return None
     lengths = source.lengths()
     most = min(question.share, question.max_batch or question.share)
@@ -420,7 +431,7 @@ def _nothing_fits(
 ) -> NothingFitsError:
     model = accumulator.model
     parts = resident_parts(model, accumulator.optimizers)
-    parts["gradients"] = sum(p.numel() * p.element_size() for p in trained_parameters(model))
+    parts["gradients"] = sum(local(p).numel() * p.element_size() for p in trained_parameters(model))
     if bench.other():
         parts["libraries' workspaces and other tensors"] = bench.other()
     needs = ", ".join(

@@ -13,6 +13,7 @@ from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
 from autoaccum.model.memory_savers import RUNGS, obstacle
 from autoaccum.model.optimizer import optimizer_name
+from autoaccum.model.shards import is_sharded, refuse_beside_shards
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.probing.cache import Cache, Lines, training_key
@@ -66,7 +67,9 @@ class Prober:
         Raises:
             NothingFitsError: not even the smallest micro-batch fits; which rungs of the ladder would is said.
         """
-        return shared_out(self._of_all_phases, question, self.parts.ranks, target, self.parts.source.length)
+        parts, sharded = self.parts, is_sharded(self.parts.model)
+        refuse_beside_shards(parts.model, self.isolation, question.prefer, self.ladder)
+        return shared_out(self._of_all_phases, question, parts.ranks, target, parts.source.length, sharded)
 
     def _of_all_phases(self, question: Question) -> ProbeReport:
         """Of several phases the one that fits least, with the other optimizers' state in memory."""
@@ -105,7 +108,8 @@ class Prober:
         try:
             report = self._once(question)
         except NothingFitsError as error:
-            if parts.ladder is not None or self.ladder is False or isinstance(self.isolation, InChild):
+            elsewhere = isinstance(self.isolation, InChild) or is_sharded(parts.model)
+            if parts.ladder is not None or self.ladder is False or elsewhere:
                 raise
             refusal = str(error)
         # Outside the except block, where nothing holds what the failed step held.
@@ -167,8 +171,9 @@ class Prober:
             {"precision": precision, **self._run_so(), **self.accumulation, **beside},
             f"{device.torch_device} {device.name} {device.total()}",
         )  # fmt: skip
+        cache = self.cache and not is_sharded(parts.model)  # whose ranks would go apart by what each has seen before
         # A child's teaches the next one, whatever becomes of the answer.
-        journal = Journal(cache_folder() / f"{key}.journal" if self.cache or self.isolation else None, key)
+        journal = Journal(cache_folder() / f"{key}.journal" if cache or self.isolation else None, key)
         if self.isolation is not None:
             self.isolation.keeps(journal)
         accumulator = _accumulator(parts, 1, **self.accumulation)
@@ -176,7 +181,7 @@ class Prober:
         with _PROBING, parts.running(alone=True), journal.probing(clears=self.isolation is None):
             report = run_probe(
                 accumulator, parts.objective, parts.source, device, question,
-                journal=journal, cache=Cache(key) if self.cache else None, listener=self.ran,
+                journal=journal, cache=Cache(key) if cache else None, listener=self.ran,
             )  # fmt: skip
         return replace(report, ladder=parts.ladder or report.ladder)
 
@@ -206,11 +211,13 @@ class Prober:
 
 
 def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:
-    """One of the probe's own, which waits for nobody: each rank probes its own device."""
-    made = plan(size, size, optimizer=parts.optimizer, batch_norm=settings["batch_norm"])
+    """One of the probe's own, which waits for nobody: each rank probes its own device, unless they meet in a pass."""
+    ranks = parts.ranks if is_sharded(parts.model) else Ranks()
+    how = {"world_size": ranks.size, "rank": ranks.rank, "batch_norm": settings["batch_norm"]}
+    made = plan(size, size * ranks.size, optimizer=parts.optimizer, **how)
     return Accumulator(
         parts.model, parts.optimizer, made, objective=parts.objective, precision=parts.precision.name,
-        device=parts.device.torch_device, ranks=Ranks(), **settings,
+        device=parts.device.torch_device, ranks=ranks, **settings,
     )  # fmt: skip
 
 

@@ -31,11 +31,13 @@ from autoaccum.memory.oom import Verdict, out_of_memory, poisons, unusable
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth, heap_advice
+from autoaccum.model.shards import local
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.length_search import OverLengths
-from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, RanOutElsewhere, Trial
 from autoaccum.probing.process import ProcessNeeds
+from autoaccum.ranks import Ranks
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
 from autoaccum.window.record import StepRecord
@@ -58,6 +60,8 @@ class Bench:
         trials: in order.
         traces: the recorded allocations by shape, (size,) or (size, length), the optimizer's state present.
         resident: bytes by part that live before the traced step begins, by shape.
+        elsewhere: the last trial was left because memory ran out on another rank.
+        ranks: those of a sharded model, which meet in each trial; None where nobody does.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class Bench:
         self._first: Trace | None = None  # a training's first window, where an allocator caches
         modules = accumulator.model.modules()
         self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
+        self.elsewhere = False
+        self.ranks: Ranks | None = None if accumulator.sharded is None else accumulator.ranks
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
         self.resident: dict[Shape, dict[str, int]] = {}
@@ -144,7 +150,7 @@ class Bench:
         return self.held() + self._gradients()
 
     def _gradients(self) -> int:
-        return sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._dense or ())
+        return sum(local(p).numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._dense or ())
 
     def other(self) -> int:
         """Bytes of this process on an accelerator that are no part of the training."""
@@ -234,6 +240,7 @@ class Bench:
         if size in self._killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
         self._process.step_begins()
+        self.elsewhere = False
         batch = self._source.trial(size, length)
         self._journal.start(size, kind, length)
         started = time.perf_counter()
@@ -244,7 +251,7 @@ class Bench:
         except Exception as error:
             if not self._for_want_of_memory(error, size):
                 raise
-            peak = None
+            peak, self.elsewhere = None, isinstance(error, RanOutElsewhere)
         # From here on nothing holds what the failed step held: the traceback went with the except block.
         seconds = time.perf_counter() - started
         reserved = self._device.reserved_peak()
@@ -339,7 +346,8 @@ class Bench:
         peaks as high.
         """
         accumulator = self._accumulator
-        pieces = [batch, batch] if self.caches else [batch]
+        # Gradients that are reduced in a pass lie together, as no zeros put there beforehand would.
+        pieces = [batch, batch] if self.caches or accumulator.sharded is not None else [batch]
         accumulator.open(pieces)
         held = self._held(batch)
         with self._process.growth, record(self._device, shapes=self._shapes) as recording:
@@ -347,7 +355,7 @@ class Bench:
             recording.mark("backward")
             self._allocate_gradients(tree.batch_size(batch), len(pieces))
             accumulator.on_phase = recording.mark
-            accumulator.run(pieces)
+            self._pass(pieces)
             self._stepped(accumulator.finish())
         accumulator.on_phase = ignore
         return recording.trace, held
@@ -358,10 +366,26 @@ class Bench:
         pieces = [batch] * micro_batches
         accumulator.open(pieces)
         self._allocate_gradients(size, micro_batches)
-        accumulator.run(pieces)
+        self._pass(pieces)
         if self._dense is None:
             self._look_at_gradients(size)
         self._stepped(accumulator.finish())
+
+    def _pass(self, pieces: list[Any]) -> None:
+        """Runs the micro-batches; the ranks of a sharded model learn whether memory ran out on one of them.
+
+        Raises:
+            RanOutElsewhere: on another one.
+        """
+        ran_out: Exception | None = None
+        try:
+            self._accumulator.run(pieces)
+        except Exception as error:
+            if self.ranks is None or not self._for_want_of_memory(error, tree.batch_size(pieces[0])):
+                raise
+            ran_out = error
+        if self.ranks is not None and self.ranks.any("a trial", ran_out is not None):
+            raise ran_out or RanOutElsewhere("memory ran out on another rank")
 
     def _look_at_gradients(self, size: int) -> None:
         """What kind of gradient each parameter gets, by a step of `size` samples."""

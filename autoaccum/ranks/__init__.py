@@ -17,6 +17,6 @@ Choices:
 from autoaccum.ranks.alone import Flight, Ranks
 from autoaccum.ranks.joining import ends_all, here, join
 from autoaccum.ranks.lost import LostRankError
-from autoaccum.ranks.places import digest, told
+from autoaccum.ranks.places import bytes_of, digest, told
 
-__all__ = ["Flight", "LostRankError", "Ranks", "digest", "ends_all", "here", "join", "told"]
+__all__ = ["Flight", "LostRankError", "Ranks", "bytes_of", "digest", "ends_all", "here", "join", "told"]

@@ -31,6 +31,8 @@ from autoaccum.model.precision import Precision
 from autoaccum.planning.plan import plan
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
+from autoaccum.window.passes import call
+from autoaccum.window.sharded import ShardedPasses
 
 __all__ = ["Evaluator"]
 
@@ -47,6 +49,7 @@ class Evaluator:
         micro_batch: samples a forward pass, halved when memory runs out.
         metrics: by name, `f(outputs, targets) -> Mean`; or, for what is no mean over samples, an object with `reset()`,
             `update(outputs, targets)` and `compute() -> float`, which sees all outputs before it is asked.
+        sharded: of a sharded model, whose ranks all run as many forward passes.
     """
 
     objective: Objective
@@ -56,6 +59,7 @@ class Evaluator:
     micro_batch: int
     source: Source | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    sharded: ShardedPasses | None = None
     _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
     @property
@@ -79,12 +83,17 @@ class Evaluator:
         model = self.objective.model
         training, graph = [module for module in model.modules() if module.training], torch.is_grad_enabled()
         model.eval()
+        if self.sharded is not None:
+            self.sharded.begin("evaluate")
         try:
-            return interruptible(self._means, chosen, "val_data" if source is None else "the data to evaluate")
+            run: Callable[..., dict[str, float]] = interruptible if self.sharded is None else call
+            return run(self._means, chosen, "val_data" if source is None else "the data to evaluate")
         except Exception:
             self.ranks.fail()
             raise
         finally:
+            if self.sharded is not None:
+                self.sharded.end()
             torch.set_grad_enabled(graph)  # a no_grad() that was broken off at its end leaves it off
             for module in training:
                 module.training = True
@@ -97,7 +106,7 @@ class Evaluator:
         samples, added_up = 0, set()
         for window in self._windows(source):
             samples += window.samples
-            for name, mean in (item for batch in window.batches for item in self._run(batch).items()):
+            for name, mean in (item for result in self._results(window) for item in result.items()):
                 numerator, denominator = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
                 if isinstance(mean, Sum):
@@ -155,6 +164,41 @@ class Evaluator:
         cut = plan(sizes, sum(sizes), world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
         return evaluation_windows(source, lambda: cut)
 
+    def _results(self, window: Window) -> Iterator[dict[str, Mean]]:
+        if self.sharded is None:
+            yield from map(self._run, window.batches)
+        else:
+            yield from self._run_together(window.batches, self.sharded)
+
+    def _run_together(self, batches: list[Any], sharded: ShardedPasses) -> list[dict[str, Mean]]:
+        """The means of this rank's batches; where memory runs out on a rank it cuts what it has left in half."""
+        results: list[dict[str, Mean]] = []
+
+        def forward(batch: Any) -> None:
+            results.append(self._without_trace(batch))
+
+        while True:
+            done, ran_out = len(results), False
+            passes = max(self.ranks.gather("evaluate", len(batches)))
+            try:
+                sharded.run(batches, passes, forward, self._forward_of_nothing, ())
+            except Exception as error:
+                if out_of_memory(error) is not Verdict.SURELY or self.micro_batch == 1:
+                    raise
+                ran_out = True
+            if not self.ranks.any("evaluate", ran_out):
+                return results
+            batches = batches[len(results) - done :]
+            if ran_out:
+                self.device.release()
+                self.micro_batch = (self.micro_batch + 1) // 2
+                batches = [piece for batch in batches for piece in _cut(batch, self.micro_batch)]
+
+    @torch.no_grad()
+    def _forward_of_nothing(self, sample: Any) -> None:
+        with self.precision.autocast():
+            self.objective.forward(tree.move(sample, self.device.torch_device))
+
     def _run(self, batch: Any) -> dict[str, Mean]:
         """The means of one batch; a batch that does not fit is cut in half until it does."""
         if tree.batch_size(batch) > self.micro_batch:
@@ -173,9 +217,7 @@ class Evaluator:
         return self._in_pieces(batch)
 
     def _in_pieces(self, batch: Any) -> dict[str, Mean]:
-        size, most = tree.batch_size(batch), self.micro_batch
-        sizes = [most] * (size // most) + ([size % most] if size % most else [])
-        parts = [self._run(piece) for piece in tree.split(batch, sizes)]
+        parts = [self._run(piece) for piece in _cut(batch, self.micro_batch)]
         # Of the same kind as the parts: what is added up and never divided stays so.
         return {
             name: type(mean)(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts))
@@ -216,6 +258,11 @@ class Evaluator:
                 if _sees_all(metric):
                     _updated(name, metric, outputs, targets)
         return means
+
+
+def _cut(batch: Any, most: int) -> list[Any]:
+    size = tree.batch_size(batch)
+    return tree.split(batch, [most] * (size // most) + ([size % most] if size % most else []))
 
 
 def _sees_all(metric: Any) -> bool:

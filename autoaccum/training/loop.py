@@ -120,6 +120,8 @@ class TrainingLoop:
         self._epochs, self._max_steps, self._seed, self._running = epochs, max_steps, seed, running
         self._events = events if events is not None else Events()
         self._evaluator = evaluator
+        if evaluator is not None:
+            evaluator.sharded = accumulator.sharded
         self._mode = TrainingMode(accumulator.model)
         self._waited = 0.0  # seconds, for the samples of the window that runs
         self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})

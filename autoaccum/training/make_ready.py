@@ -46,8 +46,11 @@ def ready_to_train(
         own.schedule, turn.optimizer, warmup_steps=own.warmup_steps, total_steps=total,
         tell=events.warn if made.lr_scale != 1 else lambda text: events.tell(Noted(text)),
     )  # fmt: skip
-    return Accumulator(
+    accumulator = Accumulator(
         turn.model, turn.optimizer, made, objective=turn.objective, scheduler=scheduled(turn.optimizer, schedule),
         precision=turn.asked_precision, clip_norm=own.clip_norm, batch_norm=made.batch_norm,
         device=turn.device.torch_device, ranks=turn.ranks, **settings,
     )  # fmt: skip
+    if accumulator.sharded is not None:
+        accumulator.sharded.keep_sample([turn.source.trial(made.minimum)], made.minimum)
+    return accumulator

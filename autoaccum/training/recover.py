@@ -283,7 +283,7 @@ class SafeWindow:
 
     def _blame(self, window: Window) -> str:
         places: list[int] = []
-        if self._objective is not None:
+        if self._objective is not None and self._accumulator.sharded is None:  # whose ranks meet in each forward
             try:
                 places = culprits(window.batches, self._objective, self._accumulator)
             finally:

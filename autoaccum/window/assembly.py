@@ -25,7 +25,7 @@ from autoaccum.model.given_model import check_gradients_are_on, device_of, follo
 from autoaccum.model.memory_savers import installed, obstacle
 from autoaccum.model.optimizer import build_optimizer, check_model
 from autoaccum.model.precision import Precision
-from autoaccum.model.shards import refuse_for_shards
+from autoaccum.model.shards import local, put_on, refuse_for_shards
 from autoaccum.model.untouched import Untouched
 from autoaccum.ranks import Ranks, here, join
 from autoaccum.settings import Settings
@@ -75,7 +75,7 @@ class Assembly:
         """Puts the model on the device, where `assemble` left it where it was."""
         for module in (self.model, self.objective.loss):
             if isinstance(module, nn.Module):
-                module.to(self.device.torch_device)
+                put_on(self.device.torch_device, module)
         for turn in self.turns:
             follow(turn.optimizer)
 
@@ -138,7 +138,7 @@ class Assembly:
             return
         modules = [module for module in (self.model, self.objective.loss) if isinstance(module, nn.Module)]
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        for tensor in (tensor for tensor in tensors if tensor.layout == torch.strided):
+        for tensor in (tensor for tensor in tensors if tensor.layout == torch.strided and local(tensor) is tensor):
             self.ranks.broadcast("sharing the model", tensor)
 
 
@@ -153,7 +153,12 @@ def assemble(model: Any, data: Any, asked: Settings, *, stays: bool = False) -> 
     """
     phases = check_phases(asked.phases, loss=asked.loss, step=asked.step, optimizer=asked.optimizer)
     model, first = unwrapped(model), phases[0] if phases else None
-    refuse_for_shards(model, fit=(True, "use autoaccum.Accumulator, with a plan of your own"))
+    refuse_for_shards(
+        model,
+        phases=(bool(phases), "train it with one optimizer"),
+        compile=(bool(asked.compile), "leave it out"),
+        checkpoint=(asked.checkpoint is not None, "save it by torch.distributed.checkpoint yourself"),
+    )
     join()
     ranks = here(group=asked.group)
     check_gradients_are_on()
@@ -173,7 +178,7 @@ def assemble(model: Any, data: Any, asked: Settings, *, stays: bool = False) -> 
     precision = Precision(asked.precision, place.torch_device, model)
     for module in (model, loss):
         if isinstance(module, nn.Module) and not stays:
-            module.to(place.torch_device)
+            put_on(place.torch_device, module)
     if lazy:
         _materialise(objective, source, open_device("cpu") if stays else place, precision)
         check_model(model, loss=loss, **norms)

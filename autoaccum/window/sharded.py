@@ -140,6 +140,8 @@ class ShardedPasses:
         """Gives FSDP what it had."""
         for group, before in zip(self._shards.groups, self._before):
             vars(group).update(before)
+        if self._before:
+            self._shards.reset()
         self._before = []
 
     def close(self) -> None:
