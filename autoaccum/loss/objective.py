@@ -30,6 +30,7 @@ from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
 from autoaccum.loss.reading import OwnMeans, Reader, Returned
 from autoaccum.loss.reduction import Reduction, name_of
 from autoaccum.loss.values import Values
+from autoaccum.model.shards import is_sharded
 from autoaccum.model.untouched import Untouched
 
 __all__ = ["Objective"]
@@ -188,6 +189,11 @@ class Objective:
 
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
+        if is_sharded(self.model):
+            raise LossError(
+                "the loss has several terms whose denominators the batch does not say, and the ranks of a sharded "
+                "model cannot each run forward to read them: declare them, reduction={name: f(batch)}"
+            )
         device = device_of(self.model)
         known = []
         with Untouched(self.model, device=device), torch.enable_grad():

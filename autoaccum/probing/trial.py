@@ -372,12 +372,8 @@ class Bench:
         self._stepped(accumulator.finish())
 
     def _pass(self, pieces: list[Any]) -> None:
-        """Runs the micro-batches; the ranks of a sharded model learn whether memory ran out on one of them.
-
-        Raises:
-            RanOutElsewhere: on another one.
-        """
-        ran_out: Exception | None = None
+        """Runs the micro-batches. Of a sharded model all ranks raise where memory ran out on one of them."""
+        ran_out = None
         try:
             self._accumulator.run(pieces)
         except Exception as error:

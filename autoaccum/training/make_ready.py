@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from autoaccum.data.trial_samples import looked_at
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.settings import Settings
 from autoaccum.training.events import Events, Noted
@@ -9,6 +10,7 @@ from autoaccum.training.rates import apply_plan, scheduled
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.assembly import Assembly
+from autoaccum.window.settling import settle_loss
 
 __all__ = ["for_phase", "ready_to_train"]
 
@@ -53,4 +55,6 @@ def ready_to_train(
     )  # fmt: skip
     if accumulator.sharded is not None:
         accumulator.sharded.keep_sample([turn.source.trial(made.minimum)], made.minimum)
+        few = min(8, *made.limits)  # now, on the same samples everywhere: in a window each rank has its own
+        settle_loss(turn.model, turn.objective, looked_at(turn.source, few), few, turn.device.torch_device)
     return accumulator

@@ -130,6 +130,11 @@ class TrainingParts:
             CheckpointError: something cannot be held without code.
         """
         accumulator = self._accumulator
+        if accumulator.sharded is not None:
+            raise CheckpointError(
+                "a sharded model's training cannot be saved yet: save model and optimizer between two steps yourself, "
+                "by torch.distributed.checkpoint"
+            )
         here = boundary if boundary is not None else self.boundary()
         scheduler = accumulator.scheduler
         return {

@@ -1,0 +1,187 @@
+"""probe, verify and fit of models that `fully_shard` has sharded, on real gloo ranks; and ranks that fail in a pass."""
+
+import dataclasses
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from autoaccum.errors import AutoaccumError, CheckpointError, SetupError
+from tests.ranks_started import started
+from tests.shards_work import Case, Inject, Net, by_hand, grouped, off, sharded, tokens
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "reset_iter_state"), reason="this torch's FSDP cannot be replayed"
+)
+
+EXACT = 1e-10
+CASE = Case(limits=(4, 2), count=31)
+
+
+def prepared(case, rank, **more):
+    model = sharded(case.model())
+    loop = autoaccum.prepare(
+        model, tokens(case.count), target_batch=case.target, loss=nn.CrossEntropyLoss(), shuffle=False, lr_rule="none",
+        optimizer=case.optimizer(model.parameters()), clip_norm=case.clip, progress=False,
+        **{"micro_batch": case.limits[rank], "check": False, **more},
+    )  # fmt: skip
+    return model, loop
+
+
+def ended(attempt):
+    try:
+        attempt()
+    except (AutoaccumError, KeyError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "ended well"
+
+
+def injected(case, rank, bad, kind, at, error, **more):
+    """How a training ends in which rank `bad` fails at a place: (what was said, how far off, seconds, limits)."""
+    model, loop = prepared(case, rank, **more)
+    Inject.arm(kind if rank == bad else None, at, error)
+    began = time.monotonic()
+    said = ended(loop.run)
+    seconds = time.monotonic() - began
+    Inject.arm(None)
+    far = off(model, by_hand(case), case.model()) if said == "ended well" else 0.0
+    return said, far, seconds, loop.plan.limits
+
+
+def probed(rank):
+    """A probe by budgets that differ on the ranks: sizes, and by how many bytes the forecasts are off where it ran."""
+    model = sharded(Net().float())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    report = autoaccum.probe(
+        model, tokens(64), loss=nn.CrossEntropyLoss(), optimizer=optimizer, target_batch=40, progress=False,
+        memory=f"{160 + 100 * rank}KiB",
+    )  # fmt: skip
+    errors = [report.forecast(trial.batch) - trial.peak_bytes for trial in report.trials]
+    same = all(torch.equal(was, now.to_local()) for was, now in zip(before, model.parameters()))
+    over = report.forecast(report.limit + 1) > report.budget_bytes
+    within = max(trial.peak_bytes for trial in report.trials) <= report.budget_bytes
+    return {"errors": errors, "kinds": [trial.kind for trial in report.trials], "left": same and not optimizer.state,
+            "over": over, "within": within, "limit": report.limit, "sizes": list(report.plan.micro_batches),
+            "limits": list(report.plan.limits)}  # fmt: skip
+
+
+def work(rank, folder):
+    with grouped(rank, 2, folder):
+        found = {"probe": probed(rank)}
+        report = autoaccum.verify(sharded(Net()), tokens(), loss=nn.CrossEntropyLoss())
+        wrong = autoaccum.verify(sharded(Net()), tokens(), loss=nn.CrossEntropyLoss(), reduction="sample_mean")
+        found["verify"] = [report.ok, report.relative_error, wrong.ok, wrong.relative_error, wrong.cause]
+        model, loop = prepared(CASE, rank, val_data=tokens(7))
+        said = ended(loop.run)
+        found["fit"] = [said, off(model, by_hand(CASE), CASE.model()), loop.evaluations[0]["loss"]]
+        ids, labels = tokens(7)
+        found["validation"] = nn.functional.cross_entropy(by_hand(CASE).eval()(ids), labels).item()
+        found["memory in forward"] = injected(CASE, rank, 1, "forward", 6, torch.OutOfMemoryError)
+        found["memory in backward"] = injected(CASE, rank, 0, "backward", 6, torch.OutOfMemoryError)
+        found["an error"] = injected(CASE, rank, 1, "backward", 7, KeyError)
+        found["compile"] = ended(lambda: prepared(CASE, rank, compile=True))
+        found["saved"] = ended(lambda: prepared(CASE, rank, checkpoint=f"{folder}/run"))
+        found["state"] = ended(loop.state_dict)
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("session")
+    started(work, 2, folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_each_rank_forecasts_its_own_peaks_to_the_byte_and_the_limit_is_the_true_one(found):
+    for each in (rank["probe"] for rank in found):
+        assert each["errors"] == [0] * len(each["errors"])
+        assert each["kinds"][-1] == "verify"
+        assert each["over"]
+        assert each["within"]
+        assert each["left"]
+
+
+def test_ranks_with_unequal_memory_take_unequal_shares_of_one_plan(found):
+    first, second = (rank["probe"] for rank in found)
+    assert first["limit"] < second["limit"]
+    assert first["limits"] == second["limits"]
+    assert max(first["sizes"]) < max(second["sizes"])
+
+
+def test_the_check_passes_what_is_right_and_refuses_what_is_not_on_all_ranks_alike(found):
+    ok, error, wrong_ok, wrong_error, cause = found[0]["verify"]
+    assert ok
+    assert error <= EXACT
+    assert not wrong_ok
+    assert wrong_error > 1e-3
+    assert cause is not None
+    assert found[1]["verify"] == found[0]["verify"]
+
+
+def test_a_fit_ends_where_the_whole_batch_does_and_validates_all_samples_once(found):
+    for each in found:
+        said, far, loss = each["fit"]
+        assert said == "ended well"
+        assert far <= EXACT
+        assert loss == pytest.approx(each["validation"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("where", "limits"), [("memory in forward", (4, 1)), ("memory in backward", (2, 2))])
+def test_a_rank_that_runs_out_of_memory_in_a_pass_finishes_it_and_all_replay(found, where, limits):
+    for each in found:
+        said, far, _, left = each[where]
+        assert said == "ended well"
+        assert far <= EXACT
+        assert tuple(left) == limits
+
+
+def test_any_other_error_in_a_pass_ends_all_ranks_at_the_vote(found):
+    assert found[1]["an error"][0].startswith("KeyError")
+    assert "rank 1 of 2 failed" in found[0]["an error"][0]
+
+
+@pytest.mark.parametrize(("name", "said"), [("compile", "compile is not supported"), ("saved", "checkpoint is not"),
+                                            ("state", "cannot be saved yet")])  # fmt: skip
+def test_what_is_not_there_for_sharded_models_is_refused_by_name(found, name, said):
+    assert said in found[0][name]
+    assert found[0][name].startswith((SetupError.__name__, CheckpointError.__name__))
+
+
+SWEEP = dataclasses.replace(CASE, count=11)
+
+
+def sweep(rank, folder):
+    size = int(os.environ.get("AUTOACCUM_TEST_RANKS", "2"))
+    with grouped(rank, size, folder):
+        _, loop = prepared(SWEEP, rank)
+        Inject.arm(None)
+        loop.run()
+        places = dict(Inject.seen)
+        ends = [
+            (kind, at, bad, name, injected(SWEEP, rank, bad, kind, at, error))
+            for kind in ("forward", "backward")
+            for at in range(1, places[kind] + 1)
+            for bad in range(size)
+            for name, error in (("memory", torch.OutOfMemoryError), ("key", KeyError))
+        ]
+        torch.save(ends, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_errors_at_every_block_in_both_directions_on_every_rank_end_all_ranks_soon(tmp_path):
+    started(sweep, 2, tmp_path, seconds=900)
+    ends = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert len(ends[0]) > 50
+    for (kind, at, bad, name, own), (*_, other) in zip(*ends):
+        place = f"{name} at {kind} {at} on rank {bad}: {own}, {other}"
+        assert max(own[2], other[2]) < 10, place
+        assert max(own[1], other[1]) <= EXACT, place
+        assert (own[0] == "ended well") == (other[0] == "ended well"), place
+        if own[0] != "ended well":
+            assert "injected" in (own, other)[bad][0], place
+            assert f"rank {bad} of 2 failed" in (own, other)[1 - bad][0], place
