@@ -190,10 +190,10 @@ class Objective:
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         if is_sharded(self.model):
-            raise LossError(
-                "the loss has several terms whose denominators the batch does not say, and the ranks of a sharded "
-                "model cannot each run forward to read them: declare them, reduction={name: f(batch)}"
+            why = (
+                "the batch does not say the terms' denominators, which ranks of a sharded model cannot run forward for"
             )
+            raise LossError(f"{why}: declare them, reduction={{name: f(batch)}}")
         device = device_of(self.model)
         known = []
         with Untouched(self.model, device=device), torch.enable_grad():
