@@ -190,10 +190,9 @@ class Objective:
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         if is_sharded(self.model):
-            why = (
-                "the batch does not say the terms' denominators, which ranks of a sharded model cannot run forward for"
+            raise LossError(
+                "a sharded model cannot read several denominators ahead: declare reduction={name: f(batch)}"
             )
-            raise LossError(f"{why}: declare them, reduction={{name: f(batch)}}")
         device = device_of(self.model)
         known = []
         with Untouched(self.model, device=device), torch.enable_grad():
