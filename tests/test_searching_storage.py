@@ -22,7 +22,7 @@ import autoaccum
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.searching import study as studies
 from autoaccum.searching.ledger import Kind
-from autoaccum.searching.storage import dashboard_line, open_storage, shown, telling_of
+from autoaccum.searching.storage import dashboard_line, open_storage, telling_of, without_password
 from autoaccum.searching.study import OWNER, is_gone, ledger_of, owner, repeat_broken, sweep
 from tests.search_setups import plain
 
@@ -84,7 +84,7 @@ def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
 @pytest.mark.parametrize(
     ("storage", "said"),
     [
-        ("nosuch://host/x", "nosuch:// is not known"),
+        ("nosuch://host/x", "'nosuch://' is not known"),
         ("{folder}", "is a folder: give the path of a journal file"),
         ("{folder}/none/study.log", "there is no folder"),
         ("{folder}/some.db", "is an SQLite database: write sqlite:///"),
@@ -213,8 +213,8 @@ def test_a_study_of_someone_else_is_refused(tmp_path):
 
 
 def test_passwords_are_never_shown():
-    assert shown("postgresql://me:hunter2@host/db") == "postgresql://me:***@host/db"
-    assert shown("sqlite:///a.db") == "sqlite:///a.db"
+    assert without_password("postgresql://me:hunter2@host/db") == "postgresql://me:***@host/db"
+    assert without_password("sqlite:///a.db") == "sqlite:///a.db"
 
 
 def test_the_dashboards_command_names_the_storage(tmp_path):

@@ -925,3 +925,10 @@ def test_a_right_checksum_of_a_wrong_structure_is_a_checkpoint_error_that_says_w
         assert "\n" not in message, (where, message)
     vouched_for(tmp_path, state)
     assert_same(finished(tmp_path), undisturbed())
+
+
+@pytest.mark.parametrize("folder", ["x" * 5000, "a\0b"])
+def test_a_name_that_is_none_of_a_folders_is_told_in_one_short_line(folder):
+    with pytest.raises(CheckpointError, match="is no folder") as caught:
+        Checkpoints(folder)
+    assert len(str(caught.value)) < 250

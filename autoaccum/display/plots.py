@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from autoaccum.display.layout import on_curve
-from autoaccum.errors import MissingExtraError, SetupError
+from autoaccum.errors import MissingExtraError, SetupError, shown
 from autoaccum.units import GIB, KIB, MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix.lstrip(".").lower()
     if suffix not in Figure().canvas.get_supported_filetypes():
         raise SetupError(
-            f"{os.fspath(path)!r}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
+            f"{shown(os.fspath(path))}: no plot can be written as {suffix!r}: end the name in .png, .svg or .pdf"
         )
     return suffix
 

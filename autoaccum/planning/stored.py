@@ -166,7 +166,7 @@ def write_file(path: Path, values: Mapping[str, Any]) -> None:
     except OSError as error:
         why = error.strerror or str(error)
         raise PlanError(
-            f"the plan cannot be saved at {path}: {why}; choose a folder that exists and is writable"
+            f"the plan cannot be saved at {shown(str(path))}: {why}; choose a folder that exists and is writable"
         ) from error
 
 

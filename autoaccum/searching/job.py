@@ -9,7 +9,7 @@ from autoaccum.searching.extra import make_pruner
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.samplers import make_sampler
 from autoaccum.searching.space import Space
-from autoaccum.searching.storage import open_storage, shown
+from autoaccum.searching.storage import open_storage, without_password
 from autoaccum.searching.study import open_study
 from autoaccum.searching.study_trial import Finished, Trainer
 from autoaccum.searching.terms import Terms
@@ -45,7 +45,7 @@ class Job:
     @property
     def storage_name(self) -> str:
         """For messages."""
-        return shown(str(self.storage)) if self.storage is not None else str(self.folder / "journal.log")
+        return without_password(str(self.storage)) if self.storage is not None else str(self.folder / "journal.log")
 
 
 def open_job(job: Job, *, resume: bool = True) -> Any:

@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.searching.extra import load_optuna, quiet
 from autoaccum.searching.journal_file import broken_line, open_journal
 
-__all__ = ["dashboard_line", "has_heartbeats", "is_shared", "open_storage", "shown", "telling_of"]
+__all__ = ["dashboard_line", "has_heartbeats", "is_shared", "open_storage", "telling_of", "without_password"]
 
 HEARTBEAT, GRACE = 60, 240  # seconds between signs of life, and until a trial without one counts as dead
 RACES = 10  # tries to open a database that others open for the first time
@@ -56,12 +56,12 @@ def open_storage(storage: Any, folder: Path) -> Any:
         if scheme.split("+")[0] in SCHEMES:
             return _database(text)
     raise SetupError(
-        f"storage={shown(text)!r}: {scheme}:// is not known; write a path for a journal file, sqlite:///study.db, "
-        "postgresql://user@host/name or grpc://host:port"
+        f"storage={shown(without_password(text))}: {shown(scheme + colon)} is not known; write a path for a journal "
+        "file, sqlite:///study.db, postgresql://user@host/name or grpc://host:port"
     )
 
 
-def shown(text: str) -> str:
+def without_password(text: str) -> str:
     """A URL with its password struck out."""
     return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text)
 
@@ -78,12 +78,14 @@ def telling_of(text: str, *, opening: bool = True) -> Iterator[None]:
     except (AutoaccumError, MemoryError):
         raise
     except ImportError as error:
-        raise SetupError(f"storage {shown(text)!r} needs a driver: {error}; {_driver_hint(text)}") from error
+        raise SetupError(
+            f"storage {shown(without_password(text))} needs a driver: {error}; {_driver_hint(text)}"
+        ) from error
     except Exception as error:
         culprit = _culprit(error, opening)
         if culprit is None:
             raise
-        raise SetupError(f"storage {shown(text)!r} {_trouble(text, culprit)}") from error
+        raise SetupError(f"storage {shown(without_password(text))} {_trouble(text, culprit)}") from error
 
 
 def _culprit(error: BaseException, opening: bool) -> Exception | None:
@@ -121,7 +123,7 @@ def _of_a_storage(error: Exception, opening: bool) -> bool:
 
 def _trouble(text: str, error: Exception) -> str:
     """What is the matter, and what to do about it."""
-    cause = shown(" ".join(str(error.__cause__ or error).split()))[:300]
+    cause = without_password(" ".join(str(error.__cause__ or error).split()))[:300]
     raised = f"({type(error).__name__}: {cause})"
     if "locked" in cause:
         return f"is locked by another process {raised}: end the process that holds it, or wait for it"
@@ -172,7 +174,7 @@ def _database(url: str) -> Any:
             if not re.search("already exists|unique|duplicate", str(error), re.IGNORECASE):
                 raise
         time.sleep(0.3)
-    raise SetupError(f"storage {shown(url)!r} is not as Optuna makes it: give a database of its own")
+    raise SetupError(f"storage {shown(without_password(url))} is not as Optuna makes it: give a database of its own")
 
 
 def _proxy(text: str, address: str) -> Any:
@@ -239,4 +241,4 @@ def dashboard_line(storage: Any, folder: Path) -> str | None:
         storage = folder / "journal.log"
     if not isinstance(storage, (str, Path)) or str(storage).startswith("grpc://"):
         return None
-    return f"optuna-dashboard {shlex.quote(shown(str(storage)))}"
+    return f"optuna-dashboard {shlex.quote(without_password(str(storage)))}"

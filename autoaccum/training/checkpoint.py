@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from autoaccum.errors import CheckpointError
+from autoaccum.errors import CheckpointError, shown
 from autoaccum.files import open_own, partial_of, partial_path, read_json, write_json
 from autoaccum.training.fields import Fields
 
@@ -88,15 +89,23 @@ class Checkpoints:
         """Nothing is read or written yet.
 
         Raises:
-            CheckpointError: the path is a file.
+            CheckpointError: the path is a file, or none that the system takes.
         """
         self.folder = Path(folder)
         self.last: Path | None = None
         self._keep = keep
         self._worker: ThreadPoolExecutor | None = None
         self._finishing: tuple[Entry, Future[None]] | None = None
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"checkpoint={str(self.folder)!r} is a file: give a folder, which need not be there")
+        told = f"checkpoint={shown(str(self.folder))}"
+        try:
+            is_file = not stat.S_ISDIR(os.stat(self.folder).st_mode)
+        except (FileNotFoundError, PermissionError, NotADirectoryError):
+            is_file = False  # told where it is made
+        except (OSError, ValueError) as error:  # too long, or with a null byte
+            why = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{told} is no folder: {why}; give another one, which need not be there") from error
+        if is_file:
+            raise CheckpointError(f"{told} is a file: give a folder, which need not be there")
 
     def path(self, entry: Entry) -> Path:
         """Where the checkpoint is."""
