@@ -240,11 +240,11 @@ class Objective:
             return  # trials are alike: what one of them does not show, none does
         if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
             return
-        model = _inner(self.model)
-        device = device_of(model)
+        model, device = _inner(self.model), device_of(_inner(self.model))
+        owners = [owner for owner in (self.loss, self.step) if owner is not None]
 
         def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
-            with Untouched(model, device=device), torch.enable_grad():
+            with Untouched(model, *owners, device=device), torch.enable_grad():
                 if begin is not None:
                     begin(rows)
                 else:
