@@ -348,7 +348,12 @@ def _probe_in_child(
     os.environ["WORLD_SIZE"] = "1"  # of several ranks each has a child of its own, which answers for its device alone
     taken = {"model", "data", *taken_by("probe")} - {"group"}
     arguments = {name: value for name, value in factory().items() if name in taken}
-    arguments |= {**asked, "isolate": InChild(send), "progress": False, "callbacks": [lambda e: _heard(e, send)]}
+    arguments |= {
+        **asked,
+        "isolate": InChild(send, climbs=False),
+        "progress": False,
+        "callbacks": [lambda e: _heard(e, send)],
+    }
     session = Session(arguments.pop("model"), arguments.pop("data"), arguments, what="a probe in a child")
     report = session.probe()
     lines = report.forecaster

@@ -84,7 +84,7 @@ def test_ctrl_c_twice_ends_at_once_with_130(folder):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
-    assert process.poll() is None, "it waits for the end of the window"
+    assert process.returncode is None, "it waits for the end of the window"
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130, err

@@ -23,8 +23,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from autoaccum import errors
 from autoaccum.errors import AutoaccumError, NothingFitsError, ProbeError, SetupError, shown
 from autoaccum.probing.journal import Journal, Owner
@@ -53,9 +51,15 @@ class Killed(Exception):
 
 @dataclass(frozen=True)
 class InChild:
-    """What a probe has to know that runs in a child: how it tells its parent which journal it keeps."""
+    """What a probe has to know that runs in a child.
+
+    Attributes:
+        send: how it tells its parent which journal it keeps.
+        climbs: whether it looks at the ladder's rungs itself where nothing fits; else its parent does, by a child each.
+    """
 
     send: Send
+    climbs: bool = True
 
     def keeps(self, journal: Journal) -> None:
         """Tells which one. The parent takes it away at the end: a ladder's later rungs rest on the kills before."""
@@ -96,6 +100,8 @@ class Packed:
         Raises:
             SetupError: a class or function among them cannot be found again here.
         """
+        import torch
+
         try:
             found: dict[str, Any] = torch.load(io.BytesIO(self._bytes), map_location="cpu", weights_only=False)
         except (AttributeError, ImportError) as error:
@@ -107,6 +113,8 @@ class Packed:
 
 
 def _packed(value: Any) -> bytes:
+    import torch  # in here: the command line's parent does without it
+
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()

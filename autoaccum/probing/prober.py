@@ -108,7 +108,8 @@ class Prober:
         try:
             report = self._once(question)
         except NothingFitsError as error:
-            elsewhere = isinstance(self.isolation, InChild) or is_sharded(parts.model)
+            others_climb = isinstance(self.isolation, InChild) and not self.isolation.climbs
+            elsewhere = others_climb or is_sharded(parts.model)
             if parts.ladder is not None or self.ladder is False or elsewhere:
                 raise
             refusal = str(error)
