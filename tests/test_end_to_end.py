@@ -69,6 +69,20 @@ def test_the_fourth_example_cuts_windows_of_text_by_length():
     assert "micro-batches by length" in done.stderr
 
 
+@pytest.mark.slow
+def test_the_tenth_example_trains_a_sharded_model_on_two_ranks_of_unequal_memory():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "reset_iter_state"):
+        pytest.skip("this torch's FSDP cannot begin anew after an error")
+    done = run("examples/10_sharded.py")
+    assert done.returncode == 0, done.stderr
+    shares = [int(count) for count in re.findall(r"of each window it trains (\d+) as", done.stdout)]
+    assert len(shares) == 2
+    assert sum(shares) == 256
+    assert shares[0] != shares[1]
+    assert float(re.search(r"held-out accuracy ([\d.]+)%", done.stdout).group(1)) > 85.0
+
+
 def test_probe_prints_one_json_object_and_its_saved_plan_trains_without_a_probe(tmp_path):
     plan = tmp_path / "plan.json"
     done = command("probe", EXAMPLE, "--target-batch", "256", "--memory", "12MiB", "--json", "--save-plan", str(plan))
