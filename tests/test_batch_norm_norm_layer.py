@@ -119,6 +119,7 @@ def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
     assert graphs_of(pooled) == graphs_of(alone)
 
 
+@pytest.mark.slow
 @since("2.5", "compiled parts under checkpointing")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):

@@ -290,6 +290,7 @@ def test_devices_are_listed(library):
     assert "cpu" in run("devices").stdout
 
 
+@pytest.mark.slow
 def test_what_is_written_below_python_does_not_reach_stdout(tmp_path):
     (tmp_path / "train.py").write_text(BUILD)
     script = f"""

@@ -140,6 +140,7 @@ def values(text):
 ASKED = ("--target-batch", "64", "--memory", "1MiB", "--no-cache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

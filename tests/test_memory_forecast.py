@@ -70,10 +70,16 @@ def _windows(architecture: Architecture, optimizer, bf16: bool) -> Windows:
         raise
 
 
+def recurrent_slowly(architectures):
+    """GRU and LSTM, whose steps take ten times as long to record as the others', are for the slow tests."""
+    slow = pytest.mark.slow
+    return [pytest.param(each, marks=slow) if each.name in ("gru", "lstm") else each for each in architectures]
+
+
 @pytest.mark.parametrize(
     ("optimizer", "bf16"), [(torch.optim.AdamW, False), (sgd, True)], ids=["adamw-fp32", "sgd-bf16"]
 )
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+@pytest.mark.parametrize("architecture", recurrent_slowly(ARCHITECTURES), ids=lambda architecture: architecture.name)
 def test_the_forecast_is_what_is_measured(architecture, optimizer, bf16):
     windows = _windows(architecture, optimizer, bf16)
     forecast = windows.forecast(2, 4, 8)
@@ -88,7 +94,7 @@ SEQUENCES = [architecture for architecture in ARCHITECTURES if architecture.sequ
 LENGTHS = [*((n, length) for n in (2, 3) for length in (6, 8, 10)), (4, 12)]
 
 
-@pytest.mark.parametrize("architecture", SEQUENCES, ids=lambda architecture: architecture.name)
+@pytest.mark.parametrize("architecture", recurrent_slowly(SEQUENCES), ids=lambda architecture: architecture.name)
 def test_the_forecast_holds_for_other_lengths(architecture):
     windows = Windows(architecture)
     forecast = Forecast.fit([windows.trace(*size) for size in LENGTHS], LENGTHS)

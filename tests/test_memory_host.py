@@ -175,6 +175,7 @@ print(json.dumps([limit, memory.__dict__, fits(memory.available - 2**20), fits(m
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts mappings against these limits")
 @pytest.mark.parametrize(
     ("name", "field", "kind"), [("RLIMIT_DATA", "VmData", "data segment"), ("RLIMIT_AS", "VmSize", "address space")]

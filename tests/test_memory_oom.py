@@ -235,6 +235,7 @@ def starved() -> list[str]:
     return run.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_pytorchs_real_allocation_error_is_out_of_memory(starved):
     assert starved[0].startswith("SURELY: ")
     assert "DefaultCPUAllocator: can't allocate memory" in starved[0]

@@ -239,6 +239,7 @@ def test_activation_checkpointing_shows_in_the_trace():
     assert peak(recomputed) < 0.7 * peak(lambda block, x: block(x))
 
 
+@pytest.mark.slow
 def test_the_first_recording_prints_nothing():
     code = (
         "import torch; from types import SimpleNamespace; from autoaccum.memory.trace import record\n"

@@ -141,6 +141,7 @@ def test_pooled_statistics_are_the_eager_ones_and_their_momentum_compiles_nothin
     torch.testing.assert_close(gradient, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_compilation_go_together():
     class Deep(nn.Sequential):
         pass

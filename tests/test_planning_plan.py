@@ -334,7 +334,7 @@ def test_a_reader_of_the_old_file_keeps_all_of_it(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_named_on_saving(tmp_path):
-    with pytest.raises(PlanError, match=r"missing/plan\.json: No such file"):
+    with pytest.raises(PlanError, match=r"missing/plan\.json': No such file"):
         plan(8, 32).save(tmp_path / "missing" / "plan.json")
 
 

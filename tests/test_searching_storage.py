@@ -147,6 +147,7 @@ def test_a_journal_that_is_damaged_in_its_middle_names_the_line_and_what_can_be_
         search(tmp_path, str(journal), 3)
 
 
+@pytest.mark.slow
 def test_a_journal_with_any_value_in_any_place_is_used_or_is_one_clear_line(tmp_path):
     search(tmp_path, None, 2)
     journal = tmp_path / "run" / "journal.log"

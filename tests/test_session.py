@@ -143,6 +143,7 @@ def tied():
     return {"model": model, "data": (whole[:64], whole[64:]), "loss": nn.MSELoss(), "optimizer": optimizer}
 
 
+@pytest.mark.slow
 def test_a_child_probes_copies_of_what_can_be_pickled():
     given = tied()
     before = [tensor.clone() for tensor in given["model"].state_dict().values()]
