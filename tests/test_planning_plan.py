@@ -189,7 +189,17 @@ def test_a_new_limit_keeps_the_target_and_binds_every_rank(made, limit):
     assert lower.reasons["limit"] == "out of memory"
     assert (lower.lr, lower.lr_scale, lower.optimizer_overrides) == (made.lr, made.lr_scale, made.optimizer_overrides)
     every = [lower.on_rank(rank).micro_batches for rank in range(made.world_size)]
-    assert sum(map(sum, every)) == made.target_batch
+    assert sum(map(sum, every)) == lower.usual_window
+    short = made.samples is not None and made.samples < 2 * made.target_batch  # an epoch is one window, of all it has
+    assert lower.usual_window == made.target_batch or short
+
+
+def test_a_limit_that_rises_lets_an_epochs_last_sample_join_its_only_window():
+    made = plan(2, 2, samples=3, minimum=2)
+    assert made.micro_batches == (2,)
+    higher = made.with_limit(3, "grown")
+    assert higher.micro_batches == (3,)
+    assert "where 2 were asked for: an epoch has 3" in higher.reasons["target_batch"]
 
 
 def test_a_lower_limit_follows_through_to_the_momentum_and_its_line():
