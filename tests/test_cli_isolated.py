@@ -158,6 +158,7 @@ def test_a_probe_in_a_child_answers_as_one_in_the_process(folder, words):
     assert values(out)["trials"]
 
 
+@pytest.mark.slow
 def test_a_probe_in_a_child_prints_the_same_for_people_and_writes_nothing_else_to_stdout(folder):
     code, out, err = in_a_child("train.py:build", *ASKED)
     assert code == 0, err

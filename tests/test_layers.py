@@ -1,6 +1,7 @@
 """A room imports only from rooms that stand above it in the house's list; read from the imports themselves."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,12 @@ ROOMS = [
 ]  # fmt: skip
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The file's syntax tree; each file is read once for all tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def room_of(module: str) -> str | None:
     """The room that a module name such as "autoaccum.loss.mean" stands in; None outside the package."""
     parts = module.split(".")
@@ -30,7 +37,7 @@ def room_of(module: str) -> str | None:
 def imports(path: Path) -> set[str]:
     """Every module of the package that the file imports, inside functions too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -60,7 +67,7 @@ def test_a_room_imports_only_from_rooms_above_it(path):
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_every_file_says_what_it_is_for_and_stays_readable(path):
     text = path.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text)), "no word on what the file is for"
+    assert ast.get_docstring(parsed(path)), "no word on what the file is for"
     assert text.count("\n") <= 500
 
 
@@ -76,7 +83,7 @@ def test_only_one_file_imports_pynvml():
 
 def test_numpy_is_not_imported():
     for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not any((name or "").split(".")[0] == "numpy" for name in names | modules), path

@@ -241,10 +241,12 @@ def test_pytorchs_real_allocation_error_is_out_of_memory(starved):
     assert "DefaultCPUAllocator: can't allocate memory" in starved[0]
 
 
+@pytest.mark.slow
 def test_pythons_real_memory_error_is_out_of_memory(starved):
     assert starved[1] == "SURELY: MemoryError"
 
 
+@pytest.mark.slow
 def test_onednns_real_error_is_perhaps_out_of_memory(starved):
     primitive = [line for line in starved if "could not create a" in line]
     if not primitive:
@@ -252,6 +254,7 @@ def test_onednns_real_error_is_perhaps_out_of_memory(starved):
     assert all(line.startswith("PERHAPS: ") for line in primitive)
 
 
+@pytest.mark.slow
 def test_whatever_a_starved_process_raises_is_seen_to_be_about_memory(starved):
     assert len(starved) > 10
     assert [line for line in starved if not line.startswith(("SURELY: ", "PERHAPS: "))] == []

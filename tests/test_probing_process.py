@@ -60,7 +60,8 @@ def default_stack():
     return size.value
 
 
-@pytest.mark.parametrize(("threads", "part"), [(1, 0.89), pytest.param(2, 0.8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("threads", "part"), [(1, 0.89), (2, 0.8)])
 def test_what_is_found_trains_on_and_is_most_of_what_a_bisection_could_find(told, threads, part):
     """Lost of 180 MiB: 8 that the probe needed; with two threads 13 kept for the unknown and up to 10 more."""
     found = child(
