@@ -54,12 +54,6 @@ class Architecture:
         return self.batch(n, length or self.length) if self.sequence else self.batch(n)
 
 
-def lstm_is_known() -> bool:
-    """Whether oneDNN's layout of an LSTM was measured on such a processor; elsewhere its forecast may follow lines."""
-    known = ("DEFAULT", "AVX2", "AVX512")
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in known
-
-
 def multiplies_bf16() -> bool:
     """Whether the processor multiplies bfloat16 itself: oneDNN then packs the matrices into scratch as it sees fit."""
     described = Path("/proc/cpuinfo")

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from autoaccum.memory.pages import LSTM, Stairs
 from autoaccum.probing.cache import SCHEMA, Cache, Lines, envelope, training_key
 
 numbers = st.integers(0, 10**9)
@@ -37,26 +36,17 @@ def test_over_lengths_the_maximum_stays_the_same_everywhere(functions, batch, le
         assert topped not in envelope([*functions, topped])
 
 
-STAIRS = (Stairs("workspace", LSTM, 32, 64, 1, (20, 0)), Stairs("scratchpad", LSTM, 32, 64, 2, (1, 3)))
-
-
 @pytest.mark.parametrize(
     "lines",
     [
         Lines(((1.5, 0.0), (0.25, 3.0)), 0.001, 1.02),
         Lines(((1.0,) * 6,), None, 1.0, 40),
-        Lines(((1.5, 0.0, 1.0, 0.0),), 0.0, 1.0, None, STAIRS),
     ],
 )
 def test_what_is_written_is_read_back(tmp_path, lines):
     cache = Cache("key", tmp_path)
     cache.write(lines)
     assert cache.read() == lines
-
-
-def test_what_is_kept_tells_blocks_in_pages():
-    lines = Lines(((8.0, 2.0, 1.0, 0.0), (8.0, 1.0, 0.0, 1.0)), 0.0, stairs=STAIRS)
-    assert lines.peak(5) == 8 + 2 * 5 + STAIRS[0].bytes((5,))
 
 
 def test_what_is_kept_tells_peaks(tmp_path):
@@ -71,7 +61,7 @@ def test_what_is_kept_tells_peaks(tmp_path):
 
 
 NAN, INFINITY = float("nan"), float("inf")
-SOUND = {"schema": SCHEMA, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": None, "stairs": []}
+SOUND = {"schema": SCHEMA, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": None}
 
 
 def test_a_sound_file_is_read(tmp_path):
@@ -112,8 +102,6 @@ def test_a_file_that_is_no_text_is_not_printed(tmp_path):
                 {"reserve": INFINITY},
                 {"longest": 1.5},
                 {"longest": -3},
-                {"stairs": [{}]},
-                {"stairs": 3},
             )
         ),
     ],

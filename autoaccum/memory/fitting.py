@@ -4,10 +4,8 @@ Over a batch size B alone a figure is a + b·B, and the line goes through the tw
 kernel's choice of algorithm is nearest to that of the sizes asked for. Over a batch and a length L it is a
 sum of 1, B, L, BL, L², BL², fitted to all sizes by least squares: attention is quadratic in the length, and
 everything is affine in the batch. A figure gets the terms in L² only where they foretell a left-out size
-clearly better than it is foretold without them: rounding inside a kernel must not become a parabola.
-
-Some blocks are known to be rounded up to pages (pages.py). Each is one more function beside those, and a row that meets
-it in every trace follows it instead.
+clearly better than it is foretold without them: rounding inside a kernel must not become a parabola. Blocks that
+a library rounds up to whole pages (oneDNN's LSTM) meet no line at small sizes: a trace nearer to the size wanted does.
 
 All in float64, which is exact for bytes up to 2⁵³.
 """
@@ -19,9 +17,8 @@ from collections.abc import Sequence
 import torch
 
 from autoaccum.memory.alignment import ForecastFailed
-from autoaccum.memory.pages import Stairs
 
-__all__ = ["Size", "basis", "columns", "determined", "fit", "point", "volume"]
+__all__ = ["Size", "basis", "columns", "determined", "fit", "volume"]
 
 Size = tuple[int, ...]
 _CLEARLY = 4  # times the miss with L² is what the miss without may be
@@ -65,40 +62,12 @@ def basis(size: Size, count: int) -> torch.Tensor:
     )
 
 
-def point(size: Size, count: int, stairs: Sequence[Stairs]) -> torch.Tensor:
-    """The values at a size of all functions that `fit` gives coefficients of: (`count` + stairs,) in float64."""
-    steps = [float(each.bytes(size)) for each in stairs]
-    return torch.cat([basis(size, count), torch.tensor(steps, dtype=torch.float64, device="cpu")])
-
-
-def fit(
-    figures: torch.Tensor, sizes: Sequence[Size], stairs: Sequence[Stairs] = (), operators: Sequence[str] = ()
-) -> torch.Tensor:
-    """The coefficients (rows × (columns + stairs)) of figures (rows × sizes).
-
-    Args:
-        figures: bytes of each row at each size; below 0 where they are freed.
-        stairs: what a row that meets it at every size follows.
-        operators: each row's, for `stairs`; empty: no row follows any. Whoever may free what another one allocated.
+def fit(figures: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
+    """The coefficients (rows × columns) of figures (rows × sizes): bytes, below 0 where they are freed.
 
     Raises:
         ForecastFailed: as `columns`.
     """
-    lines = _lines(figures, sizes)
-    steps = torch.zeros(len(figures), len(stairs), dtype=torch.float64, device="cpu")
-    if operators:
-        for column, each in enumerate(stairs):
-            bytes_ = torch.tensor([each.bytes(size) for size in sizes], dtype=torch.float64, device="cpu")
-            allocates = torch.tensor([operator == each.operator for operator in operators], device="cpu")
-            meets = ((figures == bytes_).all(1) & allocates) | (figures == -bytes_).all(1)
-            meets &= ~steps.any(1)
-            steps[meets, column] = figures[meets, 0].sign()
-            lines[meets] = 0.0
-    return torch.cat([lines, steps], 1)
-
-
-def _lines(figures: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
-    """The coefficients (rows × columns) without stairs."""
     if columns(sizes) == 2:
         order = sorted(range(len(sizes)), key=lambda at: sizes[at][0])
         last = order[-1]

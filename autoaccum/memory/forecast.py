@@ -25,8 +25,7 @@ import torch
 
 from autoaccum.memory.alignment import MOST_UNMATCHED, Cell, ForecastFailed, align
 from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
-from autoaccum.memory.fitting import columns, determined, fit, point, volume
-from autoaccum.memory.pages import Stairs, stairs_of
+from autoaccum.memory.fitting import basis, columns, determined, fit, volume
 from autoaccum.memory.playback import Playback, Reservation
 from autoaccum.memory.replay import Column, Flow, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
@@ -50,7 +49,6 @@ class Forecast:
             caches the miss at that peak; None where no trace could be spared.
         unaligned: the share of a step's allocated bytes that could not be matched between the traces.
         requested: False where block sizes had to stand for requested sizes (see trace.Trace).
-        stairs: the functions, beside those of the basis, of blocks that are rounded up to pages.
         reserve: reserved over requested bytes, as measured at the largest trace, where the allocator is not simulated;
             None where it is, or was not measured.
     """
@@ -70,7 +68,6 @@ class Forecast:
         self._background = max(trace.background for trace in traces)
         self._reserved: dict[tuple[int, int | None], int] = {}
         self._playback = Playback(tabled, cells, sizes) if self._last.caching else None
-        self.stairs = stairs_of([trace.layers for trace in traces], sizes)
 
     @classmethod
     def fit(
@@ -126,7 +123,7 @@ class Forecast:
         forecast.unaligned = unaligned
         forecast.requested = all(trace.requested for trace in traces)
         forecast._solve(sizes, {name: [each[at] for at in used] for name, each in held.items()})
-        forecast.residual = _residual(forecast._table, sizes, forecast.stairs, at_peak=forecast._last.caching)
+        forecast.residual = _residual(forecast._table, sizes, at_peak=forecast._last.caching)
         return forecast
 
     def _or_of_the_largest(
@@ -158,7 +155,7 @@ class Forecast:
     def lines(self) -> list[tuple[float, ...]]:
         """The functions whose maximum the peak is, in bytes, what was there before included: (a, b) of a + b·batch.
 
-        Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL²; then of `stairs`, one each.
+        Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL².
         """
         rows = self._levels + self._residents.sum(0)
         rows[:, 0] += self._background
@@ -303,16 +300,16 @@ class Forecast:
 
     def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
         table = self._table
-        self._flows = fit(table.sizes, sizes, self.stairs, [flow.operator for flow in table.flows])
+        self._flows = fit(table.sizes, sizes)
         if self._playback is not None:
-            self._blocks = fit(self._playback.sizes, sizes, self.stairs, self._playback.operators)
-        self._levels = _levels(fit(table.deltas, sizes, self.stairs, [row.operator for row in table.rows]))
+            self._blocks = fit(self._playback.sizes, sizes)
+        self._levels = _levels(fit(table.deltas, sizes))
         self._resident_names = list(residents)
-        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes, self.stairs)
+        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
 
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
         if not self._lengths:
-            return point((batch,), self._count, self.stairs)
+            return basis((batch,), self._count)
         if length is None and len(self._lengths) == 1:
             length = next(iter(self._lengths))
         if length is None:
@@ -322,7 +319,7 @@ class Forecast:
                 f"all traces have length {next(iter(self._lengths))}: nothing is known of length {length}; "
                 "trace two batch sizes at three lengths"
             )
-        return point((batch, length), self._count, self.stairs)
+        return basis((batch, length), self._count)
 
     def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
         """(parts × levels): what the flows hold at the start and after each row."""
@@ -391,9 +388,7 @@ def _levels(deltas: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(deltas[:1]), deltas.cumsum(0)])
 
 
-def _residual(
-    table: Table, sizes: Sequence[tuple[int, ...]], stairs: Sequence[Stairs], *, at_peak: bool
-) -> float | None:
+def _residual(table: Table, sizes: Sequence[tuple[int, ...]], *, at_peak: bool) -> float | None:
     """How far the forecast from the other traces misses the largest that can be spared; None: none can."""
     count = columns(sizes)
     for held_out in sorted(range(len(sizes)), key=lambda at: -volume(sizes[at])):
@@ -401,8 +396,7 @@ def _residual(
         others = [sizes[at] for at in rest]
         if not determined(others, count):
             continue
-        rows = fit(table.deltas[:, rest], others, stairs, [row.operator for row in table.rows])
-        forecast = _levels(rows) @ point(sizes[held_out], count, stairs)
+        forecast = _levels(fit(table.deltas[:, rest], others)) @ basis(sizes[held_out], count)
         measured = _levels(table.deltas[:, held_out])
         missed = (forecast.max() - measured.max()).abs() if at_peak else (forecast - measured).abs().max()
         return float(missed / measured.max().clamp(min=1))

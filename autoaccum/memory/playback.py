@@ -43,17 +43,14 @@ class Playback:
 
     Attributes:
         sizes: (blocks × traces) bytes of each block that the largest trace allocates, to be fitted over the sizes.
-        operators: of each block, the operator that allocated it.
     """
 
     def __init__(self, columns: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[Size]) -> None:
         """From traces of `sizes` (batch,) or (batch, length), aligned into `cells`."""
         largest = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
         trace = columns[largest].trace
-        groups = [trace.groups[event.group] for event in trace.events]
         taken = [at for at, event in enumerate(trace.events) if event.bytes > 0]
         self._streams = [trace.events[at].stream for at in taken]
-        self.operators = [groups[at].operator for at in taken]
         shares = [volume(size) / volume(sizes[largest]) for size in sizes]
         lasting = _lasting(trace)
         # Where no other trace has the block: in proportion to the size, but for gradients and an optimizer's state.

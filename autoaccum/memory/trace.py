@@ -9,12 +9,11 @@
 
 Choices:
 
-- The recorder is torch's profiler with memory events and nothing else: no stacks, no device activity, and shapes
-  only where they are asked for, since they cost half as much again. It sees the buffers inside kernels, which
-  trackers at the dispatcher miss. It is driven
-  through the functions under `torch.profiler.profile`, whose Python class builds tables nobody reads here.
-  Measured on a CPU: 0.5 ms to start and stop (1 ms the first time), and 5 to 10 µs for each operator and
-  each event, two thirds of it in torch when the profiler stops.
+- The recorder is torch's profiler with memory events and nothing else: no stacks, no shapes, no device activity. It
+  sees the buffers inside kernels, which trackers at the dispatcher miss. It is driven through the functions under
+  `torch.profiler.profile`, whose Python class builds tables nobody reads here. Measured on a CPU: 0.5 ms to start and
+  stop (1 ms the first time), and 5 to 10 µs for each operator and each event, two thirds of it in torch when the
+  profiler stops.
 - Events of one operator call that follow each other are one group: the innermost operator, since kernels
   may allocate more often at larger sizes, which a group's net and inside figures survive.
 - On CUDA the profiler tells the operator, but the size of the block that was handed out; the allocator's
@@ -48,7 +47,6 @@ from autoaccum.errors import ProbeError
 from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.cuda_history import NO_OPERATOR, History, RawEvent
-from autoaccum.memory.pages import LSTM, Layer
 from autoaccum.memory.watch import small_stacks
 
 __all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
@@ -129,7 +127,6 @@ class Trace:
         requested: False where block sizes had to stand for requested sizes (CUDA, history not to be had).
         complete: False where the body raised.
         seconds: how long the body took, profiler included.
-        layers: the calls of oneDNN's LSTM in the forward pass, in time order, where shapes were asked for.
         caching: whether the device's allocator caches (CUDA); `segments`, `setup` and `unsupported` then
             describe it at the start, for allocator.py.
         kept: what a training's first window adds for good to what `segments` hold, in order: an optimizer's state,
@@ -146,7 +143,6 @@ class Trace:
     requested: bool = True
     complete: bool = True
     seconds: float = 0.0
-    layers: tuple[Layer, ...] = ()
     caching: bool = False
     segments: tuple[Segment, ...] = ()
     kept: tuple[Kept, ...] = ()
@@ -201,15 +197,11 @@ class Recording:
 
 
 @contextmanager
-def record(device: Where, *, shapes: bool = False) -> Iterator[Recording]:
-    """Record the allocations on `device` of what runs inside, in this thread and in autograd's.
+def record(device: Where) -> Iterator[Recording]:
+    """Records the allocations on `device` of what runs inside, in this thread and in autograd's.
 
     Nothing is kept of the tensors. An error inside leaves `recording.trace` with what happened until then
     (`complete` False), and goes on.
-
-    Args:
-        device: whose allocations.
-        shapes: note how oneDNN's LSTM layers were called (`Trace.layers`).
 
     Raises:
         ProbeError: a profiler is already running in this thread.
@@ -228,7 +220,7 @@ def record(device: Where, *, shapes: bool = False) -> Iterator[Recording]:
     try:
         if history is not None:
             history.start()
-        _start(shapes=shapes)
+        _start()
         started = time.perf_counter()
         try:
             yield recording
@@ -236,10 +228,9 @@ def record(device: Where, *, shapes: bool = False) -> Iterator[Recording]:
         finally:
             seconds = time.perf_counter() - started
             result = _disable_profiler()
-            found, marks, layers = _memory_events(result.experimental_event_tree(), where)
+            found, marks = _memory_events(result.experimental_event_tree(), where)
             del result
             extra: dict[str, Any] = {"complete": complete, "seconds": seconds, "caching": history is not None}
-            extra["layers"] = tuple(layers)
             if history is not None:
                 found, more = history.finish(found)
                 extra |= more
@@ -327,9 +318,9 @@ class _Builder:
         self._events.append(Event(size, block, len(self._groups) - 1, raw.time_ns, raw.stream))
 
 
-def _start(*, shapes: bool) -> None:
-    """Start the profiler with memory events, and with the operators' shapes where asked for."""
-    tool = profile(use_kineto=True, profile_memory=True, record_shapes=shapes)
+def _start() -> None:
+    """Starts the profiler with memory events alone."""
+    tool = profile(use_kineto=True, profile_memory=True)
     # Kineto writes "USDT: profiler_start" to stderr from torch 2.12 on; its level is read when it first starts.
     quiet = "KINETO_LOG_LEVEL" not in os.environ
     if quiet:
@@ -344,11 +335,10 @@ def _start(*, shapes: bool) -> None:
             del os.environ["KINETO_LOG_LEVEL"]
 
 
-def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent], list[tuple[int, str]], list[Layer]]:
-    """The memory events on `where` in time order with their operators, the marks, and the calls of LSTM layers."""
+def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent], list[tuple[int, str]]]:
+    """The memory events on `where` in time order with their operators, and the marks."""
     found: list[RawEvent] = []
     marks: list[tuple[int, str]] = []
-    layers: list[Layer] = []
     pending: list[tuple[Any, int, str, str, bool]] = [(event, -1, "", NO_OPERATOR, False) for event in reversed(tree)]
     calls = 0
     while pending:
@@ -363,8 +353,6 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         if name.startswith(_MARK):
             marks.append((event.start_time_ns, name[len(_MARK) :]))
             continue
-        if name == LSTM:
-            layers += _layer(event.extra_fields.inputs)
         children = event.children
         if innermost in _LOOPS:
             pending.extend((child, call, innermost, operator, backward) for child in reversed(children))
@@ -374,15 +362,7 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
             inside = backward or name.startswith(_EVALUATE)
             pending.extend((child, calls, name, shown, inside) for child in reversed(children))
     found.sort(key=lambda raw: raw.time_ns)
-    return found, marks, layers
-
-
-def _layer(inputs: list[Any]) -> list[Layer]:
-    """How an LSTM's layer was called, by the shapes of its input and of the states' weights; none without shapes."""
-    if not inputs:
-        return []
-    steps, samples, wide = inputs[0].sizes
-    return [Layer(steps, samples, wide, inputs[2].sizes[1])]
+    return found, marks
 
 
 def _same(device: torch.device, where: torch.device) -> bool:

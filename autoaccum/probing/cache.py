@@ -21,13 +21,12 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.files import read_json, write_json
-from autoaccum.memory.fitting import point
-from autoaccum.memory.pages import Stairs
+from autoaccum.memory.fitting import basis
 from autoaccum.probing.journal import cache_folder
 
 __all__ = ["Cache", "Lines", "training_key"]
 
-SCHEMA = 3
+SCHEMA = 4
 LARGEST = 2**62  # more bytes than there are
 
 
@@ -36,18 +35,16 @@ class Lines:
     """A forecast as the functions whose maximum it is: peak(n) = max(a + b·n), in bytes; or of a length too.
 
     Attributes:
-        lines: (a, b) each; over batches and lengths the coefficients of 1, B, L, BL, L², BL²; then those of `stairs`.
+        lines: (a, b) each; over batches and lengths the coefficients of 1, B, L, BL, L², BL².
         residual: as the forecast from which they were taken.
         reserve: reserved over requested bytes, as measured at the size verified; 1 without a caching allocator.
         longest: over lengths, the one that is meant where none is given; else None.
-        stairs: what blocks take that are rounded up to pages, beside the batch and the length.
     """
 
     lines: tuple[tuple[float, ...], ...]
     residual: float | None
     reserve: float = 1.0
     longest: int | None = None
-    stairs: tuple[Stairs, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Lines":
@@ -59,13 +56,12 @@ class Lines:
         lines = tuple(tuple(map(_finite, line)) for line in values["lines"])
         residual = None if values["residual"] is None else _finite(values["residual"])
         longest = None if values["longest"] is None else _count(values["longest"])
-        stairs = tuple(map(_stairs, values["stairs"]))
         reserve = _finite(values["reserve"])
         if reserve <= 0 or (residual or 0.0) < 0:
             raise ValueError(f"reserve={reserve!r} and residual={residual!r}: one is above 0, the other not below")
-        if {len(line) for line in lines} != {(2 if longest is None else 6) + len(stairs)}:
+        if {len(line) for line in lines} != {2 if longest is None else 6}:
             raise ValueError("the forecast's functions do not have as many coefficients as they need")
-        return cls(lines, residual, reserve, longest, stairs)
+        return cls(lines, residual, reserve, longest)
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -74,7 +70,7 @@ class Lines:
     def peak(self, batch: int, length: int | None = None) -> int:
         """The peak in requested bytes at `batch` samples; sizes beside batch and length are part of the key."""
         size = (batch,) if self.longest is None else (batch, self.longest if length is None else length)
-        return round(float((self._rows @ point(size, 2 if self.longest is None else 6, self.stairs)).max()))
+        return round(float((self._rows @ basis(size, 2 if self.longest is None else 6)).max()))
 
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
@@ -94,17 +90,11 @@ def _count(value: Any) -> int:
     return value
 
 
-def _stairs(values: Any) -> Stairs:
-    a, b = (int(_finite(step)) for step in values["steps"])
-    sizes = {name: _count(values[name]) for name in ("inputs", "hidden", "times")}
-    return Stairs(str(values["block"]), str(values["operator"]), **sizes, steps=(a, b))
-
-
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
     """Those of the functions that may be the highest at some batch, and length, of 1 and above.
 
-    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths, and with stairs, those that
-    no other one tops in each of its coefficients.
+    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths those that no
+    other one tops in each of its coefficients.
     """
     distinct = sorted(set(lines), key=lambda line: (line[1], line[0]))
     if len(distinct[0]) > 2:

@@ -423,7 +423,7 @@ def as_lines(forecast: Forecast | OverLengths, trials: Sequence[Trial]) -> Lines
     ran = [trial for trial in trials if trial.reserved_bytes is not None and trial.peak_bytes]
     largest = max(ran, key=lambda trial: trial.peak_bytes or 0, default=None)
     reserve = 1.0 if largest is None else (largest.reserved_bytes or 0) / (largest.peak_bytes or 1)
-    return Lines(envelope(whole.lines()), forecast.residual, reserve, longest, whole.stairs)
+    return Lines(envelope(whole.lines()), forecast.residual, reserve, longest)
 
 
 def _nothing_fits(

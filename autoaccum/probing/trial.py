@@ -94,8 +94,6 @@ class Bench:
         self._stateless = not any(accumulator.optimizer.state.values())
         self._reserved: dict[Shape, int] = {}  # by the traced steps
         self._first: Trace | None = None  # a training's first window, where an allocator caches
-        modules = accumulator.model.modules()
-        self._shapes = device.type == "cpu" and any(isinstance(module, torch.nn.LSTM) for module in modules)
         self.elsewhere = False
         self.ranks: Ranks | None = None if accumulator.sharded is None else accumulator.ranks
         self.trials: list[Trial] = []
@@ -350,7 +348,7 @@ class Bench:
         pieces = [batch, batch] if self.caches or accumulator.sharded is not None else [batch]
         accumulator.open(pieces)
         held = self._held(batch)
-        with self._process.growth, record(self._device, shapes=self._shapes) as recording:
+        with self._process.growth, record(self._device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
             self._allocate_gradients(tree.batch_size(batch), len(pieces))
