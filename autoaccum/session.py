@@ -15,17 +15,14 @@ from torch.optim import Optimizer
 from autoaccum.checking.padding import padding_error
 from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
-from autoaccum.data.source import Source, open_source, read_more_than_once
 from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import LossError, shown
 from autoaccum.memory.device import check_memory
 from autoaccum.memory.forecast import Forecast
-from autoaccum.model.compiled import compiled
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS, obstacle
-from autoaccum.model.optimizer import check_no_gradient, trained_parameters
 from autoaccum.planning.given_plan import beside_own_rate, for_ranks, given_plan, share_of, target_of, total_steps
-from autoaccum.planning.plan import Plan, plan
+from autoaccum.planning.plan import Plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Isolation, Send, isolation
 from autoaccum.probing.length_search import OverLengths
@@ -34,14 +31,13 @@ from autoaccum.probing.planned import planned
 from autoaccum.probing.probe import Question, as_lines
 from autoaccum.probing.prober import Prober
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks
-from autoaccum.settings import SETTINGS, Settings, alike, deciding, taken_by
+from autoaccum.ranks import Ranks, here, join
+from autoaccum.settings import SETTINGS, Settings, deciding, taken_by
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
 from autoaccum.training.loop import TrainingLoop
 from autoaccum.training.make_ready import for_phase, ready_to_train
 from autoaccum.training.parts import kept_answers
-from autoaccum.training.rates import take_back
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
 from autoaccum.window.assembly import Assembly, assemble
@@ -93,30 +89,22 @@ class Session:
             asked["lr"] = None if isinstance(asked.optimizer, Optimizer) else given.lr / given.lr_scale
         self._isolation = isolation(asked.isolate, _probe_in_child, unwrapped(model), data, asked)
         self._in_child = isinstance(self._isolation, Isolation)
-        self.parts = parts = assemble(model, data, asked, stays=self._in_child)
-        if self._trains:
-            check_no_gradient(trained_parameters(parts.model, asked.loss))
-            for turn in parts.turns:
-                take_back(turn.optimizer)
-        # Refuses settings of the plan's before a probe is spent on them.
-        plan(1, 1, optimizer=parts.optimizer, **asked.some("lr_batch", "lr_rule", "batch_norm", "tail"))
-        self._validation = self._opened_validation()
-        self._compare_ranks()
-        self._settle(now=not self._in_child)
-        self.events = events or Events([*listeners, *display(asked.progress, parts.ranks)])
-        if asked.compile:
-            parts.compiled = compiled(parts.model, lambda text: self.events.tell(Noted(text)))
-        if isinstance(asked.ladder, str) and asked.ladder != "auto":
-            parts.take(asked.ladder)
+        join()
+        ranks = here(group=asked.group)
+        if given is not None:
+            self._given = for_ranks(given, ranks.rank, ranks.size)
+        self.events = events or Events([*listeners, *display(asked.progress, ranks)])
+        self.parts = assemble(model, data, asked, ranks, what=what, stays=self._in_child, note=self._note)
         self.report: ProbeReport | None = None
         self._found_by: str | None = None
         self._plan: Plan | None = None
         self._verdict: VerifyReport | None = None
-        self._folder, self._kept = open_run(
-            asked.checkpoint, asked.checkpoint_every, asked.resume, parts.ranks, self.events
-        )
+        self._folder, self._kept = open_run(asked.checkpoint, asked.checkpoint_every, asked.resume, ranks, self.events)
         if self._kept is not None:
-            self._given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, parts.ranks)
+            self._given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
+
+    def _note(self, text: str) -> None:
+        self.events.tell(Noted(text))
 
     def probe(self, target: int | None = None) -> ProbeReport:
         """What fits, found on real steps that leave no trace; `target` in the place of the settings' target batch.
@@ -133,7 +121,7 @@ class Session:
             parts, asked.some("accumulate", "clip_norm", "batch_norm", "on_nonfinite"), asked.ladder, asked.cache,
             self._isolation,
             ran=lambda trial: self.events.tell(TrialRan(trial.to_dict())),
-            note=lambda text: self.events.tell(Noted(text)),
+            note=self._note,
         )  # fmt: skip
         question = Question(share, **asked.some("memory", "max_batch", "multiple_of", "prefer"))
         report = prober.report(question, target)
@@ -163,8 +151,7 @@ class Session:
     def _planned(self) -> Plan:
         asked, parts = self.settings, self.parts
         report = None if asked.micro_batch is not None else self.probe()
-        if self._what != "probe":
-            self._settle(now=self._in_child)  # the child had the device's memory to itself so far
+        self._settle()
         settles = self._what != "probe" or not self._in_child or (parts.device.type == "cpu" and not self._reads_away)
         made = planned(
             parts, report, asked.micro_batch, asked.target_batch, asked.some(*_PLANNING), settles=settles
@@ -176,23 +163,23 @@ class Session:
 
     def _as_given(self, given: Plan) -> Plan:
         asked, parts = self.settings, self.parts
-        self._settle(now=self._in_child)
+        self._settle()
         if given.ladder is not None and given.ladder != parts.ladder:
             one_of("the plan's ladder", given.ladder, tuple(RUNGS))
             why = obstacle(given.ladder, parts.model, parts.device.torch_device, parts.asked_precision)
             if why is None or given.ladder == parts.asked_precision:
                 parts.take(given.ladder)
             else:
-                text = f"the plan is for a model under {given.ladder}, which is left out here: {why}"
-                self.events.tell(Noted(text))
+                self._note(f"the plan is for a model under {given.ladder}, which is left out here: {why}")
         if self._kept is None and self._trains:
             given = beside_own_rate(given, parts.optimizer)
         for name in deciding("plan"):
             value = asked[name]
             if value != SETTINGS[name].default and value != getattr(given, name, None):
                 has = f"{name}={getattr(given, name)!r}" if hasattr(given, name) else "its sizes"
-                text = f"{name}={shown(value)} is set aside: the plan has {has}, and make another plan to change it"
-                self.events.tell(Noted(text))
+                self._note(
+                    f"{name}={shown(value)} is set aside: the plan has {has}, and make another plan to change it"
+                )
         return given
 
     def check(self) -> VerifyReport | None:
@@ -225,7 +212,7 @@ class Session:
                 'reduction="token_mean", or reduction=f(batch)'
             )
         elif not report.ok or not report.verifiable:
-            self.events.tell(Noted(report.text))
+            self._note(report.text)
         return report
 
     def _tell_of_padding(self) -> None:
@@ -259,7 +246,7 @@ class Session:
         ]  # fmt: skip
         evaluator = Evaluator(
             parts.objective, parts.device, accumulators[0].precision, parts.ranks, max(made.micro_batch, 1),
-            self._validation, asked.metrics or {},
+            parts.validation, asked.metrics or {},
         )  # fmt: skip
         loop = TrainingLoop(
             accumulators[0], parts.source, parts.device, total_steps=total,
@@ -277,34 +264,10 @@ class Session:
     def _reads_away(self) -> bool:
         return self.parts.source.one_shot and self.settings.worst_case is None
 
-    def _opened_validation(self) -> Source | None:
-        """The validation data; with the training's, it must last for as many passes as are asked for."""
-        asked = self.settings
-        if asked.val_data is not None:
-            found = open_source(asked.val_data, shuffle=False, ranks=self.parts.ranks)
-        else:
-            found = None
-        passes = asked.epochs if asked.max_steps is None else 1
-        read_more_than_once(passes, data=self.parts.source, val_data=found)
-        return found
-
-    def _compare_ranks(self) -> None:
-        """Compares what the ranks must have alike, before anything depends on it; a probe may be each rank's own."""
-        asked, ranks = self.settings, self.parts.ranks
-        if self._given is not None:
-            self._given = for_ranks(self._given, ranks.rank, ranks.size)
-        together = self._trains or asked.target_batch is not None or asked.ladder == "auto"
-        if not together or self._what not in ("prepare", "probe"):
-            return
-        same = {name: asked[name] for name in alike("same") if self._trains or name != "seed"}
-        same |= {name: "none" if asked[name] is None else "given" for name in alike("given")}
-        self.parts.agree(self._what, self._validation, {**same, "metrics": sorted(asked.metrics or {})})
-
-    def _settle(self, *, now: bool) -> None:
-        """Puts model and loss on the device, where they are not yet, and gives all ranks rank 0's."""
-        if now and self._trains:
+    def _settle(self) -> None:
+        """Once a child has probed, with the device's memory to itself, the model that is trained goes there."""
+        if self._in_child and self._trains:
             self.parts.settle()
-            self.parts.share_model()
 
 
 def _gradient(parts: Assembly, most: int) -> VerifyReport:

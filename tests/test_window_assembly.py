@@ -8,6 +8,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.errors import SetupError
+from autoaccum.ranks import Ranks
 from autoaccum.settings import Settings
 from autoaccum.window.assembly import assemble
 
@@ -29,7 +30,7 @@ ASKED = {"loss": LOSS, "device": "cpu"}
 )
 def test_a_setting_that_is_none_is_refused_by_its_value(settings, message):
     with pytest.raises(SetupError, match=message):
-        assemble(nn.Linear(6, 4), DATA, Settings({**ASKED, **settings}))
+        assemble(nn.Linear(6, 4), DATA, Settings({**ASKED, **settings}), Ranks())
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode, partial(torch.set_grad_enabled, False)])
@@ -43,10 +44,10 @@ def test_a_norm_of_sparse_gradients_is_refused_early():
     data = torch.randint(0, 9, (32, 2)), torch.randint(0, 8, (32,))
     model = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten())
     with pytest.raises(SetupError, match=r"log_grad_norm=True beside sparse gradients \(of 0\)"):
-        assemble(model, data, Settings({**ASKED, "optimizer": "sgd", "log_grad_norm": True}))
+        assemble(model, data, Settings({**ASKED, "optimizer": "sgd", "log_grad_norm": True}), Ranks())
 
 
 def test_a_model_without_numbers_is_refused_and_named():
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4, device="meta"))
     with pytest.raises(SetupError, match=r"1\.weight of Sequential is on the meta device"):
-        assemble(model, DATA, Settings(ASKED))
+        assemble(model, DATA, Settings(ASKED), Ranks())

@@ -3,10 +3,10 @@
 from typing import Any
 
 from autoaccum.data.trial_samples import looked_at
+from autoaccum.model.rates import apply_plan, scheduled
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.settings import Settings
 from autoaccum.training.events import Events, Noted
-from autoaccum.training.rates import apply_plan, scheduled
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.assembly import Assembly

@@ -3,7 +3,7 @@
 Probing, checking and training share one Assembly; where several optimizers take turns, each phase has its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,20 +15,22 @@ from torch.optim import Optimizer
 from autoaccum.checks import check_seed, is_positive, one_of
 from autoaccum.data import tree
 from autoaccum.data.alike import data_facts
-from autoaccum.data.source import Source, open_source
+from autoaccum.data.source import Source, open_source, read_more_than_once
 from autoaccum.errors import SetupError, shown
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import Device, open_device
-from autoaccum.model.compiled import Compiled
+from autoaccum.model.compiled import Compiled, compiled
 from autoaccum.model.forward import OwnStatistics
 from autoaccum.model.given_model import check_gradients_are_on, device_of, follow, is_lazy, unwrapped
 from autoaccum.model.memory_savers import installed, obstacle
-from autoaccum.model.optimizer import build_optimizer, check_model
+from autoaccum.model.optimizer import build_optimizer, check_model, check_no_gradient, trained_parameters
 from autoaccum.model.precision import Precision
+from autoaccum.model.rates import take_back
 from autoaccum.model.shards import local, put_on, refuse_for_shards
 from autoaccum.model.untouched import Untouched
-from autoaccum.ranks import Ranks, here, join
-from autoaccum.settings import Settings
+from autoaccum.planning.plan import plan
+from autoaccum.ranks import Ranks
+from autoaccum.settings import Settings, alike
 from autoaccum.window.agreement import model_facts, optimizer_facts, setting_facts
 from autoaccum.window.phase import Phase, check_phases
 
@@ -53,6 +55,8 @@ class Assembly:
     precision: Precision
     lr_given: bool
     """Whether the learning rate is the user's own, so that a batch it was tuned at means something."""
+    validation: Source | None = None
+    """The validation data, where there is some."""
     asked_precision: str = "auto"
     """As the user gave it; "bf16" once the ladder took it."""
     ladder: str | None = None
@@ -71,13 +75,23 @@ class Assembly:
         """One for each phase, in order; this one alone where there is but one optimizer."""
         return [self, *self.later]
 
+    @torch.no_grad()
     def settle(self) -> None:
-        """Puts the model on the device, where `assemble` left it where it was."""
-        for module in (self.model, self.objective.loss):
-            if isinstance(module, nn.Module):
-                put_on(self.device.torch_device, module)
+        """Puts the model on the device, where it is not yet, and gives every rank rank 0's; all ranks call this.
+
+        Parameters and buffers go from rank 0 to the others, as DistributedDataParallel sends them; shards are each
+        rank's own.
+        """
+        modules = [module for module in (self.model, self.objective.loss) if isinstance(module, nn.Module)]
+        for module in modules:
+            put_on(self.device.torch_device, module)
         for turn in self.turns:
             follow(turn.optimizer)
+        if self.ranks.size == 1:
+            return
+        for tensor in (tensor for module in modules for tensor in (*module.parameters(), *module.buffers())):
+            if tensor.layout == torch.strided and local(tensor) is tensor:
+                self.ranks.broadcast("sharing the model", tensor)
 
     def take(self, rung: str | None) -> None:
         """Everything after this runs under `rung`.
@@ -118,77 +132,104 @@ class Assembly:
             stack.enter_context(installed(self.ladder, self.model, self.device.torch_device))
             yield
 
-    def agree(self, what: str, val_data: Source | None, settings: dict[str, Any]) -> None:
-        """Compares what the ranks must have alike, before anything depends on it; all ranks call this, at `what`.
 
-        Raises:
-            SetupError: they differ, and in what; on all ranks.
-        """
-        if self.ranks.size == 1:
-            return
-        facts = setting_facts(loss=self.objective.loss, step=self.objective.step, **settings)
-        facts |= data_facts("data", self.source) | data_facts("val_data", val_data)
-        facts |= model_facts(self.model, self.objective.loss) | optimizer_facts(self.optimizer)
-        self.ranks.agree(what, facts, GIVE_ALIKE)
+def assemble(
+    model: Any, data: Any, asked: Settings, ranks: Ranks, *, what: str = "prepare", stays: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Assembly:  # fmt: skip
+    """Checks everything first, then puts the model on the device and makes the optimizer; all ranks call this.
 
-    @torch.no_grad()
-    def share_model(self) -> None:
-        """Gives every rank rank 0's parameters and buffers, as DistributedDataParallel does; all ranks call this."""
-        if self.ranks.size == 1:
-            return
-        modules = [module for module in (self.model, self.objective.loss) if isinstance(module, nn.Module)]
-        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        for tensor in (tensor for tensor in tensors if tensor.layout == torch.strided and local(tensor) is tensor):
-            self.ranks.broadcast("sharing the model", tensor)
+    The model is untouched when this raises; a lazy module is materialised, and stays so.
 
-
-def assemble(model: Any, data: Any, asked: Settings, *, stays: bool = False) -> Assembly:
-    """Checks everything first, then puts the model on the device and makes the optimizer.
-
-    The model is untouched when this raises; a lazy module is materialised, and stays so. With `stays` the model is left
-    where it is until `Assembly.settle`: a child process is to have the device's memory first.
+    Args:
+        model, data: as they were given.
+        asked: the settings.
+        ranks: this process among others.
+        what: "prepare" where a training follows, else what is asked: "probe", "verify" or "attach".
+        stays: the model is left where it is until `Assembly.settle`: a child process has the device's memory first.
+        note: told in words what is going on.
 
     Raises:
-        SetupError, DataError, DeviceError, LossError: what cannot be trained with, or not so.
+        SetupError, DataError, DeviceError, LossError: what cannot be trained with, or not so; or, on all ranks, what
+            they do not have alike.
     """
+    check_gradients_are_on()
+    _check_rate(asked.lr)
+    check_seed(asked.seed)
+    one_of("shuffle", asked.shuffle, (True, False))
     phases = check_phases(asked.phases, loss=asked.loss, step=asked.step, optimizer=asked.optimizer)
-    model, first = unwrapped(model), phases[0] if phases else None
+    first = phases[0] if phases else None
+    model = unwrapped(model)
     refuse_for_shards(
         model,
         phases=(bool(phases), "train it with one optimizer"),
         compile=(bool(asked.compile), "leave it out"),
         checkpoint=(asked.checkpoint is not None, "save it by torch.distributed.checkpoint yourself"),
     )
-    join()
-    ranks = here(group=asked.group)
-    check_gradients_are_on()
-    _check_rate(asked.lr)
-    check_seed(asked.seed)
-    one_of("shuffle", asked.shuffle, (True, False))
-    place = open_device(asked.device if asked.device is not None else device_of(model, ranks))
+    wanted = asked.device if asked.device is not None else device_of(model, ranks)
+    device = open_device(wanted)
     source = open_source(data, shuffle=asked.shuffle, seed=asked.seed, worst_case=asked.worst_case, ranks=ranks)
     step, reduction = (asked.step, asked.reduction) if first is None else (first.step, first.reduction)
     objective = Objective(model, loss=asked.loss, step=step, reduction=reduction)
-    loss, norms = objective.loss, asked.some("clip_norm", "log_grad_norm")
-    lazy = is_lazy(model)
+    loss, norms, lazy = objective.loss, asked.some("clip_norm", "log_grad_norm"), is_lazy(model)
     if not lazy:
         check_model(model, loss=loss, **norms)
         if isinstance(asked.optimizer, Optimizer):
             build_optimizer(asked.optimizer, model, lr=asked.lr, loss=loss)
-    precision = Precision(asked.precision, place.torch_device, model)
-    for module in (model, loss):
-        if isinstance(module, nn.Module) and not stays:
-            put_on(place.torch_device, module)
+    precision = Precision(asked.precision, device.torch_device, model)
+    run = compiled(model, note) if asked.compile else None
+    # Nothing of the model was changed so far.
+    if not stays:
+        for module in (model, loss):
+            if isinstance(module, nn.Module):
+                put_on(device.torch_device, module)
     if lazy:
-        _materialise(objective, source, open_device("cpu") if stays else place, precision)
+        _materialise(objective, source, open_device("cpu") if stays else device, precision)
         check_model(model, loss=loss, **norms)
     made = _optimizer(asked, first, model, loss)
-    lr_given = _owns_rate(asked, first)
-    parts = Assembly(model, source, place, ranks, objective, made, precision, lr_given, asked.precision, phase=first)
+    parts = Assembly(model, source, device, ranks, objective, made, precision, _owns_rate(asked, first),
+                     asked_precision=asked.precision, compiled=run, phase=first)  # fmt: skip
     parts.later = [_later(parts, asked, phase) for phase in phases[1:]]
     for turn in parts.turns:
         turn.beside = [other.optimizer for other in parts.turns if other is not turn]
+    _agree(parts, asked, what)
+    if what == "prepare" and not stays:
+        parts.settle()
+    if isinstance(asked.ladder, str) and asked.ladder != "auto":
+        parts.take(asked.ladder)
     return parts
+
+
+def _agree(parts: Assembly, asked: Settings, what: str) -> None:
+    """Checks what the parts must be for a training that is asked for; then what the ranks must have alike.
+
+    A probe or a check may be each rank's own: these compare nothing.
+
+    Raises:
+        SetupError: gradients that are there already, or ranks that differ, and in what; on all of them.
+        PlanError: settings that no plan can be made with, before a probe is spent on them.
+        DataError: data that cannot be read as often as is asked for.
+    """
+    trains = what == "prepare"
+    if trains:
+        check_no_gradient(trained_parameters(parts.model, asked.loss))
+        for turn in parts.turns:
+            take_back(turn.optimizer)  # where an earlier training with it left the rates of its plan
+    plan(1, 1, optimizer=parts.optimizer, **asked.some("lr_batch", "lr_rule", "batch_norm", "tail"))
+    if asked.val_data is not None:
+        parts.validation = open_source(asked.val_data, shuffle=False, ranks=parts.ranks)
+    passes = asked.epochs if asked.max_steps is None else 1
+    read_more_than_once(passes, data=parts.source, val_data=parts.validation)
+    together = trains or (what == "probe" and (asked.target_batch is not None or asked.ladder == "auto"))
+    if parts.ranks.size == 1 or not together:
+        return
+    settings = {name: asked[name] for name in alike("same") if trains or name != "seed"}
+    settings |= {name: "none" if asked[name] is None else "given" for name in alike("given")}
+    objective = parts.objective
+    facts = setting_facts(loss=objective.loss, step=objective.step, metrics=sorted(asked.metrics or {}), **settings)
+    facts |= data_facts("data", parts.source) | data_facts("val_data", parts.validation)
+    facts |= model_facts(parts.model, objective.loss) | optimizer_facts(parts.optimizer)
+    parts.ranks.agree(what, facts, GIVE_ALIKE)
 
 
 def _optimizer(asked: Settings, phase: Phase | None, model: nn.Module, loss: Any) -> Optimizer:
@@ -221,6 +262,7 @@ def _check_rate(lr: Any) -> None:
 
 def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:
     """Runs one small forward, so that lazy parameters take their shapes; statistics and generators stay as they are."""
-    with Untouched(objective.model, device=device.torch_device), torch.no_grad(), precision.autocast():
+    batch = tree.move(source.trial(2), device.torch_device)
+    with precision.autocast(), torch.no_grad(), Untouched(objective.model, device=device.torch_device):
         objective.model.eval()
-        objective.forward(tree.move(source.trial(2), device.torch_device))
+        objective.forward(batch)
