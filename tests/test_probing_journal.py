@@ -16,8 +16,9 @@ from torch import nn
 
 import autoaccum
 from autoaccum.errors import NothingFitsError, ProbeError, SetupError
+from autoaccum.probing import journal
 from autoaccum.probing.isolate import Killed, run_in_child
-from autoaccum.probing.journal import Journal, Owner
+from autoaccum.probing.journal import Journal, Owner, journal_path
 
 pytestmark = pytest.mark.usefixtures("spawns_warm")
 
@@ -42,12 +43,11 @@ def test_one_kill_is_chance_two_mean_that_it_does_not_fit(tmp_path):
     path = tmp_path / "trials.journal"
     die_in_a_trial(path, 64)
     journal = Journal(path, "key")
-    assert journal.unfinished() == [(64, "verify")]
-    assert 64 not in journal.killed_sizes()
+    assert journal.unfinished() == [(64, "verify", None)]
+    assert journal.least_killed() > 10**6
     die_in_a_trial(path, 64)
-    assert 63 not in journal.killed_sizes()
-    assert 64 in journal.killed_sizes()
-    assert 64 not in Journal(path, "another key").killed_sizes()
+    assert journal.least_killed() == 64
+    assert Journal(path, "another key").least_killed() > 10**6
 
 
 def test_a_trial_of_a_live_process_is_left_alone(tmp_path):
@@ -63,16 +63,15 @@ def test_what_is_killed_once_at_two_sizes_is_killed_twice_at_the_larger(tmp_path
     path = tmp_path / "trials.journal"
     die_in_a_trial(path, 64)
     die_in_a_trial(path, 32)
-    sizes = Journal(path, "key").killed_sizes()
-    assert (63 in sizes, 64 in sizes, 10**6 in sizes) == (False, True, True)
+    assert Journal(path, "key").least_killed() == 64
 
 
 def test_kills_of_chosen_lengths_count_for_longer_ones_alone(tmp_path):
     path = tmp_path / "trials.journal"
-    gone = {**GONE, "key": "key", "event": "start", "size": 4, "kind": "verify", "length": 100, "at": 1.0}
+    gone = {**GONE, "key": "key", "event": "start", "size": 4, "kind": "verify", "length": 100}
     path.write_text("".join(json.dumps({**gone, "started": started}) + "\n" for started in (1.0, 2.0)))
     journal = Journal(path, "key")
-    killed = [4 in journal.killed_sizes(length) for length in (None, 99, 100, 101)]
+    killed = [journal.least_killed(length) == 4 for length in (None, 99, 100, 101)]
     assert killed == [False, False, True, True]
 
 
@@ -89,7 +88,7 @@ def test_a_trial_that_an_error_or_the_user_stopped_is_no_kill(tmp_path):
         journal.start(64, "verify")
         raise RuntimeError
     assert journal.begun() is None
-    assert journal.unfinished() == [(64, "verify")]
+    assert journal.unfinished() == [(64, "verify", None)]
 
 
 @pytest.mark.parametrize("error", [None, NothingFitsError])
@@ -105,34 +104,16 @@ def test_an_answer_takes_the_file_away_unless_the_parent_will(tmp_path, error):
         assert path.exists() is not clears
 
 
-def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_path):
-    journal = Journal(tmp_path / "trials.journal", "key")
-    for size, length, outcome in ((4, None, "fits"), (8, 20, "fits"), (16, None, "out of memory"), (32, None, "fits")):
-        journal.start(size, "verify", length)
-        journal.end(size, outcome)
-    assert (journal.lived(33), journal.lived(32), journal.lived(4)) == (32, 4, 0)
-
-
-@pytest.mark.parametrize("elsewhere", [{"host": "other"}, {"boot": "another boot"}, {"namespace": "pid:[1]"}])
-@pytest.mark.parametrize("pid", [2**30, os.getpid()], ids=["of nobody", "of this process"])
-def test_a_trial_in_another_machine_or_container_is_left_alone(tmp_path, elsewhere, pid):
-    """Nothing is known of its process from here, neither that it lives nor that it was killed."""
-    path = tmp_path / "trials.journal"
-    theirs = {**GONE, **elsewhere, "pid": pid, "key": "key", "event": "start", "size": 64, "kind": "verify"}
-    path.write_text(
-        json.dumps({**theirs, "at": time.time()})
-        + "\n"
-        + json.dumps({**theirs, "at": time.time(), "size": 70, "started": 2.0})
-        + "\n"
-    )
-    journal = Journal(path, "key")
-    assert journal.unfinished() == []
-    assert 10**6 not in journal.killed_sizes()
-    journal.clear()
-    assert path.exists(), "they may be running"
-    path.write_text(json.dumps({**theirs, "at": time.time() - 48 * 3600}) + "\n")
-    journal.clear()
-    assert not path.exists(), "nobody is in a trial for two days"
+def test_trials_in_another_machine_or_container_are_in_a_file_of_their_own(tmp_path, monkeypatch):
+    """Nothing is known of their processes from here, neither that they live nor that they were killed."""
+    monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
+    here = journal_path("key")
+    assert here == journal_path("key")
+    elsewhere = Owner.here()._replace(namespace="pid:[1]")[2:]
+    monkeypatch.setattr(journal, "_surroundings", lambda pid: elsewhere)
+    there = journal_path("key")
+    assert here != there
+    assert here.parent == there.parent == tmp_path
 
 
 def test_the_journal_is_not_written_through_a_link_and_is_its_owners_alone(tmp_path):
@@ -147,7 +128,7 @@ def test_the_journal_is_not_written_through_a_link_and_is_its_owners_alone(tmp_p
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
-SOUND = {**GONE, "key": "key", "event": "start", "size": 8, "kind": "verify", "at": 1.0}
+SOUND = {**GONE, "key": "key", "event": "start", "size": 8, "kind": "verify"}
 
 
 @pytest.mark.parametrize(
@@ -155,15 +136,15 @@ SOUND = {**GONE, "key": "key", "event": "start", "size": 8, "kind": "verify", "a
     [
         {"pid": "x"}, {"pid": [1]}, {"pid": -5}, {"pid": 2**70}, {"pid": True}, {"started": None}, {"started": "now"},
         {"started": float("nan")}, {"started": 10**400}, {"size": "a"}, {"size": 0}, {"size": 1.5}, {"kind": 3},
-        {"host": 3}, {"boot": None}, {"namespace": []}, {"at": "now"}, {"at": float("inf")},
-        {"length": "long"}, {"length": -1}, {"event": "other"}, {"event": []},
+        {"host": 3}, {"boot": None}, {"namespace": []}, {"length": "long"}, {"length": -1}, {"event": "other"},
+        {"event": []},
     ],
 )  # fmt: skip
 def test_lines_that_are_json_and_still_wrong_are_passed_over_with_a_warning(tmp_path, wrong):
     path = tmp_path / "trials.journal"
     path.write_text(json.dumps({**SOUND, **wrong}) + "\n" + json.dumps(SOUND) + "\n")
     with pytest.warns(UserWarning, match=f"1 line of the trial journal {re.escape(str(path))} cannot be used"):
-        assert Journal(path, "key").unfinished() == [(8, "verify")]
+        assert Journal(path, "key").unfinished() == [(8, "verify", None)]
     with pytest.warns(UserWarning, match=r"1 line of"):
         Journal(path, "key").clear()
 
@@ -173,7 +154,7 @@ def test_damaged_lines_are_passed_over(tmp_path):
     die_in_a_trial(path, 8)
     with path.open("a") as file:
         file.write('{"key": "key", "pid"\n')  # as a kill leaves it
-    assert Journal(path, "key").unfinished() == [(8, "verify")]
+    assert Journal(path, "key").unfinished() == [(8, "verify", None)]
     path.write_text("nonsense\nmore nonsense\n")
     with pytest.warns(UserWarning, match="2 lines of the trial journal"):
         assert Journal(path, "key").unfinished() == []

@@ -4,16 +4,15 @@ One JSON line a trial, fsynced before the trial begins, with the process's id an
 ends. A line without its end and whose process is gone is a trial that killed its process: once may be chance, so it is
 tried again; twice means that the size does not fit, nor any larger one.
 
-Whether a process is gone can be seen on its own machine and in its own container alone. Trials of all others are left
-alone: theirs may be running.
+Whether a process is gone can be seen on its own machine and in its own container alone: each has a file of its own.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,12 +24,10 @@ import psutil
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.files import open_own
-from autoaccum.probing.outcome import FITS
 
-__all__ = ["Begun", "Journal", "Owner", "cache_folder"]
+__all__ = ["Begun", "Journal", "Owner", "cache_folder", "journal_path"]
 
 KILLS_BELIEVED = 2
-STRANGERS_SECONDS = 24 * 3600.0  # a trial takes minutes: one that a stranger began so long ago is not running any more
 _MOST = 2**31  # what a process's id and a number of samples are below; seconds since 1970 are for some time
 
 
@@ -64,8 +61,7 @@ class Owner(NamedTuple):
             KeyError, TypeError: something is missing, or of another kind.
         """
         found = cls(*(values[name] for name in cls._fields))
-        numbers = _is_count(found.pid) and _is_time(found.started)
-        if not numbers or not all(isinstance(text, str) for text in found[2:]):
+        if not _is_count(found.pid) or not _is_time(found.started) or not all(type(text) is str for text in found[2:]):
             raise TypeError(f"{dict(values)!r:.80} is no process")
         return found
 
@@ -119,6 +115,15 @@ def cache_folder() -> Path:
     return Path(base) / "autoaccum"
 
 
+def journal_path(key: str) -> Path:
+    """The file for the trials of a training on this machine, since it was started, and in this container.
+
+    The folder may be shared with others, whose processes cannot be seen from here.
+    """
+    place = hashlib.sha256(" ".join(_surroundings(os.getpid())).encode()).hexdigest()
+    return cache_folder() / f"{key}-{place[:12]}.journal"
+
+
 class Journal:
     """The trials of one training, over all the processes that tried it.
 
@@ -133,52 +138,33 @@ class Journal:
             key: what decides the answer: trials of other trainings in the same file do not count.
             owner: for whom it is kept; None: this process.
         """
-        self.path, self.key = path, key
-        self.owner = owner or Owner.here()
+        self.path, self.key, self.owner = path, key, owner or Owner.here()
 
-    def killed_sizes(self, length: int | None = None) -> range:
-        """The sizes that do not fit: from the second least that killed its process, each kill counted.
+    def least_killed(self, length: int | None = None) -> int:
+        """From this size on none fits: the second least that killed its process, each kill counted; or no size at all.
 
         Where trials chose a length, those of samples of this `length`: what shorter ones did counts for it as well.
         """
-        alike = [
+        alike = sorted(
             trial.size
-            for trial in self._unfinished()
+            for trial in self.unfinished()
             if (trial.length is None) == (length is None) and (trial.length or 0) <= (length or 0)
-        ]
-        least = sorted(alike)[KILLS_BELIEVED - 1 : KILLS_BELIEVED]
-        return range(least[0], sys.maxsize) if least else range(0)
+        )
+        return alike[KILLS_BELIEVED - 1] if len(alike) >= KILLS_BELIEVED else sys.maxsize
 
-    def lived(self, below: int) -> int:
-        """The largest size below `below` that fitted, of samples whose length was not chosen; 0 where none did."""
-        started: dict[Owner, Begun] = {}
-        fitted = 0
-        for entry in self._entries():
-            owner = Owner.of(entry)
-            if entry["event"] == "start":
-                started[owner] = _trial(entry)
-            elif (
-                entry.get("outcome") == FITS
-                and owner in started
-                and started[owner].length is None
-                and entry["size"] < below
-            ):
-                fitted = max(fitted, entry["size"])
-        return fitted
-
-    def unfinished(self) -> list[tuple[int, str]]:
-        """(size, kind) of each trial that a process which is gone began and never ended."""
-        return [(trial.size, trial.kind) for trial in self._unfinished()]
+    def unfinished(self) -> list[Begun]:
+        """Each trial that a process began which is gone and never ended it."""
+        return [trial for owner, trial in self._begun().items() if owner.is_gone]
 
     def begun(self) -> Begun | None:
         """The trial that the journal's owner began and has not ended."""
         return self._begun().get(self.owner)
 
     def clear(self) -> None:
-        """Takes the file away once the answer is found, unless another process is in the middle of a trial."""
-        if self.path is None or any(entry["event"] == "start" and self._others(entry) for entry in self._entries()):
-            return
-        self.path.unlink(missing_ok=True)
+        """Takes the file away once the answer is found, unless another process that is alive has begun trials in it."""
+        owners = {Owner.of(entry) for entry in self._entries() if entry["event"] == "start"}
+        if self.path is not None and all(owner.pid == self.owner.pid or owner.is_gone for owner in owners):
+            self.path.unlink(missing_ok=True)
 
     def forgive(self) -> None:
         """Ends the trial that the owner is in: what stopped it, an error or the user, was no kill."""
@@ -189,7 +175,7 @@ class Journal:
 
     def clear_if_idle(self) -> None:
         """Takes the file away where there is nothing in it to learn from."""
-        if not self._unfinished():
+        if not self.unfinished():
             self.clear()
 
     @contextmanager
@@ -224,7 +210,7 @@ class Journal:
     def _append(self, entry: dict[str, Any]) -> None:
         if self.path is None:
             return
-        line = json.dumps({"key": self.key, **self.owner._asdict(), "at": time.time(), **entry}) + "\n"
+        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open_own(self.path, "a", private=True, encoding="utf-8") as file:
@@ -241,33 +227,22 @@ class Journal:
         """The trial that each process began and did not end; a process runs one at a time."""
         begun: dict[Owner, Begun] = {}
         for entry in self._entries():
-            owner = Owner.of(entry)
             if entry["event"] == "start":
-                begun[owner] = _trial(entry)
+                begun[Owner.of(entry)] = Begun(entry["size"], entry["kind"], entry.get("length"))
             else:
-                begun.pop(owner, None)
+                begun.pop(Owner.of(entry), None)
         return begun
-
-    def _unfinished(self) -> list[Begun]:
-        """Each trial that was begun by a process that died before its end."""
-        return [trial for owner, trial in self._begun().items() if owner.is_gone]
-
-    def _others(self, entry: dict[str, Any]) -> bool:
-        owner = Owner.of(entry)
-        if owner.is_stranger:
-            return abs(time.time() - float(entry["at"])) < STRANGERS_SECONDS
-        return owner.pid != self.owner.pid and not owner.is_gone
 
     def _entries(self) -> list[dict[str, Any]]:
         if self.path is None or not self.path.exists():
             return []
         try:
-            text = self.path.read_text(encoding="utf-8")
+            lines = self.path.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             warnings.warn(f"the trial journal {self.path} cannot be read ({error}): going on without it", stacklevel=2)
             return []
         entries, cut, wrong = [], 0, 0
-        for line in text.splitlines():
+        for line in lines:
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
@@ -280,13 +255,9 @@ class Journal:
             else:
                 wrong += 1
         if wrong or cut > 1:  # a kill can cut one line short
-            lines = "1 line" if cut + wrong == 1 else f"{cut + wrong} lines"
-            warnings.warn(f"{lines} of the trial journal {self.path} cannot be used: passed over", stacklevel=2)
+            many = "1 line" if cut + wrong == 1 else f"{cut + wrong} lines"
+            warnings.warn(f"{many} of the trial journal {self.path} cannot be used: passed over", stacklevel=2)
         return entries
-
-
-def _trial(entry: Mapping[str, Any]) -> Begun:
-    return Begun(entry["size"], entry.get("kind", "verify"), entry.get("length"))
 
 
 def _is_sound(entry: Any) -> bool:
@@ -295,18 +266,14 @@ def _is_sound(entry: Any) -> bool:
         Owner.of(entry)
     except (KeyError, TypeError):
         return False
-    return (
-        entry.get("event") in ("start", "end")
-        and _is_count(entry.get("size"))
-        and _is_time(entry.get("at"))
-        and isinstance(entry.get("kind", ""), str)
-        and (entry.get("length") is None or _is_count(entry["length"]))
-    )
+    ends = entry.get("event") == "end"
+    begins = entry.get("event") == "start" and isinstance(entry.get("kind"), str)
+    return (ends or begins) and _is_count(entry.get("size")) and _is_count(entry.get("length", 1))
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < _MOST
+    return type(value) is int and 0 < value < _MOST
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < _MOST
+    return type(value) in (int, float) and 0 <= value < _MOST

@@ -22,7 +22,6 @@ from autoaccum.probing.fastest import Alternatives, race
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer, find
 from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
-from autoaccum.probing.kills import ceiling_below, near_enough
 from autoaccum.probing.length_search import LengthAnswer, OverLengths, find_by_length
 from autoaccum.probing.lockstep import find_together
 from autoaccum.probing.outcome import Trial
@@ -197,15 +196,14 @@ def _of_the_largest(
     """The size that fits for samples that are alike, or for the largest of those looked at."""
     asked = question if bench.ranks is None else replace(question, share=question.window)  # shares may be unequal
     ceiling, reach = _ceilings(asked, source, floor)
-    killed = journal.killed_sizes()
-    wanted = _wanted(question, floor)
+    killed, wanted, notes = journal.least_killed(), _wanted(question, floor), []
+    if ceiling >= killed:  # where below it a size would live is not told by a kill: each costs a process
+        ceiling = reach = max(floor, killed // 2)
+        notes = [f"a step at {killed} samples killed its process more than once: none above {ceiling} was run again"]
     if bench.ranks is not None:
         answer = find_together(bench, bench.ranks, floor, ceiling, reach, question.window)
         return _report(bench, answer, device, floor, source)
-    if ceiling in killed:
-        answer = _below(bench, killed.start, journal.lived(killed.start), floor, wanted, known)
-    else:
-        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
+    answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
     if question.prefer == "fastest":
         raced = race(bench, answer, question.alternatives, share=question.share, floor=floor, reach=reach,
                      multiple_of=question.multiple_of)  # fmt: skip
@@ -213,31 +211,7 @@ def _of_the_largest(
         report = replace(report, throughput=raced.throughput, savers=raced.table, ladder=raced.pair.saver)
     else:
         report = _report(bench, answer, device, floor, source)
-    if ceiling not in killed:
-        return report
-    note = f"a step at {killed.start} samples killed its process more than once: it was not run again, nor a larger one"
-    return replace(report, notes=(*report.notes, note))
-
-
-def _below(
-    bench: Bench, killed: int, lived: int, floor: int, wanted: Callable[[int], int] | None, known: Lines | None
-) -> Answer:
-    """The answer where a size killed its process: `lived` did not, and what lies between is tried from below."""
-    takes = wanted or (lambda limit: limit)
-    while True:
-        closed = near_enough(lived, killed, takes)
-        ceiling = max(floor, takes(lived) if closed else ceiling_below(lived, killed, takes))
-        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=ceiling, known=known)
-        if answer.limit is None or answer.limit < ceiling:
-            return answer  # memory runs out before the kill
-        lived = max(lived, ceiling)
-        if near_enough(lived, killed, takes):
-            break
-        if isinstance(answer.forecast, Counted):
-            known = as_lines(answer.forecast.whole, bench.trials)
-    next_one = lived + 1 == killed
-    forecast = bench.forecast() or answer.forecast
-    return Answer(answer.micro_batch, lived if next_one else None, "out of memory" if next_one else None, forecast)
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def _over_lengths(

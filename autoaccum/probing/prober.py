@@ -20,7 +20,7 @@ from autoaccum.probing.cache import Cache, Lines, training_key
 from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, climb, told
 from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
-from autoaccum.probing.journal import Journal, cache_folder
+from autoaccum.probing.journal import Journal, journal_path
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.over_ranks import shared_out
 from autoaccum.probing.probe import Question, run_probe
@@ -174,7 +174,7 @@ class Prober:
         )  # fmt: skip
         cache = self.cache and not is_sharded(parts.model)  # whose ranks would go apart by what each has seen before
         # A child's teaches the next one, whatever becomes of the answer.
-        journal = Journal(cache_folder() / f"{key}.journal" if cache or self.isolation else None, key)
+        journal = Journal(journal_path(key) if cache or self.isolation else None, key)
         if self.isolation is not None:
             self.isolation.keeps(journal)
         accumulator = _accumulator(parts, 1, **self.accumulation)

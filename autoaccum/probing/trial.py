@@ -82,7 +82,7 @@ class Bench:
         """
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
         self._journal, self._listener = journal, listener
-        self._killed = cache(journal.killed_sizes)
+        self._least_killed = cache(journal.least_killed)
         self._share = share
         self._dense: list[torch.nn.Parameter] | None = None  # those that get a gradient: known after one step
         self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
@@ -235,7 +235,7 @@ class Bench:
         Raises:
             Exception: whatever the step raises that is not for want of memory, as it is.
         """
-        if size in self._killed(length):
+        if size >= self._least_killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
         self._process.step_begins()
         self.elsewhere = False
