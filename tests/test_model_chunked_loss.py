@@ -168,7 +168,7 @@ def test_all_logits_are_never_held_and_the_forecast_is_exact_whatever_the_number
     assert forecast.unaligned == 0
     for rows in (200, 1001):
         peak = traced(rows).peak
-        assert forecast.above(rows) == peak
+        assert forecast.peak(rows) == peak
         assert peak < rows * MANY * 4 / 2
 
 

@@ -16,8 +16,7 @@ Choices:
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,8 +26,9 @@ from autoaccum.memory.alignment import MOST_UNMATCHED, Cell, ForecastFailed, ali
 from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
 from autoaccum.memory.fitting import basis, columns, determined, fit, volume
 from autoaccum.memory.playback import Playback, Reservation
-from autoaccum.memory.replay import Column, Flow, Table, matrix, tabulate
+from autoaccum.memory.replay import Column, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
+from autoaccum.planning.bisection import largest
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
 
@@ -48,16 +48,16 @@ class Forecast:
         residual: the largest miss at a held-out trace, relative to its peak above the start, or where an allocator
             caches the miss at that peak; None where no trace could be spared.
         unaligned: the share of a step's allocated bytes that could not be matched between the traces.
-        requested: False where block sizes had to stand for requested sizes (see trace.Trace).
         reserve: reserved over requested bytes, as measured at the largest trace, where the allocator is not simulated;
             None where it is, or was not measured.
+        longest: of a forecast over lengths, the one that is meant where none is given; None: one has to be given.
     """
 
     sizes: tuple[tuple[int, ...], ...]
     residual: float | None
     unaligned: float
-    requested: bool
     reserve: float | None = None
+    longest: int | None = None
 
     def __init__(self, tabled: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[tuple[int, ...]]) -> None:
         traces = [column.trace for column in tabled]
@@ -102,8 +102,8 @@ class Forecast:
             )
         forecast = every._or_of_the_largest(traces, sizes, held)
         if reserved and not forecast.simulated:
-            largest = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
-            forecast.reserve = reserved[largest] / max(1, forecast.peak(*sizes[largest]))
+            last = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
+            forecast.reserve = reserved[last] / max(1, forecast.peak(*sizes[last]))
         return forecast
 
     @classmethod
@@ -121,7 +121,6 @@ class Forecast:
         forecast = cls([Column(trace) for trace in traces], cells, sizes)
         forecast.sizes = tuple(sizes)
         forecast.unaligned = unaligned
-        forecast.requested = all(trace.requested for trace in traces)
         forecast._solve(sizes, {name: [each[at] for at in used] for name, each in held.items()})
         forecast.residual = _residual(forecast._table, sizes, at_peak=forecast._last.caching)
         return forecast
@@ -146,11 +145,7 @@ class Forecast:
     def peak(self, batch: int, length: int | None = None) -> int:
         """The most in use at once, in requested bytes, what was there before included."""
         point = self._point(batch, length)
-        return round(float((self._residents @ point).sum()) + self._above(point)) + self._background
-
-    def above(self, batch: int, length: int | None = None) -> int:
-        """The most in use at once above what was there at the start of the window, in requested bytes; at least 0."""
-        return round(self._above(self._point(batch, length))) + self._background
+        return round(float((self._residents @ point).sum() + (self._levels @ point).max())) + self._background
 
     def lines(self) -> list[tuple[float, ...]]:
         """The functions whose maximum the peak is, in bytes, what was there before included: (a, b) of a + b·batch.
@@ -178,7 +173,7 @@ class Forecast:
             held[names.index(name)] += value
         held[names.index("temporary")] += levels + before.sum() - held.sum(0)  # what coarse cells hold inside
         kept = [start + int(levels[start:stop].argmax()) for start, stop in _stretches(len(levels), moments)]
-        phases = [0, *(row.phase for row in self._table.rows)]
+        phases = [0, *self._table.phases]
         begins: dict[int, int] = {}
         for moment, row in enumerate(kept):
             begins.setdefault(phases[row], moment)
@@ -187,28 +182,6 @@ class Forecast:
             "bytes": held[:, kept].round().long().tolist(),
             "phases": [[self._last.phases[phase].name, moment] for phase, moment in begins.items()],
         }
-
-    def parts(self, batch: int, length: int | None = None) -> dict[str, int]:
-        """What is in use at the peak, by part; the values add up to `peak`.
-
-        Parts of the window: "activations" (allocated in the forward pass, used after it), "gradients"
-        (allocated in the backward pass, kept after it), "optimizer_state", "batch", "temporary" (freed within
-        the phase), "released" (negative: freed, but older than the window), "other_threads"; and those of
-        `resident`: gradients that were there before and those of the window are one part.
-        """
-        point = self._point(batch, length)
-        found = self._at_peak(point, lambda flow: flow.part)
-        for part, value in zip(self._resident_names, self._residents @ point):
-            found[part] += float(value)
-        found["other_threads"] += self._background
-        return _whole(found, self.peak(batch, length), "temporary")
-
-    def operators(self, batch: int, length: int | None = None) -> dict[str, int]:
-        """What the window holds at its peak by the operator that allocated it, largest first; adds up to `above`."""
-        found = self._at_peak(self._point(batch, length), lambda flow: flow.operator)
-        found["other_threads"] += self._background
-        whole = _whole(found, self.above(batch, length), max(found, key=lambda name: found[name]))
-        return dict(sorted(whole.items(), key=lambda item: -item[1]))
 
     def simulate(
         self, batch: int, length: int | None = None, *, limit: int | None = None, expandable: bool | None = None
@@ -288,15 +261,9 @@ class Forecast:
                 return False
             return outcome.retries == 0
 
-        if ceiling < 1 or not fits(1):
+        if ceiling < 1:
             return 0
-        if fits(ceiling):
-            return ceiling
-        low, high = 1, ceiling
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low
+        return ceiling if fits(ceiling) else largest(fits, ceiling - 1)
 
     def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
         table = self._table
@@ -310,8 +277,8 @@ class Forecast:
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
         if not self._lengths:
             return basis((batch,), self._count)
-        if length is None and len(self._lengths) == 1:
-            length = next(iter(self._lengths))
+        if length is None:
+            length = next(iter(self._lengths)) if len(self._lengths) == 1 else self.longest
         if length is None:
             raise ForecastFailed("the traces are of sequences: a forecast needs a length beside the batch size")
         if len(self._lengths) == 1 and length not in self._lengths:
@@ -323,7 +290,7 @@ class Forecast:
 
     def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
         """(parts × levels): what the flows hold at the start and after each row."""
-        flows, rows = self._table.flows, len(self._table.rows)
+        flows, rows = self._table.flows, len(self._table.phases)
         sizes = self._flows @ point
         held = torch.zeros(len(names), rows + 2, dtype=torch.float64, device="cpu")
         places = [(names.index(flow.part), flow.birth + 1, min(flow.death, rows) + 1) for flow in flows]
@@ -331,25 +298,6 @@ class Forecast:
         held.index_put_((part, births), sizes, accumulate=True)
         held.index_put_((part, deaths), -sizes, accumulate=True)  # those that never die do so past the end
         return held.cumsum(1)[:, : rows + 1]
-
-    def _above(self, point: torch.Tensor) -> float:
-        return float((self._levels @ point).max())
-
-    def _at_peak(self, point: torch.Tensor, name: Callable[[Flow], str]) -> defaultdict[str, float]:
-        """What is in use at the peak row, above the start, by `name(flow)`."""
-        found: defaultdict[str, float] = defaultdict(float)
-        level, row = (self._levels @ point).max(0)
-        at = int(row) - 1  # the first row of the levels is the start
-        live = 0.0
-        for flow, size in zip(self._table.flows, (self._flows @ point).tolist()):
-            if flow.birth <= at < flow.death:
-                found[name(flow)] += size
-                live += size
-        if at >= 0:
-            here = self._table.rows[at]
-            # What a coarse cell holds inside has no flows of its own.
-            found[name(Flow(at, at, here.operator, "temporary"))] += float(level) - live
-        return found
 
 
 def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
@@ -411,13 +359,6 @@ def _residents(resident: Resident, traces: int) -> dict[str, list[int]]:
     named = [{"resident": held} if isinstance(held, int) else held for held in each]
     names = dict.fromkeys(name for parts in named for name in parts)
     return {name: [parts.get(name, 0) for parts in named] for name in names}
-
-
-def _whole(found: Mapping[str, float], total: int, rest: str) -> dict[str, int]:
-    """Rounded to bytes so that they add up to `total`, the difference going to `rest`; zeros left out."""
-    whole = {name: round(value) for name, value in found.items()}
-    whole[rest] = whole.get(rest, 0) + total - sum(whole.values())
-    return {name: value for name, value in whole.items() if value}
 
 
 def _stretches(rows: int, most: int) -> list[tuple[int, int]]:

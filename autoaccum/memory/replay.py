@@ -20,18 +20,9 @@ from autoaccum.memory.alignment import Cell
 from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.trace import Trace
 
-__all__ = ["FOREVER", "RELEASED", "Column", "Flow", "Row", "Table", "matrix", "tabulate"]
+__all__ = ["Column", "Flow", "Table", "matrix", "tabulate"]
 
-RELEASED = "released"
 FOREVER = 2**62
-
-
-class Row(NamedTuple):
-    """A moment: the operator and phase it lies in. `coarse`: the row is a cell's "inside" figure."""
-
-    operator: str
-    phase: int
-    coarse: bool = False
 
 
 class Flow(NamedTuple):
@@ -39,15 +30,17 @@ class Flow(NamedTuple):
 
     birth: int
     death: int
-    operator: str
     part: str
 
 
 @dataclass
 class Table:
-    """`deltas` (rows × traces) and `sizes` (flows × traces) are bytes in float64, exact below 2⁵³."""
+    """`deltas` (rows × traces) and `sizes` (flows × traces) are bytes in float64, exact below 2⁵³.
 
-    rows: list[Row]
+    `phases` has that of each row.
+    """
+
+    phases: list[int]
     flows: list[Flow]
     deltas: torch.Tensor
     sizes: torch.Tensor
@@ -74,24 +67,23 @@ class Column:
 
 def tabulate(columns: Sequence[Column], cells: Sequence[Cell]) -> Table:
     """The table of traces that were aligned into `cells`."""
-    rows: list[Row] = []
+    phases: list[int] = []
     deltas: list[list[int]] = []
     for cell in cells:
         events = [column.events(span) for column, span in zip(columns, cell.spans)]
         if not any(events):
             continue
         owner, at = next((column, span[0]) for column, span in zip(columns, cell.spans) if span[1] > span[0])
-        group = owner.trace.groups[at]
-        if _alike(columns, events, len(rows)):
-            for together in zip(*events):
-                deltas.append([event.bytes for event in together])
-                rows.append(Row(group.operator, group.phase))
+        phase = owner.trace.groups[at].phase
+        if _alike(columns, events, len(phases)):
+            rows = [[event.bytes for event in together] for together in zip(*events)]
         else:
-            inside, net = zip(*(_figures(column, found, len(rows) + 1) for column, found in zip(columns, events)))
-            deltas += [list(inside), [after - most for most, after in zip(inside, net)]]
-            rows += [Row(group.operator, group.phase, True), Row(group.operator, group.phase)]
-    flows, sizes = _flows(columns, rows)
-    return Table(rows, flows, matrix(deltas, len(columns)), matrix(sizes, len(columns)))
+            inside, net = zip(*(_figures(column, found, len(phases) + 1) for column, found in zip(columns, events)))
+            rows = [list(inside), [after - most for most, after in zip(inside, net)]]
+        deltas += rows
+        phases += [phase] * len(rows)
+    flows, sizes = _flows(columns, phases)
+    return Table(phases, flows, matrix(deltas, len(columns)), matrix(sizes, len(columns)))
 
 
 def _alike(columns: Sequence[Column], events: Sequence[Sequence[Event]], row: int) -> bool:
@@ -135,7 +127,7 @@ def _figures(column: Column, events: Sequence[Event], row: int) -> tuple[int, in
     return inside, net
 
 
-def _flows(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[Flow], list[list[int]]]:
+def _flows(columns: Sequence[Column], of_rows: Sequence[int]) -> tuple[list[Flow], list[list[int]]]:
     found: dict[tuple[int, int, bool], list[int]] = {}
     for at, column in enumerate(columns):
         for event in column.trace.events:
@@ -147,9 +139,9 @@ def _flows(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[Flow], 
     phases = [phase.name for phase in columns[0].trace.phases]
     flows: list[Flow] = []
     for birth, death, released in found:
-        last = rows[death].phase if death < FOREVER else len(phases)
-        part = RELEASED if released else _part(phases[rows[birth].phase], last > rows[birth].phase)
-        flows.append(Flow(birth, death, rows[birth].operator, part))
+        last = of_rows[death] if death < FOREVER else len(phases)
+        part = "released" if released else _part(phases[of_rows[birth]], last > of_rows[birth])
+        flows.append(Flow(birth, death, part))
     return flows, list(found.values())
 
 

@@ -33,7 +33,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -122,11 +121,9 @@ class Trace:
             where it has ended.
         peak: the most in use above the start; at least 0.
         freed_before: bytes freed that were allocated before the recording (0 or more).
-        anonymous: bytes allocated outside any operator.
         background: the most that other threads held at once (CUDA).
         requested: False where block sizes had to stand for requested sizes (CUDA, history not to be had).
         complete: False where the body raised.
-        seconds: how long the body took, profiler included.
         caching: whether the device's allocator caches (CUDA); `segments`, `setup` and `unsupported` then
             describe it at the start, for allocator.py.
         kept: what a training's first window adds for good to what `segments` hold, in order: an optimizer's state,
@@ -138,11 +135,9 @@ class Trace:
     phases: tuple[Phase, ...]
     peak: int
     freed_before: int = 0
-    anonymous: int = 0
     background: int = 0
     requested: bool = True
     complete: bool = True
-    seconds: float = 0.0
     caching: bool = False
     segments: tuple[Segment, ...] = ()
     kept: tuple[Kept, ...] = ()
@@ -162,14 +157,6 @@ class Trace:
             else:
                 live.pop(event.block, None)
         return tuple(live.values())
-
-    def timeline(self) -> Iterator[tuple[float, str, int]]:
-        """(seconds since the first event, phase, bytes in use above the start) after each event."""
-        level, began = 0, self.events[0].time_ns if self.events else 0
-        for event in self.events:
-            level += event.bytes
-            phase = self.phases[self.groups[event.group].phase]
-            yield (event.time_ns - began) / 1e9, phase.name, level
 
 
 @dataclass
@@ -221,16 +208,14 @@ def record(device: Where) -> Iterator[Recording]:
         if history is not None:
             history.start()
         _start()
-        started = time.perf_counter()
         try:
             yield recording
             complete = True
         finally:
-            seconds = time.perf_counter() - started
             result = _disable_profiler()
             found, marks = _memory_events(result.experimental_event_tree(), where)
             del result
-            extra: dict[str, Any] = {"complete": complete, "seconds": seconds, "caching": history is not None}
+            extra: dict[str, Any] = {"complete": complete, "caching": history is not None}
             if history is not None:
                 found, more = history.finish(found)
                 extra |= more
@@ -266,7 +251,7 @@ class _Builder:
         self._events = Events()
         self._open: tuple[int, int] | None = None  # call and phase of the last group
         self._live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
-        self._blocks = self._level = self._peak = self._freed_before = self._anonymous = 0
+        self._blocks = self._level = self._peak = self._freed_before = 0
 
     def take(self, raw: RawEvent, earlier: bool) -> None:
         known = self._live.pop(raw.address, None)
@@ -284,7 +269,6 @@ class _Builder:
             self._add(-known[1], known[0], raw)
         if raw.bytes > 0:
             self._live[raw.address] = (self._blocks, raw.bytes)
-            self._anonymous += raw.bytes if raw.call < 0 else 0
             self._add(raw.bytes, self._blocks, raw)
             self._blocks += 1
         elif known is None:
@@ -292,15 +276,7 @@ class _Builder:
 
     def trace(self, **extra: Any) -> Trace:
         self._reach(2**63)
-        return Trace(
-            tuple(self._groups),
-            self._events,
-            tuple(self._phases),
-            self._peak,
-            freed_before=self._freed_before,
-            anonymous=self._anonymous,
-            **extra,
-        )
+        return Trace(tuple(self._groups), self._events, tuple(self._phases), self._peak, self._freed_before, **extra)
 
     def _reach(self, time_ns: int) -> None:
         """Begin the phases marked up to this time."""

@@ -23,6 +23,7 @@ from itertools import pairwise
 from math import inf
 
 from autoaccum.errors import PlanError, shown
+from autoaccum.planning.bisection import largest
 
 __all__ = ["LengthRule", "Room", "check_room", "halved", "limit_at", "narrowest", "room_of", "scaled"]
 
@@ -70,10 +71,7 @@ def _longest_fitting(fits: Callable[[int], bool], start: int) -> int:
     low, high = 0, start
     while high < _LONGEST and fits(high):
         low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return largest(fits, high - 1, low)
 
 
 def halved(room: Room, minimum: int) -> Room:

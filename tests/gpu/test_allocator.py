@@ -219,7 +219,7 @@ def test_the_forecast_of_requested_and_reserved_bytes(architecture, record_prope
     forecast = Forecast.fit([windows.trace(n) for n in sizes], [(n,) for n in sizes])
     measured = windows.measured(64)
     errors = {
-        "requested": forecast.above(64) / measured["requested"] - 1,
+        "requested": forecast.peak(64) / measured["requested"] - 1,
         "reserved": forecast.reserved(64) / measured["reserved"] - 1,
     }
     for name, error in errors.items():
