@@ -137,6 +137,12 @@ class Case:
     reshard: bool = True
     replicas: int = 1
     adam: bool = False
+    late: bool = False
+
+    def plan(self, rank: int, size: int) -> autoaccum.Plan:
+        """Of one rank."""
+        made = plan(self.limits[:size], self.target, world_size=size, rank=rank, optimizer="sgd")
+        return dataclasses.replace(made, gradient_sync="window" if self.late else "micro-batch")
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-3) if self.adam else sgd(parameters)
@@ -153,6 +159,11 @@ CASES = {
     "a branch in some samples": Case(model=functools.partial(Net, flagged=True), target=2, limits=(1, 1)),
     "BatchNorm": Case(model=functools.partial(Net, norm=True), limits=(4, 2), count=31),
 }
+CASES |= {
+    f"{name}, summed late": dataclasses.replace(CASES[name], late=True)
+    for name in ("unequal limits", "a tail smaller than the ranks", "clipped", "checkpointed", "kept gathered",
+                 "a branch in some samples")
+}  # fmt: skip
 
 
 def by_hand(case: Case) -> nn.Module:
@@ -194,7 +205,7 @@ def trained(case: Case, rank: int, size: int) -> nn.Module:
         mesh = init_device_mesh("cpu", (case.replicas, size // case.replicas), mesh_dim_names=("replicate", "shard"))
     model = sharded(case.model(), reshard=case.reshard, mesh=mesh)
     optimizer = case.optimizer(model.parameters())
-    made = plan(case.limits[:size], case.target, world_size=size, rank=rank, optimizer="sgd")
+    made = case.plan(rank, size)
     accumulator = autoaccum.Accumulator(
         model, optimizer, made, objective=Objective(model, loss=nn.CrossEntropyLoss(), reduction="token_mean"),
         clip_norm=case.clip,

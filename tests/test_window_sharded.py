@@ -33,7 +33,7 @@ def ended(attempt):
 def own_loop(case, rank, size):
     """The loop that a person writes, with the loss and denominators of their own."""
     model = sharded(case.model())
-    made = plan(case.limits, case.target, world_size=size, rank=rank, optimizer="sgd")
+    made = case.plan(rank, size)
     accumulator = autoaccum.Accumulator(model, case.optimizer(model.parameters()), made, log_grad_norm=True)
     for pieces in windows(case, made):
         for ids, labels in accumulator.window(pieces):
@@ -89,6 +89,8 @@ def work(rank, folder):
             found[name] = off(trained(case, rank, size), by_hand(case), case.model())
         case = dataclasses.replace(CASES["a tail smaller than the ranks"], limits=(4, 1))
         found["own loop"] = off(own_loop(case, rank, size), by_hand(case), case.model())
+        late = dataclasses.replace(case, late=True)
+        found["own loop, summed late"] = off(own_loop(late, rank, size), by_hand(late), late.model())
         found["refused"] = refused(rank, size)
         found["left alone"] = left_alone(Case(), rank, size)
         torch.save(found, f"{folder}/{rank}.pt")
@@ -101,7 +103,7 @@ def found(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", [*CASES, "own loop"])
+@pytest.mark.parametrize("name", [*CASES, "own loop", "own loop, summed late"])
 def test_two_ranks_with_shards_end_where_one_process_with_the_whole_batch_does(found, name):
     assert [each[name] <= EXACT for each in found] == [True, True], found
 
@@ -130,8 +132,9 @@ def test_fsdp_reduces_as_before_once_a_window_is_over(found):
 def work_of_four(rank, folder):
     with grouped(rank, 4, folder):
         mixed = Case(limits=(4, 1, 2, 3), count=31, clip=0.05, replicas=2)
-        flat = Case(limits=(4, 1, 2, 3), count=31)
-        found = [off(trained(case, rank, 4), by_hand(case), case.model()) for case in (mixed, flat)]
+        cases = [mixed, Case(limits=(4, 1, 2, 3), count=31)]
+        cases += [dataclasses.replace(case, late=True) for case in cases]
+        found = [off(trained(case, rank, 4), by_hand(case), case.model()) for case in cases]
         torch.save(found, f"{folder}/{rank}.pt")
 
 

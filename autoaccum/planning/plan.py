@@ -77,6 +77,8 @@ class Plan(Drawn):
     those of the longest samples seen; each window is cut by the lengths in it, and k varies."""
     ladder: str | None = None
     """What makes the step smaller, without which not even the smallest micro-batch fits; None where nothing does."""
+    gradient_sync: str = "micro-batch"
+    """When gradients of a sharded model are summed over the ranks: in each "micro-batch", or once a "window"."""
 
     _view = "plan_view"
 

@@ -79,6 +79,12 @@ def _lines(value: Any) -> dict[str, str]:
     return {_text(name): _text(line) for name, line in value.items()}
 
 
+def _sync(value: Any) -> str:
+    if value not in ("micro-batch", "window"):
+        raise TypeError('"micro-batch" or "window"')
+    return str(value)
+
+
 def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else read(value)
 
@@ -108,8 +114,10 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "reasons": _lines,
     "by_length": _pairs,
     "ladder": _optional(_text),
+    "gradient_sync": _sync,
 }
-_LATER: dict[str, Any] = {"by_length": (), "ladder": None}  # fields that a plan written before they came does not have
+# Fields that a plan written before they came does not have.
+_LATER: dict[str, Any] = {"by_length": (), "ladder": None, "gradient_sync": "micro-batch"}
 
 
 def read_values(data: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ in turn: a micro-batch, and apart from it the window's end, which every micro-ba
 windows, or a quarter of a second where these are short.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -184,7 +183,7 @@ def _forecast(
     benches: dict[str | None, Bench], saver: str, plain: Answer, floor: int, reach: int
 ) -> Answer | str:  # fmt: skip
     """What fits under a saver by two small traces; why that cannot be told."""
-    bench = benches[saver] = _alike(benches[None])
+    bench = benches[saver] = benches[None].alike()
     first = max(2, floor, plain.micro_batch // 32)
     sizes = [size for size in (first, 2 * first) if size <= reach]
     if len(sizes) < 2:
@@ -212,14 +211,6 @@ def _reaching(bench: Bench, forecast: Forecaster, low: int, reach: int) -> Answe
         middle = (low + high) // 2
         low, high = (middle, high) if forecast.reserved(middle) <= room else (low, middle)
     return Answer(low, low, "forecast" if low < reach else "cap", forecast)
-
-
-def _alike(bench: Bench) -> Bench:
-    """A bench for the same training under a saver, with traces of its own."""
-    made = copy.copy(bench)
-    made.trials, made.traces, made.resident = [], {}, {}
-    made._reserved, made._dense, made._first = {}, None, None
-    return made
 
 
 def _time(made: list[Pair], benches: dict[str | None, Bench], alternatives: Alternatives) -> None:

@@ -5,19 +5,39 @@ makes their limits everybody's, each takes its share of a window by them, and th
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
-from autoaccum.planning.split import even_split, shares
+from autoaccum.planning.split import counts, even_split, shares
 from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.ranks import Ranks
 
-__all__ = ["find_together"]
+__all__ = ["Found", "find_together"]
 
 _WHERE = "the probe"
 
+# Summing once a window has to be sooner by this share, with as many windows timed each way, in turn.
+WORTH, ROUNDS = 0.05, 2
 
-def find_together(bench: Bench, ranks: Ranks, floor: int, ceiling: int, reach: int, window: int | None) -> Answer:
+
+@dataclass(frozen=True)
+class Found:
+    """What the ranks found together.
+
+    Attributes:
+        bench, answer: of the way that is taken.
+        sync: when gradients are summed over the ranks, and why, as a plan says it; None: a window is one micro-batch.
+    """
+
+    bench: Bench
+    answer: Answer
+    sync: str | None = None
+
+
+def find_together(
+    bench: Bench, ranks: Ranks, floor: int, ceiling: int, reach: int, window: int | None, runs: bool = True
+) -> Found:
     """The micro-batch that this rank takes of a window; all ranks call this.
 
     Args:
@@ -26,6 +46,7 @@ def find_together(bench: Bench, ranks: Ranks, floor: int, ceiling: int, reach: i
         floor, ceiling: the smallest and the largest size that may be run, alike on all ranks.
         reach: how far the limit is looked for by forecast.
         window: samples of a window over all ranks; None: each takes the most that fits on it.
+        runs: False: the answer is forecast only.
 
     Raises:
         NothingFitsError: the floor does not fit on some rank; on all of them.
@@ -38,8 +59,10 @@ def find_together(bench: Bench, ranks: Ranks, floor: int, ceiling: int, reach: i
         if min(limits) < floor:
             raise NothingFitsError(_too_little(limits, floor))
         size = min(max(_share(limits, window, floor, ranks.rank), floor), ceiling)
-        if search.fits(size):
-            return Answer(size, search.limit, search.proof(), search.forecast)
+        if not runs or search.fits(size):
+            found = Found(bench, Answer(size, search.limit, search.proof(), search.forecast))
+            several = runs and window is not None and _most_passes(window, limits, floor) > 1
+            return _summed_late(found, ranks, floor, ceiling, reach) if several else found
         search.look()  # by the larger step as well
     raise ProbeError(
         f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; give memory= "
@@ -58,6 +81,51 @@ def _share(limits: Sequence[int], window: int | None, floor: int, rank: int) -> 
         return min(limits[rank], window)
 
 
+def _most_passes(window: int, limits: Sequence[int], floor: int) -> int:
+    """The most micro-batches of a window on any rank."""
+    try:
+        return max(counts(window, limits, minimum=floor))
+    except PlanError:  # the plan will say which windows can be shared
+        return 1
+
+
+def _summed_late(found: Found, ranks: Ranks, floor: int, ceiling: int, reach: int) -> Found:
+    """What was found, or gradients summed once a window where they fit whole and it is faster; all ranks call this.
+
+    It saves a reduction for each micro-batch but the last, and takes the memory of whole gradients.
+    """
+    size = found.answer.micro_batch
+    search = _Together(found.bench.alike(late=True), ranks, floor, ceiling, reach)
+    each = "micro-batch: gradients are summed over the ranks in each, and stay sharded; "
+    try:
+        search.trace()
+        why = _does_not_fit(search, ranks, size)
+    except NothingFitsError:
+        why = "whole ones do not fit beside even the smallest step"
+    if why is not None:
+        return replace(found, sync=f"{each}{why}")
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(ROUNDS):
+        for bench in (found.bench, search.bench):
+            times[bench.late].append(sum(bench.time(size, 2)))
+    often, once = (1e3 * seconds / ranks.size for seconds in ranks.tally(_WHERE, [min(times[False]), min(times[True])]))
+    said = f"two micro-batches took {once:.3g} ms with one sum, and {often:.3g} ms with two"
+    if once > (1.0 - WORTH) * often:
+        return replace(found, sync=f"{each}{said}")
+    answer = Answer(size, search.limit, search.proof(), search.forecast)
+    return Found(search.bench, answer, f"window: gradients wait whole for one sum over the ranks; {said}")
+
+
+def _does_not_fit(search: "_Together", ranks: Ranks, size: int) -> str | None:
+    """Why a size cannot be run on all ranks, by forecast and then by running it; None where it can."""
+    if ranks.any(_WHERE, search.forecast is None):
+        return "what whole ones take could not be forecast"
+    least = min(ranks.gather(_WHERE, search.limit - size))
+    if least < 0 or not search.fits(size):
+        return "whole ones do not fit beside a micro-batch of this size"
+    return None
+
+
 def _too_little(limits: Sequence[int], floor: int) -> str:
     rank = min(range(len(limits)), key=lambda each: limits[each])
     return f"a micro-batch of {floor} does not fit on rank {rank}"
@@ -67,7 +135,7 @@ class _Together:
     """What this rank knows of its own memory."""
 
     def __init__(self, bench: Bench, ranks: Ranks, floor: int, ceiling: int, reach: int) -> None:
-        self._bench, self._ranks, self._floor, self._ceiling, self._reach = bench, ranks, floor, ceiling, reach
+        self.bench, self._ranks, self._floor, self._ceiling, self._reach = bench, ranks, floor, ceiling, reach
         self._most = reach  # a larger one was run, and does not fit
         self._peaks: dict[int, int] = {}
         self.forecast: Counted | None = None
@@ -80,7 +148,7 @@ class _Together:
             if not self.fits(first, "trace"):
                 raise NothingFitsError(f"a micro-batch of {first} does not fit on every rank")
         for size in (2 * first, first + 1):
-            safe = size <= self._ceiling and self._bound(size) <= self._bench.budget
+            safe = size <= self._ceiling and self._bound(size) <= self.bench.budget
             if not self._ranks.any(_WHERE, not safe):
                 self.fits(size, "trace")
                 break
@@ -91,13 +159,13 @@ class _Together:
 
     def look(self) -> None:
         """All ranks have a forecast, or none."""
-        found = self._bench.forecast()
+        found = self.bench.forecast()
         self.forecast = None if self._ranks.any(_WHERE, found is None) else found
 
     def fits(self, size: int, kind: str = "verify") -> bool:
         """Whether a step of `size` samples here, and whatever the others run meanwhile, fits on all ranks."""
-        trial = self._bench.run(size, kind)
-        fits = trial.fits or self._bench.elsewhere
+        trial = self.bench.run(size, kind)
+        fits = trial.fits or self.bench.elsewhere
         if not fits:
             self._most = min(self._most, size - 1)
         elif trial.peak_bytes is not None:
@@ -107,7 +175,7 @@ class _Together:
     def _bound(self, size: int) -> int:
         """An upper bound on the peak: what is not there whatever the size grows at most in proportion to it."""
         largest = max(self._peaks)
-        fixed = min(self._bench.fixed, self._peaks[largest])
+        fixed = min(self.bench.fixed, self._peaks[largest])
         return fixed + -(-(self._peaks[largest] - fixed) * size // largest)
 
     @property
@@ -118,7 +186,7 @@ class _Together:
         low, high = 0, self._most + 1
         while high - low > 1:
             middle = (low + high) // 2
-            fits = self._forecast(middle) <= self._bench.budget * (1.0 - self._bench.spare)
+            fits = self._forecast(middle) <= self.bench.budget * (1.0 - self.bench.spare)
             low, high = (middle, high) if fits else (low, middle)
         return low
 
@@ -133,5 +201,5 @@ class _Together:
         if limit >= self._reach:
             return "cap"
         if limit == self._most:
-            return "out of memory" if self._bench.suffers else "forecast"
+            return "out of memory" if self.bench.suffers else "forecast"
         return "forecast" if self.forecast is not None else None

@@ -68,7 +68,9 @@ def planned(
     )  # fmt: skip
     if parts.ranks.size > 1:
         expect_equal_counts(parts.model, made)
-    return replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
+    made = replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
+    sync = reasons.get("gradient_sync")
+    return made if sync is None else replace(made, gradient_sync=sync.partition(":")[0])
 
 
 def _floor(parts: Assembly) -> int:
@@ -98,6 +100,8 @@ def _reasons(parts: Assembly, report: ProbeReport | None) -> dict[str, str]:
     if report is None:
         return reasons
     reasons["budget"] = report.budget_reason
+    if report.gradient_sync is not None:
+        reasons["gradient_sync"] = report.gradient_sync
     if report.limit is not None:
         proof = {
             "forecast": f"{report.limit + 1} is forecast to overrun the budget",

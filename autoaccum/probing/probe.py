@@ -55,6 +55,7 @@ class Question:
         prefer: "fewest" micro-batches, or "fastest" by measured throughput.
         alternatives: memory savers that prefer="fastest" may take.
         window: samples of one optimizer step over all ranks, where a target says how many.
+        runs: False: of a sharded model, the answer is forecast only.
     """
 
     share: int | None = None
@@ -64,6 +65,7 @@ class Question:
     prefer: str = "fewest"
     alternatives: Alternatives = Alternatives()  # noqa: RUF009 - immutable
     window: int | None = None
+    runs: bool = True
 
 
 def run_probe(
@@ -201,8 +203,9 @@ def _of_the_largest(
         ceiling = reach = max(floor, killed // 2)
         notes = [f"a step at {killed} samples killed its process more than once: none above {ceiling} was run again"]
     if bench.ranks is not None:
-        answer = find_together(bench, bench.ranks, floor, ceiling, reach, question.window)
-        return _report(bench, answer, device, floor, source)
+        found = find_together(bench, bench.ranks, floor, ceiling, reach, question.window, question.runs)
+        report = replace(_report(found.bench, found.answer, device, floor, source), gradient_sync=found.sync)
+        return report if found.bench is bench else replace(report, trials=(*bench.trials, *report.trials))
     answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
     if question.prefer == "fastest":
         raced = race(bench, answer, question.alternatives, share=question.share, floor=floor, reach=reach,

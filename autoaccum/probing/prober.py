@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from autoaccum.errors import NothingFitsError, StateNotRestoredError
+from autoaccum.errors import NothingFitsError, PlanError, StateNotRestoredError
 from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
 from autoaccum.model.memory_savers import RUNGS, obstacle
@@ -69,6 +69,11 @@ class Prober:
         """
         parts, sharded = self.parts, is_sharded(self.parts.model)
         refuse_beside_shards(parts.model, self.isolation, question.prefer, self.ladder)
+        if sharded and target is not None and target < parts.ranks.size:
+            raise PlanError(
+                f"target_batch={target} is less than the {parts.ranks.size} ranks, and a sharded model runs on every "
+                f"rank: give target_batch={parts.ranks.size} or more"
+            )
         return shared_out(self._of_all_phases, question, parts.ranks, target, parts.source.length, sharded)
 
     def _of_all_phases(self, question: Question) -> ProbeReport:

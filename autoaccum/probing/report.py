@@ -63,6 +63,8 @@ class ProbeReport(Drawn):
         savers: where prefer="fastest" looked at memory savers, a row for each, the step as it is (None) first: saver,
             limit, micro_batch, peak_bytes (forecast), window_seconds (None: not timed), throughput, same_result; or
             limit None and obstacle, why it was not looked at further.
+        gradient_sync: when a sharded model's gradients are summed over the ranks, and why; None where that is no
+            question. Once a "window", forecast and limit are of that, and so are the last trials.
         timeline: for drawing, as a probe in a child told it; None where the forecast at hand can tell.
     """
 
@@ -83,6 +85,7 @@ class ProbeReport(Drawn):
     by_length: tuple[tuple[int, int], ...] = ()
     ladder: str | None = None
     savers: tuple[dict[str, Any], ...] = ()
+    gradient_sync: str | None = None
     timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
     forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
 
@@ -131,6 +134,7 @@ class ProbeReport(Drawn):
             "by_length": [list(pair) for pair in self.by_length],
             "ladder": self.ladder,
             "savers": [dict(row) for row in self.savers],
+            "gradient_sync": self.gradient_sync,
             "curve": self._curve(),
             "timeline": self._timeline(),
         }

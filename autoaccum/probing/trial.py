@@ -12,6 +12,7 @@ A trial is meant to be no easier than any step of the training:
 - Sparse gradients hold the rows that the rest of the window has left.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -62,6 +63,7 @@ class Bench:
         resident: bytes by part that live before the traced step begins, by shape.
         elsewhere: the last trial was left because memory ran out on another rank.
         ranks: those of a sharded model, which meet in each trial; None where nobody does.
+        late: a sharded model's gradients are summed in the last pass of a step.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Bench:
         self._stateless = not any(accumulator.optimizer.state.values())
         self._reserved: dict[Shape, int] = {}  # by the traced steps
         self._first: Trace | None = None  # a training's first window, where an allocator caches
-        self.elsewhere = False
+        self.elsewhere = self.late = False
         self.ranks: Ranks | None = None if accumulator.sharded is None else accumulator.ranks
         self.trials: list[Trial] = []
         self.traces: dict[Shape, Trace] = {}
@@ -104,6 +106,13 @@ class Bench:
             accumulator.precision.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+
+    def alike(self, *, late: bool = False) -> "Bench":
+        """One for the same training run in another way, with traces of its own."""
+        made = copy.copy(self)
+        made.trials, made.traces, made.resident, made.late = [], {}, {}, late
+        made._reserved, made._dense, made._first = {}, None, None
+        return made
 
     @property
     def budget(self) -> int:
@@ -264,8 +273,8 @@ class Bench:
         self._journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
-    def time(self, size: int) -> tuple[float, float]:
-        """Seconds of one micro-batch at `size`, which has fitted before, and of the window's end; nothing recorded."""
+    def time(self, size: int, micro_batches: int = 1) -> tuple[float, float]:
+        """Seconds of micro-batches at `size`, which has fitted before, and of the window's end; nothing recorded."""
         batch = self._counting(self._source.trial(size), size)
         self._journal.start(size, "throughput")
         self._device.synchronize()
@@ -278,7 +287,7 @@ class Bench:
                 ended = time.perf_counter()
 
         self._accumulator.on_phase = reached
-        self._window(batch)
+        self._window(batch, micro_batches)
         self._accumulator.on_phase = ignore
         self._device.synchronize()
         done = time.perf_counter()
@@ -372,6 +381,8 @@ class Bench:
     def _pass(self, pieces: list[Any]) -> None:
         """Runs the micro-batches. Of a sharded model all ranks raise where memory ran out on one of them."""
         ran_out = None
+        if self._accumulator.sharded is not None:
+            self._accumulator.sharded.late = self.late
         try:
             self._accumulator.run(pieces)
         except Exception as error:

@@ -16,6 +16,10 @@ from autoaccum.ranks.lost import answering
 
 __all__ = ["Collectives"]
 
+# Their names from torch 2.13 on, where the older ones warn.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Collectives:
     """What one rank issues in a pass. Its `gather` and `scatter` are for `fully_shard` modules.
@@ -110,7 +114,7 @@ class _Gather(_Allocating):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         own = self._collectives
         if own.takes_turn("gather", output_tensor):
-            return own.issue(dist.all_gather_into_tensor, output_tensor, input_tensor, group, async_op=async_op)
+            return own.issue(_GATHER, output_tensor, input_tensor, group, async_op=async_op)
         for part in output_tensor.view(-1, input_tensor.numel()):  # plausible numbers, whatever the model asks of them
             part.copy_(input_tensor)
         return None
@@ -124,6 +128,6 @@ class _Scatter(_Allocating):
         if own.muted:
             input_tensor.zero_()
         if own.takes_turn("scatter", input_tensor):
-            return own.issue(dist.reduce_scatter_tensor, output_tensor, input_tensor, group, op=op, async_op=async_op)
+            return own.issue(_SCATTER, output_tensor, input_tensor, group, op=op, async_op=async_op)
         output_tensor.zero_()
         return None

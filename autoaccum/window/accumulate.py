@@ -127,7 +127,7 @@ class Accumulator(Passes):
         self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
         self.ranks = ranks if ranks is not None else here(self.device, group)
         check_ranks(plan.rank, plan.world_size, self.ranks)
-        self.sharded = sharded_passes(model, self.ranks, self.device)
+        self.sharded = sharded_passes(model, self.ranks, self.device, late=plan.gradient_sync == "window")
         # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
         self._call: Callable[..., Any] = interruptible if self.sharded is None else call
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
@@ -177,7 +177,15 @@ class Accumulator(Passes):
         ledger = self.open(pieces)
         finished = False
         try:
-            for piece in pieces:
+            idle = max(ledger.micro_batches) - len(pieces) if self.sharded is not None else 0
+            for number in range(idle):  # as many passes as on any other rank
+                assert self.sharded is not None
+                self.sharded.begin_pass(last=number == idle - 1 and not pieces)
+                with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
+                    yield plain(tree.move(self.sharded.sample, self.device))
+            for number, piece in enumerate(pieces):
+                if self.sharded is not None:
+                    self.sharded.begin_pass(last=number == len(pieces) - 1)
                 before = ledger.done
                 with self.precision.autocast(), without_synchronisation(self.model):
                     yield plain(tree.move(piece, self.device))
@@ -186,10 +194,6 @@ class Accumulator(Passes):
                         f"backward was called {ledger.done - before} times for one micro-batch: "
                         "call accumulator.backward(loss) exactly once for each"
                     )
-            if self.sharded is not None:  # as many passes as on any other rank
-                for _ in range(max(ledger.micro_batches) - len(pieces)):
-                    with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
-                        yield plain(tree.move(self.sharded.sample, self.device))
             self.finish()
             finished = True
         except Exception:

@@ -52,7 +52,8 @@ def agree_on_windows(
         SetupError: the ranks' differ, and in what; on all ranks.
     """
     if ranks.size > 1:
-        facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum, **settings)
+        facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum,
+                              gradient_sync=plan.gradient_sync, **settings)  # fmt: skip
         facts |= model_facts(model) | _weight_facts(model) | optimizer_facts(optimizer)
         ranks.agree("the first window", facts, _BUILD_ALIKE)
         unseen = ranks.any("what the loss divides by", len(loss) == 1)  # a rank whose samples showed nothing asks later

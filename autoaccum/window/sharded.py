@@ -7,7 +7,8 @@ Choices:
   already. It goes on so to the window's end, where it meets the others as one that failed anywhere else does: then all
   replay the window, or all raise.
 - Gradients are summed and scattered in each pass, undivided: they stay sharded, which is the memory that one shards
-  for, and the window's denominators are over all ranks already.
+  for, and the window's denominators are over all ranks already. Or whole gradients wait for the last pass (`late`),
+  where a probe found room for them and that it is faster.
 - Before the first window all ranks compare what they will issue, by a pass that talks to nobody.
 """
 
@@ -43,9 +44,15 @@ _UNDIVIDED = {
 }
 
 
-def sharded_passes(model: nn.Module, ranks: Ranks, device: torch.device) -> "ShardedPasses | None":
+def sharded_passes(
+    model: nn.Module, ranks: Ranks, device: torch.device, *, late: bool = False
+) -> "ShardedPasses | None":
     """What runs the windows of a model that `fully_shard` has sharded; None for others."""
-    return ShardedPasses(model, ranks, device) if is_sharded(model) else None
+    if not is_sharded(model):
+        return None
+    passes = ShardedPasses(model, ranks, device)
+    passes.late = late
+    return passes
 
 
 class ShardedPasses:
@@ -55,6 +62,7 @@ class ShardedPasses:
         collectives: what they issue.
         sample: what passes that count nothing run on, on the host; None until a window had one.
         replicas: how many ranks hold the same shard.
+        late: gradients are summed over the ranks in a window's last pass only.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
@@ -76,7 +84,7 @@ class ShardedPasses:
                 )
         self.collectives = Collectives()
         self.sample: Any = None
-        self.compared = False
+        self.compared = self.late = False
         self._parameters = {id(parameter): parameter for parameter in self._shards.parameters}
         self._used: set[int] = set()
         self._hooks: list[Any] = []
@@ -182,7 +190,7 @@ class ShardedPasses:
         empty_pass: Callable[[Any], None],
         resting: Sequence[nn.Module],
     ) -> None:
-        """Runs this rank's micro-batches, then passes that count nothing up to `passes`.
+        """Runs passes that count nothing, so that with this rank's micro-batches there are `passes`, and then these.
 
         Args:
             batches: this rank's.
@@ -195,11 +203,12 @@ class ShardedPasses:
             Exception: what a pass raised on this rank, once all passes are over.
         """
         failed: Exception | None = None
+        idle = passes - len(batches)
         for number in range(passes):
-            self.collectives.begin()
-            if failed is None and number < len(batches):
+            self.begin_pass(last=number == passes - 1)
+            if failed is None and number >= idle:
                 try:
-                    train(batches[number])
+                    train(batches[number - idle])
                 except LostRankError:
                     raise
                 except Exception as error:
@@ -212,6 +221,12 @@ class ShardedPasses:
                 self._finish(empty_pass, resting, again=False)
         if failed is not None:
             raise failed
+
+    def begin_pass(self, *, last: bool) -> None:
+        """A pass of the window begins, on all ranks; `last`: no other follows."""
+        self.collectives.begin()
+        for group in self._shards.groups:
+            group.reduce_grads = last or not self.late
 
     def _finish(self, empty_pass: Callable[[Any], None], resting: Sequence[nn.Module], *, again: bool) -> None:
         """Finishes a pass with the short sample, whatever this rank has issued of it already."""
@@ -259,6 +274,8 @@ class ShardedPasses:
             yield
         finally:
             self.collectives.muted = False
+            if self.late:
+                self._shards.drop_whole()
             for module in training:
                 module.training = True
             with torch.no_grad():
