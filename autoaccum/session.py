@@ -106,8 +106,10 @@ class Session:
     def _note(self, text: str) -> None:
         self.events.tell(Noted(text))
 
-    def probe(self, target: int | None = None) -> ProbeReport:
+    def probe(self, target: int | None = None, *, runs: bool = True) -> ProbeReport:
         """What fits, found on real steps that leave no trace; `target` in the place of the settings' target batch.
+
+        With `runs` False the answer for a sharded model is forecast only.
 
         Raises:
             NothingFitsError: not even the smallest micro-batch fits.
@@ -123,7 +125,7 @@ class Session:
             ran=lambda trial: self.events.tell(TrialRan(trial.to_dict())),
             note=self._note,
         )  # fmt: skip
-        question = Question(share, **asked.some("memory", "max_batch", "multiple_of", "prefer"))
+        question = Question(share, runs=runs, **asked.some("memory", "max_batch", "multiple_of", "prefer"))
         report = prober.report(question, target)
         if self._what == "probe" and self._reads_away and not self._in_child:
             report = replace(report, notes=(*report.notes, READ_AWAY))

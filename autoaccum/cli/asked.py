@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autoaccum.cli.calling import arguments_of, call, need_target_batch
+from autoaccum.cli.command import first_rank
 from autoaccum.cli.endings import ChildFailed, exit_code, one_line
 from autoaccum.cli.saving import saved
 
 if TYPE_CHECKING:
     from autoaccum.probing.isolate import InChild, Send
+    from autoaccum.probing.report import ProbeReport
 
 __all__ = ["Asked"]
 
@@ -36,6 +38,8 @@ class Asked:
         progress: whether each trial is told; None where the command line does not say.
         plot, save_plan: files that are written at the end.
         cards: what would fit on them is told.
+        nproc: ranks to start on this machine; None: none.
+        shard: how the model may lie on the ranks, a key of SHARD; None: as TARGET returns it.
     """
 
     target: str
@@ -45,6 +49,8 @@ class Asked:
     plot: Path | None = None
     save_plan: Path | None = None
     cards: tuple[str, ...] = ()
+    nproc: int | None = None
+    shard: str | None = None
 
     def answer(self) -> tuple[dict[str, Any], bool]:
         """(what is to be printed, whether all files were written); in a child unless someone says otherwise.
@@ -55,6 +61,10 @@ class Asked:
         """
         # Of several ranks each has to exchange what it found with the others, and a new child could not join them.
         alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+        if self.nproc is not None:
+            return self._found_on_ranks(self.nproc)
+        if self.shard is not None:
+            return self._found_sharded()
         if self.isolate is False or not alone:
             return self._found({**self.options, "isolate": self.isolate})
         found = self._found_in_a_child()
@@ -72,6 +82,35 @@ class Asked:
         if "failed" in answer:
             raise ChildFailed(**answer["failed"])
         return (answer["values"], answer["done"]) if "values" in answer else None
+
+    def _found_on_ranks(self, number: int) -> tuple[dict[str, Any], bool]:
+        from autoaccum.cli.launching import on_ranks
+
+        answers = on_ranks(number, _on_rank, self)
+        if any(answer.get("interrupted") for answer in answers):
+            raise KeyboardInterrupt
+        failed = [answer for answer in answers if "values" not in answer]
+        if not failed:
+            return answers[0]["values"], answers[0]["done"]
+        first = next((answer for answer in failed if not answer.get("told")), failed[0])
+        if "usage" in first:
+            raise click.UsageError(first["usage"])
+        raise ChildFailed(**first["failed"])
+
+    def _found_sharded(self) -> tuple[dict[str, Any], bool]:
+        """On one of several ranks."""
+        import autoaccum
+        from autoaccum.cli.target import keywords_of
+        from autoaccum.cli.ways import what_fits
+
+        known = keywords_of(autoaccum.probe) or []
+
+        def build() -> dict[str, Any]:
+            arguments = self._listening(arguments_of(autoaccum.probe, self.target, self.options))
+            return {name: value for name, value in arguments.items() if name in known}
+
+        report, rows = what_fits(build, self.shard or "auto")
+        return self._written(report, {"ways": rows})
 
     def found_by_the_child(self, inside: "InChild", killed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """For the parent; `killed` are the trials that earlier children did not survive."""
@@ -93,21 +132,31 @@ class Asked:
     ) -> tuple[dict[str, Any], bool]:
         import autoaccum
 
+        arguments = self._listening(arguments)
+        lost = _told(killed, arguments.get("callbacks") or ())
+        report = call(autoaccum.probe, arguments)
+        if lost:
+            report = replace(report, trials=(*lost, *report.trials))
+        return self._written(report, {})
+
+    def _listening(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments, with who tells of each trial; not by `progress`, since a killed child's are told as well."""
         if self.save_plan is not None:
             need_target_batch(self.target, arguments, "--save-plan")
         if self.progress if self.progress is not None else arguments["progress"]:
             from autoaccum.display.narrator import Narrator
 
             arguments["callbacks"] = (*(arguments.get("callbacks") or ()), Narrator())
-        arguments["progress"] = False  # told above, with what a killed child has left
-        lost = _told(killed, arguments.get("callbacks") or ())
-        report = call(autoaccum.probe, arguments)
-        if lost:
-            report = replace(report, trials=(*lost, *report.trials))
-        done = saved(self.plot, "the plot", report.plot)
-        done &= saved(self.save_plan, "the plan", lambda path: report.plan.save(path))  # noqa: PLW0108 (None without a target)
+        return {**arguments, "progress": False}
+
+    def _written(self, report: "ProbeReport", more: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+        """(what is to be printed, `more` with it, whether all files could be written)."""
+        done = True
+        if first_rank():
+            done &= saved(self.plot, "the plot", report.plot)
+            done &= saved(self.save_plan, "the plan", lambda path: report.plan.save(path))  # type: ignore[union-attr]  # noqa: PLW0108 (None without a target)
         plan = report.plan.to_dict() if report.plan is not None else {}
-        values = {**plan, **report.to_dict()}
+        values = {**plan, **report.to_dict(), **more}
         if self.cards:
             from autoaccum.probing.elsewhere import elsewhere
 
@@ -139,6 +188,18 @@ def _in_child(send: "Send", asked: Asked, killed: Sequence[Mapping[str, Any]]) -
     return answer
 
 
+def _on_rank(asked: Asked) -> dict[str, Any]:
+    """One rank's part: what was found, or how it failed."""
+    from autoaccum.ranks import leave
+
+    answer: dict[str, Any] = {}
+    with _failing_into(answer):
+        values, done = asked._found_sharded()
+        answer.update(values=values, done=done)
+    leave()
+    return answer
+
+
 @contextmanager
 def _failing_into(answer: dict[str, Any]) -> Iterator[None]:
     """What is raised inside becomes plain values; its text names a line of the user's code, which the child ran."""
@@ -149,5 +210,8 @@ def _failing_into(answer: dict[str, Any]) -> Iterator[None]:
     except click.ClickException as error:
         answer["usage"] = error.format_message()
     except (Exception, SystemExit) as error:
+        from autoaccum.ranks.places import was_told
+
         text = "".join(traceback.format_exception(error))
+        answer["told"] = was_told(error)
         answer["failed"] = {"line": one_line(error), "code": exit_code(error), "trace": text}

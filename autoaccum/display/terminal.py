@@ -7,7 +7,7 @@ What runs while a command works (lines, a bar) is in progress.py.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -57,6 +57,7 @@ _LABELS = {
     "bn_momentum": "BatchNorm momentum",
     "tail": "short last window",
 }
+_FIRST_CLAUSE = re.compile(r"[:;] | \(")
 _LEADING_VALUE = re.compile(r"(\S{1,12}(?: [\w-]+)?)(?=:| = )")  # "pooled: ...", "0.4 = ..."
 
 
@@ -124,7 +125,29 @@ def probe_view(values: Mapping[str, Any]) -> RenderableType:
         views += [Text(), plan_view(values)]
     if values.get("elsewhere"):
         views += [Text(), elsewhere_view(values["elsewhere"])]
+    if values.get("ways"):
+        views += [Text(), _ways(values["ways"])]
     return Group(*views)
+
+
+def _ways(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """A row for each way in which a model may lie on several ranks; what differs on them as "least to most"."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("way", overflow="fold")
+    table.add_column("smallest step", justify="right", no_wrap=True)
+    table.add_column("fits", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for row in rows:
+        peaks, limits = [peak for peak in row["peak_bytes"] if peak], row["limits"] or []
+        said = "was run, and is the answer above" if row["taken"] else row["why_not"] or "forecast only"
+        style = "bold green" if row["taken"] else ""
+        first = _FIRST_CLAUSE.split(said)[0]
+        table.add_row(Text(row["way"], style=style), _span(peaks, format_bytes), _span(limits, str), Text(first))
+    return Group(Text("What fits how", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _span(values: Sequence[int], text: Callable[[int], str]) -> str:
+    return " to ".join(dict.fromkeys(map(text, sorted(values)[:: max(len(values) - 1, 1)]))) or "-"
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:

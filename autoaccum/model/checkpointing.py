@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from autoaccum.model.forward import StandIn
 
-__all__ = ["Checkpointed", "How", "checkpointed", "repeated_blocks", "why_not"]
+__all__ = ["Checkpointed", "How", "all_blocks", "checkpointed", "repeated_blocks", "why_not"]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -110,6 +110,13 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     return _found(model)[0]
 
 
+def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks by name, in the model's order, whatever switch the model has for checkpointing."""
+    blocks: dict[nn.Module, None] = {}
+    _search(model, blocks, None)
+    return {name: module for name, module in model.named_modules() if module in blocks}
+
+
 def _found(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """(repeated blocks, models with a switch), the outermost of each; each once, though it may be used twice."""
     blocks: dict[nn.Module, None] = {}
@@ -118,10 +125,11 @@ def _found(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     return list(blocks), list(switched)
 
 
-def _search(module: nn.Module, blocks: dict[nn.Module, None], switched: dict[nn.Module, None]) -> None:
-    if module in blocks or module in switched:
+def _search(module: nn.Module, blocks: dict[nn.Module, None], switched: dict[nn.Module, None] | None) -> None:
+    """Finds blocks, and models with a switch, into which it does not look; with `switched` None it does."""
+    if module in blocks or (switched is not None and module in switched):
         return
-    if _has_switch(module):
+    if switched is not None and _has_switch(module):
         switched[module] = None
         return
     alike = Counter(map(type, module if isinstance(module, _CONTAINERS) else ()))

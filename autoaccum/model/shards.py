@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.errors import SetupError
+from autoaccum.model.checkpointing import all_blocks
 
 __all__ = [
     "Shards",
@@ -22,8 +23,10 @@ __all__ = [
     "refuse_beside_shards",
     "refuse_for_shards",
     "reset_all",
+    "shard",
 ]
 
+_RUNGS = ("checkpointing/4", "checkpointing/2", "selective_checkpointing", "checkpointing")  # inside FSDP's own hooks
 _OTHER_WAY = "train it unsharded, or shard it with torch.distributed.fsdp.fully_shard over all ranks"
 
 
@@ -70,6 +73,10 @@ class Shards:
     def reset(self) -> None:
         """To where a pass begins: nothing gathered, nothing left over from a pass that was broken off."""
         self.root.reset_iter_state()
+        self.drop_whole()
+
+    def drop_whole(self) -> None:
+        """Lets go of gradients that no rank has summed yet."""
         for group in self.groups:
             for parameter in group.fsdp_params:
                 parameter.unsharded_accumulated_grad = None
@@ -90,6 +97,31 @@ class Shards:
     def replicas(self) -> int:
         """How many ranks hold the same shard: 1, but on a mesh of two dimensions (HSDP)."""
         return next((group.mesh_info.replicate_mesh_size for group in self.groups if group._is_hsdp), 1)
+
+
+def shard(model: nn.Module, device: torch.device, ranks: int) -> list[str]:
+    """Calls `fully_shard` on each repeated block and then on the whole model, over all ranks; the blocks' names.
+
+    Blocks are what activation checkpointing takes: the children of one class that a ModuleList or a Sequential has two
+    or more of, the outermost such. All ranks call this.
+
+    Raises:
+        SetupError: the model has no blocks, or torch is too old.
+    """
+    _check_version()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = {name: block for name, block in all_blocks(model).items() if any(True for _ in block.parameters())}
+    if not blocks:
+        raise SetupError(
+            "no repeated blocks were found to shard the model by: a ModuleList or Sequential with two or more children "
+            "of one class; call fully_shard on parts of it and then on the whole yourself, where TARGET builds it"
+        )
+    mesh = init_device_mesh(device.type, (ranks,))
+    for block in (*blocks.values(), model):
+        fully_shard(block, mesh=mesh)
+    return list(blocks)
 
 
 def check_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -200,7 +232,10 @@ def refuse_beside_shards(model: Any, isolation: Any, prefer: str, ladder: str | 
         model,
         isolate=(isolation is not None, "the ranks meet in each trial, and a child process is none of them"),
         prefer=(prefer == "fastest", "leave it at fewest"),
-        ladder=(ladder not in (None, False), "shard it over more ranks, or checkpoint its blocks yourself"),
+        ladder=(
+            ladder not in (None, False, *_RUNGS),
+            f"shard it over more ranks, or take one of {', '.join(_RUNGS)} by name",
+        ),
     )
 
 

@@ -15,8 +15,10 @@ Choices:
 """
 
 from autoaccum.ranks.alone import Flight, Ranks
-from autoaccum.ranks.joining import ends_all, here, join
+from autoaccum.ranks.joining import ends_all, here, join, leave
 from autoaccum.ranks.lost import LostRankError
-from autoaccum.ranks.places import bytes_of, digest, told
+from autoaccum.ranks.places import bytes_of, digest, told, was_told
 
-__all__ = ["Flight", "LostRankError", "Ranks", "bytes_of", "digest", "ends_all", "here", "join", "told"]
+__all__ = [
+    "Flight", "LostRankError", "Ranks", "bytes_of", "digest", "ends_all", "here", "join", "leave", "told", "was_told",
+]  # fmt: skip

@@ -21,7 +21,7 @@ if dist.is_available():
     import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["ends_all", "here", "join"]
+__all__ = ["ends_all", "here", "join", "leave"]
 
 
 def join() -> None:
@@ -32,7 +32,7 @@ def join() -> None:
     asked = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if not asked or not dist.is_available() or dist.is_initialized():
         return
-    atexit.register(_leave)
+    atexit.register(leave)
     if not torch.cuda.is_available():
         _init("gloo")
         return
@@ -60,7 +60,8 @@ def _init(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Destroys the default group, where there is one."""
     if dist.is_initialized():
         # A thread of gloo's may still hold a tensor, and wait for the interpreter to let it go. Torch 2.4 joins that
         # thread without giving way to it, for ever.

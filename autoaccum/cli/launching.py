@@ -1,0 +1,78 @@
+"""Ranks on this machine, started by torchrun's own launcher: each calls a function, and gives back what it returns."""
+
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from autoaccum.cli.stopping import Ended
+from autoaccum.errors import ProbeError
+
+__all__ = ["on_ranks"]
+
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # for which the launcher puts handlers of its own
+
+
+def on_ranks(number: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns in each of `number` new processes, which find each other as under torchrun.
+
+    Args:
+        number: how many.
+        work: can be pickled, as what it takes and returns; raises nothing.
+        arguments: of each call.
+
+    Raises:
+        ProbeError: a process was killed.
+        KeyboardInterrupt, Ended: a signal ended this one; the others have ended first.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, monitor_interval=0.1, start_method="spawn",
+    )  # fmt: skip
+    ended: signal.Signals | None = None
+    try:
+        with _quiet_and_put_back():
+            answers: dict[int, Any] = elastic_launch(config, work)(*arguments)
+            return [answers[rank] for rank in range(number)]
+    except SignalException as error:
+        ended = error.sigval
+    except ChildFailedError as error:
+        raise ProbeError(_lost({rank: failure.exitcode for rank, failure in error.failures.items()})) from error
+    if ended == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Ended(ended)
+
+
+@contextmanager
+def _quiet_and_put_back() -> Iterator[None]:
+    """The launcher's own log is silent inside, its workers have a thread each, and signals are as before at the end."""
+    log, before = logging.getLogger("torch.distributed.elastic"), logging.root.manager.disable
+    own = threading.current_thread() is threading.main_thread()
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in _SIGNALS} if own else {}
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does for several ranks
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        log.handlers.clear()
+
+
+def _lost(codes: dict[int, int]) -> str:
+    rank, code = next(iter(codes.items()))
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended by itself with exit code {code}"
+    why = ", as the system does where memory runs out: give memory= a budget" if code == -signal.SIGKILL else ""
+    return f"the process of rank {rank} {how}, outside of what can be answered for{why}"
