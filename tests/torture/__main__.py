@@ -1,7 +1,7 @@
 """`make torture`: kills, out-of-memory errors, interrupts, a soak; a table on stdout, and the figures as JSON.
 
-python -m tests.torture [--kills 200] [--ooms 500] [--interrupts 500] [--soak 20000] [--cost 15] [--seed 0]
-    [--json FILE]
+python -m tests.torture [--kills 200] [--ooms 500] [--interrupts 500] [--sharded 500] [--soak 20000] [--cost 15]
+    [--seed 0] [--json FILE]
 
 0 leaves a part out. Ends with 1 where something was not survived.
 """
@@ -19,7 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked children train on the CPU
 
 import torch
 
-from tests.torture import cost, interrupts, kills, ooms, soak
+from tests.torture import cost, interrupts, kills, ooms, sharded, soak
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="trainings that are killed at random moments")
     parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
     parser.add_argument("--interrupts", type=int, default=500, help="SIGINTs in a probe, a check and a training")
+    parser.add_argument("--sharded", type=int, default=500, help="errors in the passes of a model sharded on two ranks")
     parser.add_argument("--soak", type=int, default=20000, help="windows whose memory is watched")
     parser.add_argument("--cost", type=int, default=15, help="checkpoints whose cost is measured")
     parser.add_argument("--seed", type=int, default=0)
@@ -49,6 +50,10 @@ def main() -> int:
         broken_off = interrupts.run(options.interrupts, options.seed)
         found["interrupts"], failures = broken_off.to_dict(), failures + broken_off.failures
         _show("interrupts", found["interrupts"])
+    if options.sharded:
+        found["sharded"] = sharded.run(options.sharded, options.seed)
+        failures += found["sharded"]["failures"]
+        _show("sharded", found["sharded"])
     if options.cost:
         found["checkpoints"] = cost.run(options.cost)
         _show("checkpoints", found["checkpoints"])
