@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
 from autoaccum.planning.split import counts, even_split, shares
+from autoaccum.probing.fastest import alike
 from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
 from autoaccum.probing.trial import Bench, Counted
 from autoaccum.ranks import Ranks
@@ -95,7 +96,7 @@ def _summed_late(found: Found, ranks: Ranks, floor: int, ceiling: int, reach: in
     It saves a reduction for each micro-batch but the last, and takes the memory of whole gradients.
     """
     size = found.answer.micro_batch
-    search = _Together(found.bench.alike(late=True), ranks, floor, ceiling, reach)
+    search = _Together(alike(found.bench, late=True), ranks, floor, ceiling, reach)
     each = "micro-batch: gradients are summed over the ranks in each, and stay sharded; "
     try:
         search.trace()

@@ -12,7 +12,6 @@ A trial is meant to be no easier than any step of the training:
 - Sparse gradients hold the rows that the rest of the window has left.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -106,13 +105,6 @@ class Bench:
             accumulator.precision.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
-
-    def alike(self, *, late: bool = False) -> "Bench":
-        """One for the same training run in another way, with traces of its own."""
-        made = copy.copy(self)
-        made.trials, made.traces, made.resident, made.late = [], {}, {}, late
-        made._reserved, made._dense, made._first = {}, None, None
-        return made
 
     @property
     def budget(self) -> int:
