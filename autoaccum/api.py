@@ -156,7 +156,10 @@ def prepare(
             window. Submodules in evaluation mode inside a model in training mode are frozen, and stay so.
         data: a DataLoader (its dataset, sampler, collate_fn and workers are kept, the batching is ours), a Dataset, an
             iterable of samples, a tensor, a tuple or a dict of equally long tensors. Where the collate function pads
-            samples of different lengths, each window is sorted and cut by length: short ones run many at once.
+            samples of different lengths, each window is sorted and cut by length: short ones run many at once. A random
+            generator that a sampler, dataset, transform or collate function holds is an attribute of it (`.generator`),
+            so that a resumed run draws on from it; a dataset or collate function that draws in another way has
+            `state_dict()` and `load_state_dict()`, of plain values and tensors.
         target_batch: samples per optimizer step, over all ranks.
         loss: `f(outputs, targets)`; None: the model returns its loss.
         step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`; or a Coupled one, whose loss

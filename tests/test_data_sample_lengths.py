@@ -113,12 +113,12 @@ def test_square_images_have_their_side_as_length():
 
 
 def test_sizes_that_follow_the_length_along_a_line_are_one_length():
-    ruler, why_not = find_ruler(
+    ruler, lengths, why_not = find_ruler(
         [torch.ones(n) for n in (3, 5, 9)],
         lambda samples: (pad_sequence([s[:-1] for s in samples], batch_first=True),
                          pad_sequence([s[1:].repeat(2) for s in samples], batch_first=True)),
     )  # fmt: skip
-    assert ruler == Ruler(1, 1, "dimension 1 of [1]")
+    assert (ruler, lengths) == (Ruler(1, 1, "dimension 1 of [1]"), [4, 8, 16])
     assert why_not is None
 
 

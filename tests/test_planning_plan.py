@@ -418,10 +418,10 @@ def test_planning_imports_no_torch():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lr_scale": 0}, "lr_scale is 0, not a number above 0"),
+        ({"lr_scale": 0}, "lr_scale is 0.0, and its rule 'none' makes it 1.0"),
         ({"lr_scale": -1.0}, "lr_scale is -1.0"),
         ({"lr_scale": 2.0}, "lr_scale is 2.0, and its rule 'none' makes it 1.0"),
-        ({"lr": 0}, "lr is 0"),
+        ({"lr": -1e-3}, "lr is -0.001"),
         ({"lr_batch": 0}, "lr_batch is 0"),
         ({"target_batch": 10**18}, "target_batch is 10+, not an integer from 0 to"),
         ({"target_batch": 10**12}, "are 125000000000 of another size"),

@@ -3,30 +3,30 @@
 Choices made here:
 
 - A source draws nothing when it is opened or tried, so that probing leaves the generators alone. Each epoch draws one
-  number when it begins, and nothing where nothing depends on it.
+  number when it begins, its base, and nothing where nothing depends on it.
 - The state that makes an epoch repeatable is that of the generators it drew from, at its start. It is kept for the
   epoch in progress and goes into checkpoints; an epoch that is entered again in the middle (`start > 0`) begins from it
   and leaves the global generators as they are.
-- Generators that the user's own objects hold (see `held.py`) are of two kinds. What is asked again for the windows
-  passed over, as a sampler is, begins again where the epoch began. What is not, as a dataset whose samples are not
-  fetched again, goes on from where it is.
+- What the user's own objects draw from (see `held.py`) is of two kinds. What is asked again for the windows passed
+  over, as a sampler is, begins again where the epoch began. What is not, as a dataset whose samples are not fetched
+  again, goes on from where it is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import draw, mix, preserved
 from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.per_sample import ListReader
-from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler, measured
+from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler
+from autoaccum.data.trial_samples import Pool
 from autoaccum.errors import CheckpointError, DataError, shown
 from autoaccum.interrupts import interruptible
 from autoaccum.planning.plan import Plan
@@ -36,15 +36,11 @@ __all__ = ["Read", "Source"]
 
 
 class Read(NamedTuple):
-    """A window as a source reads it."""
+    """A window as a source reads it: samples over all ranks, and this rank's micro-batches."""
 
     total: int
-    """Samples over all ranks."""
-    sizes: tuple[int, ...]
-    """Of this rank's micro-batches."""
     batches: list[Any]
     padding: Padding | None = None
-    """Where it was cut by length."""
 
 
 class Source(ABC):
@@ -57,6 +53,7 @@ class Source(ABC):
         drop_last: the DataLoader drops a short last batch.
         one_shot: it can be read only once.
         varies: one line on samples that differ in size, once a trial has looked at some; None where they do not.
+        ranks: this process among others.
         mixed: why no one length tells the memory, where samples differ in size in more than one way.
     """
 
@@ -67,12 +64,16 @@ class Source(ABC):
     one_shot: bool = False
     varies: str | None = None
     mixed: str | None = None
+    _pool: Pool | None = None  # of samples for trials, where the data gives single ones
+    _collated: Callable[[list[Any]], Any]  # samples -> a batch
 
     def __init__(self, *, seed: int | None, ranks: Ranks, worst_case: Any) -> None:
-        self._seed, self._ranks, self._worst_case = seed, ranks, worst_case
+        self._seed, self.ranks, self._worst_case = seed, ranks, worst_case
+        # The user's objects by name: what is asked again where an epoch is entered in its middle, and what is not.
+        self._replayed: dict[str, Any] = {}
+        self._continued: dict[str, Any] = {}
         self._epoch: int | None = None
-        self._starts: list[Tensor] = []
-        self._held_starts: dict[str, Any] = {}
+        self._starts: dict[str, Any] = {}  # states at the beginning of the epoch in progress
         self._ruler: Ruler | None = None
         self._lengths: tuple[int, ...] | None = None
         self._measured: list[tuple[int, Any]] = []  # the samples looked at, each after its length
@@ -90,12 +91,9 @@ class Source(ABC):
         if size < 1:
             raise DataError(f"a trial of {size} samples: it needs at least one")
         if length is not None:
-            if not self._measured:
-                self._measure()
-            alike = [sample for own, sample in self._measured if own == length]
+            alike = [sample for own, sample in self._samples_measured() if own == length]
             with self._untouched():
-                chosen = [tree.map_tensors(_itself, alike[number % len(alike)]) for number in range(size)]
-                return self.marked(self._collated(chosen))
+                return self.marked(self._collated([tree.copied(alike[place % len(alike)]) for place in range(size)]))
         if self._worst_case is None:
             return _filled(self.marked(interruptible(self._trial, size)), size)
         if not callable(self._worst_case):
@@ -105,7 +103,7 @@ class Source(ABC):
                     f"worst_case={shown(given)} is a list of numbers: give a batch as the data's own are, or f(n) -> "
                     "such a batch of n samples"
                 )
-            return tree.repeat(self._worst_case, size)
+            return tree.repeat(given, size)
         batch = interruptible(self._worst_case, size)
         found = tree.batch_size(batch)
         if found != size:
@@ -128,7 +126,7 @@ class Source(ABC):
         With a `worst_case` there are none: what to make room for was said.
         """
         if self._lengths is None:
-            interruptible(self._measure)
+            interruptible(self._samples_measured)
         return self._lengths or ()
 
     def short_and_long(self) -> tuple[tuple[Any, Any], Any] | None:
@@ -139,14 +137,11 @@ class Source(ABC):
         lengths = self.lengths()
         if not lengths:
             return None
-        if not self._measured:
-            self._measure()
-        chosen = [lengths[len(lengths) // 4], lengths[-1]]
-        pair = [next(sample for own, sample in self._measured if own == length) for length in chosen]
+        chosen = (lengths[len(lengths) // 4], lengths[-1])
+        pair = [next(sample for own, sample in self._samples_measured() if own == length) for length in chosen]
         with self._untouched():
-            groups = [pair[:1], pair[1:], pair, pair]
             short, long, both, again = (
-                self._collated([tree.map_tensors(_itself, sample) for sample in group]) for group in groups
+                self._collated([tree.copied(sample) for sample in group]) for group in (pair[:1], pair[1:], pair, pair)
             )
         same = all(torch.equal(a, b) for (_, a), (_, b) in zip(tree.tensors(both), tree.tensors(again)))
         return ((short, long), both) if same else None
@@ -165,14 +160,9 @@ class Source(ABC):
         return {"kind": self.kind, "length": self.length}
 
     def state_dict(self) -> dict[str, Any]:
-        """What makes the epoch in progress repeatable: its number, and generators' states as byte tensors."""
-        return {
-            "epoch": self._epoch,
-            "starts": list(self._starts),
-            "generators": [generator.get_state() for generator in self._own_generators()],
-            "held": {name: state_of(generator) for name, generator in self._held(self._owners()).items()},
-            "held_starts": dict(self._held_starts),
-        }
+        """What makes the epoch in progress repeatable: its number, and what it and its samples are drawn from."""
+        now = {name: state_of(each) for name, each in self._held().items()}
+        return {"epoch": self._epoch, "starts": dict(self._starts), "held": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the source that gave `state` would have.
@@ -180,40 +170,17 @@ class Source(ABC):
         Raises:
             CheckpointError: that source drew from other generators.
         """
-        here = self._held(self._owners())
-        kept_of = state.get("held", {})  # older checkpoints have none
-        for name, kept in kept_of.items():
+        here, kept = self._held(), state["held"]
+        for name, before in kept.items():
             kind = state_of(here[name])["kind"] if name in here else "none"
-            if kind != kept["kind"]:
+            if kind != before["kind"]:
                 raise CheckpointError(
-                    f"the checkpoint's data drew from {name}, a {kept['kind']}, and here that is {kind}: give the same "
-                    "data, with its generators made when it is made, or start a training of its own"
+                    f"the checkpoint's data drew from {name}, a {before['kind']}, and here that is {kind}: give the "
+                    "same data, with its random generators made when it is made, or start a training of its own"
                 )
-        own, starts = self._own_generators(), list(state["starts"])
-        expected = len(self._generators())
-        if len(own) != len(state["generators"]) or (state["epoch"] is not None and len(starts) not in (0, expected)):
-            raise CheckpointError(
-                f"the checkpoint's data drew from {len(starts)} random generators and this data draws from {expected}: "
-                "give the same data, with the same seed and generators, or start a training of its own"
-            )
-        for generator, kept in zip(own, state["generators"]):
-            generator.set_state(kept)
-        for name, kept in kept_of.items():
-            restore(here[name], kept)
-        self._epoch, self._starts, self._held_starts = state["epoch"], starts, dict(state.get("held_starts", {}))
-
-    def expect_ranks(self, rank: int, world_size: int) -> None:
-        """Checks that a plan for one of several ranks is for this one.
-
-        Raises:
-            DataError: it is for another, so that samples would be lost or seen twice.
-        """
-        here = (self._ranks.rank, self._ranks.size)
-        if here != (rank, world_size):
-            raise DataError(
-                f"the plan is for rank {rank} of {world_size}, and rank {here[0]} of {here[1]} reads the data: make "
-                f"the plan with rank={here[0]} and world_size={here[1]}"
-            )
+        for name, before in kept.items():
+            restore(here[name], before)
+        self._epoch, self._starts = state["epoch"], dict(state["starts"])
 
     @abstractmethod
     def first(self) -> Any:
@@ -230,82 +197,58 @@ class Source(ABC):
         """
         return None
 
-    @abstractmethod
+    # --- samples looked at ---
+
     def _trial(self, size: int) -> Any:
         """`size` samples of the data as one batch."""
-
-    # --- lengths ---
-
-    def _some_samples(self) -> list[Any]:
-        """A few of the samples, those that trials are made of; none where they do not differ in size."""
-        return []
-
-    def _collated(self, samples: list[Any]) -> Any:
-        """The samples as one batch."""
-        raise DataError(f"{self.kind} are not collated here")
-
-    def _measure(self) -> None:
-        samples = [] if self._worst_case is not None else self._some_samples()
+        assert self._pool is not None
         with self._untouched():
-            self._ruler, self.mixed = find_ruler(samples, self._collated) if samples else (None, None)
-            if self._ruler is not None:
-                self._measured = list(zip(measured(samples, self._collated, self._ruler), samples))
-        self._lengths = tuple(sorted({length for length, _ in self._measured}))
+            samples, self.varies = self._pool.choose(size)
+            return self._collated(samples)
+
+    def _samples_measured(self) -> list[tuple[int, Any]]:
+        """Those that trials are made of, each after its length; none where they have no one length."""
+        if not self._measured:
+            samples: list[Any] = []
+            found: list[int] = []
+            if self._worst_case is None and self._pool is not None:
+                with self._untouched():
+                    samples = self._pool.look()
+                    self._ruler, found, self.mixed = find_ruler(samples, self._collated)
+            self._measured, self._lengths = list(zip(found, samples)), tuple(sorted(set(found)))
+        return self._measured
 
     # --- an epoch's base ---
-
-    def _own_generators(self) -> list[torch.Generator]:
-        """Generators of the user's that reading the data draws from."""
-        return []
 
     def _base_generator(self) -> torch.Generator | None:
         """What a base is drawn from; None: it follows from the seed."""
         return torch.default_generator if self._seed is None else None
 
-    def _generators(self) -> list[torch.Generator]:
-        found = [*self._own_generators(), self._base_generator()]
-        return list({id(generator): generator for generator in found if generator is not None}.values())
-
-    def _replayed(self) -> dict[str, Any]:
-        """The user's objects that are asked again where an epoch is entered in its middle, by name."""
-        return {}
-
-    def _continued(self) -> dict[str, Any]:
-        """Those that are not, by name."""
-        return {}
-
-    def _owners(self) -> dict[str, Any]:
-        return {**self._replayed(), **self._continued()}
-
-    def _held(self, owners: Mapping[str, Any]) -> dict[str, Any]:
-        """What they hold beside the generators that are known without looking."""
-        known = set(map(id, self._own_generators()))
-        return {name: generator for name, generator in held(owners).items() if id(generator) not in known}
+    def _held(self) -> dict[str, Any]:
+        """All that reading draws from, but the global generators."""
+        return held(self._replayed) | held(self._continued, states=True)
 
     def _untouched(self) -> AbstractContextManager[None]:
-        """Where samples are looked at: no generator changes, neither a global one nor one that the user holds."""
-        return preserved(*self._owners().values())
+        """Where samples are looked at: nothing changes that is drawn from."""
+        return preserved(self._held().values())
 
     def _beginning(self, again: bool) -> AbstractContextManager[None]:
-        """Where an epoch is begun: the second time without a trace in the global generators."""
-        return preserved() if again else nullcontext()
+        """Where an epoch is begun: the second time without a trace in what goes on from where it is."""
+        # A sampler that leads to its dataset leads to generators that the windows passed over have used already.
+        return preserved(held(self._continued, states=True).values()) if again else nullcontext()
 
     def _begin(self, epoch: int, again: bool) -> int:
         """The epoch's base; `again` where its windows up to some were read before."""
-        generators, replayed = self._generators(), self._held(self._replayed())
-        if again and epoch == self._epoch and len(self._starts) == len(generators):
-            for name, state in self._held_starts.items():
-                if name in replayed:
-                    restore(replayed[name], state)
-            for generator, state in zip(generators, self._starts):
-                generator.set_state(state)
-        else:
-            self._epoch, self._starts = epoch, [generator.get_state() for generator in generators]
-            self._held_starts = {name: state_of(generator) for name, generator in replayed.items()}
         source = self._base_generator()
+        drawn_from = held(self._replayed) | ({} if source is None else {"base": source})
+        if again and epoch == self._epoch:
+            for name in drawn_from.keys() & self._starts.keys():
+                restore(drawn_from[name], self._starts[name])
+        else:
+            self._epoch, self._starts = epoch, {name: state_of(each) for name, each in drawn_from.items()}
         base = mix(self._seed or 0, epoch) if source is None else draw(source)
-        if self._ranks.size > 1:
-            base = int(self._ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
+        if self.ranks.size > 1:
+            base = int(self.ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
         return base
 
 
@@ -317,7 +260,3 @@ def _filled(batch: Any, size: int) -> Any:
             "read with a Subset"
         )
     return tree.repeat(batch, size) if 0 < tree.batch_size(batch) < size else batch
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

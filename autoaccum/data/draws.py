@@ -16,12 +16,13 @@ Choices made here:
 
 import random
 import sys
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from autoaccum.data.held import held, restore, state_of
+from autoaccum.data.held import restore, state_of
 from autoaccum.interrupts import uninterrupted
 from autoaccum.random_state import RandomState
 
@@ -84,12 +85,11 @@ class Lane:
 
 
 class preserved:
-    """Leaves every generator as it was: the global ones, and those that `owners` (datasets, samplers) hold."""
+    """Leaves what is drawn from as it was: the global generators, and what of the user's objects was `held`."""
 
-    def __init__(self, *owners: Any) -> None:
+    def __init__(self, held: Iterable[Any] = ()) -> None:
         self._before = RandomState(_CPU)
-        named = {str(number): owner for number, owner in enumerate(owners)}
-        self._own = [(generator, state_of(generator)) for generator in held(named).values()]
+        self._own = [(each, state_of(each)) for each in held]
 
     def __enter__(self) -> None:
         """Nothing is to be done here: `__init__` has kept the states."""
@@ -97,8 +97,8 @@ class preserved:
     @uninterrupted
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._before.restore()
-        for generator, state in self._own:
-            restore(generator, state)
+        for each, state in self._own:
+            restore(each, state)
 
 
 def _numpy() -> Any:

@@ -18,7 +18,6 @@ from autoaccum.memory.oom import Verdict, out_of_memory
 
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
 
-
 _TORCHS_COLLATE = torchs_collate.__code__  # what default_collate calls
 _FOR_WANT_OF_MEMORY = (
     "the host's memory ran out, in which all samples of a step wait: lower target_batch, or keep samples in a smaller "
@@ -69,29 +68,19 @@ class Fetcher:
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._collate = dataset, collate
 
-    def batch(self, ask: Ask) -> Any:
-        """The micro-batch.
+    def fetch(self, ask: Ask) -> tuple[list[Any], Padding | None]:
+        """The micro-batch, or those of a window's part that is cut by length, with their padding.
 
         Raises:
-            DataError: the dataset or the collate function failed.
+            DataError: the dataset or the collate function failed; or a sample is too long.
         """
         samples = self._asked_for(ask)
-        if ask.base is not None:
-            seed_sample(mix(ask.base, ask.position, 1))  # a collate function may draw too, as for masked words
-        return self.collated(samples, ask.indices)
-
-    def window(self, ask: Ask) -> tuple[list[Any], Padding | None]:
-        """The micro-batches of a window's part, cut by length.
-
-        Raises:
-            DataError: as `batch`; or a sample is too long.
-        """
-        assert ask.by_length is not None
-        samples = self._asked_for(ask)
-        pieces, padding = cut(samples, ask.by_length, self.collated, ask.indices)
+        pieces, padding = [list(range(len(samples)))], None
+        if ask.by_length is not None:
+            pieces, padding = cut(samples, ask.by_length, self.collated, ask.indices)
         batches = []
         for places in pieces:
-            if ask.base is not None:
+            if ask.base is not None:  # a collate function may draw too, as for masked words
                 seed_sample(mix(ask.base, ask.position + places[0], 1))
             batches.append(
                 self.collated([samples[place] for place in places], [ask.indices[place] for place in places])
@@ -106,13 +95,10 @@ class Fetcher:
         """
         dataset, samples = self._dataset, []
         try:
-            if seeds is None:
-                for index in indices:
-                    samples.append(dataset[index])  # their number tells which one failed
-            else:
-                for index, seed in zip(indices, seeds):
-                    seed_sample(seed)
-                    samples.append(dataset[index])
+            for place, index in enumerate(indices):
+                if seeds is not None:
+                    seed_sample(seeds[place])
+                samples.append(dataset[index])  # their number tells which one failed
         except Exception as error:
             scarce = out_of_memory(error) is Verdict.SURELY
             remedy = _FOR_WANT_OF_MEMORY if scarce else "repair it, or leave its index out with a Subset"
@@ -184,10 +170,10 @@ class WorkerDataset:
         return len(vars(self)["_autoaccum"][0])
 
     def __getitems__(self, ask: Ask) -> Any:
-        """The batch, or what went wrong."""
+        """What was asked for, or what went wrong."""
         fetcher: Fetcher = vars(self)["_autoaccum"][1]
         try:
-            return fetcher.batch(ask) if ask.by_length is None else fetcher.window(ask)
+            return fetcher.fetch(ask)
         except DataError as error:
             cause = error.__cause__
             return Failure(str(error), cause if isinstance(cause, Exception) else error)

@@ -1,103 +1,77 @@
-"""Random generators that the user's objects hold: a sampler's, a dataset's, a transform's, a collate function's.
+"""What the user's samplers, datasets, transforms and collate functions draw random numbers from.
 
-Choices made here:
+The protocol, by which an epoch that is gone on with draws what it would have drawn:
 
-- They are found by looking, whatever their attribute is called: torch's, Python's and numpy's, in an object and in what
-  it is made of (a dataset in a Subset, the transforms in a Compose, the object of a bound method, what a function
-  closes over). Each has a name, the way to it, by which a checkpoint knows it again.
-- Looked for anew each time: a sampler may make itself another one for each epoch.
-- The global generators are nobody's own, even where an attribute leads to one.
-- numpy is never imported, only looked up.
+- A generator of torch's, Python's or numpy's is an attribute of such an object, as `.generator` is of a DataLoader.
+- What draws in another way, a dataset with indices or a collate function, has `state_dict()` and
+  `load_state_dict(state)`, in plain values and tensors. Samplers and streams begin their epochs anew, and have what
+  they draw from as an attribute.
+
+Objects are reached by the attributes that torch and torchvision nest them by (`_NESTED`, `_LISTED`), and by a method's
+own object. What a closure or a global variable holds is not seen, and draws on after a restart. The global generators
+are nobody's own, even where an attribute leads to one. They are looked for anew each time: a sampler may make itself
+another one for each epoch. numpy is never imported, only looked up.
 """
 
+import copy
 import random
 import sys
-from collections.abc import Iterator, Mapping
-from functools import partial
-from types import CellType, FunctionType, MethodType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 __all__ = ["held", "is_generator", "restore", "state_of"]
 
-_DEPTH = 6
-_FOLLOWED = frozenset(["dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"])
-_SEVERAL = frozenset(["datasets", "transforms"])
+_NESTED = frozenset(["dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"])
+_LISTED = frozenset(["datasets", "transforms"])  # other lists are full of samples, as a rule
 
 
-def held(owners: Mapping[str, Any]) -> dict[str, Any]:
-    """The generators that `owners` hold, by name; each once."""
+def held(owners: Mapping[str, Any], *, states: bool = False) -> dict[str, Any]:
+    """The generators that `owners` hold, each once, by the way to it; with `states` also objects that have a state."""
     found: dict[str, Any] = {}
-    seen = {id(generator) for generator in _globals()}
-    for name, owner in owners.items():
-        _look(name, owner, _DEPTH, found, seen)
+    seen = set(map(id, _globals()))
+    waiting = list(owners.items())
+    for path, given in waiting:  # grows meanwhile
+        owner = getattr(given, "__self__", given)  # of a method
+        if id(owner) in seen or isinstance(owner, type):
+            continue
+        seen.add(id(owner))
+        if is_generator(owner) or (states and _has_state(owner)):
+            found[path] = owner
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
+            if name in _LISTED and isinstance(value, (list, tuple)):
+                waiting += [(f"{path}.{name}[{place}]", each) for place, each in enumerate(value)]
+            elif name in _NESTED or is_generator(value):
+                waiting.append((f"{path}.{name}", value))
     return found
 
 
-def state_of(generator: Any) -> dict[str, Any]:
-    """The state of a generator, as plain values and tensors."""
-    if isinstance(generator, torch.Generator):
-        return {"kind": "torch.Generator", "state": generator.get_state()}
-    if isinstance(generator, random.Random):
-        version, words, gauss = generator.getstate()
+def state_of(owner: Any) -> dict[str, Any]:
+    """The state of what `held` found, as plain values and tensors."""
+    if isinstance(owner, torch.Generator):
+        return {"kind": "torch.Generator", "state": owner.get_state()}
+    if isinstance(owner, random.Random):
+        version, words, gauss = owner.getstate()
         return {"kind": "random.Random", "version": version, "words": torch.tensor(words), "gauss": gauss}
-    own = hasattr(generator, "bit_generator")  # a RandomState keeps more than its bit generator does
-    state = generator.bit_generator.state if own else generator.get_state(legacy=False)
-    return {"kind": f"numpy {type(generator).__name__} of {state['bit_generator']}", "state": _plain(state)}
+    if not is_generator(owner):
+        return {"kind": f"state of a {type(owner).__name__}", "state": copy.deepcopy(owner.state_dict())}
+    own = hasattr(owner, "bit_generator")  # a RandomState keeps more than its bit generator does
+    state = owner.bit_generator.state if own else owner.get_state(legacy=False)
+    return {"kind": f"numpy {type(owner).__name__} of {state['bit_generator']}", "state": _plain(state)}
 
 
-def restore(generator: Any, state: Mapping[str, Any]) -> None:
-    """Sets a generator to what `state_of` gave for one of its kind."""
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state["state"])
-    elif isinstance(generator, random.Random):
-        generator.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
-    elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = _numpys(state["state"])
+def restore(owner: Any, state: Mapping[str, Any]) -> None:
+    """Puts back what `state_of` gave for one of its kind."""
+    if isinstance(owner, random.Random):
+        owner.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+    elif hasattr(owner, "bit_generator"):
+        owner.bit_generator.state = state["state"]
+    elif is_generator(owner):
+        owner.set_state(state["state"])
     else:
-        generator.set_state(_numpys(state["state"]))
-
-
-def _look(path: str, owner: Any, depth: int, found: dict[str, Any], seen: set[int]) -> None:
-    if id(owner) in seen:
-        return
-    if is_generator(owner):
-        seen.add(id(owner))
-        found[path] = owner
-    elif depth:
-        for step, value in _inside(owner):
-            _look(path + step, value, depth - 1, found, seen)
-
-
-def _inside(owner: Any) -> Iterator[tuple[str, Any]]:
-    """What of an object is looked into, each after the step to it."""
-    if isinstance(owner, MethodType):
-        yield from ((".__self__", owner.__self__), (".__func__", owner.__func__))
-    elif isinstance(owner, partial):
-        yield ".func", owner.func
-        yield from _each(".args", owner.args)
-        yield from _each(".keywords", owner.keywords)
-    elif isinstance(owner, FunctionType):
-        for name, cell in zip(owner.__code__.co_freevars, owner.__closure__ or ()):
-            if cell != CellType():  # an empty one, of a name without a value yet
-                yield f".{name}", cell.cell_contents
-    elif not isinstance(owner, type):
-        for name, value in list(getattr(owner, "__dict__", {}).items()):
-            if name in _SEVERAL:
-                yield from _each(f".{name}", value)
-            elif name in _FOLLOWED or is_generator(value):
-                yield f".{name}", value
-
-
-def _each(path: str, values: Any) -> Iterator[tuple[str, Any]]:
-    """The items of a container. Lists are not looked into elsewhere: they are full of samples, as a rule."""
-    if isinstance(values, Mapping):
-        yield from ((f"{path}[{key!r}]", value) for key, value in values.items())
-    elif isinstance(values, (list, tuple)):
-        yield from ((f"{path}[{place}]", value) for place, value in enumerate(values))
-    else:
-        yield path, values
+        owner.load_state_dict(copy.deepcopy(state["state"]))
 
 
 def is_generator(value: Any) -> bool:
@@ -110,6 +84,12 @@ def is_generator(value: Any) -> bool:
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState))
 
 
+def _has_state(owner: Any) -> bool:
+    """Whether it keeps a state of its own; a module's is its weights."""
+    methods = (getattr(owner, name, None) for name in ("state_dict", "load_state_dict"))
+    return all(map(callable, methods)) and not isinstance(owner, nn.Module)
+
+
 def _globals() -> list[Any]:
     numpy = _numpy()
     own = [] if numpy is None else [numpy.mtrand._rand]
@@ -117,20 +97,10 @@ def _globals() -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A state of numpy's without its arrays, some of which torch's tensors could not hold."""
+    """A state of numpy's with lists for its arrays, some of which torch's tensors could not hold."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if type(value).__module__ != "numpy":
-        return value
-    return {"dtype": str(value.dtype), "values": value.tolist()} if value.ndim else value.item()
-
-
-def _numpys(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    if set(value) == {"dtype", "values"}:
-        return sys.modules["numpy"].array(value["values"], dtype=value["dtype"])
-    return {key: _numpys(item) for key, item in value.items()}
+    return value.tolist() if type(value).__module__ == "numpy" else value
 
 
 def _numpy() -> Any:

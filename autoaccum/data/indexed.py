@@ -11,7 +11,6 @@ Choices made here:
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,19 +21,17 @@ from torch.utils.data import DataLoader
 from autoaccum.data import tree
 from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
-from autoaccum.data.draws import preserved
 from autoaccum.data.orders import (
     Order,
-    Permutation,
     SamplerOrder,
     length_of,
+    permutation,
     possible_indices,
     shared_order,
     undistributed,
 )
 from autoaccum.data.structure import children
 from autoaccum.errors import DataError
-from autoaccum.ranks import Ranks
 
 __all__ = ["IndexedSource", "TensorSource"]
 
@@ -47,19 +44,11 @@ class IndexedSource(Source):
         loader: whose sampler, generator, batch size and drop_last are kept; None: `shuffle` decides the order.
     """
 
-    def __init__(
-        self,
-        length: int | None,
-        loader: DataLoader[Any] | None,
-        *,
-        shuffle: bool,
-        seed: int | None,
-        ranks: Ranks,
-        worst_case: Any,
-    ) -> None:
-        super().__init__(seed=seed, ranks=ranks, worst_case=worst_case)
+    def __init__(self, length: int | None, loader: DataLoader[Any] | None, *, shuffle: bool, **common: Any) -> None:
+        super().__init__(**common)
         self._loader, self._shuffle = loader, shuffle
         self._sampler = undistributed(loader.sampler) if loader is not None else None
+        self._replayed = {"generator": getattr(loader, "generator", None), "sampler": self._sampler}
         self._rows = length
         self.length = length if self._sampler is None else length_of(self._sampler)
         if loader is not None:
@@ -79,47 +68,35 @@ class IndexedSource(Source):
 
     def indices(self, epoch: int, cutter: Cutter, index: int) -> Sequence[Any] | None:
         """The dataset's indices of one window: the epoch's order is read again, without a trace."""
-        if self._ranks.size > 1:
+        if self.ranks.size > 1:
             return None
-        generators = self._own_generators()
-        states = [generator.get_state() for generator in generators]
         with self._untouched():
             order, _ = self._order(epoch, again=True)
             for _ in range(index):
                 order.take(cutter.total(order.look))
-            found = order.take(cutter.total(order.look))
-        for generator, state in zip(generators, states):
-            generator.set_state(state)
-        return found
+            return order.take(cutter.total(order.look))
 
     @abstractmethod
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
         """The windows of what is left of `order`, `position` samples into the epoch."""
 
+    def _candidates(self) -> Sequence[Any]:
+        """Indices that an epoch may show."""
+        return possible_indices(self._sampler, self._rows)
+
     def _order(self, epoch: int, again: bool) -> tuple[Order, int]:
         """The order of the epoch, and its base."""
         sampler = self._sampler
         if sampler is None and not self._shuffle:
-            return Permutation(self._rows or 0, None), 0
+            return permutation(self._rows or 0, None), 0
         with self._beginning(again):
             base = self._begin(epoch, again)
             if sampler is None:
-                return Permutation(self._rows or 0, base), base
+                return permutation(self._rows or 0, base), base
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)
             make = partial(SamplerOrder, sampler, base, follow_global=self._seed is None)
-            return (make() if self._ranks.size == 1 else shared_order(make, self.length, self._ranks)), base
-
-    def _replayed(self) -> dict[str, Any]:
-        return {"sampler": self._sampler}
-
-    def _beginning(self, again: bool) -> AbstractContextManager[None]:
-        # A sampler that leads to its dataset leads to generators that the windows passed over have used already.
-        return preserved(*self._continued().values()) if again else nullcontext()
-
-    def _own_generators(self) -> list[torch.Generator]:
-        found = [getattr(owner, "generator", None) for owner in (self._loader, self._sampler)]
-        return [generator for generator in found if generator is not None]
+            return (make() if self.ranks.size == 1 else shared_order(make, self.length, self.ranks)), base
 
     def _base_generator(self) -> torch.Generator | None:
         own = self._loader.generator if self._loader is not None else None
@@ -143,11 +120,11 @@ class TensorSource(IndexedSource):
 
     def first(self) -> Any:
         """The first and the last row that an epoch may show."""
-        candidates = possible_indices(self._sampler, self._rows)
+        candidates = self._candidates()
         return self._gather(torch.tensor([candidates[0], candidates[-1]], dtype=torch.int64))
 
     def _trial(self, size: int) -> Any:
-        candidates = possible_indices(self._sampler, self._rows)
+        candidates = self._candidates()
         count = len(candidates)
         # From all over, since datasets come sorted; in turn where more are wanted than there are.
         chosen = [number % count if size > count else number * count // size for number in range(size)]
@@ -158,20 +135,21 @@ class TensorSource(IndexedSource):
         while total := cutter.total(order.look):
             cut = cutter.cut(total)
             rows = order.rows(total)
-            if cut.stop - cut.start != total:
-                rows = _part(rows, cut.start, cut.stop)
-            sizes = cut.sizes
-            if not sizes:
-                yield Read(total, sizes, [])
+            if isinstance(rows, slice):
+                rows = slice(rows.start + cut.start, rows.start + cut.stop)
+            elif cut.stop - cut.start != total:
+                rows = rows[cut.start : cut.stop]
+            if not cut.sizes:
+                yield Read(total, [])
                 continue
             window = self._gather(rows)
-            if len(sizes) == 1:
-                yield Read(total, sizes, [self._like(window)])
+            if len(cut.sizes) == 1:
+                yield Read(total, [self._like(window)])
             elif self._strided:
-                pieces = [torch.split_with_sizes(tensor, sizes) for tensor in window]
-                yield Read(total, sizes, [self._like(parts) for parts in zip(*pieces)])
+                pieces = [torch.split_with_sizes(tensor, cut.sizes) for tensor in window]
+                yield Read(total, [self._like(parts) for parts in zip(*pieces)])
             else:
-                yield Read(total, sizes, tree.split(self._like(window), sizes))
+                yield Read(total, tree.split(self._like(window), cut.sizes))
 
     def _gather(self, rows: Tensor | slice) -> list[Tensor]:
         if not self._strided:
@@ -206,9 +184,3 @@ class TensorSource(IndexedSource):
             return kind(parts)
         remaining = iter(parts)
         return tree.map_tensors(lambda _: next(remaining), self._data)
-
-
-def _part(rows: Tensor | slice, start: int, stop: int) -> Tensor | slice:
-    if isinstance(rows, slice):
-        return slice(rows.start + start, rows.start + stop)
-    return rows[start:stop]

@@ -9,23 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, default_collate
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError
 
 __all__ = ["collate_samples", "gives_batches", "ready_loader"]
 
-_OVER_OTHERS = (zip, map, filter, enumerate)
 _ALWAYS_SAMPLES = 3  # dimensions of all tensors of an item: images and what they are to become
 
 
 def gives_batches(data: Any) -> bool:
-    """Whether an iterable plainly gives ready batches: a loader of one's own, or Python's zip over DataLoaders."""
-    if isinstance(data, _OVER_OTHERS):
-        held = data.__reduce__()[1]
-        inner = [part for each in held for part in (each if isinstance(each, tuple) else (each,))]
-        return any(isinstance(part, _BaseDataLoaderIter) or gives_batches(part) for part in inner)
+    """Whether an iterable plainly gives ready batches: a loader of one's own."""
     indexed = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
     return not indexed and hasattr(data, "__iter__") and (hasattr(data, "batch_size") or hasattr(data, "batch_sampler"))
 

@@ -13,6 +13,7 @@ Choices made here:
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,12 @@ from autoaccum.data.draws import mix
 from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
-from autoaccum.data.sample_lengths import ByLength
+from autoaccum.data.sample_lengths import ByLength, Padding
 from autoaccum.data.trial_samples import Pool, spread
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 
-__all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "rebuilt", "samples_from"]
+__all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "pinned", "rebuilt", "samples_from"]
 
 
 class MapSource(IndexedSource):
@@ -49,8 +50,10 @@ class MapSource(IndexedSource):
         self, dataset: Any, collate: Callable[[list[Any]], Any], loader: DataLoader[Any] | None = None, **common: Any
     ) -> None:
         super().__init__(length_of(dataset), loader, **common)
-        self._fetcher, self._dataset, self._collate = Fetcher(dataset, collate), dataset, collate
-        self._pool = Pool(samples_from(self._fetcher, self._sampler, self._rows), dataset)
+        self._continued = {"dataset": dataset, "collate_fn": collate}
+        self._fetcher = Fetcher(dataset, collate)
+        self._collated = self._fetcher.collated
+        self._pool = Pool(samples_from(self._fetcher, self._sampler, self._rows))
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         self._workers: _Workers | None = None
         if loader is not None and loader.num_workers:
@@ -58,24 +61,11 @@ class MapSource(IndexedSource):
 
     def first(self) -> Any:
         """The first and the last sample that an epoch may show."""
-        candidates = possible_indices(self._sampler, self._rows)
+        candidates = self._candidates()
         return self._fetcher.samples([candidates[0], candidates[-1]])
 
-    def _trial(self, size: int) -> Any:
-        samples, self.varies = self._pool.choose(size)
-        with self._untouched():
-            return self._fetcher.collated(samples)
-
-    def _continued(self) -> dict[str, Any]:
-        return {"dataset": self._dataset, "collate_fn": self._collate}
-
-    def _some_samples(self) -> list[Any]:
-        return self._pool.look()
-
-    def _collated(self, samples: list[Any]) -> Any:
-        return self._fetcher.collated(samples)
-
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+        assert self._pool is not None
         self._pool.close()
         schedule = _Schedule(order, cutter, position, self.by_length)
         if self._workers is not None:
@@ -84,14 +74,13 @@ class MapSource(IndexedSource):
 
     def _in_this_process(self, schedule: "_Schedule") -> Iterator[Read]:
         while entry := schedule.next():
-            yield entry.read([self._fetched(ask) for ask in entry.asks(None)])
+            read = entry.read(list(map(self._fetcher.fetch, entry.asks(None))))
+            yield read._replace(batches=list(map(pinned, read.batches))) if self._pin else read
 
-    def _fetched(self, ask: Ask) -> Any:
-        if ask.by_length is None:
-            batch = self._fetcher.batch(ask)
-            return tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch
-        batches, padding = self._fetcher.window(ask)
-        return [tree.map_tensors(Tensor.pin_memory, batch) if self._pin else batch for batch in batches], padding
+
+def pinned(batch: Any) -> Any:
+    """The batch in memory from which a GPU copies beside the computation."""
+    return tree.map_tensors(Tensor.pin_memory, batch)
 
 
 def samples_from(fetcher: Fetcher, sampler: Any, rows: int | None) -> Callable[[int], Iterator[Any]]:
@@ -113,27 +102,22 @@ class _Entry(NamedTuple):
     by_length: ByLength | None = None
 
     @property
-    def asked(self) -> int:
-        """How many asks it takes."""
-        return len(self.cut.sizes) if self.by_length is None else min(len(self.cut.sizes), 1)
+    def asked(self) -> tuple[int, ...]:
+        """Samples that are asked for together: of each micro-batch; where they are cut by length, of all in one."""
+        cut = self.cut
+        return cut.sizes if self.by_length is None or cut.start == cut.stop else (cut.stop - cut.start,)
 
     def asks(self, base: int | None) -> Iterator[Ask]:
-        """This rank's micro-batches; where they are cut by length, all of them in one."""
-        start, stop = self.cut.start, self.cut.stop
-        if self.by_length is not None:
-            if start < stop:
-                yield Ask(self.indices[start:stop], self.position + start, base, self.by_length)
-            return
-        for size in self.cut.sizes:
-            yield Ask(self.indices[start : start + size], self.position + start, base)
+        """This rank's part of the window."""
+        start = self.cut.start
+        for size in self.asked:
+            yield Ask(self.indices[start : start + size], self.position + start, base, self.by_length)
             start += size
 
-    def read(self, fetched: list[Any]) -> Read:
+    def read(self, fetched: list[tuple[list[Any], Padding | None]]) -> Read:
         """The window, from what its asks gave."""
-        if self.by_length is None or not fetched:
-            return Read(self.cut.total, self.cut.sizes, fetched)
-        ((batches, padding),) = fetched
-        return Read(self.cut.total, tuple(map(tree.batch_size, batches)), batches, padding)
+        batches = [batch for part, _ in fetched for batch in part]
+        return Read(self.cut.total, batches, fetched[0][1] if fetched else None)
 
 
 class _Schedule:
@@ -143,6 +127,8 @@ class _Schedule:
         self, order: Order, cutter: Cutter, position: int, by_length: Callable[[Plan], ByLength | None]
     ) -> None:
         self._order, self._cutter, self._position, self._by_length = order, cutter, position, by_length
+        self._due: deque[_Entry] = deque()
+        self._unasked: deque[_Entry] = deque()
 
     def next(self) -> _Entry | None:
         """The next window; None at the epoch's end."""
@@ -154,7 +140,35 @@ class _Schedule:
         self._position += total
         return entry
 
-    def recut(self, entry: _Entry) -> _Entry:
+    # For workers, which fetch windows ahead of the one that is due.
+
+    def asks(self, base: int) -> Iterator[Ask]:
+        """All that is to be fetched, window after window."""
+        while self._unasked or self._more():
+            yield from self._unasked.popleft().asks(base)
+
+    def due(self) -> tuple[_Entry | None, bool]:
+        """The window that is wanted next; and whether the plan has changed, so that all are to be asked for again."""
+        if not self._due and not self._more():
+            return None, False
+        changed = self._recut(self._due[0]) is not self._due[0]
+        if changed:
+            self._due = deque(map(self._recut, self._due))
+            self._unasked = deque(self._due)
+        return self._due[0], changed
+
+    def done(self) -> None:
+        """It was fetched."""
+        self._due.popleft()
+
+    def _more(self) -> bool:
+        entry = self.next()
+        if entry is not None:
+            self._due.append(entry)
+            self._unasked.append(entry)
+        return entry is not None
+
+    def _recut(self, entry: _Entry) -> _Entry:
         """The window cut by the plan as it is now: the same entry, where that changes nothing."""
         cut, by_length = self._cutter.cut(entry.cut.total), self._by_length(self._cutter.plan)
         same = cut == entry.cut and by_length == entry.by_length
@@ -171,70 +185,35 @@ class _Workers:
 
     def windows(self, schedule: _Schedule, base: int) -> Iterator[Read]:
         """The windows of the schedule."""
-        asks = self._asks
-        asks.begin(schedule, base)
+        self._asks.give = partial(schedule.asks, base)
         batches: Iterator[Any] | None = None
         try:
-            while entry := asks.due():
-                wanted = schedule.recut(entry)
-                if wanted is not entry:
-                    asks.again()
-                    batches, entry = None, wanted
+            while True:
+                entry, changed = schedule.due()
+                if entry is None:
+                    return
+                if changed:
+                    batches = None
                 if batches is None and entry.asked:
                     self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
                     batches = iter(self._loader)
-                fetched = [_fetched(batches) for _ in range(entry.asked)] if batches is not None else []
-                asks.done()
+                fetched = [_fetched(batches) for _ in entry.asked] if batches is not None else []
+                schedule.done()
                 yield entry.read(fetched)
         finally:
             # Nothing may hold the workers in a circle or a traceback: those that Python's collector finds, after the
             # queues they listen to, end only when they look up, every five seconds.
             del batches
-            asks.end()
+            self._asks.give = None
 
 
 class _Asks:
-    """The batch sampler of the workers' DataLoader: windows that are due, and as many more as it fetches ahead."""
+    """The batch sampler of the workers' DataLoader, which stays while the epochs' schedules come and go."""
 
-    def __init__(self) -> None:
-        self._due: deque[_Entry] = deque()
-        self._unasked: deque[_Entry] = deque()
-
-    def begin(self, schedule: _Schedule, base: int) -> None:
-        self._schedule, self._base = schedule, base
-        self._due.clear()
-        self._unasked.clear()
-
-    def end(self) -> None:
-        """Lets go of the schedule, which knows the source."""
-        del self._schedule
-        self._due.clear()
-        self._unasked.clear()
-
-    def due(self) -> _Entry | None:
-        """The window that is wanted next."""
-        return self._due[0] if self._due or self._more() else None
-
-    def done(self) -> None:
-        """It was fetched."""
-        self._due.popleft()
-
-    def again(self) -> None:
-        """Everything not yet done is to be asked for again, cut by the plan as it is now."""
-        self._due = deque(map(self._schedule.recut, self._due))
-        self._unasked = deque(self._due)
-
-    def _more(self) -> bool:
-        entry = self._schedule.next()
-        if entry is None:
-            return False
-        self._due.append(entry)
-        self._unasked.append(entry)
-        return True
+    give: Callable[[], Iterator[Ask]] | None = None
 
     def __iter__(self) -> Iterator[Ask]:
-        while self._unasked or self._more():
-            yield from self._unasked.popleft().asks(self._base)
+        return iter(()) if self.give is None else self.give()
 
 
 def _fetched(batches: Iterator[Any]) -> Any:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,51 +27,40 @@ from autoaccum.data.draws import Lane
 from autoaccum.errors import DataError
 from autoaccum.ranks import Ranks
 
-__all__ = ["Order", "Permutation", "SamplerOrder", "length_of", "possible_indices", "shared_order", "undistributed"]
+__all__ = ["Order", "SamplerOrder", "length_of", "permutation", "possible_indices", "shared_order", "undistributed"]
 
 # Indices that the first rank reads of a sampler without a length: 128 MiB.
 _MOST_SHARED = 2**24
 
 
-class Order(Protocol):
-    """Indices, taken one window after another."""
+class Known:
+    """Indices that are all known, taken one window after another: a range, or a tensor."""
 
-    def look(self, count: int) -> tuple[int, bool]:
-        """How many indices lie ahead, looked for up to `count`, and whether there will be no more."""
-
-    def take(self, count: int) -> Sequence[Any]:
-        """The next `count` indices."""
-
-    def rows(self, count: int) -> Tensor | slice:
-        """The next `count` indices for a tensor: int64 indices, or a slice where they are consecutive."""
-
-
-class Permutation:
-    """The numbers below `length`: permuted by `seed`, or in sequence where it is None."""
-
-    def __init__(self, length: int, seed: int | None) -> None:
-        self._length, self._position = length, 0
-        self._order: Tensor | None = None
-        if seed is not None:
-            self._order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, indices: range | Tensor) -> None:
+        self._indices, self._position = indices, 0
 
     def look(self, count: int) -> tuple[int, bool]:
         """All that are left, which is known without looking."""
-        return self._length - self._position, True
+        return len(self._indices) - self._position, True
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` indices."""
         rows = self.rows(count)
-        if isinstance(rows, slice):
-            return range(rows.start, rows.stop)
-        indices: list[int] = rows.tolist()
-        return indices
+        return range(rows.start, rows.stop) if isinstance(rows, slice) else list(rows.tolist())
 
     def rows(self, count: int) -> Tensor | slice:
-        """The next `count` indices, as a tensor or a slice takes them."""
-        start = self._position
-        self._position = start + count
-        return slice(start, start + count) if self._order is None else self._order[start : start + count]
+        """The next `count` indices for a tensor: int64 indices, or a slice where they are consecutive."""
+        start, self._position = self._position, self._position + count
+        if isinstance(self._indices, range):
+            return slice(start, self._position)
+        return self._indices[start : self._position]
+
+
+def permutation(length: int, seed: int | None) -> Known:
+    """The numbers below `length`: permuted by `seed`, or in sequence where it is None."""
+    if seed is None:
+        return Known(range(length))
+    return Known(torch.randperm(length, generator=torch.Generator().manual_seed(seed)))
 
 
 class SamplerOrder:
@@ -96,7 +85,7 @@ class SamplerOrder:
             self._lane = None
 
     def look(self, count: int) -> tuple[int, bool]:
-        """Reads on until `count` indices lie ahead."""
+        """How many indices lie ahead, read up to `count`, and whether there will be no more."""
         missing = count - len(self._read)
         if missing > 0 and not self._ended:
             with self._lane or nullcontext():
@@ -114,31 +103,11 @@ class SamplerOrder:
         return torch.tensor(self.take(count), dtype=torch.int64)
 
 
-class _Given:
-    """Indices that are all known."""
-
-    def __init__(self, indices: Tensor) -> None:
-        self._indices, self._position = indices, 0
-
-    def look(self, count: int) -> tuple[int, bool]:
-        return self._indices.numel() - self._position, True
-
-    def take(self, count: int) -> Sequence[Any]:
-        indices: list[int] = self.rows(count).tolist()
-        return indices
-
-    def rows(self, count: int) -> Tensor:
-        self._position += count
-        return self._indices[self._position - count : self._position]
+Order = Known | SamplerOrder
 
 
 def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ranks) -> Order:
-    """The order of rank 0, on every rank, for the whole epoch.
-
-    Args:
-        make: gives the sampler's order; called on rank 0 only.
-        length: of the epoch, where the sampler has one.
-        ranks: this process among others.
+    """The order of rank 0, which `make` gives there, on every rank, for the whole epoch of `length` samples, if known.
 
     Raises:
         DataError: the sampler has no end or gives something other than integers (on rank 0; the others raise as well).
@@ -153,7 +122,7 @@ def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ra
     (count,) = ranks.tally("the order of an epoch", [indices.numel()])
     if ranks.rank != 0:
         indices = torch.empty(int(count), dtype=torch.int64)
-    return _Given(ranks.broadcast("the order of an epoch", indices))
+    return Known(ranks.broadcast("the order of an epoch", indices))
 
 
 def _whole(order: SamplerOrder, length: int | None) -> Tensor:

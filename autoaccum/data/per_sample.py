@@ -57,9 +57,16 @@ class ListReader:
                     raise DataError(_ASK.format(path=path or "the batch", count=len(node)))
         return self._marked(batch, "", self._samples(batch)) if self._per_sample else batch
 
-    def look(self, batch: Any) -> None:
-        """Takes in a batch that is compared with those to be read."""
-        self._learn(_outline(batch), sure=False)
+    def look(self, batch: Any, *, sure: bool = False) -> None:
+        """Takes in a batch that is compared with those to be read; of those before it, two are kept.
+
+        `sure`: it was made to differ from the others in its samples, so that what stayed as it was belongs to none.
+        """
+        outline = _outline(batch)
+        for before in self._seen:
+            self._per_sample.update(_grown(before, outline, sure=sure))
+        if outline not in self._seen:
+            self._seen = [*self._seen[-1:], outline]
 
     def _lists(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
         """Each list with its path, but those inside one sample's item."""
@@ -83,18 +90,10 @@ class ListReader:
                 made = other(size)
             except DataError:  # a collate function may want more at once: the next size, or the batches that come
                 continue
-            if made is None:  # all were dropped
-                continue
-            self._learn(_outline(made), sure=True)
+            if made is not None:  # else all were dropped
+                self.look(made, sure=True)
             if all(path in self._per_sample for path, _ in self._lists(batch, "")):
                 return
-
-    def _learn(self, outline: _Outline, *, sure: bool) -> None:
-        """Takes in one more batch; of those before it, two are kept."""
-        for before in self._seen:
-            self._per_sample.update(_grown(before, outline, sure=sure))
-        if outline not in self._seen:
-            self._seen = [*self._seen[-1:], outline]
 
     def _samples(self, batch: Any) -> int | None:
         """Samples in the batch: of the lists known to hold them, or else along the tensors."""
@@ -133,10 +132,7 @@ def _outline(node: Any) -> _Outline:
 
 
 def _grown(before: _Outline, after: _Outline, *, sure: bool) -> dict[str, bool]:
-    """Of each list in both: whether it holds one item a sample. Empty where nothing, or more than one thing, grew.
-
-    `sure`: the batches were made to differ in their samples, so that what stayed as it was belongs to none.
-    """
+    """Of each list in both: whether it holds one item a sample. Empty where nothing, or more than one thing, grew."""
     lists: dict[str, bool] = {}
     sizes: set[tuple[int, int]] = set()
     _compare(before, after, "", lists, sizes)

@@ -10,11 +10,11 @@ Choices made here:
 """
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
@@ -51,21 +51,22 @@ class BatchSource(StreamSource):
         self.loader_batch = batch if isinstance(batch, int) else None
         if type(loader.batch_sampler) is BatchSampler and not iterates_by_itself(loader):
             self.length = _samples_of(loader.batch_sampler)
+        if not self.one_shot:  # batches are read again whole, dataset and collate function included
+            self._replayed = {"loader": loader}
         self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
         inner = getattr(loader.batch_sampler, "sampler", None)
         self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
         self._told_epochs = [loader, dataset, *self._samplers]
         of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
         samples = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
-        self._pool = Pool(samples, dataset) if of_samples else None
+        self._pool = Pool(samples) if of_samples else None
+        self._collated = self._fetcher.collated
         self._looked_at: list[Any] = []
         self._compared = False  # whether some batches were looked at for what their lists hold
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Any]:
         """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
         self._looked_at = []
-        if self._pool is not None:
-            self._pool.close()
         return super().read(epoch, cutter, start)
 
     # --- windows ---
@@ -92,31 +93,13 @@ class BatchSource(StreamSource):
         return item, _checked_size(item)
 
     def _take(self, reader: Reader, samples: int) -> list[Any]:
-        taken = []
-        while samples:
-            batch = reader.drawn.popleft()
-            size = tree.batch_size(batch)
-            if size > samples:
-                batch, rest = tree.split(batch, (samples, size - samples))
-                reader.drawn.appendleft(rest)
-                size = samples
-            reader.ahead -= size
-            samples -= size
-            taken.append(batch)
-        return taken
+        reader.ahead -= samples
+        return _taken(reader.drawn, samples)
 
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
-        cut = cutter.cut(total)
-        pieces = cutter.pieces(_between(drawn, cut.start, cut.stop), self.by_length(cutter.plan))
-        return Read(total, tuple(map(tree.batch_size, pieces)), pieces)
-
-    def _own_generators(self) -> list[torch.Generator]:
-        found = [getattr(owner, "generator", None) for owner in (self._loader, *self._samplers)]
-        return list({id(generator): generator for generator in found if generator is not None}.values())
-
-    def _replayed(self) -> dict[str, Any]:
-        # Batches are read again whole, dataset and collate function included; one-time data is not read again.
-        return {} if self.one_shot else {"loader": self._loader}
+        cut, rest = cutter.cut(total), deque(drawn)
+        _taken(rest, cut.start)
+        return Read(total, cutter.pieces(_taken(rest, cut.stop - cut.start), self.by_length(cutter.plan)))
 
     def first(self) -> Any:
         """The first ready batch that a trial may see."""
@@ -130,9 +113,7 @@ class BatchSource(StreamSource):
 
     def _trial(self, size: int) -> Any:
         if self._pool is not None:
-            samples, self.varies = self._pool.choose(size)
-            with self._untouched():
-                return self._fetcher.collated(samples)
+            return super()._trial(size)
         batches = self._some_batches(size)
         if not batches:
             raise DataError("the data is empty: the DataLoader gave no batches, and training needs at least one")
@@ -145,12 +126,6 @@ class BatchSource(StreamSource):
             )
         order = sorted(range(len(batches)), key=lambda number: -each[number])
         return tree.repeat(_joined([batches[number] for number in order], size), size)
-
-    def _some_samples(self) -> list[Any]:
-        return [] if self._pool is None else self._pool.look()
-
-    def _collated(self, samples: list[Any]) -> Any:
-        return self._fetcher.collated(samples)
 
     def _some_batches(self, size: int) -> list[Any]:
         """A few ready batches, and more until they have `size` samples."""
@@ -236,28 +211,25 @@ def _checked_size(batch: Any) -> int:
         raise DataError(f"{error}. {hint}") from error
 
 
-def _between(batches: Sequence[Any], start: int, stop: int) -> list[Any]:
-    """The samples [start, stop) of batches in a row, without joining any."""
-    parts, first = [], 0
-    for batch in batches:
+def _taken(batches: deque[Any], samples: int) -> list[Any]:
+    """Takes so many samples off the front of `batches`, cutting one where they end in it, and joining none."""
+    taken = []
+    while samples:
+        batch = batches.popleft()
         size = tree.batch_size(batch)
-        low, high = max(start - first, 0), min(stop - first, size)
-        if (low, high) == (0, size):
-            parts.append(batch)
-        elif low < high:
-            cuts = [low, high - low, size - high]
-            parts.append(tree.split(batch, [cut for cut in cuts if cut])[1 if low else 0])
-        first += size
-    return parts
+        if size > samples:
+            batch, rest = tree.split(batch, (samples, size - samples))
+            batches.appendleft(rest)
+            size = samples
+        samples -= size
+        taken.append(batch)
+    return taken
 
 
 def _joined(batches: Sequence[Any], size: int) -> Any:
     """As many of the batches in one as hold `size` samples, where their shapes allow; else the first."""
-    enough, samples = 0, 0
-    while samples < size and enough < len(batches):
-        samples += tree.batch_size(batches[enough])
-        enough += 1
+    before = accumulate(map(tree.batch_size, batches), initial=0)
     try:
-        return tree.join(batches[:enough])
+        return tree.join([batch for batch, samples in zip(batches, before) if samples < size])
     except DataError:
         return batches[0]

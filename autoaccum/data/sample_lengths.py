@@ -15,15 +15,13 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from autoaccum.data import tree
 from autoaccum.data.draws import preserved
 from autoaccum.errors import DataError
 from autoaccum.planning.length_rule import LengthRule
 from autoaccum.planning.split import even_split
 
-__all__ = ["ByLength", "Padding", "Ruler", "cut", "find_ruler", "measured"]
+__all__ = ["ByLength", "Padding", "Ruler", "cut", "find_ruler"]
 
 Collate = Callable[[list[Any]], Any]
 _FEWEST_LENGTHS = 3  # below that there is no forecast over lengths
@@ -81,12 +79,6 @@ class Padding(NamedTuple):
     """With their padding, had they run in the order they came, in micro-batches that fit the longest samples seen."""
 
 
-def measured(samples: Sequence[Any], collate: Collate, ruler: Ruler) -> list[int]:
-    """Each sample's length."""
-    with preserved():
-        return [ruler.of(collate([tree.map_tensors(_itself, sample)])) for sample in samples]
-
-
 def cut(
     samples: Sequence[Any], by_length: ByLength, collate: Collate, names: Sequence[Any] | None = None
 ) -> tuple[list[list[int]], Padding]:
@@ -103,7 +95,8 @@ def cut(
         PlanError: they cannot be cut with the plan's minimum.
     """
     rule = by_length.rule
-    lengths = measured(samples, collate, by_length.ruler)
+    with preserved():
+        lengths = [by_length.ruler.of(collate([tree.copied(sample)])) for sample in samples]
     longest = max(lengths, default=0)
     if longest > rule.longest:
         place = lengths.index(longest)
@@ -122,40 +115,39 @@ def _unsorted(lengths: Sequence[int], limit: int) -> int:
     return padded
 
 
-def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, str | None]:
-    """How samples are measured, where a batch's size follows from them; and why not, where their sizes do vary.
+def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, list[int], str | None]:
+    """How samples are measured and how long each is, where a batch's size follows from them; and why not, if it varies.
 
     Args:
         samples: some that were looked at.
         collate: makes a batch of samples.
     """
-    with preserved():
-        try:
-            alone = [_shapes(collate([tree.map_tensors(_itself, sample)])) for sample in samples]
-        except DataError:
-            return None, None  # reading on will say what is wrong
-    if len({tuple((path, len(shape)) for path, shape in shapes) for shapes in alone}) != 1:
-        return None, None
-    sizes = [[shape for _, shape in shapes] for shapes in alone]
-    varying = [
-        (number, dimension)
-        for number, shape in enumerate(sizes[0])
+    nothing: tuple[None, list[int], None] = (None, [], None)
+    try:
+        alone = [_shapes(collate([tree.copied(sample)])) for sample in samples]
+    except DataError:
+        return nothing  # reading on will say what is wrong
+    if len({tuple((path, len(shape)) for path, shape in each) for each in alone}) != 1:
+        return nothing
+    # By (tensor, dimension): its size in each sample, where that varies.
+    columns = {
+        (number, dimension): [each[number][1][dimension] for each in alone]
+        for number, (_, shape) in enumerate(alone[0])
         for dimension in range(len(shape))
-        if len({each[number][dimension] for each in sizes}) > 1
-    ]
+    }
+    varying = {at: sizes for at, sizes in columns.items() if len(set(sizes)) > 1}
     if not varying:
-        return None, None
-    number, dimension = max(varying, key=lambda at: max(each[at[0]][at[1]] for each in sizes))
-    name = f"dimension {dimension} of {alone[0][number][0] or 'the batch'}"
-    column = [each[number][dimension] for each in sizes]
-    for other, along in varying:
-        if not _follows([each[other][along] for each in sizes], column):
-            second = f"dimension {along} of {alone[0][other][0] or 'the batch'}"
-            return None, f"{name} and {second} vary on their own, so that no one length tells the memory"
-    if len(set(column)) < _FEWEST_LENGTHS:
-        return None, None
-    ruler = Ruler(number, dimension, name)
-    return (ruler, None) if dimension and _pads(samples, column, collate, ruler) else (None, None)
+        return nothing
+    rulers = {at: Ruler(*at, f"dimension {at[1]} of {alone[0][at[0]][0] or 'the batch'}") for at in varying}
+    longest = max(varying, key=lambda at: max(varying[at]))
+    ruler, lengths = rulers[longest], varying[longest]
+    for at, sizes in varying.items():
+        if not _follows(sizes, lengths):
+            second = rulers[at].name
+            return None, [], f"{ruler.name} and {second} vary on their own, so that no one length tells the memory"
+    if len(set(lengths)) < _FEWEST_LENGTHS or not ruler.dimension or not _pads(samples, lengths, collate, ruler):
+        return nothing
+    return ruler, lengths, None
 
 
 def _shapes(batch: Any) -> list[tuple[str, tuple[int, ...]]]:
@@ -174,16 +166,8 @@ def _follows(sizes: Sequence[int], lengths: Sequence[int]) -> bool:
 def _pads(samples: Sequence[Any], lengths: Sequence[int], collate: Collate, ruler: Ruler) -> bool:
     """Whether a short and a long sample together become as long as the long one."""
     short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
-    with preserved():
-        try:
-            batch = collate([tree.map_tensors(_itself, samples[place]) for place in (short, long)])
-        except DataError:
-            return False
     try:
+        batch = collate([tree.copied(samples[place]) for place in (short, long)])
         return tree.batch_size(batch) == 2 and ruler.of(batch) == lengths[long]
     except DataError:
         return False
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

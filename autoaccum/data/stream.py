@@ -16,20 +16,20 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import accumulate, islice
+from itertools import accumulate, count, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from autoaccum.data import tree
 from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.draws import Lane, mix, preserved
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.mapped import as_is, rebuilt
+from autoaccum.data.held import held
+from autoaccum.data.mapped import as_is, pinned, rebuilt
 from autoaccum.data.sample_lengths import cut
-from autoaccum.data.trial_samples import LOOKED_AT, Pool, pick
+from autoaccum.data.trial_samples import Pool
 from autoaccum.errors import DataError
 
 __all__ = ["Reader", "SampleSource", "StreamSource", "reads_once"]
@@ -122,6 +122,8 @@ class StreamSource(Source):
 
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
+        if self._pool is not None:
+            self._pool.close()
         reader = self._reader
         if reader is None or not start or (reader.epoch, reader.index) != (epoch, start):
             reader = self._open(epoch, start)
@@ -192,9 +194,10 @@ class StreamSource(Source):
         return self._reader
 
     def _begin(self, epoch: int, again: bool) -> int:
-        if self._ranks.size > 1:  # all ranks read the same, so all draw the same
-            for generator in self._own_generators():
-                generator.set_state(self._ranks.broadcast(f"epoch {epoch}'s beginning", generator.get_state()))
+        if self.ranks.size > 1:  # all ranks read the same, so all draw the same
+            for each in held(self._replayed).values():
+                if isinstance(each, torch.Generator):
+                    each.set_state(self.ranks.broadcast(f"epoch {epoch}'s beginning", each.get_state()))
         return super()._begin(epoch, again)
 
 
@@ -224,45 +227,26 @@ class SampleSource(StreamSource):
                 items = rebuilt(loader, samples, batch_size=None, collate_fn=as_is, pin_memory=False)
         # A worker iterates a copy of its own, from the beginning each epoch: one-time data is so in this process only.
         super().__init__(items, shared and items is samples, **common)
-        self._collate, self._collate_fn, self._samples = Fetcher((), collate).collated, collate, samples
-        self._loader = loader
-        self._told_epochs = [samples]
+        self._collated = Fetcher((), collate).collated
+        if not self.one_shot:
+            self._replayed = {"generator": getattr(loader, "generator", None), "dataset": samples}
+        self._continued = {"collate_fn": collate}
+        self._samples, self._told_epochs = samples, [samples]
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         looked_at = items if shared else samples
-        self._pool = Pool(lambda start: islice(iter(looked_at), start, None), samples)
+        self._pool = Pool(self._drawn_ahead if self.one_shot else lambda start: islice(iter(looked_at), start, None))
 
-    def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
-        """The epoch's windows from the one numbered `start`; those before it are read and passed over."""
-        self._pool.close()
-        return super().read(epoch, cutter, start)
+    def _drawn_ahead(self, start: int) -> Iterator[Any]:
+        """The samples of what can be read only once, from a number on: they stay with the reader, for training."""
+        reader = self._only_reader()
+        for number in count(start):
+            if reader.look(number + 1)[0] <= number:
+                return
+            yield reader.drawn[number]
 
     def first(self) -> Any:
         """The first two samples."""
-        if not self.one_shot:
-            return list(islice(iter(self._samples), 2))
-        reader = self._only_reader()
-        reader.look(2)
-        return list(islice(reader.drawn, 2))
-
-    def _trial(self, size: int) -> Any:
-        if self.one_shot:
-            reader = self._only_reader()
-            reader.look(max(size, LOOKED_AT))
-            samples, self.varies = pick(list(islice(reader.drawn, max(size, LOOKED_AT))), size)
-        else:
-            samples, self.varies = self._pool.choose(size)
-        with self._untouched():
-            return self._collate(samples)
-
-    def _replayed(self) -> dict[str, Any]:
-        return {} if self.one_shot else {"dataset": self._samples}
-
-    def _continued(self) -> dict[str, Any]:
-        return {"collate_fn": self._collate_fn}
-
-    def _own_generators(self) -> list[torch.Generator]:
-        generator = self._loader.generator if self._loader is not None else None
-        return [] if generator is None else [generator]
+        return list(islice(self._drawn_ahead(0) if self.one_shot else iter(self._samples), 2))
 
     def _counted(self, item: Any) -> tuple[Any, int]:
         return item, 1
@@ -270,16 +254,6 @@ class SampleSource(StreamSource):
     def _take(self, reader: Reader, samples: int) -> list[Any]:
         reader.ahead -= samples
         return [reader.drawn.popleft() for _ in range(samples)]
-
-    def _some_samples(self) -> list[Any]:
-        if self.one_shot:
-            reader = self._only_reader()
-            reader.look(LOOKED_AT)
-            return list(islice(reader.drawn, LOOKED_AT))
-        return self._pool.look()
-
-    def _collated(self, samples: list[Any]) -> Any:
-        return self._collate(samples)
 
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
         share, by_length = cutter.cut(total), self.by_length(cutter.plan)
@@ -289,15 +263,13 @@ class SampleSource(StreamSource):
             stops = list(accumulate(share.sizes))
             pieces = [list(range(stop - size, stop)) for size, stop in zip(share.sizes, stops)]
         else:
-            pieces, padding = cut(samples, by_length, self._collate)
-        batches = [self._collate([samples[place] for place in places]) for places in pieces]
-        if self._pin:
-            batches = [tree.map_tensors(torch.Tensor.pin_memory, batch) for batch in batches]
-        return Read(total, tuple(map(len, pieces)), batches, padding)
+            pieces, padding = cut(samples, by_length, self._collated)
+        batches = [self._collated([samples[place] for place in places]) for places in pieces]
+        return Read(total, list(map(pinned, batches)) if self._pin else batches, padding)
 
 
 def reads_once(items: Iterable[Any]) -> bool:
     """Whether iterating again would go on instead of beginning anew: an iterator, or what hands out the same one."""
-    with preserved(items):
+    with preserved(held({"data": items}).values()):
         iterator = iter(items)
         return iterator is items or iter(items) is iterator

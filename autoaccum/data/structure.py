@@ -45,7 +45,7 @@ __all__ = [
     "rebuild",
     "steps",
     "take",
-    "walk",
+    "tensors",
 ]
 
 
@@ -165,15 +165,15 @@ def rebuild(node: Any, inside: list[Any]) -> Any:
     return new
 
 
-def walk(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Each tensor below `node` with its path, in order."""
+def tensors(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its path, in order: "['input_ids']", "[0].image"; a lone tensor's path is ""."""
     if isinstance(node, Tensor):
         yield path, node
         return
     inside = children(node)
     if inside:
         for step, child in zip(steps(node), inside):
-            yield from walk(child, path + step)
+            yield from tensors(child, path + step)
 
 
 # What is the same for all samples wherever it stands alone.
@@ -200,7 +200,7 @@ class Reading:
         Raises:
             DataError: it cannot; a leaf is named.
         """
-        sizes = {path: tensor.size(0) for path, tensor in walk(self.batch) if tensor.dim()}
+        sizes = {path: tensor.size(0) for path, tensor in tensors(self.batch) if tensor.dim()}
         cut = sizes or any(self.listed(items) for items in lists(self.batch)) or graphs_in(self.batch) == self.size
         if self.fits and cut:
             return self
@@ -220,7 +220,7 @@ class Reading:
             return False
         if node is self.batch and isinstance(node[0], Tensor):
             return False  # at the top these are inputs and targets, and if they disagree, that is an error
-        if _records(node) or not any(tensor.dim() for _, tensor in walk(node)):
+        if _records(node) or not any(tensor.dim() for _, tensor in tensors(node)):
             return True
         if self._sampled and all(isinstance(item, Tensor) for item in node):
             return True
@@ -240,30 +240,27 @@ class Reading:
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Each leaf that is cut, with its path: a tensor with samples along dimension 0, or a list of samples."""
-        yield from self._leaves(self.batch, "")
-
-    def _leaves(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if self.listed(node) or (isinstance(node, Tensor) and node.dim()):
-            yield path, node
-            return
-        inside = children(node)
-        for step, child in zip(steps(node), inside) if inside else ():
-            yield from self._leaves(child, path + step)
+        for path, leaf in self._leaves(self.batch, ""):
+            if leaf.dim() if isinstance(leaf, Tensor) else self.listed(leaf):
+                yield path, leaf
 
     def uncut(self) -> Iterator[tuple[str, Any]]:
         """Each leaf, with its path, that goes whole to every part though it may hold samples: it is not known here."""
-        if not isinstance(self.batch, Piece):  # which is cut before it is collated, whatever is in it
-            yield from self._uncut(self.batch, "")
-
-    def _uncut(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(node, (Tensor, *_SHARED)) or self.listed(node) or self._is_array(node):
+        if isinstance(self.batch, Piece):  # which is cut before it is collated, whatever is in it
             return
-        inside = children(node)
+        for path, leaf in self._leaves(self.batch, ""):
+            if not (isinstance(leaf, (Tensor, *_SHARED)) or self.listed(leaf) or self._is_array(leaf)):
+                yield path, leaf
+
+    def _leaves(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        """What is not looked into: tensors, lists of samples, arrays, and what is no container."""
+        whole = isinstance(node, Tensor) or self.listed(node) or self._is_array(node)
+        inside = None if whole else children(node)
         if inside is None:
             yield path, node
             return
         for step, child in zip(steps(node), inside):
-            yield from self._uncut(child, path + step)
+            yield from self._leaves(child, path + step)
 
     def _is_array(self, node: Any) -> bool:
         """Whether `node` is of another library and has one row a sample: an array, or a batch of graphs."""
@@ -320,7 +317,7 @@ def _records(items: Any) -> bool:
 
 
 def _has_tensors(node: Any) -> bool:
-    return next(walk(node), None) is not None
+    return next(tensors(node), None) is not None
 
 
 def _is_single(item: Any) -> bool:

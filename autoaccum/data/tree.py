@@ -4,7 +4,7 @@ The batch dimension is 0. A tensor without dimensions has none, and goes to ever
 with one item a sample is cut as a list. `structure.py` says what a batch may be made of, and which lists are such.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,16 +28,23 @@ from autoaccum.data.structure import (
     rebuild,
     steps,
     take,
-    walk,
+    tensors,
 )
 from autoaccum.errors import DataError
 
-__all__ = ["batch_size", "is_flat", "join", "map_tensors", "move", "nbytes", "repeat", "split", "take_rows", "tensors"]
-
-
-def tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor with its path, in order: "['input_ids']", "[0].image"; a lone tensor's path is ""."""
-    return walk(batch)
+__all__ = [
+    "batch_size",
+    "copied",
+    "is_flat",
+    "join",
+    "map_tensors",
+    "move",
+    "nbytes",
+    "repeat",
+    "split",
+    "take_rows",
+    "tensors",
+]
 
 
 def map_tensors(f: Callable[[Tensor], Any], batch: Any) -> Any:
@@ -48,6 +55,11 @@ def map_tensors(f: Callable[[Tensor], Any], batch: Any) -> Any:
     return batch if inside is None else rebuild(batch, [map_tensors(f, child) for child in inside])
 
 
+def copied(batch: Any) -> Any:
+    """Containers of its own around the same leaves, for code that may take a sample apart."""
+    return map_tensors(lambda tensor: tensor, batch)
+
+
 def batch_size(batch: Any) -> int:
     """Samples in the batch: the size of dimension 0 of its tensors, or the length of lists with one item a sample.
 
@@ -55,20 +67,18 @@ def batch_size(batch: Any) -> int:
         DataError: leaves disagree (both are named), or nothing in the batch has a batch dimension.
     """
     size = _flat_size(batch)
+    if size is None:
+        size = _told_size(batch)
+    if size is None:  # first what can be nothing but samples: three channels of an image are not three of them
+        size = _listed_size(batch, labelled)
     if size is not None:
         return size
-    known = _told_size(batch)
-    if known is not None:
-        return known
-    for items in lists(batch):  # whatever the sizes of their tensors say: three channels are not three samples
-        if labelled(items) and Reading(batch, len(items)).fits:
-            return len(items)
-    sizes = {path: tensor.size(0) for path, tensor in walk(batch) if tensor.dim()}
+    sizes = {path: tensor.size(0) for path, tensor in tensors(batch) if tensor.dim()}
     if len(set(sizes.values())) == 1:
         return next(iter(sizes.values()))
-    for items in lists(batch):
-        if alike(items) and Reading(batch, len(items)).fits:
-            return len(items)
+    size = _listed_size(batch, alike)
+    if size is not None:
+        return size
     if sizes:
         raise disagreement(sizes)
     raise DataError(
@@ -85,6 +95,14 @@ def _told_size(batch: Any) -> int | None:
     return graphs_in(batch) if known is None else len(known)
 
 
+def _listed_size(batch: Any, are_samples: Callable[[Any], bool]) -> int | None:
+    """The length of the first list whose items are samples, where the whole batch can be read so."""
+    for items in lists(batch):
+        if are_samples(items) and Reading(batch, len(items)).fits:
+            return len(items)
+    return None
+
+
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """The batch cut along its batch dimension into parts of `sizes` samples; tensors are views, the rest is shared.
 
@@ -98,14 +116,11 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     if isinstance(batch, Piece):
         return batch.split(sizes)
     stops = list(accumulate(sizes))
-    starts = [0, *stops[:-1]]
 
     def cut(leaf: Any) -> list[Any]:
-        if not isinstance(leaf, Tensor):
-            return [take(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
-        if leaf.layout is torch.strided and not leaf.is_nested:
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
             return list(torch.split_with_sizes(leaf, list(sizes)))
-        return [take_rows(leaf, range(start, stop)) for start, stop in zip(starts, stops)]
+        return [_rows(leaf, range(stop - size, stop)) for size, stop in zip(sizes, stops)]
 
     if isinstance(batch, Tensor) and flat:
         return cut(batch)
@@ -124,13 +139,7 @@ def repeat(batch: Any, size: int) -> Any:
     if length == 0:
         raise DataError(f"a batch without samples cannot be repeated to {size}: give one with at least one sample")
     rows = [position % length for position in range(size)]
-
-    def pick(leaf: Any) -> list[Any]:
-        if isinstance(leaf, Tensor):
-            return [take_rows(leaf, rows)]
-        return [take(leaf, rows)]
-
-    return Reading(batch, length).checked().parts(batch, pick, 1)[0]
+    return Reading(batch, length).checked().parts(batch, lambda leaf: [_rows(leaf, rows)], 1)[0]
 
 
 def join(batches: Sequence[Any]) -> Any:
@@ -160,7 +169,11 @@ def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> A
 
 def nbytes(batch: Any) -> int:
     """Bytes that the tensors of the batch take, wherever they are."""
-    return sum(_tensor_bytes(tensor) for _, tensor in walk(batch))
+    return sum(_tensor_bytes(tensor) for _, tensor in tensors(batch))
+
+
+def _rows(leaf: Any, rows: Sequence[int]) -> Any:
+    return take_rows(leaf, rows) if isinstance(leaf, Tensor) else take(leaf, rows)
 
 
 def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:

@@ -6,7 +6,6 @@ Choices made here:
   size; the largest come first, so that every trial holds the largest one, and padded batches of different numbers of
   samples have the same length.
 - What was read is kept for the next trial, up to a bound: a probe asks for a few small sizes and one large one.
-- Reading leaves every generator as it was, the dataset's own included.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from autoaccum.data import tree
-from autoaccum.data.draws import preserved
 from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 from autoaccum.units import MIB, format_bytes
 
-__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "looked_at", "pick", "spread", "weight"]
+__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "looked_at", "spread"]
 
 LOOKED_AT = 64
 _FIRST_LOOK = 16
@@ -36,15 +34,10 @@ def looked_at(source: Any, size: int) -> Any:
 
 
 class Pool:
-    """Samples for trials.
+    """Samples for trials, looked at where no generator changes; `samples_from` gives those from a number on."""
 
-    Args:
-        samples_from: gives the samples from a number on, the same ones each time.
-        owners: objects whose generators reading may change.
-    """
-
-    def __init__(self, samples_from: Callable[[int], Iterator[Any]], *owners: Any) -> None:
-        self._samples_from, self._owners = samples_from, owners
+    def __init__(self, samples_from: Callable[[int], Iterator[Any]]) -> None:
+        self._samples_from = samples_from
         self._kept: list[Any] = []
         self._reader: Iterator[Any] | None = None
 
@@ -54,13 +47,10 @@ class Pool:
         Raises:
             DataError: there are none, or reading them failed.
         """
-        with preserved(*self._owners):
-            samples = self._first(max(size, _FIRST_LOOK))
-            if len({weight(sample) for sample in samples}) > 1:
-                samples = self._first(max(size, LOOKED_AT))
-        chosen, varies = pick(samples, size)
+        samples, _ = self._looked_at(size)
+        chosen = _pick(samples, size)
         self._let_go()
-        return chosen, varies
+        return chosen
 
     def look(self) -> list[Any]:
         """The samples looked at, where they differ in size; else none.
@@ -68,40 +58,39 @@ class Pool:
         Raises:
             DataError: reading them failed.
         """
-        with preserved(*self._owners):
-            samples = self._first(_FIRST_LOOK)
-            if len({weight(sample) for sample in samples}) > 1:
-                samples = self._first(LOOKED_AT)
-        found = samples if len({weight(sample) for sample in samples}) > 1 else []
+        samples, differ = self._looked_at(1)
         self._let_go()
-        return found
+        return samples if differ else []
 
     def close(self) -> None:
         """Lets everything go that was kept."""
         self._kept, self._reader = [], None
 
+    def _looked_at(self, size: int) -> tuple[list[Any], bool]:
+        """Samples, more of them where they differ in size; and whether they do."""
+        samples = self._first(max(size, _FIRST_LOOK))
+        differ = len(set(map(_weight, samples))) > 1
+        return (self._first(max(size, LOOKED_AT)) if differ else samples), differ
+
     def _first(self, count: int) -> list[Any]:
-        if len(self._kept) < count and self._reader is None:
-            self._reader = self._samples_from(len(self._kept))
-        while len(self._kept) < count and self._reader is not None:
-            try:
-                self._kept.append(next(self._reader))
-            except StopIteration:
-                break
+        if len(self._kept) < count:
+            if self._reader is None:
+                self._reader = self._samples_from(len(self._kept))
+            self._kept += islice(self._reader, count - len(self._kept))
         return self._kept[:count]
 
     def _let_go(self) -> None:
         """Keeps no more than the bound; what is let go is read again when it is asked for."""
         room = KEPT_BYTES
         for number, sample in enumerate(self._kept):
-            room -= weight(sample)
+            room -= _weight(sample)
             if room < 0:
                 del self._kept[number:]
                 self._reader = None
                 return
 
 
-def pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
+def _pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
     """`size` of the samples, the largest first where they differ, repeated where there are fewer; and how they differ.
 
     Raises:
@@ -109,7 +98,7 @@ def pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
     """
     if not samples:
         raise DataError("the data is empty: it gave no samples, and training needs at least one")
-    weights = [weight(sample) for sample in samples]
+    weights = [_weight(sample) for sample in samples]
     varies = None
     if min(weights) != max(weights):
         samples = [samples[number] for number in sorted(range(len(samples)), key=lambda number: -weights[number])]
@@ -117,11 +106,10 @@ def pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
             f"samples differ in size: of {len(samples)} looked at, the smallest has {format_bytes(min(weights))}, the "
             f"largest {format_bytes(max(weights))}; trials take the largest, and worst_case= can name a larger one"
         )
-    # A collate function may take samples apart; it gets containers of its own.
-    return [tree.map_tensors(_itself, samples[number % len(samples)]) for number in range(size)], varies
+    return [tree.copied(samples[number % len(samples)]) for number in range(size)], varies
 
 
-def weight(sample: Any) -> int:
+def _weight(sample: Any) -> int:
     """How large a sample is, in bytes or as near as can be told: only a comparison is wanted."""
     if isinstance(sample, Tensor):
         return tree.nbytes(sample)
@@ -129,7 +117,7 @@ def weight(sample: Any) -> int:
         return len(sample)
     inside = children(sample)
     if inside is not None:
-        return sum(map(weight, inside))
+        return sum(map(_weight, inside))
     size = getattr(sample, "nbytes", None) or getattr(sample, "size", None)  # an array; an image's width and height
     if isinstance(size, tuple) and len(size) == 2:
         return int(size[0]) * int(size[1])
@@ -144,7 +132,3 @@ def spread(count: int, start: int = 0) -> Iterator[int]:
     first = [place for offset in (0, 2, 1, 3) for place in places[offset::4]]
     known = set(places)
     return islice(chain(first, (number for number in range(count) if number not in known)), start, None)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor

@@ -13,6 +13,7 @@ from autoaccum.data.base import Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.sample_lengths import Padding
 from autoaccum.data.structure import children
+from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 
 __all__ = ["Window", "evaluation_windows", "indices_of", "windows"]
@@ -74,8 +75,13 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
 
 
 def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Window]:
-    source.expect_ranks(cutter.plan.rank, cutter.plan.world_size)
-    for index, (total, _, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
+    planned, here = (cutter.plan.rank, cutter.plan.world_size), (source.ranks.rank, source.ranks.size)
+    if planned != here:  # samples would be lost or seen twice
+        raise DataError(
+            f"the plan is for rank {planned[0]} of {planned[1]}, and rank {here[0]} of {here[1]} reads the data: make "
+            f"the plan with rank={here[0]} and world_size={here[1]}"
+        )
+    for index, (total, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
         marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
         batches.clear()  # the window alone holds them: whoever has trained on it lets them go
         sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some

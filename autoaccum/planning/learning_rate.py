@@ -1,4 +1,4 @@
-"""The learning rate for another batch: one function a rule, each with its formula, its source and its reason.
+"""The learning rate for another batch: rules with their formulas, sources and reasons.
 
 Choices made here:
 
@@ -26,24 +26,25 @@ from autoaccum.errors import PlanError, shown
 __all__ = [
     "RULES",
     "Decision",
-    "Scaling",
-    "adam_sde",
     "check_decided",
     "choose_rule",
     "decide",
     "family",
     "group_settings",
-    "linear",
+    "lr_factor",
     "number",
     "optimizer_name",
-    "sqrt",
-    "unscaled",
-    "warmup_advice",
+    "sde_settings",
 ]
 
 RULES = ("auto", "linear", "sqrt", "adam-sde", "none")
 _WARMUP_ABOVE = 8  # κ from which the linear rule is advised to be warmed up to
 
+_SOURCES = {
+    "linear": "linear, Goyal 2017: κ",
+    "sqrt": "sqrt, Krizhevsky 2014 and Malladi 2022: √κ, κ",
+    "adam-sde": "adam-sde, Malladi 2022: √κ, κ",
+}
 _SGD = {"sgd", "sgdw"}
 _ADAM = {"adam", "adamw", "adamax", "nadam", "nadamw", "radam", "sparseadam"}
 # A class of these names has rules of its own, whatever it is derived from.
@@ -52,46 +53,32 @@ _OTHERS = {"adafactor", "lamb", "lars", "lion", "muon"}
 _WRAPPING = re.compile(r"^(paged|fused|deepspeedcpu|cpu)|((8|4|32)bit|fp8|legacy)$")
 
 
-class Scaling(NamedTuple):
-    """What a rule gives: the LR's factor, new values for other settings of the optimizer, and the rule's source."""
+def lr_factor(rule: str, target_batch: int, lr_batch: int | None) -> float:
+    """What every LR is multiplied by.
 
-    factor: float
-    overrides: dict[str, float | tuple[float, ...]]
-    reason: str
-
-
-def linear(target_batch: int, lr_batch: int) -> Scaling:
-    """η' = κη: κ small steps in nearly one direction are one step κ times as long (Goyal 2017, §2.1)."""
-    return Scaling(target_batch / lr_batch, {}, f"linear, Goyal 2017: κ = {target_batch}/{lr_batch}")
-
-
-def sqrt(target_batch: int, lr_batch: int) -> Scaling:
-    """η' = √κ η: keeps the variance of the updates (Krizhevsky 2014); for Adam, from its SDE (Malladi 2022)."""
-    source = f"sqrt, Krizhevsky 2014 and Malladi 2022: √κ, κ = {target_batch}/{lr_batch}"
-    return Scaling(math.sqrt(target_batch / lr_batch), {}, source)
+    - "linear": κ. κ small steps in nearly one direction are one step κ times as long (Goyal 2017, §2.1).
+    - "sqrt", "adam-sde": √κ. It keeps the variance of the updates (Krizhevsky 2014), and for Adam follows from its SDE
+      (Malladi 2022).
+    - "none", or without an `lr_batch`: 1.
+    """
+    if rule == "none" or lr_batch is None:
+        return 1.0
+    kappa = target_batch / lr_batch
+    return kappa if rule == "linear" else math.sqrt(kappa)
 
 
-def adam_sde(target_batch: int, lr_batch: int, betas: Sequence[float], eps: float) -> Scaling:
-    """η' = √κ η, β' = 1 − κ(1 − β), ε' = ε/√κ (Malladi 2022): Adam follows the same SDE at the other batch size.
+def sde_settings(kappa: float, betas: Sequence[float], eps: float) -> dict[str, float | tuple[float, ...]]:
+    """β' = 1 − κ(1 − β) and ε' = ε/√κ (Malladi 2022): Adam follows the same SDE at the other batch size.
 
     Where 1 − κ(1 − β) is not positive the formula has left its range, and β^κ is taken: the same for a β near 1, and
     what κ steps of the small batch leave of the past.
 
     Args:
-        target_batch: samples a step.
-        lr_batch: samples a step that the settings were tuned at.
+        kappa: the batch trained with over the batch tuned at.
         betas: Adam's own, each in [0, 1).
         eps: Adam's own.
     """
-    kappa = target_batch / lr_batch
-    scaled = tuple(_scaled_beta(beta, kappa) for beta in betas)
-    source = f"adam-sde, Malladi 2022: √κ, κ = {target_batch}/{lr_batch}"
-    return Scaling(math.sqrt(kappa), {"betas": scaled, "eps": eps / math.sqrt(kappa)}, source)
-
-
-def unscaled(why: str) -> Scaling:
-    """η' = η, and why."""
-    return Scaling(1.0, {}, why)
+    return {"betas": tuple(_scaled_beta(beta, kappa) for beta in betas), "eps": eps / math.sqrt(kappa)}
 
 
 def _scaled_beta(beta: float, kappa: float) -> float:
@@ -121,8 +108,12 @@ def optimizer_name(optimizer: object) -> str:
     return _lineage(optimizer)[0]
 
 
-def _ancestor(optimizer: object) -> tuple[str, str]:
-    """(family, the name in the lineage by which it is known)."""
+def family(optimizer: object) -> tuple[str, str]:
+    """("sgd", "adam" or "other", the class by whose name it is known).
+
+    Args:
+        optimizer: an optimizer, its class, a `functools.partial` of one, a factory, or a name.
+    """
     lineage = _lineage(optimizer)
     for name in lineage:
         plain = _WRAPPING.sub("", _WRAPPING.sub("", re.sub(r"[^a-z0-9]", "", name.lower())))
@@ -135,15 +126,6 @@ def _ancestor(optimizer: object) -> tuple[str, str]:
     return "other", lineage[0]
 
 
-def family(optimizer: object) -> str:
-    """ "sgd", "adam" or "other".
-
-    Args:
-        optimizer: an optimizer, its class, a `functools.partial` of one, a factory, or a name.
-    """
-    return _ancestor(optimizer)[0]
-
-
 def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
     """The rule to apply, never "auto", and one line on why it is that one.
 
@@ -152,7 +134,7 @@ def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
     """
     if not isinstance(rule, str) or rule not in RULES:
         raise PlanError(f"lr_rule={shown(rule)} is not a rule: choose one of {', '.join(map(repr, RULES))}")
-    kind, known_by = _ancestor(optimizer)
+    kind, known_by = family(optimizer)
     name = optimizer_name(optimizer)
     if rule == "adam-sde" and kind == "sgd":
         raise PlanError(f'lr_rule="adam-sde" changes betas and eps, which {name} does not have: use "linear" or "auto"')
@@ -208,24 +190,24 @@ def decide(
     rule, why = choose_rule(rule, optimizer)
     own = _own_rates(optimizer) if lr is None else [_rate("lr", lr)]
     lr = own[0] if len(set(own)) == 1 else None
+    overrides: dict[str, float | tuple[float, ...]] = {}
     others: dict[str, str] = {}
+    source = why.removeprefix("none: ").split(";")[0]
     if lr_batch is None:
         rule, why = "none", "none: without an lr_batch there is nothing to scale from"
-        scaling = unscaled("no lr_batch says at which batch it was tuned")
-    elif rule == "none":
-        scaling = unscaled(why.removeprefix("none: ").split(";")[0])
-    elif rule == "adam-sde":
+        source = "no lr_batch says at which batch it was tuned"
+    elif rule != "none":
+        source = f"{_SOURCES[rule]} = {target_batch}/{lr_batch}"
+    factor = lr_factor(rule, target_batch, lr_batch)
+    if rule == "adam-sde" and lr_batch is not None:
         betas, eps = _adam_settings(optimizer, betas, eps)
-        scaling = adam_sde(target_batch, lr_batch, betas, eps)
+        overrides = sde_settings(target_batch / lr_batch, betas, eps)
         others = _override_lines(target_batch / lr_batch, betas, eps)
-    else:
-        scaling = {"linear": linear, "sqrt": sqrt}[rule](target_batch, lr_batch)
-        if rule == "linear" and scaling.factor > _WARMUP_ABOVE:
-            others = {"warmup_steps": warmup_advice(scaling.factor, target_batch, samples)}
-    reasons = {"lr": _lr_line(lr, len(own), rule, scaling), "lr_rule": why, **others}
+    elif rule == "linear" and factor > _WARMUP_ABOVE:
+        others = {"warmup_steps": _warmup_advice(factor, target_batch, samples)}
+    reasons = {"lr": _lr_line(lr, len(own), rule, factor, source), "lr_rule": why, **others}
     # An optimizer's own rate may be 0, until a loop that warms up by hand raises it.
-    scaled = lr if not lr else _rate("lr", lr * scaling.factor)
-    return Decision(scaled, scaling.factor, rule, scaling.overrides, reasons)
+    return Decision(_rate("lr", lr * factor) if lr else lr, factor, rule, overrides, reasons)
 
 
 def group_settings(
@@ -237,11 +219,11 @@ def group_settings(
     """
     if rule == "none" or lr_batch is None:
         return {}
-    scaling = linear(target_batch, lr_batch) if rule == "linear" else sqrt(target_batch, lr_batch)
-    settings = {key: group[key] * scaling.factor for key in ("lr", "initial_lr") if key in group}
+    factor = lr_factor(rule, target_batch, lr_batch)
+    settings = {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
     if rule == "adam-sde":
         betas = [float(beta) for beta in group.get("betas", ())]
-        overrides = adam_sde(target_batch, lr_batch, betas, float(group.get("eps", 0))).overrides
+        overrides = sde_settings(target_batch / lr_batch, betas, float(group.get("eps", 0)))
         settings |= {key: value for key, value in overrides.items() if key in group}
     return settings
 
@@ -256,20 +238,18 @@ def check_decided(
     """
     if lr_batch is not None and lr_batch < 1:
         raise PlanError(f"this plan's lr_batch is {lr_batch}: it must be 1 or more")
-    scaled = lr_batch is not None and rule != "none"
-    kappa = target_batch / lr_batch if scaled and lr_batch is not None else 1.0
-    wanted = kappa if rule == "linear" else math.sqrt(kappa)
+    wanted = lr_factor(rule, target_batch, lr_batch)
     if not math.isclose(factor, wanted, rel_tol=1e-9):
         raise PlanError(f"this plan's lr_scale is {factor}, and its rule {rule!r} makes it {wanted}: make it anew")
     betas, eps = overrides.get("betas", (0.0, 0.0)), overrides.get("eps", 0.0)
-    names = {"betas", "eps"} if scaled and rule == "adam-sde" else set()
+    names = {"betas", "eps"} if lr_batch is not None and rule == "adam-sde" else set()
     if set(overrides) != names or not isinstance(betas, tuple) or isinstance(eps, tuple):
         raise PlanError(f"this plan's optimizer_overrides are {dict(overrides)!r:.80}: make it anew")
     if not all(0 <= beta < 1 for beta in betas) or eps < 0:
         raise PlanError(f"this plan's betas={betas} and eps={eps} are out of range: make it anew")
 
 
-def warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:
+def _warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:
     """One line on the warm-up that a linear scale above 8 wants: 5 epochs from the unscaled LR (Goyal 2017, §2.2)."""
     length = "the first 5 epochs"
     if samples is not None:
@@ -283,14 +263,13 @@ def number(value: float) -> str:
     return f"{value:.6g}"
 
 
-def _lr_line(lr: float | None, groups: int, rule: str, scaling: Scaling) -> str:
+def _lr_line(lr: float | None, groups: int, rule: str, factor: float, source: str) -> str:
     if rule == "none":
-        what = "as it is" if lr is None else number(lr)
-        return f"{what}, not scaled: {scaling.reason}"
-    product = f"{number(scaling.factor)} ({scaling.reason})"
+        return f"{'as it is' if lr is None else number(lr)}, not scaled: {source}"
+    product = f"{number(factor)} ({source})"
     if lr is None:
         return f"{'each parameter group' if groups > 1 else 'the optimizer'}'s own × {product}"
-    return f"{number(lr * scaling.factor)} = {number(lr)} × {product}"
+    return f"{number(lr * factor)} = {number(lr)} × {product}"
 
 
 def _override_lines(kappa: float, betas: Sequence[float], eps: float) -> dict[str, str]:
@@ -329,7 +308,8 @@ def _own(optimizer: object, key: str) -> Any:
 def _adam_settings(
     optimizer: object, betas: Sequence[float] | None, eps: float | None
 ) -> tuple[tuple[float, ...], float]:
-    defaults = ((0.9, 0.999), 1e-8) if family(optimizer) == "adam" else (None, None)  # PyTorch's, for all of the family
+    # PyTorch's, for all of the family.
+    defaults = ((0.9, 0.999), 1e-8) if family(optimizer)[0] == "adam" else (None, None)
     betas = next((b for b in (betas, _own(optimizer, "betas"), defaults[0]) if b is not None), None)
     eps = next((e for e in (eps, _own(optimizer, "eps"), defaults[1]) if e is not None), None)
     if betas is None or eps is None:
@@ -338,14 +318,15 @@ def _adam_settings(
             "give betas=(0.9, 0.999) and eps=1e-8 as they were tuned, or another lr_rule"
         )
     try:
-        betas, eps = tuple(float(beta) for beta in betas), float(eps)
+        numbers = tuple(float(beta) for beta in betas), float(eps)
+        if not (all(0 <= beta < 1 for beta in numbers[0]) and 0 <= numbers[1] < math.inf):
+            raise ValueError
     except (OverflowError, RuntimeError, TypeError, ValueError):
-        raise PlanError(f"betas={shown(betas)}, eps={shown(eps)}: give numbers such as (0.9, 0.999) and 1e-8") from None
-    if not all(0 <= beta < 1 for beta in betas):
-        raise PlanError(f"betas={betas} are out of range: each is from 0 to less than 1, such as (0.9, 0.999)")
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise PlanError(f"eps={eps} is out of range: give a small number such as 1e-8")
-    return betas, float(eps)
+        raise PlanError(
+            f"betas={shown(betas)}, eps={shown(eps)}: give betas from 0 to less than 1, such as (0.9, 0.999), and a "
+            "small eps, such as 1e-8"
+        ) from None
+    return numbers
 
 
 def _rate(name: str, value: Any) -> float:

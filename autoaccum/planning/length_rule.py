@@ -109,8 +109,7 @@ def check_room(room: Room) -> Room:
     if not whole or not all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(room)):
         raise PlanError(
             f"by_length={shown(room)} is no table of what fits: give pairs (length, samples) of whole numbers above "
-            "0, by "
-            "rising length and falling samples"
+            "0, by rising length and falling samples"
         )
     return room
 

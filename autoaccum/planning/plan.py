@@ -13,7 +13,7 @@ Choices made here:
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from autoaccum.errors import PlanError, shown
 from autoaccum.planning import learning_rate, split, stored
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
-from autoaccum.planning.length_rule import LengthRule, Room, check_room, scaled
+from autoaccum.planning.length_rule import Room, check_room, scaled
+from autoaccum.planning.plan_fields import PlanFields
 from autoaccum.planning.reasons import batch_norm_lines, size_lines, tail_line
 from autoaccum.planning.stored import SCHEMA
 
@@ -31,111 +32,10 @@ __all__ = ["SCHEMA", "Plan", "plan"]
 
 
 @dataclass(frozen=True)
-class Plan(Drawn):
-    """How one rank trains with exactly `target_batch` samples a step. `plan` makes it; all sizes are in samples."""
-
-    target_batch: int
-    """Samples per optimizer step, over all ranks."""
-    world_size: int
-    rank: int
-    micro_batch: int
-    """The largest of this rank's sizes; 0 where the rank is idle."""
-    accumulation_steps: int
-    micro_batches: tuple[int, ...]
-    """This rank's sizes in a full window, or where an epoch has fewer samples in that; larger ones first."""
-    lr: float | None
-    """The LR after scaling; None where none was given, or where the optimizer's groups have several."""
-    lr_scale: float
-    """What every parameter group's own LR is multiplied by."""
-    lr_rule: str
-    """The rule applied: "linear", "sqrt", "adam-sde" or "none"."""
-    lr_batch: int | None
-    """Samples a step that the LR was tuned at."""
-    optimizer_overrides: dict[str, float | tuple[float, ...]]
-    """New values of other settings, as `betas` and `eps` by "adam-sde"."""
-    bn_momentum: float | None
-    """The BatchNorm momentum for as many updates a window as it has micro-batches here."""
-    layer_momentum: float | None
-    """The BatchNorm layers' own momentum, for one update a window."""
-    batch_norm: str
-    """"pooled", "momentum" or "keep"."""
-    batch_norm_layers: int | None
-    """How many the model has; None where the model is not known."""
-    limits: tuple[int, ...]
-    """The largest micro-batch allowed on each rank."""
-    minimum: int
-    """The smallest micro-batch allowed."""
-    multiple_of: int
-    tail: str
-    """What becomes of a short last window: "step" or "drop"."""
-    samples: int | None
-    """Of an epoch, where known."""
-    reasons: dict[str, str]
-    """One line on each value: what it is, and why."""
-    by_length: Room = ()
-    """Where samples differ in length: (length, samples), so many fit at once up to that padded length. Sizes above are
-    those of the longest samples seen; each window is cut by the lengths in it, and k varies."""
-    ladder: str | None = None
-    """What makes the step smaller, without which not even the smallest micro-batch fits; None where nothing does."""
-    gradient_sync: str = "micro-batch"
-    """When gradients of a sharded model are summed over the ranks: in each "micro-batch", or once a "window"."""
+class Plan(PlanFields, Drawn):
+    """How one rank trains with exactly `target_batch` samples a step: the fields of PlanFields. `plan` makes it."""
 
     _view = "plan_view"
-
-    @property
-    def length_rule(self) -> LengthRule | None:
-        """How this rank's share of a window is cut where samples differ in length; None where they do not."""
-        return LengthRule(self.by_length, self.minimum, self.limits[self.rank]) if self.by_length else None
-
-    def share(self, samples: int) -> tuple[int, int]:
-        """This rank's part [start, stop) of a window of `samples` samples; the parts of all ranks tile the window.
-
-        Raises:
-            PlanError: such a window cannot be shared; the nearest that can is named.
-        """
-        parts = split.shares(samples, self.limits, minimum=self.minimum)
-        start = sum(parts[: self.rank])
-        return start, start + parts[self.rank]
-
-    def split(self, samples: int) -> tuple[int, ...]:
-        """This rank's micro-batch sizes for its share of a window of `samples` samples; empty where it has none.
-
-        Raises:
-            PlanError: such a window cannot be shared; the nearest that can is named.
-        """
-        start, stop = self.share(samples)
-        return split.even_split(
-            stop - start, self.limits[self.rank], minimum=self.minimum, multiple_of=self.multiple_of
-        )
-
-    def window_sizes(self, length: int) -> Iterator[int]:
-        """The windows of an epoch of `length` samples over all ranks, in order; see `planning.split.window_sizes`."""
-        return split.window_sizes(
-            length, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
-        )
-
-    def window_runs(self, length: int) -> list[tuple[int, int]]:
-        """The windows of an epoch of `length` samples as (samples, how many); see `planning.split.window_runs`."""
-        return split.window_runs(
-            length, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
-        )
-
-    @property
-    def usual_window(self) -> int:
-        """Samples of an optimizer step, over all ranks: the target, or all of an epoch that has fewer."""
-        return split.usual_window(
-            self.samples, self.target_batch, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
-        )
-
-    def next_window(self, ahead: int, *, ended: bool) -> int | None:
-        """The next window's samples with `ahead` known to lie ahead, for streams; see `planning.split.next_window`."""
-        return split.next_window(
-            ahead, self.target_batch, ended=ended, tail=self.tail, minimum=self.minimum, limit=max(self.limits)
-        )
-
-    def group_settings(self, group: Mapping[str, Any]) -> dict[str, float | tuple[float, ...]]:
-        """New values for one of the optimizer's parameter groups, from those it holds: its own LR scaled, and so on."""
-        return learning_rate.group_settings(group, self.lr_rule, self.usual_window, self.lr_batch)
 
     def with_limit(self, limit: int, reason: str) -> "Plan":
         """The plan for the same target with at most `limit` samples at once, on every rank.
@@ -368,7 +268,10 @@ def _check(found: Plan) -> None:
     _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
     _one_of("batch_norm", found.batch_norm, MODES)
     _one_of("tail", found.tail, split.TAILS)
+    _one_of("gradient_sync", found.gradient_sync, ("micro-batch", "window"))
     check_room(found.by_length)
+    if (found.lr or 0.0) < 0:  # 0 is the rate of an optimizer whose loop warms up by hand
+        raise PlanError(f"this plan's lr is {found.lr}: make it anew")
     learning_rate.check_decided(
         found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch, found.optimizer_overrides
     )

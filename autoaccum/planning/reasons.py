@@ -4,13 +4,11 @@ People trust a number that explains itself. So a line names the figures it follo
 leaves out what does not apply to it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from autoaccum.errors import PlanError
 from autoaccum.planning.bn_momentum import mode_reason, momentum_reason
+from autoaccum.planning.plan_fields import PlanFields
 from autoaccum.planning.split import shares
 
 __all__ = ["batch_norm_lines", "format_sizes", "size_lines", "tail_line"]
@@ -26,55 +24,7 @@ def format_sizes(sizes: Sequence[int]) -> str:
     return " and ".join(f"{number} of {size}" for number, size in runs)
 
 
-class Sized(Protocol):
-    """What these lines read of a plan."""
-
-    @property
-    def target_batch(self) -> int: ...
-
-    @property
-    def world_size(self) -> int: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def usual_window(self) -> int: ...
-
-    @property
-    def limits(self) -> tuple[int, ...]: ...
-
-    @property
-    def minimum(self) -> int: ...
-
-    @property
-    def multiple_of(self) -> int: ...
-
-    @property
-    def tail(self) -> str: ...
-
-    @property
-    def samples(self) -> int | None: ...
-
-    @property
-    def reasons(self) -> dict[str, str]: ...
-
-    @property
-    def by_length(self) -> Sequence[tuple[int, int]]: ...
-
-    @property
-    def batch_norm(self) -> str: ...
-
-    @property
-    def batch_norm_layers(self) -> int | None: ...
-
-    @property
-    def layer_momentum(self) -> float | None: ...
-
-    def window_runs(self, length: int) -> Iterable[tuple[int, int]]: ...
-
-
-def size_lines(plan: Sized, sizes: tuple[int, ...]) -> dict[str, str]:
+def size_lines(plan: PlanFields, sizes: tuple[int, ...]) -> dict[str, str]:
     """The lines on the target, this rank's share, and its micro-batches of these `sizes`."""
     over = f" over {plan.world_size} ranks" if plan.world_size > 1 else ""
     window = plan.usual_window
@@ -120,7 +70,7 @@ def _micro_batch_lines(limit: int, sizes: tuple[int, ...], explained: bool) -> d
     }
 
 
-def _by_length_lines(plan: Sized, sizes: tuple[int, ...]) -> dict[str, str]:
+def _by_length_lines(plan: PlanFields, sizes: tuple[int, ...]) -> dict[str, str]:
     """The lines on sizes that follow from the lengths in each window."""
     room = plan.by_length
     shown = [room[0], room[len(room) // 2], room[-1]] if len(room) > 3 else list(room)
@@ -134,7 +84,7 @@ def _by_length_lines(plan: Sized, sizes: tuple[int, ...]) -> dict[str, str]:
     }
 
 
-def _share_line(plan: Sized, share: int) -> str:
+def _share_line(plan: PlanFields, share: int) -> str:
     parts = shares(plan.usual_window, plan.limits, minimum=plan.minimum)
     alike = len(set(plan.limits)) == 1
     how = "evenly" if alike else f"in proportion to the limits {format_sizes(plan.limits)}"
@@ -155,7 +105,7 @@ def _multiple_line(unit: int, sizes: tuple[int, ...], *, by_length: bool) -> str
     return f"{unit}: set aside, since multiples of it would take more than these {len(sizes)} micro-batches"
 
 
-def tail_line(plan: Sized) -> str:
+def tail_line(plan: PlanFields) -> str:
     """The line on how an epoch is cut into windows, and on what becomes of a short last one.
 
     Raises:
@@ -190,7 +140,7 @@ def _last(samples: int) -> str:
     return "the last sample" if samples == 1 else f"a tail of {samples} samples"
 
 
-def _too_short(plan: Sized, length: int) -> PlanError:
+def _too_short(plan: PlanFields, length: int) -> PlanError:
     if plan.tail == "drop":
         return PlanError(
             f"tail='drop' drops the only window of an epoch: it has {length} samples, fewer than the target batch of "
@@ -202,7 +152,7 @@ def _too_short(plan: Sized, length: int) -> PlanError:
     )
 
 
-def batch_norm_lines(plan: Sized, sizes: tuple[int, ...]) -> dict[str, str]:
+def batch_norm_lines(plan: PlanFields, sizes: tuple[int, ...]) -> dict[str, str]:
     """The lines on BatchNorm's momentum and statistics; none where the model is known to have no such layer."""
     if plan.batch_norm_layers == 0:
         return {}

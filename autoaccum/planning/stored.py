@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from autoaccum.errors import PlanError, shown
 from autoaccum.files import read_json, write_json
-
-_LONGEST_PATH = 1000
+from autoaccum.planning.length_rule import Room
+from autoaccum.planning.plan_fields import PlanFields
 
 __all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
 
 SCHEMA = 1
+_LONGEST_PATH = 1000
 LARGEST = 2**53  # a count that a float holds exactly
 
 
@@ -35,13 +38,6 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _factor(value: Any) -> float:
-    number = _number(value)
-    if not number > 0:
-        raise TypeError("a number above 0")
-    return number
-
-
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError("a text")
@@ -55,9 +51,7 @@ def _integers(value: Any) -> tuple[int, ...]:
 
 
 def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError("a list of pairs of integers")
-    pairs = tuple(_integers(part) for part in value)
+    pairs = tuple(map(_integers, value)) if isinstance(value, (list, tuple)) else ((),)
     if any(len(pair) != 2 for pair in pairs):
         raise TypeError("a list of pairs of integers")
     return tuple((first, second) for first, second in pairs)
@@ -79,45 +73,24 @@ def _lines(value: Any) -> dict[str, str]:
     return {_text(name): _text(line) for name, line in value.items()}
 
 
-def _sync(value: Any) -> str:
-    if value not in ("micro-batch", "window"):
-        raise TypeError('"micro-batch" or "window"')
-    return str(value)
-
-
-def _optional(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else read(value)
-
-
-# One reader a field, in the fields' order.
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "target_batch": _integer,
-    "world_size": _integer,
-    "rank": _integer,
-    "micro_batch": _integer,
-    "accumulation_steps": _integer,
-    "micro_batches": _integers,
-    "lr": _optional(_factor),
-    "lr_scale": _factor,
-    "lr_rule": _text,
-    "lr_batch": _optional(_integer),
-    "optimizer_overrides": _overrides,
-    "bn_momentum": _optional(_number),
-    "layer_momentum": _optional(_number),
-    "batch_norm": _text,
-    "batch_norm_layers": _optional(_integer),
-    "limits": _integers,
-    "minimum": _integer,
-    "multiple_of": _integer,
-    "tail": _text,
-    "samples": _optional(_integer),
-    "reasons": _lines,
-    "by_length": _pairs,
-    "ladder": _optional(_text),
-    "gradient_sync": _sync,
+_READERS: dict[Any, Callable[[Any], Any]] = {
+    int: _integer,
+    float: _number,
+    str: _text,
+    tuple[int, ...]: _integers,
+    Room: _pairs,
+    dict[str, float | tuple[float, ...]]: _overrides,
+    dict[str, str]: _lines,
 }
-# Fields that a plan written before they came does not have.
-_LATER: dict[str, Any] = {"by_length": (), "ladder": None, "gradient_sync": "micro-batch"}
+"""By a field's type, None put aside: what reads its value."""
+
+
+def _read(kind: Any, value: Any) -> Any:
+    if isinstance(kind, UnionType):
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
+    return _READERS[kind](value)
 
 
 def read_values(data: Any) -> dict[str, Any]:
@@ -135,16 +108,17 @@ def read_values(data: Any) -> dict[str, Any]:
             f"this plan has schema {data.get('schema')!r:.40}, and this version of autoaccum reads schema {SCHEMA}: "
             "make the plan anew, or use the version that wrote it"
         )
-    data = {**_LATER, **data}
-    missing = [name for name in _READERS if name not in data]
+    # A plan that was written before a field came has that field's default.
+    data = {each.name: each.default for each in fields(PlanFields) if each.default is not MISSING} | {**data}
+    missing = [each.name for each in fields(PlanFields) if each.name not in data]
     if missing:
         raise PlanError(f"this plan lacks {', '.join(missing)}: make it anew with autoaccum.plan")
     values = {}
-    for name, read in _READERS.items():
+    for each in fields(PlanFields):
         try:
-            values[name] = read(data[name])
+            values[each.name] = _read(each.type, data[each.name])
         except (TypeError, OverflowError) as error:
-            raise PlanError(f"this plan's {name} is {data[name]!r:.80}, not {error}: make it anew") from None
+            raise PlanError(f"this plan's {each.name} is {data[each.name]!r:.80}, not {error}: make it anew") from None
     return values
 
 
