@@ -183,13 +183,9 @@ def warmed_up(total):
     return schedule
 
 
-@pytest.mark.parametrize(
-    ("schedule", "message"),
-    [(one_cycle(10), "give total_steps=15"), (warmed_up(9), "5 of them before it: give total_steps=10")],
-)
-def test_a_cycle_that_ends_before_the_training_is_refused_beforehand(schedule, message):
-    with pytest.raises(SetupError, match=message):
-        build_schedule(schedule, sgd(), warmup_steps=0, total_steps=15)
+def test_a_cycle_that_ends_before_the_training_is_refused_beforehand():
+    with pytest.raises(SetupError, match="give total_steps=15"):
+        build_schedule(one_cycle(10), sgd(), warmup_steps=0, total_steps=15)
 
 
 @pytest.mark.parametrize("schedule", [one_cycle(15), one_cycle(20), warmed_up(10)])

@@ -106,7 +106,7 @@ class Evaluator:
         samples, added_up = 0, set()
         for window in self._windows(source):
             samples += window.samples
-            for name, mean in (item for result in self._results(window) for item in result.items()):
+            for name, mean in (item for result in self._results(window.batches) for item in result.items()):
                 numerator, denominator = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [numerator + mean.numerator.detach(), denominator + mean.denominator]
                 if isinstance(mean, Sum):
@@ -164,81 +164,56 @@ class Evaluator:
         cut = plan(sizes, sum(sizes), world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
         return evaluation_windows(source, lambda: cut)
 
-    def _results(self, window: Window) -> Iterator[dict[str, Mean]]:
-        if self.sharded is None:
-            yield from map(self._run, window.batches)
-        else:
-            yield from self._run_together(window.batches, self.sharded)
-
-    def _run_together(self, batches: list[Any], sharded: ShardedPasses) -> list[dict[str, Mean]]:
-        """The means of this rank's batches; where memory runs out on a rank it cuts what it has left in half."""
-        results: list[dict[str, Mean]] = []
+    def _results(self, batches: list[Any]) -> list[dict[str, Mean]]:
+        """The means of a window's batches; where memory runs out on a rank, it cuts what it has left in half."""
+        sharded, results = self.sharded, list[dict[str, Mean]]()
 
         def forward(batch: Any) -> None:
-            results.append(self._without_trace(batch))
+            results.append(self._forward(batch) if sharded is None else self._without_trace(batch))
 
         while True:
+            batches = [piece for batch in batches for piece in _cut(batch, self.micro_batch)]
             done, ran_out = len(results), False
-            passes = max(self.ranks.gather("evaluate", len(batches)))
+            passes = len(batches) if sharded is None else max(self.ranks.gather("evaluate", len(batches)))
             try:
-                sharded.run(batches, passes, forward, self._forward_of_nothing, ())
+                if sharded is None:
+                    for batch in batches:
+                        forward(batch)
+                else:
+                    sharded.run(batches, passes, forward, self._forward_of_nothing, ())
             except Exception as error:
-                if out_of_memory(error) is not Verdict.SURELY or self.micro_batch == 1:
+                if out_of_memory(error) is not Verdict.SURELY:
                     raise
-                ran_out = True
-            if not self.ranks.any("evaluate", ran_out):
+                ran_out = True  # what follows is done outside: the error's traceback holds tensors
+            if not (ran_out if sharded is None else self.ranks.any("evaluate", ran_out)):
                 return results
             batches = batches[len(results) - done :]
             if ran_out:
                 self.device.release()
+                if self.micro_batch == 1:
+                    raise NothingFitsError(
+                        "validation ran out of memory with a single sample; the training's plan is untouched"
+                    )
                 self.micro_batch = (self.micro_batch + 1) // 2
-                batches = [piece for batch in batches for piece in _cut(batch, self.micro_batch)]
 
     @torch.no_grad()
     def _forward_of_nothing(self, sample: Any) -> None:
         with self.precision.autocast():
             self.objective.forward(tree.move(sample, self.device.torch_device))
 
-    def _run(self, batch: Any) -> dict[str, Mean]:
-        """The means of one batch; a batch that does not fit is cut in half until it does."""
-        if tree.batch_size(batch) > self.micro_batch:
-            return self._in_pieces(batch)
-        try:
-            return self._forward(batch)
-        except Exception as error:
-            if out_of_memory(error) is not Verdict.SURELY:
-                raise
-        self.device.release()
-        if self.micro_batch == 1:
-            raise NothingFitsError(
-                "validation ran out of memory with a single sample; the training's plan is untouched"
-            )
-        self.micro_batch = (self.micro_batch + 1) // 2
-        return self._in_pieces(batch)
-
-    def _in_pieces(self, batch: Any) -> dict[str, Mean]:
-        parts = [self._run(piece) for piece in _cut(batch, self.micro_batch)]
-        # Of the same kind as the parts: what is added up and never divided stays so.
-        return {
-            name: type(mean)(sum(p[name].numerator for p in parts), sum(p[name].denominator for p in parts))
-            for name, mean in parts[0].items()
-        }
-
     def _forward(self, batch: Any) -> dict[str, Mean]:
         """The means of one forward pass. The first one tells whether it needs a graph."""
-        if self._with_graph is None:
-            before = RandomState(self.device.torch_device)
-            try:
-                means = self._without_trace(batch)
-            except RuntimeError as error:
-                if "does not require grad" not in str(error):
-                    raise
-                before.restore()
-                self._with_graph = True
-            else:
-                self._with_graph = False
-                return means
-        return self._without_trace(batch)
+        before = RandomState(self.device.torch_device) if self._with_graph is None else None
+        try:
+            means = self._without_trace(batch)
+        except RuntimeError as error:
+            if before is None or "does not require grad" not in str(error):
+                raise
+            before.restore()
+            self._with_graph = True
+            return self._without_trace(batch)
+        self._with_graph = bool(self._with_graph)
+        return means
 
     @torch.no_grad()
     def _without_trace(self, batch: Any) -> dict[str, Mean]:
@@ -330,10 +305,8 @@ def _checked(name: str, value: Any) -> Mean:
         raise DataError(
             f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such "
             "as Mean((outputs.argmax(-1) == targets).sum(), len(targets)), or Mean(2 * tp, 2 * tp + fp + fn) for an "
-            "F1; "
-            "what is no such ratio (an average over classes, an AUC) is an object with reset(), update(outputs, "
-            "targets) "
-            "and compute(), as torchmetrics are"
+            "F1; what is no such ratio (an average over classes, an AUC) is an object with reset(), update(outputs, "
+            "targets) and compute(), as torchmetrics are"
         )
     return value
 

@@ -4,7 +4,6 @@ A listener is a function of one event. A sink is a listener with `close()`. What
 and reaches them as it is, with one exception: `StopTraining` asks for an end after the window in progress.
 """
 
-import contextlib
 import json
 import math
 import warnings
@@ -256,20 +255,17 @@ class JsonlSink:
     def close(self) -> None:
         """Flushes and closes the file."""
         file, self._file = self._file, None
-        if file is not None:
-            try:
+        try:
+            if file is not None:
                 file.close()
-            except OSError as error:
-                self._lost(error)
+        except OSError as error:
+            self._lost(error)
 
     def _lost(self, error: OSError) -> None:
         if self.failed is None:
             warnings.warn(f"events are missing in {self._path}: {error}", TrainingWarning, stacklevel=3)
         self.failed = str(error)
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):  # what it still holds cannot be written either
-                file.close()
+        self.close()  # what it still holds cannot be written either
 
 
 def _as_json(values: dict[str, Any]) -> str:

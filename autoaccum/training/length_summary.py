@@ -61,16 +61,10 @@ class LengthSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {
-            "tokens": self.tokens,
-            "padded": self.padded,
-            "unsorted": self.unsorted,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens_per_second,
-            "padding": self.padding,
-            "padding_unsorted": self.padding_unsorted,
-            "micro_batches": {str(count): windows for count, windows in sorted(self.micro_batches.items())},
-        }
+        sums = {name: getattr(self, name) for name in ("tokens", "padded", "unsorted", "seconds")}
+        rates = {name: getattr(self, name) for name in ("tokens_per_second", "padding", "padding_unsorted")}
+        counts = {str(count): windows for count, windows in sorted(self.micro_batches.items())}
+        return {**sums, **rates, "micro_batches": counts}
 
 
 def length_summary(history: Iterable[StepRecord]) -> LengthSummary | None:

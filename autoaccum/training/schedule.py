@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, OneCycleLR
 
 from autoaccum.errors import SetupError, shown
 from autoaccum.planning.learning_rate import number
@@ -125,27 +125,17 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
     return made
 
 
-def _check_length(scheduler: Any, total_steps: int | None, before: int = 0) -> None:
-    """Refuses a OneCycleLR that ends before the training does, where it would raise; `before` steps it stands still.
+def _check_length(scheduler: Any, total_steps: int | None) -> None:
+    """Refuses a OneCycleLR that ends before the training does, where it would raise.
 
     Raises:
         SetupError: naming both numbers.
     """
-    if isinstance(scheduler, OneCycleLR) and total_steps is not None and before + scheduler.total_steps < total_steps:
-        wanted = total_steps - before
+    if isinstance(scheduler, OneCycleLR) and total_steps is not None and scheduler.total_steps < total_steps:
         raise SetupError(
-            f"OneCycleLR has total_steps={scheduler.total_steps}, and the training takes {total_steps} optimizer steps"
-            f"{f', {before} of them before it' if before else ''}: give total_steps={wanted}, and count optimizer "
-            "steps, not micro-batches"
+            f"OneCycleLR has total_steps={scheduler.total_steps}, and the training takes {total_steps} optimizer "
+            f"steps: give total_steps={total_steps}, and count optimizer steps, not micro-batches"
         )
-    starts = [0, *scheduler._milestones] if isinstance(scheduler, SequentialLR) else []
-    for place, inner in enumerate(getattr(scheduler, "_schedulers", ())):
-        if not starts:
-            _check_length(inner, total_steps, before)
-        else:  # it is stepped from its own milestone to the next one only
-            ends = [*starts[1:], None][place]
-            until = total_steps if ends is None or total_steps is None else min(total_steps, before + ends)
-            _check_length(inner, until, before + starts[place])
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
