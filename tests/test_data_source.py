@@ -388,7 +388,7 @@ def test_a_sample_that_cannot_be_read_is_named_and_the_cause_kept(workers):
     cause = caught.value.__cause__
     assert "damaged file 5" in str(cause)
     if workers:
-        assert "raise self.OddError" in str(cause.__cause__)
+        assert "raise self.OddError" in str(cause)
 
 
 def test_an_index_error_or_a_stop_inside_a_dataset_is_no_silent_end():

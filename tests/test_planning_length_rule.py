@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import PlanError
 from autoaccum.planning import length_rule as module
-from autoaccum.planning.length_rule import LengthRule, check_room, halved, limit_at, narrowest, room_of, scaled
+from autoaccum.planning.length_rule import LengthRule, check_room, limit_at, narrowest, room_of, scaled
 from autoaccum.planning.plan import Plan, plan
 
 sample_lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -131,7 +131,7 @@ def test_nothing_fits_where_not_even_one_short_sample_does():
 
 @given(rooms(), st.integers(1, 4))
 def test_half_as_much_is_half_at_every_length(room, minimum):
-    half = check_room(halved(room, minimum))
+    half = check_room(scaled(room, 1, 2, minimum))
     for length, samples in room:
         assert limit_at(half, length) == max(samples // 2, min(samples, minimum))
         assert limit_at(half, length + 1000) == 0

@@ -226,13 +226,8 @@ def test_a_limit_that_no_longer_cuts_the_target_is_refused():
 # --- streams and parameter groups
 
 
-def test_windows_of_a_stream_wait_for_two_more_samples_before_batch_norm():
-    made = plan(8, 16, minimum=2)
-    assert made.next_window(17, ended=False) is None
-    assert made.next_window(18, ended=False) == 16
-    assert made.next_window(17, ended=True) == 17
-    assert made.next_window(1, ended=True) == 0
-    assert list(made.window_sizes(33)) == [16, 17]
+def test_a_single_sample_left_joins_the_window_before_it_where_batch_norm_needs_two():
+    assert list(plan(8, 16, minimum=2).window_sizes(33)) == [16, 17]
 
 
 def test_the_plan_sets_every_parameter_group():

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import autoaccum
 from autoaccum.data.source import open_source
 from autoaccum.errors import DataError, NothingFitsError
-from autoaccum.planning.length_rule import halved
+from autoaccum.planning.length_rule import scaled
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.training.events import Noted, TrainingWarning
 from autoaccum.training.length_summary import length_summary
@@ -145,7 +145,7 @@ def test_after_running_out_of_memory_each_micro_batch_runs_in_two_and_the_update
     loop = prepared(model)
     with pytest.warns(TrainingWarning, match="each micro-batch in two"):
         loop.run()
-    assert loop.plan.by_length == halved(ROOM, 1)
+    assert loop.plan.by_length == scaled(ROOM, 1, 2, 1)
     assert loop.plan.limits == (2,)
     assert off(model, at_once()) <= EXACT
 

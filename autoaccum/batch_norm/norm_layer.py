@@ -11,7 +11,7 @@ Choices:
 """
 
 import itertools
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,27 +22,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from autoaccum.planning.bn_momentum import bn_momentum
 
-__all__ = ["NormLayer", "Owner", "end_window_of", "has_running_statistics", "sharers"]
-
-
-class Owner(Protocol):
-    """What a layer asks of the statistics that it belongs to."""
-
-    mode: str
-    is_open: bool
-    pending: bool  # whether a layer holds a call that is not pooled yet
-
-    def collect(self) -> None:
-        """Pools the calls that layers hold."""
-
-    def adopt(self, layer: "NormLayer") -> None:
-        """Keeps the buffers of a lazy layer that has just found its shape."""
-
-    def put_back(self, layer: "NormLayer") -> None:
-        """Gives a layer the running statistics that it had when the window opened."""
-
-    def discard(self) -> None:
-        """Closes an open window without a trace."""
+__all__ = ["NormLayer", "end_window_of", "has_running_statistics", "sharers"]
 
 
 class NormLayer:
@@ -52,20 +32,18 @@ class NormLayer:
     hooks do nothing: an averaged copy of a model must not feed this model's statistics.
     """
 
-    owner: Owner
+    owner: Any  # the PooledStatistics that it belongs to
     module: Any
     call: tuple[int, Tensor, Tensor] | None  # elements, mean and variance of a call that is not pooled yet
     channels: int  # 0: a lazy layer without a shape yet
     momentum: float | None  # the layer's own, while a window has set another
     dirty: bool  # the buffers hold a micro-batch's statistics, not running ones
 
-    def __init__(
-        self, owner: Owner | None = None, index: int = 0, name: str = "", module: nn.Module | None = None
-    ) -> None:
+    def __init__(self, owner: Any = None, index: int = 0, name: str = "", module: nn.Module | None = None) -> None:
         self.index, self.name, self.module = index, name, module
         self.call, self.channels, self.momentum, self.dirty = None, 0, None, False
         self._small: float | None = None  # what a micro-batch updates with
-        if owner is not None and module is not None:
+        if module is not None:
             self.owner = owner
             self.per_instance = isinstance(module, _InstanceNorm)
             self._key = _KEYS.setdefault(module, next(_COUNTER))

@@ -61,9 +61,6 @@ class Cutter:
         ahead, ended = look(self._needed + self._batch - 1)
         if self._batch > 1:  # up to the end of the last batch that is seen to be full
             ahead -= (self._before + ahead) % self._batch
-        if ahead > 2 * self._needed:
-            self._before += plan.target_batch
-            return plan.target_batch
         total = next_window(
             ahead, plan.target_batch, ended=ended, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
         )

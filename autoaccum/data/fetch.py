@@ -1,10 +1,9 @@
 """Samples by their indices, fetched and collated into one micro-batch: in workers or in this process.
 
 An error of the dataset or of its collate function becomes a DataError that names the index, with the original as its
-cause. From a worker it travels as a value, since torch would rebuild a raised one from its text and lose the cause.
+cause. From a worker it travels as a value, with the original's traceback as text.
 """
 
-import pickle
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -42,24 +41,22 @@ class Ask(NamedTuple):
 
 
 class WorkerTraceback(Exception):
-    """The text of a traceback in another process, which is all that survives the way."""
+    """The text of a traceback in another process: an error of the user's own class need not survive the way."""
 
     def __str__(self) -> str:
         return "\n" + str(self.args[0])
 
 
-class Failure:
-    """An error on its way out of a worker."""
+class Failure(NamedTuple):
+    """A DataError on its way out of a worker."""
 
-    def __init__(self, message: str, error: Exception) -> None:
-        self.message = message
-        self.text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.error = error if _survives(error) else RuntimeError(f"{type(error).__name__}: {error}")
+    message: str
+    traceback: str
+    """Of its cause."""
 
     def raise_here(self) -> None:
-        """Raises it as a DataError in this process."""
-        self.error.__cause__ = WorkerTraceback(self.text)
-        raise DataError(self.message) from self.error
+        """Raises it in this process."""
+        raise DataError(self.message) from WorkerTraceback(self.traceback)
 
 
 class Fetcher:
@@ -175,8 +172,7 @@ class WorkerDataset:
         try:
             return fetcher.fetch(ask)
         except DataError as error:
-            cause = error.__cause__
-            return Failure(str(error), cause if isinstance(cause, Exception) else error)
+            return Failure(str(error), "".join(traceback.format_exception(error.__cause__ or error)))
 
 
 def _draws(dataset: Any) -> bool:
@@ -193,11 +189,3 @@ def _was_left_empty(error: Exception) -> bool:
     if trace is None or not isinstance(error, IndexError):
         return False
     return trace.tb_frame.f_code is _TORCHS_COLLATE and not trace.tb_frame.f_locals["batch"]
-
-
-def _survives(error: Exception) -> bool:
-    """Whether the error comes out of pickling as it went in."""
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except (pickle.PickleError, TypeError, AttributeError, ValueError, LookupError, ImportError, OSError, RuntimeError):
-        return False

@@ -72,11 +72,6 @@ def sde_settings(kappa: float, betas: Sequence[float], eps: float) -> dict[str, 
 
     Where 1 − κ(1 − β) is not positive the formula has left its range, and β^κ is taken: the same for a β near 1, and
     what κ steps of the small batch leave of the past.
-
-    Args:
-        kappa: the batch trained with over the batch tuned at.
-        betas: Adam's own, each in [0, 1).
-        eps: Adam's own.
     """
     return {"betas": tuple(_scaled_beta(beta, kappa) for beta in betas), "eps": eps / math.sqrt(kappa)}
 
@@ -172,16 +167,15 @@ def decide(
     eps: float | None = None,
     samples: int | None = None,
 ) -> Decision:
-    """The LR for `target_batch`, where `lr` (or the optimizer's own) was tuned at `lr_batch`.
+    """The LR for `target_batch`, where `lr` (or the optimizer's own) was tuned at `lr_batch`; without one it is left.
 
     Args:
         target_batch: samples a step.
-        lr_batch: samples a step that the LR was tuned at; None leaves it alone.
+        lr_batch: samples a step that the LR was tuned at.
         rule: one of RULES.
         optimizer: as for `family`; one that has parameter groups gives its own lr, betas and eps where none are given.
         lr: as tuned.
-        betas: Adam's, for "adam-sde"; PyTorch's defaults stand in for an optimizer of Adam's family.
-        eps: likewise.
+        betas, eps: Adam's, for "adam-sde"; PyTorch's defaults stand in for an optimizer of Adam's family.
         samples: of an epoch, for the length of the warm-up advised.
 
     Raises:
@@ -231,7 +225,7 @@ def group_settings(
 def check_decided(
     rule: str, factor: float, target_batch: int, lr_batch: int | None, overrides: Mapping[str, Any]
 ) -> None:
-    """That settings that were read, perhaps edited by hand, are what the rule makes of the two batches.
+    """Refuses settings that were read, perhaps edited by hand, and are not what the rule makes of the two batches.
 
     Raises:
         PlanError: they are not; what it would be is named.

@@ -25,7 +25,7 @@ from math import inf
 from autoaccum.errors import PlanError, shown
 from autoaccum.planning.bisection import largest
 
-__all__ = ["LengthRule", "Room", "check_room", "halved", "limit_at", "narrowest", "room_of", "scaled"]
+__all__ = ["LengthRule", "Room", "check_room", "limit_at", "narrowest", "room_of", "scaled"]
 
 Room = tuple[tuple[int, int], ...]
 """(length, samples): up to this padded length so many samples fit at once; beyond the last length not one does."""
@@ -72,11 +72,6 @@ def _longest_fitting(fits: Callable[[int], bool], start: int) -> int:
     while high < _LONGEST and fits(high):
         low, high = high, 2 * high
     return largest(fits, high - 1, low)
-
-
-def halved(room: Room, minimum: int) -> Room:
-    """Half as many samples at every length, and no fewer than `minimum`: after the forecast was seen to be wrong."""
-    return scaled(room, 1, 2, minimum)
 
 
 def scaled(room: Room, numerator: int, denominator: int, minimum: int) -> Room:

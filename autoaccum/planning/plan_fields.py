@@ -99,10 +99,6 @@ class PlanFields:
         """Samples of an optimizer step, over all ranks: the target, or all of an epoch that has fewer."""
         return split.usual_window(self.samples, self.target_batch, **self._windows)
 
-    def next_window(self, ahead: int, *, ended: bool) -> int | None:
-        """The next window's samples with `ahead` known to lie ahead, for streams; see `planning.split.next_window`."""
-        return split.next_window(ahead, self.target_batch, ended=ended, **self._windows)
-
     @property
     def _windows(self) -> dict[str, Any]:
         return {"tail": self.tail, "minimum": self.minimum, "limit": max(self.limits)}

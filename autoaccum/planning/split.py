@@ -85,17 +85,10 @@ def nearest_targets(samples: int, limit: int, minimum: int) -> tuple[int, ...]:
 
 
 def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> tuple[int, ...]:
-    """The fewest micro-batches that hold `samples`, and their sizes: as even as can be, larger ones first.
+    """The sizes of the fewest micro-batches of `minimum` to `limit` that hold `samples`: even, larger ones first.
 
-    Args:
-        samples: to hold, in sum, exactly.
-        limit: the most samples in one micro-batch.
-        minimum: the fewest in one.
-        multiple_of: sizes are multiples of it, all but one at most that takes the remainder, where this neither adds a
-            micro-batch nor leaves `minimum` to `limit`. Sizes then differ by up to `multiple_of`, else by up to one.
-
-    Returns:
-        The sizes; empty for no samples.
+    They are multiples of `multiple_of`, all but one at most that takes the remainder, where this neither adds a
+    micro-batch nor leaves that range. Sizes then differ by up to `multiple_of`, else by up to one. None for 0 samples.
 
     Raises:
         PlanError: no number of micro-batches holds so many samples (the nearest that can be held is named), or an
@@ -172,13 +165,8 @@ def _require_split(samples: int, limit: int, minimum: int) -> None:
 def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[int, ...]:
     """How many of a window's samples each rank takes: even where the limits are equal, else in proportion to them.
 
-    Every share can be cut for its rank. A rank without samples has a share of 0, as happens with more ranks than
-    samples. The most micro-batches on any rank is the least possible.
-
-    Args:
-        samples: of the window, over all ranks.
-        limits: the most samples in one micro-batch on each rank.
-        minimum: the fewest in one, on every rank.
+    `limits` are the most samples in one micro-batch on each rank. Every share can be cut for its rank. With more ranks
+    than samples some have a share of 0. The most micro-batches on any rank is the least possible.
 
     Raises:
         PlanError: no way of sharing leaves every rank with what it can cut; the nearest window that can is named.
@@ -192,10 +180,10 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
 
 
 def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> None:
-    """That a window of `target` samples can be cut, whatever windows an epoch gives.
+    """Refuses a window of `target` samples that cannot be cut, whatever windows an epoch gives.
 
     Raises:
-        PlanError: it cannot; the nearest target that can is named.
+        PlanError: the nearest target that can is named.
     """
     for rank, limit in enumerate(limits):
         _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
@@ -264,6 +252,9 @@ def next_window(
 ) -> int | None:
     """How many samples the next window takes, with `ahead` samples known to lie ahead: one rule for lists and streams.
 
+    0: the epoch is over, and what is still ahead is dropped. None: it cannot be told yet; draw more of the stream,
+    until `target + look_ahead(...)` samples are there or it ends.
+
     Args:
         ahead: samples not yet in a window: all that are left of a list, or all that were drawn of a stream.
         target: samples of a full window.
@@ -271,10 +262,6 @@ def next_window(
         tail: "step": a short last window is a window; "drop": it is not.
         minimum: the fewest samples in a micro-batch. A tail that cannot be cut because of it joins the window before.
         limit: the most samples in a micro-batch, on the roomiest rank; None: a window fits however large.
-
-    Returns:
-        The samples of the next window; 0 where the epoch is over (what is still ahead is dropped); None where it
-        cannot be told yet: draw more of the stream, until `target + look_ahead(...)` are there or it ends.
     """
     limit = 2 * target + minimum if limit is None else limit  # more than any window can hold
     if not ended:

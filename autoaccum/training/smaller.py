@@ -10,7 +10,7 @@ from typing import Any
 
 from autoaccum.data import tree
 from autoaccum.errors import DataError, NothingFitsError, PlanError
-from autoaccum.planning.length_rule import halved
+from autoaccum.planning.length_rule import scaled
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks
@@ -45,12 +45,7 @@ class Replays:
     def shrink(self, plan: Plan, largest: int, ran_out: bool, ranks: Ranks, step: int) -> tuple[Plan, int]:
         """The plan for going on, and the largest micro-batch of this rank's in the window that is replayed.
 
-        Args:
-            plan: as it was.
-            largest: this rank's largest micro-batch in the attempt that failed.
-            ran_out: whether memory ran out on this rank.
-            ranks: all of them call this.
-            step: which one it is, counted from 1.
+        All ranks call this, each with its largest micro-batch in the attempt that failed and whether it ran out.
 
         Raises:
             NothingFitsError: it ran out at the smallest micro-batch that the plan allows.
@@ -73,19 +68,18 @@ class Replays:
         limits = ranks.gather(what, half if ran_out else now)
         failed = [rank for rank, flag in enumerate(ranks.gather(what, int(ran_out))) if flag]
         where = "" if ranks.size == 1 else f" on rank {', '.join(map(str, failed))}"
-        text = (
-            f"out of memory in step {step}{where} at a micro-batch of {max(tops[rank] for rank in failed)}: the same "
-            f"samples run again in micro-batches of at most {max(limits[rank] for rank in failed)}, and so do later "
-            f"windows; the batch stays {plan.target_batch}"
-        )
+        at = f" at a micro-batch of {max(tops[rank] for rank in failed)}"
+        then = f"in micro-batches of at most {max(limits[rank] for rank in failed)}, and so do later windows"
         if plan.by_length:
-            text = (
-                f"out of memory in step {step}{where}: the same samples run again with each micro-batch in two, and "
-                f"later windows run half as many samples at once at every length; the batch stays {plan.target_batch}"
-            )
+            at = ""
+            then = "with each micro-batch in two, and later windows run half as many samples at once at every length"
+        text = (
+            f"out of memory in step {step}{where}{at}: the same samples run again {then}; the batch stays "
+            f"{plan.target_batch}"
+        )
         smaller = _feasible(plan, limits, tops, text)
         if plan.by_length:
-            smaller = dataclasses.replace(smaller, by_length=halved(plan.by_length, plan.minimum))
+            smaller = dataclasses.replace(smaller, by_length=scaled(plan.by_length, 1, 2, plan.minimum))
         if self._grew and self._patience is not None:
             self._patience *= 2  # it was too soon: the next time is later
         self.before, self.undisturbed, self._grew = self.before or plan, 0, False
