@@ -25,10 +25,9 @@ from autoaccum.planning.given_plan import beside_own_rate, for_ranks, given_plan
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Isolation, Send, isolation
-from autoaccum.probing.length_search import OverLengths
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.planned import planned
-from autoaccum.probing.probe import Question, as_lines
+from autoaccum.probing.probe import Question
 from autoaccum.probing.prober import Prober
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, here, join
@@ -322,8 +321,8 @@ def _probe_in_child(
     session = Session(arguments.pop("model"), arguments.pop("data"), arguments, what="a probe in a child")
     report = session.probe()
     lines = report.forecaster
-    if isinstance(lines, (Forecast, OverLengths)):
-        lines = as_lines(lines, report.trials)
+    if isinstance(lines, Forecast):
+        lines = Lines.of(lines, report.trials)
     report = replace(report, trials=(*(Trial(**trial) for trial in killed), *report.trials))
     return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
 

@@ -16,8 +16,8 @@ from autoaccum.memory.allocator import Segment, Setup, SimulatedOutOfMemory, rou
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Kept, Trace, record
+from autoaccum.probing.answered import with_expandable_segments
 from autoaccum.probing.find_size import Answer
-from autoaccum.probing.probe import with_expandable_segments
 from autoaccum.units import MIB
 from tests import recorded
 from tests.architectures import ARCHITECTURES, BY_NAME, Architecture, multiplies_bf16

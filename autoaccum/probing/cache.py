@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.files import read_json, write_json
 from autoaccum.memory.fitting import basis
+from autoaccum.memory.forecast import Forecast
 from autoaccum.probing.journal import cache_folder
+from autoaccum.probing.outcome import Trial
 
 __all__ = ["Cache", "Lines", "training_key"]
 
@@ -62,6 +64,14 @@ class Lines:
         if {len(line) for line in lines} != {2 if longest is None else 6}:
             raise ValueError("the forecast's functions do not have as many coefficients as they need")
         return cls(lines, residual, reserve, longest)
+
+    @classmethod
+    def of(cls, forecast: Forecast, trials: Sequence[Trial]) -> "Lines":
+        """A forecast, and what the allocator reserved above it at the largest step measured."""
+        ran = [trial for trial in trials if trial.reserved_bytes is not None and trial.peak_bytes]
+        largest = max(ran, key=lambda trial: trial.peak_bytes or 0, default=None)
+        reserve = 1.0 if largest is None else (largest.reserved_bytes or 0) / (largest.peak_bytes or 1)
+        return cls(envelope(forecast.lines()), forecast.residual, reserve, forecast.longest)
 
     @cached_property
     def _rows(self) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError
+from autoaccum.planning.bisection import largest
 from autoaccum.probing.report import ProbeReport
 from autoaccum.units import GIB, MIB, parse_bytes
 
@@ -80,16 +81,11 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
     name = known_card(card)
     memory = CARDS[name] if name in CARDS else parse_bytes(name)
     budget = max(0, memory - int(memory * DRIVERS_SHARE) - CONTEXT_BYTES)
-    low, high = 0, 1
-    while report.forecast(high) <= budget and high < 2**30:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if report.forecast(middle) <= budget else (low, middle)
+    limit = largest(lambda size: report.forecast(size) <= budget, 2**30)
     note = "forecast, not run there: the allocator of a card reserves up to a tenth more than is asked for"
     if on_cpu:
         note += "; it is of CPU kernels, whose workspaces and attention differ from a GPU's: probe again on the card"
-    return Elsewhere(name, memory, budget, low, note)
+    return Elsewhere(name, memory, budget, limit, note)
 
 
 def known_card(card: str) -> str:

@@ -6,7 +6,6 @@ in turn: a micro-batch, and apart from it the window's end, which every micro-ba
 windows, or a quarter of a second where these are short.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,12 +17,13 @@ from torch import nn
 
 from autoaccum.errors import StateNotRestoredError
 from autoaccum.model.memory_savers import CHANGES, RUNGS, installed, obstacle
+from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.climb import NOT_BORNE, cannot_run
 from autoaccum.probing.find_size import Answer, Forecaster
 from autoaccum.probing.trial import Bench
 
-__all__ = ["Alternatives", "Pair", "Raced", "alike", "chosen", "pairs", "race"]
+__all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
 
 MOST_WINDOWS, LEAST_SECONDS = 3.0, 0.25
 NOISE = 0.02  # relative: within it the first of the pairs is as good
@@ -184,7 +184,7 @@ def _forecast(
     benches: dict[str | None, Bench], saver: str, plain: Answer, floor: int, reach: int
 ) -> Answer | str:  # fmt: skip
     """What fits under a saver by two small traces; why that cannot be told."""
-    bench = benches[saver] = alike(benches[None])
+    bench = benches[saver] = benches[None].alike()
     first = max(2, floor, plain.micro_batch // 32)
     sizes = [size for size in (first, 2 * first) if size <= reach]
     if len(sizes) < 2:
@@ -207,19 +207,8 @@ def _forecast(
 def _reaching(bench: Bench, forecast: Forecaster, low: int, reach: int) -> Answer:
     """The largest size up to `reach` whose peak is forecast to fit, where `low` does."""
     room = bench.budget * (1.0 - bench.spare)
-    high = reach + 1
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if forecast.reserved(middle) <= room else (low, middle)
+    low = largest(lambda size: forecast.reserved(size) <= room, reach, low)
     return Answer(low, low, "forecast" if low < reach else "cap", forecast)
-
-
-def alike(bench: Bench, *, late: bool = False) -> Bench:
-    """A bench for the same training run in another way, with traces of its own."""
-    made = copy.copy(bench)
-    made.trials, made.traces, made.resident, made.late = [], {}, {}, late
-    made._reserved, made._dense, made._first = {}, None, None
-    return made
 
 
 def _time(made: list[Pair], benches: dict[str | None, Bench], alternatives: Alternatives) -> None:

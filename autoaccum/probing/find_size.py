@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autoaccum.errors import NothingFitsError, ProbeError
+from autoaccum.planning.bisection import largest
 from autoaccum.probing.bracket import Bracket
 from autoaccum.probing.outcome import Trial
 
@@ -263,14 +264,11 @@ class _Search:
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
-        assert self._forecast is not None
-        for ask in (self._forecast.peak, self._forecast.reserved):  # what an allocator reserves takes a while to tell
-            low, high = 0, ceiling + 1
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if self._scaled(middle, ask(middle)) <= self._budget else (low, middle)
-            ceiling = low
-        return ceiling
+        forecast = self._forecast
+        assert forecast is not None
+        # First by what is in use, which is told at once: what an allocator reserves is more, and takes a while to tell.
+        ceiling = largest(lambda size: self._scaled(size, forecast.peak(size)) <= self._budget, ceiling)
+        return largest(lambda size: self._scaled(size) <= self._budget, ceiling)
 
     @property
     def _budget(self) -> float:

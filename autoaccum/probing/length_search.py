@@ -12,7 +12,7 @@ search goes on with the largest samples, whatever the others are.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Protocol
+from typing import Protocol
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import Room, limit_at, room_of
@@ -20,7 +20,7 @@ from autoaccum.probing.find_size import SAME_PEAK
 from autoaccum.probing.outcome import Trial
 from autoaccum.units import MIB
 
-__all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "OverLengths", "find_by_length", "three_lengths"]
+__all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "find_by_length", "three_lengths"]
 
 MOST_ROUNDS = 8
 # Where an overrun is suffered and not only counted, this part of the size wanted is run first: what the small traces
@@ -83,27 +83,6 @@ class LengthAnswer:
     longest: int
     forecast: LengthForecaster
     residual: float
-
-
-class OverLengths:
-    """A forecast over batches and lengths that can be asked for batches alone: then of the longest length looked at."""
-
-    def __init__(self, whole: Any, longest: int, residual: float) -> None:
-        """`whole` is a memory.forecast.Forecast."""
-        self.whole, self.longest, self.residual = whole, longest, residual
-
-    def peak(self, batch: int, length: int | None = None) -> int:
-        """The peak in requested bytes."""
-        return int(self.whole.peak(batch, self.longest if length is None else length))
-
-    def reserved(self, batch: int, length: int | None = None) -> int:
-        """The peak in the bytes that the budget counts."""
-        return int(self.whole.reserved(batch, self.longest if length is None else length))
-
-    def timeline(self, batch: int) -> dict[str, Any]:
-        """Memory over the window by part, for a plot."""
-        found: dict[str, Any] = self.whole.timeline(batch, self.longest)
-        return found
 
 
 def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
+from autoaccum.memory.forecast import Forecast
 from autoaccum.planning.split import counts, even_split, shares
-from autoaccum.probing.fastest import alike
 from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
-from autoaccum.probing.trial import Bench, Counted
+from autoaccum.probing.trial import Bench
 from autoaccum.ranks import Ranks
 
 __all__ = ["Found", "find_together"]
@@ -96,7 +96,7 @@ def _summed_late(found: Found, ranks: Ranks, floor: int, ceiling: int, reach: in
     It saves a reduction for each micro-batch but the last, and takes the memory of whole gradients.
     """
     size = found.answer.micro_batch
-    search = _Together(alike(found.bench, late=True), ranks, floor, ceiling, reach)
+    search = _Together(found.bench.alike(late=True), ranks, floor, ceiling, reach)
     each = "micro-batch: gradients are summed over the ranks in each, and stay sharded; "
     try:
         search.trace()
@@ -139,7 +139,7 @@ class _Together:
         self.bench, self._ranks, self._floor, self._ceiling, self._reach = bench, ranks, floor, ceiling, reach
         self._most = reach  # a larger one was run, and does not fit
         self._peaks: dict[int, int] = {}
-        self.forecast: Counted | None = None
+        self.forecast: Forecast | None = None
 
     def trace(self) -> None:
         """Two or three small steps, of the same sizes on all ranks."""

@@ -186,7 +186,7 @@ class Prober:
         accumulator.beside = parts.beside
         with _PROBING, parts.running(alone=True), journal.probing(clears=self.isolation is None):
             report = run_probe(
-                accumulator, parts.objective, parts.source, device, question,
+                accumulator, parts.source, device, question,
                 journal=journal, cache=Cache(key) if cache else None, listener=self.ran,
             )  # fmt: skip
         return replace(report, ladder=parts.ladder or report.ladder)

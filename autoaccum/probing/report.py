@@ -12,7 +12,6 @@ from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
     from autoaccum.probing.cache import Lines
-    from autoaccum.probing.length_search import OverLengths
 
 __all__ = ["ForecastBytes", "ProbeReport"]
 
@@ -87,7 +86,7 @@ class ProbeReport(Drawn):
     savers: tuple[dict[str, Any], ...] = ()
     gradient_sync: str | None = None
     timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
-    forecaster: "Forecast | Lines | OverLengths | None" = field(default=None, repr=False, compare=False)
+    forecaster: "Forecast | Lines | None" = field(default=None, repr=False, compare=False)
 
     _view = "probe_view"
 

@@ -12,10 +12,10 @@ A trial is meant to be no easier than any step of the training:
 - Sparse gradients hold the rows that the rest of the window has left.
 """
 
-import math
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -31,10 +31,8 @@ from autoaccum.memory.oom import Verdict, out_of_memory, poisons, unusable
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Trace, record
 from autoaccum.memory.watch import ProcessGrowth, heap_advice
-from autoaccum.model.shards import local
-from autoaccum.probing.cache import Lines
+from autoaccum.probing.gradients import WindowGradients
 from autoaccum.probing.journal import Journal
-from autoaccum.probing.length_search import OverLengths
 from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, RanOutElsewhere, Trial
 from autoaccum.probing.process import ProcessNeeds
 from autoaccum.ranks import Ranks
@@ -42,7 +40,7 @@ from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
 from autoaccum.window.record import StepRecord
 
-__all__ = ["Bench", "Counted"]
+__all__ = ["Bench"]
 
 Shape = tuple[int, ...]
 
@@ -57,6 +55,9 @@ class Bench:
     """Where trials run: the model, its optimizer and the device, with what they showed so far.
 
     Attributes:
+        source, device, journal: where samples come from, where trials run, and where they are written down.
+        floor: the smallest micro-batch that the model takes.
+        allowed: the budget, before what the process itself was found to need.
         trials: in order.
         traces: the recorded allocations by shape, (size,) or (size, length), the optimizer's state present.
         resident: bytes by part that live before the traced step begins, by shape.
@@ -70,27 +71,26 @@ class Bench:
         accumulator: Accumulator,
         source: Source,
         device: Device,
-        budget: Budget,
+        allowed: Budget,
+        *,
+        floor: int,
+        share: int | None,
         journal: Journal,
-        listener: Callable[[Trial], None] | None = None,
-        growth: ProcessGrowth | None = None,
-        share: int | None = None,
+        listener: Callable[[Trial], None] | None,
+        growth: ProcessGrowth,
     ) -> None:
         """Sets learning rates to 0; the caller's snapshot puts them back.
 
-        `growth` was made when the budget was read, so that what happened since counts; None: that was just now. `share`
-        is how many samples a window has; None: twice those of a trial.
+        Args:
+            share: how many samples a window has; None: twice those of a trial.
+            listener: told of each trial as it ends.
+            growth: made when the budget was read, so that what happened since counts.
         """
-        self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
-        self._journal, self._listener = journal, listener
+        self.accumulator, self.source, self.device, self.allowed = accumulator, source, device, allowed
+        self.floor, self.journal, self._listener, self._share = floor, journal, listener, share
         self._least_killed = cache(journal.least_killed)
-        self._share = share
-        self._dense: list[torch.nn.Parameter] | None = None  # those that get a gradient: known after one step
-        self._rows: dict[torch.nn.Parameter, float] = {}  # of sparse gradients, for each sample
-        self._unused: list[torch.nn.Parameter] = []  # without a gradient in that step
-        self._process = ProcessNeeds(
-            growth or ProcessGrowth(budget.kind), partial(resident_bytes, accumulator.model, accumulator.optimizers)
-        )
+        self._process = ProcessNeeds(growth, partial(resident_bytes, accumulator.model, accumulator.optimizers))
+        self.gradients = WindowGradients(accumulator, share)
         self._copies: list[torch.Tensor] = []
         self._stateless = not any(accumulator.optimizer.state.values())
         self._reserved: dict[Shape, int] = {}  # by the traced steps
@@ -106,20 +106,28 @@ class Bench:
         for group in accumulator.optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
 
+    def alike(self, *, late: bool = False) -> "Bench":
+        """One for the same training run in another way, with traces of its own."""
+        made = copy.copy(self)
+        made.trials, made.traces, made.resident, made.late = [], {}, {}, late
+        made._reserved, made._first = {}, None
+        made.gradients = WindowGradients(self.accumulator, self._share)
+        return made
+
     @property
     def budget(self) -> int:
         """Bytes that PyTorch may have in use, by what the trials showed of the process's own needs."""
-        return self._process.budget(self._budget.bytes)
+        return self._process.budget(self.allowed.bytes)
 
     @property
     def suffers(self) -> bool:
         """On the CPU a budget in PyTorch's bytes is counted; everything else runs out of memory."""
-        return self._device.type != "cpu" or self._budget.kind != "torch"
+        return self.device.type != "cpu" or self.allowed.kind != "torch"
 
     @property
     def traces_all(self) -> bool:
         """On the CPU every step is traced; elsewhere only the small ones, and the allocator tells the others' peaks."""
-        return self._device.type == "cpu"
+        return self.device.type == "cpu"
 
     @property
     def spare(self) -> float:
@@ -127,33 +135,25 @@ class Bench:
 
         None of a hard budget: what was run there without a retry runs in training without one.
         """
-        return SPARE if self.caches and not self._budget.hard else 0.0
+        return SPARE if self.caches and not self.allowed.hard else 0.0
 
     @property
     def shared(self) -> bool:
         """Whether others may take of the budget: what is free, of a device or of a host."""
-        return not self._budget.hard and self._budget.kind != "data segment"
-
-    def lower(self, budget: Budget) -> Budget:
-        """From here on trials have this budget; gives back the one before."""
-        before, self._budget = self._budget, budget
-        return before
+        return not self.allowed.hard and self.allowed.kind != "data segment"
 
     def held(self) -> int:
         """Bytes that the training holds between two steps."""
-        return resident_bytes(self._accumulator.model, self._accumulator.optimizers)
+        return resident_bytes(self.accumulator.model, self.accumulator.optimizers)
 
     @property
     def fixed(self) -> int:
         """Bytes that a step has in use whatever its size: what the training holds, and the gradients."""
-        return self.held() + self._gradients()
-
-    def _gradients(self) -> int:
-        return sum(local(p).numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._dense or ())
+        return self.held() + self.gradients.bytes
 
     def other(self) -> int:
         """Bytes of this process on an accelerator that are no part of the training."""
-        return max(0, (self._device.allocated() or 0) - self.held())
+        return max(0, (self.device.allocated() or 0) - self.held())
 
     def measured(self, size: int) -> int:
         """The most that a step at `size` was measured to take, as the budget counts."""
@@ -162,46 +162,35 @@ class Bench:
     @property
     def caches(self) -> bool:
         """Whether an allocator keeps what is freed, so that what it reserves is counted."""
-        return self._device.reserved() is not None
+        return self.device.reserved() is not None
 
     @property
     def budget_reason(self) -> str:
         """Where the budget comes from, in one line."""
-        if self.budget == self._budget.bytes:
-            return self._budget.reason
-        return f"{self._budget.reason}; {format_bytes(self.budget)} of it for PyTorch, since {self._process.reason}"
+        if self.budget == self.allowed.bytes:
+            return self.allowed.reason
+        return f"{self.allowed.reason}; {format_bytes(self.budget)} of it for PyTorch, since {self._process.reason}"
 
     @property
     def notes(self) -> list[str]:
         """What there is to know beside the trials: what the budget does to the process, what was counted on top."""
-        advice = heap_advice() if self._process.counted else None
-        notes = [] if advice is None else [advice]
-        if self._unused:
-            names = {id(parameter): name for name, parameter in self._accumulator.model.named_parameters()}
-            first = names.get(id(self._unused[0]), "one of the optimizer's")
-            more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
-            size = sum(p.numel() * self._accumulator.gradient_dtype(p).itemsize for p in self._unused)
-            notes.append(
-                f"{first}{more} got no gradient from the samples tried: {format_bytes(size)} are counted for one all "
-                "the same, and what the optimizer keeps for it, since other samples may give it one; freeze what is "
-                "never used (requires_grad_(False))"
-            )
-        return notes
+        notes = [heap_advice() if self._process.counted else None, self.gradients.note]
+        return [note for note in notes if note is not None]
 
     def _within(self, peak: int) -> bool:
         """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
-        limit = self._budget.bytes
+        limit = self.allowed.bytes
         return self._process.within(limit) if self._process.counted else peak <= limit
 
-    def forecast(self) -> "Counted | None":
+    def forecast(self) -> Forecast | None:
         """From all traces so far of the largest samples looked at; None where they do not line up."""
         return self._forecast(1)
 
-    def forecast_over_lengths(self) -> "Counted | None":
+    def forecast_over_lengths(self) -> Forecast | None:
         """From all traces so far of chosen lengths; None where they do not line up."""
         return self._forecast(2)
 
-    def _forecast(self, dimensions: int) -> "Counted | None":
+    def _forecast(self, dimensions: int) -> Forecast | None:
         shapes = sorted(shape for shape in self.traces if len(shape) == dimensions)
         try:
             fitted = Forecast.fit(
@@ -213,22 +202,7 @@ class Bench:
         except ForecastFailed:
             return None
         self._process.step_begins()  # what the fit itself leaves in libraries is there in the next step as well
-        return Counted(fitted, reserves=self.caches)
-
-    def parts(self, size: int, forecast: Forecast | Lines | OverLengths | None) -> dict[str, int]:
-        """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
-        held = self.resident[max(self.resident)]
-        parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
-        parts["gradients"] += self._gradients()
-        if held.get("other"):
-            parts["other"] = held["other"]
-        peaks = sorted((trial.batch, trial.peak_bytes) for trial in self.trials if trial.peak_bytes is not None)
-        if forecast is not None:
-            parts["per_sample"] = forecast.peak(size + 1) - forecast.peak(size)
-        elif len(peaks) > 1:
-            (a, at_a), (b, at_b) = peaks[-2:]
-            parts["per_sample"] = (at_b - at_a) // max(b - a, 1)
-        return parts
+        return fitted
 
     def run(self, size: int, kind: str, length: int | None = None) -> Trial:
         """Runs `size` samples, of a `length` where one is given, and says how it went.
@@ -240,10 +214,10 @@ class Bench:
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
         self._process.step_begins()
         self.elsewhere = False
-        batch = self._source.trial(size, length)
-        self._journal.start(size, kind, length)
+        batch = self.source.trial(size, length)
+        self.journal.start(size, kind, length)
         started = time.perf_counter()
-        retries = self._device.retries()
+        retries = self.device.retries()
         try:
             batch = self._counting(batch, size, length)  # in here: how a loss counts is found out by running it
             peak = self._step((size,) if length is None else (size, length), batch, kind)
@@ -253,37 +227,37 @@ class Bench:
             peak, self.elsewhere = None, isinstance(error, RanOutElsewhere)
         # From here on nothing holds what the failed step held: the traceback went with the except block.
         seconds = time.perf_counter() - started
-        reserved = self._device.reserved_peak()
+        reserved = self.device.reserved_peak()
         if peak is None:
             self.recover()
             outcome = OUT_OF_MEMORY
         else:
-            strained = self._device.retries() > retries
+            strained = self.device.retries() > retries
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         del batch
         self._process.step_ends(ran=peak is not None)
-        self._journal.end(size, outcome)
+        self.journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
     def time(self, size: int, micro_batches: int = 1) -> tuple[float, float]:
         """Seconds of micro-batches at `size`, which has fitted before, and of the window's end; nothing recorded."""
-        batch = self._counting(self._source.trial(size), size)
-        self._journal.start(size, "throughput")
-        self._device.synchronize()
+        batch = self._counting(self.source.trial(size), size)
+        self.journal.start(size, "throughput")
+        self.device.synchronize()
         started = ended = time.perf_counter()
 
         def reached(phase: str) -> None:
             nonlocal ended
             if phase == "optimizer":
-                self._device.synchronize()
+                self.device.synchronize()
                 ended = time.perf_counter()
 
-        self._accumulator.on_phase = reached
+        self.accumulator.on_phase = reached
         self._window(batch, micro_batches)
-        self._accumulator.on_phase = ignore
-        self._device.synchronize()
+        self.accumulator.on_phase = ignore
+        self.device.synchronize()
         done = time.perf_counter()
-        self._journal.end(size, FITS)
+        self.journal.end(size, FITS)
         self._note(Trial(size, "throughput", None, None, done - started, FITS))
         return ended - started, done - ended
 
@@ -293,49 +267,49 @@ class Bench:
         It is the second that shows what a training reserves: it runs in the cache that the first has left, with the
         optimizer's state where the first has put it.
         """
-        if self._dense is None:
+        if not self.gradients.known:
             self._warm_up(batch)
         if self.caches and kind != "trace":
             self._begin()
             self._window(batch, 2)
         elif self.caches:
-            self._device.drop_cache()  # of other sizes, which a training at this one would not have in its way
-        age(self._accumulator.optimizer)
+            self.device.drop_cache()  # of other sizes, which a training at this one would not have in its way
+        age(self.accumulator.optimizer)
         trace, held = self._record(batch)
         if self._first is not None:
             trace = replace(trace, segments=self._first.segments, kept=self._first.left())
         self.traces[shape], self.resident[shape] = trace, held
-        self._reserved[shape] = self._device.reserved_peak() or 0
-        counted = self._device.peak()
+        self._reserved[shape] = self.device.reserved_peak() or 0
+        counted = self.device.peak()
         peak = sum(held.values()) + trace.peak if counted is None else counted
         self._process.step_peaked(peak)
         return peak
 
     def _warm_up(self, batch: Any) -> None:
         """Optimizer state, handles and workspaces exist from here on."""
-        before = None if self._budget.hard else self._device.beside()
+        before = None if self.allowed.hard else self.device.beside()
         self._window(batch)
-        if self._unused:
+        if self.gradients.has_unused:
             self._window(batch)  # theirs as well
         if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
-            self._copies = [buffer.detach().clone() for buffer in self._accumulator.model.buffers()]
+            self._copies = [buffer.detach().clone() for buffer in self.accumulator.model.buffers()]
         if self.caches:
             self._begin()
             self._first, _ = self._record(batch)
         if before is not None:
-            self._less_what_kernels_took((self._device.beside() or 0) - before)
+            self._less_what_kernels_took((self.device.beside() or 0) - before)
 
     def _less_what_kernels_took(self, size: int) -> None:
         """Kernels take memory of the device as they are loaded, which was free when the budget was read."""
         if size > 0:
-            reason = f"{self._budget.reason}; {format_bytes(size)} less, which kernels took as they were loaded"
-            self._budget = replace(self._budget, bytes=max(0, self._budget.bytes - size), reason=reason)
+            reason = f"{self.allowed.reason}; {format_bytes(size)} less, which kernels took as they were loaded"
+            self.allowed = replace(self.allowed, bytes=max(0, self.allowed.bytes - size), reason=reason)
 
     def _begin(self) -> None:
         """To where a training begins: no optimizer state of the trials' making, no cache, no workspaces."""
         if self._stateless:
-            self._accumulator.optimizer.state.clear()
-        self._device.release(young=True)
+            self.accumulator.optimizer.state.clear()
+        self.device.release(young=True)
 
     def _record(self, batch: Any) -> tuple[Trace, dict[str, int]]:
         """The allocations of one window, and what was in use before it by part.
@@ -344,15 +318,15 @@ class Bench:
         frees, and the second runs in the cache that this leaves. Elsewhere one, with the gradients there already: it
         peaks as high.
         """
-        accumulator = self._accumulator
+        accumulator = self.accumulator
         # Gradients that are reduced in a pass lie together, as no zeros put there beforehand would.
         pieces = [batch, batch] if self.caches or accumulator.sharded is not None else [batch]
         accumulator.open(pieces)
         held = self._held(batch)
-        with self._process.growth, record(self._device) as recording:
+        with self._process.growth, record(self.device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
-            self._allocate_gradients(tree.batch_size(batch), len(pieces))
+            self.gradients.allocate(tree.batch_size(batch), len(pieces))
             accumulator.on_phase = recording.mark
             self._pass(pieces)
             self._stepped(accumulator.finish())
@@ -360,23 +334,23 @@ class Bench:
         return recording.trace, held
 
     def _window(self, batch: Any, micro_batches: int = 1) -> None:
-        accumulator = self._accumulator
+        accumulator = self.accumulator
         size = tree.batch_size(batch)
         pieces = [batch] * micro_batches
         accumulator.open(pieces)
-        self._allocate_gradients(size, micro_batches)
+        self.gradients.allocate(size, micro_batches)
         self._pass(pieces)
-        if self._dense is None:
-            self._look_at_gradients(size)
+        if not self.gradients.known:
+            self.gradients.look(size)
         self._stepped(accumulator.finish())
 
     def _pass(self, pieces: list[Any]) -> None:
         """Runs the micro-batches. Of a sharded model all ranks raise where memory ran out on one of them."""
         ran_out = None
-        if self._accumulator.sharded is not None:
-            self._accumulator.sharded.late = self.late
+        if self.accumulator.sharded is not None:
+            self.accumulator.sharded.late = self.late
         try:
-            self._accumulator.run(pieces)
+            self.accumulator.run(pieces)
         except Exception as error:
             if self.ranks is None or not self._for_want_of_memory(error, tree.batch_size(pieces[0])):
                 raise
@@ -384,17 +358,9 @@ class Bench:
         if self.ranks is not None and self.ranks.any("a trial", ran_out is not None):
             raise ran_out or RanOutElsewhere("memory ran out on another rank")
 
-    def _look_at_gradients(self, size: int) -> None:
-        """What kind of gradient each parameter gets, by a step of `size` samples."""
-        accumulator = self._accumulator
-        found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
-        self._rows = {parameter: g._nnz() / size for parameter, g in found if g is not None and g.is_sparse}
-        self._unused = [p for p, g in found if g is None and p.requires_grad and not accumulator.is_sparse(p)]
-        self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self._unused
-
     def _counts(self, batch: Any) -> bool:
         """Whether a target in the batch counts, as far as that is known before its step."""
-        objective = self._accumulator.objective
+        objective = self.accumulator.objective
         return objective is None or objective.may_count(batch)
 
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
@@ -406,7 +372,7 @@ class Bench:
         if self._counts(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)
-        for piece in tree.split(self._source.trial(sum(sizes), length), sizes):
+        for piece in tree.split(self.source.trial(sum(sizes), length), sizes):
             if self._counts(piece):
                 return tree.map_tensors(torch.clone, piece)  # a view would hold all of them
         raise DataError(
@@ -421,21 +387,12 @@ class Bench:
                 "size, or another precision="
             )
 
-    def _allocate_gradients(self, size: int, micro_batches: int) -> None:
-        """What the other micro-batches of a window leave to `micro_batches` of `size`, beside what these will make."""
-        for parameter in (self._dense or ()) if micro_batches == 1 else self._unused:
-            self._accumulator.allocate_gradient(parameter)
-        ran = size * micro_batches
-        others = size if self._share is None else max(self._share - ran, 0)
-        for parameter, rows in self._rows.items():
-            self._accumulator.allocate_gradient(parameter, 1, min(math.ceil(rows * others), parameter.shape[0]))
-
     def _held(self, batch: Any) -> dict[str, int]:
         """Bytes in use before a step, by part; on an accelerator also what else of this process lies there."""
-        accumulator = self._accumulator
-        on_device = batch if self._device.type == "cpu" else None  # elsewhere the batch moves inside the step
-        parts = resident_parts(accumulator.model, accumulator.optimizers, on_device, device=self._device.torch_device)
-        allocated = self._device.allocated()
+        accumulator = self.accumulator
+        on_device = batch if self.device.type == "cpu" else None  # elsewhere the batch moves inside the step
+        parts = resident_parts(accumulator.model, accumulator.optimizers, on_device, device=self.device.torch_device)
+        allocated = self.device.allocated()
         if allocated is not None:
             parts["other"] = max(0, allocated - sum(parts.values()))
         return parts
@@ -452,14 +409,14 @@ class Bench:
                 (t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None
             )
             near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
-            tight = self._process.near(self._budget.bytes)
+            tight = self._process.near(self.allowed.bytes)
             return tight or (near and fitted is not None and fitted.batch < size)
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
     def recover(self) -> None:
         """Lets go of what a step that failed has left."""
-        self._accumulator.discard()
-        self._device.release()
+        self.accumulator.discard()
+        self.device.release()
 
     def _note(self, trial: Trial) -> Trial:
         self.trials.append(trial)
@@ -476,24 +433,3 @@ def age(optimizer: torch.optim.Optimizer) -> None:
             step.fill_(STEP - 1)
         elif isinstance(step, (int, float)) and not isinstance(step, bool):
             state["step"] = STEP - 1
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A forecast in the bytes that the budget counts: those reserved where an allocator reserves, else those in use."""
-
-    whole: Forecast
-    reserves: bool
-
-    @property
-    def residual(self) -> float | None:
-        """Relative error at a trace that the fit did not use."""
-        return self.whole.residual
-
-    def peak(self, batch: int, length: int | None = None) -> int:
-        """The peak at `batch` samples in bytes in use."""
-        return self.whole.peak(batch, length)
-
-    def reserved(self, batch: int, length: int | None = None) -> int:
-        """The peak at `batch` samples."""
-        return self.whole.reserved(batch, length) if self.reserves else self.whole.peak(batch, length)

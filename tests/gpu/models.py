@@ -124,7 +124,7 @@ def probed(
     def watched(bench: Bench, size: int, kind: str, length: int | None = None) -> Trial:
         known = bench.forecast() if len(bench.traces) > 1 else None
         if known is not None:
-            before.setdefault(size, known.whole)
+            before.setdefault(size, known)
         return run(bench, size, kind, length)
 
     began = time.perf_counter()

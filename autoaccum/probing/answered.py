@@ -1,0 +1,214 @@
+"""What a probe has found, as its report: figures, and in words what a person should know beside them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from autoaccum.memory.forecast import Forecast
+from autoaccum.memory.resident import resident_parts
+from autoaccum.model.optimizer import trained_parameters
+from autoaccum.model.shards import local
+from autoaccum.probing.cache import Lines
+from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer
+from autoaccum.probing.length_search import LengthAnswer
+from autoaccum.probing.outcome import Trial
+from autoaccum.probing.report import ProbeReport
+from autoaccum.probing.trial import Bench
+from autoaccum.units import format_bytes
+
+__all__ = ["nothing_fits", "report_of", "report_over_lengths", "with_expandable_segments"]
+
+# A setting of the allocator is named where so many times as much would fit: less is not worth another run.
+WORTH_TELLING = 1.02
+
+FROM_CACHE = "the forecast is from an earlier run of the same training; a small step and the answer were run again"
+
+
+def report_of(bench: Bench, answer: Answer) -> ProbeReport:
+    """Of samples that are alike, or of the largest of those looked at."""
+    source, forecast = bench.source, answer.forecast
+    assert forecast is None or isinstance(forecast, (Forecast, Lines))
+    notes = [note for note in (source.varies, source.mixed) if note]
+    notes += bench.notes
+    residual = None if forecast is None else forecast.residual
+    if isinstance(forecast, Lines):
+        notes.append(FROM_CACHE)
+    if forecast is None:
+        notes.append(_without_forecast(bench.trials, answer))
+    else:
+        off = _farthest(forecast, bench.trials, answer.micro_batch)
+        wrong = "sizes that were not run may take more or less than is told"
+        if off is not None and off[0] > max(SAME_PEAK, 2 * (residual or 0.0)):
+            residual, trial = off
+            notes.append(
+                f"a step at {trial.batch} took {format_bytes(trial.peak_bytes or 0)}, where "
+                f"{format_bytes(forecast.peak(trial.batch, trial.length))} were forecast: kernels change with the "
+                f"size, so that {wrong}"
+            )
+        elif residual is not None and residual > SAME_PEAK:
+            notes.append(
+                f"the forecast was {residual:.1%} off at a further trace: memory follows no sum of lines in the number "
+                f"of samples, or differs from step to step, so that {wrong}"
+            )
+    if isinstance(forecast, Forecast):
+        if forecast.reserve is not None:
+            notes.append(
+                f"the allocator is set up with {forecast.unsupported}, which is not simulated: it is taken to reserve "
+                f"{forecast.reserve:.3f} times what is asked for, as it did at the largest step traced"
+            )
+        if hint := with_expandable_segments(forecast, answer, bench.budget):
+            notes.append(hint)
+        if forecast.unaligned > 0.001:
+            notes.append(f"{forecast.unaligned:.1%} of a step's allocations did not line up between the traces")
+    return replace(
+        _report(bench, answer.micro_batch, forecast, residual, notes), limit=answer.limit, limit_proof=answer.proof
+    )
+
+
+def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int | None], prefer: str) -> ProbeReport:
+    """Of samples that differ in length.
+
+    Args:
+        bench: where it was found.
+        answer: what fits at every length.
+        most: sizes that the micro-batch could not pass, whatever fits; None: no such one.
+        prefer: as in `prepare`.
+    """
+    lengths, forecast = bench.source.lengths(), answer.forecast
+    notes = [
+        f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"
+        ", sizes are those of the longest, and each window is cut by the lengths in it"
+    ]
+    if isinstance(forecast, Lines):
+        forecast = replace(forecast, longest=answer.longest)
+        notes.append(FROM_CACHE)
+    else:
+        assert isinstance(forecast, Forecast)
+        forecast.longest, forecast.residual = answer.longest, answer.residual
+    notes += bench.notes
+    if bench.suffers and not bench.caches:
+        notes.append(
+            "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 in the environment bounds it"
+        )
+    if prefer == "fastest":
+        notes.append('prefer="fastest" is set aside, since sizes follow from the lengths in each window')
+    report = _report(bench, answer.micro_batch, forecast, answer.residual, notes)
+    proof = "cap" if answer.micro_batch in most else "forecast"
+    return replace(report, limit=answer.micro_batch, limit_proof=proof, by_length=answer.room)
+
+
+def _report(
+    bench: Bench, micro_batch: int, forecast: Forecast | Lines | None, residual: float | None, notes: Sequence[str]
+) -> ProbeReport:
+    return ProbeReport(
+        micro_batch=micro_batch,
+        limit=None,
+        limit_proof=None,
+        budget_bytes=bench.budget,
+        budget_reason=bench.budget_reason,
+        device=bench.device.name,
+        trials=tuple(bench.trials),
+        residual=residual,
+        parts=_parts(bench, micro_batch, forecast),
+        notes=tuple(notes),
+        floor=bench.floor,
+        device_type=bench.device.type,
+        forecaster=forecast,
+    )
+
+
+def _parts(bench: Bench, size: int, forecast: Forecast | Lines | None) -> dict[str, int]:
+    """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
+    held = bench.resident[max(bench.resident)]
+    parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
+    parts["gradients"] += bench.gradients.bytes
+    if held.get("other"):
+        parts["other"] = held["other"]
+    peaks = sorted((trial.batch, trial.peak_bytes) for trial in bench.trials if trial.peak_bytes is not None)
+    if forecast is not None:
+        parts["per_sample"] = forecast.peak(size + 1) - forecast.peak(size)
+    elif len(peaks) > 1:
+        (a, at_a), (b, at_b) = peaks[-2:]
+        parts["per_sample"] = (at_b - at_a) // max(b - a, 1)
+    return parts
+
+
+def with_expandable_segments(forecast: Forecast, answer: Answer, budget: int) -> str | None:
+    """What would fit in `budget` bytes if the allocator's segments grew in place; None where that is hardly more.
+
+    Both figures are simulated, without a retry: torch's allocator finds no room in fixed segments for a block that is
+    larger than each free one, though together they hold it.
+    """
+    if not forecast.simulated or forecast.expandable or answer.limit is None or answer.proof != "forecast":
+        return None
+    more = forecast.largest(budget, 2 * answer.limit, reserved=True, expandable=True)
+    if more < answer.limit * WORTH_TELLING:
+        return None
+    return (
+        f"PYTORCH_ALLOC_CONF=expandable_segments:True in the environment would let {more} samples fit, by simulation, "
+        f"where {answer.limit} do now (older torch calls the variable PYTORCH_CUDA_ALLOC_CONF); probe again then"
+    )
+
+
+def _without_forecast(trials: Sequence[Trial], answer: Answer) -> str:
+    traced = [trial.batch for trial in trials if trial.kind == "trace" and trial.fits]
+    if len(traced) > 1:
+        return "the traces did not line up, so sizes were searched for by running them"
+    if answer.proof == "cap" and traced == [answer.limit]:
+        return f"there is no forecast, which needs two sizes: nothing but {answer.limit} at once was allowed"
+    return "no second trace would surely have fitted, so sizes were searched for by running them"
+
+
+def _farthest(forecast: Forecast | Lines, trials: Sequence[Trial], micro_batch: int) -> tuple[float, Trial] | None:
+    """The step that the forecast missed by most, with the relative error; None where none was measured.
+
+    Of traces those near the answer count: what kernels do at a few samples says nothing of it.
+    """
+    off = [
+        (abs(forecast.peak(trial.batch, trial.length) / trial.peak_bytes - 1.0), trial)
+        for trial in trials
+        if trial.peak_bytes and (trial.kind != "trace" or THIRD_TRACE * trial.batch >= micro_batch)
+    ]
+    return max(off, key=lambda pair: pair[0], default=None)
+
+
+def nothing_fits(bench: Bench) -> str:
+    """Why not even the smallest micro-batch fits: what fills the device, and what would help."""
+    accumulator, floor, budget = bench.accumulator, bench.floor, bench.allowed
+    model = accumulator.model
+    parts = resident_parts(model, accumulator.optimizers)
+    parts["gradients"] = sum(local(p).numel() * p.element_size() for p in trained_parameters(model))
+    if bench.other():
+        parts["libraries' workspaces and other tensors"] = bench.other()
+    needs = ", ".join(
+        f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts.items() if name != "batch"
+    )
+    samples = (
+        "one sample" if floor == 1 else f"a micro-batch of {floor} (BatchNorm needs more than one value a channel)"
+    )
+    peaks = [trial.peak_bytes for trial in bench.trials if trial.batch == floor and trial.peak_bytes is not None]
+    more = "a larger memory=" if budget.beyond is None else "more memory that is free"
+    measured = f"; its step was measured at {format_bytes(max(peaks))}" if peaks else ""
+    compared = ""
+    if accumulator.compares:
+        compared = (
+            f". The loss compares all {accumulator.rehearsed_samples} samples of a window at once, and what it takes "
+            "for that no micro-batch lowers: a smaller target_batch does"
+        )
+    return (
+        f"not even {samples} fits in {format_bytes(budget.bytes)} on {bench.device.name} ({budget.reason}): {needs}; "
+        f"the rest is what a step needs for its activations{measured}. What would help: {more}, "
+        f"an optimizer with less state (SGD), smaller samples{compared}{_not_taken(parts)}"
+    )
+
+
+def _not_taken(parts: Mapping[str, int]) -> str:
+    """What changes the result and is left to the user, with what it would free at most."""
+    state, trained = parts.get("optimizer_state", 0), parts["gradients"]
+    frees = {
+        "8-bit optimizer states": state * 3 // 4,  # a byte of four
+        "bf16 parameters": (parts.get("parameters", 0) + trained + state) // 2,
+        "LoRA": trained + state,
+    }
+    what = ", ".join(f"{name} (frees up to {format_bytes(size)})" for name, size in frees.items() if size)
+    return f". What changes the result, and is never taken: {what}"
