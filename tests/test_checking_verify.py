@@ -15,7 +15,7 @@ from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.errors import DataError, LossError
 from autoaccum.loss.objective import Objective
-from autoaccum.window.window_sums import Ledger
+from autoaccum.window.window_sums import WindowSums
 from tests.verify_cases import (
     FAULTS,
     READ,
@@ -195,7 +195,7 @@ def test_a_fault_in_the_accumulation_itself_is_seen(monkeypatch):
         return [(term.numerator, 1 / term.denominator) for term in terms.values()], None
 
     model, batch, objective = RIGHT["mlp with dropout"]()
-    monkeypatch.setattr(Ledger, "parts", plain_means)
+    monkeypatch.setattr(WindowSums, "parts", plain_means)
     assert verify(model, batch, **objective).cause == Cause.TOO_LARGE
 
 

@@ -15,7 +15,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.ranks import Ranks
 from autoaccum.window.engine import backward
-from autoaccum.window.window_sums import Ledger
+from autoaccum.window.window_sums import WindowSums
 
 N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features
 SIZES = (4, 1, 3, 1)
@@ -74,15 +74,15 @@ def accumulated(objective, batch, sizes=SIZES):
     objective.model.zero_grad()
     micros = tree.split(batch, sizes)
     objective.prepare(micros)
-    ledger = Ledger(micros, objective, Ranks())
+    sums = WindowSums(micros, objective, Ranks())
     for micro in micros:
-        terms = objective.terms(micro, ledger.own, micro)
-        parts, value = ledger.parts(terms)
+        terms = objective.terms(micro, sums.own, micro)
+        parts, value = sums.parts(terms)
         if parts:
             backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
-        ledger.note(parts if value is None else [(value, 1.0)])
-        ledger.enter()
-    _, correction = ledger.close(*ledger.sums)
+        sums.note(parts if value is None else [(value, 1.0)])
+        sums.done += 1
+    _, correction = sums.close(*sums.sums)
     return gradient(objective.model) * correction
 
 

@@ -101,8 +101,8 @@ def test_an_objective_knows_the_denominators_before_the_first_backward():
     reference = whole_batch_step(model, (x, y))
     accumulator = Accumulator(model, sgd(model), plan(8, 24), objective=Objective(model, loss=nn.CrossEntropyLoss()))
     pieces = tree.split((x, y), (8, 8, 8))
-    ledger = accumulator.open(pieces)
-    assert ledger.totals == {"loss": 15.0}
+    sums = accumulator.open(pieces)
+    assert sums.totals == {"loss": 15.0}
     accumulator.run(pieces)
     accumulator.finish()
     assert error(model, reference) < 1e-12
@@ -465,7 +465,7 @@ def test_the_loss_is_fetched_before_the_last_backward_pass():
 
         @staticmethod
         def backward(ctx, gradient):
-            seen.append(list(accumulator._ledger._fetched))
+            seen.append(list(accumulator._sums._fetched))
             return gradient
 
     model = nn.Linear(3, 1)

@@ -4,6 +4,10 @@ The one rule: loss = Σ numerators / Σ denominators, over the window and all ra
 host, so where the denominators follow from the batches they are known before the first backward, and each
 micro-batch's mean is weighted by its share of them. No rank talks to another while micro-batches run: then one vote,
 one sum of the gradients, one clip, one step.
+
+A window is opened (`open`), its micro-batches run (`run`, in passes.py, or `backward` for each in a loop of the user's
+own), and it is finished (`finish`) or dropped (`discard`). `window` does all of it for a loop of the user's own; the
+training loop calls the parts, since it may have to run a window again.
 """
 
 import math
@@ -36,7 +40,7 @@ from autoaccum.model.optimizer import (
 )
 from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, prepared_by, scaled_step
 from autoaccum.model.shards import local, refuse_for_shards
-from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
+from autoaccum.model.sparse_gradients import SparseGradients
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
@@ -47,7 +51,7 @@ from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses, norm_over_ranks, sharded_passes
 from autoaccum.window.two_passes import TwoPasses
-from autoaccum.window.window_sums import Ledger
+from autoaccum.window.window_sums import WindowSums
 
 __all__ = ["Accumulator", "ignore"]
 
@@ -87,12 +91,6 @@ class Accumulator(Passes):
     ) -> None:
         """Prepares buffers; nothing is trained, and the model is untouched until the first window.
 
-        A trace learns the phases through `on_phase`. One that `rehearses` leaves no window out for its loss: it is
-        there for the memory that a step takes. A loss that compares samples is then computed over
-        `rehearsed_samples`, as many as the window has whose micro-batch is tried. With `at_once` such a loss runs on
-        one graph, as the reference that its two passes are held against; the window must be one micro-batch. Optimizers
-        `beside` this one have their state in memory meanwhile.
-
         Args:
             model: what is trained, on `device` already.
             optimizer: stepped once a window.
@@ -109,20 +107,23 @@ class Accumulator(Passes):
         Raises:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
         """
-        check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
-        check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
-        check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
+        _check_kinds(plan, ranks, objective)
         check_switches(log_grad_norm=log_grad_norm, steps=steps)
-        if accelerator is not None:
+        if accelerator is not None:  # its own autocast runs the forward: ours would be a second one
             optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
-        check_model(model, loss=getattr(objective, "loss", None), clip_norm=clip_norm, log_grad_norm=log_grad_norm)
-        check_optimizer(optimizer, model, getattr(objective, "loss", None))
+        loss = getattr(objective, "loss", None)
+        check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
+        check_optimizer(optimizer, model, loss)
         one_of("accumulate", accumulate, ("fp32", "native"))
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_schedule(scheduler)
         self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
-        self.last: StepRecord | None = None
-        self.device = open_device(device if device is not None else next(model.parameters()).device).torch_device
+        self.objective, self._steps = objective, steps
+        self._clip_norm = None if clip_norm is None else float(clip_norm)
+        self._log_grad_norm, self._on_nonfinite = log_grad_norm, on_nonfinite
+        # Where it runs, and with whom.
+        self._memory = open_device(device if device is not None else next(model.parameters()).device)
+        self.device = self._memory.torch_device
         self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
         self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
         self.ranks = ranks if ranks is not None else here(self.device, group)
@@ -130,29 +131,30 @@ class Accumulator(Passes):
         self.sharded = sharded_passes(model, self.ranks, self.device, late=plan.gradient_sync == "window")
         # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
         self._call: Callable[..., Any] = interruptible if self.sharded is None else call
+        # What lasts from window to window.
+        batch_norm = batch_norm or plan.batch_norm
+        self.last: StepRecord | None = None
         self.epoch, self.step, self.skipped_windows = 0, 0, 0
-        self.objective, self._steps = objective, steps
-        self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
-                          "batch_norm": batch_norm or plan.batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
-        self._clip_norm = None if clip_norm is None else float(clip_norm)
-        self._log_grad_norm, self._on_nonfinite = log_grad_norm, on_nonfinite
+        self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
+        self.on_phase: Callable[[str], None] = ignore
         self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
         self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
         self._sparse = SparseGradients(model, self._parameters)
-        self._statistics = PooledStatistics(model, batch_norm or plan.batch_norm, plan.accumulation_steps)
+        self._statistics = PooledStatistics(model, batch_norm, plan.accumulation_steps)
         self._resting = [layer for _, layer in self._statistics.layers]
-        self.noise_scale = NoiseScale(model, self._parameters)
-        if self.ranks.size > 1 or self.precision.scaler.is_enabled():
-            self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
-        self._ledger: Ledger | None = None
         self._lists = ListReader()
         self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side, self.sharded)
-        self._ended: tuple[float, float] | None = None  # the window's loss and correction, once the ranks have voted
+        # What ranks must have alike; compared at the first window, and empty from then on.
+        self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
+                          "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
+        # Of the open window; None between two.
+        self._sums: WindowSums | None = None
+        self._ended: tuple[float, float] | None = None  # its loss and correction, once the ranks have voted
         self.stepping = False  # an optimizer step has begun whose window has not ended: weights may be half updated
-        self._memory = open_device(self.device)
-        self.on_phase: Callable[[str], None] = ignore
-        self.beside: Sequence[Optimizer] = ()
+        self.noise_scale = NoiseScale(model, self._parameters)
+        if self.ranks.size > 1 or self.precision.scaler.is_enabled():
+            self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
         self._two_passes: TwoPasses | None = None
         coupled = objective is not None and objective.coupled is not None
         refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
@@ -174,10 +176,10 @@ class Accumulator(Passes):
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
         """
         pieces = micro_batches(batches, self.plan, self._lists)
-        ledger = self.open(pieces)
+        sums = self.open(pieces)
         finished = False
         try:
-            idle = max(ledger.micro_batches) - len(pieces) if self.sharded is not None else 0
+            idle = max(sums.micro_batches) - len(pieces) if self.sharded is not None else 0
             for number in range(idle):  # as many passes as on any other rank
                 assert self.sharded is not None
                 self.sharded.begin_pass(last=number == idle - 1 and not pieces)
@@ -186,12 +188,12 @@ class Accumulator(Passes):
             for number, piece in enumerate(pieces):
                 if self.sharded is not None:
                     self.sharded.begin_pass(last=number == len(pieces) - 1)
-                before = ledger.done
+                before = sums.done
                 with self.precision.autocast(), without_synchronisation(self.model):
                     yield plain(tree.move(piece, self.device))
-                if ledger.done != before + 1:
+                if sums.done != before + 1:
                     raise LossError(
-                        f"backward was called {ledger.done - before} times for one micro-batch: "
+                        f"backward was called {sums.done - before} times for one micro-batch: "
                         "call accumulator.backward(loss) exactly once for each"
                     )
             self.finish()
@@ -213,26 +215,26 @@ class Accumulator(Passes):
         Raises:
             LossError: not a scalar, or without a graph.
         """
-        ledger = self._running()
+        sums = self._running()
         if self.sharded is not None and self.sharded.collectives.muted:
             self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
             return
         if not isinstance(loss, Mean):
             expect_scalar(loss)
-            loss = Mean.of(loss, ledger.samples[ledger.done] if denominator is None else denominator)
+            loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
         self._add({"loss": loss})
 
-    # The same in parts, for the training loop, which may have to replay a window.
+    # --- a window in parts, for the training loop, which may have to run one again
 
     @uninterrupted
-    def open(self, batches: Sequence[Any]) -> Ledger:
+    def open(self, batches: Sequence[Any]) -> WindowSums:
         """Opens a window over this rank's micro-batches, which wait on the host; none where the rank idles."""
-        if self._ledger is not None:
+        if self._sums is not None:
             raise SetupError(
                 "the window before is still open: something holds its generator, which the loop over it was left by; "
                 "let the generator go (del, or its close()) before the next window"
             )
-        check_no_gradient(self._parameters)
+        check_no_gradient(self._parameters)  # whatever was left there would be taken for this window's
         self._memory.reset_peak()
         if self.sharded is not None:
             self._begin_sharded(self.sharded, batches)
@@ -241,14 +243,14 @@ class Accumulator(Passes):
         if self._settings:
             loss = {} if self.objective is None else self.objective.facts
             agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, loss)
-            self._settings = {}  # asked once
-        ledger = Ledger(batches, self.objective, self.ranks, f"step {self.step + 1}")
-        if self.meets_inside and len(set(ledger.micro_batches)) > 1:
-            raise SetupError(unequal(f"step {self.step + 1}", ledger.micro_batches))
-        self._ledger = ledger
+            self._settings = {}
+        sums = WindowSums(batches, self.objective, self.ranks, f"step {self.step + 1}")
+        if self.meets_inside and len(set(sums.micro_batches)) > 1:
+            raise SetupError(unequal(f"step {self.step + 1}", sums.micro_batches))
+        self._sums = sums
         self._statistics.begin(len(batches))
         self.noise_scale.open(len(batches))
-        return self._ledger
+        return sums
 
     def _begin_sharded(self, sharded: ShardedPasses, batches: Sequence[Any]) -> None:
         try:
@@ -265,9 +267,9 @@ class Accumulator(Passes):
 
         Where `rank_sum.uneven` is true afterwards, they `level` it and vote again before they `finish`.
         """
-        sums = (0.0, 0.0) if self._ledger is None else self._ledger.sums
+        sums = (0.0, 0.0) if self._sums is None else self._sums.so_far
         loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *flags])
-        self._ended = None if self._ledger is None else self._ledger.close(loss, late)
+        self._ended = None if self._sums is None else self._sums.close(loss, late)
         return answers
 
     @property
@@ -282,7 +284,7 @@ class Accumulator(Passes):
         Raises:
             LossError: the loss, or a gradient norm that was asked for, is not finite; nothing was stepped.
         """
-        ledger = self._running()
+        sums = self._running()
         if self._ended is None:  # in a loop of one's own, where nobody has voted yet
             self.rank_sum.ready()
             self.vote()
@@ -291,43 +293,119 @@ class Accumulator(Passes):
                 self.vote()
         assert self._ended is not None
         loss, correction = self._ended
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        norm: float | None = None
-        skipped: str | None = None
-        if correction == 0:
-            ignored = "every target of the window is ignored: its denominator is 0"
-            skipped = ignored if ledger.total_samples else "the window has no samples"
-        elif not math.isfinite(loss):
-            skipped = self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
+        lr = float(self.optimizer.param_groups[0]["lr"])  # of this step: the scheduler moves it on
+        norm, skipped = None, self._why_not(sums, loss, correction)
         if skipped is None:
             norm, skipped = self._update(correction)
         self.step += skipped is None
         self.skipped_windows += skipped is not None
         self.noise_scale.close()  # where nothing was stepped it still watches
-        if self._statistics.is_open:
+        if self._statistics.is_open:  # what is not finite has dropped them
             self._statistics.commit(self.ranks)
-        if self._steps or skipped is not None:
+        if self._steps or skipped is not None:  # else whoever steps takes the gradient first
             self._zero()
-        self._ledger = self._ended = None
-        self.stepping = False
-        if self.sharded is not None:
-            self.sharded.end()
-        seconds = time.perf_counter() - ledger.started
+        self._close()
+        seconds = time.perf_counter() - sums.started
         self.last = StepRecord(
             step=self.step,
             epoch=self.epoch,
             loss=loss,
             lr=lr,
             grad_norm=norm,
-            samples=ledger.total_samples,
-            micro_batches=len(ledger.samples),
+            samples=sums.total_samples,
+            micro_batches=len(sums.samples),
             seconds=seconds,
-            samples_per_second=ledger.total_samples / seconds,
+            samples_per_second=sums.total_samples / seconds,
             peak_bytes=self._memory.peak(),
             noise_scale=self.noise_scale.value,
             skipped=skipped,
         )
         return self.last
+
+    def _why_not(self, sums: WindowSums, loss: float, correction: float) -> str | None:
+        """Why the window takes no step; None where it does."""
+        if correction == 0:
+            ignored = "every target of the window is ignored: its denominator is 0"
+            return ignored if sums.total_samples else "the window has no samples"
+        return None if math.isfinite(loss) else self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
+
+    def _update(self, correction: float) -> tuple[float | None, str | None]:
+        """The one step: (gradient norm, why it was skipped).
+
+        `correction` is what the gradients have to be multiplied by, where the denominators were only known afterwards.
+        """
+        scaler = self.precision.scaler
+        self.on_phase("optimizer")
+        self.rank_sum.run()  # from here on each rank has the whole window's gradient
+        if scaler.is_enabled() and self._steps:
+            scaler.unscale_(self.optimizer)
+        gradients = [gradient for _, gradient in self._gradients()]
+        if correction != 1.0:
+            for gradient in gradients:
+                gradient.mul_(correction)
+        self.noise_scale.finish(gradients, self._running().total_samples)
+        norm = None
+        if (gradients or self.sharded is not None) and (self._clip_norm is not None or self._log_grad_norm):
+            measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
+            if self._clip_norm is not None:
+                clip_by_norm(gradients, measured, self._clip_norm)
+            norm = float(measured)
+            if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler sees to that itself
+                skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
+                if skipped is not None:
+                    return norm, skipped
+        self._side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`
+        if not self._steps:
+            return norm, None
+        self.stepping = True
+        overflowed = scaled_step(scaler, self.optimizer)
+        if overflowed is None and self.scheduler is not None:
+            self.scheduler.step()
+        return norm, overflowed
+
+    def _nonfinite(self, what: str) -> str | None:
+        """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then.
+
+        Raises:
+            LossError: such windows are not left out.
+        """
+        if self._on_nonfinite == "skip":
+            if self.rehearses:
+                for _, gradient in self._gradients():
+                    (gradient._values() if gradient.is_sparse else gradient).zero_()
+                return None
+            self._statistics.discard()  # they would stay what the samples made of them, NaN for instance
+            return what
+        self.discard()
+        raise LossError(
+            f"{what}, and no step was taken: lower the learning rate, look at the data of this window, "
+            'or pass on_nonfinite="skip" to leave such windows out'
+        )
+
+    @uninterrupted
+    def discard(self) -> None:
+        """Drops the window's gradients and statistics, as if it had not been opened."""
+        self._zero()
+        self.noise_scale.close()
+        self._statistics.discard()
+        self.rank_sum.drop()
+        # `stepping` stays: where a step broke off, weights may be half updated, and whoever catches the error asks.
+        self._sums = self._ended = None
+        if self.sharded is not None:
+            self.sharded.end()
+
+    def _close(self) -> None:
+        self._sums = self._ended = None
+        self.stepping = False
+        if self.sharded is not None:
+            self.sharded.end()
+
+    def _zero(self) -> None:
+        self._side.clear()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    # --- what others ask of it
 
     @property
     def meets_inside(self) -> bool:
@@ -337,7 +415,7 @@ class Accumulator(Passes):
     @property
     def is_open(self) -> bool:
         """Whether a window is."""
-        return self._ledger is not None
+        return self._sums is not None
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -348,37 +426,6 @@ class Accumulator(Passes):
     def parameters(self) -> list[nn.Parameter]:
         """All that a window gives gradients to: the model's parameters and the optimizer's, each once."""
         return self._parameters
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The open window's gradient of `parameter` so far, in the format it is summed in."""
-        return self._side.gradient(parameter)
-
-    def gradient_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """The format that the window's gradient of `parameter` is summed in."""
-        return self._side.dtype(parameter)
-
-    def is_sparse(self, parameter: nn.Parameter) -> bool:
-        """Whether the gradients of `parameter` are sparse, as far as its layer says or one was seen."""
-        return parameter in self._sparse
-
-    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0, rows: int = 0) -> None:
-        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one; or a sparse one."""
-        dtype = self.gradient_dtype(parameter)
-        if sparse_dimensions:
-            self._side.put(parameter, untouched_rows(parameter, rows, dtype, sparse_dimensions))
-        else:
-            self._side.put(parameter, torch.zeros_like(parameter, dtype=dtype))
-
-    @uninterrupted
-    def discard(self) -> None:
-        """Drops the window's gradients and statistics, as if it had not been opened."""
-        self._zero()
-        self.noise_scale.close()
-        self._statistics.discard()
-        self.rank_sum.drop()
-        self._ledger = self._ended = None
-        if self.sharded is not None:
-            self.sharded.end()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of a loop of one's own, for its checkpoints: plain values, without model, optimizer and schedule.
@@ -422,58 +469,13 @@ class Accumulator(Passes):
         self.noise_scale.close()
         self._statistics.close()
 
-    def _update(self, correction: float) -> tuple[float | None, str | None]:
-        """The one step: (gradient norm, why it was skipped)."""
-        scaler = self.precision.scaler
-        self.on_phase("optimizer")
-        self.rank_sum.run()
-        if scaler.is_enabled() and self._steps:
-            scaler.unscale_(self.optimizer)
-        gradients = [gradient for _, gradient in self._gradients()]
-        if correction != 1.0:
-            for gradient in gradients:
-                gradient.mul_(correction)
-        self.noise_scale.finish(gradients, self._running().total_samples)
-        norm = None
-        if (gradients or self.sharded is not None) and (self._clip_norm is not None or self._log_grad_norm):
-            measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
-            if self._clip_norm is not None:
-                clip_by_norm(gradients, measured, self._clip_norm)
-            norm = float(measured)
-            if not math.isfinite(norm) and not scaler.is_enabled():
-                skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
-                if skipped is not None:
-                    return norm, skipped
-        self._side.give_back()
-        if not self._steps:
-            return norm, None
-        self.stepping = True
-        overflowed = scaled_step(scaler, self.optimizer)
-        if overflowed is None and self.scheduler is not None:
-            self.scheduler.step()
-        return norm, overflowed
-
-    def _nonfinite(self, what: str) -> str | None:
-        """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then."""
-        if self._on_nonfinite == "skip":
-            if self.rehearses:
-                for _, gradient in self._gradients():
-                    (gradient._values() if gradient.is_sparse else gradient).zero_()
-                return None
-            self._statistics.discard()  # they would stay what the samples made of them, NaN for instance
-            return what
-        self.discard()
-        raise LossError(
-            f"{what}, and no step was taken: lower the learning rate, look at the data of this window, "
-            'or pass on_nonfinite="skip" to leave such windows out'
-        )
-
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter's gradient of the window, what lies on this rank."""
         found = ((parameter, self._side.gradient(parameter)) for parameter in self._parameters)
         return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
 
-    def _zero(self) -> None:
-        self._side.clear()
-        for parameter in self._parameters:
-            parameter.grad = None
+
+def _check_kinds(plan: Any, ranks: Any, objective: Any) -> None:
+    check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
+    check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
+    check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")

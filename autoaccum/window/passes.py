@@ -1,11 +1,14 @@
-"""Forward and backward of a window's micro-batches, each with its part of the window's loss."""
+"""Forward and backward of a window's micro-batches, each with its part of the window's loss.
+
+What an Accumulator does while its window is open; what opens and ends a window is in accumulate.py.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
@@ -16,12 +19,12 @@ from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward
 from autoaccum.model.precision import Precision, SideBuffers
-from autoaccum.model.sparse_gradients import SparseGradients
+from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.sharded import ShardedPasses
 from autoaccum.window.two_passes import TwoPasses
-from autoaccum.window.window_sums import Ledger, Parts
+from autoaccum.window.window_sums import Parts, WindowSums
 
 __all__ = ["Passes", "call", "ignore"]
 
@@ -31,7 +34,12 @@ class Passes:
 
     Attributes:
         sharded: runs the passes of a model whose ranks meet in each of them; None for others.
-        on_phase: told the name of each phase as it begins.
+        on_phase: told the name of each phase as it begins, for a trace of its memory.
+        rehearses: set where only the memory of a step matters: no window is left out for its loss.
+        rehearsed_samples: how many samples a loss that compares them is then computed over: those of the window whose
+            micro-batch is tried; 0: those that are there.
+        at_once: set where a loss that compares samples runs on one graph, as the reference that its two passes are held
+            against; the window must be one micro-batch.
     """
 
     model: nn.Module
@@ -46,7 +54,7 @@ class Passes:
     rehearses = False
     rehearsed_samples = 0
     at_once = False
-    _ledger: Ledger | None
+    _sums: WindowSums | None
     _side: SideBuffers
     _sparse: SparseGradients
     _statistics: PooledStatistics
@@ -59,12 +67,12 @@ class Passes:
     @uninterrupted
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
-        ledger = self._running()
+        sums = self._running()
         if self._two_passes is not None and not self.at_once:
             self._run_twice(self._two_passes, list(batches))
             return
         if self.sharded is not None:
-            passes = max(ledger.micro_batches)
+            passes = max(sums.micro_batches)
             self.sharded.run(list(batches), passes, self._one, self._empty_pass, self._resting)
             return
         for batch in batches:
@@ -72,16 +80,16 @@ class Passes:
             self._one(batch)
 
     def _one(self, batch: Any) -> None:
-        """Forward and backward of one micro-batch."""
-        ledger, objective = self._running(), self.objective
+        """Forward and backward of one micro-batch, which waits on the host."""
+        sums, objective = self._running(), self.objective
         assert objective is not None
         self.on_phase("batch")
         placed = batch if self._on_host else tree.move(batch, self.device)
         self.on_phase("forward")
         # Where nothing counts the forward still runs: statistics and random generators move as they would.
-        graph = ledger.counts or self.sharded is not None
+        graph = sums.counts or self.sharded is not None
         with self.precision.autocast(), nullcontext() if graph else torch.no_grad():
-            terms = self._call(objective.terms, placed, ledger.own, batch)
+            terms = self._call(objective.terms, placed, sums.own, batch)
         self._add(terms)
 
     def _empty_pass(self, sample: Any) -> None:
@@ -93,10 +101,31 @@ class Passes:
 
     def _backward_of_nothing(self, terms: Mapping[str, Mean]) -> None:
         self.precision.forget_casts()
+        # The factor 0 makes gradients of zeros, so that the collectives of the backward pass are run all the same.
         losses = [terms.loss] if isinstance(terms, Several) else [term.part(1.0)[0] for term in terms.values()]
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
         self._side.collect()
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The open window's gradient of `parameter` so far, in the format it is summed in."""
+        return self._side.gradient(parameter)
+
+    def gradient_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """The format that the window's gradient of `parameter` is summed in."""
+        return self._side.dtype(parameter)
+
+    def is_sparse(self, parameter: nn.Parameter) -> bool:
+        """Whether the gradients of `parameter` are sparse, as far as its layer says or one was seen."""
+        return parameter in self._sparse
+
+    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0, rows: int = 0) -> None:
+        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one; or a sparse one."""
+        dtype = self.gradient_dtype(parameter)
+        if sparse_dimensions:
+            self._side.put(parameter, untouched_rows(parameter, rows, dtype, sparse_dimensions))
+        else:
+            self._side.put(parameter, torch.zeros_like(parameter, dtype=dtype))
 
     @property
     def compares(self) -> bool:
@@ -104,7 +133,7 @@ class Passes:
         return self._two_passes is not None
 
     def _run_twice(self, two_passes: TwoPasses, batches: Sequence[Any]) -> None:
-        ledger = self._running()
+        sums = self._running()
         two_passes.rehearsed = self.rehearsed_samples
 
         def again() -> None:
@@ -115,17 +144,18 @@ class Passes:
         def entered() -> None:
             self._sparse.merge()
             self._side.collect()
-            ledger.enter()
+            sums.done += 1
 
         what = f"step {self.step + 1}"
         loss = interruptible(two_passes.run, batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
         if loss is not None:
-            ledger.add(loss)
+            sums.add(loss)
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
-        ledger = self._running()
-        parts, value = ledger.parts(terms)
-        ledger.note(parts if value is None else [(value, 1.0)])
+        """Adds one micro-batch's terms to the loss, and their gradients to the window's."""
+        sums = self._running()
+        parts, value = sums.parts(terms)
+        sums.note(parts if value is None else [(value, 1.0)])
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()
@@ -137,12 +167,12 @@ class Passes:
                 first.check()
                 self._looked_at_backward = True
             self._sparse.merge()
-            self._side.collect()
+            self._side.collect()  # into fp32 buffers, where the parameters have 16 bits
         elif self.sharded is not None:  # the other ranks are in the same pass, and wait for this one's gradients
             self._backward_of_nothing(terms)
         if self.noise_scale.watches:
-            self.noise_scale.micro(ledger.samples[ledger.done] / ledger.total_samples)
-        ledger.enter()
+            self.noise_scale.micro(sums.samples[sums.done] / sums.total_samples)
+        sums.done += 1
 
     def _backward(self, parts: Parts) -> None:
         """Each term's factor is where its backward pass begins: a multiplication less in the graph."""
@@ -153,10 +183,10 @@ class Passes:
             return
         backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
 
-    def _running(self) -> Ledger:
-        if self._ledger is None:
+    def _running(self) -> WindowSums:
+        if self._sums is None:
             raise SetupError("no window is open: call backward inside `for micro in accumulator.window(batch):`")
-        return self._ledger
+        return self._sums
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -19,13 +19,13 @@ from autoaccum.loss.objective import Objective
 from autoaccum.ranks import Ranks
 from autoaccum.window.figures import Figures
 
-__all__ = ["Ledger", "Parts"]
+__all__ = ["Parts", "WindowSums"]
 
 Parts = list[tuple[Tensor, float]]
 """A micro-batch's part of its window's loss: scalars with a graph, and what each is multiplied by."""
 
 
-class Ledger:
+class WindowSums:
     """What is known of one window while it runs.
 
     Attributes:
@@ -137,12 +137,8 @@ class Ledger:
         for tensor, factor in parts:
             self.add(tensor, factor)
         if self.done + 1 == len(self.samples):
-            sums = (self._loss, self._late)
-            self._fetched = [Figures(each) if isinstance(each, Tensor) else each for each in sums]
-
-    def enter(self) -> None:
-        """Counts one micro-batch as done."""
-        self.done += 1
+            both = (self._loss, self._late)
+            self._fetched = [Figures(each) if isinstance(each, Tensor) else each for each in both]
 
     def add(self, loss: Tensor, factor: float = 1.0) -> None:
         """Adds to the window's loss. What lies on a device is not waited for."""
@@ -150,7 +146,7 @@ class Ledger:
         self._loss = self._loss + (loss.item() if loss.device.type == "cpu" else loss.detach()) * factor
 
     @property
-    def sums(self) -> tuple[float, float]:
+    def so_far(self) -> tuple[float, float]:
         """(this rank's part of the window's loss, denominators known only afterwards). Waits for their fetching."""
         loss, late = (
             each.read()[0] if isinstance(each, Figures) else float(each)
@@ -162,7 +158,7 @@ class Ledger:
         """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts).
 
         Args:
-            loss, late: the `sums` of all ranks added up.
+            loss, late: `so_far` of all ranks added up.
         """
         if self.totals is not None:
             return loss, 0.0 if self.empty else 1.0
