@@ -17,7 +17,7 @@ from torch import nn
 import autoaccum
 from autoaccum.errors import NothingFitsError, ProbeError, SetupError
 from autoaccum.probing import journal
-from autoaccum.probing.isolate import Killed, run_in_child
+from autoaccum.probing.child_process import Killed, run_in_child
 from autoaccum.probing.journal import Journal, Owner, journal_path
 
 pytestmark = pytest.mark.usefixtures("spawns_warm")
