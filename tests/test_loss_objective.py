@@ -82,7 +82,7 @@ def accumulated(objective, batch, sizes=SIZES):
             backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
         sums.note(parts if value is None else [(value, 1.0)])
         sums.done += 1
-    _, correction = sums.close(*sums.sums)
+    _, correction = sums.close(*sums.so_far)
     return gradient(objective.model) * correction
 
 
