@@ -14,6 +14,7 @@ from autoaccum.display.terminal import (
     fit_view,
     open_console,
     plan_view,
+    probe_view,
     report_view,
     search_view,
     verify_view,
@@ -247,6 +248,25 @@ def test_trials_of_chosen_lengths_say_so_and_only_those_of_the_longest_are_on_th
 def test_a_plan_over_lengths_shows_no_sizes_that_no_window_need_have():
     shown = drawn(plan_view({**PLAN, "by_length": [[30, 64], [300, 1]]}))
     assert "256 samples a step = micro-batches by length" in shown
+
+
+def test_what_fits_how_has_a_row_for_each_way_and_the_first_clause_of_what_is_against_it():
+    rows = [
+        {"way": "replicated", "fits": False, "taken": False, "limits": None, "peak_bytes": [3 * MIB, None],
+         "why_not": "not even one sample fits in 2.0 MiB (as asked): and so on"},
+        {"way": "sharded", "fits": True, "taken": True, "limits": [9, 4], "peak_bytes": [MIB, 2 * MIB],
+         "why_not": None},
+        {"way": "sharded with checkpointing", "fits": True, "taken": False, "limits": [8, 8], "peak_bytes": [MIB, MIB],
+         "why_not": None},
+    ]  # fmt: skip
+    shown = drawn(probe_view({**REPORT, "ways": rows})).splitlines()
+    first, second, third = shown[-3:]
+    assert first.split("  ")[-1].strip() == "not even one sample fits in 2.0 MiB"
+    assert "4 to 9" in second
+    assert "was run" in second
+    assert "1.0 MiB to 2.0 MiB" in second
+    assert third.rstrip().endswith("forecast only")
+    assert " to " not in third
 
 
 def test_a_training_over_lengths_says_what_cutting_by_length_gave():

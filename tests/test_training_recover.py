@@ -1,5 +1,6 @@
 """Out of memory and other errors in mid-training: what was trained is what would have been, and no sample is lost."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -254,6 +255,17 @@ def test_on_ranks_with_unequal_limits_only_those_that_ran_out_are_halved_and_all
     assert [smaller.limits for smaller, _ in after] == [(8, 1), (8, 1)]
     assert [limit for _, limit in after] == [8, 1]
     assert after[0][0].share(20)[1] == after[1][0].share(20)[0], "the shares tile the window"
+
+
+def test_gradients_that_wait_whole_for_a_windows_end_go_before_any_size_is_halved():
+    made = dataclasses.replace(plan(8, 16), gradient_sync="window")
+    replays = Replays(regrow_after=1)
+    smaller, limit = replays.shrink(made, 8, True, Ranks(), step=3)
+    assert smaller.gradient_sync == "micro-batch"
+    assert [smaller.micro_batches, limit] == [made.micro_batches, 8]
+    assert "ran out in step 3" in smaller.reasons["gradient_sync"]
+    assert replays.shrink(smaller, 8, True, Ranks(), step=3)[1] == 4
+    assert replays.grow(smaller) == made
 
 
 def test_a_floor_that_cannot_be_met_moves_the_limit_up():

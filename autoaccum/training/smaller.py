@@ -46,10 +46,19 @@ class Replays:
         """The plan for going on, and the largest micro-batch of this rank's in the window that is replayed.
 
         All ranks call this, each with its largest micro-batch in the attempt that failed and whether it ran out.
+        Gradients that wait whole for a window's end go first, and sizes stay; then these are halved.
 
         Raises:
             NothingFitsError: it ran out at the smallest micro-batch that the plan allows.
         """
+        if plan.gradient_sync == "window":
+            text = (
+                f"micro-batch: memory ran out in step {step} while gradients waited whole for the window's end; from "
+                "here on each micro-batch sums them over the ranks, which keeps them sharded"
+            )
+            self.before, self.undisturbed, self._grew = self.before or plan, 0, False
+            reasons = {**plan.reasons, "gradient_sync": text, "limit": text.partition(": ")[2]}
+            return dataclasses.replace(plan, gradient_sync="micro-batch", reasons=reasons), max(largest, 1)
         now = plan.limits[plan.rank]
         half = max((largest + 1) // 2, plan.minimum)
         if ran_out and self._verified is not None and NEAR * self._verified <= largest <= self._verified:

@@ -128,7 +128,7 @@ class Accumulator(Passes):
         self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
         self.ranks = ranks if ranks is not None else here(self.device, group)
         check_ranks(plan.rank, plan.world_size, self.ranks)
-        self.sharded = sharded_passes(model, self.ranks, self.device, late=plan.gradient_sync == "window")
+        self.sharded = sharded_passes(model, self.ranks, self.device)
         # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
         self._call: Callable[..., Any] = interruptible if self.sharded is None else call
         # What lasts from window to window.
@@ -258,6 +258,7 @@ class Accumulator(Passes):
         except SetupError:
             self.ranks.fail()
             raise
+        sharded.late = self.plan.gradient_sync == "window"
         sharded.begin(self.place)
         if self.objective is not None:
             sharded.compare(self._empty_pass, self._resting, "the first pass")

@@ -44,15 +44,9 @@ _UNDIVIDED = {
 }
 
 
-def sharded_passes(
-    model: nn.Module, ranks: Ranks, device: torch.device, *, late: bool = False
-) -> "ShardedPasses | None":
+def sharded_passes(model: nn.Module, ranks: Ranks, device: torch.device) -> "ShardedPasses | None":
     """What runs the windows of a model that `fully_shard` has sharded; None for others."""
-    if not is_sharded(model):
-        return None
-    passes = ShardedPasses(model, ranks, device)
-    passes.late = late
-    return passes
+    return ShardedPasses(model, ranks, device) if is_sharded(model) else None
 
 
 class ShardedPasses:

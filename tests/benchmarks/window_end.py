@@ -3,7 +3,7 @@
 DDP sums gradients while the last backward pass runs; autoaccum sums them after it, in place. Windows of the one and the
 other in turn, on gloo ranks of this machine; the ratio of their medians, on rank 0.
 
-python -m tests.benchmarks.window_end [--ranks 2] [--times 25]
+python -m tests.benchmarks.window_end [--ranks 2] [--times 25] [--counts 1 2 4 8]
 """
 
 import argparse
@@ -25,7 +25,6 @@ from tests.ranks_started import started
 from tests.shards_work import grouped
 
 WIDTH, LAYERS, SAMPLES = 1024, 10, 16
-COUNTS = (1, 2, 4, 8)
 
 
 def model_of() -> nn.Module:
@@ -49,10 +48,10 @@ def ours(accumulator: autoaccum.Accumulator, model: nn.Module, x: Tensor, count:
     dist.barrier()
 
 
-def work(rank: int, folder: str, *, ranks: int, times: int) -> None:
+def work(rank: int, folder: str, *, ranks: int, times: int, counts: list[int]) -> None:
     with grouped(rank, ranks, folder):
         found: dict[int, dict[str, Any]] = {}
-        for count in COUNTS:
+        for count in counts:
             theirs, model = DistributedDataParallel(model_of()), model_of()
             first = torch.optim.SGD(theirs.parameters(), lr=1e-3)
             second = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -73,9 +72,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.window_end", description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--times", type=int, default=25)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="micro-batches in a window")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = partial(work, ranks=options.ranks, times=options.times)
+        run = partial(work, ranks=options.ranks, times=options.times, counts=options.counts)
         started(run, options.ranks, Path(folder), seconds=1800)
         found = json.loads(Path(folder, "found.json").read_text())
     print(f"{found['parameters']:,} parameters, {options.ranks} ranks")
