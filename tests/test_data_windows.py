@@ -632,14 +632,6 @@ def test_a_model_that_writes_to_its_input_does_not_write_to_the_data(shuffle):
     assert torch.equal(x, original)
 
 
-def test_rows_in_sequence_are_views_while_nothing_writes_to_them():
-    x = torch.arange(40.0)
-    source = open_source(x, shuffle=False)
-    found = list(windows(source, lambda: plan(4, 8), 0))
-    assert found[0].batches[0].untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-    assert found[1].batches[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-
-
 def test_tensors_made_in_inference_mode_are_data_too():
     with torch.inference_mode():
         x = torch.arange(20)

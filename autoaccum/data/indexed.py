@@ -3,10 +3,7 @@
 Choices made here:
 
 - A window's rows of a tensor are gathered once and handed out as views of that copy: a micro-batch costs a few
-  microseconds.
-- Rows in sequence need no copy, but a model may write to its input (an in-place first layer, a normalising step), and
-  must not write to the user's tensors. So the first window is a copy. Views follow where nothing wrote to it, which
-  its version counter tells, and copies again from where a view was written to.
+  microseconds, and a model that writes to its input does not write to the user's tensors.
 """
 
 from abc import abstractmethod
@@ -112,9 +109,6 @@ class TensorSource(IndexedSource):
         super().__init__(tree.batch_size(data), loader, **common)
         self._data = data
         self._tensors = [tensor for _, tensor in tree.tensors(data)]
-        self._copies = any(tensor.is_inference() for tensor in self._tensors)  # those have no version counter
-        self._last: list[Tensor] = []
-        self._versions: list[int] = []
         self._flat = all(isinstance(child, Tensor) for child in children(data) or ())
         self._strided = all(t.layout is torch.strided and not t.is_nested for t in self._tensors)
 
@@ -135,9 +129,7 @@ class TensorSource(IndexedSource):
         while total := cutter.total(order.look):
             cut = cutter.cut(total)
             rows = order.rows(total)
-            if isinstance(rows, slice):
-                rows = slice(rows.start + cut.start, rows.start + cut.stop)
-            elif cut.stop - cut.start != total:
+            if cut.stop - cut.start != total:
                 rows = rows[cut.start : cut.stop]
             if not cut.sizes:
                 yield Read(total, [])
@@ -151,12 +143,9 @@ class TensorSource(IndexedSource):
             else:
                 yield Read(total, tree.split(self._like(window), cut.sizes))
 
-    def _gather(self, rows: Tensor | slice) -> list[Tensor]:
+    def _gather(self, rows: Tensor) -> list[Tensor]:
         if not self._strided:
-            numbers = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
-            return [tree.take_rows(tensor, numbers) for tensor in self._tensors]
-        if isinstance(rows, slice):
-            return self._in_sequence(rows)
+            return [tree.take_rows(tensor, rows.tolist()) for tensor in self._tensors]
         try:
             return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors]
         except (IndexError, RuntimeError) as error:
@@ -164,16 +153,6 @@ class TensorSource(IndexedSource):
                 f"rows {rows[:8].tolist()} and on could not be taken from tensors of {self._rows} rows: {error}; the "
                 "sampler must give indices from 0 to one below that"
             ) from error
-
-    def _in_sequence(self, rows: slice) -> list[Tensor]:
-        window = [tensor[rows] for tensor in self._tensors]
-        self._copies = self._copies or [tensor._version for tensor in self._last] != self._versions
-        if self._copies:
-            return [tensor.clone() for tensor in window]
-        if not self._last:
-            window = [tensor.clone() for tensor in window]
-        self._last, self._versions = window, [tensor._version for tensor in window]
-        return window
 
     def _like(self, parts: Sequence[Tensor]) -> Any:
         """The parts in the structure of the data."""

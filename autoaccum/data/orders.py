@@ -45,14 +45,16 @@ class Known:
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` indices."""
-        rows = self.rows(count)
-        return range(rows.start, rows.stop) if isinstance(rows, slice) else list(rows.tolist())
+        taken = self._next(count)
+        return list(taken.tolist()) if isinstance(taken, Tensor) else taken
 
-    def rows(self, count: int) -> Tensor | slice:
-        """The next `count` indices for a tensor: int64 indices, or a slice where they are consecutive."""
+    def rows(self, count: int) -> Tensor:
+        """The next `count` indices as int64."""
+        taken = self._next(count)
+        return taken if isinstance(taken, Tensor) else torch.arange(taken.start, taken.stop)
+
+    def _next(self, count: int) -> range | Tensor:
         start, self._position = self._position, self._position + count
-        if isinstance(self._indices, range):
-            return slice(start, self._position)
         return self._indices[start : self._position]
 
 
@@ -98,8 +100,8 @@ class SamplerOrder:
         self.look(count)
         return [self._read.popleft() for _ in range(count)]
 
-    def rows(self, count: int) -> Tensor | slice:
-        """The next `count` indices, as a tensor or a slice takes them."""
+    def rows(self, count: int) -> Tensor:
+        """The next `count` indices as int64."""
         return torch.tensor(self.take(count), dtype=torch.int64)
 
 

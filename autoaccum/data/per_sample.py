@@ -7,7 +7,7 @@ lists' own types (`structure.SampleList` and the like), so that whoever cuts it 
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -21,12 +21,8 @@ __all__ = ["ListReader"]
 _TRIED = (2, 3, 5, 9)  # samples in batches made to be compared; a collate function may drop some
 
 
-class _Outline(NamedTuple):
-    """A batch without its data: sizes along dimension 0, lengths of lists, and what lies inside."""
-
-    size: int | None
-    is_list: bool
-    inside: tuple[tuple[str, "_Outline"], ...]
+_Outline = dict[str, tuple[bool, int | None]]
+"""A batch without its data, by path: whether it is a list, and its length; of a tensor, its size along dimension 0."""
 
 
 class ListReader:
@@ -62,7 +58,7 @@ class ListReader:
 
         `sure`: it was made to differ from the others in its samples, so that what stayed as it was belongs to none.
         """
-        outline = _outline(batch)
+        outline = dict(_outline(batch, ""))
         for before in self._seen:
             self._per_sample.update(_grown(before, outline, sure=sure))
         if outline not in self._seen:
@@ -122,39 +118,34 @@ _ASK = (
 )
 
 
-def _outline(node: Any) -> _Outline:
-    if isinstance(node, Tensor):
-        return _Outline(node.size(0) if node.dim() else None, False, ())
+def _outline(node: Any, path: str) -> Iterator[tuple[str, tuple[bool, int | None]]]:
     inside = children(node) or ()
-    named = zip(steps(node), inside) if inside else ()
-    size = len(inside) if is_list(node) else None
-    return _Outline(size, is_list(node), tuple((step, _outline(child)) for step, child in named))
+    size = len(inside) if is_list(node) else node.size(0) if isinstance(node, Tensor) and node.dim() else None
+    yield path, (is_list(node), size)
+    for step, child in zip(steps(node), inside) if inside else ():
+        yield from _outline(child, path + step)
 
 
 def _grown(before: _Outline, after: _Outline, *, sure: bool) -> dict[str, bool]:
     """Of each list in both: whether it holds one item a sample. Empty where nothing, or more than one thing, grew."""
     lists: dict[str, bool] = {}
     sizes: set[tuple[int, int]] = set()
-    _compare(before, after, "", lists, sizes)
+    passed: tuple[str, ...] = ()  # what paths begin with that are not compared
+    for path, (listed, one) in before.items():  # outer ones first
+        if path not in after or path.startswith(passed):
+            continue
+        listed_after, other = after[path]
+        grew = one != other
+        if listed == listed_after:
+            if listed:
+                lists[path] = grew
+            if one is not None and other is not None and (grew or not listed):
+                sizes.add((one, other))
+        if listed != listed_after or (listed and grew):  # what is inside belongs to single samples
+            passed += (f"{path}[", f"{path}.")
     if sure:
         sizes = {(one, other) for one, other in sizes if one != other}
     return lists if len(sizes) == 1 and not any(one == other for one, other in sizes) else {}
-
-
-def _compare(before: _Outline, after: _Outline, path: str, lists: dict[str, bool], sizes: set[tuple[int, int]]) -> None:
-    """Collects, from what stands at the same places of two batches: lists that grew or did not, and sizes of both."""
-    if before.is_list != after.is_list:
-        return
-    grew = before.size != after.size
-    if before.is_list:
-        lists[path] = grew
-    if before.size is not None and after.size is not None and (grew or not before.is_list):
-        sizes.add((before.size, after.size))
-    if before.is_list and grew:
-        return  # what is inside belongs to single samples
-    for (step, one), (other_step, other) in zip(before.inside, after.inside):
-        if step == other_step:
-            _compare(one, other, path + step, lists, sizes)
 
 
 def _ambiguous(batch: Any, items: Any) -> bool:

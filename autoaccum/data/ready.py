@@ -25,9 +25,8 @@ from autoaccum.data.fetch import Fetcher
 from autoaccum.data.mapped import rebuilt, samples_from
 from autoaccum.data.orders import length_of, possible_indices, undistributed
 from autoaccum.data.stream import Reader, StreamSource, reads_once
-from autoaccum.data.trial_samples import KEPT_BYTES, Pool, spread
+from autoaccum.data.trial_samples import KEPT_BYTES, Pool, largest_first, spread
 from autoaccum.errors import DataError, shown
-from autoaccum.units import format_bytes
 
 __all__ = ["BatchSource", "iterates_by_itself"]
 
@@ -118,14 +117,9 @@ class BatchSource(StreamSource):
         if not batches:
             raise DataError("the data is empty: the DataLoader gave no batches, and training needs at least one")
         each = [-(-tree.nbytes(batch) // tree.batch_size(batch)) for batch in batches]
-        if min(each) != max(each):
-            self.varies = (
-                f"samples differ in size: of {len(batches)} ready batches looked at, the smallest have "
-                f"{format_bytes(min(each))} a sample, the largest {format_bytes(max(each))}; trials take the largest, "
-                "and worst_case= can name a larger one"
-            )
-        order = sorted(range(len(batches)), key=lambda number: -each[number])
-        return tree.repeat(_joined([batches[number] for number in order], size), size)
+        ordered, varies = largest_first(batches, each, "ready batches")
+        self.varies = varies or self.varies
+        return tree.repeat(_joined(ordered, size), size)
 
     def _some_batches(self, size: int) -> list[Any]:
         """A few ready batches, and more until they have `size` samples."""

@@ -19,7 +19,7 @@ from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 from autoaccum.units import MIB, format_bytes
 
-__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "looked_at", "spread"]
+__all__ = ["KEPT_BYTES", "LOOKED_AT", "Pool", "largest_first", "looked_at", "spread"]
 
 LOOKED_AT = 64
 _FIRST_LOOK = 16
@@ -98,15 +98,19 @@ def _pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
     """
     if not samples:
         raise DataError("the data is empty: it gave no samples, and training needs at least one")
-    weights = [_weight(sample) for sample in samples]
-    varies = None
-    if min(weights) != max(weights):
-        samples = [samples[number] for number in sorted(range(len(samples)), key=lambda number: -weights[number])]
-        varies = (
-            f"samples differ in size: of {len(samples)} looked at, the smallest has {format_bytes(min(weights))}, the "
-            f"largest {format_bytes(max(weights))}; trials take the largest, and worst_case= can name a larger one"
-        )
+    samples, varies = largest_first(samples, list(map(_weight, samples)), "samples")
     return [tree.copied(samples[number % len(samples)]) for number in range(size)], varies
+
+
+def largest_first(items: Sequence[Any], sizes: Sequence[int], what: str) -> tuple[Sequence[Any], str | None]:
+    """The items, by falling bytes a sample where these `sizes` differ, and a line on that."""
+    if min(sizes) == max(sizes):
+        return items, None
+    line = (
+        f"samples differ in size: of {len(items)} {what} looked at, the smallest has {format_bytes(min(sizes))} a "
+        f"sample, the largest {format_bytes(max(sizes))}; trials take the largest, and worst_case= can name another"
+    )
+    return [items[place] for place in sorted(range(len(items)), key=lambda place: -sizes[place])], line
 
 
 def _weight(sample: Any) -> int:
