@@ -21,7 +21,6 @@ Choices:
 """
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -152,9 +151,7 @@ class PooledStatistics:
     def __enter__(self) -> "PooledStatistics":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     # For the layers' hooks.

@@ -17,7 +17,6 @@ Choices made here:
 import random
 import sys
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class Lane:
             self._inside.restore()
 
     @uninterrupted
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._inside = RandomState(_CPU)
         if self._outside is not None:
             self._outside.restore()
@@ -95,7 +94,7 @@ class preserved:
         """Nothing is to be done here: `__init__` has kept the states."""
 
     @uninterrupted
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._before.restore()
         for each, state in self._own:
             restore(each, state)

@@ -102,11 +102,7 @@ class BatchSource(StreamSource):
 
     def first(self) -> Any:
         """The first ready batch that a trial may see."""
-        if not self.one_shot:
-            return list(islice(iter(self._batches_for_trials()), 1))
-        reader = self._only_reader()
-        reader.look(1)
-        return list(islice(reader.drawn, 1))
+        return list(islice(self._drawn_ahead(0) if self.one_shot else self._batches_for_trials(), 1))
 
     # --- trials ---
 

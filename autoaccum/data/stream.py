@@ -193,6 +193,14 @@ class StreamSource(Source):
             self._reader = Reader(self._items, Lane(mix(seed)), self._counted)
         return self._reader
 
+    def _drawn_ahead(self, start: int) -> Iterator[Any]:
+        """What can be read only once, from an item on: it stays with the reader, for training."""
+        reader = self._only_reader()
+        for number in count(start):
+            if reader.look(number + 1)[0] <= number:
+                return
+            yield reader.drawn[number]
+
     def _begin(self, epoch: int, again: bool) -> int:
         if self.ranks.size > 1:  # all ranks read the same, so all draw the same
             for each in held(self._replayed).values():
@@ -235,14 +243,6 @@ class SampleSource(StreamSource):
         self._pin = loader is not None and loader.pin_memory and torch.cuda.is_available()
         looked_at = items if shared else samples
         self._pool = Pool(self._drawn_ahead if self.one_shot else lambda start: islice(iter(looked_at), start, None))
-
-    def _drawn_ahead(self, start: int) -> Iterator[Any]:
-        """The samples of what can be read only once, from a number on: they stay with the reader, for training."""
-        reader = self._only_reader()
-        for number in count(start):
-            if reader.look(number + 1)[0] <= number:
-                return
-            yield reader.drawn[number]
 
     def first(self) -> Any:
         """The first two samples."""

@@ -310,10 +310,8 @@ def disagreement(sizes: Mapping[str, int]) -> DataError:
 
 
 def _records(items: Any) -> bool:
-    """Whether the items may be samples by their looks: records of one kind, or whatever is `labelled`."""
-    if not items or not alike(items) or not _has_tensors(items):
-        return False
-    return labelled(items) or not (is_list(items[0]) or children(items[0]) is None)
+    """Whether items that are alike may be samples by their looks: records with tensors, or whatever is `labelled`."""
+    return _has_tensors(items) and (labelled(items) or not (is_list(items[0]) or children(items[0]) is None))
 
 
 def _has_tensors(node: Any) -> bool:

@@ -275,17 +275,11 @@ def _check(found: Plan) -> None:
     learning_rate.check_decided(
         found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch, found.optimizer_overrides
     )
-    start, stop = found.share(found.usual_window)
-    steps = -(-(stop - start) // found.limits[found.rank])
-    sizes = found.split(found.usual_window) if steps == len(found.micro_batches) else ()
-    if (found.micro_batches, found.micro_batch, found.accumulation_steps) != (sizes, max(sizes, default=0), steps):
-        raise PlanError(
-            f"this plan's micro-batches {found.micro_batches!r:.80} are not those of a target of {found.target_batch} "
-            f"with limits {found.limits!r:.80}, which are {steps} of {sizes[:1] or 'another size'}: change a plan with "
-            "Plan.with_limit, or make it anew"
-        )
-    momentum = bn_momentum_for(found.layer_momentum, steps)
-    if momentum != found.bn_momentum and not math.isclose(momentum or 0.0, found.bn_momentum or 0.0):
-        raise PlanError(
-            f"this plan's bn_momentum is {found.bn_momentum}, and its steps make it {momentum}: make it anew"
-        )
+    made = _arranged(found)
+    for name in ("micro_batches", "micro_batch", "accumulation_steps", "bn_momentum"):
+        was, own = getattr(found, name), getattr(made, name)
+        if was != own and not (isinstance(was, float) and isinstance(own, float) and math.isclose(was, own)):
+            raise PlanError(
+                f"this plan's {name} is {was!r:.80}, and its target and limits make it {own!r:.80}: change a plan with "
+                "Plan.with_limit, or make it anew"
+            )

@@ -10,7 +10,6 @@ import os
 import secrets
 import socket
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 from weakref import WeakSet
 
@@ -50,9 +49,7 @@ class FolderLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.release()
 
     def acquire(self) -> None:

@@ -9,7 +9,6 @@ Any other error leaves everything as it was before the window. Only what happens
 undone: its state may be half updated then, and is not trusted.
 """
 
-import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,14 +39,6 @@ __all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]
 
 class OptimizerOutOfMemoryError(AutoaccumError, torch.cuda.OutOfMemoryError):
     """Memory ran out inside the optimizer's step, so that its state and the weights may be half updated."""
-
-
-class _End(enum.Enum):
-    """How an attempt at a window ended."""
-
-    WELL = enum.auto()
-    OUT_OF_MEMORY = enum.auto()
-    TOO_SMALL = enum.auto()  # a BatchNorm layer takes no single sample
 
 
 class WindowStart:
@@ -188,12 +179,12 @@ class SafeWindow:
         """
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
-            end = self._attempt(partial(self._pass, pieces), pieces)
-            out_of_memory, too_small = self._vote(end)
+            here = self._attempt(partial(self._pass, pieces), pieces)
+            out_of_memory, too_small = self._vote(*here)
             rank_sum = self._accumulator.rank_sum
             if rank_sum.uneven and not out_of_memory and not too_small:
-                end = self._attempt(partial(rank_sum.level, self._accumulator.place), pieces)
-                out_of_memory, too_small = self._vote(end)
+                here = self._attempt(partial(rank_sum.level, self._accumulator.place), pieces)
+                out_of_memory, too_small = self._vote(*here)
             if not out_of_memory and not too_small:
                 return
             self._accumulator.discard()
@@ -209,7 +200,7 @@ class SafeWindow:
                 self._accumulator.plan = with_floor(self._accumulator.plan)
                 pieces = cut_smaller(window.batches, self._accumulator.plan.limits[ranks.rank], 2)
             else:
-                pieces = self._in_smaller_pieces(pieces, end is _End.OUT_OF_MEMORY)
+                pieces = self._in_smaller_pieces(pieces, ran_out=here[0])
 
     def _pass(self, pieces: list[Any]) -> None:
         """All of a window up to the vote."""
@@ -217,17 +208,18 @@ class SafeWindow:
         self._accumulator.run(pieces)
         self._accumulator.rank_sum.ready()
 
-    def _vote(self, end: "_End") -> tuple[bool, bool]:
+    def _vote(self, ran_out: bool, too_small: bool) -> tuple[bool, bool]:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
-        ends = [end is _End.OUT_OF_MEMORY, end is _End.TOO_SMALL]
-        votes = [*ends, wants, self._strained >= PERSISTENT]
-        out_of_memory, too_small, overdue, strained = map(bool, self._accumulator.vote(votes))
-        self.overdue, self._easing = overdue, strained
-        return out_of_memory, too_small
+        votes = self._accumulator.vote([ran_out, too_small, wants, self._strained >= PERSISTENT])
+        ran_out, too_small, self.overdue, self._easing = map(bool, votes)
+        return ran_out, too_small
 
-    def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> "_End":
-        """How `work` on the window ended. What it held is free once this has returned."""
+    def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> tuple[bool, bool]:
+        """Whether memory ran out in `work`, and whether a BatchNorm layer took no single sample.
+
+        What it held is free once this has returned.
+        """
         accumulator = self._accumulator
         try:
             work()
@@ -237,13 +229,13 @@ class SafeWindow:
             # On several ranks an error before the window is open is in the middle of an exchange, and ends them all.
             opened = accumulator.ranks.size == 1 or accumulator.is_open
             if opened and _is_for_memory(error, pieces, accumulator.plan.minimum):
-                return _End.OUT_OF_MEMORY
+                return True, False
             if opened and needs_two(error) and accumulator.plan.minimum == 1 and sum(map(tree.batch_size, pieces)) > 1:
-                return _End.TOO_SMALL
+                return False, True
             raise
-        return _End.WELL
+        return False, False
 
-    def _in_smaller_pieces(self, pieces: list[Any], ran_out: bool) -> list[Any]:
+    def _in_smaller_pieces(self, pieces: list[Any], *, ran_out: bool) -> list[Any]:
         accumulator, step = self._accumulator, self._accumulator.step + 1
         largest = max(map(tree.batch_size, pieces), default=0)
         plan, limit = self.replays.shrink(accumulator.plan, largest, ran_out, accumulator.ranks, step)
