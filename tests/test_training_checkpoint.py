@@ -748,7 +748,7 @@ def test_the_folder_is_its_holders_whatever_its_process_id_is(tmp_path):
     assert mine.holder() is None
     assert mine.holder() is None
     assert other.holder() == "a loop of this same process"
-    (tmp_path / ".run.lock").write_text(json.dumps(["another token", os.getpid(), "elsewhere"]))
+    (tmp_path / ".run.lock").write_text(json.dumps([os.getpid(), "elsewhere"]))
     assert other.holder() == f"process {os.getpid()} on elsewhere"
     mine.release()
     assert other.holder() is None

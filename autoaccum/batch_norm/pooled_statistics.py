@@ -59,12 +59,9 @@ class PooledStatistics:
     """
 
     def __init__(self, model: nn.Module, mode: str = "pooled", k: int = 1) -> None:
-        """Looks the layers up; the model is untouched until `begin`.
+        """Looks the layers up, lazy ones too; the model is untouched until `begin`.
 
-        Args:
-            model: searched for layers, lazy ones too. If it is compiled, best before its first compiled call.
-            mode: "pooled", "momentum" or "keep".
-            k: micro-batches in a window; `begin` may change it.
+        Of a model that is compiled best before its first compiled call. `mode`: "pooled", "momentum" or "keep".
 
         Raises:
             SetupError: an unknown mode.
@@ -90,10 +87,9 @@ class PooledStatistics:
         return any(sharers(module) > 1 for _, module in self.layers)
 
     def begin(self, k: int | None = None) -> None:
-        """Opens a window. One that is still open over a layer, of this owner or another, is discarded first.
+        """Opens a window of `k` micro-batches, as the following ones; None: as before.
 
-        Args:
-            k: micro-batches in this window and the following ones; None: as before.
+        One that is still open over a layer, of this owner or another, is discarded first.
 
         Raises:
             PlanError: mode "momentum", and a layer's own momentum is not between 0 and 1.
@@ -116,10 +112,9 @@ class PooledStatistics:
             self._count_in_micro_batches(pool, layers)
 
     def commit(self, ranks: Ranks | None = None) -> None:
-        """Closes the window: one update of each layer that was called, on this rank or another.
+        """Closes the window: one update of each layer that was called, on this rank or another of `ranks`.
 
-        Args:
-            ranks: pooled over these; None: the default process group, where there is one. All ranks must call this.
+        All ranks must call this; None: those of the default process group, where there is one.
 
         Raises:
             SetupError: no window is open; or a layer's calls cannot be pooled. The window can be discarded then.

@@ -36,13 +36,7 @@ __all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "pinned", "reb
 
 
 class MapSource(IndexedSource):
-    """A dataset with `__getitem__`: by itself, or of a DataLoader whose settings are kept.
-
-    Args:
-        dataset: the samples.
-        collate: a list of samples -> a batch.
-        loader: the DataLoader, if any.
-    """
+    """A dataset with `__getitem__`: by itself, or of a DataLoader whose settings are kept."""
 
     kind = "dataset"
 

@@ -36,9 +36,7 @@ class ListReader:
     def read(self, batch: Any, other: Callable[[int], Any] | None = None) -> Any:
         """The batch, with every list that could be mistaken marked as what it is.
 
-        Args:
-            batch: as it came.
-            other: makes a batch of about so many samples; None where batches can only be taken as they come.
+        `other` makes a batch of about so many samples; None where batches can only be taken as they come.
 
         Raises:
             DataError: a list can be read either way, and no other batch tells which is meant.

@@ -82,13 +82,9 @@ class Padding(NamedTuple):
 def cut(
     samples: Sequence[Any], by_length: ByLength, collate: Collate, names: Sequence[Any] | None = None
 ) -> tuple[list[list[int]], Padding]:
-    """The places of the samples in each micro-batch, and what that costs in padding.
+    """The places of a window's samples on this rank in each micro-batch, and what that costs in padding.
 
-    Args:
-        samples: of a window on this rank.
-        by_length: how it is cut.
-        collate: makes a batch of samples.
-        names: the samples' indices in the dataset, where they have some.
+    `names` are the samples' indices in the dataset, where they have some.
 
     Raises:
         DataError: a sample is too long to be run even alone.
@@ -116,12 +112,7 @@ def _unsorted(lengths: Sequence[int], limit: int) -> int:
 
 
 def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, list[int], str | None]:
-    """How samples are measured and how long each is, where a batch's size follows from them; and why not, if it varies.
-
-    Args:
-        samples: some that were looked at.
-        collate: makes a batch of samples.
-    """
+    """How samples are measured, and how long each is, where a batch's size follows from them; else perhaps why not."""
     nothing: tuple[None, list[int], None] = (None, [], None)
     try:
         alone = [_shapes(collate([tree.copied(sample)])) for sample in samples]

@@ -54,8 +54,7 @@ def open_source(
     """The data as a Source; nothing is read and nothing is drawn yet.
 
     Args:
-        data: a DataLoader, a map Dataset or list, an IterableDataset or another iterable of samples, a tensor, a tuple
-            or dict of equally long tensors, or a Hugging Face dataset.
+        data: as this file's beginning lists it.
         shuffle: for datasets and tensors; a DataLoader keeps its own sampler, a stream its order.
         seed: makes every order, and every sample that a worker augments, a function of (seed, epoch). None: each epoch
             draws from the loader's generator, or from torch's.

@@ -106,12 +106,7 @@ class Reader:
 
 
 class StreamSource(Source):
-    """Data that can only be read on.
-
-    Args:
-        items: gives what is read; iterated once for each epoch.
-        once: it can be iterated only once.
-    """
+    """Data that can only be read on: `items` are iterated once for each epoch, or `once` in all."""
 
     def __init__(self, items: Iterable[Any], once: bool, **common: Any) -> None:
         super().__init__(**common)
@@ -210,13 +205,7 @@ class StreamSource(Source):
 
 
 class SampleSource(StreamSource):
-    """A stream of samples, collated here.
-
-    Args:
-        samples: any iterable.
-        collate: a list of samples -> a batch.
-        loader: the DataLoader they came from, whose workers are kept; None: they are read in this process.
-    """
+    """A stream of samples, collated here. The workers of a `loader` that they came from are kept."""
 
     kind = "stream"
 

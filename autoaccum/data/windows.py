@@ -60,12 +60,8 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
     Each has the plan's target over all ranks, but the last, which is short, or takes in a tail that is too small to be
     cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say.
 
-    Args:
-        source: the data.
-        plan: gives the plan as it is now.
-        epoch: decides the order together with the seed.
-        start: windows to pass over, for going on in the middle of an epoch; with an order of indices, nothing is
-            fetched for them.
+    The first `start` windows are passed over, for going on in the middle of an epoch; where samples have indices,
+    nothing is fetched for them.
 
     Raises:
         DataError: the data is empty, cannot be read, or could be read only once; or the plan is for other ranks.

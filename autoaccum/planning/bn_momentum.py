@@ -60,11 +60,7 @@ def momentum_reason(momentum: float | None, k: int, mode: str) -> str:
 def mode_reason(mode: str, window: int, sizes: tuple[int, ...], ranks: int) -> str:
     """One line on the running statistics under `mode`, and on what no mode changes: a micro-batch normalises by itself.
 
-    Args:
-        mode: one of MODES.
-        window: samples in the window, over all ranks.
-        sizes: this rank's micro-batches.
-        ranks: how many share the window.
+    A `window` is in samples over all ranks, `sizes` are this rank's micro-batches.
     """
     k = len(sizes)
     if k <= 1 and ranks == 1:

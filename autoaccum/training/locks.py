@@ -1,13 +1,12 @@
 """A lock between the processes of one machine that no kill can leave behind: the system frees it with its holder.
 
 It is the holder's alone: neither another lock of the same process has it, nor a process that the holder forks. What
-stands in the file says who had it last, by a token made for each lock: two containers on one volume may both be
+stands in the file says who had it last: a process, and its machine, since two containers on one volume may both be
 process 1.
 """
 
 import json
 import os
-import secrets
 import socket
 from pathlib import Path
 from typing import IO
@@ -43,7 +42,6 @@ class FolderLock:
         """The lock is a file in `folder`, which is made when it is taken."""
         self._path = folder / f".{name}.lock"
         self._file: IO[bytes] | None = None
-        self._token = secrets.token_hex(16)
 
     def __enter__(self) -> "FolderLock":
         self.acquire()
@@ -67,8 +65,8 @@ class FolderLock:
         try:
             self._take(wait=False)
         except BlockingIOError:
-            token, pid, host = self._written()
-            if any(lock._token == token for lock in list(_held)):
+            pid, host = self._written()
+            if (pid, host) == (os.getpid(), socket.gethostname()):
                 return "a loop of this same process"
             return f"process {pid} on {host}" if pid else "another process"
         return None
@@ -78,13 +76,13 @@ class FolderLock:
         """Whether this object has the lock."""
         return self._file is not None
 
-    def _written(self) -> tuple[str, int, str]:
-        """(token, process id, host) as the last holder wrote them."""
+    def _written(self) -> tuple[int, str]:
+        """(process id, host) as the last holder wrote them."""
         try:
-            token, pid, host = read_json(self._path)
-            return str(token), int(pid), str(host)
+            pid, host = read_json(self._path)
+            return int(pid), str(host)
         except (OSError, ValueError, TypeError):  # not there, or just being written
-            return "", 0, ""
+            return 0, ""
 
     def _take(self, *, wait: bool) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,7 @@ class FolderLock:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             file.truncate(0)
-            file.write(json.dumps([self._token, os.getpid(), socket.gethostname()]).encode())
+            file.write(json.dumps([os.getpid(), socket.gethostname()]).encode())
             file.flush()
         except BaseException:
             file.close()

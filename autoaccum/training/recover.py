@@ -111,10 +111,8 @@ class SafeWindow:
         """Keeps references only.
 
         Args:
-            accumulator: runs the window.
+            accumulator, device, events: run the window, and hear of replays.
             modules: whose buffers return to the window's start.
-            device: where it runs.
-            events: told of replays.
             regrow_after: undisturbed windows after which larger micro-batches are tried again.
             objective: asked which samples gave a loss that is not finite; None: nobody is.
             indices: the dataset's indices of a window's samples, where they have some.
