@@ -21,7 +21,15 @@ from autoaccum.memory.device import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS, obstacle
-from autoaccum.planning.given_plan import beside_own_rate, for_ranks, given_plan, share_of, target_of, total_steps
+from autoaccum.planning.given_plan import (
+    beside_own_rate,
+    for_ranks,
+    given_plan,
+    on_other_ranks,
+    share_of,
+    target_of,
+    total_steps,
+)
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.isolate import InChild, Isolation, Send, isolation
@@ -143,10 +151,12 @@ class Session:
             NothingFitsError: as `probe`.
         """
         if self._plan is None:
-            if self._given is not None:
-                self._plan = self._as_given(self._given)
+            given = self._given
+            if given is None or given.world_size != self.parts.ranks.size:
+                found = self._planned()
+                self._plan = found if given is None else on_other_ranks(given, found)
             else:
-                self._plan = self._planned()
+                self._plan = self._as_given(given)
         return self._plan
 
     def _planned(self) -> Plan:

@@ -134,7 +134,7 @@ class Attachment:
             self._accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
         self._safe = SafeWindow(self._accumulator, [parts.model], parts.device, self.events, asked.regrow_after)
         if self.kept is not None:
-            self._safe.replays.load_state_dict(self.kept["replays"], parts.ranks.rank)
+            self._safe.replays.load_state_dict(self.kept["replays"], made)
         self.shares = made
         self._by_length = trained.source.by_length(made)
         self._stack.callback(self._accumulator.close)

@@ -12,7 +12,7 @@ from autoaccum.errors import PlanError
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 
-__all__ = ["beside_own_rate", "for_ranks", "given_plan", "share_of", "target_of", "total_steps"]
+__all__ = ["beside_own_rate", "for_ranks", "given_plan", "on_other_ranks", "share_of", "target_of", "total_steps"]
 
 
 def given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -> Plan:
@@ -64,6 +64,20 @@ def for_ranks(given: Plan, rank: int, ranks: int) -> Plan:
     if given.world_size != ranks:
         raise PlanError(f"the plan given is for {given.world_size} ranks, and there are {ranks}: make one for these")
     return given.on_rank(rank)
+
+
+def on_other_ranks(kept: Plan, found: Plan) -> Plan:
+    """A checkpoint's plan, cut for another number of ranks: sizes as `found` on them, rates and all else as it was."""
+    own = ("world_size", "rank", "limits", "minimum", "by_length", "ladder")
+    names = ("budget", "limit", "ladder", "precision")
+    reasons = {name: line for name, line in kept.reasons.items() if name not in names}
+    reasons |= {name: found.reasons[name] for name in names if name in found.reasons}
+    reasons["ranks"] = (
+        f"{found.world_size}, and {kept.world_size} when it was saved: windows hold the same samples, of which each "
+        "rank's share is cut anew"
+    )
+    sizes = {name: getattr(found, name) for name in own}
+    return replace(kept, **sizes, reasons=reasons).on_rank(found.rank)
 
 
 def share_of(target_batch: int, length: int | None, ranks: int) -> int:

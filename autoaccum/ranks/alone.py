@@ -31,10 +31,12 @@ class Ranks:
     Attributes:
         rank: this process's number, from 0.
         size: how many processes there are.
+        group: their process group of torch.distributed; None where nothing is exchanged.
     """
 
     rank: int = 0
     size: int = 1
+    group: Any = None
 
     def fail(self) -> None:
         """Lets the other ranks stop in their next exchange; to be called where an error is handled.

@@ -40,7 +40,7 @@ def rank_of(group: Any, device: torch.device) -> Ranks:
 class _Rank(Ranks):
     def __init__(self, group: Any, device: torch.device) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._group, self._device = group, device
+        self.group, self._device = group, device
         self._first = dist.get_process_group_ranks(group)[0]
         # Reserved now, so that a vote on memory needs none.
         self._packet = torch.zeros(3 * self.size + _SLOTS, dtype=torch.float64, device=device)
@@ -67,7 +67,7 @@ class _Rank(Ranks):
         packet = self._packet
         packet.copy_(torch.tensor(numbers, dtype=torch.float64))
         with self._answering():
-            dist.all_reduce(packet, group=self._group)
+            dist.all_reduce(packet, group=self.group)
         answer: list[float] = packet.tolist()
         owns, places, flags = (answer[_SLOTS + at * size : _SLOTS + (at + 1) * size] for at in range(3))
         if any(flags):
@@ -106,7 +106,7 @@ class _Rank(Ranks):
             message = message.to(self._device)
         self.meet(what)
         with self._answering():
-            dist.broadcast(message, src=self._first, group=self._group)
+            dist.broadcast(message, src=self._first, group=self.group)
         if message.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
                 tensor.copy_(message)
@@ -143,7 +143,7 @@ class _Rank(Ranks):
         return flight
 
     def _summing(self, tensor: Tensor) -> Callable[[], Any]:
-        return partial(dist.all_reduce, tensor, group=self._group, async_op=True)
+        return partial(dist.all_reduce, tensor, group=self.group, async_op=True)
 
     @torch.no_grad()
     def run(self, flight: Flight) -> None:
@@ -166,7 +166,7 @@ class _Rank(Ranks):
         rows = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         rows[: len(tensor)] = tensor
         room = [torch.empty_like(rows) for _ in counts]
-        start = partial(dist.all_gather, room, rows, group=self._group, async_op=True)
+        start = partial(dist.all_gather, room, rows, group=self.group, async_op=True)
         # Cut to length: padding would add zeros to row 0, and a sparse optimizer would step that row.
         return Flight([start]), [part[:count] for part, count in zip(room, counts, strict=True)]
 
@@ -186,13 +186,13 @@ class _Rank(Ranks):
 
     def _introduce(self, what: str) -> None:
         """Tells all ranks which process each is, once a group, for when one of them no longer answers."""
-        if self._group not in PROCESSES:
-            PROCESSES[self._group] = [
+        if self.group not in PROCESSES:
+            PROCESSES[self.group] = [
                 json.loads(each) for each in self.collect(what, json.dumps(this_process()).encode())
             ]
 
     def _answering(self) -> AbstractContextManager[None]:
-        return answering(self._group, self.rank, self.size)
+        return answering(self.group, self.rank, self.size)
 
 
 def _bytes_in(message: bytes) -> Tensor:

@@ -5,6 +5,8 @@ Choices made here:
 - A checkpoint is two files. `step-00000050-epoch-2-window-3.pt` is what `torch.load(weights_only=True)` reads; the
   `.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk
   and renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged.
+- Of a sharded model there is a folder beside them, `.shards`, which all ranks have written to; the `.json` vouches for
+  each file in it as well.
 - The training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming
   and the clearing away of older ones go on beside it; `settle` says how that ended.
 - The last three are kept, and the one with the lowest validation loss.
@@ -19,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +41,7 @@ __all__ = ["KEPT", "Checkpoints", "Entry", "Failure"]
 
 KEPT = 3
 SCHEMA = 1
+SHARDS = ".shards"
 RECORD_FILES = ("plan.json", "report.json", "environment.json", "metrics.jsonl")
 
 # What writing a file can fail with: torch reports a full disk as a RuntimeError, a host without memory as either.
@@ -48,6 +52,7 @@ _DAMAGED = (OSError, RuntimeError, UnpicklingError, ValueError, LookupError, Typ
             AssertionError)  # fmt: skip
 
 _NAME = re.compile(r"step-([0-9]{8,18})-epoch-([0-9]{1,18})-window-([0-9]{1,18})")
+_SUFFIXES = (".json", ".pt", SHARDS)
 _ASIDE = re.compile(r"earlier-([0-9]{1,9})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
@@ -64,7 +69,7 @@ class Entry:
     @classmethod
     def of(cls, path: Path) -> "Entry | None":
         """What a checkpoint's or its .json's name says; None for any other file."""
-        found = _NAME.fullmatch(path.stem) if path.suffix in (".pt", ".json") else None
+        found = _NAME.fullmatch(path.stem) if path.suffix in _SUFFIXES else None
         entry = None if found is None else cls(*map(int, found.groups()))
         return entry if entry is not None and entry.name == path.stem else None
 
@@ -140,8 +145,9 @@ class Checkpoints:
         return None
 
     def _unfinished(self) -> list[Path]:
-        whole = {f"{entry.name}.pt" for entry in self.entries()}
-        orphans = (path for path in self.folder.glob("step-*.pt") if Entry.of(path) and path.name not in whole)
+        whole = set(self.entries())
+        found = (path for path in self.folder.glob("step-*") if path.suffix in (".pt", SHARDS))
+        orphans = (path for path in found if (entry := Entry.of(path)) is not None and entry not in whole)
         return sorted([*(path for path in self._partial() if path.name.startswith(".step-")), *orphans])
 
     def _partial(self) -> list[Path]:
@@ -169,6 +175,9 @@ class Checkpoints:
             raise ValueError(f"its sha256 is {about.get('sha256')!r:.40}")
         if type(about.get("loss", 0.0)) not in (int, float):
             raise ValueError(f"its loss is {about['loss']!r:.40}")
+        shards = about.get("shards", {})
+        if not isinstance(shards, dict) or any(Path(name).name != name for name in shards):
+            raise ValueError(f"its shards are {shards!r:.40}")
         return about
 
     def _damage(self, entry: Entry) -> str | None:
@@ -182,7 +191,10 @@ class Checkpoints:
             return "its file is gone"
         size = about["bytes"]
         if path.stat().st_size == size and _digest(path) == about["sha256"]:
-            return None
+            shards = about.get("shards", {})
+            found = _digests(path.with_suffix(SHARDS)) if shards else {}
+            bad = next((name for name in shards if shards[name] != found.get(name)), None)
+            return bad and f"{bad} in its {SHARDS} is {'another' if bad in found else 'gone'}"
         self._refuse_code(path)
         return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
 
@@ -239,16 +251,16 @@ class Checkpoints:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self._partial():
-            path.unlink()
+            _delete(path)
         for path in self._unfinished():  # without a .json nothing says for sure that it is none of the user's
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            _mark_damaged(path)
         entries = self.entries()
         if resumed is not None:  # those behind it are damaged: this training will come to them again
             for entry in entries:
                 if entry > resumed:
                     for path in self._files(entry):
                         if path.exists():
-                            path.rename(path.with_name(f"{path.name}.damaged"))
+                            _mark_damaged(path)
             return None
         if not entries:
             return None
@@ -267,13 +279,20 @@ class Checkpoints:
             raise
         return str(aside)
 
-    def write(self, entry: Entry, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    def shards(self, entry: Entry) -> Path:
+        """Where the shards of a checkpoint are, if it has any."""
+        return self.path(entry).with_suffix(SHARDS)
+
+    def write(
+        self, entry: Entry, state: Mapping[str, Any], about: Mapping[str, Any], shards: Path | None = None
+    ) -> None:
         """Writes a checkpoint; it is finished beside the training, and `settle` says how that went.
 
         Args:
             entry: where in the training it is.
             state: its values.
             about: what else the `.json` is to say; the validation loss under "loss", where there is one.
+            shards: the folder of a half-written name that has its shards, which all ranks have ended writing.
 
         Raises:
             OSError, RuntimeError, MemoryError: it cannot be written; what was written of it is gone again.
@@ -285,12 +304,12 @@ class Checkpoints:
             with open_own(temporary, "xb", private=True) as file:
                 torch.save(dict(state), file)
         except Failure:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            for left in (temporary, shards):
+                _delete(left)
             raise
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="autoaccum-checkpoint")
-        self._finishing = entry, self._worker.submit(self._finish, entry, temporary, dict(about))
+        self._finishing = entry, self._worker.submit(self._finish, entry, temporary, shards, dict(about))
 
     def settle(self, *, wait: bool = True) -> Entry | None:
         """The checkpoint that was finished since this was last asked; None where none was.
@@ -312,11 +331,14 @@ class Checkpoints:
             self._worker.shutdown()
             self._worker = None
 
-    def _finish(self, entry: Entry, temporary: Path, about: Mapping[str, Any]) -> None:
+    def _finish(self, entry: Entry, temporary: Path, shards: Path | None, about: dict[str, Any]) -> None:
         path = self.path(entry)
         try:
-            with open_own(temporary, "r+b") as file:
-                os.fsync(file.fileno())
+            for each in (temporary, *(() if shards is None else shards.iterdir())):
+                with open_own(each, "r+b") as file:
+                    os.fsync(file.fileno())
+            if shards is not None:
+                about["shards"] = _digests(shards)
             values = {
                 "schema": SCHEMA,
                 "step": entry.step,
@@ -330,11 +352,13 @@ class Checkpoints:
             # Of the same moment in the run before: its .json must not vouch for another file.
             path.with_suffix(".json").unlink(missing_ok=True)
             os.replace(temporary, path)
+            _delete(self.shards(entry))
+            if shards is not None:
+                os.replace(shards, self.shards(entry))
             write_json(path.with_suffix(".json"), values, private=True)
         except OSError:
-            for left in (temporary, path):
-                with contextlib.suppress(OSError):
-                    left.unlink()
+            for left in (temporary, path, shards, self.shards(entry)):
+                _delete(left)
             raise
         self._clear(entry)
 
@@ -345,8 +369,7 @@ class Checkpoints:
         for entry in entries:
             if entry not in kept:
                 for path in self._files(entry):
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+                    _delete(path)
 
     def best(self) -> Entry | None:
         """The one with the lowest validation loss; None where none has one."""
@@ -358,10 +381,9 @@ class Checkpoints:
                     losses[entry] = float(about["loss"])
         return min(losses, key=lambda entry: losses[entry], default=None)
 
-    def _files(self, entry: Entry) -> tuple[Path, Path]:
-        """The .json first: without it the other is not a checkpoint."""
-        path = self.path(entry)
-        return path.with_suffix(".json"), path
+    def _files(self, entry: Entry) -> list[Path]:
+        """The .json first: without it the others are not a checkpoint."""
+        return [self.path(entry).with_suffix(suffix) for suffix in _SUFFIXES]
 
 
 def _digest(path: Path) -> str:
@@ -370,3 +392,25 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    """(bytes, SHA-256) of each file in a folder, by name."""
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    with ThreadPoolExecutor(4) as several:
+        return {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, several.map(_digest, paths))}
+
+
+def _delete(path: Path | None) -> None:
+    """A file or folder, as far as it is there and the system lets it go."""
+    with contextlib.suppress(OSError):
+        if path is not None:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _mark_damaged(path: Path) -> None:
+    """Gives what cannot be used another name, in the place of an earlier one of that name."""
+    damaged = path.with_name(f"{path.name}.damaged")
+    if damaged.is_dir():
+        _delete(damaged)  # over a folder nothing is renamed
+    path.rename(damaged)

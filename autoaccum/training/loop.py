@@ -400,7 +400,7 @@ class TrainingLoop:
         """Goes on as the loop that gave `state` would have. Generators and data follow when iteration begins.
 
         Raises:
-            CheckpointError: it is of another target batch, data, model, optimizer, seed or number of ranks.
+            CheckpointError: it is of another target batch, data, model, optimizer or seed.
         """
         fields = Fields(state)
         progress = fields.inner("progress")
@@ -411,9 +411,11 @@ class TrainingLoop:
         self.epoch, self._window_index = counts["epoch"], counts["window"]
         self._epoch_began_at, self._evaluation_due = counts["epoch_began_at"], due
         with loading("plan"):
-            self._accumulator.plan = plan_for(self.plan.rank, fields.get("plan", Mapping))
+            kept = plan_for(self.plan.rank, fields.get("plan", Mapping))
+            if kept.world_size == self.plan.world_size:  # else this loop's own was made for as many ranks as there are
+                self._accumulator.plan = kept
         with loading("replays"):
-            self._turns.all[0].safe.replays.load_state_dict(fields.get("replays", Mapping), self.plan.rank)
+            self._turns.all[0].safe.replays.load_state_dict(fields.get("replays", Mapping), self.plan)
         with loading("phases"):
             self._turns.load_state_dict(state.get("phases"))
         with loading("history"):

@@ -11,18 +11,20 @@ import torch
 from torch import nn
 
 from autoaccum.checking.verify import VerifyReport
+from autoaccum.data.draws import mix
 from autoaccum.data.source import Source
 from autoaccum.errors import CheckpointError
 from autoaccum.memory.device import Device
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.random_state import RandomState
+from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Noted
 from autoaccum.training.fields import Fields, loading
 from autoaccum.training.schedule import schedule_name
+from autoaccum.training.shard_files import check_alike, with_shards
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
     SCHEMA,
@@ -62,12 +64,20 @@ class Boundary:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], device: torch.device, source: Source, validation: Source | None
+        cls, state: Mapping[str, Any], device: torch.device, source: Source, validation: Source | None, new: int = 0
     ) -> "Boundary":
-        """The moment that gave `state`, of these sources."""
+        """The moment that gave `state`, of these sources; for the rank `new`, where that is above 0, as it was on rank
+        0 but for the generators.
+        """
         made = cls.__new__(cls)
         with loading("random generators"):
             made._random = RandomState.from_state(state["random"], device)
+            if new:  # no two ranks drop out alike
+                here = RandomState(device)
+                made._random.restore()
+                seed_everything(mix(int(torch.randint(2**62, ())), new))
+                made._random = RandomState(device)
+                here.restore()
         made._sources = [source] if validation is None else [source, validation]
         made._data = state["data"]
         return made
@@ -116,7 +126,7 @@ class TrainingParts:
             **data,
             "optimizer": optimizer_name(self._accumulator.optimizer),
             "schedule": schedule_name(self._accumulator.scheduler),
-            "ranks": self._accumulator.ranks.size,
+            **({} if self._accumulator.sharded is None else {"sharded": True}),
             **self._settings,
         }
 
@@ -131,10 +141,7 @@ class TrainingParts:
         """
         accumulator = self._accumulator
         if accumulator.sharded is not None:
-            raise CheckpointError(
-                "a sharded model's training cannot be saved yet: save model and optimizer between two steps yourself, "
-                "by torch.distributed.checkpoint"
-            )
+            check_alike(accumulator.optimizer, accumulator.sharded.holds, accumulator.ranks)
         here = boundary if boundary is not None else self.boundary()
         scheduler = accumulator.scheduler
         return {
@@ -162,11 +169,14 @@ class TrainingParts:
             del identity["schedule"]  # older checkpoints do not say what they had
         with loading("identity"):
             check_same(state, identity, self.modules)
+            if "shards" in state:
+                state = with_shards(state, self.modules, accumulator.optimizer, state["shards"], accumulator.ranks)
         scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
         validation_batch = fields.get("validation_batch", int, type(None)) and fields.count("validation_batch")
         ranks = fields.get("ranks", list)
+        rank, size = accumulator.ranks.rank, accumulator.ranks.size
         with loading("ranks"):
-            own = Fields(ranks[accumulator.ranks.rank], "the checkpoint's rank")
+            own = Fields(ranks[rank if rank < len(ranks) else 0], "the checkpoint's rank")
         fields.get("device", str)
         for name, module in self.modules.items():
             with loading(name):
@@ -181,7 +191,7 @@ class TrainingParts:
         with loading("scheduler"):
             if scheduler is not None and accumulator.scheduler is not None:
                 accumulator.scheduler.load_state_dict(scheduler)
-        if self._evaluator is not None and validation_batch:
+        if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
         if state["device"] != self._device.type:
             text = (
@@ -189,10 +199,16 @@ class TrainingParts:
                 "samples in the same windows, but other rounding, and what the model draws there is drawn anew"
             )
             events.tell(Noted(text))
+        if len(ranks) != size:
+            text = (
+                f"the checkpoint is of {len(ranks)} rank{'s' * (len(ranks) > 1)}, and {size} train now: windows hold "
+                "the same samples, each rank's share of them is cut anew, and what the model draws is drawn anew"
+            )
+            events.tell(Noted(text))
         data = own.get("data", list)
         validation = self._validation if len(data) > 1 else None
         kept = {"random": own.get("random", Mapping), "data": data}
-        return Boundary.from_state(kept, self._device, self._source, validation)
+        return Boundary.from_state(kept, self._device, self._source, validation, new=rank if rank >= len(ranks) else 0)
 
     @property
     def _validation(self) -> Source | None:
@@ -204,21 +220,23 @@ def kept_answers(
 ) -> tuple[Plan, ProbeReport | None, VerifyReport | None]:
     """What a checkpoint knows already: the plan with its k, as this rank has it, the probe's report, the check's.
 
+    Of another number of ranks the plan stays as it was, and there is no report: what fits has to be found anew.
+
     Raises:
-        CheckpointError: it is for another target batch, or another number of ranks.
+        CheckpointError: it is for another target batch.
     """
     fields = Fields(state)
-    was = fields.get("identity", Mapping)
-    for name, here in (("target_batch", target_batch), ("ranks", ranks.size)):
-        if was.get(name) != here:
-            raise CheckpointError(
-                f"the checkpoint is of another training. {name}: {was.get(name)} in the checkpoint, {here} here. Give "
-                "the same as then, another folder, or resume=False to start anew"
-            )
+    was = fields.get("identity", Mapping).get("target_batch")
+    if was != target_batch:
+        raise CheckpointError(
+            f"the checkpoint is of another training. target_batch: {was} in the checkpoint, {target_batch} here. Give "
+            "the same as then, another folder, or resume=False to start anew"
+        )
     probe, verify = fields.get("probe", Mapping, type(None)), fields.get("verify", Mapping, type(None))
     with loading("plan, probe's report or check"):
+        plan = plan_for(ranks.rank, fields.get("plan", Mapping))
         return (
-            plan_for(ranks.rank, fields.get("plan", Mapping)),
-            None if probe is None else ProbeReport.from_dict(probe),
+            plan,
+            None if probe is None or plan.world_size != ranks.size else ProbeReport.from_dict(probe),
             None if verify is None else VerifyReport(**verify),
         )

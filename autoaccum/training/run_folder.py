@@ -13,36 +13,41 @@ Choices made here:
 - Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
 - A folder that could not be readied is not saved to: what a restart finds there would be another training's. Each save
   tries to ready it again.
-- Only the first rank writes, and sends the others what it resumes from: their machines may share no disk.
+- Only the first rank writes, and sends the others what it resumes from: their machines may share no disk. Of a sharded
+  model all ranks write their shards, to a folder that the first one makes, and read them.
 - What torchrun restarts after a failure goes on also with resume=False, which its first start has obeyed.
 - Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
 """
 
 import io
+import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from autoaccum.checks import check_kind
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
-from autoaccum.files import read_json, write_json
+from autoaccum.files import partial_path, read_json, write_json
 from autoaccum.memory.device import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks
+from autoaccum.ranks import Ranks, told
 from autoaccum.training.checkpoint import Checkpoints, Entry, Failure
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
 from autoaccum.training.fields import Fields
 from autoaccum.training.locks import FolderLock
+from autoaccum.training.shard_files import without_shards, write_shards
 
 __all__ = ["PATIENCE_SECONDS", "RunFolder", "open_run"]
 
@@ -139,7 +144,7 @@ class RunFolder:
         else:
             state = found[1] if found is not None else {}
         self._cut = Fields(state, str(path)).count("metrics")
-        return state
+        return {**state, "shards": self.checkpoints.shards(self._resumed)}
 
     def _is_of_this_job(self) -> bool:
         """Whether what is in the folder was begun by the torchrun that has restarted this process."""
@@ -247,13 +252,40 @@ class RunFolder:
             self._lost(f"the checkpoint of {entry}", error)
 
     def _write(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
-        state = state_dict()
+        state, shards = without_shards(state_dict())
+        folder = self._write_shards(entry, shards) if shards else None
         if self.writes:
             self._enter()
             position = self._metrics.position() if self._metrics is not None else 0
             about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
-            self.checkpoints.write(entry, {**state, "metrics": position}, about)
+            self.checkpoints.write(entry, {**state, "metrics": position}, about, folder)
             self._record_plan(plan)
+
+    def _write_shards(self, entry: Entry, shards: Mapping[str, Tensor]) -> Path:
+        """The folder to which all ranks have written their shards, under a half-written name; all ranks call this.
+
+        Raises:
+            CheckpointError: one of them could not, on all of them; nothing of it is left.
+            LostRankError: another process ended.
+        """
+        folder, why = partial_path(self.checkpoints.shards(entry)), ""
+        if self.writes:
+            try:
+                self._enter()
+                folder.mkdir(mode=0o700, parents=True)
+            except (*Failure, CheckpointError) as error:
+                why = str(error)
+        name, why = json.loads(self._ranks.send("saving", json.dumps([folder.name, why]).encode()))
+        if why:
+            raise told(CheckpointError(why))
+        folder = folder.with_name(name)
+        try:
+            write_shards(shards, folder, self._ranks)
+        except CheckpointError:
+            if self.writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return folder
 
     def _record_plan(self, plan: Plan) -> None:
         """Where it has changed: forcing a file to the disk takes longer than many a window."""

@@ -132,12 +132,14 @@ class Replays:
             "grew": self._grew,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], rank: int) -> None:
-        """Goes on counting; another `regrow_after` than then begins anew."""
+    def load_state_dict(self, state: Mapping[str, Any], plan: Plan) -> None:
+        """Goes on counting; another `regrow_after` than then begins anew. `plan` is this training's."""
         fields = Fields(state, "the checkpoint's replays")
         before, patience = fields.get("before", Mapping, type(None)), fields.get("patience", int, type(None))
         undisturbed, grew = fields.count("undisturbed"), fields.get("grew", bool)
-        self.before = None if before is None else plan_for(rank, before)
+        self.before = None if before is None else plan_for(plan.rank, before)
+        if self.before is not None and self.before.world_size != plan.world_size:
+            self.before = None
         self.undisturbed, self._grew = undisturbed, grew
         if fields.get("asked", int, type(None)) == self._regrow_after:
             self._patience = patience
@@ -159,9 +161,9 @@ def with_floor(plan: Plan) -> Plan:
 
 
 def plan_for(rank: int, values: Mapping[str, Any]) -> Plan:
-    """The plan in a checkpoint, as this rank has it."""
+    """The plan in a checkpoint, as this rank has it; as it was, where that had no such rank."""
     plan = Plan.from_dict(values)
-    return plan if plan.rank == rank else plan.on_rank(rank)
+    return plan if plan.rank == rank or rank >= plan.world_size else plan.on_rank(rank)
 
 
 def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str) -> Plan:

@@ -164,7 +164,6 @@ def assemble(
         model,
         phases=(bool(phases), "train it with one optimizer"),
         compile=(bool(asked.compile), "leave it out"),
-        checkpoint=(asked.checkpoint is not None, "save it by torch.distributed.checkpoint yourself"),
     )
     wanted = asked.device if asked.device is not None else device_of(model, ranks)
     device = open_device(wanted)

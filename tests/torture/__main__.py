@@ -1,7 +1,7 @@
 """`make torture`: kills, out-of-memory errors, interrupts, a soak; a table on stdout, and the figures as JSON.
 
-python -m tests.torture [--kills 200] [--ooms 500] [--interrupts 500] [--sharded 500] [--soak 20000] [--cost 15]
-    [--seed 0] [--json FILE]
+python -m tests.torture [--kills 200] [--shard-kills 100] [--ooms 500] [--interrupts 500] [--sharded 500]
+    [--soak 20000] [--cost 15] [--seed 0] [--json FILE]
 
 0 leaves a part out. Ends with 1 where something was not survived.
 """
@@ -19,7 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # forked children train on the CPU
 
 import torch
 
-from tests.torture import cost, interrupts, kills, ooms, sharded, soak
+from tests.torture import cost, interrupts, kills, ooms, shard_kills, sharded, soak
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,6 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--kills", type=int, default=200, help="trainings that are killed at random moments")
+    parser.add_argument("--shard-kills", type=int, default=100, help="sharded trainings of which ranks are killed")
     parser.add_argument("--ooms", type=int, default=500, help="injected out-of-memory errors")
     parser.add_argument("--interrupts", type=int, default=500, help="SIGINTs in a probe, a check and a training")
     parser.add_argument("--sharded", type=int, default=500, help="errors in the passes of a model sharded on two ranks")
@@ -42,6 +43,10 @@ def main() -> int:
         killed = kills.run(options.kills, options.seed)
         found["kills"], failures = killed.to_dict(), failures + killed.failures
         _show("kills", found["kills"])
+    if options.shard_kills:
+        killed = shard_kills.run(options.shard_kills, options.seed)
+        found["kills of sharded trainings"], failures = killed.to_dict(), failures + killed.failures
+        _show("kills of sharded trainings", found["kills of sharded trainings"])
     if options.ooms:
         injected = ooms.run(options.ooms, options.seed)
         found["out of memory"], failures = injected.to_dict(), failures + injected.failures
