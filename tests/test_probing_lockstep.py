@@ -26,10 +26,10 @@ ALWAYS = -9.0  # the share by which summing once has to be sooner: it may be muc
 def probed(ranks, **more):
     """A probe of windows of several micro-batches, in fp32 and with uneven shards."""
     model = sharded(Net().float())
-    return autoaccum.probe(
-        model, tokens(64), loss=nn.CrossEntropyLoss(), optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
-        progress=False, **{"target_batch": 64 * ranks, "memory": "1GiB", **more},
-    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    data = tuple(torch.cat([part] * 4) for part in tokens(64))
+    settings = {"target_batch": 32 * ranks, "memory": "1GiB", "progress": False, **more}
+    return autoaccum.probe(model, data, loss=nn.CrossEntropyLoss(), optimizer=optimizer, **settings)
 
 
 def own(report):
@@ -52,10 +52,11 @@ def work(rank, folder):
         found = {}
         for mode in MODES[: 1 + (size == 2 or MOST > 6)]:
             by_mode(mode)
-            forecast = probed(size, max_batch=12).forecast
+            forecast = probed(size, max_batch=12, target_batch=24 * size).forecast
             measured = {}
             for most in range(3, MOST + 2):
-                measured |= {batch: peak for batch, peak, _ in own(probed(size, max_batch=most))}
+                report = probed(size, max_batch=most, target_batch=2 * most * size)
+                measured |= {batch: peak for batch, peak, _ in own(report)}
             off = [forecast(batch) - peak for batch, peak in measured.items()]
             lockstep.WORTH = 1.0
             chance = random.Random(rank)
