@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["Deferral", "check_interrupt", "interruptible", "interruption_in", "uninterrupted"]
+__all__ = ["check_interrupt", "interruptible", "interruption_in", "uninterrupted"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,42 +122,6 @@ def _is_dropped(frame: FrameType) -> bool:
 
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-class Deferral:
-    """Keeps Ctrl-C back from `begin` to `end`, which then lets it happen: for what others call in two parts.
-
-    Optuna's own handlers of errors do not expect one in the middle of a write: they raise something else, which would
-    pass for a failure of the trial, and the search would go on. Only where it would reach Python: one that is ignored,
-    or ends the process, is left as it is; and so are threads, which it never reaches.
-    """
-
-    def __init__(self) -> None:
-        self._before: Callable[[int, Any], Any] | None = None
-        self._came = False
-
-    def begin(self) -> None:
-        """From here on it waits. Nothing where it waits already."""
-        handler = signal.getsignal(signal.SIGINT)
-        if self._before is not None or not callable(handler):
-            return
-        if _in_main_thread():
-            signal.signal(signal.SIGINT, self._note)
-            self._before = handler
-
-    def end(self) -> None:
-        """Raises what came meanwhile. Nothing where nothing is kept back."""
-        before = self._before
-        if before is None:
-            return
-        self._before = None
-        signal.signal(signal.SIGINT, before)
-        came, self._came = self._came, False
-        if came:
-            before(signal.SIGINT, None)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._came = True
 
 
 def interruption_in(error: BaseException, *, outer: BaseException | None = None) -> KeyboardInterrupt | None:

@@ -5,11 +5,24 @@ options, what a plan sets aside, what decides how much fits and the reference of
 setting: a line here, the one place that uses it, and a parameter of `prepare` (and `probe`, where it changes memory).
 """
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SETTINGS", "Setting", "Settings", "alike", "deciding", "reference", "taken_by"]
+from autoaccum.errors import SetupError
+
+__all__ = [
+    "FIT_ARGUMENTS",
+    "SETTINGS",
+    "Setting",
+    "Settings",
+    "alike",
+    "check_arguments",
+    "deciding",
+    "reference",
+    "taken_by",
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,30 @@ SETTINGS: dict[str, Setting] = {
     "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE, ranks="own"),
 }
 """In the order of the public signatures."""
+
+FIT_ARGUMENTS = ("model", "data", *SETTINGS)
+
+
+def check_arguments(who: str, arguments: Any) -> None:
+    """Refuses what a function of the user's returned, unless it is a dict of fit's arguments.
+
+    Raises:
+        SetupError: it names `who` returned it, and what is wrong.
+    """
+    if not isinstance(arguments, Mapping):
+        raise SetupError(
+            f"{who} returned {'None' if arguments is None else f'an object of type {type(arguments).__name__}'}, but "
+            'must return a dict of fit\'s arguments: return {"model": model, "data": data, ...}'
+        )
+    for key in arguments:
+        if key not in FIT_ARGUMENTS:
+            close = difflib.get_close_matches(str(key), FIT_ARGUMENTS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"fit takes {', '.join(FIT_ARGUMENTS)}"
+            raise SetupError(f"{who} returned the unknown key {key!r}: {hint}")
+    for key in ("model", "data"):
+        if key not in arguments:
+            has = ", ".join(map(repr, arguments)) or "nothing"
+            raise SetupError(f"{who} returned a dict without {key!r}, only with {has}: add the {key} under that key")
 
 
 def taken_by(function: str) -> Iterator[str]:

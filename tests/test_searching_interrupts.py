@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import autoaccum
-from autoaccum.interrupts import Deferral, interruption_in
-from autoaccum.searching.journal_file import open_journal
+from autoaccum.interrupts import interruption_in
+from autoaccum.searching.storage import open_storage
 from autoaccum.searching.study import OUTCOME
 from tests.search_setups import arguments, short, swallows_an_interruption
 
@@ -113,24 +113,12 @@ def test_a_worker_whose_setup_swallows_it_takes_no_other_trial(tmp_path, monkeyp
     assert max(calls.count(pid) for pid in calls) == 1
 
 
-def test_it_waits_until_the_end_of_what_is_under_way():
-    deferral = Deferral()
-    deferral.begin()
-    deferral.begin()
-    os.kill(os.getpid(), signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        deferral.end()
-    deferral.end()
-
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_a_lock_whose_holder_was_killed_is_broken(tmp_path, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     os.symlink(str(tmp_path / "j"), str(tmp_path / "j.lock"))
     (tmp_path / "j").touch()
-    study = optuna.create_study(storage=open_journal(tmp_path / "j"))
+    study = optuna.create_study(storage=open_storage(tmp_path / "j", tmp_path))
     study.set_user_attr("goes", "on")
     assert [path.name for path in tmp_path.iterdir()] == ["j"]
 

@@ -6,7 +6,7 @@ import torch
 
 import autoaccum
 from autoaccum.errors import SetupError
-from autoaccum.searching.samplers import check_sampler, make_sampler
+from autoaccum.searching.samplers import ask, check_sampler, sampler_of
 from autoaccum.searching.search import TARGETS
 from tests.search_setups import arguments, short, wide
 
@@ -42,11 +42,11 @@ def shared(tmp_path):
 @pytest.mark.parametrize("sampler", [None, "tpe", optuna.samplers.RandomSampler, optuna.samplers.TPESampler])
 def test_two_machines_that_draw_at_the_same_moment_draw_differently(tmp_path, sampler):
     """Each has looked at the study before the other's trial was made."""
-    studies = shared(tmp_path)
-    for study in studies:
+    machines = []
+    for study in shared(tmp_path):
         own = sampler(seed=1) if isinstance(sampler, type) else sampler  # each has read the same script
-        study.sampler = make_sampler(own, seed=0, n_trials=9)
-    trials = [study.ask() for _ in range(2) for study in studies]
+        machines.append((study, sampler_of(own, seed=0, n_trials=9, first={})))
+    trials = [ask(*machine) for _ in range(2) for machine in machines]
     drawn = [trial.suggest_float("x", 0, 1) for trial in trials]
 
     assert len(set(drawn)) == 4

@@ -15,9 +15,9 @@ import autoaccum
 from autoaccum.errors import MissingExtraError, NothingFitsError, PlanError, SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.best import read_best
-from autoaccum.searching.extra import make_pruner
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.samplers import make_pruner
 from tests.search_setups import (
     arguments,
     no_val_data,
@@ -412,7 +412,7 @@ def test_a_sampler_that_unpickles_the_study_is_refused_where_others_can_write_to
     [
         {"threads": 99999}, {"threads": 0}, {"threads": None}, {"threads": True}, {"seed": -1}, {"seed": "0"},
         {"seed": 2**70}, {"params": None}, {"params": []}, {"params": {"lr": [1]}}, {"params": {"a b": 1}},
-        {"fit": None}, {"fit": {"lr": 0}}, {"fit": {"lr": None}}, {"fit": {"epochs": 0}}, {"fit": {"seed": 10**30}},
+        {"fit": None}, {"fit": {"lr": []}}, {"fit": {"seed": 10**30}},
         {"fit": {"loss": "x"}}, {"plan": None}, {"plan": {"lr_scale": 0}}, {"fit": {"lr": 1e999}},
     ],
     ids=str,
@@ -448,7 +448,7 @@ def result_file(tmp_path_factory):
         (no_val_data, {"metric": "accuracy"}, "no val_data: add it"),
         (plain, {"metric": "f1"}, "'f1' is not reported: there are loss, train_loss, accuracy"),
         (plain, {"space": {"lr": (0.1, 0.1)}}, "empty range"),
-        (plain, {"space": {"lr": (0.0, 0.1, "log")}}, "logarithmic"),
+        (plain, {"space": {"lr": (0.0, 0.1, "log")}}, "must hold for `log=True`"),
         (plain, {"space": {"wdith": (1, 2)}}, "'wdith', which neither the setup nor fit takes: did you mean 'width'"),
         (plain, {"space": {"momentum": (0.1, 0.9)}}, "'momentum', which neither"),
         (plain, {"space": {"epochs": (1, 3)}}, "give budget= instead"),
@@ -462,19 +462,19 @@ def result_file(tmp_path_factory):
         (plain, {"target_batch": ()}, "target_batch"),
         (plain, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=None, which every trial needs: search it"),
         (lambda: {**plain(), "target_batch": 2.5}, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=2.5, which every"),
-        (plain, {"space": {"target_batch": [8]}, "target_batch": (8, 16)}, r"=\(8, 16\) and space\['target_batch'\]"),
-        (plain, {"space": lambda trial: {}, "target_batch": 8}, "beside a space that is a function: have it draw"),
+        (plain, {"space": {"target_batch": [8]}, "target_batch": (8, 16)}, r"=\(8, 16\) beside a space"),
+        (plain, {"space": lambda trial: {}, "target_batch": 8}, "=8 beside a space that is a function"),
         (plain, {"space": {"checkpoint": ["a", "b"]}}, "'checkpoint', which belongs to one long training"),
         (plain, {"space": {"progress": [True, False]}}, "'progress', which belongs to one long training"),
-        (plain, {"space": {"plan": ["a.json"]}}, "'plan', and a plan fixes the target batch"),
+        (plain, {"space": {"plan": ["a.json"]}}, "'plan', which fixes the target batch"),
         (plain, {"study_name": 5}, "study_name=5: give a text"),
         (plain, {"study_name": " "}, "study_name=' '"),
         (plain, {"sampler": ["tpe"]}, r"sampler=\['tpe'\]: leave it out"),
         (plain, {"workers": 2, "storage": optuna.storages.InMemoryStorage()}, "none of workers=2 can reach it"),
         (plain, {"seed": -1}, "seed=-1"),
-        (lambda: None, {}, "returned NoneType"),
+        (lambda: None, {}, "returned None"),
         (lambda: {"model": 1}, {}, "without 'data'"),
-        (lambda: {**plain(), "lern_rate": 1}, {}, "'lern_rate', which fit does not take"),
+        (lambda: {**plain(), "lern_rate": 1}, {}, "unknown key 'lern_rate'"),
         (lambda: {**plain(), "max_steps": 5}, {}, "give budget= in samples"),
         (lambda needed: plain(), {}, "needs 'needed', which is not searched"),
         ("train.py", {}, "give a function that returns a dict"),

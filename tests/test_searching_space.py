@@ -32,7 +32,7 @@ def test_numbers_of_numpy_are_numbers():
              "width": [numpy.int32(4), numpy.float64(0.5)]}  # fmt: skip
 
     assert read_space(space) == read_space({"lr": (0.5, 2.0, "log"), "layers": (2, 6), "width": [4, 0.5]})
-    assert {type(value) for value in read_space(space).parts["width"].values} == {int, float}
+    assert {type(value) for value in read_space(space).parts["width"].choices} == {int, float}
     assert check_targets((numpy.int64(8), 16)) == check_targets([8, 16]) == (8, 16)
     assert check_targets(numpy.int64(8)) == (8,)
 
@@ -47,13 +47,13 @@ def test_a_function_of_the_trial_gives_its_own_parameters():
         ({}, "no parameters"),
         ({"lr": (0.1, 0.1)}, "'lr'.*empty range"),
         ({"lr": (0.2, 0.1)}, "'lr'.*empty range: 0.2 is not below 0.1"),
-        ({"lr": (0, 0.1, "log")}, "'lr'.*logarithmic and goes down to 0"),
-        ({"lr": (-1, 0.1, "log")}, "'lr'.*goes down to -1"),
+        ({"lr": (0, 0.1, "log")}, "'lr'.*must hold for `log=True`"),
+        ({"lr": (-1, 0.1, "log")}, "'lr'.*must hold for `log=True`"),
         ({"lr": (1e-3, 0.1, "lin")}, 'can only be "log"'),
         ({"lr": (1e-3, float("inf"))}, "inf is not a finite number"),
         ({"lr": ("a", "b")}, "'a' is not a finite number; for choices write a list"),
         ({"lr": 0.1}, "neither a range nor choices"),
-        ({"lr": []}, "no choices"),
+        ({"lr": []}, "must contain one or more elements"),
         ({"lr": [1, 1]}, "a choice twice"),
         ({"lr": [1, 1.0]}, "a choice twice"),
         ({"lr": [True, 0, 1]}, "a choice twice"),
@@ -123,7 +123,7 @@ def test_what_is_written_from_a_space_is_read_as_that_space(space):
         (["lr=1,,2"], "neither a range nor choices"),
         (["lr=1:2:log:3"], "neither a range nor choices"),
         (["lr=1e-1:1e-4:log"], "empty range"),
-        (["lr=0:1:log"], "logarithmic"),
+        (["lr=0:1:log"], "must hold for `log=True`"),
         (["lr=1e-4:1:lin"], 'can only be "log"'),
         (["lr=low:high"], "'low' is not a finite number"),
         (["lr=nan"], "numbers must be finite"),

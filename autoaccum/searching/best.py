@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from autoaccum.errors import PlanError
+from autoaccum.errors import PlanError, shown
 from autoaccum.files import read_json
-from autoaccum.searching.recipe import FIT, Recipe
+from autoaccum.searching.recipe import Recipe
+from autoaccum.searching.study_trial import FIT
 
 __all__ = ["Best", "read_best"]
 
@@ -56,6 +57,26 @@ class Best:
         return {**arguments, **self.fit, "plan": self.path}
 
 
+def _are_plain(values: Any) -> bool:
+    """Whether these are plain values by the names of arguments."""
+    kinds = (bool, int, float, str, type(None))
+    return isinstance(values, dict) and all(
+        name.isidentifier() and isinstance(value, kinds) for name, value in values.items()
+    )
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+_HOLDS: dict[str, Callable[[Any], bool]] = {
+    "params": _are_plain,
+    "fit": lambda values: _are_plain(values) and set(values) <= set(FIT),  # whose values `fit` itself looks at
+    "seed": lambda value: _is_whole(value, 0, 2**64 - 1),
+    "threads": lambda value: _is_whole(value, 1, MOST_THREADS),
+}
+
+
 def read_best(path: str | os.PathLike[str]) -> Best | None:
     """What the file has beside a plan; None where it is a plan alone, or cannot be read, which `fit` will say.
 
@@ -68,40 +89,10 @@ def read_best(path: str | os.PathLike[str]) -> Best | None:
         return None
     if not isinstance(values, dict) or "params" not in values:
         return None
-    params, fit = _settings(path, values, "params"), _settings(path, values, "fit")
-    for name in fit:
-        if name not in FIT:
-            raise _damaged(path, f"fit has {name!r}, which no search saves")
-    for name in ("lr_batch", "max_steps", "epochs"):
-        _whole(path, fit, name, 1, 2**53)
-    _whole(path, fit, "seed", -(2**63), 2**64 - 1)
-    rate = fit.get("lr", 1.0)
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
-        raise _damaged(path, f"fit has lr={rate!r:.40}")
-    missing = [name for name in ("seed", "threads") if name not in values]
-    if missing:
-        raise _damaged(path, f"it lacks {' and '.join(missing)}")
-    _whole(path, values, "seed", 0, 2**64 - 1)
-    _whole(path, values, "threads", 1, MOST_THREADS)
-    return Best(os.fspath(path), params, fit, values["seed"], values["threads"])
-
-
-def _settings(path: str | os.PathLike[str], values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An object of plain values, by name."""
-    found = values.get(name)
-    if not isinstance(found, dict):
-        raise _damaged(path, f"its {name} are {found!r:.40}")
-    for key, value in found.items():
-        if not key.isidentifier() or not isinstance(value, (bool, int, float, str, type(None))):
-            raise _damaged(path, f"its {name} have {key[:40]}={value!r:.40}")
-    return dict(found)
-
-
-def _whole(path: str | os.PathLike[str], values: Mapping[str, Any], name: str, least: int, most: int) -> None:
-    value = values.get(name, least)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise _damaged(path, f"{name} is {value!r:.40}, not a whole number from {least} to {most}")
-
-
-def _damaged(path: str | os.PathLike[str], what: str) -> PlanError:
-    return PlanError(f"{path}: the search's result is damaged: {what}; save it anew (SearchResult.save, search --save)")
+    for name, holds in _HOLDS.items():
+        if not holds(values.get(name)):
+            raise PlanError(
+                f"{path}: the search's result is damaged: its {name} cannot be {shown(values.get(name))}; save it anew "
+                "(SearchResult.save, search --save)"
+            )
+    return Best(os.fspath(path), **{name: values[name] for name in _HOLDS})

@@ -5,21 +5,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoaccum.searching.extra import make_pruner
+import torch.distributed as dist
+
+from autoaccum.ranks import here
 from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.samplers import make_sampler
+from autoaccum.searching.samplers import make_pruner
 from autoaccum.searching.space import Space
-from autoaccum.searching.storage import open_storage, without_password
+from autoaccum.searching.storage import open_storage, place_of
 from autoaccum.searching.study import open_study
 from autoaccum.searching.study_trial import Finished, Trainer
 from autoaccum.searching.terms import Terms
 
-__all__ = ["Job", "open_job", "train_once"]
+__all__ = ["Job", "tell"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A search, as every one of its workers gets it; can be pickled where the setup can."""
+    """A search; can be pickled where the setup can.
+
+    Attributes:
+        recipe, space, terms: what is called, what is drawn, and what all trials have in common.
+        n_trials, storage, study_name, sampler, pruner: as `search` got them.
+        folder: of the run.
+        first: the setup's own values of what is searched: the first trial has them.
+        device: of this worker, where the setup says nothing.
+        memory: this worker's part of the memory that is free, in bytes, where the setup says nothing.
+        workers: how many share that memory.
+    """
 
     recipe: Recipe
     space: Space
@@ -30,36 +42,39 @@ class Job:
     folder: Path
     sampler: Any
     pruner: Any
-    defaults: dict[str, Any]
-    """Of fit's arguments, such as the device of this worker, where the setup says nothing."""
     first: Mapping[str, Any] = field(default_factory=dict)
-    """The setup's own values of what is searched: the first trial has them."""
-    sharing: int = 1
-    """Workers that have shared out the free memory."""
+    device: str | None = None
+    memory: int | None = None
+    workers: int = 1
 
     @property
-    def share(self) -> str | None:
-        """Where a memory budget comes from that is among the defaults."""
-        return None if "memory" not in self.defaults else f"what is free, shared out over {self.sharing} workers"
+    def place(self) -> str:
+        """Where the study is, for messages."""
+        return place_of(self.storage, self.folder)
 
-    @property
-    def storage_name(self) -> str:
-        """For messages."""
-        return without_password(str(self.storage)) if self.storage is not None else str(self.folder / "journal.log")
+    def open(self, *, resume: bool = True) -> Any:
+        """The study, with its pruner."""
+        storage = open_storage(self.storage, self.folder)
+        study = open_study(storage, self.study_name, self.space, self.terms, shown=self.place, resume=resume)
+        study.pruner = make_pruner(self.pruner, self.terms.amount)
+        return study
+
+    def train(self, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Finished:
+        """Builds and trains one trial's model, on each rank of a group alike."""
+        self.recipe.check_names(params)
+        arguments = self.recipe.build(params)
+        for name in ("device", "memory"):
+            if arguments.get(name) is None and getattr(self, name) is not None:
+                arguments[name] = getattr(self, name)
+        return trainer.train(arguments, **listeners)
 
 
-def open_job(job: Job, *, resume: bool = True) -> Any:
-    """The job's study, with its pruner and sampler."""
-    storage = open_storage(job.storage, job.folder)
-    study = open_study(storage, job.study_name, job.space, job.terms, shown=job.storage_name, resume=resume)
-    study.pruner = make_pruner(job.pruner, job.terms.amount)
-    study.sampler = make_sampler(job.sampler, seed=job.terms.seed, n_trials=job.n_trials, first=job.first)
-    return study
+def tell(message: Any = None) -> Any:
+    """Rank 0's message, on every rank of the group that trains a trial together; plain values.
 
-
-def train_once(job: Job, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Finished:
-    """Builds and trains one trial's model, on each rank of a group alike."""
-    job.recipe.check_names(params)
-    arguments = job.recipe.build(params)
-    given = {name: value for name, value in job.defaults.items() if arguments.get(name) is None}
-    return trainer.train({**arguments, **given}, **listeners)
+    Only rank 0 knows the study. It tells the others each trial's parameters and, at the end, the result.
+    """
+    box = [message]
+    if here().size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -6,7 +6,6 @@ The answers lie in the run's folder, where all workers find them, and one worker
 """
 
 import hashlib
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from autoaccum.session import Session
 from autoaccum.settings import SETTINGS, deciding
 from autoaccum.training.locks import FolderLock
 
-__all__ = ["Limits", "forecast_bytes"]
+__all__ = ["Limits"]
 
 _SCHEMA = 1
 
@@ -33,7 +32,6 @@ class Limits:
         """`ceiling`: the largest target batch, up to which the probe looks."""
         self._folder, self._ceiling = folder / "probes", ceiling
         self._known: dict[str, dict[str, Any]] = {}
-        self.probes = 0
 
     def key(self, session: Session) -> str:
         """A name for all that decides how many samples fit."""
@@ -56,40 +54,45 @@ class Limits:
         found = self._read(key, share)
         if found is None:
             with FolderLock(self._folder, "probe"):
-                found = self._read(key, share)  # another worker may have found out meanwhile
-                if found is None:
-                    found = self._probe(session, share)
-                    self._write(key, found)
+                # Another worker may have found out meanwhile.
+                found = self._read(key, share) or self._probe(key, session, share)
         self._known[key] = found
         if found["nothing"] is not None:
             raise NothingFitsError(found["nothing"])
         return ProbeReport.from_dict(found["report"])
 
-    def curve(self, key: str) -> list[list[int]]:
-        """The forecast's points, of a key that was asked for: [samples, bytes]."""
-        found = self._known[key]["report"]
-        return [] if found is None else found["curve"]
+    def memory(self, key: str, micro_batch: int) -> int | None:
+        """The peak in bytes at a micro-batch, of a key that was asked for: by the forecast, else the most measured."""
+        report = self._known[key]["report"]
+        points: list[tuple[int, int]] = report["curve"]
+        for (a, at_a), (b, at_b) in pairwise(points):
+            if a <= micro_batch <= b:
+                return round(at_a + (at_b - at_a) * (micro_batch - a) / max(b - a, 1))
+        peaks = [trial["peak_bytes"] for trial in report["trials"] if trial["peak_bytes"] is not None]
+        return points[-1][1] if points else max(peaks, default=None)
 
     @uninterrupted
-    def _probe(self, session: Session, share: int) -> dict[str, Any]:
-        self.probes += 1
+    def _probe(self, key: str, session: Session, share: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"schema": _SCHEMA, "share": share, "nothing": None, "report": None}
         try:
             with ends_all():
                 report = session.probe(share)
+            found["report"] = report.to_dict() | {"timeline": None}
+            if not report.throughput:  # else the size is the fastest, and larger ones would only be slower
+                found["report"]["micro_batch"] = max(report.micro_batch, report.limit or 0)
         except NothingFitsError as error:
-            return {"schema": _SCHEMA, "share": share, "nothing": str(error), "report": None}
-        values = report.to_dict() | {"timeline": None}
-        if not report.throughput:  # else the size is the fastest, and larger ones would only be slower
-            values["micro_batch"] = max(report.micro_batch, report.limit or 0)
-        return {"schema": _SCHEMA, "share": share, "nothing": None, "report": values}
+            found["nothing"] = str(error)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / f"{key}.json", found, checksum=True, private=True)
+        return found
 
     def _read(self, key: str, share: int) -> dict[str, Any] | None:
         """What is known and reaches as far as `share`; a file that is no answer is as good as none."""
         found = self._known.get(key)
         if found is None:
             try:
-                found = read_json(self._folder / f"{key}.json")
-                if found["schema"] != _SCHEMA or not isinstance(found["nothing"], (str, type(None))):
+                found = dict(read_json(self._folder / f"{key}.json"))
+                if found["schema"] != _SCHEMA:
                     return None
                 if found["nothing"] is None:
                     ProbeReport.from_dict(found["report"])
@@ -97,18 +100,3 @@ class Limits:
                 return None
         enough = found["nothing"] is not None or found["share"] >= share
         return found if enough or found["report"]["limit_proof"] in ("forecast", "out of memory") else None
-
-    def _write(self, key: str, found: Mapping[str, Any]) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(self._folder / f"{key}.json", found, checksum=True, private=True)
-
-
-def forecast_bytes(report: ProbeReport, curve: list[list[int]], micro_batch: int) -> int | None:
-    """The peak at a micro-batch, from the points of the probe's curve; its largest measured one without a curve."""
-    points = sorted((int(size), int(peak)) for size, peak in curve)
-    if not points:
-        return max((trial.peak_bytes for trial in report.trials if trial.peak_bytes is not None), default=None)
-    for (a, at_a), (b, at_b) in pairwise(points):
-        if a <= micro_batch <= b:
-            return round(at_a + (at_b - at_a) * (micro_batch - a) / max(b - a, 1))
-    return points[-1][1] if micro_batch > points[-1][0] else points[0][1]

@@ -15,23 +15,17 @@ from typing import Any
 
 from autoaccum.errors import SetupError, shown
 from autoaccum.random_state import seed_everything
-from autoaccum.settings import SETTINGS
+from autoaccum.settings import FIT_ARGUMENTS, check_arguments
 
-__all__ = ["Recipe", "fit_keywords", "folder_name"]
+__all__ = ["Recipe", "folder_name"]
 
 # What belongs to one long training: trials would write over one another, and go on from another's weights.
 DROPPED = ("checkpoint", "checkpoint_every", "resume", "progress")
-FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
-FORBIDDEN = {
-    "plan": "a plan fixes the target batch, which is searched: leave it out, and give micro_batch for a known limit",
+UNSEARCHED = {
+    **dict.fromkeys(("model", "data"), "the setup makes itself: search what it takes"),
+    **dict.fromkeys(DROPPED, "belongs to one long training, and changes nothing in a trial: leave it out"),
+    "plan": "fixes the target batch: search target_batch instead",
 }
-_LONG = "which belongs to one long training, and changes nothing in a trial: leave it out"
-USELESS = {**dict.fromkeys(DROPPED, _LONG), "plan": "and a plan fixes the target batch: search target_batch instead"}
-
-
-def fit_keywords() -> list[str]:
-    """The names that `fit` takes."""
-    return ["model", "data", *SETTINGS]
 
 
 @dataclass(frozen=True)
@@ -58,64 +52,54 @@ class Recipe:
         own = getattr(self.setup, "__qualname__", type(self.setup).__name__)
         return own if module in ("__main__", "__mp_main__", "") else f"{module}.{own}"
 
-    def parameters(self) -> list[inspect.Parameter]:
-        """Of the setup.
-
-        Raises:
-            SetupError: it cannot be called.
-        """
+    def _parameters(self) -> list[inspect.Parameter]:
         if not callable(self.setup):
             raise SetupError(
                 f"setup={shown(self.setup)} is {type(self.setup).__name__}: give a function that returns a dict of "
-                "fit's "
-                "arguments, since every trial needs a model of its own"
+                "fit's arguments, since every trial needs a model of its own"
             )
         try:
             return list(inspect.signature(self.setup).parameters.values())
         except ValueError:  # a builtin without a signature
             return []
 
-    def takes(self, name: str) -> bool:
-        """Whether the setup has a parameter of this name, or takes any."""
+    def _takes(self, name: str, *, by_name: bool = False) -> bool:
+        """Whether the setup has a parameter of this name; or takes any, unless it must be `by_name`."""
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return any(
-            p.kind is p.VAR_KEYWORD or (p.name == name and p.kind is not p.POSITIONAL_ONLY) for p in self.parameters()
+            (p.name == name and p.kind in kinds) or (p.kind is p.VAR_KEYWORD and not by_name)
+            for p in self._parameters()
         )
 
-    def names(self, name: str) -> bool:
-        """Whether the setup has a parameter of just this name."""
-        return any(p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in self.parameters())
-
     def needs(self) -> list[str]:
-        """Its parameters without a default."""
+        """Its parameters without a default.
+
+        Raises:
+            SetupError: the setup cannot be called.
+        """
         some = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        return [p.name for p in self.parameters() if p.default is p.empty and p.kind not in some]
+        return [p.name for p in self._parameters() if p.default is p.empty and p.kind not in some]
 
     def defaults(self) -> dict[str, Any]:
         """Its parameters that have a default, with that."""
-        return {p.name: p.default for p in self.parameters() if p.default is not p.empty}
+        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
 
     def check_names(self, names: Collection[str]) -> None:
-        """That each parameter has somewhere to go, and each that the setup needs is searched.
+        """Refuses a parameter that has nowhere to go, and a search without one that the setup needs.
 
         Raises:
-            SetupError: one that has not; the nearest name is given.
+            SetupError: it names the parameter, and the nearest name that there is.
         """
-        known = fit_keywords()
-        own = [p.name for p in self.parameters()]
+        own = [p.name for p in self._parameters()]
         for name in names:
-            if name in ("model", "data"):
+            if name in UNSEARCHED and not (self._takes(name, by_name=True) and name not in ("model", "data")):
+                raise SetupError(f"space has the parameter {name!r}, which {UNSEARCHED[name]}")
+            if not (self._takes(name) or name in FIT_ARGUMENTS):
+                close = difflib.get_close_matches(name, [*own, *FIT_ARGUMENTS], n=1)
+                meant = f"did you mean {close[0]!r}?" if close else f"the setup takes {', '.join(own) or 'nothing'}."
                 raise SetupError(
-                    f"space has the parameter {name!r}, which the setup makes itself: search what it takes"
-                )
-            if name in USELESS and not self.names(name):
-                raise SetupError(f"space has the parameter {name!r}, {USELESS[name]}")
-            if not (self.takes(name) or name in known):
-                close = difflib.get_close_matches(name, [*own, *known], n=1)
-                takes = ", ".join(own) or "nothing"
-                meant = f": did you mean {close[0]!r}?" if close else f"; the setup takes {takes}."
-                raise SetupError(
-                    f"space has the parameter {name!r}, which neither the setup nor fit takes{meant} Give the setup a "
-                    "parameter of that name to use it there"
+                    f"space has the parameter {name!r}, which neither the setup nor fit takes: {meant} Give the setup "
+                    "a parameter of that name to use it there"
                 )
         for name in self.needs():
             if name not in names:
@@ -131,41 +115,29 @@ class Recipe:
             SetupError: not a dict of fit's arguments, or one that a search has no use for.
         """
         seed_everything(self.seed)
-        own = {name: value for name, value in params.items() if self.takes(name)}
+        own = {name: value for name, value in params.items() if self._takes(name)}
         arguments = self.setup(**own)
-        known = fit_keywords()
-        if not isinstance(arguments, Mapping):
-            raise SetupError(
-                f"the setup {self.name} returned {type(arguments).__name__}: return a dict of fit's arguments, such as "
-                '{"model": model, "data": data, "loss": loss}'
-            )
-        for name in ("model", "data"):
-            if name not in arguments:
-                raise SetupError(f"the setup {self.name} returned a dict without {name!r}: add it under that key")
+        check_arguments(f"the setup {self.name}", arguments)
         merged = dict(arguments)
         if self.insists:
             merged["seed"] = self.seed
         for name, value in params.items():
-            if name == "target_batch" or (name in known and name not in own):
+            if name == "target_batch" or (name in FIT_ARGUMENTS and name not in own):
                 merged[name] = value
-            elif name in known and not self.names(name):
+            elif name in FIT_ARGUMENTS and not self._takes(name, by_name=True):
                 merged.setdefault(name, value)  # its **keywords took it, and it may not have passed it on
-        for name, value in merged.items():
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                meant = f": did you mean {close[0]!r}?" if close else ""
-                raise SetupError(f"the setup {self.name} returned {name!r}, which fit does not take{meant}")
-            if value is not None and name in FORBIDDEN and not whole:
-                raise SetupError(f"the setup {self.name} returned {name!r}: {FORBIDDEN[name]}")
+        if merged.get("plan") is not None and not whole:
+            raise SetupError(
+                f"the setup {self.name} returned 'plan', which fixes the target batch, which is searched: leave it "
+                "out, and give micro_batch for a known limit"
+            )
         return {name: value for name, value in merged.items() if whole or name not in DROPPED}
 
     def slug(self) -> str:
         """The name as a folder can be called."""
-        text = self.name
-        if "/" in text or text.rpartition(":")[0].endswith(".py"):
-            file, _, function = text.rpartition(":")
-            text = f"{Path(file).stem}-{function}"
-        return _slug(text) or "search"
+        file, _, function = self.name.rpartition(":")
+        is_file = "/" in self.name or file.endswith(".py")
+        return _slug(f"{Path(file).stem}-{function}" if is_file else self.name) or "search"
 
 
 def folder_name(name: str) -> str:

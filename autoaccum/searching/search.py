@@ -3,7 +3,6 @@
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,17 @@ from typing import Any
 
 from autoaccum.checks import check_switches
 from autoaccum.errors import SetupError, shown
-from autoaccum.searching import group
-from autoaccum.searching.extra import hushed, load_optuna, make_pruner
-from autoaccum.searching.job import Job, open_job, train_once
-from autoaccum.searching.ledger import Kind
+from autoaccum.ranks import here, join
+from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.job import Job, tell
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.recipe import Recipe, folder_name
-from autoaccum.searching.samplers import check_sampler
+from autoaccum.searching.samplers import check_sampler, make_pruner
 from autoaccum.searching.search_result import SearchResult, result_of, rows_of
 from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, is_shared, telling_of
-from autoaccum.searching.study import OWNER, fail, is_gone, ledger_of
-from autoaccum.searching.study_trial import Pruned, Trainer
+from autoaccum.searching.study import Ledger
+from autoaccum.searching.study_trial import GivenUp, Trainer
 from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle, with_targets
 from autoaccum.searching.worker import Worker
 from autoaccum.searching.worker_pool import check_not_in_a_worker, places, run_pool
@@ -30,7 +28,6 @@ from autoaccum.searching.worker_pool import check_not_in_a_worker, places, run_p
 __all__ = ["search"]
 
 TARGETS = (64, 128, 256)  # this very tuple means that none were given
-WAIT = 1.0  # seconds between two looks at trials that other machines are running
 
 
 def search(
@@ -97,16 +94,17 @@ def search(
     check_not_in_a_worker()
     _check(n_trials, direction, seed, study_name)
     check_switches(trust_storage=trust_storage)
-    group.join()
+    join()
     recipe = Recipe(setup, seed or 0, insists=seed is not None)
     targets = check_targets(target_batch)
+    if space is not None and target_batch is not TARGETS:
+        space = with_targets(space, targets)
     read = None if space is None else read_space(space)
-    if read is not None and target_batch is not TARGETS:
-        read = with_targets(read, targets)
     if read is None or read.function is None:
         recipe.check_names(() if read is None else read.parts)
     spots = places(workers)
-    _check_shared(storage, spots, workers)
+    if len(spots) > 1:
+        _check_shared(storage, workers)
     arguments = sample_arguments(recipe, read)
     read = default_space(arguments, targets) if read is None else read
     recipe.check_names(read.parts)
@@ -117,10 +115,15 @@ def search(
     name = study_name or recipe.slug()
     place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
     check_sampler(sampler, shared=is_shared(storage, place), trusted=trust_storage)
-    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, {}, own)
-    if group.rank() > 0:
+    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, own)
+    if here().rank > 0:
         return _train_along(job)
-    return _lead(job, spots, resume=resume, progress=progress)
+    result = None
+    try:
+        result = _lead(job, spots, resume=resume, progress=progress)
+    finally:
+        tell({"ended": None if result is None else replace(result, study=None)})
+    return result
 
 
 def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
@@ -134,21 +137,17 @@ def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
         raise SetupError(f'study_name={shown(study_name)}: give a text, such as "digits", or leave it out')
 
 
-def _check_shared(storage: Any, spots: list[Any], workers: Any) -> None:
+def _check_shared(storage: Any, workers: Any) -> None:
     """That several workers can have the study together."""
-    if len(spots) == 1:
-        return
-    if group.size() > 1:
+    if here().size > 1:
         raise SetupError(
-            f"workers={shown(workers)} under torchrun: every worker would need a group of its own; leave workers "
-            "out, and "
-            "start the command several times with the same storage and study_name"
+            f"workers={shown(workers)} under torchrun: every worker would need a group of its own; leave workers out, "
+            "and start the command several times with the same storage and study_name"
         )
     if isinstance(storage, load_optuna().storages.InMemoryStorage):
         raise SetupError(
-            f"storage is in this process's memory, where none of workers={shown(workers)} can reach it: leave "
-            "storage out "
-            "(a journal file), give a path or URL, or use workers=1"
+            f"storage is in this process's memory, where none of workers={shown(workers)} can reach it: leave storage "
+            "out (a journal file), give a path or URL, or use workers=1"
         )
 
 
@@ -168,72 +167,35 @@ def _made(place: Path) -> Path:
     return place.absolute()
 
 
-def _lead(job: Job, spots: list[Any], *, resume: bool, progress: bool | None) -> SearchResult:
+def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool | None) -> SearchResult:
     """The search as the process that was asked for it runs it."""
-    try:
-        with hushed():
-            study = open_job(job, resume=resume)
-        with _table(job, study, len(spots), progress) as heard:
-            if len(spots) == 1 and spots[0].device is None:
-                Worker(job, study, heard=heard).run()
-            else:
-                with _marked(study):
-                    run_pool(job, spots, lambda: ledger_of(study).finished, heard)
-            with telling_of(job.storage_name, opening=False):
-                _wait_for_others(job, study, heard)
-        with telling_of(job.storage_name):
-            result = result_of(study, job.folder, job.terms, dashboard_line(job.storage, job.folder))
-    except BaseException:
-        group.tell({"ended": None})
-        raise
+    with hushed():
+        study, dashboard = job.open(resume=resume), dashboard_line(job.storage, job.folder)
+        with _table(job, study, len(spots), progress, dashboard) as heard:
+            if len(spots) > 1 or "device" in spots[0]:
+                run_pool(job, spots, lambda: len(Ledger(study).finished), heard)
+            Worker(job, study, heard=heard).run()  # after workers, what others have left
+    with telling_of(job.place, opening=True):
+        result = result_of(study, job.folder, job.terms, dashboard)
     result.save(job.folder / "best.json")
-    group.tell({"ended": replace(result, study=None)})
     return result
-
-
-@contextlib.contextmanager
-def _marked(study: Any) -> Iterator[None]:
-    """Trials of workers that an interruption ended before they could say so are failed here."""
-    try:
-        yield
-    except BaseException:
-        for trial in study.get_trials(deepcopy=False):
-            who = trial.user_attrs.get(OWNER)
-            if trial.state.name == "RUNNING" and who is not None and is_gone(who, None):
-                fail(study, trial.number)
-        raise
-
-
-def _wait_for_others(job: Job, study: Any, heard: Callable[[], None]) -> None:
-    """Waits for trials that other processes run, and takes over what they leave."""
-    while True:
-        ledger = ledger_of(study)
-        to_take = ledger.room(job.n_trials) + ledger.count(Kind.WAITING) + len(ledger.to_repeat())
-        if ledger.finished >= job.n_trials or not (to_take or ledger.count(Kind.RUNNING)):
-            return
-        if not to_take:
-            time.sleep(WAIT)
-        Worker(job, study, heard=heard).run()
-        heard()
 
 
 def _train_along(job: Job) -> SearchResult:
     """The other ranks of a group: train what rank 0 says, until it says how the search ended."""
-    trainer = Trainer(job.terms, Limits(job.folder / f"rank-{group.rank()}", job.terms.ceiling))
-    while True:
-        message = group.tell()
-        if "ended" in message:
-            if message["ended"] is None:
-                raise SetupError(
-                    f"the search ended on rank 0 of {group.size()}: the cause is in the error raised there"
-                )
-            return message["ended"]  # type: ignore[no-any-return]  # a SearchResult
-        with contextlib.suppress(Exception, Pruned):
-            train_once(job, trainer, message["params"], began=lambda _: None, report=lambda *_: False)
+    trainer = Trainer(job.terms, Limits(job.folder / f"rank-{here().rank}", job.terms.ceiling))
+    while "ended" not in (message := tell()):
+        with contextlib.suppress(Exception, GivenUp):
+            job.train(trainer, message["params"], began=lambda _: None, report=lambda *_: False)
+    if message["ended"] is None:
+        raise SetupError(f"the search ended on rank 0 of {here().size}: the cause is in the error raised there")
+    return message["ended"]  # type: ignore[no-any-return]  # a SearchResult
 
 
 @contextlib.contextmanager
-def _table(job: Job, study: Any, workers: int, progress: bool | None) -> Iterator[Callable[[], None]]:
+def _table(
+    job: Job, study: Any, workers: int, progress: bool | None, dashboard: str | None
+) -> Iterator[Callable[[], None]]:
     """Draws the trials as they come; gives what to call when something may have changed."""
     if not (sys.stderr.isatty() if progress is None else progress):
         yield lambda: None
@@ -241,8 +203,7 @@ def _table(job: Job, study: Any, workers: int, progress: bool | None) -> Iterato
     from autoaccum.display.layout import open_console
     from autoaccum.display.search_table import SearchTable
 
-    line = dashboard_line(job.storage, job.folder)
-    with SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=line) as table:
+    with SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=dashboard) as table:
 
         def heard() -> None:
             if table.is_due():

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from autoaccum.errors import AutoaccumError, NothingFitsError
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.stored import write_file
 from autoaccum.searching import weights
-from autoaccum.searching.extra import load_optuna, quiet
+from autoaccum.searching.extra import hushed, load_optuna
 from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
+from autoaccum.searching.terms import Terms
 
-__all__ = ["SearchResult", "result_of"]
+__all__ = ["SearchResult", "result_of", "rows_of"]
 
 SCHEMA = 1
-_HIDDEN = ("void", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -61,28 +61,29 @@ class SearchResult(Drawn):
 
     @cached_property
     def importance(self) -> dict[str, float]:
-        """How much each parameter mattered, summing to 1; empty where too few trials are complete.
+        """How much each parameter mattered, summing to 1; empty where that cannot be said, as of too few trials.
 
         By PED-ANOVA, when it is first asked for: what Optuna imports for it takes seconds.
         """
-        return {} if self.study is None else importance_of(self.study)
+        trials = () if self.study is None else self.study.get_trials(deepcopy=False)
+        done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+        if len(done) < 4 or len({trial.value for trial in done}) < 2:
+            return {}
+        importance = load_optuna().importance
+        with hushed():
+            try:
+                found = importance.get_param_importances(self.study, evaluator=importance.PedAnovaImportanceEvaluator())
+            except (ValueError, RuntimeError):  # no parameter that all trials have, or none that varies
+                return {}
+        return {name: float(share) for name, share in found.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the study."""
         return {
-            "best_params": self.best_params,
-            "best_value": self.best_value,
-            "best_number": self.best_number,
+            **{each.name: getattr(self, each.name) for each in fields(self) if each.name != "study"},
             "best_plan": self.best_plan.to_dict(),
-            "metric": self.metric,
-            "direction": self.direction,
-            "unit": self.unit,
             "importance": self.importance,
             "weights": None if self.weights is None else str(self.weights),
-            "arguments": self.arguments,
-            "seed": self.seed,
-            "threads": self.threads,
-            "dashboard": self.dashboard,
             "trials": list(self.trials),
         }
 
@@ -123,7 +124,7 @@ class SearchResult(Drawn):
 def rows_of(study: Any) -> tuple[dict[str, Any], ...]:
     """The trials of a study as plain values; without those that made way for others."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name != "WAITING"]
-    return tuple(_row(trial) for trial in trials if trial.user_attrs.get(OUTCOME) not in _HIDDEN)
+    return tuple(_row(trial) for trial in trials if trial.user_attrs.get(OUTCOME) not in ("void", "interrupted"))
 
 
 def _row(trial: Any) -> dict[str, Any]:
@@ -131,18 +132,14 @@ def _row(trial: Any) -> dict[str, Any]:
     facts = attributes.get(TRAINING) or {}
     made = facts.get("plan") or {}
     reports = sorted(trial.intermediate_values.items())
-    seconds = None if trial.duration is None else trial.duration.total_seconds()
     return {
         "number": trial.number,
-        "state": _state(trial, attributes),
+        "state": _state(trial.state.name, str(attributes.get(OUTCOME) or "")),
         "value": trial.value if trial.state.name == "COMPLETE" else reports[-1][1] if reports else None,
         "params": dict(trial.params),
         "samples": facts.get("samples") or (reports[-1][0] if reports else 0),
-        "seconds": seconds,
-        "target_batch": made.get("target_batch"),
-        "accumulation_steps": made.get("accumulation_steps"),
-        "micro_batch": made.get("micro_batch"),
-        "lr": made.get("lr"),
+        "seconds": None if trial.duration is None else trial.duration.total_seconds(),
+        **{name: made.get(name) for name in ("target_batch", "accumulation_steps", "micro_batch", "lr")},
         "memory_bytes": facts.get("memory_bytes"),
         "repeats": (attributes.get(RETRY) or {}).get("of"),
         "error": attributes.get(ERROR),
@@ -150,28 +147,29 @@ def _row(trial: Any) -> dict[str, Any]:
     }
 
 
-def _state(trial: Any, attributes: Mapping[str, Any]) -> str:
-    name, outcome = trial.state.name.lower(), str(attributes.get(OUTCOME) or "")
-    if name == "fail":
+def _state(name: str, outcome: str) -> str:
+    if name == "FAIL":
         return "error" if outcome == "error" else "killed"
-    if name == "pruned":
+    if name == "PRUNED":
         return next((word for word in ("does not fit", "diverged") if outcome.startswith(word)), "pruned")
-    return str(name)
+    return name.lower()
 
 
-def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> SearchResult:
+def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> SearchResult:
     """The result of a study in which at least one trial came to its end.
 
     Raises:
         NothingFitsError: nothing fits in any of the settings tried.
         AutoaccumError: no trial came to its end.
     """
-    rows = rows_of(study)
-    best = weights.best_trial(study)
+    rows, best = rows_of(study), weights.best_trial(study)
     if best is None:
         raise _no_best(study, rows)
-    facts = best.user_attrs[TRAINING]
-    file = weights.path_of(folder, best)
+    facts: Mapping[str, Any] = best.user_attrs[TRAINING]
+    arguments, file = dict(facts["fit"]), weights.path_of(folder, best)
+    if terms.unit == "ms":  # the steps that its time was enough for
+        arguments["max_steps"] = facts["steps"]
+        arguments.pop("epochs", None)
     return SearchResult(
         best_params=dict(best.params),
         best_value=float(best.value),
@@ -183,43 +181,20 @@ def result_of(study: Any, folder: Path, terms: Any, dashboard: str | None) -> Se
         unit=terms.unit,
         best_number=best.number,
         weights=file if file is not None and file.exists() else None,
-        arguments=_arguments(facts, terms),
+        arguments=arguments,
         seed=terms.seed,
         threads=int(facts["threads"]),
         dashboard=dashboard,
     )
 
 
-def _arguments(facts: Mapping[str, Any], terms: Any) -> dict[str, Any]:
-    again = dict(facts["fit"])
-    if terms.unit == "ms":  # the steps that its time was enough for
-        again["max_steps"] = facts["steps"]
-        again.pop("epochs", None)
-    return again
-
-
 def _no_best(study: Any, rows: tuple[dict[str, Any], ...]) -> AutoaccumError:
     words = [row["state"] for row in rows]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "none"
     if words and all(word == "does not fit" for word in words):
         last = next(t.user_attrs[OUTCOME] for t in study.get_trials(deepcopy=False) if OUTCOME in t.user_attrs)
         return NothingFitsError(f"nothing fits in any of the {len(words)} settings tried; the first: {last}")
+    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "none"
     return AutoaccumError(
         f"no trial came to its end, so there is no best one ({counts}): look at the trials' errors in the study, lower "
         "the learning rates in the space, or give more trials"
     )
-
-
-def importance_of(study: Any) -> dict[str, float]:
-    """How much each parameter mattered, by PED-ANOVA, which needs no other package; empty where that cannot be said."""
-    optuna = load_optuna()
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-    if len(done) < 4 or len({trial.value for trial in done}) < 2:
-        return {}
-    with quiet():
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        try:
-            found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except (ValueError, RuntimeError):  # no parameter that all trials have, or none that varies
-            return {}
-    return {name: float(share) for name, share in found.items()}

@@ -9,7 +9,7 @@ On the command line the same is written as text: lr=1e-4:1e-1:log, weight_decay=
 choices, a colon a range, neither of them one fixed value.
 """
 
-import math
+import json
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -17,57 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError, shown
+from autoaccum.searching.extra import load_optuna
 
-__all__ = ["Choices", "Range", "Space", "read_space", "space_of_texts"]
+__all__ = ["Space", "read_space", "space_of_texts"]
 
 WRITTEN = "write NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,..., such as lr=1e-4:1e-1:log"
 EXAMPLE = 'write (low, high), (low, high, "log") or a list of choices, such as {"lr": (1e-4, 1e-1, "log")}'
-
-
 COUNTS = {"target_batch", "micro_batch", "max_batch"}
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from `low` to `high`, both included; evenly over their logarithms where `log`."""
-
-    low: float
-    high: float
-    log: bool
-
-    def suggest(self, trial: Any, name: str) -> Any:
-        """A number of the trial's choice; an integer where both ends are."""
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return trial.suggest_int(name, self.low, self.high, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, log=self.log)
-
-    def holds(self, value: Any) -> bool:
-        """Whether a trial could be given this value."""
-        kind = int if isinstance(self.low, int) and isinstance(self.high, int) else (int, float)
-        return isinstance(value, kind) and not isinstance(value, bool) and self.low <= value <= self.high
-
-    def describe(self) -> list[Any]:
-        """Plain values, for comparing with another search's."""
-        return [self.low, self.high, *(["log"] if self.log else [])]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """One of `values`."""
-
-    values: tuple[Any, ...]
-
-    def suggest(self, trial: Any, name: str) -> Any:
-        """A value of the trial's choice."""
-        return trial.suggest_categorical(name, list(self.values))
-
-    def holds(self, value: Any) -> bool:
-        """Whether a trial could be given this value."""
-        return any(type(value) is type(choice) and value == choice for choice in self.values)
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values, for comparing with another search's."""
-        return {"choices": list(self.values)}
 
 
 @dataclass(frozen=True)
@@ -75,11 +31,11 @@ class Space:
     """The parameters by name, or a function that draws them.
 
     Attributes:
-        parts: empty where there is a function.
+        parts: Optuna's distributions; empty where there is a function.
         function: `f(trial) -> dict`; None where there are parts.
     """
 
-    parts: Mapping[str, Range | Choices]
+    parts: Mapping[str, Any]
     function: Callable[[Any], Mapping[str, Any]] | None = None
 
     def suggest(self, trial: Any) -> dict[str, Any]:
@@ -89,7 +45,7 @@ class Space:
             SetupError: the user's function returned something other than a dict.
         """
         if self.function is None:
-            return {name: part.suggest(trial, name) for name, part in self.parts.items()}
+            return {name: _suggest(trial, name, part) for name, part in self.parts.items()}
         found = self.function(trial)
         if not isinstance(found, Mapping):
             raise SetupError(
@@ -102,18 +58,37 @@ class Space:
         """Plain values, by which two searches are seen to have the same space."""
         if self.function is not None:
             return f"function {getattr(self.function, '__qualname__', type(self.function).__name__)}"
-        return {name: part.describe() for name, part in self.parts.items()}
+        to_json = load_optuna().distributions.distribution_to_json
+        return {name: json.loads(to_json(part))["attributes"] for name, part in self.parts.items()}
 
     def within(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `values` that a trial could be given, by the name of their parameter."""
-        return {name: values[name] for name, part in self.parts.items() if name in values and part.holds(values[name])}
+        return {
+            name: values[name] for name, part in self.parts.items() if name in values and _holds(part, values[name])
+        }
 
     def largest(self, name: str) -> Any:
         """The largest number that a parameter can be; None where it is not searched, or by a function."""
-        part = self.parts.get(name)
-        if part is None:
-            return None
-        return part.high if isinstance(part, Range) else max(part.values)
+        return max(_ends(self.parts[name])) if name in self.parts else None
+
+
+def _suggest(trial: Any, name: str, part: Any) -> Any:
+    if hasattr(part, "choices"):
+        return trial.suggest_categorical(name, part.choices)
+    kind = trial.suggest_int if isinstance(part.low, int) else trial.suggest_float
+    return kind(name, part.low, part.high, log=part.log)
+
+
+def _ends(part: Any) -> tuple[Any, ...]:
+    """The choices, or the ends of the range."""
+    return tuple(part.choices) if hasattr(part, "choices") else (part.low, part.high)
+
+
+def _holds(part: Any, value: Any) -> bool:
+    if hasattr(part, "choices"):
+        return any(type(value) is type(choice) and value == choice for choice in part.choices)
+    kind = int if isinstance(part.low, int) else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and part.low <= value <= part.high
 
 
 def read_space(space: Any) -> Space:
@@ -127,17 +102,70 @@ def read_space(space: Any) -> Space:
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
         raise SetupError(f"space={shown(space)} has no parameters: {EXAMPLE}")
-    parts = {_name(name): _part(name, value) for name, value in space.items()}
+    parts = {name: _part(name, value) for name, value in space.items()}
     for name in COUNTS & parts.keys():
-        _check_counts(name, parts[name])
+        for value in _ends(parts[name]):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise SetupError(
+                    f"space has {name}={shown(value)}: it counts samples, so give whole numbers of 1 or more"
+                )
     return Space(parts)
 
 
-def _check_counts(name: str, part: Range | Choices) -> None:
-    ends = (part.low, part.high) if isinstance(part, Range) else part.values
-    for value in ends:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SetupError(f"space has {name}={shown(value)}: it counts samples, so give whole numbers of 1 or more")
+def _part(name: Any, value: Any) -> Any:
+    """The distribution of one parameter."""
+    if not isinstance(name, str) or not name.isidentifier():
+        raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
+    whole = f"space[{name!r}]={shown(value)}"
+    try:
+        if isinstance(value, list):
+            return _choices(whole, [_plain(each) for each in value])
+        if isinstance(value, tuple) and len(value) in (2, 3):
+            return _range(whole, *map(_plain, value))
+    except SetupError:
+        raise
+    except ValueError as error:  # no choices, or the logarithm of what is not above 0: Optuna's words say which
+        raise SetupError(f"{whole}: {error}") from error
+    raise SetupError(f"{whole} is neither a range nor choices: {EXAMPLE}")
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of NumPy and other packages as Python's own; all else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _choices(whole: str, values: list[Any]) -> Any:
+    for value in values:
+        if not isinstance(value, (bool, int, float, str, type(None))):
+            raise SetupError(
+                f"{whole} has the choice {value!r}: choices are kept in the study as numbers, texts, True, False or "
+                "None; give a name there, and look it up in the setup"
+            )
+        if isinstance(value, float) and not _is_finite(value):
+            raise SetupError(f"{whole} has the choice {value!r}: numbers must be finite")
+    if len(set(values)) < len(values):
+        raise SetupError(f"{whole} has a choice twice (1, 1.0 and True are equal): leave one out")
+    return load_optuna().distributions.CategoricalDistribution(values)
+
+
+def _range(whole: str, low: Any, high: Any, *word: Any) -> Any:
+    for end in (low, high):
+        if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
+            raise SetupError(f"{whole}: {end!r} is not a finite number; for choices write a list")
+    if word not in ((), ("log",)):
+        raise SetupError(f'{whole}: the third entry of a range can only be "log"')
+    if low >= high:
+        raise SetupError(f"{whole} is an empty range: {low} is not below {high}; write (low, high)")
+    distributions = load_optuna().distributions
+    are_whole = isinstance(low, int) and isinstance(high, int)
+    kind = distributions.IntDistribution if are_whole else distributions.FloatDistribution
+    return kind(low, high, log=bool(word))
+
+
+def _is_finite(value: float) -> bool:
+    return abs(value) <= sys.float_info.max  # unlike math.isfinite, for whole numbers of any length
 
 
 def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
@@ -157,21 +185,13 @@ def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
             raise SetupError(f"{text!r} says no values for a parameter: {WRITTEN}")
         if name in space:
             raise SetupError(f"{text!r}: the parameter {name!r} is given twice; leave one out")
-        space[name] = _written(text, written)
+        is_range = ":" in written and "," not in written
+        parts = [part.strip() for part in written.split(":" if is_range else ",")]
+        if "" in parts or (is_range and len(parts) > 3):
+            raise SetupError(f"{text!r} is neither a range nor choices: {WRITTEN}")
+        space[name] = (*map(_value, parts[:2]), *parts[2:]) if is_range else [_value(part) for part in parts]
     read_space(space)
     return space
-
-
-def _written(text: str, written: str) -> tuple[Any, ...] | list[Any]:
-    """A range or choices, from what stands behind the equals sign."""
-    ends = [part.strip() for part in written.split(":")]
-    is_range = "," not in written and len(ends) > 1
-    parts = ends if is_range else [part.strip() for part in written.split(",")]
-    if "" in parts or (is_range and len(parts) > 3):
-        raise SetupError(f"{text!r} is neither a range nor choices: {WRITTEN}")
-    if not is_range:
-        return [_value(part) for part in parts]
-    return (*map(_value, parts[:2]), *parts[2:])
 
 
 def _value(text: str) -> Any:
@@ -185,70 +205,3 @@ def _value(text: str) -> Any:
         except ValueError:
             pass
     return text
-
-
-def _name(name: Any) -> str:
-    if not isinstance(name, str) or not name.isidentifier():
-        raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
-    return name
-
-
-def _part(name: str, value: Any) -> Range | Choices:
-    if isinstance(value, list):
-        return _choices(name, value)
-    if isinstance(value, tuple) and len(value) in (2, 3):
-        return _range(name, value)
-    raise SetupError(f"space[{name!r}]={shown(value)} is neither a range nor choices: {EXAMPLE}")
-
-
-def _choices(name: str, values: list[Any]) -> Choices:
-    if not values:
-        raise SetupError(f"space[{name!r}] has no choices: give at least one, such as [0, 1e-4]")
-    values = [_plain(value) for value in values]
-    for value in values:
-        if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise SetupError(
-                f"space[{name!r}] has the choice {value!r}: choices are kept in the study as numbers, texts, True, "
-                "False or None; give a name there, and look it up in the setup"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SetupError(f"space[{name!r}] has the choice {value!r}: numbers must be finite")
-    if len(set(values)) < len(values):
-        raise SetupError(
-            f"space[{name!r}]={shown(values)} has a choice twice (1, 1.0 and True are equal): leave one out"
-        )
-    return Choices(tuple(values))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of NumPy and other packages as Python's own; all else as it is."""
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
-
-
-def _is_finite(value: float) -> bool:
-    return abs(value) <= sys.float_info.max  # unlike math.isfinite, for whole numbers of any length
-
-
-def _range(name: str, value: tuple[Any, ...]) -> Range:
-    low, high, *word = map(_plain, value)
-    for end in (low, high):
-        if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
-            raise SetupError(
-                f"space[{name!r}]={shown(value)}: {end!r} is not a finite number; for choices write a list"
-            )
-    if word not in ([], ["log"]):
-        raise SetupError(f'space[{name!r}]={shown(value)}: the third entry of a range can only be "log"')
-    if low >= high:
-        raise SetupError(
-            f"space[{name!r}]={shown(value)} is an empty range: {low} is not below {high}; write (low, high)"
-        )
-    if word and low <= 0:
-        raise SetupError(
-            f"space[{name!r}]={shown(value)} is logarithmic and goes down to {low}: give a low end above 0, such as "
-            f"{high / 1e4:g}, or leave out the word log"
-        )
-    return Range(low, high, bool(word))

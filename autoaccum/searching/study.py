@@ -1,8 +1,16 @@
-"""The study in its storage: opened and compared, its trials read as ledger entries, dead processes' trials put right.
+"""The study in its storage: opened and compared, whose its trials are, and which of them count.
 
-Every trial carries who runs it: host, process id and that process's start time, since ids are used again. A running
-trial whose process is gone is failed by whoever notices first. That is safe even where it was a mistake: a storage
-refuses changes to a trial that has ended, so a process that lives after all drops its trial and draws another.
+The storage is all that the workers of a search share, and it survives every kill. So everything follows from it, by
+rules that each process applies alike; nothing has to be handed over, and nothing is lost with a process.
+
+- A trial is finished when it is complete, pruned, or failed by an error of its own; `n_trials` counts these.
+- A trial that was killed or interrupted does not count. Its parameters run again, once if it was killed (it may have
+  been the cause), and as often as it takes where a person interrupted it.
+- Trials are numbered in the order of their making. Where more were made than there is room for, or one was repeated
+  twice by two processes that did not see each other, the lower numbers stand, and the others leave before they train.
+- Every trial carries who runs it: host, process id and that process's start time, since ids are used again. A running
+  trial whose process is gone is failed by whoever notices first. That is safe even where it was a mistake: a storage
+  refuses changes to a trial that has ended, so a process that lives after all drops its trial and draws another.
 """
 
 import datetime
@@ -10,37 +18,26 @@ import time
 from typing import Any
 
 from autoaccum.errors import SetupError
+from autoaccum.interrupts import uninterrupted
 from autoaccum.probing.journal import Owner
-from autoaccum.searching.extra import load_optuna, says_ended
-from autoaccum.searching.ledger import Entry, Kind, Ledger
+from autoaccum.searching.extra import load_optuna
 from autoaccum.searching.space import Space
 from autoaccum.searching.storage import telling_of
 from autoaccum.searching.terms import Terms
 
-__all__ = [
-    "BEAT",
-    "ERROR",
-    "OUTCOME",
-    "OWNER",
-    "TRAINING",
-    "fail",
-    "ledger_of",
-    "open_study",
-    "owner",
-    "repeat_broken",
-    "sweep",
-]
+__all__ = ["BEAT", "ERROR", "OUTCOME", "OWNER", "RETRY", "TRAINING", "Ledger", "end", "open_study", "owner", "sweep"]
 
 # Names of what a trial carries in its user attributes.
-OWNER, OUTCOME, RETRY, TRAINING, ERROR = (
-    f"autoaccum.{name}" for name in ("owner", "outcome", "retry", "training", "error")
+OWNER, OUTCOME, RETRY, TRAINING, ERROR, BEAT = (
+    f"autoaccum.{name}" for name in ("owner", "outcome", "retry", "training", "error", "beat")
 )
 _TERMS = "autoaccum.search"  # of the study
-BEAT = "autoaccum.beat"
+KILLS_BELIEVED = 2  # a setting that took its process with it twice is not tried a third time
 SILENCE = 300.0  # seconds without a sign of life after which another host's trial counts as dead
 UNCLAIMED = 10.0  # seconds that a trial may be without an owner; a claim takes milliseconds
 
 
+@uninterrupted
 def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: str, resume: bool) -> Any:
     """The study of this name, new or gone on with.
 
@@ -49,7 +46,8 @@ def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: st
             seed; both are named.
     """
     optuna = load_optuna()
-    with telling_of(shown):
+    ours = {"space": space.describe(), **terms.comparable()}
+    with telling_of(shown, opening=True):
         try:
             study = optuna.create_study(
                 storage=storage, study_name=name, direction=terms.direction, load_if_exists=resume
@@ -59,75 +57,71 @@ def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: st
                 f"the study {name!r} is already in {shown}: leave out resume=False to go on with it, or give another "
                 "study_name"
             ) from error
-        there = study.direction.name.lower()
-        if there != terms.direction:
-            raise SetupError(
-                f"the study {name!r} in {shown} has direction {there!r}, and this search {terms.direction!r}: give the "
-                "same direction, or another study_name"
-            )
-        ours = {"space": space.describe(), **terms.comparable()}
         theirs = study.user_attrs.get(_TERMS)
-        if theirs is None and study.get_trials(deepcopy=False):
+        ledger = Ledger(study)
+        if theirs is None and ledger.trials:
             raise SetupError(
                 f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another study_name"
             )
-        if ledger_of(study).untouched:  # what was wrong with the first call may have been mended
+        there = {"direction": study.direction.name.lower()}
+        if ledger.taken or there["direction"] != terms.direction:
+            for key, value in {**(theirs or {}), **there}.items():
+                if value != ours.get(key):
+                    raise SetupError(
+                        f"the study {name!r} in {shown} has {key} {value!r}, and this search {ours.get(key)!r}: their "
+                        "values cannot be compared; give the same, or another study_name"
+                    )
+        else:  # nothing was tried yet: what was wrong with the first call may have been mended
             study.set_user_attr(_TERMS, ours)
-        else:
-            _compare(name, shown, theirs, ours)
     return study
 
 
-def _compare(name: str, shown: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    for key, value in theirs.items():
-        if value != _as_json(ours.get(key)):
-            raise SetupError(
-                f"the study {name!r} in {shown} has {key} {value!r}, and this search {ours.get(key)!r}: their values "
-                "cannot be compared; give the same, or another study_name"
-            )
+class Ledger:
+    """The trials of a study at one moment, as the rules see them."""
+
+    def __init__(self, study: Any) -> None:
+        self.trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+        self._repeated = {_retry(trial).get("of") for trial in self.trials}
+
+    @property
+    def finished(self) -> list[Any]:
+        """Trials that are complete, pruned, or failed by an error of their own."""
+        return self.of("finished")
+
+    @property
+    def taken(self) -> int:
+        """How many places are taken: by trials that have one, and by parameters that are to run again."""
+        return len(self.of("finished", "running", "waiting")) + len(self.to_repeat())
+
+    def of(self, *fates: str) -> list[Any]:
+        """Trials of which one of these has become, of what `_fate` tells."""
+        return [trial for trial in self.trials if _fate(trial) in fates]
+
+    def to_repeat(self) -> list[Any]:
+        """Trials that ended before their time, and whose parameters are to run again."""
+        return [
+            trial for trial in self.of("killed", "interrupted")
+            if _drawn(trial) and trial.number not in self._repeated and _kills(trial) < KILLS_BELIEVED
+        ]  # fmt: skip
+
+    def may_run(self, trial: Any, n_trials: int) -> bool:
+        """Whether a trial has a place, now that it was made."""
+        before = [other for other in self.trials if other.number < trial.number]
+        of = _retry(trial).get("of")
+        if of is not None and any(_retry(other).get("of") == of for other in before):
+            return False
+        return sum(_fate(other) in ("finished", "running", "waiting") for other in before) < n_trials
 
 
-def _as_json(value: Any) -> Any:
-    """As it comes back from a storage: tuples are lists there."""
-    if isinstance(value, dict):
-        return {str(key): _as_json(part) for key, part in value.items()}
-    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def owner() -> dict[str, Any]:
-    """Who this process is, among all that ever ran: for the trials that it runs."""
-    return {**Owner.here()._asdict(), "since": time.time()}
-
-
-def is_gone(who: dict[str, Any], beat: float | None) -> bool:
-    """Whether the process that a trial belongs to is gone.
-
-    Those of other machines and containers are known by their last sign of life alone, `beat`, in seconds since 1970;
-    where the storage itself watches over that (None), they are left to it.
-    """
-    found = Owner.of(who)
-    if found.is_stranger:
-        return beat is not None and abs(time.time() - max(beat, who["since"])) > SILENCE
-    return found.is_gone
-
-
-def ledger_of(study: Any) -> Ledger:
-    """The study's trials as the rules see them."""
-    return Ledger(_entry(trial) for trial in study.get_trials(deepcopy=False))
-
-
-def _entry(trial: Any) -> Entry:
-    attributes = trial.user_attrs
-    retry = attributes.get(RETRY) or {}
-    outcome = attributes.get(OUTCOME)
-    return Entry(
-        number=trial.number,
-        kind=_kind(trial.state.name, outcome),
-        error=trial.state.name == "FAIL",
-        drawn=bool(_drawn(trial)),
-        repeats=retry.get("of"),
-        kills=int(retry.get("kills", 0)),
-    )
+def _fate(trial: Any) -> str:
+    """What has become of a trial: "running", "waiting", "finished", "interrupted", "void" or "killed"."""
+    if trial.state.name in ("RUNNING", "WAITING"):
+        return str(trial.state.name.lower())
+    outcome = trial.user_attrs.get(OUTCOME)
+    if trial.state.name != "FAIL" or outcome == "error":
+        return "finished"
+    # Whoever fails a trial on purpose says why first; what says nothing was cut off.
+    return outcome if outcome in ("interrupted", "void") else "killed"
 
 
 def _drawn(trial: Any) -> dict[str, Any]:
@@ -135,49 +129,51 @@ def _drawn(trial: Any) -> dict[str, Any]:
     return trial.params or trial.system_attrs.get("fixed_params") or {}
 
 
-def _kind(state: str, outcome: str | None) -> Kind:
-    if state != "FAIL":
-        return {"RUNNING": Kind.RUNNING, "WAITING": Kind.WAITING}.get(state, Kind.FINISHED)
-    # Whoever fails a trial on purpose says why first; what says nothing was cut off.
-    return {"error": Kind.FINISHED, "void": Kind.VOID, "interrupted": Kind.INTERRUPTED}.get(outcome or "", Kind.KILLED)
+def _retry(trial: Any) -> dict[str, Any]:
+    """Of a trial that repeats another: that one's number, and how often these parameters were killed before."""
+    return trial.user_attrs.get(RETRY) or {}
 
 
-def sweep(study: Any, *, heartbeats: bool = False) -> list[int]:
-    """Fails the running trials whose process is gone, and says which they were.
+def _kills(trial: Any) -> int:
+    """How often the trial's parameters were killed, this time included."""
+    return int(_retry(trial).get("kills", 0)) + (_fate(trial) == "killed")
 
-    `heartbeats`: the storage has its own, so other hosts' trials are left to it.
-    """
-    optuna = load_optuna()
-    swept = []
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        who = trial.user_attrs.get(OWNER)
-        beat = None if heartbeats else float(trial.user_attrs.get(BEAT, 0.0))
-        dead = is_gone(who, beat) if who is not None else _age(trial) > UNCLAIMED
-        if dead and fail(study, trial.number):
-            swept.append(trial.number)
+
+def owner() -> dict[str, Any]:
+    """Who this process is, among all that ever ran: for the trials that it runs."""
+    return {**Owner.here()._asdict(), "since": time.time()}
+
+
+def sweep(study: Any) -> list[int]:
+    """Fails the running trials whose process is gone, queues what is to run again, and says which it failed."""
+    swept = [trial.number for trial in Ledger(study).of("running") if _is_abandoned(trial)]
+    for number in swept:
+        end(study, number, "FAIL")
+    for trial in Ledger(study).to_repeat():
+        study.enqueue_trial(_drawn(trial), user_attrs={RETRY: {"of": trial.number, "kills": _kills(trial)}})
     return swept
 
 
-def fail(study: Any, number: int) -> bool:
-    """Ends a running trial as failed; whether this process did it, and no other was first."""
-    optuna = load_optuna()
+def _is_abandoned(trial: Any) -> bool:
+    """Whether nobody runs the trial any more; of other machines' only the last sign of life tells."""
+    who = trial.user_attrs.get(OWNER)
+    if who is None:
+        started = trial.datetime_start
+        return started is not None and abs((datetime.datetime.now() - started).total_seconds()) > UNCLAIMED
+    found = Owner.of(who)
+    if found.is_stranger:
+        last = max(float(trial.user_attrs.get(BEAT, 0.0)), float(who["since"]))
+        return abs(time.time() - last) > SILENCE
+    return found.is_gone
+
+
+@uninterrupted
+def end(study: Any, number: int, state: str, value: float | None = None) -> None:
+    """Ends a running trial with a state; one that another process has ended stays as it is."""
     try:
-        study.tell(number, state=optuna.trial.TrialState.FAIL)
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, ValueError) or says_ended(error):  # it has ended meanwhile
-            return False
-        raise
-    return True
-
-
-def _age(trial: Any) -> float:
-    started = trial.datetime_start
-    return 0.0 if started is None else abs((datetime.datetime.now() - started).total_seconds())
-
-
-def repeat_broken(study: Any) -> None:
-    """Queues the parameters of trials that were cut off."""
-    trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
-    for entry in ledger_of(study).to_repeat():
-        retry = {"of": entry.number, "kills": entry.kills_now}
-        study.enqueue_trial(_drawn(trials[entry.number]), user_attrs={RETRY: retry})
+        study.tell(number, value, state=load_optuna().trial.TrialState[state])
+    except (ValueError, RuntimeError):
+        # It had ended; or this has ended it, and a sampler that has run out of settings wants to stop Optuna's loop.
+        trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
+        if not trial.state.is_finished():
+            raise

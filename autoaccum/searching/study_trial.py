@@ -26,32 +26,27 @@ from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks, ends_all
-from autoaccum.searching.limits import Limits, forecast_bytes
-from autoaccum.searching.recipe import FIT
+from autoaccum.searching.limits import Limits
 from autoaccum.searching.terms import TRAIN_LOSS, Terms, check_metric, check_target, steps_for
 from autoaccum.session import Session
 from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import EpochEnded, Event
 from autoaccum.training.loop import TrainingLoop
 from autoaccum.units import format_bytes
-from autoaccum.window.assembly import Assembly
 
-__all__ = ["Diverged", "Finished", "Infeasible", "Pruned", "Refused", "Trainer"]
+__all__ = ["FIT", "Finished", "GivenUp", "Refused", "Trainer"]
 
+FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
 NINTHS = 9
 RUNGS = (1, 2, 5)  # ninths at which a trial may be given up before an epoch's end
 
 
-class Pruned(BaseException):  # no error, and no handler of errors may stop it on its way out of the loop
-    """Other trials did better with as many samples."""
+class GivenUp(BaseException):  # no error, and no handler of errors may stop it on its way out of the loop
+    """A trial ended early; `outcome` says why: "pruned", "diverged: ...", "does not fit: ..."."""
 
-
-class Diverged(Exception):
-    """The loss is no longer a finite number."""
-
-
-class Infeasible(Exception):
-    """This setting cannot be trained on this device at all."""
+    def __init__(self, outcome: str) -> None:
+        super().__init__(outcome)
+        self.outcome = outcome
 
 
 class Refused(SetupError):
@@ -60,18 +55,9 @@ class Refused(SetupError):
 
 @dataclass
 class Finished:
-    """How a training ended.
-
-    Attributes:
-        value: the metric.
-        samples, seconds: of the training.
-        facts: what is known of it, as plain values; see `Trainer.facts`.
-        model: trained.
-    """
+    """How a training ended: the metric, the trained model, and what else is known of it; see `Trainer.facts`."""
 
     value: float
-    samples: int
-    seconds: float
     facts: dict[str, Any]
     model: nn.Module = field(repr=False)
 
@@ -98,11 +84,10 @@ class _Watch:
         return self.amount * NINTHS // self.terms.amount
 
     def take(self, samples: int, loss: float, seconds: float) -> None:
-        self.samples, self.in_epoch, self.seconds = (
-            self.samples + samples,
-            self.in_epoch + samples,
-            self.seconds + seconds,
-        )
+        """Counts a window, and keeps the losses of the last ninth of the training."""
+        self.samples += samples
+        self.in_epoch += samples
+        self.seconds += seconds
         self.losses.append((samples, loss))
         kept = sum(count for count, _ in self.losses)
         while len(self.losses) > 1 and (kept - self.losses[0][0]) * NINTHS >= self.samples:
@@ -124,11 +109,23 @@ class _Watch:
     def tell(self, value: float, *, last: bool) -> None:
         """Reports, and ends the training where the pruner says so, on all ranks alike."""
         if not math.isfinite(value):
-            raise Diverged(f"{self.terms.metric} is {value} after {self.samples} samples")
+            raise GivenUp(f"diverged: {self.terms.metric} is {value} after {self.samples} samples")
         self.reported = self.ninths()
         stop = self.report(value, self.amount)
         if self.ranks.any("a report of the search", stop) and not last:
-            raise Pruned
+            raise GivenUp("pruned")
+
+    def at_rung(self) -> bool:
+        """Whether a rung was passed since the last report."""
+        now = self.ninths()
+        return any(self.reported < rung <= now for rung in RUNGS) and now < NINTHS
+
+    def __call__(self, event: Event) -> None:
+        """Reports where an epoch ends and a ninth of the budget has passed since the last report."""
+        if isinstance(event, EpochEnded):
+            self.in_epoch = 0
+            if self.reported < self.ninths() < NINTHS:
+                self.tell(self.value(event.evaluation), last=False)
 
 
 class Trainer:
@@ -151,139 +148,99 @@ class Trainer:
             report: told a value and the amount it took; says whether to give up.
 
         Raises:
-            Pruned, Diverged, Infeasible: it ended early.
+            GivenUp: it ended early.
             Refused: no trial of this search can be trained.
         """
         given = {name: value for name, value in arguments.items() if value is not None}
-        check_metric_now(given, self._terms)
-        _check_target(given)
+        try:
+            check_metric(given, self._terms.metric)
+            check_target(given.get("target_batch"))
+        except SetupError as error:
+            raise Refused(str(error)) from error
         given.setdefault("seed", self._terms.seed)
-        if self._terms.lr_batch is not None:
-            given.setdefault("lr_batch", self._terms.lr_batch)
-        session = _session(given)
-        key = self._limits.key(session)
+        given.setdefault("lr_batch", self._terms.lr_batch)
+        with ends_all():
+            session = Session(given.pop("model"), given.pop("data"), {**given, "progress": False})
+        asked, key = session.settings, self._limits.key(session)
         made, memory = self._planned(session, key)
-        asked, parts = session.settings, session.parts
-        if self._terms.given and self._terms.unit == "samples":
-            asked["max_steps"] = steps_for(made, self._terms.amount, parts.source.length)
-        elif self._terms.unit == "ms":
+        if self._terms.unit == "ms":
             asked["epochs"], asked["max_steps"] = 10**9, None
-        facts = self.facts(made, asked, memory)
+        elif self._terms.given:
+            asked["max_steps"] = steps_for(made, self._terms.amount, session.parts.source.length)
+        facts = _facts(made, asked, memory)
         began(facts)
         if key in self._checked:
             asked["check"] = False
-        watch = _Watch(self._terms, report, parts.ranks)
-        session.events.add(self._at_epochs(watch))
+        watch = _Watch(self._terms, report, session.parts.ranks)
+        session.events.add(watch)
         loop = _loop(session)
         self._checked.add(key)
         started = time.perf_counter()
-        evaluation = self._run(loop, parts, watch)
-        value = watch.value(evaluation)
+        value = watch.value(self._run(loop, session, watch))
         watch.tell(value, last=True)
         facts |= {"seconds": time.perf_counter() - started, "samples": watch.samples, "steps": loop.step}
-        return Finished(value, watch.samples, facts["seconds"], facts, loop.model)
-
-    def facts(self, made: Plan, asked: Settings, memory: int | None) -> dict[str, Any]:
-        """What is known of a training before it begins, as plain values: enough to train so again."""
-        again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
-        if "max_steps" in again:
-            again.pop("epochs", None)
-        if "lr" not in again and not isinstance(asked.optimizer, Optimizer):
-            again["lr"] = DEFAULT_LR  # not by way of the plan's scaled one, whose last digit may differ
-        return {"plan": made.to_dict(), "fit": again, "memory_bytes": memory, "threads": torch.get_num_threads()}
+        return Finished(value, facts, loop.model)
 
     def _planned(self, session: Session, key: str) -> tuple[Plan, int | None]:
         """The plan by what fits, and the bytes that its micro-batches take."""
-        asked, report, failure = session.settings, None, None
+        found, failure, asked = None, None, session.settings
         if asked.micro_batch is None:
             try:
-                report = self._limits.report(key, session)
+                found = self._limits.report(key, session)
             except NothingFitsError as error:
                 failure = str(error)
             if session.parts.ranks.any("a study trial", failure is not None):  # all ranks leave together
-                raise Infeasible(failure or "another rank's device has no room for a single sample")
-        if report is not None:
+                raise GivenUp(f"does not fit: {failure or 'another rank has no room for a single sample'}")
+        if found is not None:
+            report = found
             if self._share is not None and report.budget_reason.endswith(f"as memory={asked.memory} asks"):
                 report = replace(report, budget_reason=f"{format_bytes(report.budget_bytes)}: {self._share}")
             session.found(report, "the probe of this search")
         try:
             made = session.plan()
         except PlanError as error:
-            raise Infeasible(str(error)) from error
-        if report is None:
-            return made, None
-        return made, forecast_bytes(report, self._limits.curve(key), made.micro_batch)
+            raise GivenUp(f"does not fit: {error}") from error
+        return made, None if found is None else self._limits.memory(key, made.micro_batch)
 
-    def _at_epochs(self, watch: _Watch) -> Callable[[Event], None]:
-        """A listener that reports where an epoch ends and a ninth of the budget has passed since the last report."""
-
-        def listen(event: Event) -> None:
-            if not isinstance(event, EpochEnded):
-                return
-            watch.in_epoch = 0
-            if watch.reported < watch.ninths() < NINTHS:
-                watch.tell(watch.value(event.evaluation), last=False)
-
-        return listen
-
-    def _run(self, loop: Any, parts: Assembly, watch: _Watch) -> Mapping[str, float] | None:
+    def _run(self, loop: Any, session: Session, watch: _Watch) -> Mapping[str, float] | None:
         """Trains, and gives the last evaluation."""
-        terms = self._terms
+        parts, terms = session.parts, self._terms
         length = parts.source.length
-        sizes = None if length is None else sum(size * count for size, count in loop.plan.window_runs(length))
-        short = terms.unit == "samples" and sizes is not None and sizes * NINTHS <= terms.amount
-        windows = iter(loop)
-        with closing(windows):
+        epoch = None if length is None else sum(size * count for size, count in loop.plan.window_runs(length))
+        # Whether epochs' ends, where the loop evaluates anyway, come often enough.
+        short = terms.unit == "samples" and epoch is not None and epoch * NINTHS <= terms.amount
+        with closing(iter(loop)) as windows:
             while True:
                 try:
                     record = next(windows, None)
                 except LossError as error:
-                    raise Diverged(str(error)) from error
+                    raise GivenUp(f"diverged: {error}") from error
                 if record is None:
-                    break
+                    return loop.evaluations[-1] if loop.evaluations else None
                 watch.take(record.samples, record.loss, record.seconds)
                 if terms.unit == "ms" and parts.ranks.any("the budget of a study trial", watch.amount >= terms.amount):
-                    return loop.evaluate() if terms.metric != TRAIN_LOSS else None
-                at_end = sizes is not None and watch.in_epoch >= sizes
-                if not short and not at_end and _rung(watch):
-                    self._mid_epoch(loop, parts, watch)
-        return loop.evaluations[-1] if loop.evaluations else None
+                    return self._evaluated(loop)
+                at_end = epoch is not None and watch.in_epoch >= epoch
+                if not short and not at_end and watch.at_rung():
+                    random = RandomState(parts.device.torch_device)
+                    try:
+                        evaluation = self._evaluated(loop)
+                    finally:
+                        random.restore()
+                    watch.tell(watch.value(evaluation), last=False)
 
-    def _mid_epoch(self, loop: Any, parts: Assembly, watch: _Watch) -> None:
-        random = RandomState(parts.device.torch_device)
-        try:
-            evaluation = loop.evaluate() if self._terms.metric != TRAIN_LOSS else None
-        finally:
-            random.restore()
-        watch.tell(watch.value(evaluation), last=False)
-
-
-def _rung(watch: _Watch) -> bool:
-    """Whether a rung was passed since the last report."""
-    now = watch.ninths()
-    return any(watch.reported < rung <= now for rung in RUNGS) and now < NINTHS
+    def _evaluated(self, loop: Any) -> Mapping[str, float] | None:
+        return loop.evaluate() if self._terms.metric != TRAIN_LOSS else None
 
 
-def check_metric_now(given: Mapping[str, Any], terms: Terms) -> None:
-    """Checks the gradient as before the search, on this trial's own arguments."""
-    try:
-        check_metric(given, terms.metric)
-    except SetupError as error:
-        raise Refused(str(error)) from error
-
-
-def _check_target(given: Mapping[str, Any]) -> None:
-    try:
-        check_target(given.get("target_batch"))
-    except SetupError as error:
-        raise Refused(str(error)) from error
-
-
-def _session(given: Mapping[str, Any]) -> Session:
-    """One trial's, which shows nothing."""
-    settings = {name: value for name, value in given.items() if name not in ("model", "data")}
-    with ends_all():
-        return Session(given["model"], given["data"], {**settings, "progress": False})
+def _facts(made: Plan, asked: Settings, memory: int | None) -> dict[str, Any]:
+    """What is known of a training before it begins, as plain values: enough to train so again."""
+    again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
+    if "max_steps" in again:
+        again.pop("epochs", None)
+    if "lr" not in again and not isinstance(asked.optimizer, Optimizer):
+        again["lr"] = DEFAULT_LR  # not by way of the plan's scaled one, whose last digit may differ
+    return {"plan": made.to_dict(), "fit": again, "memory_bytes": memory, "threads": torch.get_num_threads()}
 
 
 @uninterrupted

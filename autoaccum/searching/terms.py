@@ -6,7 +6,7 @@ as such, or what the setup's own epochs come to. A budget in seconds compares at
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -14,15 +14,17 @@ from torch.optim import Optimizer
 
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import AutoaccumError, SetupError, shown
+from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
-from autoaccum.searching.extra import hushed, load_optuna, quiet
-from autoaccum.searching.ledger import ERRORS_BELIEVED
+from autoaccum.searching.extra import hushed, load_optuna
 from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.space import Choices, Range, Space
+from autoaccum.searching.space import Space, read_space
 
 __all__ = [
+    "ERRORS_BELIEVED",
     "TRAIN_LOSS",
     "Terms",
+    "check_metric",
     "check_target",
     "check_targets",
     "default_space",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 TRAIN_LOSS = "train_loss"
+ERRORS_BELIEVED = 5  # a setup that fails so often before anything else is not tried on
 _TIMES = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _AROUND = 10.0  # the learning rate is looked for this many times above and below the one given
 
@@ -64,8 +67,7 @@ class Terms:
 
     def comparable(self) -> dict[str, Any]:
         """What two searches must agree in for their values to be comparable."""
-        values = asdict(self)
-        return {name: values[name] for name in ("metric", "amount", "unit", "seed")}
+        return {name: getattr(self, name) for name in ("direction", "metric", "amount", "unit", "seed")}
 
 
 def check_targets(targets: Any) -> tuple[int, ...]:
@@ -83,24 +85,18 @@ def check_targets(targets: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def with_targets(space: Space, targets: tuple[int, ...]) -> Space:
-    """The space, with the target batches that were given beside it.
+def with_targets(space: Any, targets: tuple[int, ...]) -> dict[str, Any]:
+    """The space as the user wrote it, with the target batches that were given beside it.
 
     Raises:
-        SetupError: it says which itself.
+        SetupError: it says itself which.
     """
-    if space.function is not None:
+    if not isinstance(space, Mapping) or "target_batch" in space:
         raise SetupError(
-            f"target_batch={shown(targets)} beside a space that is a function: have it draw the batch "
-            '(trial.suggest_categorical("target_batch", [64, 128])), and leave target_batch out'
+            f"target_batch={shown(targets)} beside a space that is a function or has a target_batch of its own: leave "
+            "the one outside out, and have the function draw it (trial.suggest_categorical)"
         )
-    if "target_batch" in space.parts:
-        raise SetupError(
-            f"target_batch={shown(targets)} and space['target_batch']={space.parts['target_batch'].describe()!r} say "
-            "the "
-            "same: leave one out"
-        )
-    return Space({**space.parts, "target_batch": Choices(targets)})
+    return {**space, "target_batch": list(targets)}
 
 
 def read_budget(budget: Any) -> tuple[int, str] | None:
@@ -132,8 +128,8 @@ def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Spa
             "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
             'factory under "optimizer", or give a space without "lr"'
         )
-    rate = float(arguments.get("lr") or 1e-3)
-    return Space({"lr": Range(rate / _AROUND, rate * _AROUND, True), "target_batch": Choices(targets)})
+    rate = float(arguments.get("lr") or DEFAULT_LR)
+    return read_space({"lr": (rate / _AROUND, rate * _AROUND, "log"), "target_batch": list(targets)})
 
 
 def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
@@ -146,7 +142,7 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
     if space is None or (space.function is None and not recipe.needs()):
         return recipe.build({})
     optuna = load_optuna()
-    with quiet(), hushed():
+    with hushed():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
     params: dict[str, Any] = {}
     for _ in range(ERRORS_BELIEVED):
@@ -165,7 +161,7 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
 
 
 def settle(
-    recipe: Recipe, space: Space | None, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
+    recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
     direction: str, budget: Any,
 ) -> Terms:  # fmt: skip
     """The terms, from one call of the setup.
@@ -174,27 +170,21 @@ def settle(
         SetupError: a metric that nothing reports, or a budget that nothing says.
     """
     check_metric(arguments, metric)
-    searched = () if space is None else tuple(space.parts)
-    for name in ("epochs", "max_steps"):
-        if name in searched:
-            raise SetupError(
-                f"space has {name!r}, but trials are compared at the same number of samples: give budget= instead"
-            )
+    for name in {"epochs", "max_steps"} & space.parts.keys():
+        raise SetupError(
+            f"space has {name!r}, but trials are compared at the same number of samples: give budget= instead"
+        )
     source = open_source(arguments["data"], shuffle=True, seed=recipe.seed)
-    largest = space.largest("target_batch") if space is not None else None
     own = arguments.get("target_batch")
-    fixed = "target_batch" not in searched and space is not None and space.function is None
-    if fixed:
-        check_target(own)
-    sizes = [size for size in (largest, own if fixed else None) if size is not None] or [*targets]
+    ceiling = max(targets) if space.function is not None else space.largest("target_batch") or check_target(own)
     read = read_budget(budget)
     amount, unit = read if read is not None else (_amount(arguments, source), "samples")
     if unit == "ms" and arguments.get("schedule", "constant") != "constant":
         raise SetupError(
             f"budget={shown(budget)} is a time, and schedule={arguments['schedule']!r} must know its last step: give "
-            "the "
-            "budget in samples"
+            "the budget in samples"
         )
+    says_rate = arguments.get("lr_batch") is not None or source.loader_batch is not None
     return Terms(
         metric=metric if arguments.get("val_data") is not None else TRAIN_LOSS,
         direction=direction,
@@ -202,8 +192,8 @@ def settle(
         unit=unit,
         given=read is not None or arguments.get("max_steps") is not None,
         seed=recipe.seed,
-        ceiling=max(sizes),
-        lr_batch=_lr_batch(arguments, source, own, targets),
+        ceiling=ceiling,
+        lr_batch=None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
     )
 
 
@@ -254,15 +244,6 @@ def _amount(arguments: Mapping[str, Any], source: Source) -> int:
     if source.length is None:
         raise SetupError("the data is a stream without a length: give budget= in samples, such as budget=50_000")
     return source.length * int(arguments.get("epochs") or 1)
-
-
-def _lr_batch(arguments: Mapping[str, Any], source: Source, own: int | None, targets: tuple[int, ...]) -> int | None:
-    """What learning rates are per; None where the setup or its DataLoader says it."""
-    if arguments.get("lr_batch") is not None or source.loader_batch is not None:
-        return None
-    if isinstance(arguments.get("optimizer"), Optimizer):
-        return None
-    return own if own is not None else targets[0]
 
 
 def steps_for(made: Plan, amount: int, length: int | None) -> int:
