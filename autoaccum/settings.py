@@ -186,8 +186,8 @@ def check_arguments(who: str, arguments: Any) -> None:
     """
     if not isinstance(arguments, Mapping):
         raise SetupError(
-            f"{who} returned {'None' if arguments is None else f'an object of type {type(arguments).__name__}'}, but "
-            'must return a dict of fit\'s arguments: return {"model": model, "data": data, ...}'
+            f"{who} returned {type(arguments).__name__}, but must return a dict of fit's arguments: return "
+            '{"model": model, "data": data, ...}'
         )
     for key in arguments:
         if key not in FIT_ARGUMENTS:

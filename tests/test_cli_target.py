@@ -164,9 +164,9 @@ def test_a_missing_name_names_the_one_that_was_probably_meant(train):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("RATE", "is a float, which cannot be called"),
-        ("LIST", "returned a list, but must return a dict"),
-        ("NOTHING", "returned None, but must return a dict"),
+        ("RATE", "is 0.1, which cannot be called"),
+        ("LIST", "returned list, but must return a dict"),
+        ("NOTHING", "returned NoneType, but must return a dict"),
         ("TYPO", "unknown key 'modle': did you mean 'model'?"),
         ("EMPTY", "without 'model', only with nothing"),
         ("NO_DATA", "without 'data', only with 'model', 'lr'"),

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum.display.terminal import fit_view, open_console, plan_view, probe_view, search_view, verify_view
+from autoaccum.display.layout import open_console
+from autoaccum.display.terminal import fit_view, plan_view, probe_view, search_view, verify_view
 from autoaccum.searching.search_result import SearchResult
 
 DATA = torch.randn(24, 6), torch.randint(0, 4, (24,))

@@ -472,7 +472,7 @@ def result_file(tmp_path_factory):
         (plain, {"sampler": ["tpe"]}, r"sampler=\['tpe'\]: leave it out"),
         (plain, {"workers": 2, "storage": optuna.storages.InMemoryStorage()}, "none of workers=2 can reach it"),
         (plain, {"seed": -1}, "seed=-1"),
-        (lambda: None, {}, "returned None"),
+        (lambda: None, {}, "returned NoneType"),
         (lambda: {"model": 1}, {}, "without 'data'"),
         (lambda: {**plain(), "lern_rate": 1}, {}, "unknown key 'lern_rate'"),
         (lambda: {**plain(), "max_steps": 5}, {}, "give budget= in samples"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from autoaccum.cli.calling import arguments_of, call, need_target_batch
+from autoaccum.cli.calling import arguments_of, call, keywords_of, need_target_batch
 from autoaccum.cli.command import first_rank
 from autoaccum.cli.endings import ChildFailed, exit_code, one_line
 from autoaccum.cli.saving import saved
@@ -100,7 +100,6 @@ class Asked:
     def _found_sharded(self) -> tuple[dict[str, Any], bool]:
         """On one of several ranks."""
         import autoaccum
-        from autoaccum.cli.target import keywords_of
         from autoaccum.cli.ways import what_fits
 
         known = keywords_of(autoaccum.probe) or []

@@ -1,5 +1,6 @@
 """From TARGET and the options to a call of the library."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,55 +8,55 @@ import click
 
 from autoaccum.cli.command import first_rank
 from autoaccum.cli.options import given
+from autoaccum.cli.target import Target
 
-__all__ = ["arguments_of", "call", "need_target_batch"]
+__all__ = ["arguments_of", "call", "keywords_of", "need_target_batch"]
 
 
 def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """All that TARGET returns, with the given options in it, for a call of `function`.
 
-    Trials in a child get TARGET itself, since the child has to build a model of its own. Progress is told unless
-    someone says otherwise: it goes to stderr, and is lines where there is no terminal.
+    Where --plan is a search's result, what its best trial was trained with stands in the place of TARGET's own. Trials
+    in a child get TARGET itself, since the child has to build a model of its own. Progress is told unless someone says
+    otherwise: it goes to stderr, and is lines where there is no terminal.
 
     Raises:
         SetupError: what is wrong with TARGET; see target.py.
         click.UsageError: an option that `function` does not take.
     """
-    from autoaccum.cli.target import Target, keywords_of
-
-    options = given(options)
-    known = keywords_of(function)
+    options, known = given(options), keywords_of(function)
     for name in options:
         if known is not None and name not in known:
             raise click.UsageError(f"--{name.replace('_', '-')}: {function.__name__} takes no {name!r}; leave it out")
     factory = Target.parse(target, options)
-    arguments = _of_a_search(target, options) or factory()
+    best = None
+    if "plan" in options:
+        from autoaccum.searching.best import read_best
+
+        best = read_best(options["plan"])
+    if best is None:
+        arguments = factory()
+    else:
+        rest = {name: value for name, value in options.items() if name != "plan"}
+        arguments = {**best.arguments(Target.parse(target, rest)), **rest}
     if arguments.get("isolate") is True:
         arguments["isolate"] = factory
     return {"progress": first_rank(), **arguments}
 
 
-def _of_a_search(target: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Where --plan is a search's result: what its best trial was trained with, the other options in it."""
-    if options.get("plan") is None:
-        return None
-    from autoaccum.cli.target import Target
-    from autoaccum.searching.best import read_best
-
-    best = read_best(options["plan"])
-    if best is None:
-        return None
-    rest = {name: value for name, value in options.items() if name != "plan"}
-    return {**best.arguments(Target.parse(target, rest)), **rest}
-
-
 def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """`function(model, data, ...)` with those of fit's arguments that it takes: probe has no use for epochs."""
-    from autoaccum.cli.target import keywords_of
-
     known = keywords_of(function)
     rest = {name: value for name, value in arguments.items() if known is None or name in known}
     return function(rest.pop("model"), rest.pop("data", None), **rest)
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str] | None:
+    """The names of a function's parameters; None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return [parameter.name for parameter in parameters]
 
 
 def need_target_batch(target: str, arguments: Mapping[str, Any], what: str, *, or_plan: bool = False) -> None:

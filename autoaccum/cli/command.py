@@ -11,8 +11,8 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import click
 
@@ -20,19 +20,16 @@ from autoaccum.cli.endings import INTERRUPTED, ChildFailed, exit_code, one_line
 from autoaccum.cli.options import Switch
 from autoaccum.cli.stopping import Ended
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 __all__ = ["Answer", "Command", "first_rank"]
 
 SCHEMA = 1  # of what --json prints
 
 
 class Answer(NamedTuple):
-    """What a command found: `values` for `--json`, drawn by `view` for people, and the exit code."""
+    """What a command found: `values` for `--json`, the view of display/terminal.py that draws them, the exit code."""
 
     values: Mapping[str, Any]
-    view: "Callable[[Mapping[str, Any]], RenderableType]"
+    view: str
     code: int = 0
 
 
@@ -112,14 +109,15 @@ def _print(answer: Answer, *, as_json: bool) -> None:
 
         click.echo(json.dumps(_plain({**answer.values, "schema": SCHEMA}), allow_nan=False))
         return
-    from autoaccum.display.terminal import open_console
+    from autoaccum.display import terminal
+    from autoaccum.display.layout import open_console
 
-    console = open_console(sys.stdout)
+    console, drawn = open_console(sys.stdout), getattr(terminal, answer.view)(answer.values)
     if console.is_terminal:
-        console.print(answer.view(answer.values))
+        console.print(drawn)
         return
     with console.capture() as capture:
-        console.print(answer.view(answer.values))
+        console.print(drawn)
     # Without the blanks that fill a table's cells, so that a result can be pasted anywhere.
     console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     console.file.flush()

@@ -1,14 +1,8 @@
 """`autoaccum devices`."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
 import click
 
 from autoaccum.cli.command import Answer, Command
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["devices"]
 
@@ -18,10 +12,4 @@ def devices() -> Answer:
     """List the devices that could be trained on, what is free on them, and who uses them."""
     from autoaccum.memory.device import devices as found
 
-    return Answer({"devices": found()}, _view)
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from autoaccum.display.terminal import devices_view
-
-    return devices_view(values["devices"])
+    return Answer({"devices": found()}, "devices_view")

@@ -14,8 +14,6 @@ from autoaccum.cli.saving import saved, write_weights
 from autoaccum.cli.stopping import Stopping
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from autoaccum.training.fit_result import FitResult
 
 __all__ = ["fit"]
@@ -37,7 +35,7 @@ def fit(target: str, save: Path | None, save_plan: Path | None, **options: Any) 
     if first_rank():
         done &= saved(save, "the weights", lambda path: write_weights(result.model, path))
         done &= saved(save_plan, "the plan", result.plan.save)
-    return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
+    return Answer(result.to_dict(), "fit_view", 0 if done else NOT_SAVED)
 
 
 def _trained(arguments: Mapping[str, Any]) -> "FitResult":
@@ -66,9 +64,3 @@ def _trained(arguments: Mapping[str, Any]) -> "FitResult":
     if first_rank():
         click.echo(f"Stopped. The same command goes on from what is saved in {str(folder)!r}.", err=True)
     raise click.exceptions.Exit(stopping.exit_code)
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from autoaccum.display.terminal import fit_view
-
-    return fit_view(values)

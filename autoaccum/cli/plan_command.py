@@ -1,8 +1,7 @@
 """`autoaccum plan`: arithmetic only, and no torch."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -11,9 +10,6 @@ from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import COUNT, given, new_file, takes
 from autoaccum.cli.saving import saved
 from autoaccum.planning.trainer_config import TRAINERS
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["plan"]
 
@@ -50,13 +46,7 @@ def plan(
         chosen.setdefault("world_size", len(limit))
     made = make(limit[0] if len(limit) == 1 else limit, target_batch, **chosen)
     done = saved(save_plan, "the plan", made.save)
-    config = {} if trainer is None else {"config": made.as_config(trainer)}
-    return Answer({**made.to_dict(), **config}, _view, 0 if done else FAILED)
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from rich.text import Text
-
-    from autoaccum.display.terminal import plan_view
-
-    return Text(values["config"], no_wrap=True, overflow="ignore") if "config" in values else plan_view(values)
+    code = 0 if done else FAILED
+    if trainer is None:
+        return Answer(made.to_dict(), "plan_view", code)
+    return Answer({**made.to_dict(), "config": made.as_config(trainer)}, "config_view", code)

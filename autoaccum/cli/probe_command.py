@@ -1,9 +1,8 @@
 """`autoaccum probe`."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,9 +11,6 @@ from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import COUNT, new_file, new_picture, takes_all, target_argument
 from autoaccum.cli.ways import SHARD
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["probe"]
 
@@ -66,7 +62,7 @@ def probe(
         target, options, isolate, progress, plot, save_plan, cards, nproc, shard or ("auto" if nproc else None)
     )
     values, done = asked.answer()
-    return Answer(values, _view, 0 if done else FAILED)
+    return Answer(values, "probe_view", 0 if done else FAILED)
 
 
 def _expect_ranks(nproc: int | None, shard: str | None, isolate: bool | None) -> None:
@@ -78,9 +74,3 @@ def _expect_ranks(nproc: int | None, shard: str | None, isolate: bool | None) ->
         raise click.UsageError(f"--shard {shard} is about several ranks: give --nproc N, or start this by torchrun")
     if isolate is not None and (nproc is not None or shard is not None):
         raise click.UsageError("the ranks are processes of their own: leave --isolate and --no-isolate out")
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from autoaccum.display.terminal import probe_view
-
-    return probe_view(values)

@@ -1,8 +1,7 @@
 """`autoaccum search`."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -10,12 +9,14 @@ from autoaccum.cli.command import Answer, Command, first_rank
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes_all, target_argument
 from autoaccum.cli.saving import saved
+from autoaccum.cli.target import Target
 from autoaccum.errors import SetupError, shown
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 __all__ = ["search"]
+
+# Options that are the search's; the others are fit's, and each trial's.
+OWN = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "trust_storage",
+       "seed", "progress")  # fmt: skip
 
 
 def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
@@ -81,34 +82,24 @@ def search(
     after an interruption goes on.
     """
     import autoaccum
-    from autoaccum.cli.target import Target
 
-    names = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "seed")
-    settings = given({name: options.pop(name) for name in names})
-    if options.pop("trust_storage"):
-        settings["trust_storage"] = True
-    progress = options.pop("progress")
-    for kind in ("sampler", "pruner"):
-        if kind in settings:
-            settings[kind] = _of_optuna(kind, settings[kind])
-    budget = settings.get("budget")
-    if budget is not None and budget.isdigit():
-        settings["budget"] = int(budget)
-    if space is not None:
-        settings["space"] = space
+    own = {name: options[name] for name in OWN if options[name] is not False}
+    settings = given(own | {"space": space, "target_batch": target_batch or None})
+    settings["progress"] = first_rank() if options["progress"] is None else options["progress"]
+    for kind in {"sampler", "pruner"} & settings.keys():
+        settings[kind] = _of_optuna(kind, settings[kind])
+    if settings.get("budget", "").isdigit():
+        settings["budget"] = int(settings["budget"])
     if target_batch and "target_batch" in (space or {}):
         raise click.UsageError("--space target_batch=... and --target-batch say the same: leave one out")
-    if target_batch:
-        settings["target_batch"] = target_batch
-    settings["progress"] = first_rank() if progress is None else progress
-    setup = Target.parse(target, given(options))
+    setup = Target.parse(target, given({name: value for name, value in options.items() if name not in OWN}))
     setup.load()  # a wrong TARGET is a usage error at once, and not one in every worker
     result = autoaccum.search(setup, n_trials=n_trials, **settings)
     done = True
     if first_rank():
         done = saved(save, "the result", result.save)
         done &= saved(plot, "the plot", result.plot)
-    return Answer(result.to_dict(), _view, 0 if done else NOT_SAVED)
+    return Answer(result.to_dict(), "search_view", 0 if done else NOT_SAVED)
 
 
 def _of_optuna(kind: str, name: str) -> Any:
@@ -119,16 +110,12 @@ def _of_optuna(kind: str, name: str) -> Any:
 
     room = getattr(load_optuna(), f"{kind}s")
     found = {each.lower().removesuffix(kind): each for each in room.__all__ if each.lower().endswith(kind)}
+    key = name.lower().removesuffix(kind)
+    if key not in found:
+        raise click.UsageError(f"--{kind} {name}: is not known: choose {', '.join(sorted(found))}")
     try:
-        return getattr(room, found[name.lower().removesuffix(kind)])()
-    except (KeyError, TypeError, ImportError) as error:
-        why = "needs settings of its own" if isinstance(error, TypeError) else str(error)
-        if isinstance(error, KeyError):
-            why = f"is not known: choose {', '.join(sorted(found))}"
-        raise click.UsageError(f"--{kind} {name}: {why}") from None
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from autoaccum.display.terminal import search_view
-
-    return search_view(values)
+        return getattr(room, found[key])()
+    except TypeError:
+        raise click.UsageError(f"--{kind} {name}: needs settings of its own") from None
+    except ImportError as error:
+        raise click.UsageError(f"--{kind} {name}: {error}") from None

@@ -1,7 +1,6 @@
 """`autoaccum verify`."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -9,9 +8,6 @@ from autoaccum.cli.calling import arguments_of, call
 from autoaccum.cli.command import Answer, Command
 from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import takes_all, target_argument
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 __all__ = ["verify"]
 
@@ -30,10 +26,4 @@ def verify(target: str, **options: Any) -> Answer:
     import autoaccum
 
     report = call(autoaccum.verify, arguments_of(autoaccum.verify, target, options))
-    return Answer(report.to_dict(), _view, 0 if report.ok or not report.verifiable else FAILED)
-
-
-def _view(values: Mapping[str, Any]) -> "RenderableType":
-    from autoaccum.display.terminal import verify_view
-
-    return verify_view(values)
+    return Answer(report.to_dict(), "verify_view", 0 if report.ok or not report.verifiable else FAILED)

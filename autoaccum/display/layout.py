@@ -10,7 +10,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["NARROW", "Bar", "Row", "facts", "lines", "number", "of_budget", "on_curve", "open_console", "outcome_style"]
+__all__ = [
+    "NARROW",
+    "Bar",
+    "Row",
+    "facts",
+    "indented",
+    "lines",
+    "number",
+    "of_budget",
+    "on_curve",
+    "open_console",
+    "outcome_style",
+    "table_with",
+]
 
 _BAR = 20  # cells of a full bar
 _NARROWEST = 40  # columns: with fewer, values would be cut off
@@ -28,6 +41,8 @@ def on_curve(trials: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 _PLAIN = str.maketrans({
     "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "…": "...", "’": "'",
     "κ": "kappa", "β": "beta", "ε": "epsilon", "σ": "sigma", "Σ": "sum ", "′": "'", "√": "sqrt ", "²": "^2", "µ": "u",
+    "▪": "#", "╌": "-", "○": "o", "◆": "#", "└": "+", "─": "-", "│": "|", "┤": "+",
+    **{chr(dots): "*" for dots in range(0x2801, 0x2900)},
 })  # fmt: skip
 
 
@@ -61,14 +76,15 @@ def open_console(stream: TextIO | None = None, *, width: int | None = None) -> C
 
 
 def facts(rows: Iterable[Row]) -> RenderableType:
-    """Rows of what it is, its value and why."""
+    """Rows of what it is, its value and why; those whose value is not known are left out."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(style="bold", max_width=34, overflow="fold")
     table.add_column(overflow="fold")
     for what, value, why in rows:
-        table.add_row(Text(what), Text("" if value is None else str(value)), Text(why))
-    return Padding(table, (0, 0, 0, 2), expand=False)
+        if value is not None:
+            table.add_row(Text(what), Text(str(value)), Text(why))
+    return indented(table)
 
 
 def lines(rows: Iterable[tuple[str, Text]]) -> RenderableType:
@@ -78,7 +94,20 @@ def lines(rows: Iterable[tuple[str, Text]]) -> RenderableType:
     table.add_column(overflow="fold")
     for name, line in rows:
         table.add_row(Text(name), line)
-    return Padding(table, (0, 0, 0, 2), expand=False)
+    return indented(table)
+
+
+def indented(drawn: RenderableType) -> RenderableType:
+    """What stands below a title."""
+    return Padding(drawn, (0, 0, 0, 2), expand=False)
+
+
+def table_with(*figures: str) -> Table:
+    """A table without lines; columns of these names to the right, the others are for the caller to add."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 class Bar:
@@ -92,7 +121,7 @@ class Bar:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         cells = round(min(_BAR, options.max_width) * self.share)
-        yield Text(("#" if options.ascii_only else "▪") * cells, style="cyan")
+        yield Text("▪" * cells, style="cyan")
 
 
 def of_budget(peak: int, budget: int | None) -> str:

@@ -6,7 +6,6 @@ a thread of its own: a thread would take the interpreter from the loop in the mi
 
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -17,30 +16,20 @@ from rich.text import Text
 from autoaccum.display.layout import number, outcome_style
 from autoaccum.units import format_bytes
 
-__all__ = ["TrainingProgress", "TrialLines"]
+__all__ = ["TrainingProgress", "trial_line"]
 
 _REDRAW = 0.25  # seconds between two drawings of the bar
 _LINE = 10.0  # seconds between two lines where there is no bar
 
 
-class TrialLines:
-    """One line for every trial of a probe."""
-
-    def __init__(self, console: Console, budget_bytes: int | None = None) -> None:
-        self.console = console
-        self.budget_bytes = budget_bytes
-
-    def trial(self, trial: Mapping[str, Any]) -> None:
-        """Draw a Trial's `to_dict()`."""
-        peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
-        memory = "" if peak is None else format_bytes(peak)
-        if peak is not None and self.budget_bytes:
-            memory += f" of {format_bytes(self.budget_bytes)}"
-        line = Text("  ").append(f"{trial.get('kind', ''):<10}", style="dim").append(f" batch {trial['batch']:>6}")
-        line.append(f" × {trial['length']:<5}" if trial.get("length") else "")
-        line.append(f"  {memory:>11}").append(f"  {seconds:6.2f} s" if seconds is not None else "", style="dim")
-        line.append(f"  {trial.get('outcome', '')}", style=outcome_style(trial.get("outcome")))
-        self.console.print(line, soft_wrap=True)
+def trial_line(trial: Mapping[str, Any]) -> Text:
+    """One line for a Trial's `to_dict()`."""
+    peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
+    memory = "" if peak is None else format_bytes(peak)
+    line = Text("  ").append(f"{trial.get('kind', ''):<10}", style="dim").append(f" batch {trial['batch']:>6}")
+    line.append(f" × {trial['length']:<5}" if trial.get("length") else "")
+    line.append(f"  {memory:>11}").append(f"  {seconds:6.2f} s" if seconds is not None else "", style="dim")
+    return line.append(f"  {trial.get('outcome', '')}", style=outcome_style(trial.get("outcome")))
 
 
 class TrainingProgress:
@@ -58,19 +47,12 @@ class TrainingProgress:
         resumed_at: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console
-        self.total_steps = total_steps
-        self.budget_bytes = budget_bytes
-        self._resumed_at = resumed_at
-        self._clock = clock
+        self._console, self._total, self._budget, self._clock = console, total_steps, budget_bytes, clock
         self._drawn: float | None = None
-        self._last: Mapping[str, Any] | None = None  # the newest record, if it is not drawn yet
+        self._last: Any = None  # the newest record, if it is not drawn yet
         self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._wait = _LINE
-
-    def __enter__(self) -> "TrainingProgress":
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        self._task, self._wait = TaskID(0), _LINE
+        if console.is_terminal and not console.is_dumb_terminal:
             self._wait = _REDRAW
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -78,25 +60,23 @@ class TrainingProgress:
                 TimeRemainingColumn(),
                 # Cut where the terminal is narrow: a bar over two lines cannot be redrawn in place.
                 TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=True, ratio=1)),
-                console=self.console,
+                console=console,
                 auto_refresh=False,
                 expand=True,
             )
-            self._task = self._bar.add_task("step", total=self.total_steps, completed=self._resumed_at, figures="")
+            self._task = self._bar.add_task("step", total=total_steps, completed=resumed_at, figures="")
             self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Draws the last step, and ends the bar."""
         if self._last is not None:
             self._draw(self._last)
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Show a StepRecord's `to_dict()`, unless something was drawn a moment ago."""
+    def step(self, record: Any) -> None:
+        """Shows a StepRecord, unless something was drawn a moment ago: most steps draw nothing."""
         now = self._clock()
         if self._drawn is None or now - self._drawn >= self._wait:
             self._drawn = now
@@ -104,31 +84,26 @@ class TrainingProgress:
         else:
             self._last = record
 
-    def note(self, text: str) -> None:
-        """A line that stays, such as a window that was replayed."""
-        self.console.print(Text(text, style="yellow"), soft_wrap=True)
-
     def evaluation(self, values: Mapping[str, Any]) -> None:
         """A line with the values of an evaluation."""
         shown = "  ".join(f"{name} {number(value, 4)}" for name, value in values.items())
-        self.console.print(Text("evaluation  ", style="bold").append(shown, style="not bold"), soft_wrap=True)
+        self._console.print(Text("evaluation  ", style="bold").append(shown, style="not bold"), soft_wrap=True)
 
-    def _draw(self, record: Mapping[str, Any]) -> None:
+    def _draw(self, record: Any) -> None:
         self._last = None
-        total = "" if self.total_steps is None else f"/{self.total_steps}"
-        step = f"step {record['step']}{total}"
+        step = f"step {record.step}" + ("" if self._total is None else f"/{self._total}")
         figures = self._figures(record)
         if self._bar is None:
-            self.console.print(Text(f"{step}  {figures}"), soft_wrap=True)
+            self._console.print(Text(f"{step}  {figures}"), soft_wrap=True)
         else:
-            self._bar.update(self._task, completed=record["step"], description=step, figures=figures)
+            self._bar.update(self._task, completed=record.step, description=step, figures=figures)
             self._bar.refresh()
 
-    def _figures(self, record: Mapping[str, Any]) -> str:
-        shown = [f"loss {number(record.get('loss'), 4)}", f"lr {number(record.get('lr'), 4)}"]
-        if speed := record.get("samples_per_second"):
+    def _figures(self, record: Any) -> str:
+        shown = [f"loss {number(record.loss, 4)}", f"lr {number(record.lr, 4)}"]
+        if speed := record.samples_per_second:
             shown.append(f"{speed:,.0f} samples/s" if speed >= 100 else f"{speed:.3g} samples/s")
-        if peak := record.get("peak_bytes"):
-            share = f" of {format_bytes(self.budget_bytes)}" if self.budget_bytes else ""
+        if peak := record.peak_bytes:
+            share = f" of {format_bytes(self._budget)}" if self._budget else ""
             shown.append(format_bytes(peak) + share)
         return "  ".join(shown)

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from autoaccum.display.plots import picture_format
+from autoaccum.display.plots import INK, dress, picture_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["search_plot"]
 
 # Okabe and Ito's colours, as in plots.py; markers differ as well.
-_DONE, _PRUNED, _BEST, _INK, _FAILED = "#0072B2", "#999999", "#D55E00", "#333333", "#000000"
+_DONE, _PRUNED, _BEST, _FAILED = "#0072B2", "#999999", "#D55E00", "#000000"
 _FAR = 4.0  # a value this many spreads above the median is drawn at the edge, so that the others can be told apart
 
 
@@ -74,22 +74,15 @@ def _history(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> None
     if done:
         so_far = [best(value for _, value in done[: index + 1]) for index in range(len(done))]
         ends = [number for number, _ in done]
-        panel.step(
-            [*ends, max(row["number"] for row in trials)],
-            [*so_far, so_far[-1]],
-            where="post",
-            color=_BEST,
-            lw=2,
-            label="best so far",
-        )
+        ends.append(max(row["number"] for row in trials))
+        panel.step(ends, [*so_far, so_far[-1]], where="post", color=_BEST, lw=2, label="best so far")
     room = 0.05 * (high - low or 1)
     panel.set_ylim(low - room, high + room)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("trial")
     panel.set_ylabel(metric.replace("_", " "))
-    _dress(panel, f"Best {metric.replace('_', ' ')} {result['best_value']:.4g}, trial {result['best_number']}")
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    title = f"Best {metric.replace('_', ' ')} {result['best_value']:.4g}, trial {result['best_number']}"
+    dress(panel, title, legend=2)
 
 
 def _importance(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> None:
@@ -102,7 +95,8 @@ def _importance(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> N
     panel.set_ylim(-0.6, max(len(shares), 3) - 0.4)
     panel.set_xticks([])
     panel.tick_params(axis="y", length=0)
-    _dress(panel, "What mattered")
+    dress(panel, "What mattered")
+    panel.grid(visible=False)
     panel.spines["bottom"].set_visible(False)
 
 
@@ -119,7 +113,7 @@ def _landscape(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> No
         if chosen:
             drawn = panel.scatter(
                 [_place(point, sizes) for point in chosen], [point.lr for point in chosen],
-                c=[point.value for point in chosen], s=area, marker=marker, cmap=colours, vmin=low, vmax=high, ec=_INK,
+                c=[point.value for point in chosen], s=area, marker=marker, cmap=colours, vmin=low, vmax=high, ec=INK,
                 lw=0.5, label=label, zorder=3,
             )  # fmt: skip
     for point in points:
@@ -131,11 +125,10 @@ def _landscape(panel: "Axes", result: Mapping[str, Any], figure: "Figure") -> No
     panel.set_xlim(-0.6, len(sizes) - 0.4)
     panel.set_xlabel("target batch")
     panel.set_ylabel("learning rate, before scaling")
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    _dress(panel, f"{result['metric'].replace('_', ' ').capitalize()} by target batch and learning rate")
-    panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    metric = result["metric"].replace("_", " ")
+    dress(panel, f"{metric.capitalize()} by target batch and learning rate", legend=3)
     if drawn is not None:
-        figure.colorbar(drawn, ax=panel, extend="both", label=result["metric"].replace("_", " "))
+        figure.colorbar(drawn, ax=panel, extend="both", label=metric)
 
 
 def _points(trials: Sequence[Mapping[str, Any]]) -> list[_Point]:
@@ -162,9 +155,3 @@ def _limits(values: Sequence[float], others: Sequence[float]) -> tuple[float, fl
     low = max(min([*ranked, *others]), lower - _FAR * spread)
     high = min(max([*ranked, *others]), upper + _FAR * spread)
     return low, high if high > low else low + spread
-
-
-def _dress(panel: "Axes", title: str) -> None:
-    panel.set_title(title, fontsize=11, loc="left", color=_INK)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_axisbelow(True)

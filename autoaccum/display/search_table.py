@@ -7,10 +7,9 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from autoaccum.display.layout import number
+from autoaccum.display.layout import number, table_with
 from autoaccum.units import format_bytes
 
 __all__ = ["SearchTable", "table_of"]
@@ -124,9 +123,7 @@ class SearchTable:
 def table_of(rows: Sequence[Mapping[str, Any]], *, best: int | None = None) -> RenderableType:
     """Trials as a table: parameters, value, state, micro-batches, memory, time; the best one is marked."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("trial", *(name.replace("_", " ") for name in names), "value"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = table_with("trial", *(name.replace("_", " ") for name in names), "value")
     table.add_column("state", no_wrap=True)
     for name in ("k × micro", "memory", "time"):
         table.add_column(name, justify="right", no_wrap=True)

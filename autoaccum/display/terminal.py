@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,24 +21,22 @@ from autoaccum.display.layout import (
     Bar,
     Row,
     facts,
+    indented,
     lines,
     number,
     of_budget,
     on_curve,
-    open_console,
     outcome_style,
+    table_with,
 )
-from autoaccum.display.progress import TrainingProgress, TrialLines
 from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
 
 __all__ = [
-    "TrainingProgress",
-    "TrialLines",
+    "config_view",
     "devices_view",
     "elsewhere_view",
     "fit_view",
-    "open_console",
     "plan_view",
     "probe_view",
     "report_view",
@@ -132,7 +129,7 @@ def probe_view(values: Mapping[str, Any]) -> RenderableType:
 
 def _ways(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A row for each way in which a model may lie on several ranks; what differs on them as "least to most"."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = table_with()
     table.add_column("way", overflow="fold")
     table.add_column("smallest step", justify="right", no_wrap=True)
     table.add_column("fits", justify="right", no_wrap=True)
@@ -143,11 +140,20 @@ def _ways(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         style = "bold green" if row["taken"] else ""
         first = _FIRST_CLAUSE.split(said)[0]
         table.add_row(Text(row["way"], style=style), _span(peaks, format_bytes), _span(limits, str), Text(first))
-    return Group(Text("What fits how", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
+    return Group(Text("What fits how", style="bold"), indented(table))
 
 
 def _span(values: Sequence[int], text: Callable[[int], str]) -> str:
     return " to ".join(dict.fromkeys(map(text, sorted(values)[:: max(len(values) - 1, 1)]))) or "-"
+
+
+def config_view(values: Mapping[str, Any]) -> RenderableType:
+    """The lines for another trainer's configuration, as they are."""
+    return Text(values["config"], no_wrap=True, overflow="ignore")
+
+
+def _formed(form: str, value: object) -> str | None:
+    return None if value is None else form.format(value)
 
 
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
@@ -156,50 +162,38 @@ def verify_view(report: Mapping[str, Any]) -> RenderableType:
         verdict = ("not verifiable", "yellow")
     else:
         verdict = ("passed", "bold green") if report["ok"] else ("failed", "bold red")
-    rows: list[Row] = []
-    if report.get("relative_error") is not None:
-        rows.append(("relative error", f"{report['relative_error']:.2g}", "of the accumulated gradient"))
-    if report.get("ratio") is not None:
-        rows.append(("ratio", f"{report['ratio']:.6g}", "accumulated gradient to whole-batch gradient"))
-    if report.get("cause"):
-        rows.append(("cause", report["cause"], ""))
-    if report.get("worst_parameter"):
-        rows.append(("worst parameter", report["worst_parameter"], ""))
+    rows = [
+        ("relative error", _formed("{:.2g}", report.get("relative_error")), "of the accumulated gradient"),
+        ("ratio", _formed("{:.6g}", report.get("ratio")), "accumulated gradient to whole-batch gradient"),
+        ("cause", report.get("cause"), ""),
+        ("worst parameter", report.get("worst_parameter"), ""),
+    ]
     title = Text.assemble(("Gradient check  ", "bold"), verdict)
     return Group(title, *([Text(str(report["text"]))] if report.get("text") else []), facts(rows))
 
 
-def devices_view(devices: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """What `autoaccum.memory.device.devices()` lists."""
+def devices_view(values: Mapping[str, Any]) -> RenderableType:
+    """What `autoaccum.memory.device.devices()` lists, under "devices"."""
     blocks: list[RenderableType] = []
-    for device in devices:
+    for device in values["devices"]:
         blocks.append(Text.assemble((str(device["device"]), "bold green"), f"  {device.get('name') or ''}"))
+        total, free, note = device.get("total"), device.get("free"), device.get("note")
         rows: list[Row] = []
-        if device.get("total") is not None:
-            free = device.get("free")
-            rows.append(("memory", format_bytes(device["total"]), "" if free is None else f"{format_bytes(free)} free"))
+        if total is not None:
+            rows.append(("memory", format_bytes(total), "" if free is None else f"{format_bytes(free)} free"))
         for process in device.get("processes") or ():
             size = process.get("bytes")
             whose = f"pid {process['pid']} {process.get('name') or ''}"
             rows.append(("in use by", "unknown" if size is None else format_bytes(size), whose.rstrip()))
-        if device.get("driver"):
-            rows.append(("driver", device["driver"], ""))
-        if device.get("note"):
-            rows.append(("note", "", str(device["note"])))
+        rows += [("driver", device.get("driver") or None, ""), ("note", "" if note else None, str(note))]
         blocks.append(facts(rows))
     return Group(*blocks) if blocks else Text("No devices.")
 
 
 def elsewhere_view(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """What would fit on other cards."""
-    drawn = [
-        (
-            str(row["card"]),
-            f"micro-batch {row['limit']}" if row["limit"] else "nothing fits",
-            f"in {format_bytes(row['budget_bytes'])}",
-        )
-        for row in rows
-    ]
+    fits = [f"micro-batch {row['limit']}" if row["limit"] else "nothing fits" for row in rows]
+    drawn = [(str(row["card"]), fit, f"in {format_bytes(row['budget_bytes'])}") for row, fit in zip(rows, fits)]
     notes = [Text(f"  {note}", style="dim") for note in dict.fromkeys(str(row["note"]) for row in rows)]
     return Group(Text("Elsewhere", style="bold"), facts(drawn), *notes)
 
@@ -260,16 +254,14 @@ def search_view(result: Mapping[str, Any]) -> RenderableType:
         (key, number(value), f"{shares[key]:.0%} of the difference" if key in shares else "")
         for key, value in (result.get("best_params") or {}).items()
     ]
-    if result.get("weights"):
-        rows.append(("weights", "", str(result["weights"])))
-    if result.get("dashboard"):
-        rows.append(("look at it", "", str(result["dashboard"])))
+    for name, key in (("weights", "weights"), ("look at it", "dashboard")):
+        rows.append((name, "" if result.get(key) else None, str(result.get(key))))
     blocks: list[RenderableType] = [title, facts(rows)]
     ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda t: sign * t["value"])[:5]
     if ranked:
         states = Counter(trial["state"] for trial in trials)
         blocks += [Text(), Text.assemble(("Trials  ", "bold"), ", ".join(f"{n} {word}" for word, n in states.items()))]
-        blocks.append(Padding(table_of(ranked, best=best), (0, 0, 0, 2), expand=False))
+        blocks.append(indented(table_of(ranked, best=best)))
     if result.get("best_plan"):
         blocks += [Text(), plan_view(result["best_plan"])]
     return Group(*blocks)
@@ -289,7 +281,7 @@ class _TrialTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         narrow = options.max_width < NARROW  # the share can be seen from the figures
-        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        table = table_with()
         for column, name in enumerate(("batch", "peak", "of budget", "time")):
             if not (narrow and name == "of budget"):
                 widest = max((len(row[column]) for row in self._rows), default=0)
@@ -299,7 +291,7 @@ class _TrialTable:
         for batch, peak, share, seconds, kind, outcome in self._rows:
             figures = [batch, peak, seconds] if narrow else [batch, peak, share, seconds]
             table.add_row(*figures, kind, Text(outcome, style=outcome_style(outcome)))
-        yield Padding(table, (0, 0, 0, 2), expand=False)
+        yield indented(table)
 
     def _row(self, trial: Mapping[str, Any], budget: int | None) -> tuple[str, str, str, str, str, str]:
         peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
@@ -315,7 +307,7 @@ class _TrialTable:
 
 def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableType:
     """A row for each memory saver; (samples per second at batch) of all that was timed under it."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table = table_with()
     table.add_column("saver", overflow="fold")
     for name in ("fits", "batch", "peak", "window"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -330,7 +322,7 @@ def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableT
             ", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ())
             or str(row.get("obstacle", "")),
         )  # fmt: skip
-    return Group(Text("Memory savers", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
+    return Group(Text("Memory savers", style="bold"), indented(table))
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
@@ -351,7 +343,7 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
     table.add_column(overflow="fold")
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         table.add_row(name, format_bytes(size), Bar(size / most), whys[name])
-    return Group(Text("Memory by part", style="bold"), Padding(table, (0, 0, 0, 2), expand=False))
+    return Group(Text("Memory by part", style="bold"), indented(table))
 
 
 def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
