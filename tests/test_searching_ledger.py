@@ -139,7 +139,7 @@ class Simulation:
     def end(self):
         """Nothing more happens to anyone."""
         for _ in range(20 * self.n + 200):
-            if ledger(*self.trials).taken == len(ledger(*self.trials).finished) >= self.n:
+            if self.working == [None] * len(self.working) and len(ledger(*self.trials).finished) >= self.n:
                 return
             for worker in range(len(self.working)):
                 self.step(worker, kill=False, interrupt=False, blind=False)
