@@ -1,7 +1,6 @@
 """Where studies are kept: each kind of storage for real, and what is said where one cannot be used."""
 
 import contextlib
-import datetime
 import errno
 import itertools
 import json
@@ -11,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -20,9 +20,10 @@ import torch
 
 import autoaccum
 from autoaccum.errors import AutoaccumError, SetupError
+from autoaccum.probing.journal import Owner
 from autoaccum.searching import study as studies
 from autoaccum.searching.storage import dashboard_line, open_storage, place_of
-from autoaccum.searching.study import OWNER, Ledger, owner, sweep
+from autoaccum.searching.study import OWNER, Ledger, signed, sweep
 from tests.search_setups import plain
 
 ROOT = Path(__file__).parents[1]
@@ -215,15 +216,25 @@ def test_the_dashboards_command_names_the_storage(tmp_path):
 # --- whose a trial is ------------------------------------------------------------------------------------------------
 
 
+def owner():
+    """As a trial of this process is signed."""
+    return {**Owner.here()._asdict(), "since": time.time()}
+
+
 def dead_process():
     """What a process that has ended would have signed with."""
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     return {**owner(), "pid": int(done.stdout), "started": 12345.0}
 
 
-def running_trial(study, who):
+def asked(study):
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
+    return trial
+
+
+def running_trial(study, who):
+    trial = asked(study)
     if who is not None:
         trial.set_user_attr(OWNER, who)
     return trial.number
@@ -238,11 +249,12 @@ def study(request, tmp_path):
 
 
 def test_running_trials_of_dead_processes_are_failed_and_queued_once(study):
-    dead, alive = running_trial(study, dead_process()), running_trial(study, owner())
-    elsewhere = running_trial(study, {**dead_process(), "host": "another machine"})
+    dead, trial = running_trial(study, dead_process()), asked(study)
+    alive, elsewhere = trial.number, running_trial(study, {**dead_process(), "host": "another machine"})
 
-    assert sweep(study) == [dead]
-    assert sweep(study) == []
+    with signed(trial):
+        assert sweep(study) == [dead]
+        assert sweep(study) == []
     states = [trial.state.name for trial in study.trials]
     assert [states[n] for n in (dead, alive, elsewhere)] == ["FAIL", "RUNNING", "RUNNING"]
     assert states[3:] == ["WAITING"]
@@ -266,12 +278,17 @@ def test_a_trial_that_nobody_claimed_is_failed_after_a_while(study, monkeypatch)
 
 
 def test_a_process_id_that_is_used_again_is_another_process(study):
-    mine, earlier = owner(), {**owner(), "started": owner()["started"] - 60}
-    numbers = [running_trial(study, who) for who in (mine, earlier, {**owner(), "pid": 2**22 + 1})]
+    numbers = [running_trial(study, {**owner(), **more}) for more in ({"started": 12345.0}, {"pid": 2**22 + 1})]
 
-    assert sweep(study) == numbers[1:]
-    assert mine["pid"] == os.getpid()
-    assert datetime.datetime.fromtimestamp(mine["since"]).year >= 2024
+    with signed(asked(study)):
+        assert sweep(study) == numbers
+
+
+def test_what_this_process_left_behind_is_not_waited_for(study):
+    """As where the disk was full when a trial was to be ended."""
+    with signed(trial := asked(study)):
+        assert sweep(study) == []
+    assert sweep(study) == [trial.number]
 
 
 OPENER = """

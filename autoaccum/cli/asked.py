@@ -21,7 +21,7 @@ from autoaccum.cli.endings import ChildFailed, exit_code, one_line
 from autoaccum.cli.saving import saved
 
 if TYPE_CHECKING:
-    from autoaccum.probing.isolate import InChild, Send
+    from autoaccum.probing.isolate import Send
     from autoaccum.probing.report import ProbeReport
 
 __all__ = ["Asked"]
@@ -59,84 +59,49 @@ class Asked:
             ChildFailed: what the child failed with, in the words that it would have had here.
             AutoaccumError, and whatever the user's code raises: as the library.
         """
-        # Of several ranks each has to exchange what it found with the others, and a new child could not join them.
-        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
         if self.nproc is not None:
-            return self._found_on_ranks(self.nproc)
-        if self.shard is not None:
-            return self._found_sharded()
-        if self.isolate is False or not alone:
-            return self._found({**self.options, "isolate": self.isolate})
-        found = self._found_in_a_child()
-        return self._found({**self.options, "isolate": False}) if found is None else found
+            from autoaccum.cli.launching import on_ranks
 
-    def _found_in_a_child(self) -> tuple[dict[str, Any], bool] | None:
-        """None where TARGET says that it wants none."""
-        from autoaccum.probing.isolate import answer_of_children
+            answers = on_ranks(self.nproc, _on_rank, self)
+        elif self.shard is not None:
+            return self.found_sharded()
+        elif self.isolate is False or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Of several ranks each has to exchange what it found with the others, and a new child could not join them.
+            return self.found(self.arguments(isolate=self.isolate))
+        else:
+            from autoaccum.probing.isolate import answer_of_children
 
-        answer = answer_of_children(_in_child, (self,), lambda name, value: None)
-        if answer.get("interrupted"):
-            raise KeyboardInterrupt
-        if "usage" in answer:
-            raise click.UsageError(answer["usage"])
-        if "failed" in answer:
-            raise ChildFailed(**answer["failed"])
-        return (answer["values"], answer["done"]) if "values" in answer else None
+            answers = [answer_of_children(_in_child, (self,), lambda name, value: None)]
+        found = _first(answers)
+        return self.found(self.arguments(isolate=False)) if found is None else found
 
-    def _found_on_ranks(self, number: int) -> tuple[dict[str, Any], bool]:
-        from autoaccum.cli.launching import on_ranks
+    def arguments(self, **more: Any) -> dict[str, Any]:
+        """`probe`'s, as TARGET and the options say."""
+        import autoaccum
 
-        answers = on_ranks(number, _on_rank, self)
-        if any(answer.get("interrupted") for answer in answers):
-            raise KeyboardInterrupt
-        failed = [answer for answer in answers if "values" not in answer]
-        if not failed:
-            return answers[0]["values"], answers[0]["done"]
-        first = next((answer for answer in failed if not answer.get("told")), failed[0])
-        if "usage" in first:
-            raise click.UsageError(first["usage"])
-        raise ChildFailed(**first["failed"])
+        return arguments_of(autoaccum.probe, self.target, {**self.options, **more})
 
-    def _found_sharded(self) -> tuple[dict[str, Any], bool]:
-        """On one of several ranks."""
+    def found(self, arguments: dict[str, Any], killed: Sequence[Mapping[str, Any]] = ()) -> tuple[dict[str, Any], bool]:
+        """The answer of a probe in this process; `killed` are the trials that earlier ones did not survive."""
+        import autoaccum
+
+        arguments = self._listening(arguments)
+        lost = _told(killed, arguments.get("callbacks") or ())
+        report = call(autoaccum.probe, arguments)
+        return self._written(replace(report, trials=(*lost, *report.trials)) if lost else report, {})
+
+    def found_sharded(self) -> tuple[dict[str, Any], bool]:
+        """The answer on one of several ranks."""
         import autoaccum
         from autoaccum.cli.ways import what_fits
 
         known = keywords_of(autoaccum.probe) or []
 
         def build() -> dict[str, Any]:
-            arguments = self._listening(arguments_of(autoaccum.probe, self.target, self.options))
-            return {name: value for name, value in arguments.items() if name in known}
+            return {name: value for name, value in self._listening(self.arguments()).items() if name in known}
 
         report, rows = what_fits(build, self.shard or "auto")
         return self._written(report, {"ways": rows})
-
-    def found_by_the_child(self, inside: "InChild", killed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """For the parent; `killed` are the trials that earlier children did not survive."""
-        import autoaccum
-
-        arguments = arguments_of(autoaccum.probe, self.target, self.options)
-        if self.isolate is None and arguments.get("isolate") is False:
-            return {}
-        values, done = self._answered({**arguments, "isolate": inside}, killed)
-        return {"values": values, "done": done}
-
-    def _found(self, options: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-        import autoaccum
-
-        return self._answered(arguments_of(autoaccum.probe, self.target, options))
-
-    def _answered(
-        self, arguments: dict[str, Any], killed: Sequence[Mapping[str, Any]] = ()
-    ) -> tuple[dict[str, Any], bool]:
-        import autoaccum
-
-        arguments = self._listening(arguments)
-        lost = _told(killed, arguments.get("callbacks") or ())
-        report = call(autoaccum.probe, arguments)
-        if lost:
-            report = replace(report, trials=(*lost, *report.trials))
-        return self._written(report, {})
 
     def _listening(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments, with who tells of each trial; not by `progress`, since a killed child's are told as well."""
@@ -177,13 +142,27 @@ def _told(killed: Sequence[Mapping[str, Any]], callbacks: Sequence[Any]) -> list
     return trials
 
 
+def _first(answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], bool] | None:
+    """What the first child found, or what one of them failed with by itself; None where TARGET wants no child."""
+    if any(answer.get("interrupted") for answer in answers):
+        raise KeyboardInterrupt
+    for failed in sorted(answers, key=lambda answer: bool(answer.get("told"))):
+        if "usage" in failed:
+            raise click.UsageError(failed["usage"])
+        if "failed" in failed:
+            raise ChildFailed(**failed["failed"])
+    return answers[0].get("found")
+
+
 def _in_child(send: "Send", asked: Asked, killed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The child's part: what was found, or how it failed."""
     from autoaccum.probing.isolate import InChild
 
     answer: dict[str, Any] = {}
     with _failing_into(answer):
-        answer.update(asked.found_by_the_child(InChild(send), killed))
+        arguments = asked.arguments()
+        if asked.isolate is not None or arguments.get("isolate") is not False:
+            answer["found"] = asked.found({**arguments, "isolate": InChild(send)}, killed)
     return answer
 
 
@@ -193,8 +172,7 @@ def _on_rank(asked: Asked) -> dict[str, Any]:
 
     answer: dict[str, Any] = {}
     with _failing_into(answer):
-        values, done = asked._found_sharded()
-        answer.update(values=values, done=done)
+        answer["found"] = asked.found_sharded()
     leave()
     return answer
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoaccum.checks import check_switches
+from autoaccum.checks import check_switches, one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.ranks import here, join
 from autoaccum.searching.extra import hushed, load_optuna
@@ -129,8 +129,7 @@ def search(
 def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
     if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
         raise SetupError(f"n_trials={shown(n_trials)}: give a whole number above 0, such as 30")
-    if direction not in ("minimize", "maximize"):
-        raise SetupError(f'direction={shown(direction)}: choose "minimize" or "maximize"')
+    one_of("direction", direction, ("minimize", "maximize"))
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise SetupError(f"seed={shown(seed)}: give a whole number, 0 or above")
     if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):

@@ -13,8 +13,10 @@ rules that each process applies alike; nothing has to be handed over, and nothin
   refuses changes to a trial that has ended, so a process that lives after all drops its trial and draws another.
 """
 
+import contextlib
 import datetime
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from autoaccum.errors import SetupError
@@ -25,7 +27,7 @@ from autoaccum.searching.space import Space
 from autoaccum.searching.storage import telling_of
 from autoaccum.searching.terms import Terms
 
-__all__ = ["BEAT", "ERROR", "OUTCOME", "OWNER", "RETRY", "TRAINING", "Ledger", "end", "open_study", "owner", "sweep"]
+__all__ = ["BEAT", "ERROR", "OUTCOME", "OWNER", "RETRY", "TRAINING", "Ledger", "end", "open_study", "signed", "sweep"]
 
 # Names of what a trial carries in its user attributes.
 OWNER, OUTCOME, RETRY, TRAINING, ERROR, BEAT = (
@@ -35,6 +37,7 @@ _TERMS = "autoaccum.search"  # of the study
 KILLS_BELIEVED = 2  # a setting that took its process with it twice is not tried a third time
 SILENCE = 300.0  # seconds without a sign of life after which another host's trial counts as dead
 UNCLAIMED = 10.0  # seconds that a trial may be without an owner; a claim takes milliseconds
+_RUN_HERE = set[float]()  # the trials that this process runs, by when they began
 
 
 @uninterrupted
@@ -139,9 +142,16 @@ def _kills(trial: Any) -> int:
     return int(_retry(trial).get("kills", 0)) + (_fate(trial) == "killed")
 
 
-def owner() -> dict[str, Any]:
-    """Who this process is, among all that ever ran: for the trials that it runs."""
-    return {**Owner.here()._asdict(), "since": time.time()}
+@contextlib.contextmanager
+def signed(trial: Any) -> Iterator[None]:
+    """Writes into a trial that this process runs it, and remembers that as long as it does."""
+    since = time.time()
+    _RUN_HERE.add(since)
+    try:
+        trial.set_user_attr(OWNER, {**Owner.here()._asdict(), "since": since})
+        yield
+    finally:
+        _RUN_HERE.discard(since)
 
 
 def sweep(study: Any) -> list[int]:
@@ -164,7 +174,8 @@ def _is_abandoned(trial: Any) -> bool:
     if found.is_stranger:
         last = max(float(trial.user_attrs.get(BEAT, 0.0)), float(who["since"]))
         return abs(time.time() - last) > SILENCE
-    return found.is_gone
+    # A full disk, say, may have kept this process from writing down how a trial of its own ended.
+    return found.is_gone or (found == Owner.here() and who["since"] not in _RUN_HERE)
 
 
 @uninterrupted

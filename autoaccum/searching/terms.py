@@ -71,25 +71,20 @@ class Terms:
 
 
 def check_targets(targets: Any) -> tuple[int, ...]:
-    """The target batches to choose from.
-
-    Raises:
-        SetupError: none, or one that is not a whole number above 0.
-    """
+    """The target batches to choose from, each once; a SetupError where one is not a whole number above 0."""
     found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
-    found = tuple(int(size) if isinstance(size, Integral) and not isinstance(size, bool) else size for size in found)
-    if not found or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
+    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in found):
         raise SetupError(
             f"target_batch={shown(targets)}: give whole numbers above 0 to choose from, such as (64, 128, 256)"
         )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(map(int, found)))
 
 
 def with_targets(space: Any, targets: tuple[int, ...]) -> dict[str, Any]:
     """The space as the user wrote it, with the target batches that were given beside it.
 
     Raises:
-        SetupError: it says itself which.
+        SetupError: it says them itself.
     """
     if not isinstance(space, Mapping) or "target_batch" in space:
         raise SetupError(
@@ -100,11 +95,7 @@ def with_targets(space: Any, targets: tuple[int, ...]) -> dict[str, Any]:
 
 
 def read_budget(budget: Any) -> tuple[int, str] | None:
-    """The amount and its unit: samples, or milliseconds for a text such as "90s".
-
-    Raises:
-        SetupError: neither.
-    """
+    """The amount and its unit: samples, or milliseconds for a text such as "90s"; a SetupError for all else."""
     if budget is None:
         return None
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
@@ -145,19 +136,21 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
     with hushed():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
     params: dict[str, Any] = {}
-    for _ in range(ERRORS_BELIEVED):
+    for left in reversed(range(ERRORS_BELIEVED)):  # a few settings may fail, as a few trials may
         try:
             params = space.suggest(study.ask())
             recipe.check_names(params)
             return recipe.build(params)
         except AutoaccumError:
             raise
-        except Exception as error:  # a few settings may fail, as a few trials may
-            last = error
-    raise SetupError(
-        f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the search, the last "
-        f"one ({params}) with {type(last).__name__}: {last}. Mend the setup, or narrow the space"
-    ) from last
+        except Exception as error:
+            if not left:
+                raise SetupError(
+                    f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the "
+                    f"search, the last one ({params}) with {type(error).__name__}: {error}. Mend the setup, or narrow "
+                    "the space"
+                ) from error
+    raise AssertionError("the last try returns or raises")
 
 
 def settle(
@@ -198,11 +191,7 @@ def settle(
 
 
 def check_target(target: Any) -> int:
-    """The target batch of a trial.
-
-    Raises:
-        SetupError: there is none.
-    """
+    """The target batch of a trial; a SetupError where there is none."""
     if isinstance(target, bool) or not isinstance(target, int) or target < 1:
         raise SetupError(
             f"target_batch={shown(target)}, which every trial needs: search it (target_batch in space), give "
@@ -212,11 +201,7 @@ def check_target(target: Any) -> int:
 
 
 def check_metric(arguments: Mapping[str, Any], metric: str) -> None:
-    """That something reports the metric.
-
-    Raises:
-        SetupError: nothing does; it says what to give.
-    """
+    """Refuses, with a SetupError, a metric that nothing reports."""
     if arguments.get("val_data") is None:
         if metric not in ("loss", TRAIN_LOSS):
             raise SetupError(

@@ -21,7 +21,7 @@ from autoaccum.searching.job import Job, tell
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.samplers import ask, mark_infeasible, sampler_of
 from autoaccum.searching.storage import telling_of
-from autoaccum.searching.study import BEAT, ERROR, OUTCOME, OWNER, TRAINING, Ledger, end, owner, sweep
+from autoaccum.searching.study import BEAT, ERROR, OUTCOME, TRAINING, Ledger, end, signed, sweep
 from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
 from autoaccum.searching.terms import ERRORS_BELIEVED
 from autoaccum.training.locks import FolderLock
@@ -67,11 +67,11 @@ class Worker:
             check_errors(ledger, n_trials)
             if ledger.taken < n_trials or ledger.of("waiting"):
                 trial = ask(study, self._sampler)
-                trial.set_user_attr(OWNER, owner())
-                if Ledger(study).may_run(trial, n_trials):
-                    self._run(trial)
-                else:
-                    self._end(trial, "FAIL", "void")
+                with signed(trial):
+                    if Ledger(study).may_run(trial, n_trials):
+                        self._run(trial)
+                    else:
+                        self._end(trial, "FAIL", "void")
                 weights.clean(self._job.folder, study)
                 return True
         finally:
