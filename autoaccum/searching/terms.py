@@ -73,7 +73,7 @@ class Terms:
 def check_targets(targets: Any) -> tuple[int, ...]:
     """The target batches to choose from, each once; a SetupError where one is not a whole number above 0."""
     found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
-    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 1 for n in found):
+    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in found):
         raise SetupError(
             f"target_batch={shown(targets)}: give whole numbers above 0 to choose from, such as (64, 128, 256)"
         )
