@@ -463,7 +463,7 @@ def result_file(tmp_path_factory):
         (plain, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=None, which every trial needs: search it"),
         (lambda: {**plain(), "target_batch": 2.5}, {"space": {"lr": (1e-3, 0.1)}}, "target_batch=2.5, which every"),
         (plain, {"space": {"target_batch": [8]}, "target_batch": (8, 16)}, r"=\(8, 16\) beside a space"),
-        (plain, {"space": lambda trial: {}, "target_batch": 8}, "=8 beside a space that is a function"),
+        (plain, {"space": lambda trial: {}, "target_batch": 8}, r"=\(8,\) beside a space"),
         (plain, {"space": {"checkpoint": ["a", "b"]}}, "'checkpoint', which belongs to one long training"),
         (plain, {"space": {"progress": [True, False]}}, "'progress', which belongs to one long training"),
         (plain, {"space": {"plan": ["a.json"]}}, "'plan', which fixes the target batch"),

@@ -67,17 +67,18 @@ class Target:
             return cls(text, os.getcwd(), None, where, name, dict(overrides or {}))
         try:
             path = Path(where).resolve()
-            if path.is_dir():
-                raise SetupError(
-                    f"{shown(text)}: {str(path)!r} is a folder, and no file: name the Python file in it that defines "
-                    f"{name}, such as {Path(where) / 'train.py'}:{name}"
-                )
-            if not path.is_file():
-                beside = sorted(file.name for file in path.parent.glob("*.py"))
-                hint = _nearest(path.name, beside, ": give its path from the current folder, or from /")
-                raise SetupError(f"{shown(text)}: there is no file {str(path)!r}{hint}")
-        except OSError as error:
+            is_folder, is_file = path.is_dir(), path.is_file()
+        except (OSError, ValueError) as error:
             raise SetupError(f"{shown(text)} does not name a file: {error}") from error
+        if is_folder:
+            raise SetupError(
+                f"{shown(text)}: {str(path)!r} is a folder, and no file: name the Python file in it that defines "
+                f"{name}, such as {Path(where) / 'train.py'}:{name}"
+            )
+        if not is_file:
+            beside = sorted(file.name for file in path.parent.glob("*.py"))
+            hint = _nearest(path.name, beside, ": give its path from the current folder, or from /")
+            raise SetupError(f"{shown(text)}: there is no file {str(path)!r}{hint}")
         return cls(text, str(path.parent), str(path), path.stem, name, dict(overrides or {}))
 
     @property
