@@ -16,6 +16,7 @@ from autoaccum.memory.allocator import Segment, Setup, SimulatedOutOfMemory, rou
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Kept, Trace, record
+from autoaccum.planning.bisection import largest
 from autoaccum.probing.answered import with_expandable_segments
 from autoaccum.probing.find_size import Answer
 from autoaccum.units import MIB
@@ -276,13 +277,13 @@ def test_the_forecast_is_the_maximum_of_affine_functions(found, n, resident):
 @given(steps, st.integers(0, 10**6), st.integers(1, 10**5))
 def test_the_largest_batch_fits_and_the_next_does_not(found, budget, ceiling):
     forecast = _fitted(found, 50)
-    largest = forecast.largest(budget, ceiling)
-    assert 0 <= largest <= ceiling
-    if largest:
-        assert forecast.peak(largest) <= budget
-    if largest < ceiling:
-        assert forecast.peak(largest + 1) > budget
-    assert forecast.largest(budget + 1000, ceiling) >= largest
+    limit = largest(lambda n: forecast.peak(n) <= budget, ceiling)
+    assert 0 <= limit <= ceiling
+    if limit:
+        assert forecast.peak(limit) <= budget
+    if limit < ceiling:
+        assert forecast.peak(limit + 1) > budget
+    assert largest(lambda n: forecast.peak(n) <= budget + 1000, ceiling) >= limit
 
 
 @settings(deadline=None)
@@ -352,7 +353,6 @@ def test_the_peak_may_lie_in_the_optimizers_step():
 def test_without_a_caching_allocator_reserved_is_the_peak():
     forecast = _fitted([(100, 10, 6)], 1000)
     assert forecast.reserved(10) == forecast.peak(10)
-    assert forecast.largest(1500, 100, reserved=True) == forecast.largest(1500, 100)
 
 
 def _caching(n: int) -> Trace:
@@ -384,17 +384,17 @@ def test_freed_requests_are_served_again():
 
 def test_the_largest_batch_under_a_reserved_limit_needs_no_retry():
     forecast = Forecast.fit([_caching(n) for n in (2, 4)], [(2,), (4,)])
-    largest = forecast.largest(100 * MIB, 10_000, reserved=True)
-    assert forecast.simulate(largest, limit=100 * MIB).retries == 0
-    assert forecast.reserved(largest + 1) > 100 * MIB
-    assert largest < forecast.largest(100 * MIB, 10_000)
+    limit = largest(lambda n: forecast.within(n, 100 * MIB), 10_000)
+    assert forecast.simulate(limit, limit=100 * MIB).retries == 0
+    assert forecast.reserved(limit + 1) > 100 * MIB
+    assert forecast.peak(limit + 1) <= 100 * MIB
 
 
 def test_what_would_fit_in_segments_that_grow_is_told_where_it_is_more():
     traces, sizes = [_caching(n) for n in (2, 4)], [(2,), (4,)]
     forecast, budget = Forecast.fit(traces, sizes), 100 * MIB
-    limit = forecast.largest(budget, 10_000, reserved=True)
-    more = forecast.largest(budget, 10_000, reserved=True, expandable=True)
+    limit = largest(lambda n: forecast.within(n, budget), 10_000)
+    more = largest(lambda n: forecast.within(n, budget, expandable=True), 10_000)
     assert more > 1.02 * limit
     answer = Answer(limit, limit, "forecast", forecast)
     hint = with_expandable_segments(forecast, answer, budget)

@@ -28,7 +28,6 @@ from autoaccum.memory.fitting import basis, columns, determined, fit, volume
 from autoaccum.memory.playback import Playback, Reservation
 from autoaccum.memory.replay import Column, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
-from autoaccum.planning.bisection import largest
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
 
@@ -234,36 +233,19 @@ class Forecast:
         """Whether the device's allocator is set up with segments that grow in place."""
         return self._last.setup.expandable
 
-    def largest(
-        self,
-        budget: int,
-        ceiling: int,
-        length: int | None = None,
-        *,
-        reserved: bool = False,
-        expandable: bool | None = None,
-    ) -> int:
-        """The largest batch up to `ceiling` whose forecast is within `budget` bytes; 0 where not even 1 is.
+    def within(self, batch: int, budget: int, *, expandable: bool | None = None) -> bool:
+        """Whether the allocator gets through with `budget` bytes and need not empty its cache for it.
 
-        Between a batch that fits and one that does not there is always an n that fits while n + 1 does not;
-        bisection finds it. A peak is a maximum of affine functions, thus convex in the batch: whatever is
-        beyond n + 1 does not fit either. That holds for requested bytes. With `reserved`, the forecast is the
-        simulated allocator's, which may rise and fall by a segment: then n and n + 1 are as said, no more;
         `expandable` is as in `simulate`.
+
+        Raises:
+            ForecastFailed: as `simulate`.
         """
-
-        def fits(batch: int) -> bool:
-            if not (reserved and self._last.caching):
-                return self.peak(batch, length) <= budget
-            try:
-                outcome = self.simulate(batch, length, limit=budget - self._background, expandable=expandable)
-            except SimulatedOutOfMemory:
-                return False
-            return outcome.retries == 0
-
-        if ceiling < 1:
-            return 0
-        return ceiling if fits(ceiling) else largest(fits, ceiling - 1)
+        try:
+            played = self.simulate(batch, limit=budget - self._background, expandable=expandable)
+        except SimulatedOutOfMemory:
+            return False
+        return played.retries == 0
 
     def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
         table = self._table

@@ -7,6 +7,7 @@ from autoaccum.memory.forecast import Forecast
 from autoaccum.memory.resident import resident_parts
 from autoaccum.model.optimizer import trained_parameters
 from autoaccum.model.shards import local
+from autoaccum.planning.bisection import largest
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer
 from autoaccum.probing.length_search import LengthAnswer
@@ -141,7 +142,7 @@ def with_expandable_segments(forecast: Forecast, answer: Answer, budget: int) ->
     """
     if not forecast.simulated or forecast.expandable or answer.limit is None or answer.proof != "forecast":
         return None
-    more = forecast.largest(budget, 2 * answer.limit, reserved=True, expandable=True)
+    more = largest(lambda size: forecast.within(size, budget, expandable=True), 2 * answer.limit)
     if more < answer.limit * WORTH_TELLING:
         return None
     return (

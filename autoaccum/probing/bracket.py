@@ -1,7 +1,6 @@
-"""Pure: which size to run next, from what fitted and what did not.
+"""Pure: which size to run next where there is no forecast, from what fitted and what did not.
 
-Between a size that fits and one that does not, any size may be proposed: a forecast's where there is one, else a
-guarded step. Peaks are convex in the batch (a maximum of affine functions), so a line through two of them
+Each step is guarded. Peaks are convex in the batch (a maximum of affine functions), so a line through two of them
 *under*estimates what lies beyond: growth is held to a doubling, and to nine tenths of what the line allows.
 """
 
@@ -57,18 +56,10 @@ class Bracket:
         if peak is not None:
             self.peaks[size] = peak
 
-    def next(self, estimate: int | None = None) -> int | None:
-        """The size to run next; None when the bracket is closed.
-
-        Args:
-            estimate: the largest size that something better than this bracket expects to fit.
-        """
-        if self.closed:
-            return None
+    def next(self) -> int:
+        """The size to run next, where the bracket is not closed."""
         if self.low == 0:
-            return self.floor if estimate is None else min(max(estimate, self.floor), self.high - 1)
-        if estimate is not None:
-            return min(max(estimate, self.low + 1), self.high - 1)
+            return self.floor
         if self._fails is None:
             return min(self._grown(), self.ceiling)
         return min(max(self._between(), self.low + 1), self.high - 1)
@@ -82,11 +73,10 @@ class Bracket:
 
     def _between(self) -> int:
         """The middle, or nearer to where a line through the two largest measured peaks meets the budget."""
-        middle = (self.low + self.high) // 2
         line = self._line()
-        return (
-            middle if line is None else min(max(line, (self.low * 7 + self.high) // 8), (self.low + self.high * 7) // 8)
-        )
+        if line is None:
+            return (self.low + self.high) // 2
+        return min(max(line, (self.low * 7 + self.high) // 8), (self.low + self.high * 7) // 8)
 
     def _line(self) -> int | None:
         """Where a line through the two largest measured sizes meets the budget."""

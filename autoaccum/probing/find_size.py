@@ -38,11 +38,11 @@ class Forecaster(Protocol):
     def residual(self) -> float | None:
         """Relative error at a trace that the fit did not use; None where there was none."""
 
-    def reserved(self, batch: int) -> int:
-        """The peak at `batch` samples, in the bytes that the budget counts."""
+    def reserved(self, batch: int, length: int | None = None) -> int:
+        """The peak at `batch` samples (of a `length`), in the bytes that the budget counts."""
 
-    def peak(self, batch: int) -> int:
-        """The peak at `batch` samples in bytes in use: no more than `reserved`, and told at once."""
+    def peak(self, batch: int, length: int | None = None) -> int:
+        """The peak in bytes in use: no more than `reserved`, and told at once."""
 
 
 class Machine(Protocol):
@@ -55,6 +55,10 @@ class Machine(Protocol):
     @property
     def suffers(self) -> bool:
         """Whether a step over the budget runs out of memory; else it is only counted as over it."""
+
+    @property
+    def caches(self) -> bool:
+        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
 
     @property
     def traces_all(self) -> bool:
@@ -72,11 +76,14 @@ class Machine(Protocol):
     def trials(self) -> Sequence[Trial]:
         """All so far."""
 
-    def run(self, size: int, kind: str) -> Trial:
-        """One step at `size` samples."""
+    def run(self, size: int, kind: str, length: int | None = None) -> Trial:
+        """One step at `size` samples, of a `length` where that is chosen."""
 
     def forecast(self) -> Forecaster | None:
-        """From all the traces so far; None where they do not line up."""
+        """From all the traces so far whose length was not chosen; None where they do not line up."""
+
+    def forecast_over_lengths(self) -> Forecaster | None:
+        """From all the traces so far of chosen lengths; None where they do not line up."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,7 @@ class _Search:
         if bracket.closed or self._wanted(bracket.high - 1) <= bracket.low:
             return None
         if self._forecast is None:
-            return self._useful(bracket.next() or bracket.low + 1)
+            return self._useful(bracket.next())
         settled = bracket.low > max(self._traced, default=0)
         overran = self._overruns or (self._machine.suffers and self._last_high is not None)
         if settled and (self._runs >= ENOUGH_RUNS or (overran and bracket.high <= CLOSE_ENOUGH * bracket.low)):

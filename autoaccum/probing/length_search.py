@@ -5,22 +5,21 @@ sum of 1, B, L, BL, L², BL²). From that follows a table of what fits at which 
 windows meet, the longest samples looked at and those of middling length, are run. A surprise there makes the whole
 forecast larger by as much. Where surprises do not end, the largest shape that did fit is the measure of all others.
 
-Everything real is behind `LengthMachine`, as in search.py. Where the traces do not line up there is no table, and the
+Everything real is behind `Machine`, as in find_size.py. Where the traces do not line up there is no table, and the
 search goes on with the largest samples, whatever the others are.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import Room, limit_at, room_of
-from autoaccum.probing.find_size import SAME_PEAK
+from autoaccum.probing.find_size import SAME_PEAK, Forecaster, Machine
 from autoaccum.probing.outcome import Trial
 from autoaccum.units import MIB
 
-__all__ = ["LengthAnswer", "LengthForecaster", "LengthMachine", "find_by_length", "three_lengths"]
+__all__ = ["LengthAnswer", "find_by_length", "three_lengths"]
 
 MOST_ROUNDS = 8
 # Where an overrun is suffered and not only counted, this part of the size wanted is run first: what the small traces
@@ -32,38 +31,6 @@ MIXED_SHAPES = 1.05
 # measured after 150 windows. Under a limit of the process's own that is kept free, as far as half of the limit.
 KEPT_KERNELS = 512 * MIB
 OVERRUN = 1.3  # how much more is expected after a step ran out of memory, which shows no figure
-
-
-class LengthForecaster(Protocol):
-    """Tells the peak at shapes that were not run."""
-
-    def peak(self, batch: int, length: int | None = None) -> int:
-        """In bytes in use."""
-
-    def reserved(self, batch: int, length: int | None = None) -> int:
-        """In the bytes that the budget counts."""
-
-
-class LengthMachine(Protocol):
-    """Runs steps and fits forecasts."""
-
-    @property
-    def budget(self) -> int:
-        """Bytes that a step may use."""
-
-    @property
-    def suffers(self) -> bool:
-        """Whether a step over the budget runs out of memory; else it is only counted as over it."""
-
-    @property
-    def caches(self) -> bool:
-        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
-
-    def run(self, size: int, kind: str, length: int | None = None) -> Trial:
-        """One step at `size` samples of `length`."""
-
-    def forecast_over_lengths(self) -> LengthForecaster | None:
-        """From the traces so far; None where they do not line up."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +48,7 @@ class LengthAnswer:
     room: Room
     micro_batch: int
     longest: int
-    forecast: LengthForecaster
+    forecast: Forecaster
     residual: float
 
 
@@ -101,7 +68,7 @@ def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
 
 
 def find_by_length(
-    machine: LengthMachine, lengths: Sequence[int], *, floor: int, most: int, known: LengthForecaster | None = None
+    machine: Machine, lengths: Sequence[int], *, floor: int, most: int, known: Forecaster | None = None
 ) -> LengthAnswer | None:
     """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
 
@@ -133,7 +100,7 @@ def _first(floor: int, most: int) -> int:
     return max(floor, min(2, most // 2))
 
 
-def _traced(machine: LengthMachine, lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
+def _traced(machine: Machine, lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
     """Two batch sizes at each length; None where they did not run."""
     for start in dict.fromkeys((_first(floor, most), floor)):
         trials = []
@@ -151,8 +118,8 @@ class _Check:
 
     def __init__(
         self,
-        machine: LengthMachine,
-        forecast: LengthForecaster,
+        machine: Machine,
+        forecast: Forecaster,
         lengths: Sequence[int],
         floor: int,
         most: int,

@@ -115,28 +115,10 @@ class ProbeReport(Drawn):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""
-        return {
-            "micro_batch": self.micro_batch,
-            "limit": self.limit,
-            "limit_proof": self.limit_proof,
-            "budget_bytes": self.budget_bytes,
-            "budget_reason": self.budget_reason,
-            "device": self.device,
-            "trials": [trial.to_dict() for trial in self.trials],
-            "out_of_memory_count": self.out_of_memory_count,
-            "residual": self.residual,
-            "parts": dict(self.parts),
-            "notes": list(self.notes),
-            "throughput": [list(point) for point in self.throughput],
-            "floor": self.floor,
-            "device_type": self.device_type,
-            "by_length": [list(pair) for pair in self.by_length],
-            "ladder": self.ladder,
-            "savers": [dict(row) for row in self.savers],
-            "gradient_sync": self.gradient_sync,
-            "curve": self._curve(),
-            "timeline": self._timeline(),
-        }
+        apart = ("plan", "timeline", "forecaster")
+        kept = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name not in apart}
+        drawn = {"curve": self._curve(), "timeline": self._timeline()}
+        return {**kept, "out_of_memory_count": self.out_of_memory_count, **drawn}
 
     def _values(self) -> dict[str, Any]:
         return {**(self.plan.to_dict() if self.plan is not None else {}), **self.to_dict()}
@@ -173,3 +155,10 @@ class ProbeReport(Drawn):
         from autoaccum.display.plots import probe_plot
 
         probe_plot(self.to_dict(), path)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.to_dict() if isinstance(value, Trial) else value

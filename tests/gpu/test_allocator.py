@@ -14,6 +14,7 @@ from autoaccum.memory.allocator import Block, CachingAllocator, Setup, Simulated
 from autoaccum.memory.cuda_history import segments_of
 from autoaccum.memory.forecast import Forecast
 from autoaccum.memory.trace import Trace, record
+from autoaccum.planning.bisection import largest
 from autoaccum.units import KIB, MIB
 from tests.architectures import ARCHITECTURES, BY_NAME, Architecture
 
@@ -271,7 +272,7 @@ def test_the_limit_by_forecast_is_the_limit_by_trial():
     sizes = (4, 8, 16)
     forecast = Forecast.fit([windows.trace(n) for n in sizes], [(n,) for n in sizes])
     budget = windows.measured(16)["reserved"] + 256 * MIB
-    largest = forecast.largest(budget, 100_000, reserved=True)
-    assert windows.measured(int(largest * 0.98))["reserved"] <= budget
+    limit = largest(lambda n: forecast.within(n, budget), 100_000)
+    assert windows.measured(int(limit * 0.98))["reserved"] <= budget
     # Reserved bytes grow in steps of whole segments: well above it, the budget is overrun.
-    assert windows.measured(int(largest * 1.3) + 1)["reserved"] > budget
+    assert windows.measured(int(limit * 1.3) + 1)["reserved"] > budget
