@@ -92,8 +92,10 @@ class Session:
         listeners = [*listed("sinks", asked.sinks), *listed("callbacks", asked.callbacks)]
         _check(asked)
         given = self._given
+        # The plan's rate is scaled already; an optimizer that is there has its own.
         if given is not None and given.lr is not None and asked.lr is None:
             asked["lr"] = None if isinstance(asked.optimizer, Optimizer) else given.lr / given.lr_scale
+        # Before anything touches them: a child gets copies of the model and the data as they were given.
         self._isolation = isolation(asked.isolate, _probe_in_child, unwrapped(model), data, asked)
         self._in_child = isinstance(self._isolation, Isolation)
         join()

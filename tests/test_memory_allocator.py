@@ -195,13 +195,13 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
         Segment(stream=0, small=True, blocks=((MIB, True), (MIB, False))),
         Segment(stream=0, small=False, blocks=((8 * MIB, True), (12 * MIB, False))),
     )
-    allocator = CachingAllocator.holding(segments)
+    allocator = CachingAllocator(segments)
     assert (allocator.reserved, allocator.allocated) == (22 * MIB, 9 * MIB)
     assert (allocator.peak_reserved, allocator.peak_allocated) == (22 * MIB, 9 * MIB)
     allocator.allocate(MIB)
     allocator.allocate(11 * MIB)
     assert (allocator.reserved, allocator.allocated) == (22 * MIB, 22 * MIB)
-    grown = CachingAllocator.holding((Segment(0, False, ((20 * MIB, True),), expandable=True),), expandable=True)
+    grown = CachingAllocator((Segment(0, False, ((20 * MIB, True),), expandable=True),), expandable=True)
     grown.allocate(5 * MIB)
     assert grown.reserved == 40 * MIB
 

@@ -204,11 +204,6 @@ def test_a_profiler_that_is_already_running_is_named():
         pass
 
 
-def test_the_trace_is_there_only_once_the_block_is_left():
-    with record(CPU) as recording, pytest.raises(ProbeError, match="not there yet"):
-        _ = recording.trace
-
-
 def test_other_devices_do_not_count():
     with record(SimpleNamespace(torch_device=torch.device("meta"))) as recording:
         torch.empty(1000)

@@ -51,9 +51,7 @@ SMALL_SEGMENT = 2 * MIB
 LARGE_SEGMENT = 20 * MIB
 MIN_LARGE = 10 * MIB
 LARGE_ROUNDING = 2 * MIB
-OVERSIZE_ROUNDING = (
-    20 * MIB
-)  # a block that is not split may be so much larger than the request (max_non_split_rounding)
+OVERSIZE_ROUNDING = 20 * MIB  # by which a block that is not split may be larger (max_non_split_rounding)
 _ADDRESS_SPACE = LARGE_SEGMENT * 2**24  # one segment's range, larger than any device; whole pages of both sizes
 
 
@@ -161,12 +159,14 @@ class _Pool:
 class CachingAllocator:
     """The allocator of one device. Sizes are bytes.
 
-    `limit` is the most it may reserve (what `set_per_process_memory_fraction` caps); None: no limit. The others are
-    as in Setup. `reserved`, `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
+    It holds `segments` at the start, whose blocks in use stay so (nobody here can free them). `limit` is the most it
+    may reserve (what `set_per_process_memory_fraction` caps); None: no limit. The others are as in Setup. `reserved`,
+    `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
     """
 
     def __init__(
         self,
+        segments: Sequence[Segment] = (),
         *,
         limit: int | None = None,
         expandable: bool = False,
@@ -180,22 +180,8 @@ class CachingAllocator:
         self.retries = 0
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._next_address = _ADDRESS_SPACE
-
-    @classmethod
-    def holding(
-        cls,
-        segments: Sequence[Segment],
-        *,
-        limit: int | None = None,
-        expandable: bool = False,
-        max_split: int | None = None,
-        divisions: Sequence[int] = (),
-    ) -> CachingAllocator:
-        """An allocator that already holds `segments`; their blocks in use stay so (nobody here can free them)."""
-        allocator = cls(limit=limit, expandable=expandable, max_split=max_split, divisions=divisions)
         for segment in segments:
-            allocator._adopt(segment)
-        return allocator
+            self._adopt(segment)
 
     def allocate(self, request: int, stream: int = 0) -> Block:
         """A block for `request` bytes on `stream`.

@@ -201,7 +201,7 @@ class Forecast:
             raise ForecastFailed("the device's allocator keeps nothing of what is freed: reserved is what is requested")
         point = self._point(batch, length)
         setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
-        allocator = CachingAllocator.holding(self._last.segments, limit=limit, **setup._asdict())
+        allocator = CachingAllocator(self._last.segments, limit=limit, **setup._asdict())
         return self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
 
     @property

@@ -163,18 +163,7 @@ class Trace:
 class Recording:
     """Handed out by `record`; `trace` is there once the block is left, also when the body raised."""
 
-    _trace: Trace | None = field(default=None, repr=False)
-
-    @property
-    def trace(self) -> Trace:
-        """What happened inside.
-
-        Raises:
-            ProbeError: the `with` block has not been left yet.
-        """
-        if self._trace is None:
-            raise ProbeError("the trace is not there yet: it is made when the `with record(...)` block is left")
-        return self._trace
+    trace: Trace = field(init=False, repr=False)
 
     def mark(self, name: str) -> None:
         """A new phase begins: "batch" (its move to the device), "forward", "optimizer", "zero_grad", or any name."""
@@ -219,7 +208,7 @@ def record(device: Where) -> Iterator[Recording]:
             if history is not None:
                 found, more = history.finish(found)
                 extra |= more
-            recording._trace = assemble(found, marks, earlier=where.type == "cuda", **extra)
+            recording.trace = assemble(found, marks, earlier=where.type == "cuda", **extra)
     finally:
         if history is not None:
             history.stop()

@@ -4,9 +4,23 @@ Each step is guarded. Peaks are convex in the batch (a maximum of affine functio
 *under*estimates what lies beyond: growth is held to a doubling, and to nine tenths of what the line allows.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Bracket"]
+__all__ = ["Bracket", "highest_peak"]
+
+
+def highest_peak(size: int, peaks: Mapping[int, int], fixed: int) -> int:
+    """An upper bound on the peak at `size`: what is not there whatever the size grows at most in proportion to it.
+
+    Args:
+        size: larger than all that were run.
+        peaks: measured, in bytes, by size.
+        fixed: bytes that are there whatever the size.
+    """
+    largest = max(peaks)
+    fixed = min(fixed, peaks[largest])
+    return fixed + -(-(peaks[largest] - fixed) * size // largest)
 
 
 @dataclass

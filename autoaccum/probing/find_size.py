@@ -12,7 +12,7 @@ from typing import Protocol
 
 from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.planning.bisection import largest
-from autoaccum.probing.bracket import Bracket
+from autoaccum.probing.bracket import Bracket, highest_peak
 from autoaccum.probing.outcome import Trial
 
 __all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "Forecaster", "Machine", "find"]
@@ -211,7 +211,8 @@ class _Search:
         run = sorted(self._bracket.peaks)
         if self._forecast is None:
             for size in (2 * run[-1], run[-1] + 1):
-                if size < self._bracket.high and self._bound(size) <= self._machine.budget:
+                bound = highest_peak(size, self._bracket.peaks, self._machine.fixed)
+                if size < self._bracket.high and bound <= self._machine.budget:
                     return size
             smaller = run[0] - 1
             return smaller if smaller >= self._floor else None
@@ -219,13 +220,6 @@ class _Search:
         times = NEAR_TRACE if self._machine.suffers and self._machine.traces_all else THIRD_TRACE
         third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // times | 1
         return third if run[-1] < third < self._bracket.high else None
-
-    def _bound(self, size: int) -> int:
-        """An upper bound on the peak: what is not there whatever the size grows at most in proportion to it."""
-        largest = max(self._bracket.peaks)
-        peak = self._bracket.peaks[largest]
-        fixed = min(self._machine.fixed, peak)
-        return fixed + -(-(peak - fixed) * size // largest)
 
     # --- the size wanted
 

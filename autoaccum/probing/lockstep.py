@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
 from autoaccum.memory.forecast import Forecast
+from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import counts, even_split, shares
+from autoaccum.probing.bracket import highest_peak
 from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
 from autoaccum.probing.trial import Bench
 from autoaccum.ranks import Ranks
@@ -149,7 +151,7 @@ class _Together:
             if not self.fits(first, "trace"):
                 raise NothingFitsError(f"a micro-batch of {first} does not fit on every rank")
         for size in (2 * first, first + 1):
-            safe = size <= self._ceiling and self._bound(size) <= self.bench.budget
+            safe = size <= self._ceiling and highest_peak(size, self._peaks, self.bench.fixed) <= self.bench.budget
             if not self._ranks.any(_WHERE, not safe):
                 self.fits(size, "trace")
                 break
@@ -173,23 +175,13 @@ class _Together:
             self._peaks[size] = trial.reserved_bytes or trial.peak_bytes
         return not self._ranks.any(_WHERE, not fits)
 
-    def _bound(self, size: int) -> int:
-        """An upper bound on the peak: what is not there whatever the size grows at most in proportion to it."""
-        largest = max(self._peaks)
-        fixed = min(self.bench.fixed, self._peaks[largest])
-        return fixed + -(-(self._peaks[largest] - fixed) * size // largest)
-
     @property
     def limit(self) -> int:
         """The largest size that fits on this rank, by forecast where there is one; 0 where none does."""
         if self.forecast is None:
             return min(max(self._peaks, default=0), self._most)
-        low, high = 0, self._most + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            fits = self._forecast(middle) <= self.bench.budget * (1.0 - self.bench.spare)
-            low, high = (middle, high) if fits else (low, middle)
-        return low
+        room = self.bench.budget * (1.0 - self.bench.spare)
+        return largest(lambda size: self._forecast(size) <= room, self._most)
 
     def _forecast(self, size: int) -> float:
         assert self.forecast is not None

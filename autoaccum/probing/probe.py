@@ -93,24 +93,25 @@ def run_probe(
     assert objective is not None
     held = resident_bytes(model, accumulator.optimizers)
     budget = device.budget(question.memory, held=held, headroom=device.headroom())
-    growth = ProcessGrowth(budget.kind)
+    growth = ProcessGrowth(budget.kind)  # at once: what the process takes from here on is taken of the budget
     others = [other for other in (objective.loss, objective.step) if other is not None]
     snapshot = interruptible(Snapshot, model, accumulator.optimizer, *others, device=device.torch_device)
     with device.limit(budget), snapshot:
-        snapshot.set_gradients_aside()
+        snapshot.set_gradients_aside()  # a window begins without
         try:
             TrainingMode(model).on()
             if accumulator.sharded is not None:
-                accumulator.sharded.collectives.apart = True
+                accumulator.sharded.collectives.apart = True  # what gloo allocates is none of the step's
             floor = smallest_micro_batch(objective, source, device.torch_device, accumulator.precision)
             _check_ceiling(question.max_batch, floor)
+            # A loss that compares samples is computed over the whole window's, whatever micro-batch is tried.
             accumulator.rehearsed_samples = (question.share or 0) * here().size
             allowed = _less_the_window(budget, source, device, question)
             bench = Bench(accumulator, source, device, allowed, floor=floor, share=question.share, journal=journal,
                           listener=listener, growth=growth)  # fmt: skip
             try:
                 report = _steady(bench, question, cache)
-            except LossOutOfMemoryError:
+            except LossOutOfMemoryError:  # which says what would help itself: no smaller micro-batch does
                 raise
             except NothingFitsError as error:
                 raise NothingFitsError(nothing_fits(bench)) from error

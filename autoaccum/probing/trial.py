@@ -232,6 +232,7 @@ class Bench:
             self.recover()
             outcome = OUT_OF_MEMORY
         else:
+            # An allocator that had to empty its cache got through, and would have to at every window.
             strained = self.device.retries() > retries
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         del batch
@@ -281,6 +282,7 @@ class Bench:
         self.traces[shape], self.resident[shape] = trace, held
         self._reserved[shape] = self.device.reserved_peak() or 0
         counted = self.device.peak()
+        # Where nobody counts, on the CPU, it is what lay there before and what the trace saw on top.
         peak = sum(held.values()) + trace.peak if counted is None else counted
         self._process.step_peaked(peak)
         return peak
