@@ -17,7 +17,7 @@ from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import LossError, shown
-from autoaccum.memory.device import check_memory
+from autoaccum.memory.budget import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS, obstacle

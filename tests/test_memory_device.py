@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from autoaccum.errors import DeviceError, SetupError
 from autoaccum.memory import accelerators, device
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
-from autoaccum.memory.device import Budget, CpuDevice, devices, open_device
+from autoaccum.memory.budget import Budget
+from autoaccum.memory.device import CpuDevice, devices, open_device
 from autoaccum.memory.host import HostMemory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess
 

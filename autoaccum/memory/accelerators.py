@@ -1,6 +1,6 @@
 """Devices with a memory of their own: CUDA (and ROCm) GPUs, XPU and what speaks alike, and Apple's MPS.
 
-What each backend counts in, and what a budget means, is told in `autoaccum.memory.device`.
+What each backend counts in, and what a budget means, is told in `autoaccum.memory.budget`.
 
 Choices:
 - XPU and others are asked through their own PyTorch module before `torch.accelerator`: it had most of these functions
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from autoaccum.errors import DeviceError
-from autoaccum.memory.device import Budget, Device, less, plus
+from autoaccum.memory.budget import Budget, Device, less, plus
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
 from autoaccum.units import MIB, format_bytes, parse_bytes

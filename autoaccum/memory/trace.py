@@ -67,7 +67,7 @@ _FACTORIES = frozenset(
 
 
 class Where(Protocol):
-    """What `record` needs of a memory.device.Device."""
+    """What `record` needs of a memory.budget.Device."""
 
     @property
     def torch_device(self) -> torch.device:

@@ -7,7 +7,7 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
 from autoaccum.interrupts import interruptible
-from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.watch import ProcessGrowth

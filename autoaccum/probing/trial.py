@@ -25,7 +25,7 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.data.trial_samples import LOOKED_AT
 from autoaccum.errors import DataError, DeviceError, ProbeError
-from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory, poisons, unusable
 from autoaccum.memory.resident import resident_bytes, resident_parts

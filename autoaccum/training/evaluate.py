@@ -25,7 +25,7 @@ from autoaccum.errors import DataError, NothingFitsError, SetupError, shown
 from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
-from autoaccum.memory.device import Device
+from autoaccum.memory.budget import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.precision import Precision
 from autoaccum.planning.plan import plan

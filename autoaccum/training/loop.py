@@ -29,7 +29,7 @@ from autoaccum.errors import (
     StateNotRestoredError,
 )
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
-from autoaccum.memory.device import Budget, Device
+from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.oom import poisons, unusable
 from autoaccum.model.modes import TrainingMode
 from autoaccum.planning.plan import Plan

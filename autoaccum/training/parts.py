@@ -14,7 +14,7 @@ from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.draws import mix
 from autoaccum.data.source import Source
 from autoaccum.errors import CheckpointError
-from autoaccum.memory.device import Device
+from autoaccum.memory.budget import Device
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport

@@ -23,7 +23,7 @@ from autoaccum.data import tree
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, DataError, LossError
 from autoaccum.loss.objective import Objective
-from autoaccum.memory.device import Device
+from autoaccum.memory.budget import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
 from autoaccum.random_state import RandomState

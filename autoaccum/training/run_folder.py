@@ -39,7 +39,7 @@ from autoaccum.checks import check_kind
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import partial_path, read_json, write_json
-from autoaccum.memory.device import Device
+from autoaccum.memory.budget import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, told

@@ -18,7 +18,8 @@ from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source, open_source, read_more_than_once
 from autoaccum.errors import SetupError, shown
 from autoaccum.loss.objective import Objective
-from autoaccum.memory.device import Device, open_device
+from autoaccum.memory.budget import Device
+from autoaccum.memory.device import open_device
 from autoaccum.model.compiled import Compiled, compiled
 from autoaccum.model.forward import OwnStatistics
 from autoaccum.model.given_model import check_gradients_are_on, device_of, follow, is_lazy, unwrapped

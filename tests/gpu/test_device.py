@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from autoaccum.memory.device import Budget, devices, open_device
+from autoaccum.memory.budget import Budget
+from autoaccum.memory.device import devices, open_device
 from autoaccum.memory.nvml import gpu_info, pids_are_ours
 from autoaccum.memory.oom import Verdict, out_of_memory
 

@@ -1,0 +1,209 @@
+"""What a device is asked, and how much of it a training may use.
+
+`Device.budget` turns the user's `memory=` into bytes with the reason beside them, and `Device.limit` holds the training
+to them where the backend can. The backends are in accelerators.py and device.py, which opens them by name.
+
+Choices:
+- A budget counts all that the training holds, its parameters too. On an accelerator the allocator knows what it holds
+  already; the CPU has no such allocator, so `held` says it.
+- On an accelerator bytes are what PyTorch's caching allocator reserves, for that is what the driver hands out and what
+  a hard limit caps. On the CPU they are what PyTorch has allocated.
+- Without `memory=`, a tenth of what is available on a host stays free: available memory is the kernel's estimate, other
+  programs move it, and going past it gets the process killed instead of raising an error. A limit on the data segment
+  or the address space is exact and raises, so nothing is kept back there beyond the caller's own headroom.
+- A `memory=` beyond the device's total is taken as the total: no training can ever use more. On an accelerator one
+  beyond what is free at the moment is taken as asked, with that said: what is free changes, the number is the user's
+  word, and an overrun is an error that a probe survives. On a host it is a killed process, or a machine that comes to
+  a stand: there the budget is no more than without `memory=`.
+"""
+
+import contextlib
+import gc
+import re
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoaccum.errors import SetupError, shown
+from autoaccum.units import format_bytes, parse_bytes
+
+__all__ = ["Budget", "Device", "asked_bytes", "check_memory", "less", "named", "plus"]
+
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that the training may use on the device.
+
+    Attributes:
+        bytes: 0 where nothing is left.
+        reason: one readable line: where the number comes from.
+        hard: an overrun breaks a promise: `Device.limit` makes it an error where the backend can.
+        kind: what the number counts. "torch": bytes of PyTorch's allocator. "data segment": bytes that the process may
+            still map, and "host": pages that it may still touch; the process needs somewhat more of either than
+            PyTorch has allocated, so a margin belongs between.
+        beyond: what the user asked for, where that is more than may be used.
+    """
+
+    bytes: int
+    reason: str
+    hard: bool
+    kind: str
+    beyond: int | None = None
+
+
+class Device(ABC):
+    """A place to train on. Sizes are bytes."""
+
+    torch_device: torch.device
+    name: str
+
+    @property
+    def type(self) -> str:
+        """The backend: "cpu", "cuda", "xpu", "mps", and so on."""
+        return self.torch_device.type
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.torch_device)!r})"
+
+    @abstractmethod
+    def total(self) -> int:
+        """All of the device's memory, or what the limit that binds allows."""
+
+    @abstractmethod
+    def free(self) -> int:
+        """What anyone could allocate now."""
+
+    def budget(self, memory: int | str | None = None, *, headroom: int = 0, held: int = 0) -> Budget:
+        """What the training may use: all that is free and its own, or as much as `memory` says.
+
+        Args:
+            memory: None, bytes, a size such as "8GiB", or a share of the device's total such as "80%".
+            headroom: without `memory`: bytes to leave free.
+            held: without `memory`, on the CPU: bytes this training holds already, which count as its own.
+
+        Raises:
+            SetupError: `memory` is no size, or a share outside (0%, 100%].
+        """
+        if memory is None:
+            return self._room(headroom, held)
+        total = self.total()
+        size, reason = asked_bytes(memory, total)
+        if size > total:
+            reason += f", taken as all that {self.torch_device} has"
+            size = total
+        free = self.free() + max(held, self.reserved() or 0)
+        if size > free:
+            reason += f"; only {format_bytes(free)} is free now{self._beyond()}"
+        return Budget(size, f"{format_bytes(size)}, {reason}", True, "torch")
+
+    @abstractmethod
+    def _room(self, headroom: int, held: int) -> Budget:
+        """The budget where the user named none."""
+
+    def _beyond(self) -> str:
+        """What happens to a training that needs more than is free; the end of a sentence."""
+        return ", and a step that needs more runs out of memory"
+
+    def limit(self, budget: Budget) -> AbstractContextManager[None]:
+        """Holds PyTorch's allocator to a hard budget, and puts the limit from before back; elsewhere does nothing."""
+        return contextlib.nullcontext()
+
+    def reset_peak(self) -> None:  # noqa: B027 - a backend that counts no peaks has none to reset
+        """Lets `peak` and `reserved_peak` start anew from what is allocated now."""
+
+    def peak(self) -> int | None:
+        """The most that PyTorch had allocated since `reset_peak`; None where the backend does not count."""
+        return None
+
+    def reserved_peak(self) -> int | None:
+        """The most that PyTorch's allocator had reserved since `reset_peak`; None where it does not count."""
+        return None
+
+    def retries(self) -> int:
+        """How often, in this process, the allocator found no memory and tried again without its cache."""
+        return 0
+
+    def allocated(self) -> int | None:
+        """What PyTorch has allocated now; None where the backend does not count."""
+        return None
+
+    def reserved(self) -> int | None:
+        """What PyTorch's allocator holds now, its cache too; None where the backend does not count."""
+        return None
+
+    def beside(self) -> int | None:
+        """Bytes that this process takes on the device beside what PyTorch's allocator holds; None: nobody can tell."""
+        return None
+
+    def headroom(self) -> int:
+        """Bytes to leave free where the user named no budget, for what is allocated beside PyTorch's own."""
+        return 0
+
+    def drop_cache(self) -> None:  # noqa: B027 - the CPU's allocator keeps none
+        """Returns the allocator's cache to the device; libraries' workspaces stay."""
+
+    def release(self, *, young: bool = False) -> None:
+        """Collects garbage and returns the allocator's cache to the device.
+
+        `young`: only garbage from a moment ago, which in a process with PyTorch's million objects takes a fraction of
+        the time.
+        """
+        gc.collect(1 if young else 2)
+
+    def synchronize(self) -> None:  # noqa: B027 - the CPU has always done what it was given
+        """Waits until the device has done all that it was given."""
+
+    def describe(self) -> dict[str, Any]:
+        """One row of `autoaccum devices`."""
+        return {
+            "device": str(self.torch_device),
+            "type": self.type,
+            "name": self.name,
+            "total": self.total(),
+            "free": self.free(),
+            "processes": [],
+            "driver": None,
+            "note": "",
+        }
+
+
+def check_memory(memory: int | str | None) -> None:
+    """Refuses a `memory` that is no size, before anything is touched for it.
+
+    Raises:
+        SetupError: it is no size, or a share outside (0%, 100%].
+    """
+    if memory is not None:
+        asked_bytes(memory, 1)
+
+
+def asked_bytes(memory: int | str, total: int) -> tuple[int, str]:
+    """The bytes that the user's `memory` means on a device of `total` bytes, and how to say where they come from."""
+    text = named(memory)
+    percent = _PERCENT.fullmatch(memory) if isinstance(memory, str) else None
+    if percent is None:
+        return parse_bytes(memory), f"as {text} asks"
+    share = min(float(percent.group(1)), 101.0)
+    if not 0 < share <= 100:
+        raise SetupError(f'{text} is no share of a device: it must be above 0% and at most 100%, such as "80%"')
+    return max(1, int(total * share / 100)), f"as {text} asks of {format_bytes(total)}"
+
+
+def named(memory: int | str) -> str:
+    """The setting as the user wrote it, for a message."""
+    return f"memory={shown(memory)}".replace("'", '"')
+
+
+def less(headroom: int) -> str:
+    """The end of a budget's reason: what was left free."""
+    return f", less {format_bytes(headroom)} of headroom" if headroom else ""
+
+
+def plus(held: int) -> str:
+    """The end of a budget's reason: what is the training's own already."""
+    return f", plus {format_bytes(held)} that this process holds already" if held else ""
