@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from autoaccum.errors import DeviceError, SetupError
 from autoaccum.memory import accelerators, device
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
-from autoaccum.memory.budget import Budget
+from autoaccum.memory.budget import Budget, asked_bytes
 from autoaccum.memory.device import CpuDevice, devices, open_device
 from autoaccum.memory.host import HostMemory
 from autoaccum.memory.nvml import GpuInfo, GpuProcess
@@ -99,7 +99,7 @@ def test_memory_that_is_no_size_is_refused(host, memory):
 
 @given(share=st.floats(min_value=1e-6, max_value=100), total=st.integers(2**20, 2**42))
 def test_a_share_is_never_more_than_the_device_and_never_nothing(share, total):
-    size, _ = device._asked(f"{share:.9f}%", total)
+    size, _ = asked_bytes(f"{share:.9f}%", total)
     assert 1 <= size <= total
 
 

@@ -27,7 +27,6 @@ FROM_CACHE = "the forecast is from an earlier run of the same training; a small 
 def report_of(bench: Bench, answer: Answer) -> ProbeReport:
     """Of samples that are alike, or of the largest of those looked at."""
     source, forecast = bench.source, answer.forecast
-    assert forecast is None or isinstance(forecast, (Forecast, Lines))
     notes = [note for note in (source.varies, source.mixed) if note]
     notes += bench.notes
     residual = None if forecast is None else forecast.residual
@@ -83,7 +82,6 @@ def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int |
         forecast = replace(forecast, longest=answer.longest)
         notes.append(FROM_CACHE)
     else:
-        assert isinstance(forecast, Forecast)
         forecast.longest, forecast.residual = answer.longest, answer.residual
     notes += bench.notes
     if bench.suffers and not bench.caches:

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from autoaccum.errors import StateNotRestoredError
+from autoaccum.memory.forecast import Forecast
 from autoaccum.model.memory_savers import CHANGES, RUNGS, installed, obstacle
 from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.climb import NOT_BORNE, cannot_run
-from autoaccum.probing.find_size import Answer, Forecaster
+from autoaccum.probing.find_size import Answer
 from autoaccum.probing.trial import Bench
 
 __all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
@@ -204,7 +205,7 @@ def _forecast(
     return why
 
 
-def _reaching(bench: Bench, forecast: Forecaster, low: int, reach: int) -> Answer:
+def _reaching(bench: Bench, forecast: Forecast, low: int, reach: int) -> Answer:
     """The largest size up to `reach` whose peak is forecast to fit, where `low` does."""
     room = bench.budget * (1.0 - bench.spare)
     low = largest(lambda size: forecast.reserved(size) <= room, reach, low)

@@ -1,21 +1,26 @@
 """Pure: from a few traced steps to the answer. Forecast, jump there, run it once.
 
-Everything real is behind `Machine`: what runs a step, and what fits a forecast to the steps that were traced. Two or
+Everything real is behind the bench: what runs a step, and what fits a forecast to the steps that were traced. Two or
 three small traces give the peak at any size; the size wanted is run once to be sure. A surprise moves the forecast to
 what was measured; without a forecast the guarded bracket grows and bisects. Out of memory is never the way to learn
 where the limit is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.planning.bisection import largest
 from autoaccum.probing.bracket import Bracket, highest_peak
 from autoaccum.probing.outcome import Trial
 
-__all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "Forecaster", "Machine", "find"]
+if TYPE_CHECKING:
+    from autoaccum.memory.forecast import Forecast
+    from autoaccum.probing.cache import Lines
+    from autoaccum.probing.trial import Bench
+
+__all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "find"]
 
 # The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
 # step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
@@ -31,61 +36,6 @@ ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the fore
 OVERRUNS = (1.1, 1.3, 2.0, 4.0)
 
 
-class Forecaster(Protocol):
-    """Tells the peak at sizes that were not run."""
-
-    @property
-    def residual(self) -> float | None:
-        """Relative error at a trace that the fit did not use; None where there was none."""
-
-    def reserved(self, batch: int, length: int | None = None) -> int:
-        """The peak at `batch` samples (of a `length`), in the bytes that the budget counts."""
-
-    def peak(self, batch: int, length: int | None = None) -> int:
-        """The peak in bytes in use: no more than `reserved`, and told at once."""
-
-
-class Machine(Protocol):
-    """Runs steps and fits forecasts: the real one on a device, a fake one in tests."""
-
-    @property
-    def budget(self) -> int:
-        """Bytes that a step may use."""
-
-    @property
-    def suffers(self) -> bool:
-        """Whether a step over the budget runs out of memory; else it is only counted as over it."""
-
-    @property
-    def caches(self) -> bool:
-        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
-
-    @property
-    def traces_all(self) -> bool:
-        """Whether every step is traced, in the bytes that the budget counts: all that ran then helps to forecast."""
-
-    @property
-    def spare(self) -> float:
-        """The share of the budget that a forecast leaves free."""
-
-    @property
-    def fixed(self) -> int:
-        """Bytes that a step has in use whatever its size, by what has run."""
-
-    @property
-    def trials(self) -> Sequence[Trial]:
-        """All so far."""
-
-    def run(self, size: int, kind: str, length: int | None = None) -> Trial:
-        """One step at `size` samples, of a `length` where that is chosen."""
-
-    def forecast(self) -> Forecaster | None:
-        """From all the traces so far whose length was not chosen; None where they do not line up."""
-
-    def forecast_over_lengths(self) -> Forecaster | None:
-        """From all the traces so far of chosen lengths; None where they do not line up."""
-
-
 @dataclass(frozen=True)
 class Answer:
     """What was found: `micro_batch` was run, or a larger one was, and fits."""
@@ -93,22 +43,22 @@ class Answer:
     micro_batch: int
     limit: int | None
     proof: str | None
-    forecast: Forecaster | None
+    forecast: "Forecast | Lines | None"
 
 
 def find(
-    machine: Machine,
+    bench: "Bench",
     *,
     floor: int,
     ceiling: int,
     wanted: Callable[[int], int] | None = None,
     reach: int | None = None,
-    known: Forecaster | None = None,
+    known: "Forecast | Lines | None" = None,
 ) -> Answer:
     """The largest micro-batch that fits, or the one that a target needs.
 
     Args:
-        machine: runs the steps.
+        bench: runs the steps.
         floor: the smallest size worth running.
         ceiling: the largest size that may be run.
         wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
@@ -121,23 +71,23 @@ def find(
     """
     exact = wanted is None
     reach = ceiling if exact else max(reach or 0, ceiling)
-    return _Search(machine, floor, ceiling, wanted or (lambda limit: limit), reach, exact, known).run()
+    return _Search(bench, floor, ceiling, wanted or (lambda limit: limit), reach, exact, known).run()
 
 
 class _Search:
     def __init__(
         self,
-        machine: Machine,
+        bench: "Bench",
         floor: int,
         ceiling: int,
         wanted: Callable[[int], int],
         reach: int,
         exact: bool,
-        known: Forecaster | None,
+        known: "Forecast | Lines | None",
     ) -> None:
-        self._machine, self._floor, self._wanted, self._reach, self._exact = machine, floor, wanted, reach, exact
-        self._bracket = Bracket(floor, ceiling, machine.budget)
-        self._forecast: Forecaster | None = None
+        self._bench, self._floor, self._wanted, self._reach, self._exact = bench, floor, wanted, reach, exact
+        self._bracket = Bracket(floor, ceiling, bench.budget)
+        self._forecast: Forecast | Lines | None = None
         self._known = known
         self._anchor: tuple[int, int] | None = None  # (size, measured peak): beyond it the forecast tells the growth
         self._growth = 1.0  # measured over forecast growth, where a surprise showed that they differ
@@ -154,7 +104,7 @@ class _Search:
                 return self._answer()
             self._runs += 1
             self._try(size, "verify" if self._forecast is not None else "search")
-            if self._forecast is None and self._machine.traces_all:
+            if self._forecast is None and self._bench.traces_all:
                 self._look_again()
         if self._bracket.low == 0:
             raise ProbeError(
@@ -179,30 +129,30 @@ class _Search:
             size = self._next_trace()
             if size is None or not self._try(size, "trace").fits:
                 return
-            self._forecast = self._machine.forecast()
+            self._forecast = self._bench.forecast()
             if self._forecast is not None and self._forecast.residual is not None:
                 return
 
     def _step_nearer(self) -> None:
         """One trace more, near the limit, where an overrun would be suffered and only small steps were traced."""
-        machine = self._machine
+        bench = self._bench
         if self._forecast is None or self._forecast is self._known:
             return
-        if not (self._exact and machine.suffers) or machine.traces_all:
+        if not (self._exact and bench.suffers) or bench.traces_all:
             return
         size = int(self._limit(self._bracket.high - 1) * STEPPING_STONE)
         if size > max(self._traced) and self._try(size, "trace").fits:
-            self._forecast = machine.forecast() or self._forecast
+            self._forecast = bench.forecast() or self._forecast
 
     def _look_again(self) -> None:
         """Where each step is traced, the larger ones may line up though the small ones did not."""
-        self._forecast = self._machine.forecast()
+        self._forecast = self._bench.forecast()
         if self._forecast is not None:
             largest = max(self._bracket.peaks)
             self._anchor = (largest, self._bracket.peaks[largest])
 
     def _still_holds(self, size: int) -> bool:
-        trial = self._machine.trials[-1]
+        trial = self._bench.trials[-1]
         if self._known is None or trial.batch != size or trial.peak_bytes is None:
             return False
         return abs(self._known.peak(size) / trial.peak_bytes - 1.0) <= SAME_PEAK
@@ -211,13 +161,13 @@ class _Search:
         run = sorted(self._bracket.peaks)
         if self._forecast is None:
             for size in (2 * run[-1], run[-1] + 1):
-                bound = highest_peak(size, self._bracket.peaks, self._machine.fixed)
-                if size < self._bracket.high and bound <= self._machine.budget:
+                bound = highest_peak(size, self._bracket.peaks, self._bench.fixed)
+                if size < self._bracket.high and bound <= self._bench.budget:
                     return size
             smaller = run[0] - 1
             return smaller if smaller >= self._floor else None
         # Odd: at powers of two, rounding to pages and blocks shows nothing of itself.
-        times = NEAR_TRACE if self._machine.suffers and self._machine.traces_all else THIRD_TRACE
+        times = NEAR_TRACE if self._bench.suffers and self._bench.traces_all else THIRD_TRACE
         third = self._wanted(max(self._limit(self._bracket.ceiling), self._floor)) // times | 1
         return third if run[-1] < third < self._bracket.high else None
 
@@ -231,12 +181,12 @@ class _Search:
         if self._forecast is None:
             return self._useful(bracket.next())
         settled = bracket.low > max(self._traced, default=0)
-        overran = self._overruns or (self._machine.suffers and self._last_high is not None)
+        overran = self._overruns or (self._bench.suffers and self._last_high is not None)
         if settled and (self._runs >= ENOUGH_RUNS or (overran and bracket.high <= CLOSE_ENOUGH * bracket.low)):
             return None
         size = self._wanted(max(self._limit(bracket.high - 1), self._floor))
-        least = NOT_WORTH_A_STEP if self._machine.traces_all else NOT_ON_A_DEVICE
-        if settled and self._machine.suffers and size <= least * bracket.low:
+        least = NOT_WORTH_A_STEP if self._bench.traces_all else NOT_ON_A_DEVICE
+        if settled and self._bench.suffers and size <= least * bracket.low:
             return None
         if size > bracket.low:
             return size
@@ -254,11 +204,11 @@ class _Search:
 
         Where an overrun is suffered, what counts is how wrong it was at the size last measured, which is near.
         """
-        forecast, budget = self._forecast, self._machine.budget
+        forecast, budget = self._forecast, self._bench.budget
         if forecast is None or size >= self._bracket.high:
             return False
         wrong = forecast.residual or 0.0
-        if self._machine.suffers and self._anchor is not None:
+        if self._bench.suffers and self._anchor is not None:
             at, measured = self._anchor
             wrong = abs(forecast.reserved(at) / measured - 1.0)
         return self._scaled(size) - self._budget < 2 * wrong * budget
@@ -274,7 +224,7 @@ class _Search:
     @property
     def _budget(self) -> float:
         """What a forecast may come to."""
-        return self._machine.budget * (1.0 - self._machine.spare)
+        return self._bench.budget * (1.0 - self._bench.spare)
 
     def _scaled(self, size: int, here: int | None = None, *, raised: bool = True) -> float:
         """The forecast at `size`, moved to what was measured.
@@ -297,12 +247,12 @@ class _Search:
     # --- what a trial shows
 
     def _try(self, size: int, kind: str) -> Trial:
-        trial = self._machine.run(size, kind)
+        trial = self._bench.run(size, kind)
         if kind == "trace":
             self._traced.append(size)
-        self._bracket.budget = self._machine.budget
+        self._bracket.budget = self._bench.budget
         measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
-        if not trial.fits and measured is not None and measured <= self._machine.budget:
+        if not trial.fits and measured is not None and measured <= self._bench.budget:
             measured = None  # the allocator had to empty its cache: this is what it was allowed, and not what it needs
         if trial.fits:
             self._bracket.fits(size, measured)
@@ -317,7 +267,7 @@ class _Search:
         """Moves the forecast to what was measured; an overrun without a measure makes it grow faster."""
         known = self._known if self._forecast is self._known else None
         if known is None or measured is None or abs(known.peak(size) / measured - 1.0) > SAME_PEAK:
-            self._forecast = self._machine.forecast() or self._forecast
+            self._forecast = self._bench.forecast() or self._forecast
         if measured is not None:
             self._anchor = (size, measured)
             if self._growth > 1.0:  # something larger overran: stay clear of it, though less than before
@@ -335,7 +285,7 @@ class _Search:
         assert self._anchor is not None
         at, measured = self._anchor
         expected = self._forecast.reserved(self._bracket.high) - self._forecast.reserved(at)
-        return (self._machine.budget - measured) / expected if expected > 0 else 1.0
+        return (self._bench.budget - measured) / expected if expected > 0 else 1.0
 
     def _answer(self) -> Answer:
         bracket = self._bracket

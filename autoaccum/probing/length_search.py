@@ -5,19 +5,25 @@ sum of 1, B, L, BL, L², BL²). From that follows a table of what fits at which 
 windows meet, the longest samples looked at and those of middling length, are run. A surprise there makes the whole
 forecast larger by as much. Where surprises do not end, the largest shape that did fit is the measure of all others.
 
-Everything real is behind `Machine`, as in find_size.py. Where the traces do not line up there is no table, and the
+Everything real is behind the bench, as in find_size.py. Where the traces do not line up there is no table, and the
 search goes on with the largest samples, whatever the others are.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import Room, limit_at, room_of
-from autoaccum.probing.find_size import SAME_PEAK, Forecaster, Machine
+from autoaccum.probing.find_size import SAME_PEAK
 from autoaccum.probing.outcome import Trial
 from autoaccum.units import MIB
+
+if TYPE_CHECKING:
+    from autoaccum.memory.forecast import Forecast
+    from autoaccum.probing.cache import Lines
+    from autoaccum.probing.trial import Bench
 
 __all__ = ["LengthAnswer", "find_by_length", "three_lengths"]
 
@@ -48,7 +54,7 @@ class LengthAnswer:
     room: Room
     micro_batch: int
     longest: int
-    forecast: Forecaster
+    forecast: "Forecast | Lines"
     residual: float
 
 
@@ -68,12 +74,12 @@ def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
 
 
 def find_by_length(
-    machine: Machine, lengths: Sequence[int], *, floor: int, most: int, known: Forecaster | None = None
+    bench: "Bench", lengths: Sequence[int], *, floor: int, most: int, known: "Forecast | Lines | None" = None
 ) -> LengthAnswer | None:
     """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
 
     Args:
-        machine: runs the steps.
+        bench: runs the steps.
         lengths: of the samples looked at, rising.
         floor: the smallest micro-batch that the model takes.
         most: no more samples than these are wanted at once.
@@ -86,26 +92,26 @@ def find_by_length(
     if chosen is None:
         return None
     if known is not None:
-        trial = machine.run(_first(floor, most), "trace", chosen[0])
+        trial = bench.run(_first(floor, most), "trace", chosen[0])
         if trial.peak_bytes and abs(known.peak(trial.batch, chosen[0]) / trial.peak_bytes - 1.0) <= SAME_PEAK:
-            return _Check(machine, known, lengths, floor, most, [trial]).run()
-    traced = _traced(machine, chosen, floor, most)
+            return _Check(bench, known, lengths, floor, most, [trial]).run()
+    traced = _traced(bench, chosen, floor, most)
     if traced is None:
         return None
-    forecast = machine.forecast_over_lengths()
-    return None if forecast is None else _Check(machine, forecast, lengths, floor, most, traced).run()
+    forecast = bench.forecast_over_lengths()
+    return None if forecast is None else _Check(bench, forecast, lengths, floor, most, traced).run()
 
 
 def _first(floor: int, most: int) -> int:
     return max(floor, min(2, most // 2))
 
 
-def _traced(machine: Machine, lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
+def _traced(bench: "Bench", lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
     """Two batch sizes at each length; None where they did not run."""
     for start in dict.fromkeys((_first(floor, most), floor)):
         trials = []
         for size, length in product((start, 2 * start), lengths):
-            trials.append(machine.run(size, "trace", length))
+            trials.append(bench.run(size, "trace", length))
             if trials[-1].peak_bytes is None:
                 break
         else:
@@ -118,14 +124,14 @@ class _Check:
 
     def __init__(
         self,
-        machine: Machine,
-        forecast: Forecaster,
+        bench: "Bench",
+        forecast: "Forecast | Lines",
         lengths: Sequence[int],
         floor: int,
         most: int,
         traced: Sequence[Trial],
     ) -> None:
-        self._machine, self._forecast = machine, forecast
+        self._bench, self._forecast = bench, forecast
         self._longest, self._usual = lengths[-1], lengths[len(lengths) // 2]
         self._floor, self._most = floor, most
         self._factor = self._mixed = 1.0  # of what the budget counts to what the forecast says; of what shapes leave
@@ -167,11 +173,11 @@ class _Check:
 
     def _begin(self) -> None:
         """A stepping stone; and where an allocator reserves, what it makes of the requests where it matters most."""
-        if self._machine.suffers and not self._machine.caches:
-            self._reserve = min(KEPT_KERNELS, self._machine.budget // 2)
+        if self._bench.suffers and not self._bench.caches:
+            self._reserve = min(KEPT_KERNELS, self._bench.budget // 2)
         size = self._limit()
         stone = size // STEPPING_STONE
-        if self._machine.suffers and stone > self._floor:
+        if self._bench.suffers and stone > self._floor:
             self._try(stone, self._longest)
             size = self._limit()
         if size < self._floor:
@@ -186,14 +192,14 @@ class _Check:
 
     def _believed(self) -> float:
         """Bytes that a shape's forecast may come to."""
-        return max(self._machine.budget - self._reserve, 0) / self._factor
+        return max(self._bench.budget - self._reserve, 0) / self._factor
 
     def _room(self, most: float) -> Room:
         return room_of(lambda size, length: self._forecast.peak(size, length) <= most, self._most, self._longest)
 
     def _try(self, size: int, length: int) -> bool:
         """Runs one shape; the forecast is made larger where that shows more than it said."""
-        trial = self._machine.run(size, "verify", length)
+        trial = self._bench.run(size, "verify", length)
         measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
         if measured is None:
             self._factor *= OVERRUN
