@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.loss.counting import tokens
+from autoaccum.loss.counts import tokens
 from autoaccum.loss.objective import Objective
 from tests.test_loss_objective import counted, error
 

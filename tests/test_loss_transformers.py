@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from autoaccum.loss.counting import tokens
+from autoaccum.loss.counts import tokens
 from autoaccum.loss.objective import Objective
 from tests.test_loss_heads import B, T, batch, labels
 from tests.test_loss_objective import accumulated, counted, error

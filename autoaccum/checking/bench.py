@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoaccum.data import tree
+from autoaccum.data import structure, tree
 from autoaccum.data.piece import Piece
-from autoaccum.data.structure import Reading, take
 from autoaccum.interrupts import interruptible
-from autoaccum.loss.asking import unlike
-from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.asking import RAISED, unlike
+from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.objective import Objective
+from autoaccum.loss.reading import Reading
+from autoaccum.loss.settle import Unread
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.optimizer import optimizer_parameters, trained_parameters
 from autoaccum.model.shards import is_sharded, local
@@ -41,8 +42,6 @@ _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torc
 _ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
 _ROUNDING_8_BITS = 5e-2
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
-# What the user's own code raises, TorchScript's among it.
-_RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
 _WHERE = "verify"  # ranks of a sharded model that exchange something
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
 
@@ -192,13 +191,17 @@ class Bench:
         sizes = " + ".join(str(len(piece)) for piece in pieces)
         try:
             found = self.window(pieces)
-        except _RAISED as error:
+        except RAISED as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
             raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", raised=True) from error
         if isinstance(found, str):
             raise PartFailed(f"{found} at {sizes}", raised=False)
         return found
+
+    def read(self) -> Reading | Unread | None:
+        """What the loss of these samples divides by, whatever was declared."""
+        return self.objective.look([self._batch], self.samples, self.fixed.begin, means=True)
 
     def price_of_a_forward(self, pieces: Sequence[Sequence[int]]) -> float:
         """The time of a window with one more forward for each micro-batch ÷ that of a plain one, measured in turn."""
@@ -305,9 +308,9 @@ def _take(batch: Any, rows: Sequence[int]) -> Any:
                 return [leaf.index_select(0, torch.tensor(rows, dtype=torch.int64, device=leaf.device))]
             single = tree.split(leaf, [1] * size)
             return [tree.join([single[row] for row in rows])]
-        return [take(leaf, rows)]
+        return [structure.take(leaf, rows)]
 
-    return Reading(batch, size).checked().parts(batch, pick, 1)[0]
+    return structure.Reading(batch, size).checked().parts(batch, pick, 1)[0]
 
 
 def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
@@ -320,16 +323,11 @@ def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
     return _take(batch, order)
 
 
-def counted_labels(labels: Any) -> float:
-    """Class indices that are not ignored, whatever negative number marks those that are; 0 for other targets."""
-    return float((labels >= 0).sum()) if holds_indices(labels) else 0.0
-
-
 def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:
     """What may count in a sample: its denominators as declared, its labels, its masks."""
     declared = objective.counted(sample) or {}
     labels = objective.targets(sample)
-    tokens = counted_labels(labels)
+    tokens = float((labels >= 0).sum()) if holds_indices(labels) else 0.0  # whatever negative number marks the others
     masks = [
         float((leaf != 0).sum())
         for _, leaf in tree.tensors(sample)

@@ -2,15 +2,17 @@
 
 The whole batch is run at once, twice: what differs between the two cannot be held against accumulation. Then it is cut
 raggedly, so that the parts have unequal denominators, and accumulated by the very code that trains (bench.py). Only
-where that disagrees is more run: the whole batch in another order, for what rounding alone may do, and parts of it, for
-the cause (diagnosis.py).
+where that disagrees is more run: the whole batch in another order, for what rounding alone may do, and each part alone;
+and the loss is read, for the cause (diagnosis.py).
 
 The reference is the gradient of the loss as the user wrote it. What a loss divides by within one batch is never
 doubted; doubted is what the parts' losses are weighted with.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -19,14 +21,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
-from autoaccum.checking.diagnosis import Cause, Diagnosis, Evidence, diagnose
+from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.asking import Rows, ragged
-from autoaccum.loss.divisor import DECLARE
 from autoaccum.loss.objective import Objective
 from autoaccum.model.precision import Precision
 
@@ -36,6 +37,7 @@ VERIFIED_SAMPLES = 8
 
 _NOISE_FACTOR = 10  # by which the error may exceed what two runs of the whole batch differ by
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
+_TINY = 1e-300
 _CANCELLED = 1e3  # parts' gradients that are this much larger than the whole's leave rounding
 
 
@@ -130,18 +132,17 @@ class _Examination:
         self._split = f"{bench.samples} samples at once and accumulated as {' + '.join(map(str, sizes))}"
         self._tolerance = 0.0
         self._reference: Gradient = []
-        self._evidence = Evidence(bench.samples, bench.batch, self._sampled, self._tolerance)
-        self._unfit: PartFailed | None = None
+        self._unfit: PartFailed | None = None  # a part whose loss is not finite
         self._shown = True  # whether the whole batch has a gradient
 
     def report(self) -> VerifyReport:
         """Says what the windows show, unless the loss's values over other samples showed that it is no mean."""
-        found, why = self._report(), self._bench.objective.uncountable
+        found, wrong = self._report(), self._bench.objective.uncountable
         alike = found.verifiable or not self._shown  # by chance
-        if found.ok and why is not None and alike and not self._bench.partial:
-            return self._failed(
-                None, _uncountable(self._bench.objective), "these need not differ, and the loss does over others"
-            )
+        if found.ok and wrong is not None and alike and not self._bench.partial:
+            diagnosis = diagnose(self._bench.objective, wrong, [], added_up=False)
+            text = f"{self._split}: these need not differ, and the loss does over others.\nLikely cause: "
+            return VerifyReport(False, True, None, None, diagnosis.cause, None, text + diagnosis.text)
         return found
 
     def _report(self) -> VerifyReport:
@@ -168,9 +169,11 @@ class _Examination:
         self._allow(repeated.error)
         try:
             split = self._compare(bench.part(self._pieces))
+            return self._passed(split) if split.error <= self._tolerance else self._doubted(split)
         except PartFailed as failure:
-            return self._failed(None, self._of_failure(failure))
-        return self._passed(split) if split.error <= self._tolerance else self._doubted(split)
+            diagnosis = self._of_failure(failure)
+            text = f"{self._split}: only the first can be run.\nLikely cause: {diagnosis.text}"
+            return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
 
     def _compare(self, gradient: Gradient | str) -> Difference:
         if isinstance(gradient, str):
@@ -180,45 +183,49 @@ class _Examination:
     def _allow(self, noise: float) -> None:
         """Takes what the whole batch itself differs by for no fault of accumulation."""
         self._tolerance = min(max(self._tolerance, _NOISE_FACTOR * noise), _HOPELESS)
-        self._evidence.tolerance = self._tolerance
 
-    def _sampled(self, pieces: Sequence[Rows]) -> Tensor:
-        """For the evidence; a part whose loss is not finite may be one in which nothing counts: its gradient is 0."""
-        try:
-            return self._bench.sampled(self._bench.part(pieces))
-        except PartFailed as failure:
-            if failure.raised:
-                raise
-            self._unfit = failure
-            return self._bench.sampled([])
+    @cached_property
+    def _alone(self) -> list[Tensor]:
+        """Each part's own gradient; 0 where its loss is not finite, as nothing may count in it."""
+        found = []
+        for piece in self._pieces:
+            try:
+                found.append(self._bench.sampled(self._bench.part([piece])))
+            except PartFailed as failure:
+                if failure.raised:
+                    raise
+                self._unfit = failure
+                found.append(self._bench.sampled([]))
+        return found
 
     def _doubted(self, split: Difference) -> VerifyReport:
         """Parts and whole differ by more than the whole from itself: by rounding, by chance, or by a fault?"""
-        bench, evidence = self._bench, self._evidence
-        try:
-            cancelled = evidence.cancelled
-            if cancelled > _CANCELLED:
-                return _unverifiable(
-                    f"not verifiable: single parts have gradients {cancelled:.0f} times as large as all "
-                    f"{bench.samples} samples together, whose gradient is what rounding leaves: the model fits them "
-                    "already"
-                )
-            order = self._compare(bench.window([self._whole[::-1]])).error
-            suspected = bench.fixed.unexplained or order > _HOPELESS
-            if suspected and not self._compare(bench.window([self._whole], seed=1)).error <= self._tolerance:
-                return self._random(order)
-            if order > _HOPELESS:
-                return self._failed(split, _of_order(order))
-            self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
-            if split.error <= self._tolerance:
-                return self._passed(split)
-            seen = bench.objective.bends and not bench.partial
-            diagnosis = _uncountable(bench.objective) if seen else diagnose(bench.objective, evidence)
-            if diagnosis.cause == Cause.COUPLED:
-                diagnosis = self._of_failure(self._unfit) if self._unfit is not None else self._priced(diagnosis)
-            return self._failed(split, diagnosis)
-        except PartFailed as failure:
-            return self._failed(split, self._of_failure(failure))
+        bench = self._bench
+        weighed = [float(own.norm()) * len(piece) / bench.samples for own, piece in zip(self._alone, self._pieces)]
+        cancelled = math.fsum(weighed) / max(float(bench.sampled(self._reference).norm()), _TINY)
+        if cancelled > _CANCELLED:
+            return _unverifiable(
+                f"not verifiable: single parts have gradients {cancelled:.0f} times as large as all "
+                f"{bench.samples} samples together, whose gradient is what rounding leaves: the model fits them already"
+            )
+        order = self._compare(bench.window([self._whole[::-1]])).error
+        suspected = bench.fixed.unexplained or order > _HOPELESS
+        if suspected and not self._compare(bench.window([self._whole], seed=1)).error <= self._tolerance:
+            return self._random(order)
+        if order > _HOPELESS:
+            return self._failed(split, _of_order(order))
+        self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
+        if split.error <= self._tolerance:
+            return self._passed(split)
+        summed = torch.stack(self._alone).sum(0)
+        off = float((bench.sampled(bench.part(self._pieces)) - summed).norm())
+        diagnosis = diagnose(
+            bench.objective, bench.read(), [bench.batch(rows) for rows in self._pieces],
+            added_up=off <= self._tolerance * float(summed.norm()),
+        )  # fmt: skip
+        if diagnosis.cause == Cause.COUPLED:
+            diagnosis = self._of_failure(self._unfit) if self._unfit is not None else self._priced(diagnosis)
+        return self._failed(split, diagnosis)
 
     def _priced(self, diagnosis: Diagnosis) -> Diagnosis:
         """Of a loss that compares samples: how it can be accumulated all the same, and what that costs here."""
@@ -233,25 +240,6 @@ class _Examination:
             "window here",
         )
 
-    def _plain(self) -> str:
-        """What there is to say where a loss that is declared to compare samples turns out to be a mean over them."""
-        bench = self._bench
-        if bench.objective.coupled is None:
-            return ""
-        weighed: Gradient = [None] * len(self._reference)
-        for piece in self._pieces:  # a window of one micro-batch is the plain one
-            share = len(piece) / bench.samples
-            for place, own in enumerate(bench.part([piece])):
-                if own is not None:
-                    before = weighed[place]
-                    weighed[place] = own * share if before is None else before + own * share
-        if not self._compare(weighed).error <= self._tolerance:
-            return ""
-        return (
-            "\nthe loss compares no samples: it is a mean over them, so that the second forward is for nothing: take "
-            'the declaration away (reduction="sample_mean")'
-        )
-
     def _of_failure(self, failure: PartFailed) -> Diagnosis:
         """Of a part that could not be run, or has no finite loss."""
         if failure.raised:
@@ -260,20 +248,11 @@ class _Examination:
                 "the model or the loss reads the batch size (a fixed view or expand), or needs certain samples "
                 f"together: {failure}.\nTake sizes from the tensors, or use a micro-batch as large as the target batch",
             )
-        declare = (
-            "Return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch) that gives 0 there"
-        )
-        if self._unfit is None:  # the parts were not looked at yet: a count that is 0 there may explain it
-            try:
-                found = diagnose(self._bench.objective, self._evidence)
-            except PartFailed as other:
-                return self._of_failure(other)
-            if found.cause in (Cause.UNEVEN, Cause.TOO_LARGE):
-                declare = found.text.partition("\n")[2]
+        _, declare = declaration(self._bench.read())
         return Diagnosis(
             Cause.NOT_FINITE,
             "a part without targets, whose mean divides 0 by 0, or a loss that needs certain samples together: "
-            f"{failure}.\n{declare}",
+            f"{failure}.\n{declare[0].upper()}{declare[1:]}, which gives 0 there",
         )
 
     def _passed(self, split: Difference) -> VerifyReport:
@@ -284,19 +263,22 @@ class _Examination:
         )
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
-        text += self._plain()
+        if bench.objective.coupled is not None:
+            # A window of one micro-batch is the plain one.
+            plain = torch.stack([own * len(p) / bench.samples for own, p in zip(self._alone, self._pieces)]).sum(0)
+            whole = bench.sampled(self._reference)
+            if float((plain - whole).norm()) <= self._tolerance * float(whole.norm()):
+                text += (
+                    "\nthe loss compares no samples: it is a mean over them, so that the second forward is for "
+                    'nothing: take the declaration away (reduction="sample_mean")'
+                )
         if bench.objective.unseen is not None:
             text += (
                 f"\nwhat the loss divides by was not seen, and these samples need not show it: {bench.objective.unseen}"
             )
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
 
-    def _failed(
-        self, split: Difference | None, diagnosis: Diagnosis, what: str = "only the first can be run"
-    ) -> VerifyReport:
-        if split is None:
-            text = f"{self._split}: {what}.\nLikely cause: {diagnosis.text}"
-            return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
+    def _failed(self, split: Difference, diagnosis: Diagnosis) -> VerifyReport:
         text = (
             f"the accumulated gradient is not the whole batch's: {self._split} differ by {split.error:.2g} of its norm "
             f"(tolerance {self._tolerance:.1g}), ratio {split.ratio:.3g}, most in {split.worst!r}.\n"
@@ -318,22 +300,6 @@ def _of_order(order: float) -> Diagnosis:
         f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so the model "
         "or the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 is the samples "
         "everywhere (an RNN needs batch_first=True), or use a micro-batch as large as the target batch",
-    )
-
-
-def _uncountable(objective: Objective) -> Diagnosis:
-    """Of a loss whose graph, or whose values over other samples, showed that it is no mean."""
-    why = objective.uncountable
-    if objective.bends:
-        return Diagnosis(
-            Cause.COUPLED,
-            f"a batch-coupled loss: {why}; accumulating cannot be right.\nMinimise the mean instead (MSE for RMSE), or "
-            "use a micro-batch as large as the target batch",
-        )
-    return Diagnosis(
-        Cause.COUPLED,
-        f"a batch-coupled loss: its values over parts of a batch do not add up to that over all of it, as {why}."
-        f"\nWhere it is a mean over what counts, {DECLARE}",
     )
 
 

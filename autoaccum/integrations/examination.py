@@ -19,7 +19,7 @@ from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.piece import Piece
 from autoaccum.loss.call import targets_in
-from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.counts import holds_indices
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.determinism import Determinism
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.loss.graph import PLAINLY, Way, divided_elements, read
-from autoaccum.loss.values import Values, part_of
+from autoaccum.loss.graph import PLAINLY, Values, Way, divided_elements, part_of, read
 from autoaccum.memory.oom import Verdict, out_of_memory
 
-__all__ = ["WAYS", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged", "unlike"]
+__all__ = ["RAISED", "SAMPLES", "WAYS", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged", "unlike"]
 
+SAMPLES = 8  # show what a loss divides by
 WAYS = (PLAINLY, Way(deep=True), Way(split=False))
 
 Rows = tuple[int, ...]
@@ -26,7 +26,7 @@ Evaluate = Callable[[Rows, Any, int], Tensor]
 """(places of samples, these samples on the host, a number: another one draws other random numbers) -> their loss."""
 
 # What the user's own code raises, TorchScript's among it.
-_RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
+RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
 
 
 class Seen(NamedTuple):
@@ -86,7 +86,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
     for rows in sets:
         try:
             seen.append(_run(evaluate, rows, tree.join([chosen[row] for row in rows]), shapes=rows == sets[-1]))
-        except _RAISED as error:  # BatchNorm, say, takes no single sample: such a set shows nothing
+        except RAISED as error:  # BatchNorm, say, takes no single sample: such a set shows nothing
             if out_of_memory(error) is not Verdict.NO:
                 raise
     return [*seen, whole]

@@ -1,5 +1,9 @@
-"""What a loss may be divided by: everything that a batch lets one count, each with the words that declare it."""
+"""What can be counted in a batch: samples, labels, elements, masks; each with the words that declare it.
 
+Counted where the targets lie: on the host for batches that wait there, so that nothing waits for the device.
+"""
+
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,36 +12,103 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.loss.counting import IGNORED, holds_indices
+from autoaccum.errors import DataError, LossError
 
-__all__ = ["CUTS", "Count", "countable"]
+__all__ = ["CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "countable", "elements", "holds_indices",
+           "samples", "tokens"]  # fmt: skip
 
-_IGNORED = (IGNORED, 0, -1, 1, 2, 255)  # what padding is labelled with
+IGNORED = -100  # torch's default ignore_index, which Transformers keeps
+
+_PADDING = (IGNORED, 0, -1, 1, 2, 255)  # what padding is labelled with
 _MOST_DIMS = 2  # masks, lengths and weights have no more
 
 
-class Count(NamedTuple):
-    """Something a mean may run over.
+def holds_indices(targets: Any) -> bool:
+    """Whether `targets` are class indices: a tensor of integers."""
+    return isinstance(targets, Tensor) and not (
+        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    )
 
-    Attributes:
-        name: in words.
-        declare: the argument that says so: "reduction='token_mean'".
-        of: counts it in a batch.
+
+def samples(batch: Any) -> float:
+    """Samples in `batch`."""
+    return float(tree.batch_size(batch))
+
+
+def tokens(targets: Tensor, ignore_index: int = IGNORED) -> float:
+    """Class indices in `targets`, of any shape, other than `ignore_index`."""
+    if ignore_index < 0 and targets.numel() and targets.min().item() > ignore_index:
+        return float(targets.numel())  # the common case, at half the cost
+    return float(torch.count_nonzero(targets.ne(ignore_index)))
+
+
+def elements(targets: Any) -> float:
+    """Numbers in `targets`; a DataError where they are no tensor."""
+    if not isinstance(targets, Tensor):
+        raise DataError(
+            f"the targets are a {type(targets).__name__}, whose elements cannot be counted: make them a tensor, "
+            "or declare reduction=f(batch)"
+        )
+    return float(targets.numel())
+
+
+class ClassWeights:
+    """Sums of class weights, of which a copy lies on the host whatever device the loss is on."""
+
+    def __init__(self) -> None:
+        self._source: Tensor | None = None
+        self._version = -1
+        self._host = torch.empty(0)
+
+    def total(self, targets: Tensor, weights: Tensor, ignore_index: int = IGNORED) -> float:
+        """Σ weights[t] over the `targets` t, class indices of any shape, other than `ignore_index`."""
+        version = -1 if weights.is_inference() else weights._version
+        if self._source is not weights or self._version != version:
+            # A copy to the host waits for the device: done again only where the weights were changed.
+            self._source, self._version = weights, version
+            self._host = weights.detach().to("cpu", torch.float64)
+        counted = targets[targets != ignore_index].to("cpu", torch.long)
+        return float(self._host[counted].sum())
+
+
+def as_denominator(value: Any, source: str) -> float:
+    """`value` as a denominator: a finite number, 0 or above. A tensor of one element is read.
+
+    Args:
+        value: what a callable of the user's returned.
+        source: who returned it, for the message: "reduction=f(batch)".
+
+    Raises:
+        LossError: anything else.
     """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    if isinstance(value, (bool, str, complex)) or not hasattr(value, "__float__") or isinstance(value, Tensor):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise LossError(
+            f"{source} gave {text}, a {type(value).__name__}{shape}: a denominator is one number, what the mean loss "
+            "was divided by"
+        )
+    try:
+        number = float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise LossError(f"{source} gave {text}, which is not one number: {error}") from error
+    if not (math.isfinite(number) and number >= 0):
+        raise LossError(
+            f"{source} gave {number:g}: a denominator is finite and not negative, and 0 only where nothing in the "
+            "batch counts"
+        )
+    return number
+
+
+class Count(NamedTuple):
+    """Something a mean may run over: its name, the argument that declares it, and what counts it in a batch."""
 
     name: str
     declare: str
     of: Callable[[Any], float]
-
-    @property
-    def sums(self) -> bool:
-        """Whether it stands for a sum, which is divided by nothing."""
-        return self.declare == "reduction='sum'"
-
-    @property
-    def how(self) -> str:
-        """The argument's value."""
-        return self.declare.removeprefix("reduction=")
 
 
 def countable(batch: Any, targets: Any) -> Iterator[Count]:
@@ -47,44 +118,48 @@ def countable(batch: Any, targets: Any) -> Iterator[Count]:
         batch: its tensors lie on the host, best.
         targets: those of its tensors that are compared with the outputs; None where that is not clear.
     """
-    size = tree.batch_size(batch)
-    yield Count("nothing", "reduction='sum'", lambda _: 1.0)
-    yield Count("the samples", "reduction='sample_mean'", lambda part: float(tree.batch_size(part)))
-    leaves = list(Reading(batch, size).leaves())
+    yield Count("the samples", "reduction='sample_mean'", samples)
+    leaves = list(Reading(batch, tree.batch_size(batch)).leaves())
     paths = {id(leaf): path for path, leaf in leaves}
     if isinstance(targets, Tensor) and id(targets) in paths:
         yield from _labels(targets, paths[id(targets)])
     for path, leaf in leaves:
         if not isinstance(leaf, Tensor):
             yield from _rows(path, leaf)
-            continue
-        if leaf.dim() > 1 and not leaf.is_nested:
-            yield Count(f"the elements of batch{path}", f"reduction=lambda batch: batch{path}.numel()", _elements(path))
-        if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex() and not leaf.is_nested:
-            yield from _leaf(path, leaf)
+        elif not leaf.is_nested:
+            if leaf.dim() > 1:
+                declare = f"reduction=lambda batch: batch{path}.numel()"
+                yield Count(f"the elements of batch{path}", declare, _elements(path))
+            if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex():
+                yield from _marks(path, leaf)
+
+
+CUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda leaf: leaf,
+    "[:, 1:]": lambda leaf: leaf[:, 1:],
+    "[:, :-1]": lambda leaf: leaf[:, :-1],
+    "[:, 2:]": lambda leaf: leaf[:, 2:],
+}
+"""The columns of labels that a head may count: it shifts the others away."""
+
+_CUT_WORDS = ("", " from the second on", " up to the last but one", " from the third on")
 
 
 def _labels(labels: Tensor, path: str) -> Iterator[Count]:
     """Labels: those that are not ignored, by whatever number, nor shifted away; or all of them."""
-    if not holds_indices(labels):
-        yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))
-        return
-    for index in sorted(_IGNORED, key=lambda index: not bool((labels == index).any())):  # what occurs, first
-        usual = "reduction='token_mean'" if index == IGNORED else None
-        yield _written(f"the labels other than {index}", path, "", f" != {index}", usual)
-        if labels.dim() == 2:
-            yield _written(f"the labels from the second on other than {index}", path, "[:, 1:]", f" != {index}")
-            yield _written(f"the labels up to the last but one other than {index}", path, "[:, :-1]", f" != {index}")
-            yield _written(f"the labels from the third on other than {index}", path, "[:, 2:]", f" != {index}")
+    if holds_indices(labels):
+        for index in sorted(_PADDING, key=lambda index: not bool((labels == index).any())):  # what occurs, first
+            for cut, words in zip(CUTS, _CUT_WORDS) if labels.dim() == 2 else [("", "")]:
+                usual = "reduction='token_mean'" if index == IGNORED and not cut else None
+                yield _written(f"the labels{words} other than {index}", path, cut, f" != {index}", usual)
     yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))
 
 
-def _leaf(path: str, leaf: Tensor) -> Iterator[Count]:
+def _marks(path: str, leaf: Tensor) -> Iterator[Count]:
     """The sum of a mask, of lengths or of weights; what in it is not 0."""
     if bool((leaf >= 0).all()):
-        yield _written(f"the sum of batch{path}", path, "", "")
-        if leaf.dim() == 2:
-            yield _written(f"the sum of batch{path}[:, 1:]", path, "[:, 1:]", "")
+        for cut in ("", "[:, 1:]") if leaf.dim() == 2 else ("",):
+            yield _written(f"the sum of batch{path}{cut}", path, cut, "")
     yield _written(f"what in batch{path} is not 0", path, "", " != 0")
     yield _written(f"what in batch{path} is 0", path, "", " == 0")
     if bool((leaf < 0).any()):
@@ -110,14 +185,6 @@ def _at(batch: Any, path: str) -> Any:
 
 def _elements(path: str) -> Callable[[Any], float]:
     return lambda batch: float(_at(batch, path).numel())
-
-
-CUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda leaf: leaf,
-    "[:, 1:]": lambda leaf: leaf[:, 1:],
-    "[:, 2:]": lambda leaf: leaf[:, 2:],
-    "[:, :-1]": lambda leaf: leaf[:, :-1],
-}
 
 
 _COMPARED: dict[str, Callable[[Tensor, int], Tensor]] = {"!=": torch.ne, "==": torch.eq, ">": torch.gt}

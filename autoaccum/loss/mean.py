@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoaccum.errors import LossError, shown
 from autoaccum.loss.call import scalar
-from autoaccum.loss.counting import as_denominator
+from autoaccum.loss.counts import as_denominator
 from autoaccum.loss.graph import Term, weigh
 
 __all__ = ["Mean", "Several", "Sum"]

@@ -1,15 +1,14 @@
 """What is minimised: how a batch becomes a loss, and what that loss was divided by.
 
-The objective says what a batch's denominators are, before the model has run where that can be known, and runs the
-model and the loss.
+The denominators of a batch come from one of three: what was declared, or torch's own loss says (reduction.py), known
+before the model runs; the loss's graph, read when it ran (reading.py); a step's Means (returned.py).
 
 A loss with reduction="sum" is a term that is added up and never divided. One with reduction="none" is taken as the
 mean of its elements, as `.mean()` by hand would give; with a declared denominator, as their sum over that.
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +18,18 @@ from torch.nn.parallel import DistributedDataParallel
 from autoaccum.data import tree
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
-from autoaccum.loss.asking import Rows, device_of
+from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
-from autoaccum.loss.compared import Compared
-from autoaccum.loss.counting import holds_indices
+from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
-from autoaccum.loss.divisor import Settled, Unread
+from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
-from autoaccum.loss.reading import OwnMeans, Reader, Returned
+from autoaccum.loss.reading import Compared, Reading
 from autoaccum.loss.reduction import Reduction, name_of
-from autoaccum.loss.values import Values
+from autoaccum.loss.returned import OwnMeans, declared_terms, own_means, summed
+from autoaccum.loss.settle import Unread, settle
+from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.shards import is_sharded
 from autoaccum.model.untouched import Untouched
 
@@ -37,7 +37,7 @@ __all__ = ["Objective"]
 
 
 class Objective:
-    """What is minimised: how a batch becomes a loss, and what that loss was divided by.
+    """What is minimised.
 
     Attributes:
         model: what is called; may be replaced by a wrapper of itself.
@@ -46,6 +46,7 @@ class Objective:
         shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
         compares: whether what is declared is held against the graph; not where a gradient check finds a fault's cause.
         prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
+        names: the terms whose denominators are known before a window runs, the same on every rank.
     """
 
     def __init__(
@@ -76,10 +77,15 @@ class Objective:
             self.loss = step.loss  # trained and moved with the model
         self.prepared: list[dict[str, float]] | None = None
         self.compares = self.coupled is None
-        self._reader = Reader()
-        self._against_graph = {name: Compared() for name in self._reduction.names}
+        self.names = tuple(self._reduction.terms)
+        self._reading = Reading() if self._reduction.reads else None
+        self._returns_means = False
+        self._asked = False  # some samples were, to find out what the loss divides by
+        self._against_graph = {name: Compared() for name in self.names}
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the model" if loss is None else f"loss={name_of(loss)}"
+
+    # What is known of the loss.
 
     @property
     def reason(self) -> str:
@@ -89,58 +95,41 @@ class Objective:
                 "compares the samples of a window, so it is computed once over all of them and divided by nothing: "
                 "each micro-batch runs forward twice; validation compares the samples of one micro-batch"
             )
-        found = self._reader.found if self._reduction.reads else None
-        if isinstance(found, Settled):
-            return f"{found.words}, as its graph says{self._reader.price}"
-        if self._reduction.reads and isinstance(self._reader.found, Returned):
+        if self._returns_means:
             return "divides by what the step's Means say"
-        return self._reduction.assumed_reason(found) if isinstance(found, Unread) else self._reduction.reason
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The terms whose denominators are known before a window runs, the same on every rank."""
-        return self._reader.names if self._reduction.reads else self._reduction.names
+        return self._reduction.reason if self._reading is None else self._reading.reason
 
     @property
     def facts(self) -> dict[str, str]:
         """The terms, and what was read of each: alike on all ranks that have seen it."""
-        found = self._reader.found if self._reduction.reads else None
         facts = {"terms": ", ".join(self.names)}
-        if isinstance(found, Unread):
-            facts["the loss"] = f"cannot be read: {found.why}"
-        elif isinstance(found, Settled):
-            facts |= {f"{name} of the loss": each.kind for name, each in zip(self.names, found.divisors)}
-        return facts
+        if self._reduction.unread is not None:
+            facts["the loss"] = f"cannot be read: {self._reduction.unread.why}"
+        divisors = self._reading.divisors if self._reading is not None else []
+        return facts | {f"{name} of the loss": each.kind for name, each in zip(self.names, divisors)}
 
     @property
     def unseen(self) -> str | None:
         """Why it cannot be seen what the loss divides by, in words; None where it was declared or seen."""
-        found = self._reader.found
-        if not self._reduction.reads or isinstance(found, (Settled, Returned)):
-            return None
-        if found is None:
+        if self._reading is not None and not self._reading.divisors:
             return "nothing counts in the samples that were tried, or too little"
-        return found.untried if found.rule is not None else found.why
+        found = self._reduction.unread
+        return None if found is None else found.why if found.rule is None else found.untried
 
     @property
-    def uncountable(self) -> str | None:
-        """Why no accumulation of this loss can be right, as its values over parts of a batch show; else None."""
-        found = self._reader.found
-        return found.why if isinstance(found, Unread) and found.wrong else None
-
-    @property
-    def bends(self) -> bool:
-        """Whether the loss is a function of a mean, as its graph says, and no mean itself."""
-        return isinstance(self._reader.found, Unread) and self._reader.found.bent
-
-    # What is known before the model runs.
+    def uncountable(self) -> Unread | None:
+        """The loss as its graph, and its values over parts of a batch, show that no accumulation of it can be right."""
+        found = self._reduction.unread
+        return found if found is not None and found.wrong else None
 
     def targets(self, batch: Any) -> Any:
         """The batch's targets, where it is clear which they are; else None."""
         return targets_in(batch, apart=self.loss is not None or self.step is not None)
 
+    # What is known of a batch before the model runs.
+
     def denominators(self, batch: Any) -> dict[str, float] | None:
-        """What each term's mean over `batch` was divided by; None where only the step knows, once it ran.
+        """What each term's mean over `batch` was divided by; None where that is only known once the loss ran.
 
         Args:
             batch: best on the host, where counting waits for no device.
@@ -154,16 +143,16 @@ class Objective:
 
     def counted(self, batch: Any) -> dict[str, float] | None:
         """`denominators`, as far as they are known without running the loss on any sample."""
-        return (
-            self._reader.count(batch, self._reduction.count) if self._reduction.reads else self._reduction.count(batch)
-        )
+        if self._returns_means:
+            return None
+        return self._reduction.count(batch) if self._reading is None else self._reading.count(batch)
 
     def may_count(self, batch: Any) -> bool:
         """Whether anything in `batch` counts, as far as that is known before its step."""
-        if self._reduction.reads and self._reader.found is None:
+        if self._reading is not None and not self._reading.divisors:
             return any(self._reduction.count(batch).values())
         known = self.counted(batch)
-        return any(known.values()) if known is not None else self._reader.may_count(batch)
+        return any(known.values()) if known is not None else self._reading is None or self._reading.may_count(batch)
 
     def prepare(
         self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
@@ -178,14 +167,15 @@ class Objective:
             rehearses: whether only the memory that the window takes matters.
             on_phase: told of a "batch" before each forward of a pass that only reads.
         """
-        reader = self._reader
         self.settle(batches, rehearses=rehearses)
-        if not self._reduction.reads or isinstance(reader.found, Unread) or reader.adds_up:
+        reading = self._reading
+        if not self._returns_means and (reading is None or reading.adds_up):
             self.prepared = [self.counted(batch) or {} for batch in batches]
-        elif reader.names == ("loss",):
+        elif len(self.names) == 1:
             self.prepared = None
         else:
-            self.prepared = reader.ahead(batches) or self._read_ahead(batches, on_phase)
+            ahead = reading.ahead(batches) if reading is not None else None
+            self.prepared = ahead or self._read_ahead(batches, on_phase)
 
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
@@ -204,16 +194,18 @@ class Objective:
 
     def expected(self, batches: Sequence[Any]) -> float:
         """What a denominator that is known only afterwards will be, as far as the batches say; 0 where they do not."""
-        return self._reader.expected(batches) if self._reduction.reads else 0.0
+        return self._reading.expected(batches) if self._reading is not None else 0.0
 
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
-        return self._reader.whole(name, total) if self._reduction.reads else total
+        return self._reading.whole(name, total) if self._reading is not None else total
+
+    # Finding out what nobody declared.
 
     def settle(
         self,
         batches: Sequence[Any],
-        most: int = 8,
+        most: int = SAMPLES,
         begin: Callable[[Rows], None] | None = None,
         *,
         rehearses: bool = False,
@@ -227,19 +219,44 @@ class Objective:
             batches: on the host.
             most: samples that may run at once.
             begin: makes the model a function of its samples alone, before it runs on those at some places.
-            rehearses: whether only the memory that a step takes matters, so that few samples serve, and settle nothing.
+            rehearses: whether only the memory that a step takes matters, so that few samples serve, and settle nothing
+                but a step's Means.
 
         Raises:
             LossError: the loss is not a scalar tensor.
         """
-        reader, reduction = self._reader, self._reduction
-        reader.rehearses = rehearses
-        if reader.found is not None or not batches or not (reduction.reads or reduction.wants_cut):
+        reduction, reading = self._reduction, self._reading
+        if reading is not None:
+            reading.rehearses = rehearses
+        if not batches or not (reduction.wants_cut if reading is None else not reading.divisors):
             return
-        if rehearses and reader.asked:
+        if rehearses and self._asked:
             return  # trials are alike: what one of them does not show, none does
         if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
             return
+        self._asked = True
+        try:
+            found = self.look(batches, most, begin)
+        except OwnMeans as returned:
+            reduction.wants_cut = False
+            if reading is not None:
+                self._reading, self._returns_means, self.names = None, True, returned.names
+            return
+        if reduction.wants_cut and not rehearses:
+            reduction.take_cut(found)
+        elif isinstance(found, Unread) and not rehearses:
+            self._reading, reduction.unread = None, found
+        elif isinstance(found, Reading) and not rehearses:
+            self._reading, self.names = found, found.names
+
+    def look(
+        self, batches: Sequence[Any], most: int, begin: Callable[[Rows], None] | None = None, *, means: bool = False
+    ) -> Reading | Unread | None:
+        """What the loss divides by, whatever was declared, as `settle.settle` finds it; the arguments of `settle`.
+
+        Args:
+            means: whether a step's Means are read too, as the means that they are; else they raise OwnMeans.
+        """
         model, device = _inner(self.model), device_of(_inner(self.model))
         owners = [owner for owner in (self.loss, self.step) if owner is not None]
 
@@ -249,24 +266,17 @@ class Objective:
                     begin(rows)
                 else:
                     torch.rand(number)
-                return self._whole_loss(model, tree.move(small, device))
+                result, source, _, _ = self._run(model, tree.move(small, device))
+                return scalar(result if self.step is None else summed(result, means=means), source)
 
-        while not reader.settle(evaluate, batches, self.targets, most, reduction.declared_counts()):
-            most = most // 2  # ran out of memory: fewer samples show as much, one shows the least
-        if reduction.wants_cut:
-            reduction.take_cut(reader.found)
-
-    def _whole_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The loss of a batch, all its terms together, with its graph.
-
-        Raises:
-            OwnMeans: the step returned Means.
-            LossError: the loss is not a scalar tensor.
-        """
-        if self.step is not None:
-            return scalar(_summed(self.step(model, plain(batch))), "the step")
-        loss, source, _, _ = self._loss_of(model, batch)
-        return scalar(loss, source)
+        most = min(most, max(map(tree.batch_size, batches)))
+        while True:
+            try:
+                return settle(evaluate, batches, self.targets, most, self._reduction.cuts())
+            except Exception as error:
+                if most == 1 or out_of_memory(error) is not Verdict.SURELY:
+                    raise
+            most //= 2  # fewer samples show as much, one shows the least
 
     # The forward.
 
@@ -296,40 +306,37 @@ class Objective:
         """
         if denominators is None and on_host is None:
             denominators = self.denominators(batch)
-        is_read = self._reduction.reads and self._reader.reads
-        if is_read and (denominators is None or torch.is_grad_enabled()):
-            return self._read(batch, denominators, batch if on_host is None else on_host, graph)
-        if self.step is not None:
-            result = self.step(self.model, plain(batch))
-            if is_read and len(self.names) > 1:  # nothing counts in it: it only had to run
-                return {name: Mean.of(torch.zeros(()), 0.0) for name in self.names}, None, None
-            return self._step_terms(result, denominators, graph), None, None
-        loss, source, outputs, targets = self._loss_of(self.model, batch)
-        assert denominators is not None  # late only where the loss is read, or with a step
-        if len(denominators) > 1:
-            return {name: Mean.of(loss, 0.0) for name in self.names}, outputs, targets
-        ((name, denominator),) = denominators.items()
-        return {name: self._term(loss, denominator, name, source, graph)}, outputs, targets
+        reading = self._reading
+        reads = reading is not None and (denominators is None or torch.is_grad_enabled())
+        values = Values() if reads and len(self.names) > 1 else None
+        with values or contextlib.nullcontext():
+            result, source, outputs, targets = self._run(self.model, batch, graph=reads)
+        if reading is not None and reads:
+            loss = scalar(result if self.step is None else summed(result), source, graph=graph)
+            seen = {} if values is None else values.by_node
+            return reading.terms(loss, batch if on_host is None else on_host, denominators, seen), outputs, targets
+        if reading is not None and len(self.names) > 1:  # nothing counts in it: it only had to run
+            return {name: Mean.of(torch.zeros(()), 0.0) for name in self.names}, outputs, targets
+        if denominators is None:
+            return own_means(result, self.names, graph), outputs, targets
+        if self.step is None:
+            result = {"loss": result}
+        else:
+            result = declared_terms(result, denominators, self._reduction.adds_up, graph)
+        terms = {name: self._term(value, denominators[name], name, source, graph) for name, value in result.items()}
+        return terms, outputs, targets
 
-    def _read(
-        self, batch: Any, known: Mapping[str, float] | None, on_host: Any, graph: bool
-    ) -> tuple[dict[str, Mean], Any, Any]:
-        """`evaluate`, of a loss whose divisors stand in its graph. Where gradients are off, it has one all the same."""
-        values = Values() if len(self.names) > 1 else None
-        with values or nullcontext():
-            if self.step is not None:
-                with torch.enable_grad():
-                    loss, source, outputs, targets = (
-                        _summed(self.step(self.model, plain(batch))),
-                        "the step",
-                        None,
-                        None,
-                    )
-            else:
-                off = not torch.is_grad_enabled()
-                loss, source, outputs, targets = self._loss_of(self.model, batch, graph=off)
-        loss = scalar(loss, source, graph=graph)
-        return self._reader.terms(loss, on_host, known, {} if values is None else values.by_node), outputs, targets
+    def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
+        if isinstance(loss, Mean):
+            return loss
+        loss, reduction = scalar(loss, source, graph=graph and denominator > 0), self._reduction
+        adds_up = reduction.adds_up(name)
+        if self.compares and not reduction.reads and not reduction.takes_sums:
+            amount = float(denominator > 0) if adds_up else denominator
+            self._against_graph[name].check(loss, amount, lambda: reduction.words(name))
+        if adds_up:
+            return Sum(loss, denominator)
+        return Mean(loss, denominator) if reduction.takes_sums else Mean.of(loss, denominator)
 
     def forward(self, batch: Any) -> None:
         """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
@@ -338,10 +345,14 @@ class Objective:
         else:
             self._outputs(self.model, arrange(batch, apart=self.loss is not None))
 
-    def _loss_of(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, str, Any, Any]:
+    def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, str, Any, Any]:
         """(loss, who returned it, outputs, targets). `graph`: the loss gets one although gradients are off."""
+        off = graph and not torch.is_grad_enabled()
+        if self.step is not None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() or off):
+                return self.step(model, plain(batch)), "the step", None, None
         call = arrange(batch, apart=self.loss is not None)
-        with torch.set_grad_enabled(torch.is_grad_enabled() or (graph and self.loss is None)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() or (off and self.loss is None)):
             outputs = self._outputs(model, call)
         if self.loss is None:
             loss = returned_loss(outputs)
@@ -353,8 +364,8 @@ class Objective:
                 )
             return loss, self._source, outputs, call.targets
         torch_loss = self._reduction.torch
-        with torch.set_grad_enabled(torch.is_grad_enabled() or graph):
-            loss = self._compared(tree.map_tensors(_leaf, outputs) if graph else outputs, call.targets)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or off):
+            loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
         if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
             loss = loss.sum() if self._reduction.takes_sums else loss.mean()
         return loss, self._source, outputs, call.targets
@@ -385,111 +396,11 @@ class Objective:
                 raise
             raise better from error
 
-    def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
-        loss, adds_up = scalar(loss, source, graph=graph and denominator > 0), self._reduction.adds_up(name)
-        if self.compares and not self._reduction.reads and not self._reduction.takes_sums:
-            amount = float(denominator > 0) if adds_up else denominator
-            self._against_graph[name].check(loss, amount, lambda: self._reduction.words(name))
-        if adds_up:
-            return Sum(loss, denominator)
-        return Mean(loss, denominator) if self._reduction.takes_sums else Mean.of(loss, denominator)
-
-    def _step_terms(self, result: Any, denominators: Mapping[str, float] | None, graph: bool) -> dict[str, Mean]:
-        if denominators is None:
-            return self._own_means(_terms_in(result), graph)
-        result = _terms_in(result, self.names)
-        if len(result) == 1 and self.names == ("loss",):
-            result = {"loss": next(iter(result.values()))}
-        if set(result) != set(denominators):
-            raise LossError(
-                f"the step returned the terms {', '.join(map(repr, result))}, and reduction declares "
-                f"{', '.join(map(repr, denominators))}: declare each term, as reduction={_remedy(result)}"
-            )
-        return {name: self._declared_term(name, result[name], denominators[name], graph) for name in denominators}
-
-    def _declared_term(self, name: str, value: Any, denominator: float, graph: bool) -> Mean:
-        if not isinstance(value, Mean):
-            return self._term(value, denominator, name, "the step", graph)
-        own = value.denominator
-        if isinstance(own, float) and not math.isclose(own, denominator, rel_tol=1e-6):
-            raise LossError(
-                f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
-                f"{denominator:g} for the same batch: let both count the same, or declare none"
-            )
-        if self._reduction.adds_up(name):
-            raise LossError(
-                f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
-            )
-        return Mean(scalar(value.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
-
-    def _own_means(self, result: Mapping[str, Any], graph: bool) -> dict[str, Mean]:
-        """What a step returned that owns its denominators."""
-        if len(result) == 1 and self.names == ("loss",):
-            result = {"loss": next(iter(result.values()))}
-        if tuple(result) != self.names or not all(isinstance(value, Mean) for value in result.values()):
-            raise LossError(
-                f"the step returned {_kinds(result)}, and a Mean for each of {', '.join(map(repr, self.names))} "
-                "before: return the same terms each time, with a denominator of 0 where nothing counts"
-            )
-        for value in result.values():
-            # A tensor on a device is not waited for; where it is 0 there may be no graph either.
-            counts = isinstance(value.denominator, Tensor) or value.denominator > 0
-            scalar(value.numerator, "the step's Mean", graph=graph and counts)
-        return dict(result)
-
-
-def _summed(result: Any) -> Any:
-    """What a step returned, as one loss.
-
-    Raises:
-        OwnMeans: it is made of Means.
-        LossError: some of its terms are Means and some are not; or a loss stands beside terms that may be in it.
-    """
-    terms = _terms_in(result)
-    means = [isinstance(value, Mean) for value in terms.values()]
-    if means and all(means):
-        raise OwnMeans(tuple(terms) if len(terms) > 1 else ("loss",))
-    if len(terms) == 1:
-        return next(iter(terms.values()))
-    if any(means) or "loss" in terms or not terms:
-        raise LossError(
-            f"the step returned {_kinds(terms)}: return the one loss, and detach what is only to be looked at "
-            f"(.detach()); or a Mean for each term; or declare each term's denominator, as reduction={_remedy(terms)}"
-        )
-    return sum(scalar(value, f"the step's term {name!r}") for name, value in terms.items())
-
-
-def _kinds(terms: Mapping[Any, Any]) -> str:
-    return "{" + ", ".join(f"{name!r}: {type(value).__name__}" for name, value in terms.items()) + "}"
-
 
 def _leaf(tensor: Tensor) -> Tensor:
     """The tensor as the start of a graph of its own."""
     detached = tensor.detach()
     return detached.requires_grad_() if detached.is_floating_point() or detached.is_complex() else detached
-
-
-def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:
-    """The terms of the loss in what a step returned, by name.
-
-    Beside "loss" a step may return what is no term: outputs, which are larger than one number, and figures without a
-    graph. What is called a loss is one, so that a term whose mean was forgotten is refused and not left out.
-    """
-    if not isinstance(result, Mapping):
-        return {"loss": result}
-    if "loss" not in result:
-        return result
-    return {name: value for name, value in result.items() if name in declared or _is_term(name, value)}
-
-
-def _is_term(name: Any, value: Any) -> bool:
-    if isinstance(value, Mean) or name == "loss":
-        return True
-    return isinstance(value, Tensor) and value.requires_grad and (value.numel() == 1 or "loss" in str(name))
-
-
-def _remedy(terms: Iterable[Any]) -> str:
-    return "{" + ", ".join(f"{name!r}: f(batch)" for name in terms) + "}"
 
 
 def _inner(model: nn.Module) -> nn.Module:

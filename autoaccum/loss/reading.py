@@ -1,163 +1,100 @@
-"""A loss whose denominators stand in its graph: settled once, then read at each micro-batch.
+"""A loss whose denominators stand in its graph, read at each micro-batch once it is settled how (settle.py).
 
 One term: its divisor is read when the loss has run, and enters the window's sum then. Several: each one's share must be
 known before the first backward pass, from counts of the batch that have proved right, or from a pass that only reads.
 """
 
+import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from autoaccum.data import tree
 from autoaccum.errors import LossError
-from autoaccum.loss.asking import Evaluate
-from autoaccum.loss.counts import Count
-from autoaccum.loss.divisor import DECLARE, TRUSTED, Divisor, Settled, Unread, near
-from autoaccum.loss.graph import Term, read, weigh
+from autoaccum.loss.counts import samples
+from autoaccum.loss.divisor import DECLARE, TRUSTED, Divisor, near
+from autoaccum.loss.graph import PLAINLY, Term, Way, apportioned, read, weigh
 from autoaccum.loss.mean import Mean, Several, Sum
-from autoaccum.loss.settle import settle
-from autoaccum.loss.values import apportioned
-from autoaccum.memory.oom import Verdict, out_of_memory
 
-__all__ = ["OwnMeans", "Reader", "Returned"]
+__all__ = ["Compared", "Reading"]
 
-
-class Returned(NamedTuple):
-    """A step that says its denominators itself, as Means, each time it ran; the names of its terms."""
-
-    names: tuple[str, ...]
+_WAITS = 4  # micro-batches in which a divisor that lies on a device is waited for
 
 
-class OwnMeans(Exception):
-    """A step returned Means: nothing has to be read.
+class Reading:
+    """How one loss is read.
 
     Attributes:
-        names: of its terms.
-    """
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.names = names
-
-
-class Reader:
-    """Reads one loss.
-
-    Attributes:
-        found: how it is read; None: nothing has settled that so far.
+        divisors: of its terms; none: nothing has settled that so far.
         rehearses: only the memory that a step takes matters.
-        asked: some samples were asked before.
     """
 
-    def __init__(self) -> None:
-        self.found: Settled | Unread | Returned | None = None
-        self.rehearses = False
-        self.asked = False
+    def __init__(self, way: Way = PLAINLY, divisors: Sequence[Divisor] = ()) -> None:
+        self.way, self.divisors, self.rehearses = way, list(divisors), False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The loss's terms."""
-        if isinstance(self.found, Returned):
-            return self.found.names
-        if isinstance(self.found, Settled) and len(self.found.divisors) > 1:
-            return tuple(f"term {number}" for number, _ in enumerate(self.found.divisors, 1))
-        return ("loss",)
+        if len(self.divisors) < 2:
+            return ("loss",)
+        return tuple(f"term {number}" for number, _ in enumerate(self.divisors, 1))
 
     @property
-    def reads(self) -> bool:
-        """Whether the graph is asked, as far as is known."""
-        return not isinstance(self.found, (Unread, Returned))
+    def words(self) -> str:
+        """What the terms are divided by."""
+        words = collections.Counter(divisor.words for divisor in self.divisors)
+        if len(self.divisors) == 1:
+            return next(iter(words))
+        return "; ".join(f"{each} ({number} term{'s' * (number > 1)})" for each, number in words.items())
 
     @property
-    def price(self) -> str:
-        """What reading costs, in words, where it is more than a look at the graph: of several terms."""
-        if not isinstance(self.found, Settled) or self.names == ("loss",):
-            return ""
-        counts = [divisor for divisor in self.found.divisors if divisor.kind == "count"]
-        if not counts:
-            return ""
-        until = f", until {TRUSTED} of them have shown that the batch says the same" if all(
-            divisor.rules for divisor in counts
-        ) else ""  # fmt: skip
-        return f"; to know each term's share beforehand each micro-batch runs forward once more{until}"
+    def reason(self) -> str:
+        """One line: the denominator, and what reading costs where it is more than a look at the graph."""
+        if not self.divisors:
+            return "divides by what its graph says, read at each micro-batch"
+        counts = [divisor for divisor in self.divisors if divisor.kind == "count"]
+        if len(self.divisors) == 1 or not counts:
+            return f"{self.words}, as its graph says"
+        learns = all(divisor.rules for divisor in counts)
+        until = f", until {TRUSTED} of them have shown that the batch says the same" if learns else ""
+        return (
+            f"{self.words}, as its graph says; to know each term's share beforehand each micro-batch runs forward once "
+            f"more{until}"
+        )
 
     @property
     def adds_up(self) -> bool:
         """Whether the loss is one term that is never divided."""
-        return isinstance(self.found, Settled) and self.names == ("loss",) and self.found.divisors[0].kind != "count"
+        return len(self.divisors) == 1 and self.divisors[0].kind != "count"
 
-    def settle(
-        self,
-        evaluate: Evaluate,
-        batches: Sequence[Any],
-        targets: Callable[[Any], Any],
-        most: int,
-        declared: Sequence[Count] = (),
-    ) -> bool:
-        """Asks a few samples, while nothing is known, as `settle.settle` does; False where they did not fit.
-
-        What a trial shows is not kept, but for a step's Means: its samples are few, and may be the same one.
-        """
-        self.asked = True
-        most = min(most, max(map(tree.batch_size, batches)))
-        try:
-            found = settle(evaluate, batches, targets, most, declared)
-            self.found = None if self.rehearses else found
-        except OwnMeans as returned:
-            self.found = Returned(returned.names)
-        except Exception as error:
-            if most == 1 or out_of_memory(error) is not Verdict.SURELY:
-                raise
-            return False
-        return True
-
-    def count(self, batch: Any, otherwise: Callable[[Any], dict[str, float]]) -> dict[str, float] | None:
-        """The denominators of a batch by rules that have proved right; None where there are none, or they differ.
-
-        Args:
-            batch: best on the host.
-            otherwise: counts where nothing can be read.
-        """
-        if isinstance(self.found, Unread):
-            return {"loss": self.found.rule.of(batch)} if self.found.rule is not None else otherwise(batch)
-        if not isinstance(self.found, Settled) or not all(divisor.trusted for divisor in self.found.divisors):
+    def count(self, batch: Any) -> dict[str, float] | None:
+        """The denominators of a batch, best on the host, by rules that have proved right; None where there are none."""
+        if not self.divisors or not all(divisor.trusted for divisor in self.divisors):
             return None
-        amounts = [
-            divisor.foretold(batch) if divisor.kind == "count" else float(tree.batch_size(batch))
-            for divisor in self.found.divisors
-        ]
-        if None in amounts:
-            return None
-        return {name: amount or 0.0 for name, amount in zip(self.names, amounts)}
+        amounts = [each.foretold(batch) if each.kind == "count" else samples(batch) for each in self.divisors]
+        return None if None in amounts else {name: amount or 0.0 for name, amount in zip(self.names, amounts)}
 
     def ahead(self, batches: Sequence[Any]) -> list[dict[str, float]] | None:
         """All terms' denominators before a window runs; None where a pass must read them."""
         if self.rehearses:
-            return [dict.fromkeys(self.names, float(tree.batch_size(batch))) for batch in batches]
-        counted = [self.count(batch, lambda batch: {}) for batch in batches]
-        known = [each for each in counted if each is not None]
+            return [dict.fromkeys(self.names, samples(batch)) for batch in batches]
+        known = [each for batch in batches if (each := self.count(batch)) is not None]
         return known if len(known) == len(batches) else None
 
     def expected(self, batches: Sequence[Any]) -> float:
         """The one term's denominator by the likeliest of its rules; 0 where it has none."""
-        if not isinstance(self.found, Settled) or self.names != ("loss",) or not self.found.divisors[0].rules:
-            return 0.0
-        rule = self.found.divisors[0].rules[0]
-        return math.fsum(rule.of(batch) for batch in batches)
+        rules = self.divisors[0].rules if len(self.divisors) == 1 else []
+        return math.fsum(rules[0].of(batch) for batch in batches) if rules else 0.0
 
     def may_count(self, batch: Any) -> bool:
         """Whether one of the rules, or what has none, lets a batch count."""
-        if not isinstance(self.found, Settled):
-            return True
-        return any(divisor.foretold(batch) != 0 for divisor in self.found.divisors)
+        return any(divisor.foretold(batch) != 0 for divisor in self.divisors)
 
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
-        if not isinstance(self.found, Settled):
-            return total
-        return self.found.divisors[self.names.index(name)].whole(total)
+        return self.divisors[self.names.index(name)].whole(total) if self.divisors else total
 
     def terms(
         self, loss: Tensor, on_host: Any, known: Mapping[str, float] | None, values: Mapping[Any, Tensor]
@@ -173,15 +110,22 @@ class Reader:
         Raises:
             LossError: the loss is not made as it was, or cannot be told to be a count.
         """
-        if not isinstance(self.found, Settled) or not loss.requires_grad:
-            return {name: self._unsettled(loss, float(tree.batch_size(on_host))) for name in self.names}
-        terms = self.found.terms(loss)
-        if terms is None:
-            return {"loss": self._hidden(loss, on_host)}
+        if not self.divisors or not loss.requires_grad:
+            return {name: self._unsettled(loss, samples(on_host)) for name in self.names}
+        terms = read(loss, self.way)
+        names = [term.name for term in terms]
+        if names != [divisor.reduction for divisor in self.divisors]:
+            if any("Compiled" in name for name in names):
+                return {"loss": self._hidden(loss, on_host)}
+            raise LossError(
+                f"the loss of this micro-batch is made of {', '.join(names) or 'nothing'}, and was of "
+                f"{', '.join(divisor.reduction for divisor in self.divisors)} before: compute every term each time, as "
+                "0 where nothing counts, or return the terms from step= as autoaccum.Mean(numerator, denominator)"
+            )
         apart = [loss] if len(terms) == 1 else apportioned(loss.detach(), terms, values)
         parts = {
             name: self._mean(value, term, divisor, on_host)
-            for name, value, term, divisor in zip(self.names, apart, terms, self.found.divisors)
+            for name, value, term, divisor in zip(self.names, apart, terms, self.divisors)
         }
         if len(parts) == 1:
             return parts
@@ -200,11 +144,11 @@ class Reader:
         counting takes in the first traces alone is no growth with their samples.
         """
         if divisor.kind == "penalty":
-            return Mean.of(value, float(tree.batch_size(on_host)))
+            return Mean.of(value, samples(on_host))
         own = divisor.of(term)
         if divisor.kind == "constant":
             divisor.check(own)
-            return Sum(value, float(tree.batch_size(on_host)))
+            return Sum(value, samples(on_host))
         if isinstance(own, Tensor) and value.requires_grad and not divisor.hides_floor:
             weigh(term, own.sign())  # keeps the 0 / 0 of a batch in which nothing counts out of the gradient
             return Mean.of(value, own - divisor.offset, own)
@@ -214,11 +158,10 @@ class Reader:
 
     def _hidden(self, loss: Tensor, on_host: Any) -> Mean:
         """Of a loss that is compiled, by what was learnt while it was not."""
-        assert isinstance(self.found, Settled)
-        divisor = self.found.divisors[0]
+        divisor = self.divisors[0]
         if self.adds_up:
-            return Sum(loss, float(tree.batch_size(on_host)))
-        counted = divisor.foretold(on_host) if self.names == ("loss",) and not divisor.hides_floor else None
+            return Sum(loss, samples(on_host))
+        counted = divisor.foretold(on_host) if len(self.divisors) == 1 and not divisor.hides_floor else None
         if counted is None:
             raise LossError(
                 "the loss is compiled, which hides what it divides by, and nothing in the batch counts the same: "
@@ -236,3 +179,48 @@ class Reader:
                 f"floor such as clamp(min=1) cannot be told apart: {DECLARE}"
             )
         return Mean.of(loss, 0.0)
+
+
+class Compared:
+    """Holds one term's declared denominators against those in its graph, where that can be read.
+
+    One may be a multiple of the other (elements and samples), the same each time; anything else would weigh
+    micro-batches otherwise than the loss does.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None  # (divisor read, denominator declared)
+        self._waited = 0
+
+    def check(self, loss: Tensor, denominator: float, declared: Callable[[], str]) -> None:
+        """Compares those of one micro-batch.
+
+        Args:
+            loss: the term, one element with its graph.
+            denominator: what was declared, or counted by torch's own rule; 1 for a sum.
+            declared: that in words.
+
+        Raises:
+            LossError: the two have changed, and not alike.
+        """
+        terms = read(loss) if denominator and loss.requires_grad and not loss.is_meta else ()
+        if len(terms) != 1 or terms[0].divisor is None:
+            return
+        divisor, factor = terms[0].divisor, terms[0].factor
+        if isinstance(divisor, Tensor) or isinstance(factor, Tensor):
+            self._waited += 1
+            if self._waited > _WAITS:
+                return
+        own = abs(float(divisor) / (float(factor) or 1.0))
+        if not own or not math.isfinite(own):
+            return
+        self._first = self._first or (own, denominator)
+        read_first, declared_first = self._first
+        close = 1e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        alike = near(own * declared_first, read_first * denominator, close)
+        if not alike and not near(own, read_first, close):
+            raise LossError(
+                f"the loss {declared()}, which gives {declared_first:g} and {denominator:g} in two micro-batches, and "
+                f"its graph says that it divides by {read_first:g} and {own:g} there: let both count the same, leave "
+                f'reduction="auto", which reads it, or {DECLARE}'
+            )

@@ -14,25 +14,54 @@ What is none of these is no mean: the loss compares samples, or divides twice.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from autoaccum.loss.asking import WAYS, Evaluate, Seen, SeenTerm, look
+from autoaccum.loss.asking import SAMPLES, WAYS, Evaluate, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
-from autoaccum.loss.divisor import CLOSE, EXACT, TINY, Divisor, Rule, Settled, Unread, near
+from autoaccum.loss.divisor import CLOSE, EXACT, TINY, Divisor, Rule, near
+from autoaccum.loss.reading import Reading
 
-__all__ = ["settle"]
+__all__ = ["Unread", "settle"]
 
-_SAMPLES = 8
 _MOST_RULES = 12
+_SUMS = ("Sum", "Nansum", "Dot")
+_NOTHING = Count("nothing", "reduction='sum'", lambda _: 1.0)
+_OF_A_MEAN = "of a mean or a sum over samples, which makes it no mean"
+
+Amounts = Mapping[Count, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A loss whose divisor cannot be read, or is none.
+
+    Attributes:
+        why: in words.
+        rule: a count by which its values add up all the same; None where none or several do.
+        untried: what else counted the same in all samples that were tried, in words.
+        bent: its graph shows that it is a function of a mean.
+        wrong: its values add up by nothing that was tried, so that no accumulation of it can be right.
+        twice: it divides by the square of this count.
+        power: it divides by this power of the number of samples.
+    """
+
+    why: str
+    rule: Count | None = None
+    untried: str | None = None
+    bent: bool = False
+    wrong: bool = False
+    twice: Count | None = None
+    power: float | None = None
 
 
 def settle(
     evaluate: Evaluate,
     batches: Sequence[Any],
     targets: Callable[[Any], Any],
-    most: int = _SAMPLES,
+    most: int = SAMPLES,
     declared: Sequence[Count] = (),
-) -> Settled | Unread | None:
+) -> Reading | Unread | None:
     """Runs the loss on a few sets of samples, and says how its divisors are to be read.
 
     None: nothing counts in any of these samples, or what does is too little to tell; ask again with others.
@@ -44,55 +73,57 @@ def settle(
         most: samples that may run at once.
         declared: counts that stand for what somebody declared, held against the divisors before all others.
     """
-    seen = look(evaluate, batches, min(most, _SAMPLES))
-    counts = [*declared, *(c for c in countable(seen[-1].batch, targets(seen[-1].batch)) if not c.sums)]
+    seen = look(evaluate, batches, min(most, SAMPLES))
+    counts = [*declared, *countable(seen[-1].batch, targets(seen[-1].batch))]
     amounts = {count: [count.of(each.batch) for each in seen] for count in counts}
     still = all(each.value == each.again or math.isnan(each.value) for each in seen)
     plain, deep, joined = (_settled(seen, number, amounts, still) for number in range(len(WAYS)))
-    if isinstance(deep, Settled) and (isinstance(plain, str) or (
-        isinstance(plain, Settled) and deep.sums < plain.sums
-    )):  # fmt: skip
+    if isinstance(deep, Reading) and (
+        isinstance(plain, Unread) or (plain is not None and _constants(deep) < _constants(plain))
+    ):
         return deep
-    if isinstance(plain, str) and isinstance(joined, Settled) and joined.divisors[0].kind == "count":
+    if not isinstance(plain, Unread):
+        return plain
+    if isinstance(joined, Reading) and joined.divisors[0].kind == "count":
         return joined
-    return _by_values(seen, amounts, plain, still) if isinstance(plain, str) else plain
+    return _by_values(seen, amounts, plain, still)
 
 
-Amounts = Mapping[Count, Sequence[float]]
+def _constants(reading: Reading) -> int:
+    return sum(divisor.kind == "constant" for divisor in reading.divisors)
 
 
-def _settled(seen: Sequence[Seen], way: int, amounts: Amounts, still: bool) -> Settled | str | None:
-    """The divisors as read in one way; a text where they cannot be."""
+def _settled(seen: Sequence[Seen], way: int, amounts: Amounts, still: bool) -> Reading | Unread | None:
+    """The divisors as read in one way."""
     terms = [each.ways[way] for each in seen]
     names = [[term.name for term in each] for each in terms]
     if any(each != names[-1] for each in names):
-        return "its terms differ between parts of a batch"
+        return Unread("its terms differ between parts of a batch")
     divisors: list[Divisor] = []
     for column in zip(*terms):
         alone = len(names[-1]) == 1  # the value of the whole loss is the term's
         values = [each.value if alone else term.value for term, each in zip(column, seen)]
-        known = None if None in values else [value for value in values if value is not None]
-        found = _divisor(column, seen, known, amounts)
+        found = _divisor(column, seen, amounts)
         if not isinstance(found, Divisor):
             return found
-        if still and known is not None and not _adds_up(column, seen, known, found, alone):
-            return f"its {found.reduction} over all samples is no sum of those over their parts"
+        known = [value for value in values if value is not None]
+        if still and len(known) == len(seen) and not _adds_up(column, seen, known, found, alone):
+            return Unread(f"its {found.reduction} over all samples is no sum of those over their parts")
         divisors.append(found)
-    return Settled(WAYS[way], divisors) if divisors else "its graph is empty"
+    return Reading(WAYS[way], divisors) if divisors else Unread("its graph is empty")
 
 
-def _divisor(
-    column: Sequence[SeenTerm], seen: Sequence[Seen], values: Sequence[float] | None, amounts: Amounts
-) -> Divisor | str | None:
-    """One term over all sets: what it divides by; in words, why that is no mean; None where these sets cannot tell."""
+def _divisor(column: Sequence[SeenTerm], seen: Sequence[Seen], amounts: Amounts) -> Divisor | Unread | None:
+    """One term over all sets: what it divides by; why that is no mean; None where these sets cannot tell."""
     last = column[-1]
     made = Divisor(last.name, "count", divided=any(term.divided for term in column))
     grows = any(term.shapes not in (None, last.shapes) for term in column)
     if any(term.divisor is None for term in column):
         made.kind = "penalty"
+        if last.bent and grows:
+            return Unread(f"it takes the {last.name} {_OF_A_MEAN}", bent=True)
         ends = f"it ends in {last.name} of something that is no plain sum or mean"
-        ends = f"it takes the {last.name} {_OF_A_MEAN}" if last.bent and grows else ends
-        return ends if grows or len(seen) == 1 else made
+        return Unread(ends) if grows or len(seen) == 1 else made
     factors = {term.factor for term in column}
     made.scaled = max(factors) - min(factors) > CLOSE * max(factors)
     made.divided = made.divided or made.scaled
@@ -106,37 +137,28 @@ def _divisor(
         return None if made.divided else made
     if max(found) - min(found) > CLOSE * max(found):
         return _count(made, found, seen, amounts)
-    if not grows:
-        made.kind = "penalty"
-        return made
-    return _constant(made, column, seen[-1].took and (made.divided or factors != {1.0}))
+    made.kind = "constant" if grows else "penalty"
+    return _constant(made, column, seen[-1].took and (made.divided or factors != {1.0})) if grows else made
 
 
-def _constant(made: Divisor, column: Sequence[SeenTerm], may_change: bool) -> Divisor | str | None:
-    """One that is the same for every set: a sum, unless it is a floor that is never left here."""
-    made.kind = "constant"
+def _constant(made: Divisor, column: Sequence[SeenTerm], may_change: bool) -> Divisor | Unread | None:
+    """One that is the same for every set: a sum, unless it may be a floor that is never left here."""
     widths = {term.quotients for term in column}
-    if len(widths) == 1 and None not in widths:
-        return f"it takes quotients, one by one, {_OF_A_MEAN}"  # a mean over classes of means over their samples
+    if len(widths) == 1 and None not in widths:  # a mean over classes of means over their samples
+        return Unread(f"it takes quotients, one by one, {_OF_A_MEAN}", bent=True)
     return None if may_change else made
 
 
-_OF_A_MEAN = "of a mean or a sum over samples, which makes it no mean"
-
-
-def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts: Amounts) -> Divisor | str | None:
+def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts: Amounts) -> Divisor | Unread | None:
     """One that changes with the samples: it adds up, by itself or beside a number, or a rule says how it does.
 
     A number that is added and a floor show by little, so that they are looked for before rounding is allowed for.
     """
-    least = min(each for each in found if each) if any(found) else 0.0
+    least = min(each for each in found if each)
     for close in (EXACT, CLOSE):
         made.close = close
-        if _total(found, seen, 0.0, close):
-            made.rules = _rules(made, found, amounts)
-            return made
         made.rules = _rules(made, found, amounts)
-        if made.rules:
+        if made.rules or _total(found, seen, 0.0, close):
             return made
         offset = _offset(found, seen)
         if offset > 0 and _total(found, seen, offset, close):
@@ -150,8 +172,22 @@ def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts:
             return made
     if len({round(each / found[-1], 6) for each in found}) == 2:
         return None  # one of the two may be a floor, and the other tells too little
-    sizes = ", ".join(str(len(each.rows)) for each in seen[-3:])
-    return f"it divides by {', '.join(f'{each:.4g}' for each in found[-3:])} for {sizes} samples, which is no count"
+    sizes = [len(each.rows) for each in seen]
+    why = (
+        f"it divides by {', '.join(f'{each:.4g}' for each in found[-3:])} for {', '.join(map(str, sizes[-3:]))} "
+        "samples, which is no count"
+    )
+    squares = {count: [each**2 for each in own] for count, own in amounts.items()}
+    twice = next((count for count, own in squares.items() if _alike(found, own)), None)
+    pairs = [(math.log(each / found[-1]), math.log(size / sizes[-1])) for each, size in zip(found, sizes) if each]
+    powers = [up / over for up, over in pairs if over]
+    even = bool(powers) and max(powers) - min(powers) <= 0.02 * max(map(abs, powers))
+    return Unread(why, twice=twice, power=powers[0] if even else None)
+
+
+def _alike(found: Sequence[float], own: Sequence[float]) -> bool:
+    """Whether one is a multiple of the other, which counts something."""
+    return own[-1] > 0 and all(near(each * own[-1], other * found[-1]) for each, other in zip(found, own))
 
 
 def _adds_up(
@@ -171,9 +207,6 @@ def _adds_up(
         return all(math.isfinite(total) for total in sums.values())
     off = [abs(math.fsum(singles[row] for row in rows) - total) for rows, total in sums.items() if len(rows) > 1]
     return all(each <= seen[-1].rounding * math.fsum(map(abs, singles)) for each in off)
-
-
-_SUMS = ("Sum", "Nansum", "Dot")
 
 
 def _total(found: Sequence[float], seen: Sequence[Seen], offset: float, close: float) -> bool:
@@ -201,7 +234,7 @@ def _offset(found: Sequence[float], seen: Sequence[Seen]) -> float:
 
 
 def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule]:
-    """The counts of the batch that give every divisor, but for a floor."""
+    """The counts of the batch that give every divisor, but for a floor, which is noted."""
     rules = []
     for count, own in amounts.items():
         if own[-1] <= 0:
@@ -210,11 +243,10 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule
         if scale < 1 - CLOSE or abs(scale - round(scale)) > made.close * scale:
             continue  # weights that happen to be equal in these samples
         given = [scale * each for each in own]
-        floors = {divisor for divisor, each in zip(found, given) if not near(divisor, each, made.close)}
-        floors = {round(floor, 12) for floor in floors}
-        fitting = [divisor for divisor, each in zip(found, given) if near(divisor, each, made.close)]
+        floors = {round(divisor, 12) for divisor, each in zip(found, given) if not near(divisor, each, made.close)}
+        fitting = {divisor for divisor, each in zip(found, given) if near(divisor, each, made.close)}
         below = all(each < divisor or near(divisor, each, made.close) for divisor, each in zip(found, given))
-        if len(floors) > made.divided or not below or len(set(fitting)) < 2 or (floors and min(fitting) < max(floors)):
+        if len(floors) > made.divided or not below or len(fitting) < 2 or (floors and min(fitting) < max(floors)):
             continue
         rules.append((max(floors, default=0.0), Rule(count, scale)))
     if not rules:
@@ -223,23 +255,23 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule
     return [rule for floor, rule in rules if floor == made.floor][:_MOST_RULES]
 
 
-def _by_values(seen: Sequence[Seen], amounts: Amounts, why: str, still: bool) -> Unread | None:
+def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: bool) -> Unread | None:
     """A loss that cannot be read, and the one count by which its values add up; None where several that differ do."""
+    if plain.bent:
+        return replace(plain, wrong=True)
     whole, fitting = seen[-1], dict[tuple[float, ...], list[Count]]()
-    if _OF_A_MEAN in why:
-        return Unread(why, wrong=True, bent=True)
-    for count, own in (*amounts.items(), (Count("nothing", "reduction='sum'", lambda _: 1.0), [1.0] * len(seen))):
+    for count, own in (*amounts.items(), (_NOTHING, [1.0] * len(seen))):
         sums = {each.rows: each.value * amount if amount else 0.0 for each, amount in zip(seen, own)}
         singles = [sums.get((row,), math.nan) for row in whole.rows]
         scale = math.fsum(map(abs, singles))
         off = [abs(math.fsum(singles[row] for row in rows) - sums[rows]) for rows in sums if len(rows) > 1]
-        if scale and off and all(each <= seen[-1].rounding * scale for each in off):
+        if scale and off and all(each <= whole.rounding * scale for each in off):
             fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
         ((rule, *others),) = fitting.values()
         tokens = next((count.name for count in others if count.declare == "reduction='token_mean'"), None)
-        alike = f"{why}, and {tokens} were as many in each sample tried as {rule.name}" if tokens else None
-        return Unread(why, rule, untried=alike)
+        alike = f"{plain.why}, and {tokens} were as many in each sample tried as {rule.name}" if tokens else None
+        return replace(plain, rule=rule, untried=alike)
     if fitting:
         return None
-    return Unread(why, wrong=still and len(seen) > 1 and math.isfinite(whole.value))
+    return replace(plain, wrong=still and len(seen) > 1 and math.isfinite(whole.value))

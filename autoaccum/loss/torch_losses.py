@@ -1,90 +1,83 @@
-"""torch's losses, and what each divides by.
+"""torch's losses, and what each divides by, which is so known before they run.
 
-One row a loss: its module, its function, what its mean runs over, and how it takes what the model returned. Modules,
-subclasses, compiled modules, functions and `functools.partial` of functions are recognised. Settings are read at each
-call, as a module's attributes may change. The rows were found by experiment: for each, the tests hold that ragged
-micro-batches so weighted give the whole batch's gradient.
+Modules, subclasses, compiled modules, functions and `functools.partial` of functions are recognised. Settings are read
+at each call, as a module's attributes may change. The rows were found by experiment: for each, the tests hold that
+ragged micro-batches so weighted give the whole batch's gradient.
 """
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
 from autoaccum.errors import DataError, SetupError, shown
-from autoaccum.loss.counting import IGNORED, ClassWeights, elements, holds_indices, tokens
+from autoaccum.loss.counts import IGNORED, ClassWeights, elements, holds_indices, tokens
 
 __all__ = ["TorchLoss"]
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """One of torch's losses.
 
     Attributes:
-        module, function: the two forms it has.
+        function: its other form.
         over: what its mean runs over: "classes" (targets that are not ignored, by class weight), "elements", "rows"
             (elements, less the last dimension), "samples".
         takes: how outputs and targets become its arguments: "pair", or one of `_LAYOUTS`.
     """
 
-    module: type[nn.Module]
     function: Callable[..., Any] | None
-    over: str
+    over: str = "elements"
     takes: str = "pair"
 
 
-_ROWS = [
-    _Row(nn.CrossEntropyLoss, functional.cross_entropy, "classes"),
-    _Row(nn.NLLLoss, functional.nll_loss, "classes"),
-    _Row(nn.MSELoss, functional.mse_loss, "elements"),
-    _Row(nn.L1Loss, functional.l1_loss, "elements"),
-    _Row(nn.SmoothL1Loss, functional.smooth_l1_loss, "elements"),
-    _Row(nn.HuberLoss, functional.huber_loss, "elements"),
-    _Row(nn.BCELoss, functional.binary_cross_entropy, "elements"),
-    _Row(nn.BCEWithLogitsLoss, functional.binary_cross_entropy_with_logits, "elements"),
-    _Row(nn.PoissonNLLLoss, functional.poisson_nll_loss, "elements"),
-    _Row(nn.SoftMarginLoss, functional.soft_margin_loss, "elements"),
-    _Row(nn.HingeEmbeddingLoss, functional.hinge_embedding_loss, "elements"),
-    _Row(nn.KLDivLoss, functional.kl_div, "elements"),  # "batchmean": samples
-    _Row(nn.GaussianNLLLoss, functional.gaussian_nll_loss, "elements", "variance"),
-    _Row(nn.MarginRankingLoss, functional.margin_ranking_loss, "elements", "inputs and target"),
-    _Row(nn.CosineEmbeddingLoss, functional.cosine_embedding_loss, "elements", "inputs and target"),
-    _Row(nn.MultiMarginLoss, functional.multi_margin_loss, "elements"),  # class weights do not enter its denominator
-    _Row(nn.MultiLabelMarginLoss, functional.multilabel_margin_loss, "rows"),
-    _Row(nn.MultiLabelSoftMarginLoss, functional.multilabel_soft_margin_loss, "rows"),
-    _Row(nn.TripletMarginLoss, functional.triplet_margin_loss, "samples", "inputs"),
-    _Row(nn.TripletMarginWithDistanceLoss, functional.triplet_margin_with_distance_loss, "samples", "inputs"),
-    _Row(nn.CTCLoss, functional.ctc_loss, "samples", "lengths"),  # mean over samples of loss / target length
-]
+_ROWS: dict[type[nn.Module], _Row] = {
+    nn.CrossEntropyLoss: _Row(F.cross_entropy, "classes"),
+    nn.NLLLoss: _Row(F.nll_loss, "classes"),
+    nn.MSELoss: _Row(F.mse_loss),
+    nn.L1Loss: _Row(F.l1_loss),
+    nn.SmoothL1Loss: _Row(F.smooth_l1_loss),
+    nn.HuberLoss: _Row(F.huber_loss),
+    nn.BCELoss: _Row(F.binary_cross_entropy),
+    nn.BCEWithLogitsLoss: _Row(F.binary_cross_entropy_with_logits),
+    nn.PoissonNLLLoss: _Row(F.poisson_nll_loss),
+    nn.SoftMarginLoss: _Row(F.soft_margin_loss),
+    nn.HingeEmbeddingLoss: _Row(F.hinge_embedding_loss),
+    nn.KLDivLoss: _Row(F.kl_div),  # "batchmean": samples
+    nn.GaussianNLLLoss: _Row(F.gaussian_nll_loss, takes="variance"),
+    nn.MarginRankingLoss: _Row(F.margin_ranking_loss, takes="inputs and target"),
+    nn.CosineEmbeddingLoss: _Row(F.cosine_embedding_loss, takes="inputs and target"),
+    nn.MultiMarginLoss: _Row(F.multi_margin_loss),  # class weights do not enter its denominator
+    nn.MultiLabelMarginLoss: _Row(F.multilabel_margin_loss, "rows"),
+    nn.MultiLabelSoftMarginLoss: _Row(F.multilabel_soft_margin_loss, "rows"),
+    nn.TripletMarginLoss: _Row(F.triplet_margin_loss, "samples", "inputs"),
+    nn.TripletMarginWithDistanceLoss: _Row(F.triplet_margin_with_distance_loss, "samples", "inputs"),
+    nn.CTCLoss: _Row(F.ctc_loss, "samples", "lengths"),  # mean over samples of loss / target length
+}
 if hasattr(nn, "LinearCrossEntropyLoss"):  # newer than the oldest torch that is supported
-    _ROWS.append(_Row(nn.LinearCrossEntropyLoss, None, "classes"))
+    _ROWS[nn.LinearCrossEntropyLoss] = _Row(None, "classes")
 
-_BY_MODULE: Mapping[type, _Row] = {row.module: row for row in _ROWS}
-_BY_FUNCTION: Mapping[Any, _Row] = {row.function: row for row in _ROWS if row.function is not None}
-
-_OVER = {"elements": "the elements of the targets", "rows": "the samples", "samples": "the samples"}
+_BY_FUNCTION: Mapping[Any, _Row] = {row.function: row for row in _ROWS.values() if row.function is not None}
 
 
 class TorchLoss:
-    """One of torch's losses as the user passed it."""
+    """One of torch's losses as the user passed it.
 
-    def __init__(self, row: _Row, module: nn.Module | None, settings: Mapping[str, Any]) -> None:
-        self._row, self._module, self._settings = row, module, settings
+    Attributes:
+        plain: torch's own code runs: a subclass with a forward of its own may shift or mask the targets first.
+    """
+
+    def __init__(self, row: _Row, loss: Any, settings: Mapping[str, Any]) -> None:
+        self._row, self._loss, self._settings = row, loss, settings
         self._weights = ClassWeights()
-        self.plain = module is None or type(module).forward is row.module.forward
-        """Whether torch's own code runs: a subclass with a forward of its own may shift or mask the targets first."""
+        kind = next((base for base in type(loss).__mro__ if base in _ROWS), None)
+        self.plain = kind is None or type(loss).forward is kind.forward
 
     @classmethod
     def recognise(cls, loss: Any) -> "TorchLoss | None":
-        """The loss as one of torch's, or None.
-
-        Raises:
-            SetupError: settings that torch has deprecated hide the reduction.
-        """
+        """The loss as one of torch's, or None; a SetupError where deprecated settings hide its reduction."""
         loss = getattr(loss, "_orig_mod", loss)  # torch.compile
         settings: Mapping[str, Any] = {}
         if isinstance(loss, functools.partial):
@@ -97,21 +90,20 @@ class TorchLoss:
                     f"{name}={shown(settings[name])} is deprecated in torch: pass reduction='mean' or 'sum'"
                 )
         if isinstance(loss, nn.Module):
-            row = next((_BY_MODULE[base] for base in type(loss).__mro__ if base in _BY_MODULE), None)
-            return None if row is None else cls(row, loss, settings)
-        if not callable(loss) or getattr(loss, "__hash__", None) is None:
-            return None
-        row = _BY_FUNCTION.get(loss)
-        return None if row is None else cls(row, None, settings)
+            row = next((_ROWS[base] for base in type(loss).__mro__ if base in _ROWS), None)
+        else:
+            row = _BY_FUNCTION.get(loss) if callable(loss) and getattr(loss, "__hash__", None) else None
+        return None if row is None else cls(row, loss, settings)
 
     def _setting(self, name: str, default: Any) -> Any:
-        return self._settings.get(name, default) if self._module is None else getattr(self._module, name, default)
+        if isinstance(self._loss, nn.Module):
+            return getattr(self._loss, name, default)
+        return self._settings.get(name, default)
 
     @property
     def reduction(self) -> str:
-        """ "mean", "sum", "none" or "batchmean", as it stands now."""
-        reduction: str = self._setting("reduction", "mean")
-        return reduction
+        """One of "mean", "sum", "none" and "batchmean", as it stands now."""
+        return str(self._setting("reduction", "mean"))
 
     @property
     def ignore_index(self) -> int:
@@ -138,8 +130,7 @@ class TorchLoss:
     @property
     def name(self) -> str:
         """The name in torch, with the reduction where it is not the mean."""
-        kind = type(self._module) if self._module is not None else self._row.function
-        name = getattr(kind, "__name__", self._row.module.__name__)
+        name = type(self._loss).__name__ if isinstance(self._loss, nn.Module) else self._loss.__name__
         return name if self.reduction == "mean" else f"{name}(reduction={shown(self.reduction)})"
 
     @property
@@ -147,12 +138,11 @@ class TorchLoss:
         """In words, what its mean is divided by."""
         if self.reduction == "none":
             return "the elements of the loss"
-        if self.reduction == "batchmean":
-            return "the samples"
-        if self._row.over != "classes":
-            return _OVER[self._row.over]
-        counted = f"the targets other than {self.ignore_index}"
-        return counted if self.weights is None else f"the class weights of {counted}"
+        if self.over_classes:
+            counted = f"the targets other than {self.ignore_index}"
+            return counted if self.weights is None else f"the class weights of {counted}"
+        by_element = self._row.over == "elements" and self.reduction != "batchmean"
+        return "the elements of the targets" if by_element else "the samples"
 
     def arguments(self, outputs: Any, targets: Any) -> tuple[Any, ...]:
         """The loss's own arguments, made of what the model returned and the targets.
@@ -162,9 +152,7 @@ class TorchLoss:
         Triplet: outputs (anchor, positive, negative), whatever the targets; CTC: targets (targets, input_lengths,
         target_lengths), or outputs (log_probs, input_lengths) with targets (targets, target_lengths).
         """
-        if self._row.takes == "pair" or not self.plain:
-            return (outputs, targets)
-        return _LAYOUTS[self._row.takes](outputs, targets)
+        return _LAYOUTS[self._row.takes](outputs, targets) if self.plain else (outputs, targets)
 
     def denominator(self, targets: Any, samples: Callable[[], float]) -> float:
         """What this loss's mean over a batch with these targets was divided by.
@@ -176,27 +164,23 @@ class TorchLoss:
         Raises:
             DataError: the targets are no tensor, and the mean runs over their elements.
         """
-        over = self._row.over
-        if over == "samples" or self.reduction == "batchmean":
+        if self._row.over == "samples" or self.reduction == "batchmean":
             return samples()
-        if over == "elements":
-            return elements(targets)
-        if over == "rows":
-            return elements(targets) / int(targets.shape[-1])
-        return self._classes(targets)
-
-    def _classes(self, targets: Any) -> float:
         count = elements(targets)
+        if self._row.over == "classes":
+            return self._classes(targets, count)
+        return count / int(targets.shape[-1]) if self._row.over == "rows" else count
+
+    def _classes(self, targets: Tensor, count: float) -> float:
+        """What counts of targets that are classes, `count` of them."""
         if not holds_indices(targets):
             # Class probabilities, shaped (samples, classes, ...): torch divides by samples × places, even with weights.
-            if not self.plain:
-                return count
-            if targets.dim() < 2:
+            if self.plain and targets.dim() < 2:
                 raise DataError(
                     f"the targets are {targets.dtype} of shape {tuple(targets.shape)}: {self.name} takes class indices "
                     "as integers (targets.long()), or class probabilities of shape (samples, classes, ...)"
                 )
-            return count / int(targets.shape[1])
+            return count / int(targets.shape[1]) if self.plain else count
         if self.reduction == "none":
             return count  # ignored targets are zeros in the mean of the elements
         if self.weights is None:
@@ -220,6 +204,7 @@ def _lengths(outputs: Any, targets: Any) -> tuple[Any, ...]:
 
 
 _LAYOUTS: Mapping[str, Callable[[Any, Any], tuple[Any, ...]]] = {
+    "pair": lambda outputs, targets: (outputs, targets),
     "inputs": lambda outputs, targets: tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs, targets),
     "inputs and target": lambda outputs, targets: (*_apart(outputs), targets),
     "variance": _variance,
