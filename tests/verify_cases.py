@@ -266,6 +266,15 @@ FAULTS = {
         Cause.UNEVEN,
         "(batch['labels'][:, 1:] != -100).sum()",
     ),
+    "two terms are declared to be one": (
+        lambda: (
+            Tagger(),
+            tokens(),
+            {"loss": lambda o, t: mean(o, t) + o.pow(2).mean(), "reduction": "token_mean"},
+        ),
+        Cause.SEVERAL,
+        "one divides by the samples",
+    ),
     "a Mean of a mean": (
         lambda: (mlp(), pairs(), {"step": lambda m, b: Mean(mean(m(b[0]), b[1]), float(len(b[1])))}),
         Cause.DIVIDED_TWICE,
