@@ -17,7 +17,7 @@ help:
 	@echo "make test-postgres  the search against a PostgreSQL server of its own (says what is missing)"
 	@echo "make lint         ruff and mypy --strict"
 	@echo "make bench        the loop's overhead against a loop by hand, and the command line's start"
-	@echo "make bench-peers  the probe against Lightning and Accelerate (installs them)"
+	@echo "make bench-peers  the probe beside Lightning's and Accelerate's, attached trainers beside themselves (installs them)"
 	@echo "make bench-train  whole trainings under one budget, by autoaccum and its peers (installs them)"
 	@echo "make conformance  the correctness table, peers included (installs them)"
 	@echo "make torture      kills, injected out-of-memory errors and a soak, at full size"
@@ -71,6 +71,7 @@ bench: $(SETUP)
 
 bench-peers: $(PEERS)
 	$(BIN)/python -m tests.benchmarks.peers
+	$(BIN)/python -m tests.benchmarks.trainers
 
 bench-train: $(PEERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.train

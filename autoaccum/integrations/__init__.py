@@ -6,6 +6,6 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """Imports a trainer's module when it is first asked for, so that `import autoaccum` is enough to name it."""
-    if name in ("lightning", "transformers"):
+    if name in ("deepspeed", "lightning", "transformers"):
         return importlib.import_module(f"autoaccum.integrations.{name}")
     raise AttributeError(f"module 'autoaccum.integrations' has no attribute {name!r}")
