@@ -153,8 +153,8 @@ class Accumulator(Passes):
         self._ended: tuple[float, float] | None = None  # its loss and correction, once the ranks have voted
         self.stepping = False  # an optimizer step has begun whose window has not ended: weights may be half updated
         self.noise_scale = NoiseScale(model, self._parameters)
-        if self.ranks.size > 1 or self.precision.scaler.is_enabled():
-            self.noise_scale.why_not = "gradients are summed over ranks, or scaled, before they can be compared"
+        if self.precision.scaler.is_enabled():
+            self.noise_scale.why_not = "gradients are scaled before they can be compared"
         self._two_passes: TwoPasses | None = None
         coupled = objective is not None and objective.coupled is not None
         refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
@@ -249,7 +249,8 @@ class Accumulator(Passes):
             raise SetupError(unequal(f"step {self.step + 1}", sums.micro_batches))
         self._sums = sums
         self._statistics.begin(len(batches))
-        self.noise_scale.open(len(batches))
+        watched = None if self.sharded is None else [self.sharded.whole(each) for each in self._parameters]
+        self.noise_scale.open(sum(sums.micro_batches), watched)
         return sums
 
     def _begin_sharded(self, sharded: ShardedPasses, batches: Sequence[Any]) -> None:
@@ -268,8 +269,12 @@ class Accumulator(Passes):
 
         Where `rank_sum.uneven` is true afterwards, they `level` it and vote again before they `finish`.
         """
-        sums = (0.0, 0.0) if self._sums is None else self._sums.so_far
+        sums = [0.0, 0.0] if self._sums is None else list(self._sums.so_far)
+        if self.ranks.size > 1:
+            sums += self.noise_scale.so_far()
         loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *flags])
+        if self.ranks.size > 1:
+            self.noise_scale.over_ranks(answers.pop(0), answers.pop(0))
         self._ended = None if self._sums is None else self._sums.close(loss, late)
         return answers
 
@@ -344,10 +349,13 @@ class Accumulator(Passes):
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
-        self.noise_scale.finish(gradients, self._running().total_samples)
-        norm = None
-        if (gradients or self.sharded is not None) and (self._clip_norm is not None or self._log_grad_norm):
+        norm, asked = None, self._clip_norm is not None or self._log_grad_norm
+        told = gradients
+        if (self.sharded is not None and (asked or self.noise_scale.watches)) or (gradients and asked):
             measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
+            told = gradients if self.sharded is None else [measured]
+        self.noise_scale.finish(told, self._running().total_samples, correction)
+        if asked and told:
             if self._clip_norm is not None:
                 clip_by_norm(gradients, measured, self._clip_norm)
             norm = float(measured)

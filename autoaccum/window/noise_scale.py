@@ -9,8 +9,9 @@ micro-batches of n_j samples and gradients g_j, N = Σ n_j and ḡ their weighte
     B = S / |G|²                                       the noise scale, in samples
 
 both unbiased, also where sizes differ; S and |G|² are smoothed separately, since their ratio is not unbiased. Hooks see
-each micro-batch's own gradient before it is added to the sum, so that no second gradient is kept. Not valid where the
-samples of a micro-batch act on each other: BatchNorm, batch-coupled losses.
+each micro-batch's own gradient before it is added to the sum, so that no second gradient is kept. Other ranks' are
+further micro-batches: their part of the first sum comes with the vote at the window's end. Not valid where the samples
+of a micro-batch act on each other: BatchNorm, batch-coupled losses.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ class NoiseScale:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
-        self._pending: tuple[Figures, list[float], int] | None = None  # measured, and on its way
+        self._over_ranks: tuple[float, int] | None = None  # `so_far` of all ranks together
+        self._pending: tuple[Figures, list[float], int, int] | None = None  # measured, and on its way
         self._windows = 0
         self._weight = 0.0
         self._noise = self._signal = 0.0
@@ -64,15 +66,22 @@ class NoiseScale:
         """Whether the open window is one that is measured."""
         return bool(self._handles)
 
-    def open(self, micro_batches: int) -> None:
-        """A window begins; of those with at least two micro-batches the first is measured, and every so many."""
+    def open(self, micro_batches: int, watched: Sequence[Tensor] | None = None) -> None:
+        """A window begins; of those with at least two micro-batches the first is measured, and every so many.
+
+        Args:
+            micro_batches: on all ranks, so that they measure the same windows.
+            watched: what backward passes give gradients to, where that is not the parameters: a sharded model's whole
+                ones.
+        """
         self.close()
         self._settle()
         if self.why_not is not None or micro_batches < 2:
             return
         self._windows += 1
         if self._windows % (EVERY if self._windows <= EARLY else LATER_EVERY) == 1:
-            self._handles = [p.register_hook(self._see) for p in self._parameters if p.requires_grad]  # type: ignore[no-untyped-call]
+            tensors = self._parameters if watched is None else watched
+            self._handles = [each.register_hook(self._see) for each in tensors if each.requires_grad]  # type: ignore[no-untyped-call]
 
     def _see(self, gradient: Tensor) -> None:
         if not gradient.is_sparse:
@@ -84,19 +93,37 @@ class NoiseScale:
             self._micro.append((share, torch.stack(self._norms).square().sum()))
         self._norms = []
 
-    def finish(self, gradients: Sequence[Tensor], samples: int) -> None:
+    def forget(self) -> None:
+        """What was seen since the last micro-batch was of a pass that counts nothing."""
+        self._norms = []
+
+    def so_far(self) -> list[float]:
+        """[Σ (n_j/N) |g_j|², how many] of this rank's micro-batches in the open window; waits for them."""
+        if not self._micro:
+            return [0.0, 0.0]
+        squares = Figures(torch.stack([square for _, square in self._micro])).read()
+        return [sum(square / share for square, (share, _) in zip(squares, self._micro)), float(len(squares))]
+
+    def over_ranks(self, spread: float, count: float) -> None:
+        """What `so_far` is over all ranks."""
+        self._over_ranks = spread, int(count)
+
+    def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
         """The window ended.
 
         Args:
-            gradients: of the window, before clipping.
+            gradients: of the window over all ranks, before clipping; or their norm alone.
             samples: N.
+            correction: what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        if norms and len(self._micro) > 1:  # none are left where a hook of the user's own takes them as they come
-            shares = [share for share, _ in self._micro]
-            squares = [torch.stack(norms).square().sum(), *(square for _, square in self._micro)]
-            self._pending = Figures(torch.stack(squares)), shares, samples
-            if _at_hand(squares[0]):
+        spread, count = self._over_ranks or (None, len(self._micro))
+        if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
+            whole = torch.stack(norms).square().sum()
+            micro = self._micro if spread is None else [(1.0, whole.new_tensor(spread))]
+            shares = [share / correction**2 for share, _ in micro]
+            self._pending = Figures(torch.stack([whole, *(square for _, square in micro)])), shares, count, samples
+            if _at_hand(whole):
                 self._settle()
         self.close()
 
@@ -104,11 +131,11 @@ class NoiseScale:
         """Takes in what the last window measured. On a device it is there a window later, when nobody waits for it."""
         if self._pending is None:
             return
-        (figures, shares, samples), self._pending = self._pending, None
+        (figures, shares, count, samples), self._pending = self._pending, None
         whole, *squares = figures.read()
         # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
         spread = sum(square / share for share, square in zip(shares, squares, strict=True)) - whole
-        noise = samples * spread / (len(shares) - 1)
+        noise = samples * spread / (count - 1)
         self._smooth(noise, whole - noise / samples)
 
     def _smooth(self, noise: float, signal: float) -> None:
@@ -121,7 +148,7 @@ class NoiseScale:
         """Takes the hooks off; what was seen of an unfinished window is forgotten."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._micro, self._norms = [], [], []
+        self._handles, self._micro, self._norms, self._over_ranks = [], [], [], None
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""

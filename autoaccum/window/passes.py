@@ -106,6 +106,7 @@ class Passes:
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
         self._side.collect()
+        self.noise_scale.forget()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The open window's gradient of `parameter` so far, in the format it is summed in."""

@@ -81,6 +81,7 @@ class ShardedPasses:
         self.compared = self.late = False
         self._parameters = {id(parameter): parameter for parameter in self._shards.parameters}
         self._used: set[int] = set()
+        self._whole: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
         self._before: list[dict[str, Any]] = []
         self.replicas = self._shards.replicas()
@@ -93,6 +94,10 @@ class ShardedPasses:
     def used(self, parameter: nn.Parameter) -> bool:
         """Whether a pass of this window has given a sharded parameter a gradient on this rank."""
         return id(parameter) in self._used
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """What passes use of a parameter, once a window was begun: of a sharded one, all of it."""
+        return self._whole.get(id(parameter), parameter)
 
     # --- a window
 
@@ -122,6 +127,7 @@ class ShardedPasses:
             self._ranks.tally(what)  # whoever has failed is heard here, and not waited for in a gathering
             pairs = self._shards.gather_once()
             for shard, whole in pairs:
+                self._whole[id(shard)] = whole
                 hook: Any = whole.register_post_accumulate_grad_hook if whole.requires_grad else None
                 if hook is not None:
                     self._hooks.append(hook(self._noting(id(shard))))
