@@ -26,7 +26,7 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -165,19 +165,17 @@ class Checkpoints:
         about = read_json(self.path(entry).with_suffix(".json"))
         if not isinstance(about, dict):
             raise ValueError(f"it is a {type(about).__name__} and not an object")
-        wanted = {"step": entry.step, "epoch": entry.epoch, "window": entry.window}
-        for name, value in wanted.items():
-            if type(about.get(name)) is not int or about[name] != value:
-                raise ValueError(f"its {name} is {about.get(name)!r:.40} instead of {value}")
-        if type(about.get("bytes")) is not int or about["bytes"] < 0:
-            raise ValueError(f"its bytes are {about.get('bytes')!r:.40}")
-        if not isinstance(about.get("sha256"), str) or not _DIGEST.fullmatch(about["sha256"]):
-            raise ValueError(f"its sha256 is {about.get('sha256')!r:.40}")
-        if type(about.get("loss", 0.0)) not in (int, float):
-            raise ValueError(f"its loss is {about['loss']!r:.40}")
         shards = about.get("shards", {})
-        if not isinstance(shards, dict) or any(Path(name).name != name for name in shards):
-            raise ValueError(f"its shards are {shards!r:.40}")
+        right = {
+            **{name: type(about.get(name)) is int and about[name] == own for name, own in asdict(entry).items()},
+            "bytes": type(about.get("bytes")) is int and about["bytes"] >= 0,
+            "sha256": isinstance(about.get("sha256"), str) and bool(_DIGEST.fullmatch(about["sha256"])),
+            "loss": type(about.get("loss", 0.0)) in (int, float),
+            "shards": isinstance(shards, dict) and all(Path(name).name == name for name in shards),
+        }
+        for name, is_right in right.items():
+            if not is_right:
+                raise ValueError(f"its {name} is {about.get(name)!r:.40}, which cannot be of {entry}")
         return about
 
     def _damage(self, entry: Entry) -> str | None:
@@ -341,9 +339,7 @@ class Checkpoints:
                 about["shards"] = _digests(shards)
             values = {
                 "schema": SCHEMA,
-                "step": entry.step,
-                "epoch": entry.epoch,
-                "window": entry.window,
+                **asdict(entry),
                 **about,
                 "saved": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "bytes": temporary.stat().st_size,

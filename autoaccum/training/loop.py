@@ -82,6 +82,7 @@ class TrainingLoop:
         epoch: epochs completed.
         total_steps: optimizer steps in the whole training; None for a stream without a length.
         folder: where it is saved; None where it is not.
+        events: where listeners are added.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class TrainingLoop:
         self.epoch, self.total_steps = 0, total_steps
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
         self._epochs, self._max_steps, self._seed, self._running = epochs, max_steps, seed, running
-        self._events = events if events is not None else Events()
+        self.events = events if events is not None else Events()
         self._evaluator = evaluator
         if evaluator is not None:
             evaluator.sharded = accumulator.sharded
@@ -142,7 +143,7 @@ class TrainingLoop:
             accumulator,
             list(self._parts.modules.values()),
             self._device,
-            self._events,
+            self.events,
             regrow_after,
             objective=accumulator.objective,
             indices=lambda window: indices_of(window, source, accumulator.plan),
@@ -160,11 +161,6 @@ class TrainingLoop:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self._turns.step
-
-    @property
-    def events(self) -> Events:
-        """Where listeners are added."""
-        return self._events
 
     def __iter__(self) -> Iterator[StepRecord]:
         """Trains, yielding a record after each window.
@@ -191,11 +187,11 @@ class TrainingLoop:
             self._accumulator.ranks.tally("the end of the training")
             lengths = self._lengths()
             for line in [] if lengths is None else lengths.lines():
-                self._events.tell(Noted(line))
+                self.events.tell(Noted(line))
             scale = self._accumulator.noise_scale.value
             if scale is not None:
-                self._events.tell(Noted(advice(scale, self.plan.target_batch)))
-            self._events.tell(TrainingEnded(self.step, time.perf_counter() - began))
+                self.events.tell(Noted(advice(scale, self.plan.target_batch)))
+            self.events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one
             if poisons(error):
@@ -217,7 +213,7 @@ class TrainingLoop:
                 turn.accumulator.close()  # no hook of ours stays on the model
             if self.folder is not None:
                 self.folder.close()
-            self._events.close()
+            self.events.close()
 
     @uninterrupted
     def run(self) -> FitResult:
@@ -248,7 +244,7 @@ class TrainingLoop:
 
     def _begin(self) -> None:
         self._check_whole()
-        self._stopped = self._events.stop = None
+        self._stopped = self.events.stop = None
         if self._boundary is not None and self._left is None:
             self._boundary.restore()
         elif self._seed is not None and not self.history and self._left is None:
@@ -258,7 +254,7 @@ class TrainingLoop:
             self.state_dict()  # what cannot be saved is refused now, and not when an hour's work is to be saved
             self.folder.begin(self.plan, self.probe, self._device)
         budget = self._budget.bytes if self._budget is not None else None
-        self._events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
+        self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 
     def _rest(self) -> Iterator[StepRecord]:
         while self._stopped is None:
@@ -273,8 +269,8 @@ class TrainingLoop:
 
     def _hear_wishes(self) -> None:
         """Stops where a listener on any rank has asked for the end, at the same window on all of them."""
-        if self._accumulator.ranks.any("a wish to stop", self._events.stop is not None):
-            self._stopped = self._events.stop or "another rank was asked to stop"
+        if self._accumulator.ranks.any("a wish to stop", self.events.stop is not None):
+            self._stopped = self.events.stop or "another rank was asked to stop"
 
     def _done(self) -> bool:
         if self._max_steps is not None:
@@ -345,9 +341,9 @@ class TrainingLoop:
 
     def _tell_record(self, record: StepRecord) -> None:
         if record.skipped is None:
-            self._events.tell(StepTaken(record))
+            self.events.tell(StepTaken(record))
         else:
-            self._events.tell(WindowSkipped(record.step, record.skipped))
+            self.events.tell(WindowSkipped(record.step, record.skipped))
 
     def _evaluate_now(self) -> None:
         results = None
@@ -356,7 +352,7 @@ class TrainingLoop:
             results = self._evaluator.evaluate()
             self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
         self._boundary, self._evaluation_due = None, False
-        self._events.tell(EpochEnded(self.epoch, self.step, results))
+        self.events.tell(EpochEnded(self.epoch, self.step, results))
         loss = None if results is None else results["loss"]
         finite = [each["loss"] for each in self.evaluations if math.isfinite(each["loss"])]
         best = loss is not None and bool(finite) and loss <= min(finite)  # NaN is the best of nothing
@@ -406,7 +402,7 @@ class TrainingLoop:
         progress = fields.inner("progress")
         counts = {name: progress.count(name) for name in ("step", "skipped", "epoch", "window", "epoch_began_at")}
         due, evaluations = progress.get("evaluation_due", bool), fields.get("evaluations", list)
-        self._boundary = self._parts.load_state_dict(state, self._events)
+        self._boundary = self._parts.load_state_dict(state, self.events)
         self._accumulator.step, self._accumulator.skipped_windows = counts["step"], counts["skipped"]
         self.epoch, self._window_index = counts["epoch"], counts["window"]
         self._epoch_began_at, self._evaluation_due = counts["epoch_began_at"], due

@@ -28,13 +28,13 @@ from autoaccum.training.shard_files import check_alike, with_shards
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
     SCHEMA,
+    accumulator_state,
     check_same,
     gathered,
+    load_accumulator,
     load_module,
-    load_optimizer,
     module_state,
     plain,
-    scheduler_state,
 )
 from autoaccum.window.accumulate import Accumulator
 
@@ -143,16 +143,12 @@ class TrainingParts:
         if accumulator.sharded is not None:
             check_alike(accumulator.optimizer, accumulator.sharded.holds, accumulator.ranks)
         here = boundary if boundary is not None else self.boundary()
-        scheduler = accumulator.scheduler
         return {
             "schema": SCHEMA,
             "device": self._device.type,
             "identity": plain(self.identity(), "the training's identity"),
             "modules": {name: module_state(module, f"the {name}") for name, module in self.modules.items()},
-            "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
-            "noise_scale": accumulator.noise_scale.state_dict(),
-            "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
-            "scheduler": None if scheduler is None else scheduler_state(scheduler),
+            **accumulator_state(accumulator),
             "validation_batch": None if self._evaluator is None else self._evaluator.micro_batch,
             "ranks": gathered(here.state_dict(), accumulator.ranks, "a checkpoint"),
         }
@@ -165,13 +161,10 @@ class TrainingParts:
         """
         accumulator, fields = self._accumulator, Fields(state)
         identity = plain(self.identity(), "the training's identity")
-        if "schedule" not in fields.get("identity", Mapping):
-            del identity["schedule"]  # older checkpoints do not say what they had
         with loading("identity"):
             check_same(state, identity, self.modules)
             if "shards" in state:
                 state = with_shards(state, self.modules, accumulator.optimizer, state["shards"], accumulator.ranks)
-        scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
         validation_batch = fields.get("validation_batch", int, type(None)) and fields.count("validation_batch")
         ranks = fields.get("ranks", list)
         rank, size = accumulator.ranks.rank, accumulator.ranks.size
@@ -181,16 +174,7 @@ class TrainingParts:
         for name, module in self.modules.items():
             with loading(name):
                 load_module(module, state["modules"][name])
-        with loading("optimizer"):
-            load_optimizer(accumulator.optimizer, state["optimizer"])
-        with loading("noise scale"):
-            accumulator.noise_scale.load_state_dict(state["noise_scale"])
-        with loading("scaler"):
-            if scaler and accumulator.precision.scaler.is_enabled():
-                accumulator.precision.scaler.load_state_dict(dict(scaler))
-        with loading("scheduler"):
-            if scheduler is not None and accumulator.scheduler is not None:
-                accumulator.scheduler.load_state_dict(scheduler)
+        load_accumulator(accumulator, state)
         if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
         if state["device"] != self._device.type:

@@ -22,11 +22,15 @@ from torch.optim import Optimizer
 
 from autoaccum.errors import CheckpointError
 from autoaccum.ranks import Ranks
+from autoaccum.training.fields import Fields, loading
+from autoaccum.window.accumulate import Accumulator
 
 __all__ = [
     "SCHEMA",
+    "accumulator_state",
     "check_same",
     "gathered",
+    "load_accumulator",
     "load_module",
     "load_optimizer",
     "module_state",
@@ -114,6 +118,37 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             loaded = optimizer.state[parameter].get(name)
             if isinstance(value, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != value.dtype:
                 optimizer.state[parameter][name] = value.to(loaded.device, copy=True)
+
+
+def accumulator_state(accumulator: Accumulator) -> dict[str, Any]:
+    """What one optimizer's windows go on from beside the modules: it, its scaler and schedule, and the noise scale."""
+    scheduler = accumulator.scheduler
+    return {
+        "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
+        "noise_scale": accumulator.noise_scale.state_dict(),
+        "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
+        "scheduler": None if scheduler is None else scheduler_state(scheduler),
+    }
+
+
+def load_accumulator(accumulator: Accumulator, saved: Mapping[str, Any]) -> None:
+    """Puts back what `accumulator_state` gave.
+
+    Raises:
+        CheckpointError: it has not the structure that is expected.
+    """
+    fields = Fields(saved)
+    scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
+    with loading("optimizer"):
+        load_optimizer(accumulator.optimizer, saved["optimizer"])
+    with loading("noise scale"):
+        accumulator.noise_scale.load_state_dict(saved["noise_scale"])
+    with loading("scaler"):
+        if scaler and accumulator.precision.scaler.is_enabled():
+            accumulator.precision.scaler.load_state_dict(dict(scaler))
+    with loading("scheduler"):
+        if scheduler is not None and accumulator.scheduler is not None:
+            accumulator.scheduler.load_state_dict(scheduler)
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from autoaccum.errors import CheckpointError
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.training.recover import SafeWindow
-from autoaccum.training.state import load_optimizer, plain, scheduler_state
+from autoaccum.training.state import accumulator_state, load_accumulator
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.phase import Phase
 from autoaccum.window.record import StepRecord
@@ -114,7 +114,12 @@ class Turns:
         """Plain values and tensors; None where there is but one turn."""
         if len(self.all) == 1:
             return None
-        return {"windows": self.windows, "later": [_state(turn) for turn in self.all[1:]]}
+        later = [
+            {"name": _name(turn), "step": turn.accumulator.step, "skipped": turn.accumulator.skipped_windows}
+            | accumulator_state(turn.accumulator)
+            for turn in self.all[1:]
+        ]
+        return {"windows": self.windows, "later": later}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Goes on from there.
@@ -135,13 +140,8 @@ class Turns:
         self.windows = state["windows"]
         for turn, saved in zip(self.all[1:], later):
             accumulator = turn.accumulator
-            load_optimizer(accumulator.optimizer, saved["optimizer"])
+            load_accumulator(accumulator, saved)
             accumulator.step, accumulator.skipped_windows = saved["step"], saved["skipped"]
-            accumulator.noise_scale.load_state_dict(saved["noise_scale"])
-            if saved["scaler"] and accumulator.precision.scaler.is_enabled():
-                accumulator.precision.scaler.load_state_dict(saved["scaler"])
-            if saved["scheduler"] is not None and accumulator.scheduler is not None:
-                accumulator.scheduler.load_state_dict(saved["scheduler"])
             turn.safe.broken = None
         self._resize(self.all[0].accumulator.plan)
 
@@ -150,16 +150,3 @@ def _name(turn: Turn) -> str:
     phase = turn.phase
     assert phase is not None
     return f"{phase.name}, every {phase.every}, {optimizer_name(turn.accumulator.optimizer)}"
-
-
-def _state(turn: Turn) -> dict[str, Any]:
-    accumulator = turn.accumulator
-    return {
-        "name": _name(turn),
-        "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
-        "step": accumulator.step,
-        "skipped": accumulator.skipped_windows,
-        "noise_scale": accumulator.noise_scale.state_dict(),
-        "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
-        "scheduler": None if accumulator.scheduler is None else scheduler_state(accumulator.scheduler),
-    }
