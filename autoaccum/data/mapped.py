@@ -13,7 +13,6 @@ Choices made here:
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,10 +135,9 @@ class _Schedule:
 
     # For workers, which fetch windows ahead of the one that is due.
 
-    def asks(self, base: int) -> Iterator[Ask]:
-        """All that is to be fetched, window after window."""
-        while self._unasked or self._more():
-            yield from self._unasked.popleft().asks(base)
+    def ahead(self) -> _Entry | None:
+        """The next window that is to be fetched; None at the epoch's end."""
+        return self._unasked.popleft() if self._unasked or self._more() else None
 
     def due(self) -> tuple[_Entry | None, bool]:
         """The window that is wanted next; and whether the plan has changed, so that all are to be asked for again."""
@@ -179,7 +177,7 @@ class _Workers:
 
     def windows(self, schedule: _Schedule, base: int) -> Iterator[Read]:
         """The windows of the schedule."""
-        self._asks.give = partial(schedule.asks, base)
+        self._asks.schedule, self._asks.base = schedule, base
         batches: Iterator[Any] | None = None
         try:
             while True:
@@ -198,16 +196,19 @@ class _Workers:
             # Nothing may hold the workers in a circle or a traceback: those that Python's collector finds, after the
             # queues they listen to, end only when they look up, every five seconds.
             del batches
-            self._asks.give = None
+            self._asks.schedule = None
 
 
 class _Asks:
     """The batch sampler of the workers' DataLoader, which stays while the epochs' schedules come and go."""
 
-    give: Callable[[], Iterator[Ask]] | None = None
+    schedule: _Schedule | None = None
+    base = 0
 
     def __iter__(self) -> Iterator[Ask]:
-        return iter(()) if self.give is None else self.give()
+        # Asked anew each time: a loader with persistent workers keeps this iterator, which must not keep the schedule.
+        while self.schedule is not None and (entry := self.schedule.ahead()) is not None:
+            yield from entry.asks(self.base)
 
 
 def _fetched(batches: Iterator[Any]) -> Any:
