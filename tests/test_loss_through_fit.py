@@ -1,5 +1,7 @@
 """Losses of a user's own, undeclared, trained by `fit`: as on the whole batch by hand, or refused; never wrong."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,34 @@ def test_each_loss_of_outputs_and_targets_trains_as_on_the_whole_batch_or_is_ref
 def test_no_loss_that_compares_samples_is_trained_undeclared(name, share):
     how = assert_exact_or_refused(COUPLED[name], share, "loss")
     assert how == "refused" or share == 0.02, how  # where hardly a sample is marked, the parts may be the whole
+
+
+class Opaque(torch.autograd.Function):
+    """A token mean whose graph says nothing, as of a fused cross-entropy."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, labels = ctx.saved_tensors
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return gradient * torch.autograd.grad(loss, logits)[0], None
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_an_opaque_loss_whose_samples_count_alike_is_said_to_be_untried_before_it_trains(unequal):
+    torch.manual_seed(0)
+    data = torch.randn(16, 3, 6).double(), torch.randint(0, 4, (16, 3))
+    data[1][1::2, 1:] = -100 if unequal else 1
+    settings = {"loss": Opaque.apply, "target_batch": 8, "micro_batch": 3, "optimizer": "sgd", "device": "cpu"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        autoaccum.fit(nn.Linear(6, 4).double(), data, max_steps=1, progress=False, cache=False, **settings)
+    text = " ".join(str(each.message) for each in said)
+    assert ("the labels other than -100 were as many in each sample tried" in text) is not unequal
+    assert ('declare it: reduction="token_mean"' in text) is not unequal

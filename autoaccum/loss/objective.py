@@ -22,6 +22,7 @@ from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
+from autoaccum.loss.divisor import DECLARE, near
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
@@ -199,6 +200,28 @@ class Objective:
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
         return self._reading.whole(name, total) if self._reading is not None else total
+
+    @property
+    def floors(self) -> list[float]:
+        """Three figures a term, which ranks add up to `agree_on_floors`: one rank may have seen a floor alone."""
+        reading = self._reading
+        found = [each.floor for each in reading.divisors] if reading is not None and reading.divisors else [0.0]
+        return [figure for floor in found for figure in (float(floor > 0), floor, floor**2)]
+
+    def agree_on_floors(self, sums: Sequence[float]) -> None:
+        """Takes the floors that any rank has seen, of all ranks' `floors` added up.
+
+        Raises:
+            LossError: on all ranks, where they saw different ones.
+        """
+        divisors = self._reading.divisors if self._reading is not None else []
+        for name, divisor, seen, total, squares in zip(self.names, divisors, sums[::3], sums[1::3], sums[2::3]):
+            if seen and not near(squares * seen, total**2, 1e-9):
+                raise LossError(
+                    f"{name} divides by at least {total / seen:g} on average over {seen:g} ranks, and by another floor "
+                    f"on some of them: let every rank compute the same loss, or {DECLARE}"
+                )
+            divisor.floor = total / seen if seen else 0.0
 
     # Finding out what nobody declared.
 

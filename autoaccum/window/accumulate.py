@@ -272,9 +272,13 @@ class Accumulator(Passes):
         sums = [0.0, 0.0] if self._sums is None else list(self._sums.so_far)
         if self.ranks.size > 1:
             sums += self.noise_scale.so_far()
-        loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *flags])
+        floors = [] if self.objective is None else self.objective.floors
+        loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *floors, *flags])
         if self.ranks.size > 1:
             self.noise_scale.over_ranks(answers.pop(0), answers.pop(0))
+        if self.objective is not None:
+            self.objective.agree_on_floors(answers[: len(floors)])
+            del answers[: len(floors)]
         self._ended = None if self._sums is None else self._sums.close(loss, late)
         return answers
 

@@ -67,7 +67,11 @@ class WindowSums:
         own = [float(sum(samples)), expected]
         if denominators is not None:
             own += [math.fsum(micro[name] for micro in denominators) for name in names]
-        (total, self._expected, *sums), counts = ranks.meet(what, own, own=len(samples))
+        floors = [] if objective is None else objective.floors
+        (total, self._expected, *sums), counts = ranks.meet(what, [*own, *floors], own=len(samples))
+        if objective is not None:
+            objective.agree_on_floors(sums[len(sums) - len(floors) :])
+            del sums[len(sums) - len(floors) :]
         self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
         self.totals = None
         if denominators is not None:
