@@ -1,4 +1,4 @@
-"""The one fake: a device with a capacity and a cost, for the pure search.
+"""Fakes: a device with a capacity and a cost, for the pure search; streams of a device, which note who waits for whom.
 
 A step's memory is a list of levels, one for each moment; its peak is their maximum. A forecast fits each level as
 a + b·batch through the two largest traces, as the real one fits what each operator allocates. Levels that are not
@@ -7,6 +7,7 @@ affine make the forecast wrong, as a kernel does that changes its algorithm with
 
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
@@ -100,3 +101,32 @@ def card(seed: int, *, bend: float = 0.0, **kind: bool) -> tuple[FakeMachine, in
     here, above = machine.peak(true), machine.peak(true + 1)
     machine.budget = here + int((above - here) * chance.random() * 0.999)
     return machine, true
+
+
+class FakeStream:
+    """Notes what it waits for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class FakeStreams:
+    """Makes streams as torch.cuda does."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.usual = FakeStream("usual", self.log)
+
+    def Stream(self, device: object) -> FakeStream:  # noqa: N802 - torch's name
+        return FakeStream("side", self.log)
+
+    def current_stream(self, device: object) -> FakeStream:
+        return self.usual
+
+    @contextmanager
+    def stream(self, stream: FakeStream):
+        self.log.append(f"on {stream.name}")
+        yield

@@ -131,6 +131,29 @@ def test_a_peak_too_short_to_be_looked_at_is_measured_to_the_page(told):
     assert 8 * 2**20 <= after < 10 * 2**20
 
 
+@pytest.mark.slow
+def test_freed_blocks_are_kept_only_where_there_is_room_for_their_holes():
+    with Forks(SETUP) as untold:
+        grown = child(
+            untold,
+            "from autoaccum.memory.device import Budget, open_device",
+            "device, budget = open_device('cpu'), Budget(2 * 2**30, '', False, 'data segment')",
+            "def stays(peak):",
+            "    if peak != 'as it is': device.expect(budget, peak)",
+            "    before = ProcessGrowth('data segment')._read()",
+            "    blocks = [torch.empty(8 * 2**20, dtype=torch.uint8) for _ in range(8)]",
+            "    blocks.clear()",
+            "    return ProcessGrowth('data segment')._read() - before",
+            "given_back, kept, too_much = stays(None), stays(2**30), stays(2**30 + 1)",
+            "device.expect(budget, 2**30)",
+            "device.release()",
+            "print(json.dumps([given_back, kept, too_much, stays('as it is')]))",
+        )
+    given_back, kept, too_much, released = grown
+    assert kept >= 64 * 2**20
+    assert max(given_back, too_much, released) < 2**20
+
+
 def test_the_profilers_thread_takes_a_small_stack(told):
     grown = child(
         told,

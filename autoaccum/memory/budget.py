@@ -113,6 +113,9 @@ class Device(ABC):
         """Holds PyTorch's allocator to a hard budget, and puts the limit from before back; elsewhere does nothing."""
         return contextlib.nullcontext()
 
+    def expect(self, budget: Budget, peak: int | None) -> None:  # noqa: B027 - other allocators keep freed blocks anyway
+        """Prepares for steps of `peak` bytes; None: of any size up to the budget."""
+
     def reset_peak(self) -> None:  # noqa: B027 - a backend that counts no peaks has none to reset
         """Lets `peak` and `reserved_peak` start anew from what is allocated now."""
 

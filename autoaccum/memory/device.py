@@ -14,12 +14,13 @@ from autoaccum.errors import DeviceError, shown
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
 from autoaccum.memory.budget import Budget, Device, asked_bytes, less, named, plus
 from autoaccum.memory.host import host_memory
-from autoaccum.memory.watch import give_blocks_back
+from autoaccum.memory.watch import give_blocks_back, keep_blocks
 from autoaccum.units import format_bytes
 
 __all__ = ["CpuDevice", "devices", "open_device"]
 
 _HOST_RESERVE = 0.1
+_HOLES = 2.0  # times a step's peak: room for a heap that keeps freed blocks
 
 
 class CpuDevice(Device):
@@ -28,6 +29,7 @@ class CpuDevice(Device):
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.name = _cpu_name()
+        self._keeps = False  # freed blocks, under a limit on the process
 
     def total(self) -> int:
         """What the least limit allows in all: a resource limit, a control group, or the machine's memory."""
@@ -62,10 +64,22 @@ class CpuDevice(Device):
         return Budget(size, reason, False, "data segment" if exact else "host")
 
     def limit(self, budget: Budget) -> AbstractContextManager[None]:
-        """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc stops keeping blocks."""
-        if budget.kind == "data segment":
-            give_blocks_back()
+        """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc gives blocks back."""
+        self.expect(budget, None)
         return contextlib.nullcontext()
+
+    def expect(self, budget: Budget, peak: int | None) -> None:
+        """Where the process itself is limited, malloc keeps freed blocks if there is room for their holes."""
+        if budget.kind == "data segment":
+            self._keeps = peak is not None and peak * _HOLES <= budget.bytes
+            keep_blocks() if self._keeps else give_blocks_back()
+
+    def release(self, *, young: bool = False) -> None:
+        """Collects garbage; what malloc kept is given back, now that there is no room for it."""
+        super().release(young=young)
+        if self._keeps:
+            self._keeps = False
+            give_blocks_back()
 
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`, with where the limit comes from."""

@@ -1,15 +1,16 @@
 """prefer="fastest": which micro-batch, under which memory saver, makes a window soonest.
 
-A saver may let more samples run at once and still be slower. So each one's peaks are forecast from two small traces,
-pairs of saver and size that another beats in what they compute and in their number are left out, and the rest are timed
-in turn: a micro-batch, and apart from it the window's end, which every micro-batch shares. All of it takes about three
-windows, or a quarter of a second where these are short.
+Sizes of the step as it is are timed in turn: a micro-batch, and apart from it the window's end, which every micro-batch
+shares. Two sizes show what a micro-batch costs whatever its samples, and so the most that fewer of them can save. Only
+where that is worth it are the other savers' peaks forecast, from two small traces each, and the pairs of saver and size
+that make fewer micro-batches than all cheaper ones timed too. Timing takes about two windows each time, or a quarter of
+a second where these are short.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from autoaccum.probing.trial import Bench
 
 __all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
 
-MOST_WINDOWS, LEAST_SECONDS = 3.0, 0.25
+MOST_WINDOWS, LEAST_SECONDS = 2.0, 0.25
 NOISE = 0.02  # relative: within it the first of the pairs is as good
+WORTH_IT = 0.04  # of a window: below it no saver that computes anything twice can gain by fewer micro-batches
 HOPELESS = 1.3  # times the best trial's time: a saver that takes more is not timed
 CLOSE = 0.15  # relative: after each round only pairs so near the best are timed again
 MOST_ROUNDS = 7
@@ -68,6 +70,11 @@ class Pair:
     size: int
     count: int
     seconds: list[float] = field(default_factory=list)
+
+    @property
+    def window(self) -> float:
+        """Seconds of a window: the least, since what else runs on the machine only adds."""
+        return min(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -123,8 +130,23 @@ def _size(share: int, limit: int, floor: int, multiple_of: int) -> int:
 def chosen(made: Sequence[Pair]) -> Pair:
     """The soonest of those timed; of those within noise of it the first."""
     timed = [pair for pair in made if pair.seconds]
-    best = min(median(pair.seconds) for pair in timed)
-    return next(pair for pair in timed if median(pair.seconds) <= best * (1 + NOISE))
+    best = min(pair.window for pair in timed)
+    return next(pair for pair in timed if pair.window <= best * (1 + NOISE))
+
+
+def to_gain(made: Sequence[Pair]) -> float | None:
+    """The part of the soonest window that one micro-batch alone, under the same saver, could save at most.
+
+    Windows of k and m micro-batches of the same samples differ by what m - k micro-batches cost whatever is in them.
+    None where only one size was timed.
+    """
+    best = chosen(made)
+    others = [pair for pair in made if pair.saver == best.saver and pair.seconds and pair.count > best.count]
+    if not others:
+        return 0.0 if best.count == 1 else None
+    next_one = min(others, key=lambda pair: pair.count)
+    each = (next_one.window - best.window) / (next_one.count - best.count)
+    return each * (best.count - 1) / best.window
 
 
 def race(
@@ -142,29 +164,59 @@ def race(
         multiple_of: preferred multiples.
     """
     share = share or answer.micro_batch
-    benches: dict[str | None, Bench] = {None: bench}
-    answers: dict[str | None, Answer] = {None: answer}
-    left_out: list[dict[str, Any]] = []
-    for saver in alternatives.savers:
-        if saver != "chunked_loss" and share <= answer.micro_batch:
-            continue  # fewer micro-batches cannot be had
-        with alternatives.under(saver):
-            shown = _forecast(benches, saver, answer, floor, reach)
-        if isinstance(shown, Answer):
-            answers[saver] = shown
-        else:
-            left_out.append({"saver": saver, "limit": None, "obstacle": shown, "same_result": True})
-    limits = [(saver, min(found.limit or found.micro_batch, share)) for saver, found in answers.items()]
-    limits[0] = (None, answer.micro_batch)
-    made = pairs(share, limits, floor=floor, multiple_of=multiple_of)
-    _time(made, benches, alternatives)
+    found = _Found(bench, answer, alternatives, share, floor, reach)
+    made: list[Pair] = []
+    computing, repeating = _apart(alternatives.savers)
+    for savers in (computing, repeating):
+        gain = to_gain(made) if made else None
+        if savers is repeating and (share <= answer.micro_batch or (gain is not None and gain < WORTH_IT)):
+            break
+        found.add(savers)
+        known = {(pair.saver, pair.size) for pair in made}
+        wanted = pairs(share, found.limits(), floor=floor, multiple_of=multiple_of)
+        made += [pair for pair in wanted if (pair.saver, pair.size) not in known]
+        _time(made, found, alternatives)
     best = chosen(made)
-    found = answers[best.saver]
-    table = tuple(_row(saver, answers[saver], limit, [pair for pair in made if pair.saver == saver], share)
-                  for saver, limit in limits)  # fmt: skip
+    answer = found.answers[best.saver]
+    table = tuple(_row(saver, found.answers[saver], limit, [pair for pair in made if pair.saver == saver], share)
+                  for saver, limit in found.limits())  # fmt: skip
     rates = next(tuple(row["throughput"]) for row in table if row["saver"] == best.saver)
-    taken = Answer(best.size, found.limit, found.proof, found.forecast)
-    return Raced(benches[best.saver], taken, best, rates, (*table, *left_out))
+    taken = Answer(best.size, answer.limit, answer.proof, answer.forecast)
+    return Raced(found.benches[best.saver], taken, best, rates, (*table, *found.left_out))
+
+
+def _apart(savers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Savers that compute nothing twice, which may gain at any size; and those that do."""
+    return [each for each in savers if each == "chunked_loss"], [each for each in savers if each != "chunked_loss"]
+
+
+class _Found:
+    """What fits under each saver looked at so far."""
+
+    def __init__(
+        self, bench: Bench, answer: Answer, alternatives: Alternatives, share: int, floor: int, reach: int
+    ) -> None:  # fmt: skip
+        self.benches: dict[str | None, Bench] = {None: bench}
+        self.answers: dict[str | None, Answer] = {None: answer}
+        self.left_out: list[dict[str, Any]] = []
+        self._alternatives, self._share, self._floor, self._reach = alternatives, share, floor, reach
+
+    def add(self, savers: Sequence[str]) -> None:
+        """Looks at more of them."""
+        for saver in savers:
+            with self._alternatives.under(saver):
+                shown = _forecast(self.benches, saver, self.answers[None], self._floor, self._reach)
+            if isinstance(shown, Answer):
+                self.answers[saver] = shown
+            else:
+                self.left_out.append({"saver": saver, "limit": None, "obstacle": shown, "same_result": True})
+
+    def limits(self) -> list[tuple[str | None, int]]:
+        """(saver, the most samples of a window that fit), the step as it is first."""
+        plain, *rest = self.answers.items()
+        return [(None, plain[1].micro_batch)] + [
+            (saver, min(found.limit or found.micro_batch, self._share)) for saver, found in rest
+        ]
 
 
 def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], share: int) -> dict[str, Any]:
@@ -175,8 +227,8 @@ def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], sha
         "limit": found.limit or found.micro_batch,
         "micro_batch": size,
         "peak_bytes": None if found.forecast is None else int(found.forecast.reserved(size)),
-        "window_seconds": median(made[0].seconds) if made and made[0].seconds else None,
-        "throughput": [(pair.size, share / median(pair.seconds)) for pair in timed],
+        "window_seconds": made[0].window if made and made[0].seconds else None,
+        "throughput": [(pair.size, share / pair.window) for pair in timed],
         "same_result": True,
     }
 
@@ -212,33 +264,35 @@ def _reaching(bench: Bench, forecast: Forecast, low: int, reach: int) -> Answer:
     return Answer(low, low, "forecast" if low < reach else "cap", forecast)
 
 
-def _time(made: list[Pair], benches: dict[str | None, Bench], alternatives: Alternatives) -> None:
+def _time(made: list[Pair], found: _Found, alternatives: Alternatives) -> None:
     """Runs each saver's largest size once, as a trial; then times what is left in turn, for as long as is allowed."""
-    rough: dict[int, float] = {}
+    rough: dict[str | None, float] = {}
     spent = 0.0
     for pair in _largest(made):
-        bench = benches[pair.saver]
+        bench = found.benches[pair.saver]
         trial = next((t for t in reversed(bench.trials) if t.batch == pair.size and t.fits and t.seconds), None)
         if trial is None:
             with alternatives.under(pair.saver):
                 trial = bench.run(pair.size, "verify")
             spent += trial.seconds
         if trial.fits:
-            rough[id(pair)] = pair.count * trial.seconds
+            rough[pair.saver] = pair.count * trial.seconds
     window = min(rough.values(), default=0.0)
-    slow = {pair.saver for pair in _largest(made) if rough.get(id(pair), float("inf")) > window * HOPELESS}
-    running = [pair for pair in made if pair.saver is None or pair.saver not in slow]
+    running = [pair for pair in made if pair.saver is None or rough.get(pair.saver, math.inf) <= window * HOPELESS]
     for turn in range(MOST_ROUNDS):
+        timed = [pair.window for pair in running if pair.seconds]
+        window = min(timed, default=window)
+        running = [pair for pair in running if not pair.seconds or pair.window <= window * (1 + CLOSE)]
         for pair in running:
-            expected = window / pair.count
-            if (turn or pair is not running[0]) and spent + expected > max(LEAST_SECONDS, MOST_WINDOWS * window):
+            if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
                 return
+            forecast = found.answers[pair.saver].forecast
             with alternatives.under(pair.saver):
-                micro, end = benches[pair.saver].time(pair.size)
+                peak = None if forecast is None else forecast.reserved(pair.size)
+                micro, end = found.benches[pair.saver].time(pair.size, peak)
             spent += micro + end
             pair.seconds.append(pair.count * micro + end)
-        window = min(min(pair.seconds) for pair in running)
-        running = [pair for pair in running if min(pair.seconds) <= window * (1 + CLOSE)]
+            timed.append(pair.window)
 
 
 def _largest(made: Sequence[Pair]) -> list[Pair]:

@@ -240,9 +240,13 @@ class Bench:
         self.journal.end(size, outcome)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
-    def time(self, size: int, micro_batches: int = 1) -> tuple[float, float]:
-        """Seconds of micro-batches at `size`, which has fitted before, and of the window's end; nothing recorded."""
+    def time(self, size: int, micro_batches: int = 1, peak: int | None = None) -> tuple[float, float]:
+        """Seconds of micro-batches at `size`, which has fitted before, and of the window's end; nothing recorded.
+
+        `peak` is the forecast: as in training, malloc keeps freed blocks where there is room.
+        """
         batch = self._counting(self.source.trial(size), size)
+        self.device.expect(self.allowed, peak)
         self.journal.start(size, "throughput")
         self.device.synchronize()
         started = ended = time.perf_counter()
@@ -260,6 +264,7 @@ class Bench:
         done = time.perf_counter()
         self.journal.end(size, FITS)
         self._note(Trial(size, "throughput", None, None, done - started, FITS))
+        self.device.expect(self.allowed, None)
         return ended - started, done - ended
 
     def _step(self, shape: Shape, batch: Any, kind: str) -> int:

@@ -44,6 +44,7 @@ from autoaccum.model.sparse_gradients import SparseGradients
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
+from autoaccum.window.ahead import Ahead
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.passes import Passes, call, ignore
 from autoaccum.window.pieces import micro_batches, without_synchronisation
@@ -142,6 +143,7 @@ class Accumulator(Passes):
         self._sparse = SparseGradients(model, self._parameters)
         self._statistics = PooledStatistics(model, batch_norm, plan.accumulation_steps)
         self._resting = [layer for _, layer in self._statistics.layers]
+        self._ahead = Ahead(self.device)
         self._lists = ListReader()
         self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side, self.sharded)
@@ -190,7 +192,7 @@ class Accumulator(Passes):
                     self.sharded.begin_pass(last=number == len(pieces) - 1)
                 before = sums.done
                 with self.precision.autocast(), without_synchronisation(self.model):
-                    yield plain(tree.move(piece, self.device))
+                    yield plain(self._ahead.take(piece))
                 if sums.done != before + 1:
                     raise LossError(
                         f"backward was called {sums.done - before} times for one micro-batch: "
@@ -248,6 +250,7 @@ class Accumulator(Passes):
         if self.meets_inside and len(set(sums.micro_batches)) > 1:
             raise SetupError(unequal(f"step {self.step + 1}", sums.micro_batches))
         self._sums = sums
+        self._ahead.open(batches, rehearses=self.rehearses)
         self._statistics.begin(len(batches))
         watched = None if self.sharded is None else [self.sharded.whole(each) for each in self._parameters]
         self.noise_scale.open(sum(sums.micro_batches), watched)
@@ -295,6 +298,7 @@ class Accumulator(Passes):
             LossError: the loss, or a gradient norm that was asked for, is not finite; nothing was stepped.
         """
         sums = self._running()
+        self._ahead.close()
         if self._ended is None:  # in a loop of one's own, where nobody has voted yet
             self.rank_sum.ready()
             self.vote()
@@ -399,6 +403,7 @@ class Accumulator(Passes):
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
         self._zero()
+        self._ahead.close()
         self.noise_scale.close()
         self._statistics.discard()
         self.rank_sum.drop()

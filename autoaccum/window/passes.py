@@ -61,6 +61,7 @@ class Passes:
     _resting: list[nn.Module]
     _two_passes: TwoPasses | None
     _looked_at_backward: bool
+    _ahead: Ahead
     _on_host: bool
     _call: Callable[..., Any]
 
@@ -84,7 +85,7 @@ class Passes:
         sums, objective = self._running(), self.objective
         assert objective is not None
         self.on_phase("batch")
-        placed = batch if self._on_host else tree.move(batch, self.device)
+        placed = batch if self._on_host else self._ahead.take(batch)
         self.on_phase("forward")
         # Where nothing counts the forward still runs: statistics and random generators move as they would.
         graph = sums.counts or self.sharded is not None
@@ -155,6 +156,7 @@ class Passes:
     def _add(self, terms: Mapping[str, Mean]) -> None:
         """Adds one micro-batch's terms to the loss, and their gradients to the window's."""
         sums = self._running()
+        self._ahead.send()
         parts, value = sums.parts(terms)
         sums.note(parts if value is None else [(value, 1.0)])
         if parts:
