@@ -120,7 +120,7 @@ class FakeStreams:
         self.log: list[str] = []
         self.usual = FakeStream("usual", self.log)
 
-    def Stream(self, device: object) -> FakeStream:  # noqa: N802 - torch's name
+    def Stream(self, device: object) -> FakeStream:
         return FakeStream("side", self.log)
 
     def current_stream(self, device: object) -> FakeStream:

@@ -110,9 +110,19 @@ def test_the_averages_go_on_from_a_checkpoint():
 
 
 def test_the_sentence_compares_with_the_target():
-    assert "fewer accumulation steps" in advice(10, 256)
-    assert "larger target would pay" in advice(10_000, 256)
-    assert "same order" in advice(300, 256)
+    adam = plan(limit=64, target_batch=256, lr=1e-3, optimizer="adamw")
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=4e-3, betas=(0.9, 0.96))
+    assert "larger target would pay" in advice(10_000, adam, optimizer)
+    assert "same order" in advice(300, adam, optimizer)
+    far = advice(10, adam, optimizer)
+    assert "fewer accumulation steps" in far
+    # sqrt(64 / 256) of the rate; 0.96^(64 / 256) forgets as much in 64 samples as 0.96 in 256
+    assert "4 steps for each of now: target_batch=64, lr=0.002, betas=(0.9, 0.989846" in far
+    sgd = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.4)
+    linear = plan(limit=64, target_batch=256, lr=0.4, optimizer="sgd")
+    assert advice(10, linear, sgd).endswith("target_batch=64, lr=0.1 (κ = 64/256)")
+    at_once = plan(limit=256, target_batch=256)
+    assert "a smaller target" in advice(10, at_once, sgd)
 
 
 def test_on_a_device_what_a_window_measured_is_taken_in_as_the_next_one_opens(monkeypatch):

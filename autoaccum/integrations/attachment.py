@@ -240,7 +240,7 @@ class Attachment:
         if self.shares is not None:
             scale = self._accumulator.noise_scale.value
             if scale is not None:
-                self.events.tell(Noted(advice(scale, self.target_batch)))
+                self.events.tell(Noted(advice(scale, self._accumulator.plan, self._accumulator.optimizer)))
             self._accumulator.discard()
         self._stack.close()
         self.events.close()

@@ -128,8 +128,8 @@ def heap_advice() -> str | None:
         return None
     return (
         "this limit counts what the C library keeps of freed memory, so malloc gives large blocks back at once from "
-        "here on, which costs speed, unless a step takes less than half of it; a training in another process has as much room with MALLOC_MMAP_THRESHOLD_="
-        "65536 MALLOC_TRIM_THRESHOLD_=0 MALLOC_ARENA_MAX=1 in its environment"
+        "here on, which costs speed, unless a step takes less than half of it; a training in another process has as "
+        "much room with MALLOC_MMAP_THRESHOLD_=65536 MALLOC_TRIM_THRESHOLD_=0 MALLOC_ARENA_MAX=1 in its environment"
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "group_settings",
     "lr_factor",
     "number",
+    "one_micro_batch",
     "optimizer_name",
     "sde_settings",
 ]
@@ -220,6 +221,27 @@ def group_settings(
         overrides = sde_settings(target_batch / lr_batch, betas, float(group.get("eps", 0)))
         settings |= {key: value for key, value in overrides.items() if key in group}
     return settings
+
+
+def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
+    """What to train with where each micro-batch becomes a step: lr by "auto", β₂ with its memory in samples.
+
+    β₂' = β₂^κ, κ = samples / target_batch, keeps the half-life of Adam's second moment in samples (Marek 2025: Marek et
+    al., "Small Batch Size Training for Language Models", arXiv 2507.07101, §3).
+
+    Args:
+        samples: of the micro-batch.
+        target_batch: samples of a step as it is.
+        optimizer: as it trains now; its first group's settings are told.
+    """
+    kappa, rule, group = samples / target_batch, choose_rule("auto", optimizer)[0], optimizer.param_groups[0]
+    lr = group_settings(group, rule, samples, target_batch).get("lr", group["lr"])
+    settings = [f"target_batch={samples}", f"lr={number(float(lr))}"]
+    betas = group.get("betas")
+    if betas is not None and len(betas) == 2:
+        settings.append(f"betas=({number(float(betas[0]))}, {number(float(betas[1]) ** kappa)})")
+    source = f"β₂^κ, κ = {samples}/{target_batch}, Marek 2025" if len(settings) > 2 else f"κ = {samples}/{target_batch}"
+    return f"{', '.join(settings)} ({source})"
 
 
 def check_decided(

@@ -190,7 +190,7 @@ class TrainingLoop:
                 self.events.tell(Noted(line))
             scale = self._accumulator.noise_scale.value
             if scale is not None:
-                self.events.tell(Noted(advice(scale, self.plan.target_batch)))
+                self.events.tell(Noted(advice(scale, self.plan, self.optimizer)))
             self.events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one

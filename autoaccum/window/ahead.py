@@ -1,7 +1,7 @@
 """The next micro-batch's copy to a CUDA device, on its way while the backward pass of the one before runs.
 
-It goes through pinned memory on a stream of its own, into blocks that the usual stream allocated: the allocator sees one
-stream, and the forecast one batch more between a forward pass and the end of its backward pass. Two are there at most.
+It goes through pinned memory on a stream of its own, into blocks that the usual stream allocated: the allocator sees
+one stream, and the forecast one batch more from a forward pass to the end of its backward pass. Two are there at most.
 On the CPU batches are where they are needed; on other accelerators each is copied when it is.
 """
 

@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from autoaccum.model.torchscript import layer_class
+from autoaccum.planning.learning_rate import one_micro_batch
+from autoaccum.planning.plan import Plan
 from autoaccum.window.figures import Figures
 
 __all__ = ["NoiseScale", "advice"]
@@ -174,11 +177,18 @@ def _norm(gradient: Tensor) -> Tensor:
     return norm
 
 
-def advice(scale: float, target_batch: int) -> str:
-    """One sentence on the measured scale beside the target batch."""
-    measured = f"the gradient noise scale is about {scale:.0f} samples, the target batch {target_batch}"
-    if target_batch > 4 * scale:
-        return f"{measured}: far above it; fewer accumulation steps would train about as well, and faster"
-    if target_batch < scale / 4:
+def advice(scale: float, plan: Plan, optimizer: Optimizer) -> str:
+    """One sentence on the measured scale beside the target batch; far below it, what k = 1 would train with."""
+    target = plan.target_batch
+    measured = f"the gradient noise scale is about {scale:.0f} samples, the target batch {target}"
+    if target > 4 * scale and plan.accumulation_steps == 1:
+        return f"{measured}: far above it; a smaller target would train about as well, and faster"
+    if target > 4 * scale:
+        alone = one_micro_batch(plan.micro_batch * plan.world_size, target, optimizer)
+        return (
+            f"{measured}: far above it; fewer accumulation steps would train about as well, and faster. Without "
+            f"accumulation, {plan.accumulation_steps} steps for each of now: {alone}"
+        )
+    if target < scale / 4:
         return f"{measured}: far below it; a larger target would pay, with its learning rate scaled"
     return f"{measured}: of the same order, as it should be"

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.fastest [model ...] [--windows 9]
 
 The grid: under each saver the size with the fewest micro-batches, and two, four and eight times as many. Of each pair
-whole windows are trained, in turn; what is told is the time of the pair that the probe takes, over that of the best. Time
-is the processor's (one thread), so that what else runs on the machine counts for less.
+whole windows are trained, in turn; what is told is the time of the pair that the probe takes, over that of the best.
+Time is the processor's (one thread), so that what else runs on the machine counts for less.
 """
 
 import argparse

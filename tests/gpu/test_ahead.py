@@ -11,6 +11,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+
 @pytest.mark.parametrize("pinned", [True, False])
 def test_batches_that_were_copied_ahead_are_the_ones_that_are_trained_on(pinned):
     torch.manual_seed(0)
