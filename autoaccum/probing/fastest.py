@@ -289,7 +289,7 @@ def _time(made: list[Pair], found: _Found, alternatives: Alternatives) -> None:
             forecast = found.answers[pair.saver].forecast
             with alternatives.under(pair.saver):
                 peak = None if forecast is None else forecast.reserved(pair.size)
-                micro, end = found.benches[pair.saver].time(pair.size, peak)
+                micro, end = found.benches[pair.saver].time(pair.size, peak=peak)
             spent += micro + end
             pair.seconds.append(pair.count * micro + end)
             timed.append(pair.window)

@@ -9,7 +9,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -180,7 +180,9 @@ class TrainingLoop:
         try:
             self._begin()
             self._mode.on()
-            with self._running(), self._limited(self._budget) if self._budget is not None else nullcontext():
+            with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
+                if self._budget is not None and self.probe is not None:
+                    self._device.expect(self._budget, self.probe.expected(self.plan))
                 yield from self._rest()
             self._save()
             # Whoever failed since the last window is heard by all.
@@ -255,14 +257,6 @@ class TrainingLoop:
             self.folder.begin(self.plan, self.probe, self._device)
         budget = self._budget.bytes if self._budget is not None else None
         self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
-
-    @contextmanager
-    def _limited(self, budget: Budget) -> Iterator[None]:
-        """The device, held to the budget, and prepared for the largest micro-batch where its peak is forecast."""
-        with self._device.limit(budget):
-            if self.probe is not None and self.probe.forecaster is not None and not self.plan.by_length:
-                self._device.expect(budget, int(self.probe.forecast(self.plan.micro_batch)))
-            yield
 
     def _rest(self) -> Iterator[StepRecord]:
         while self._stopped is None:
