@@ -114,7 +114,7 @@ class ProbeReport(Drawn):
         return ForecastBytes(self.forecaster.peak(batch, length), self.forecaster.reserved(batch, length))
 
     def expected(self, plan: Plan) -> int | None:
-        """The forecast peak of a plan's micro-batches; None without a forecast, or where each is filled up by length."""
+        """The forecast peak of a plan's micro-batches; None without a forecast, or where each is cut by length."""
         known = self.forecaster is not None and not plan.by_length
         return int(self.forecast(plan.micro_batch)) if known else None
 

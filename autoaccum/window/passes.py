@@ -20,6 +20,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward
 from autoaccum.model.precision import Precision, SideBuffers
 from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
+from autoaccum.window.ahead import Ahead
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.sharded import ShardedPasses
