@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autoaccum.cli.calling import arguments_of, call, keywords_of, need_target_batch
-from autoaccum.cli.command import first_rank
+from autoaccum.cli.command import first_rank, saved
 from autoaccum.cli.endings import ChildFailed, exit_code, one_line
-from autoaccum.cli.saving import saved
 
 if TYPE_CHECKING:
     from autoaccum.probing.isolate import Send

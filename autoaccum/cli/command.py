@@ -11,7 +11,8 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -19,8 +20,9 @@ import click
 from autoaccum.cli.endings import INTERRUPTED, ChildFailed, exit_code, one_line
 from autoaccum.cli.options import Switch
 from autoaccum.cli.stopping import Ended
+from autoaccum.errors import AutoaccumError
 
-__all__ = ["Answer", "Command", "first_rank"]
+__all__ = ["Answer", "Command", "first_rank", "saved"]
 
 SCHEMA = 1  # of what --json prints
 
@@ -82,6 +84,23 @@ class Command(click.Command):
 def first_rank() -> bool:
     """Whether this process is the one that speaks: of several that a launcher such as torchrun started, the first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def saved(path: Path | None, what: str, write: Callable[[Path], object]) -> bool:
+    """Write one file at the end of the work, if it was asked for; False, and a line on stderr, where that fails.
+
+    The work may have taken days: what cannot be written is told, the result is printed all the same, and the exit code
+    says that something is missing.
+    """
+    if path is None:
+        return True
+    try:
+        write(path)
+    except (AutoaccumError, OSError) as error:
+        click.echo(f"Error: {what} could not be saved to {str(path)!r}: {error}", err=True)
+        return False
+    click.echo(f"Saved {what} to {str(path)!r}.", err=True)
+    return True
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from autoaccum.cli.calling import arguments_of, call, need_target_batch
-from autoaccum.cli.command import Answer, Command, first_rank
+from autoaccum.cli.command import Answer, Command, first_rank, saved
 from autoaccum.cli.endings import NOT_SAVED, one_line
 from autoaccum.cli.options import new_file, takes_all, target_argument
-from autoaccum.cli.saving import saved, write_weights
 from autoaccum.cli.stopping import Stopping
+from autoaccum.files import whole_file
 
 if TYPE_CHECKING:
     from autoaccum.training.fit_result import FitResult
@@ -33,7 +33,7 @@ def fit(target: str, save: Path | None, save_plan: Path | None, **options: Any) 
     result = _trained(arguments)
     done = result.unsaved is None
     if first_rank():
-        done &= saved(save, "the weights", lambda path: write_weights(result.model, path))
+        done &= saved(save, "the weights", lambda path: _write_weights(result.model, path))
         done &= saved(save_plan, "the plan", result.plan.save)
     return Answer(result.to_dict(), "fit_view", 0 if done else NOT_SAVED)
 
@@ -64,3 +64,11 @@ def _trained(arguments: Mapping[str, Any]) -> "FitResult":
     if first_rank():
         click.echo(f"Stopped. The same command goes on from what is saved in {str(folder)!r}.", err=True)
     raise click.exceptions.Exit(stopping.exit_code)
+
+
+def _write_weights(model: Any, path: Path) -> None:
+    """The model's `state_dict()` by `torch.save`: whole, or the file that was there before stays."""
+    import torch
+
+    with whole_file(path) as file:
+        torch.save(model.state_dict(), file)

@@ -5,10 +5,9 @@ from typing import Any
 
 import click
 
-from autoaccum.cli.command import Answer, Command
+from autoaccum.cli.command import Answer, Command, saved
 from autoaccum.cli.endings import FAILED
 from autoaccum.cli.options import COUNT, given, new_file, takes
-from autoaccum.cli.saving import saved
 from autoaccum.planning.trainer_config import TRAINERS
 
 __all__ = ["plan"]

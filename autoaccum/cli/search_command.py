@@ -5,10 +5,9 @@ from typing import Any
 
 import click
 
-from autoaccum.cli.command import Answer, Command, first_rank
+from autoaccum.cli.command import Answer, Command, first_rank, saved
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes_all, target_argument
-from autoaccum.cli.saving import saved
 from autoaccum.cli.target import Target
 from autoaccum.errors import SetupError, shown
 

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
-    "NARROW",
     "Bar",
     "Row",
     "facts",
@@ -27,7 +26,6 @@ __all__ = [
 
 _BAR = 20  # cells of a full bar
 _NARROWEST = 40  # columns: with fewer, values would be cut off
-NARROW = 60  # columns of a terminal in which not everything has room
 Row = tuple[str, object, str]  # what it is, its value, why
 
 

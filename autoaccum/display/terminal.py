@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import (
-    NARROW,
     Bar,
     Row,
     facts,
@@ -104,7 +103,7 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     rows += [("note", "", str(note)) for note in report.get("notes") or ()]
     blocks: list[RenderableType] = [title, facts(rows)]
     if trials:
-        blocks += [Text(), _trials(trials, budget, report.get("out_of_memory_count") or 0)]
+        blocks += [Text(), _trials(trials, report.get("out_of_memory_count") or 0)]
     if len(report.get("savers") or ()) > 1:
         blocks += [Text(), _savers(report["savers"], report.get("ladder"))]
     if report.get("parts"):
@@ -267,42 +266,24 @@ def search_view(result: Mapping[str, Any]) -> RenderableType:
     return Group(*blocks)
 
 
-def _trials(trials: Sequence[Mapping[str, Any]], budget: int | None, out_of_memory: int) -> RenderableType:
+def _trials(trials: Sequence[Mapping[str, Any]], out_of_memory: int) -> RenderableType:
+    """A row for each trial, its figures whole however narrow the terminal is."""
+    figures = {
+        "batch": [str(each["batch"]) + (f" × {each['length']}" if each.get("length") else "") for each in trials],
+        "peak": ["" if each.get("peak_bytes") is None else format_bytes(each["peak_bytes"]) for each in trials],
+        "time": [_formed("{:.2f} s", each.get("seconds")) or "" for each in trials],
+    }
+    table = table_with()
+    for name, values in figures.items():
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(map(len, [name, *values])))
+    table.add_column("kind", overflow="fold")
+    table.add_column("outcome", overflow="fold")
+    for each, *row in zip(trials, *figures.values()):
+        outcome = str(each.get("outcome", ""))
+        table.add_row(*row, str(each.get("kind", "")), Text(outcome, style=outcome_style(outcome)))
     runs = f"{len(trials)} runs" if len(trials) != 1 else "1 run"
     title = Text.assemble(("Trials  ", "bold"), f"{runs}, {out_of_memory or 'none'} out of memory")
-    return Group(title, _TrialTable(trials, budget))
-
-
-class _TrialTable:
-    """A row for each trial, its figures whole however narrow the terminal is."""
-
-    def __init__(self, trials: Sequence[Mapping[str, Any]], budget: int | None) -> None:
-        self._rows = [self._row(trial, budget) for trial in trials]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        narrow = options.max_width < NARROW  # the share can be seen from the figures
-        table = table_with()
-        for column, name in enumerate(("batch", "peak", "of budget", "time")):
-            if not (narrow and name == "of budget"):
-                widest = max((len(row[column]) for row in self._rows), default=0)
-                table.add_column(name, justify="right", no_wrap=True, min_width=max(widest, len(name)))
-        table.add_column("kind", overflow="fold")
-        table.add_column("outcome", overflow="fold")
-        for batch, peak, share, seconds, kind, outcome in self._rows:
-            figures = [batch, peak, seconds] if narrow else [batch, peak, share, seconds]
-            table.add_row(*figures, kind, Text(outcome, style=outcome_style(outcome)))
-        yield indented(table)
-
-    def _row(self, trial: Mapping[str, Any], budget: int | None) -> tuple[str, str, str, str, str, str]:
-        peak, seconds = trial.get("peak_bytes"), trial.get("seconds")
-        return (
-            str(trial["batch"]) + (f" × {trial['length']}" if trial.get("length") else ""),
-            format_bytes(peak) if peak is not None else "",
-            f"{peak / budget:.0%}" if peak is not None and budget else "",
-            f"{seconds:.2f} s" if seconds is not None else "",
-            str(trial.get("kind", "")),
-            str(trial.get("outcome", "")),
-        )
+    return Group(title, indented(table))
 
 
 def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableType:
