@@ -14,7 +14,7 @@ import torch
 import autoaccum
 from autoaccum.errors import MissingExtraError, NothingFitsError, PlanError, SetupError
 from autoaccum.planning.plan import Plan
-from autoaccum.searching.best import read_best
+from autoaccum.searching.best import best_arguments
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.samplers import make_pruner
@@ -77,7 +77,7 @@ def test_the_best_trial_is_had_again_from_its_file_to_the_last_digit(tmp_path):
     result.save(tmp_path / "best.json")
 
     assert Plan.load(tmp_path / "best.json") == result.best_plan
-    again = autoaccum.fit(**read_best(tmp_path / "best.json").arguments(wide), progress=False)
+    again = autoaccum.fit(**best_arguments(tmp_path / "best.json", wide), progress=False)
     assert again.evaluations[-1]["loss"] == result.best_value
     kept = torch.load(result.weights, weights_only=True)
     assert all(torch.equal(kept[name], value) for name, value in again.model.state_dict().items())
@@ -130,7 +130,7 @@ def test_a_report_in_mid_epoch_does_not_change_the_training(tmp_path):
 
     result = search(tmp_path, setup, n_trials=1, space={"target_batch": [8]})
     result.save(tmp_path / "best.json")
-    again = autoaccum.fit(**read_best(tmp_path / "best.json").arguments(setup), progress=False)
+    again = autoaccum.fit(**best_arguments(tmp_path / "best.json", setup), progress=False)
 
     assert any(amount % 90 for amount, _ in result.trials[0]["reports"]), "there was a report within an epoch"
     assert again.evaluations[-1]["loss"] == result.best_value
@@ -428,7 +428,7 @@ def test_a_result_that_was_changed_is_refused_where_it_is_read(tmp_path, result_
     path.write_text(json.dumps({**values, **plans}))
     before = torch.get_num_threads()
     with pytest.raises(PlanError, match=str(path)) as caught:
-        best = read_best(path)
+        best = best_arguments(path, plain)
         assert best is None or "plan" in changed
         Plan.load(path)
     assert len(str(caught.value)) < 400

@@ -31,14 +31,11 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
     factory = Target.parse(target, options)
     best = None
     if "plan" in options:
-        from autoaccum.searching.best import read_best
+        from autoaccum.searching.best import best_arguments
 
-        best = read_best(options["plan"])
-    if best is None:
-        arguments = factory()
-    else:
         rest = {name: value for name, value in options.items() if name != "plan"}
-        arguments = {**best.arguments(Target.parse(target, rest)), **rest}
+        best = best_arguments(options["plan"], Target.parse(target, rest))
+    arguments = factory() if best is None else {**best, **rest}
     if arguments.get("isolate") is True:
         arguments["isolate"] = factory
     return {"progress": first_rank(), **arguments}

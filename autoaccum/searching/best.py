@@ -6,7 +6,6 @@ before the setup as in the search, and on a CPU as many threads add up the numbe
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +16,9 @@ from autoaccum.files import read_json
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.study_trial import FIT
 
-__all__ = ["Best", "read_best"]
+__all__ = ["best_arguments"]
 
 MOST_THREADS = 1024  # PyTorch dies of many more, without a word
-
-
-@dataclass(frozen=True)
-class Best:
-    """What a search saved beside the plan.
-
-    Attributes:
-        path: the file, which is a plan's file as well.
-        params: of the best trial.
-        fit: other arguments of its training: lr, seed, epochs or max_steps.
-        seed: that was set before the setup was called.
-        threads: that PyTorch used.
-    """
-
-    path: str
-    params: dict[str, Any]
-    fit: dict[str, Any]
-    seed: int
-    threads: int
-
-    def arguments(self, setup: Callable[..., Mapping[str, Any]]) -> dict[str, Any]:
-        """fit's arguments for the same training; sets the number of threads where it runs on a CPU.
-
-        Raises:
-            SetupError: the setup does not take the parameters, or does not return fit's arguments.
-        """
-        recipe = Recipe(setup, self.seed)
-        recipe.check_names(self.params)
-        arguments = recipe.build(self.params, whole=True)
-        if not torch.cuda.is_available():
-            torch.set_num_threads(self.threads)
-        arguments.pop("target_batch", None)  # the plan's
-        if "max_steps" in self.fit:
-            arguments.pop("epochs", None)
-        return {**arguments, **self.fit, "plan": self.path}
 
 
 def _are_plain(values: Any) -> bool:
@@ -77,11 +41,14 @@ _HOLDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def read_best(path: str | os.PathLike[str]) -> Best | None:
-    """What the file has beside a plan; None where it is a plan alone, or cannot be read, which `fit` will say.
+def best_arguments(path: str | os.PathLike[str], setup: Callable[..., Mapping[str, Any]]) -> dict[str, Any] | None:
+    """fit's arguments for the training that a search found best; sets the number of threads where it runs on a CPU.
+
+    None where the file is a plan alone, or cannot be read, which `fit` will say.
 
     Raises:
         PlanError: it was saved by a search, and is damaged.
+        SetupError: the setup does not take the parameters, or does not return fit's arguments.
     """
     try:
         values = read_json(Path(path))
@@ -95,4 +62,12 @@ def read_best(path: str | os.PathLike[str]) -> Best | None:
                 f"{path}: the search's result is damaged: its {name} cannot be {shown(values.get(name))}; save it anew "
                 "(SearchResult.save, search --save)"
             )
-    return Best(os.fspath(path), **{name: values[name] for name in _HOLDS})
+    recipe = Recipe(setup, values["seed"])
+    recipe.check_names(values["params"])
+    arguments = recipe.build(values["params"], whole=True)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(values["threads"])
+    arguments.pop("target_batch", None)  # the plan's
+    if "max_steps" in values["fit"]:
+        arguments.pop("epochs", None)
+    return {**arguments, **values["fit"], "plan": os.fspath(path)}

@@ -13,7 +13,7 @@ from autoaccum.searching.samplers import make_pruner
 from autoaccum.searching.space import Space
 from autoaccum.searching.storage import open_storage, place_of
 from autoaccum.searching.study import open_study
-from autoaccum.searching.study_trial import Finished, Trainer
+from autoaccum.searching.study_trial import Trainer
 from autoaccum.searching.terms import Terms
 
 __all__ = ["Job", "tell"]
@@ -59,8 +59,8 @@ class Job:
         study.pruner = make_pruner(self.pruner, self.terms.amount)
         return study
 
-    def train(self, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Finished:
-        """Builds and trains one trial's model, on each rank of a group alike."""
+    def train(self, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Any:
+        """What `Trainer.train` gives for one trial, on each rank of a group alike."""
         self.recipe.check_names(params)
         arguments = self.recipe.build(params)
         for name in ("device", "memory"):

@@ -34,7 +34,7 @@ from autoaccum.training.events import EpochEnded, Event
 from autoaccum.training.loop import TrainingLoop
 from autoaccum.units import format_bytes
 
-__all__ = ["FIT", "Finished", "GivenUp", "Refused", "Trainer"]
+__all__ = ["FIT", "GivenUp", "Refused", "Trainer"]
 
 FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
 NINTHS = 9
@@ -42,24 +42,11 @@ RUNGS = (1, 2, 5)  # ninths at which a trial may be given up before an epoch's e
 
 
 class GivenUp(BaseException):  # no error, and no handler of errors may stop it on its way out of the loop
-    """A trial ended early; `outcome` says why: "pruned", "diverged: ...", "does not fit: ..."."""
-
-    def __init__(self, outcome: str) -> None:
-        super().__init__(outcome)
-        self.outcome = outcome
+    """A trial ended early; its text says why: "pruned", "diverged: ...", "does not fit: ..."."""
 
 
 class Refused(SetupError):
     """What is wrong is the same in every trial: the search ends."""
-
-
-@dataclass
-class Finished:
-    """How a training ended: the metric, the trained model, and what else is known of it; see `Trainer.facts`."""
-
-    value: float
-    facts: dict[str, Any]
-    model: nn.Module = field(repr=False)
 
 
 @dataclass
@@ -139,8 +126,8 @@ class Trainer:
     def train(
         self, arguments: Mapping[str, Any], *, began: Callable[[dict[str, Any]], None],
         report: Callable[[float, int], bool],
-    ) -> Finished:  # fmt: skip
-        """One training.
+    ) -> tuple[float, dict[str, Any], nn.Module]:  # fmt: skip
+        """One training: (the metric, what else is known of it, the trained model).
 
         Args:
             arguments: fit's, as the setup gave them with the trial's parameters.
@@ -179,7 +166,7 @@ class Trainer:
         value = watch.value(self._run(loop, session, watch))
         watch.tell(value, last=True)
         facts |= {"seconds": time.perf_counter() - started, "samples": watch.samples, "steps": loop.step}
-        return Finished(value, facts, loop.model)
+        return value, facts, loop.model
 
     def _planned(self, session: Session, key: str) -> tuple[Plan, int | None]:
         """The plan by what fits, and the bytes that its micro-batches take."""

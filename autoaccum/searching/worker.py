@@ -67,7 +67,8 @@ class Worker:
             check_errors(ledger, n_trials)
             if ledger.taken < n_trials or ledger.of("waiting"):
                 trial = ask(study, self._sampler)
-                with signed(trial):
+                # One that another process took for dead and ended is that process's, and its word stands.
+                with contextlib.suppress(load_optuna().exceptions.UpdateFinishedTrialError), signed(trial):
                     if Ledger(study).may_run(trial, n_trials):
                         self._run(trial)
                     else:
@@ -86,11 +87,9 @@ class Worker:
         try:
             end(self._study, trial.number, "COMPLETE", self._trained(trial))
         except GivenUp as early:
-            if early.outcome.startswith("does not fit"):
+            if str(early).startswith("does not fit"):
                 mark_infeasible(trial)
-            self._end(trial, "PRUNED", early.outcome)
-        except load_optuna().exceptions.UpdateFinishedTrialError:
-            return  # another process took this one for dead and ended its trial: that process's word stands
+            self._end(trial, "PRUNED", str(early))
         except Refused:
             self._end(trial, "FAIL", "void")
             raise
@@ -116,16 +115,16 @@ class Worker:
         self._heard()
         tell({"params": params})
         with _signs_of_life(trial):
-            finished = interruptible(
+            value, facts, model = interruptible(
                 job.train, self._trainer, params,
                 began=lambda facts: self._began(trial, facts),
                 report=lambda value, amount: self._report(trial, value, amount),
             )  # fmt: skip
-            trial.set_user_attr(TRAINING, finished.facts)
+            trial.set_user_attr(TRAINING, facts)
             best, sign = weights.best_trial(self._study), 1 if job.terms.direction == "minimize" else -1
-            if best is None or sign * finished.value < sign * best.value:
-                weights.save_weights(finished.model, job.folder, trial)
-        return finished.value
+            if best is None or sign * value < sign * best.value:
+                weights.save_weights(model, job.folder, trial)
+        return value
 
     @uninterrupted
     def _began(self, trial: Any, facts: dict[str, Any]) -> None:

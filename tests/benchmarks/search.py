@@ -39,7 +39,7 @@ import torch
 
 import autoaccum
 from autoaccum.errors import SetupError
-from autoaccum.searching.best import Best
+from autoaccum.searching.best import best_arguments
 from autoaccum.searching.storage import open_storage
 
 HERE = Path(__file__).parent
@@ -146,10 +146,16 @@ def bare_trainings(scratch: Path, trials: list[tuple[dict[str, Any], int]]) -> f
     samples, seconds = len(example().digits()[0][0]), 0.0
     for params, target in trials:
         plan = autoaccum.plan(target, target, optimizer="adamw", lr_batch=64, samples=samples, batch_norm_layers=2)
-        best = Best(str(scratch / "plan.json"), params, {"seed": 11, "lr": params["lr"]}, 11, 1)
-        plan.save(scratch / "plan.json")
+        kept = {
+            "plan": plan.to_dict(),
+            "params": params,
+            "fit": {"seed": 11, "lr": params["lr"]},
+            "seed": 11,
+            "threads": 1,
+        }
+        (scratch / "best.json").write_text(json.dumps(kept))
         started = time.perf_counter()
-        autoaccum.fit(**{**best.arguments(setup), "check": False, "progress": False})
+        autoaccum.fit(**{**best_arguments(scratch / "best.json", setup), "check": False, "progress": False})
         seconds += time.perf_counter() - started
     return seconds
 
