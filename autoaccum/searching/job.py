@@ -59,7 +59,7 @@ class Job:
         study.pruner = make_pruner(self.pruner, self.terms.amount)
         return study
 
-    def train(self, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> Any:
+    def train(self, trainer: Trainer, params: dict[str, Any], **listeners: Any) -> tuple[float, dict[str, Any], Any]:
         """What `Trainer.train` gives for one trial, on each rank of a group alike."""
         self.recipe.check_names(params)
         arguments = self.recipe.build(params)
