@@ -31,9 +31,6 @@ from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed", "Reservation"]
 
-Resident = int | Mapping[str, int] | Sequence[int | Mapping[str, int]] | None
-
-
 # With more than this share of its bytes unmatched a forecast stands on stretches instead of operators: it is
 # believed only where it met a held-out trace this closely.
 MOST_UNALIGNED, MOST_RESIDUAL = MOST_UNMATCHED, 0.01
@@ -52,35 +49,46 @@ class Forecast:
         longest: of a forecast over lengths, the one that is meant where none is given; None: one has to be given.
     """
 
-    sizes: tuple[tuple[int, ...], ...]
-    residual: float | None
-    unaligned: float
-    reserve: float | None = None
-    longest: int | None = None
-
-    def __init__(self, tabled: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[tuple[int, ...]]) -> None:
-        traces = [column.trace for column in tabled]
-        self._table = tabulate(tabled, cells)
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        sizes: Sequence[tuple[int, ...]],
+        residents: Mapping[str, Sequence[int]],
+        cells: Sequence[Cell],
+        unaligned: float,
+    ) -> None:
+        """From traces that were aligned into `cells`, and what was there before each by part; `fit` makes these."""
+        self.sizes, self.unaligned = tuple(sizes), unaligned
+        self.reserve: float | None = None
+        self.longest: int | None = None
         self._last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
         self._lengths = {size[1] for size in sizes if len(size) > 1}
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
+        tabled = [Column(trace) for trace in traces]
+        self._table = tabulate(tabled, cells)
+        self._flows = fit(self._table.sizes, sizes)
+        self._levels = _levels(fit(self._table.deltas, sizes))
+        self._resident_names = list(residents)
+        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
         self._reserved: dict[tuple[int, int | None], int] = {}
         self._playback = Playback(tabled, cells, sizes) if self._last.caching else None
+        if self._playback is not None:
+            self._blocks = fit(self._playback.sizes, sizes)
+        self.residual = _residual(self._table, sizes, at_peak=self._last.caching)
 
     @classmethod
     def fit(
         cls,
         traces: Sequence[Trace],
         sizes: Sequence[tuple[int, ...]],
-        resident: Resident = None,
+        resident: Sequence[Mapping[str, int]] = (),
         reserved: Sequence[int] = (),
     ) -> Forecast:
         """The forecast from traces at `sizes`: (batch,) each, or (batch, length) each.
 
         Args:
-            resident: what was there before the traces: bytes, or bytes by part; a sequence of either, one for
-                each trace, where it grows with the size (the batch on the device). `peak` includes it.
+            resident: bytes by part that were there before each trace, which `peak` includes; empty: none were.
             reserved: bytes that the allocator was measured to reserve in each trace, where it caches.
 
         Raises:
@@ -89,56 +97,33 @@ class Forecast:
                 further one that the forecast is seen to meet.
         """
         _check(traces, sizes)
-        held = _residents(resident, len(sizes))
-        every = cls._of(traces, sizes, held, *_aligned(traces, sizes))
-        if every.unaligned > MOST_UNALIGNED and (every.residual is None or every.residual > MOST_RESIDUAL):
+        names = dict.fromkeys(name for parts in resident for name in parts)
+
+        def of(used: Sequence[int], cells: Sequence[Cell], unaligned: float) -> Forecast:
+            """From the traces numbered in `used`."""
+            before = {name: [resident[at].get(name, 0) for at in used] for name in names}
+            return cls([traces[at] for at in used], [sizes[at] for at in used], before, cells, unaligned)
+
+        forecast = of(*_aligned(traces, sizes))
+        if forecast.unaligned > MOST_UNALIGNED and (forecast.residual is None or forecast.residual > MOST_RESIDUAL):
             seen = "there is no further trace to check the rest on"
-            if every.residual is not None:
-                seen = f"the rest misses a held-out trace by {every.residual:.1%}"
+            if forecast.residual is not None:
+                seen = f"the rest misses a held-out trace by {forecast.residual:.1%}"
             raise ForecastFailed(
-                f"{every.unaligned:.1%} of what a step allocates could not be matched between the sizes "
-                f"{list(every.sizes)}, and {seen}"
+                f"{forecast.unaligned:.1%} of what a step allocates could not be matched between the sizes "
+                f"{list(forecast.sizes)}, and {seen}"
             )
-        forecast = every._or_of_the_largest(traces, sizes, held)
+        if forecast.unaligned and len(sizes[0]) == 1 and len(forecast.sizes) > 2:
+            # Lines go through the two largest in any case: these alone, where they have more in common than all.
+            two = sorted(range(len(sizes)), key=lambda at: sizes[at])[-2:]
+            cells, unaligned = align([traces[at] for at in two])
+            if unaligned < forecast.unaligned and sizes[two[0]] != sizes[two[1]]:
+                residual = forecast.residual  # by how much the others missed the largest
+                forecast = of(two, cells, unaligned)
+                forecast.residual = residual
         if reserved and not forecast.simulated:
             last = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
             forecast.reserve = reserved[last] / max(1, forecast.peak(*sizes[last]))
-        return forecast
-
-    @classmethod
-    def _of(
-        cls,
-        traces: Sequence[Trace],
-        sizes: Sequence[tuple[int, ...]],
-        held: Mapping[str, Sequence[int]],
-        used: Sequence[int],
-        cells: Sequence[Cell],
-        unaligned: float,
-    ) -> Forecast:
-        """The forecast from the traces numbered in `used`, which were aligned into `cells`."""
-        traces, sizes = [traces[at] for at in used], [sizes[at] for at in used]
-        forecast = cls([Column(trace) for trace in traces], cells, sizes)
-        forecast.sizes = tuple(sizes)
-        forecast.unaligned = unaligned
-        forecast._solve(sizes, {name: [each[at] for at in used] for name, each in held.items()})
-        forecast.residual = _residual(forecast._table, sizes, at_peak=forecast._last.caching)
-        return forecast
-
-    def _or_of_the_largest(
-        self, traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]], held: Mapping[str, Sequence[int]]
-    ) -> Forecast:
-        """The forecast from the two largest traces alone, where these have more in common than all; else this one.
-
-        Lines go through those two in any case. What all show is kept: by how much the largest was missed.
-        """
-        if self.unaligned == 0 or len(sizes[0]) > 1 or len(self.sizes) < 3:
-            return self
-        largest = sorted(range(len(sizes)), key=lambda at: sizes[at])[-2:]
-        cells, unaligned = align([traces[at] for at in largest])
-        if unaligned >= self.unaligned or sizes[largest[0]] == sizes[largest[1]]:
-            return self
-        forecast = self._of(traces, sizes, held, largest, cells, unaligned)
-        forecast.residual = self.residual
         return forecast
 
     def peak(self, batch: int, length: int | None = None) -> int:
@@ -247,15 +232,6 @@ class Forecast:
             return False
         return played.retries == 0
 
-    def _solve(self, sizes: Sequence[tuple[int, ...]], residents: dict[str, list[int]]) -> None:
-        table = self._table
-        self._flows = fit(table.sizes, sizes)
-        if self._playback is not None:
-            self._blocks = fit(self._playback.sizes, sizes)
-        self._levels = _levels(fit(table.deltas, sizes))
-        self._resident_names = list(residents)
-        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
-
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
         if not self._lengths:
             return basis((batch,), self._count)
@@ -331,16 +307,6 @@ def _residual(table: Table, sizes: Sequence[tuple[int, ...]], *, at_peak: bool) 
         missed = (forecast.max() - measured.max()).abs() if at_peak else (forecast - measured).abs().max()
         return float(missed / measured.max().clamp(min=1))
     return None
-
-
-def _residents(resident: Resident, traces: int) -> dict[str, list[int]]:
-    """Each part's bytes at each trace."""
-    each = [resident or 0] * traces if resident is None or isinstance(resident, (int, Mapping)) else list(resident)
-    if len(each) != traces:
-        raise ForecastFailed(f"{len(each)} sets of resident bytes for {traces} traces: one each, or one for all")
-    named = [{"resident": held} if isinstance(held, int) else held for held in each]
-    names = dict.fromkeys(name for parts in named for name in parts)
-    return {name: [parts.get(name, 0) for parts in named] for name in names}
 
 
 def _stretches(rows: int, most: int) -> list[tuple[int, int]]:
