@@ -234,6 +234,15 @@ def test_a_space_that_cannot_be_read_is_a_usage_error(library, words, said):
     assert not library.calls
 
 
+def test_without_optuna_a_space_is_no_usage_error_and_the_extra_is_named(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    done = run("search", "train.py:tries", "--n-trials", "4", "--space", "lr=1,2")
+
+    assert done.exit_code == 1
+    assert done.stderr.splitlines() == [done.stderr.strip()]
+    assert 'pip install "autoaccum[search]"' in done.stderr
+
+
 # --- what is printed -------------------------------------------------------------------------------------------------
 
 

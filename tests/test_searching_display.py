@@ -1,6 +1,7 @@
 """The live table and the picture of a search, from plain dicts."""
 
 import io
+from contextlib import closing
 
 import pytest
 from rich.console import Console
@@ -45,7 +46,7 @@ def test_the_table_has_parameters_value_state_sizes_and_memory():
 
 def test_without_a_terminal_each_trial_gets_one_line_when_it_ends():
     console = Console(file=io.StringIO(), width=120)
-    with SearchTable(console, 10, "minimize", note="optuna-dashboard x") as table:
+    with closing(SearchTable(console, 10, "minimize", note="optuna-dashboard x")) as table:
         table.show(ROWS[:2])
         table.show(ROWS)
         table.show(ROWS)
@@ -58,7 +59,7 @@ def test_without_a_terminal_each_trial_gets_one_line_when_it_ends():
 def test_on_a_terminal_the_table_is_redrawn_with_the_time_left():
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     now = [0.0]
-    with SearchTable(console, 16, "minimize", workers=2, clock=lambda: now[0]) as table:
+    with closing(SearchTable(console, 16, "minimize", workers=2, clock=lambda: now[0])) as table:
         table.show(ROWS)
         assert not table.is_due()
         now[0] = 0.6
@@ -72,7 +73,7 @@ def test_on_a_terminal_the_table_is_redrawn_with_the_time_left():
 def test_a_long_search_shows_the_running_the_best_and_the_newest():
     rows = [row(n, value=1.0 if n != 3 else 0.1) for n in range(60)] + [row(60, "running")]
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
-    with SearchTable(console, 100, "minimize") as table:
+    with closing(SearchTable(console, 100, "minimize")) as table:
         shown = [each["number"] for each in table._chosen(rows)]
 
     assert shown[0] == 3
@@ -107,7 +108,7 @@ def test_the_picture_is_drawn_for_any_search(tmp_path, change):
 
 def test_a_trial_that_failed_says_why_in_its_line():
     console = Console(file=io.StringIO(), width=60, force_terminal=False)
-    with SearchTable(console, 3, "minimize") as table:
+    with closing(SearchTable(console, 3, "minimize")) as table:
         table.show([row(0), row(1, "error", None, error={"type": "RuntimeError", "message": "no width of 5"})])
     first, second = console.file.getvalue().splitlines()
     assert "Error" not in first

@@ -4,17 +4,18 @@ Every default is None, which means "not given": what was not given is not passed
 below it the library's own defaults, hold.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from autoaccum.errors import AutoaccumError, SetupError, shown
+from autoaccum.errors import MissingExtraError, SetupError, shown
 from autoaccum.settings import SETTINGS, taken_by
 from autoaccum.units import parse_bytes
 
-__all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "takes", "takes_all", "target_argument"]
+__all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "read_by", "takes", "takes_all", "target_argument"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,41 +23,43 @@ COUNT = click.IntRange(min=1)
 _NEW = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
-def _memory(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def read_by(read: Callable[[Any], Any]) -> Callable[..., Any]:
+    """An option's callback: what `read` makes of its value, where it stood there; what it refuses is a usage error."""
+
+    def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        try:
+            return None if value in (None, ()) else read(value)
+        except SetupError as error:
+            raise click.BadParameter(str(error), ctx, param) from None
+        except MissingExtraError as error:  # no mistake in what was written
+            raise click.ClickException(str(error)) from None
+
+    return callback
+
+
+def _memory(value: str) -> str:
     """Bytes, a size such as "8GiB", or a share of the device such as "80%": checked here, and passed on as it is."""
-    if value is None:
-        return None
-    try:
-        if not value.endswith("%"):
-            parse_bytes(value)
-        elif not 0 < float(value[:-1]) <= 100:
-            raise ValueError(value)
-    except SetupError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
-    except ValueError:
-        text = f"{shown(value)} is not a share of the memory: write one above 0% and at most 100%, such as 80%"
-        raise click.BadParameter(text, ctx, param) from None
-    return value
+    if not value.endswith("%"):
+        parse_bytes(value)
+        return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(value[:-1]) <= 100:
+            return value
+    raise SetupError(f"{shown(value)} is not a share of the memory: write one above 0% and at most 100%, such as 80%")
 
 
-def _folder_there(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+def _in_a_folder(value: Path) -> Path:
     """A file that is written when the work is done has to be known to have a folder before it begins."""
-    if value is not None and not value.parent.is_dir():
-        text = f"{str(value)!r}: there is no folder {str(value.parent)!r}; make it first"
-        raise click.BadParameter(text, ctx, param)
+    if not value.parent.is_dir():
+        raise SetupError(f"{str(value)!r}: there is no folder {str(value.parent)!r}; make it first")
     return value
 
 
-def _picture(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """As `_folder_there`, and a picture has to be of a kind that can be drawn."""
+def _picture(value: Path) -> Path:
+    """A file in a folder, and of a kind that can be drawn."""
     from autoaccum.display.plots import picture_format
 
-    if value is not None:
-        _folder_there(ctx, param, value)
-        try:
-            picture_format(value)
-        except AutoaccumError as error:
-            raise click.BadParameter(str(error), ctx, param) from error
+    picture_format(_in_a_folder(value))
     return value
 
 
@@ -91,7 +94,7 @@ def _option(name: str) -> Callable[[Any], Any]:
     if setting.kind == "switch":
         return click.option(dashed, name, cls=Switch, word=setting.choices[0], help=setting.words)
     if setting.kind == "bytes":
-        return click.option(dashed, name, metavar=setting.metavar, callback=_memory, help=setting.words)
+        return click.option(dashed, name, metavar=setting.metavar, callback=read_by(_memory), help=setting.words)
     kind = click.Choice(setting.choices) if setting.kind == "word" else _KINDS[setting.kind]
     return click.option(dashed, name, type=kind, metavar=setting.metavar, help=setting.words)
 
@@ -125,12 +128,12 @@ def takes(*names: str) -> Callable[[Function], Function]:
 
 def new_file(name: str, text: str) -> Callable[[Function], Function]:
     """An option for a file that the command writes at its end."""
-    return click.option(f"--{name}", type=_NEW, metavar="FILE", callback=_folder_there, help=text)
+    return click.option(f"--{name}", type=_NEW, metavar="FILE", callback=read_by(_in_a_folder), help=text)
 
 
 def new_picture(text: str) -> Callable[[Function], Function]:
     """`--plot`, for a picture that the command draws at its end."""
-    return click.option("--plot", type=_NEW, metavar="FILE", callback=_picture, help=text)
+    return click.option("--plot", type=_NEW, metavar="FILE", callback=read_by(_picture), help=text)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import click
 
 from autoaccum.cli.command import Answer, Command, first_rank, saved
 from autoaccum.cli.endings import NOT_SAVED
-from autoaccum.cli.options import COUNT, given, new_file, new_picture, takes_all, target_argument
+from autoaccum.cli.options import COUNT, given, new_file, new_picture, read_by, takes_all, target_argument
 from autoaccum.cli.target import Target
 from autoaccum.errors import SetupError, shown
 
@@ -18,25 +18,19 @@ OWN = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage
        "seed", "progress")  # fmt: skip
 
 
-def _workers(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+def _workers(value: str) -> int | str:
     """A number of processes, or "gpus"."""
-    if value is None or value == "gpus":
+    if value == "gpus":
         return value
     if not value.isdigit() or int(value) < 1:
-        raise click.BadParameter(f'{shown(value)} is neither a number above 0 nor "gpus"', ctx, param)
+        raise SetupError(f'{shown(value)} is neither a number above 0 nor "gpus"')
     return int(value)
 
 
-def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
-    """The parameters to search; None where there are none."""
-    if not values:
-        return None
+def _space(values: tuple[str, ...]) -> dict[str, Any]:
     from autoaccum.searching.space import space_of_texts
 
-    try:
-        return space_of_texts(values)
-    except SetupError as error:
-        raise click.BadParameter(str(error), ctx, param) from None
+    return space_of_texts(values)
 
 
 @click.command(cls=Command, short_help="Search hyperparameters with Optuna.")
@@ -46,7 +40,7 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     "--space",
     metavar="NAME=VALUES",
     multiple=True,
-    callback=_space,
+    callback=read_by(_space),
     help="What to search, once a parameter: lr=1e-4:1e-1:log, layers=2:6, weight_decay=0,1e-4,1e-2.",
 )
 @click.option("--target-batch", type=COUNT, metavar="N", multiple=True, help="A batch to choose from; may be repeated.")
@@ -57,7 +51,7 @@ def _space(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option(
     "--pruner", metavar="NAME", help="Ends weak trials early: once, none, or one of Optuna's, such as median."
 )
-@click.option("--workers", metavar="N", callback=_workers, help='Processes that train at once, or "gpus".')
+@click.option("--workers", metavar="N", callback=read_by(_workers), help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
 @click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what others may have put in the study.")

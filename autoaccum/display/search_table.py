@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -25,13 +24,7 @@ _STYLES = {"complete": "green", "running": "cyan", "pruned": "dim", "error": "re
 class SearchTable:
     """Draws the rows of a search; see `SearchResult.trials` for what a row holds.
 
-    Args:
-        console: where to.
-        n_trials: of the whole search.
-        direction: "minimize" or "maximize".
-        workers: that train at once, for the time left.
-        note: a line below the table, such as how to open a dashboard.
-        clock: tells seconds.
+    `workers` train at once, which tells the time left; `note` is a line below the table; `clock` tells seconds.
     """
 
     def __init__(
@@ -46,24 +39,18 @@ class SearchTable:
     ) -> None:
         self._console, self._n_trials, self._sign = console, n_trials, 1 if direction == "minimize" else -1
         self._workers, self._note, self._clock = workers, note, clock
-        self._live: Live | None = None
         self._drawn: float | None = None
         self._told: set[int] = set()
-        self._first = True
-
-    def __enter__(self) -> "SearchTable":
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
             # Redrawn from the search itself and not by a thread, which would take the interpreter from the training.
-            self._live = Live(console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
             self._live.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Leaves the table as it was drawn last."""
         if self._live is not None:
             self._live.stop()
-            self._live = None
 
     def is_due(self) -> bool:
         """Whether enough time has passed since the last drawing."""
@@ -72,13 +59,12 @@ class SearchTable:
 
     def show(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Draws what has become of the trials."""
-        self._drawn = self._clock()
+        first, self._drawn = self._drawn is None, self._clock()
         if self._live is not None:
             self._live.update(self._table(rows), refresh=True)
             return
-        if self._first and self._note:
+        if first and self._note:
             self._console.print(Text(self._note, style="dim"), soft_wrap=True)
-        self._first = False
         for row in rows:
             if row["state"] in _ENDED and row["number"] not in self._told:
                 self._told.add(row["number"])

@@ -202,7 +202,8 @@ def _table(
     from autoaccum.display.layout import open_console
     from autoaccum.display.search_table import SearchTable
 
-    with SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=dashboard) as table:
+    made = SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=dashboard)
+    with contextlib.closing(made) as table:
 
         def heard() -> None:
             if table.is_due():

@@ -58,23 +58,15 @@ def places(workers: int | str) -> list[dict[str, Any]]:
 
 
 def check_not_in_a_worker() -> None:
-    """Refuses a search that a worker's own reading of the script starts.
-
-    Raises:
-        SetupError: this process is a worker.
-    """
+    """Refuses, with a SetupError, a search that a worker's own reading of the script starts."""
     if multiprocessing.current_process().name == WORKER:
         raise SetupError(f"a worker of a search has started the search anew: {GUARD}")
 
 
 def run_pool(job: Job, spots: list[dict[str, Any]], finished: Callable[[], int], heard: Callable[[], None]) -> None:
-    """Runs the workers until the search is done.
+    """Runs a worker in each of `spots` until the search is done.
 
-    Args:
-        job: for all of them.
-        spots: one a worker.
-        finished: how many trials are, by the study.
-        heard: called now and then, to draw what has changed.
+    `finished` tells how many trials are, by the study; `heard` is called now and then, to draw what has changed.
 
     Raises:
         KeyboardInterrupt: after every worker has marked its trial and gone.
