@@ -5,7 +5,7 @@ The samples are chosen unlike in what may count. Plain values are kept of each r
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,10 +63,7 @@ def ragged(samples: int) -> tuple[int, int]:
 def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
     """Runs single samples, two unequal parts, and all, which come last; what cannot be cut is run whole.
 
-    Args:
-        evaluate: runs the model and the loss on some samples.
-        batches: on the host; some of their samples are chosen.
-        most: samples that are chosen.
+    `most` samples are chosen of the `batches`, which lie on the host.
     """
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
@@ -93,7 +90,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
 
 
 def _alike(singles: Sequence[Any]) -> list[Any]:
-    """Those that can be joined with the first: windows that are cut by length have pieces of several shapes."""
+    """Those of the commonest shape, which can be joined: windows that are cut by length have pieces of several."""
     shapes = [[tuple(leaf.shape[1:]) for _, leaf in tree.tensors(single)] for single in singles]
     common = max(shapes, key=shapes.count)
     return [single for single, own in zip(singles, shapes) if own == common]
@@ -145,7 +142,8 @@ def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, shapes: bool = False) ->
     whole, took = float(loss.detach()), values.took
     if not shapes:
         return Seen(rows, batch, whole, whole, ways, took, math.inf)
-    rounding = max((_rounding(data.dtype, loss.device) for data in _data(loss.grad_fn)), default=0.0)
+    formats = {data.dtype for node in _nodes(loss.grad_fn) for data in getattr(node, "_input_metadata", ())}
+    rounding = max((_rounding(dtype, loss.device) for dtype in formats), default=0.0)
     del loss, values
     return Seen(rows, batch, whole, float(evaluate(rows, batch, 1).detach()), ways, took, rounding)
 
@@ -181,13 +179,8 @@ def _rounding(dtype: torch.dtype, device: torch.device) -> float:
     return max(coarse, _ROUNDING.get(dtype, _ROUNDING[torch.float32]))
 
 
-def _data(node: Any) -> Iterator[Any]:
-    """What is known of each tensor in the graph from a node on."""
-    for each in _nodes(node):
-        yield from getattr(each, "_input_metadata", ())
-
-
 def _nodes(node: Any) -> set[Any]:
+    """The graph from a node on."""
     met, waiting = {node}, [node]
     while waiting:
         for below, _ in waiting.pop().next_functions:

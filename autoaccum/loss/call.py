@@ -35,11 +35,8 @@ def arrange(batch: Any, *, apart: bool) -> Call:
 
     Args:
         batch: a mapping, a tuple, a list, or one object.
-        apart: whether the targets are kept from the model (there is a `loss`), or go with the rest (the model returns
-            its own loss).
-
-    Raises:
-        DataError: `apart`, and the batch does not say which part is the target.
+        apart: whether the targets are kept from the model, as there is a `loss`; a DataError where it is unclear which
+            they are.
     """
     batch = plain(batch)
     if isinstance(batch, (tuple, list)):
@@ -66,8 +63,7 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
         if not isinstance(key, str):
             raise DataError(
                 f"the batch has the key {shown(key)}, a {type(key).__name__}: the model is called with keyword "
-                "arguments, "
-                f"so make the keys texts, {_STEP}"
+                f"arguments, so make the keys texts, {_STEP}"
             )
     if not apart:
         return Call((), dict(batch), targets_in(batch, apart=False))
@@ -94,17 +90,12 @@ def targets_in(batch: Any, *, apart: bool) -> Any:
     if isinstance(batch, Piece):
         return targets_in(batch.batch, apart=apart)
     if isinstance(batch, Mapping):
-        key = _own_key(batch)
-        return None if key is None else batch[key]
+        found = [key for key in TARGET_KEYS if key in batch]
+        # "labels", which Transformers' heads know, wins where several are there.
+        return batch["labels"] if "labels" in found else batch[found[0]] if len(found) == 1 else None
     if apart and isinstance(batch, (tuple, list)) and len(batch) > 1:
         return batch[-1]
     return None
-
-
-def _own_key(batch: Mapping[Any, Any]) -> str | None:
-    # "labels", which Transformers' heads know, wins where several are there.
-    found = [key for key in TARGET_KEYS if key in batch]
-    return "labels" if "labels" in found else found[0] if len(found) == 1 else None
 
 
 def returned_loss(outputs: Any) -> Any:
@@ -141,7 +132,7 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
     Args:
         loss: what was returned.
         source: who returned it, for the message: "the step".
-        graph: whether a graph is asked for, where gradients are enabled.
+        graph: whether one without a graph is refused, where gradients are enabled.
 
     Raises:
         LossError: not a tensor, not one element, or without a graph.
@@ -166,16 +157,10 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
 
 
 def expect_scalar(loss: Any) -> None:
-    """Refuses what a loop of one's own gave as a micro-batch's loss, unless it is a scalar with a graph.
-
-    Raises:
-        LossError: it is not.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = (
-            f"a tensor of shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"{type(loss).__name__} {shown(loss)}"
-        )
-        graph = " without a graph" if isinstance(loss, Tensor) and not loss.requires_grad else ""
-        raise LossError(f"the loss is {what}{graph}: pass the micro-batch's mean loss, a scalar tensor with a graph")
+    """Refuses what a loop of one's own gave as a micro-batch's loss, unless it is a scalar with a graph."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+        return
+    what = f"{type(loss).__name__} {shown(loss)}"
+    if isinstance(loss, Tensor):
+        what = f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " without a graph")
+    raise LossError(f"the loss is {what}: pass the micro-batch's mean loss, a scalar tensor with a graph")

@@ -14,8 +14,10 @@ from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError, LossError
 
-__all__ = ["CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "countable", "elements", "holds_indices",
-           "samples", "tokens"]  # fmt: skip
+__all__ = [
+    "CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
+    "samples", "tokens",
+]  # fmt: skip
 
 IGNORED = -100  # torch's default ignore_index, which Transformers keeps
 
@@ -81,26 +83,31 @@ def as_denominator(value: Any, source: str) -> float:
     Raises:
         LossError: anything else.
     """
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    if isinstance(value, (bool, str, complex)) or not hasattr(value, "__float__") or isinstance(value, Tensor):
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
-        raise LossError(
-            f"{source} gave {text}, a {type(value).__name__}{shape}: a denominator is one number, what the mean loss "
-            "was divided by"
-        )
-    try:
-        number = float(value)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise LossError(f"{source} gave {text}, which is not one number: {error}") from error
+    meaning = "a denominator is what the mean loss was divided by"
+    if isinstance(value, bool):
+        raise LossError(f"{source} gave {value}, a bool: {meaning}")
+    number = as_number(value, source, meaning)
     if not (math.isfinite(number) and number >= 0):
         raise LossError(
             f"{source} gave {number:g}: a denominator is finite and not negative, and 0 only where nothing in the "
             "batch counts"
         )
     return number
+
+
+def as_number(value: Any, source: str, meaning: str) -> float:
+    """`value`, which `source` gave, as one number; a tensor of one element is read. A LossError for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    text = repr(value)
+    text = text if len(text) <= 60 else text[:57] + "..."
+    kind = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
+    if isinstance(value, (str, complex, Tensor)) or not hasattr(value, "__float__"):
+        raise LossError(f"{source} gave {text}, a {kind}, and not one number: {meaning}")
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise LossError(f"{source} gave {text}, a {kind}, and not one number: {error}") from error
 
 
 class Count(NamedTuple):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoaccum.errors import LossError, shown
+from autoaccum.errors import shown
 from autoaccum.loss.call import scalar
-from autoaccum.loss.counts import as_denominator
+from autoaccum.loss.counts import as_denominator, as_number
 from autoaccum.loss.graph import Term, weigh
 
 __all__ = ["Mean", "Several", "Sum"]
@@ -46,7 +46,10 @@ class Mean:
             LossError: a part that is not one number, or a denominator that is negative or not finite.
         """
         if not isinstance(numerator, Tensor):
-            numerator = torch.tensor(as_number(numerator), dtype=torch.float64)  # a metric's count; no graph
+            # A metric's count; no graph.
+            numerator = torch.tensor(
+                as_number(numerator, "Mean's numerator", "the sum of the losses"), dtype=torch.float64
+            )
         self._numerator: Tensor | None = scalar(numerator, "Mean(numerator, denominator)", graph=False)
         self._mean: Tensor | None = None
         self.denominator = self._divisor = _denominator(denominator)
@@ -160,22 +163,6 @@ class Several(dict[str, Mean]):
             if not isinstance(share, float) or share:
                 value = value + share * self[name].value
         return [(self.loss, 1.0)], value
-
-
-def as_number(value: Any) -> float:
-    """A number that a Mean's numerator was given as.
-
-    Raises:
-        LossError: it is none.
-    """
-    if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise LossError(
-            f"Mean got the numerator {shown(value)}, a {type(value).__name__}: give the sum of the losses, a tensor"
-        )
-    try:
-        return float(value)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise LossError(f"Mean got the numerator {shown(value)}, which is not one number: {error}") from error
 
 
 def _denominator(value: Any) -> float | Tensor:

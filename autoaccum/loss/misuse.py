@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
-from autoaccum.errors import DataError, SetupError, shown
+from autoaccum.errors import DataError, SetupError
 from autoaccum.loss.call import Call
 from autoaccum.loss.torch_losses import TorchLoss
 
@@ -27,11 +27,7 @@ _STEP = "or own the call with step=f(model, batch)"
 def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool) -> Exception | None:
     """Why `model(*call.args, **call.kwargs)` raised `error`; None where that is not known.
 
-    Args:
-        error: as raised.
-        model: what was called.
-        call: with what.
-        apart: whether the targets were kept from the model, since there is a `loss`.
+    `apart`: the targets were kept from the model, since there is a `loss`.
     """
     if isinstance(error, TypeError) and not _takes(model, call):
         return _wrong_call(error, model, call, apart)
@@ -45,15 +41,7 @@ def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool
 def explain_loss(
     error: Exception, name: str, outputs: Any, targets: Any, torch_loss: TorchLoss | None
 ) -> Exception | None:
-    """Why a loss raised `error` for these outputs and targets; None where that is not known.
-
-    Args:
-        error: as raised.
-        name: of the loss.
-        outputs: of the model.
-        targets: of the batch.
-        torch_loss: the loss as one of torch's, or None.
-    """
+    """Why the loss of this name raised `error` for these outputs and targets; None where that is not known."""
     if isinstance(error, (IndexError, RuntimeError)) and torch_loss is not None:
         found = _outside_classes(outputs, targets, torch_loss)
         if found is not None:
@@ -103,7 +91,8 @@ def _takes(model: nn.Module, call: Call) -> bool:
 
 def _wrong_call(error: Exception, model: nn.Module, call: Call, apart: bool) -> Exception:
     given = f"the keywords {', '.join(call.kwargs)}" if call.kwargs else f"{len(call.args)} of the batch's parts"
-    what = f"{type(model).__name__}.forward{_signature(model)} cannot be called with {given}"
+    names = ", ".join(inspect.signature(model.forward).parameters)
+    what = f"{type(model).__name__}.forward({names}) cannot be called with {given}"
     if apart:
         remedy = (
             "with loss= the target is kept from the model: where the model computes its own loss from it, leave loss= "
@@ -115,14 +104,6 @@ def _wrong_call(error: Exception, model: nn.Module, call: Call, apart: bool) -> 
             f"target, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss(), {_STEP}"
         )
     return SetupError(f"{what}; {remedy} ({_torch(error)})")
-
-
-def _signature(model: nn.Module) -> str:
-    try:
-        names = inspect.signature(model.forward).parameters
-    except (TypeError, ValueError):
-        return ""
-    return shown(list(names)).replace("'", "").replace("[", "(").replace("]", ")")
 
 
 def _no_tensor(error: Exception, name: str, outputs: Any) -> Exception | None:
@@ -182,34 +163,30 @@ def _outside_embedding(error: Exception, model: nn.Module, call: Call) -> Except
         if not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel():
             low, high = int(leaf.min()), int(leaf.max())
             if low < 0 or high >= min(rows):
-                what = low if low < 0 else high
+                either = " or ".join(str(each) for each in sorted(set(rows))[:4])
                 return DataError(
-                    f"{place} holds the index {what}, and the model's embeddings have {_either(rows)} rows, counted "
-                    f"from 0: make the embedding as large as the vocabulary, or look at the data ({_torch(error)})"
+                    f"{place} holds the index {low if low < 0 else high}, and the model's embeddings have {either} "
+                    "rows, counted from 0: make the embedding as large as the vocabulary, or look at the data "
+                    f"({_torch(error)})"
                 )
     return None
-
-
-def _either(rows: list[int]) -> str:
-    return " or ".join(str(each) for each in sorted(set(rows))[:4])
 
 
 def _other_dtype(error: Exception, model: nn.Module, call: Call) -> Exception | None:
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     if own is None:
         return None
-    for place, leaf in _leaves(call):
-        if leaf.is_floating_point() and leaf.dtype != own:
-            return DataError(
-                f"{place} is {leaf.dtype}, and the model's parameters are {own}: convert the data, such as "
-                f"x.to({own}), or the model, model.to({leaf.dtype}) ({_torch(error)})"
-            )
-    for place, leaf in _leaves(call):
-        if not leaf.is_floating_point() and not leaf.is_complex():
-            return DataError(
-                f"{place} is {leaf.dtype}, whole numbers, and the model computes with it in {own}: convert the data, "
-                f"such as x.to({own}) ({_torch(error)})"
-            )
+    floats = [(place, leaf.dtype) for place, leaf in _leaves(call) if leaf.is_floating_point() and leaf.dtype != own]
+    whole = [
+        (place, leaf.dtype) for place, leaf in _leaves(call) if not (leaf.is_floating_point() or leaf.is_complex())
+    ]
+    for place, dtype in floats[:1] or whole[:1]:
+        also = f", or the model, model.to({dtype})" if floats else ""
+        what = "" if floats else ", whole numbers"
+        return DataError(
+            f"{place} is {dtype}{what}, and the model's parameters are {own}: convert the data, such as x.to({own})"
+            f"{also} ({_torch(error)})"
+        )
     return None
 
 

@@ -58,17 +58,7 @@ class Objective:
         step: Callable[[Any, Any], Any] | None = None,
         reduction: Any = "auto",
     ) -> None:
-        """Checks the settings; runs nothing.
-
-        Args:
-            model: called as the batch says (call.py).
-            loss: f(outputs, targets), where the model does not return its loss.
-            step: f(model, batch) -> Tensor, Mean or dict[str, Mean], instead of `loss`.
-            reduction: what the loss is a mean over; a dict of those for a step with several terms.
-
-        Raises:
-            SetupError: settings that are unknown, or that contradict each other.
-        """
+        """Checks the settings, which are `fit`'s, and runs nothing; a SetupError where they contradict each other."""
         self.coupled = coupled_of(loss, step, reduction)
         self.shared = Shared()
         # By itself, as in validation, a batch's loss is one over its own samples, and weighs as many.
@@ -130,10 +120,7 @@ class Objective:
     # What is known of a batch before the model runs.
 
     def denominators(self, batch: Any) -> dict[str, float] | None:
-        """What each term's mean over `batch` was divided by; None where that is only known once the loss ran.
-
-        Args:
-            batch: best on the host, where counting waits for no device.
+        """What each term's mean over `batch`, best on the host, is divided by; None where only the loss knows.
 
         Raises:
             DataError: the batch does not hold what is counted.
@@ -165,7 +152,7 @@ class Objective:
 
         Args:
             batches: on the host.
-            rehearses: whether only the memory that the window takes matters.
+            rehearses: only the memory that the window takes matters.
             on_phase: told of a "batch" before each forward of a pass that only reads.
         """
         self.settle(batches, rehearses=rehearses)
@@ -233,17 +220,16 @@ class Objective:
         *,
         rehearses: bool = False,
     ) -> None:
-        """Finds out, where nobody declared it, what the loss divides by: on a few samples, once.
+        """Finds out, where nobody declared it, what the loss divides by: on a few samples, once, without a trace.
 
-        The model is left as it was. The first count asks for it where nobody did; while nothing counts in the samples
-        it was shown, the next one asks again.
+        The first count asks for it where nobody did; while nothing counts in the samples it was shown, the next asks
+        again.
 
         Args:
             batches: on the host.
             most: samples that may run at once.
             begin: makes the model a function of its samples alone, before it runs on those at some places.
-            rehearses: whether only the memory that a step takes matters, so that few samples serve, and settle nothing
-                but a step's Means.
+            rehearses: only the memory that a step takes matters: few samples serve, and settle only a step's Means.
 
         Raises:
             LossError: the loss is not a scalar tensor.
@@ -275,10 +261,9 @@ class Objective:
     def look(
         self, batches: Sequence[Any], most: int, begin: Callable[[Rows], None] | None = None, *, means: bool = False
     ) -> Reading | Unread | None:
-        """What the loss divides by, whatever was declared, as `settle.settle` finds it; the arguments of `settle`.
+        """What the loss divides by, whatever was declared, as `settle.settle` finds it.
 
-        Args:
-            means: whether a step's Means are read too, as the means that they are; else they raise OwnMeans.
+        A step's Means are read as the means that they are with `means`; else they raise OwnMeans.
         """
         model, device = _inner(self.model), device_of(_inner(self.model))
         owners = [owner for owner in (self.loss, self.step) if owner is not None]
@@ -306,26 +291,23 @@ class Objective:
     def terms(
         self, batch: Any, denominators: Mapping[str, float] | None = None, on_host: Any = None
     ) -> dict[str, Mean]:
-        """Runs the forward, and gives the loss as its terms.
-
-        Args:
-            batch: on the model's device.
-            denominators: of this batch, where they were counted before it was moved; else they are counted here.
-            on_host: the batch as it was before it was moved, where it lies there as well.
-
-        Raises:
-            LossError: not a scalar, no graph, or terms other than declared.
-            DataError: the batch does not fit the model's call or the loss's.
-        """
+        """The terms of the loss, as `evaluate` gives them."""
         return self.evaluate(batch, denominators, on_host=on_host)[0]
 
     def evaluate(
         self, batch: Any, denominators: Mapping[str, float] | None = None, *, graph: bool = True, on_host: Any = None
     ) -> tuple[dict[str, Mean], Any, Any]:
-        """(terms, outputs, targets) of one forward. A `step` keeps outputs and targets to itself: None.
+        """(terms of the loss, outputs, targets) of one forward; None for what a step keeps to itself or nobody knows.
 
-        Targets are None as well where the batch does not say which they are. `graph`: whether the loss must have one,
-        where gradients are enabled; nothing is learned from a validation loss.
+        Args:
+            batch: on the model's device.
+            denominators: of this batch, where they were counted before it was moved; else they are counted here.
+            graph: whether the loss must have one, where gradients are enabled; nothing is learned in validation.
+            on_host: the batch as it was before it was moved, where it lies there as well.
+
+        Raises:
+            LossError: not a scalar, no graph, or terms other than declared.
+            DataError: the batch does not fit the model's call or the loss's.
         """
         if denominators is None and on_host is None:
             denominators = self.denominators(batch)

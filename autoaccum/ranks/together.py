@@ -27,7 +27,7 @@ BUCKET_BYTES = 25 * MIB
 LARGE_BYTES = MIB
 
 # Numbers that one `tally` can carry. Fixed, because a failing rank does not know what the others send.
-_SLOTS = 64
+_SLOTS = 256
 _PLACE_BYTES = 64  # of the text that says where a rank is
 _NAMED = 5  # differences, in an error
 
