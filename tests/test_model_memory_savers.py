@@ -23,6 +23,8 @@ from autoaccum.model.checkpointing import repeated_blocks
 from autoaccum.model.host_saving import SavedOnHost
 from autoaccum.model.memory_savers import RUNGS, installed, obstacle
 from autoaccum.planning.plan import Plan
+from tests.architectures import Architecture
+from tests.test_memory_forecast import Windows
 
 CPU = torch.device("cpu")
 ONLY_CHECKPOINTING = "2400KiB"
@@ -97,6 +99,24 @@ def test_gradients_and_statistics_are_the_plain_steps_bit_for_bit(rung):
     expected = gradients(plain, batch)
     with installed(rung, changed, CPU):
         assert torch.equal(gradients(changed, batch), expected)
+
+
+BLOCKS = Architecture(
+    "blocks", lambda: Net(blocks=8), lambda n: (torch.randn(n, 16, 32), torch.randint(10, (n,))), F.cross_entropy
+)
+
+
+@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung != "bf16" and "chunked" not in rung])
+def test_the_forecast_under_a_rung_is_what_is_measured(rung):
+    windows = Windows(BLOCKS)
+    plain = windows.trace(61).peak
+    with installed(rung, windows.model, CPU):
+        forecast = windows.forecast(2, 4, 8)
+        assert forecast.unaligned == 0
+        for n in (24, 61):
+            assert forecast.peak(n) == windows.trace(n).peak
+    if rung != "save_on_cpu":  # which moves nothing where all is on the host
+        assert forecast.peak(61) < plain
 
 
 def test_bf16s_gradients_are_the_plain_steps_within_its_rounding():

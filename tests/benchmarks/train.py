@@ -27,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ IMPORTED = {
 TOOLS = tuple(IMPORTED)
 DIED = 3  # the exit status of a training that ran out of memory
 LR, HELD_OUT, LONGEST = 1e-3, 0.2, 3600
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 Sample = dict[str, Tensor]
 
@@ -153,7 +155,7 @@ class Case:
 
 
 CASES = {
-    "digits CNN": Case(lambda: Pictures(False), digits, 256, 100, 12),
+    "digits CNN": Case(lambda: Pictures(False), digits, 256, 80, 12),
     "BERT-like, mixed lengths": Case(lambda: Text(1000, False), texts, 64, 120, 4),
     "GPT-2-like, large vocabulary": Case(lambda: Text(10_000, True), language, 32, 160, 5),
     "ViT-like": Case(lambda: Pictures(True), digits, 256, 110, 12),
@@ -328,6 +330,41 @@ def summary(name: str, tool: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"case": name, "tool": tool, **{key: median([each[key] for each in good]) for key in keys}, "runs": runs}
 
 
+def against_peers(rows: list[dict[str, Any]]) -> list[str]:
+    """For each case the best peer's time over ours, and the held-out losses."""
+    lines = []
+    for name in dict.fromkeys(row["case"] for row in rows):
+        done = {row["tool"]: row for row in rows if row["case"] == name and "error" not in row}
+        peers = [row for tool, row in done.items() if tool != "autoaccum"]
+        if "autoaccum" in done and peers:
+            ours, best = done["autoaccum"], min(peers, key=lambda row: row["total_seconds"])
+            times = best["total_seconds"] / ours["total_seconds"]
+            losses = f"held-out loss {ours['held_out']:.3f}, its {best['held_out']:.3f}"
+            lines.append(f"{name}: {best['tool']} takes {times:.2f} times our time; {losses}")
+    return lines
+
+
+def picture(rows: list[dict[str, Any]], path: Path) -> None:
+    """Each tool's time in each case, as bars."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False)
+    for name, place in zip(names, axes[0]):
+        done = [row for row in rows if row["case"] == name and "error" not in row]
+        colours = ["tab:green" if row["tool"] == "autoaccum" else "tab:gray" for row in done]
+        place.barh([row["tool"] for row in done], [row["total_seconds"] for row in done], color=colours)
+        place.invert_yaxis()
+        place.set_title(name, fontsize=9)
+        place.set_xlabel("seconds, finding included", fontsize=8)
+        place.tick_params(labelsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="*", metavar="case")
@@ -352,7 +389,9 @@ def main() -> None:
             f"{row['total_seconds']:.1f} s", f"{row['samples_a_second']:.0f}", f"{row['held_out']:.3f}",
             f"{row['peak_mib']:.0f} MiB", int(row["micro_batch"])])] for row in rows],
     )  # fmt: skip
+    text = "\n".join([text, "", *against_peers(rows)])
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    picture(rows, path.with_suffix(".png") if asked.small else EXAMPLES / "train.png")
     print(text)
 
 
