@@ -15,7 +15,20 @@ import autoaccum
 from autoaccum.loss.objective import Objective
 from autoaccum.planning.plan import plan
 
-__all__ = ["CASES", "Case", "Inject", "Net", "by_hand", "grouped", "off", "sgd", "sharded", "tokens", "trained"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Inject",
+    "Net",
+    "by_hand",
+    "grouped",
+    "mesh_of",
+    "off",
+    "sgd",
+    "sharded",
+    "tokens",
+    "trained",
+]
 
 WORDS, WIDTH = 23, 12  # 23 rows: shards differ in size
 
@@ -196,14 +209,19 @@ def windows(case: Case, made: autoaccum.Plan) -> Iterator[list[Any]]:
         yield pieces
 
 
-def trained(case: Case, rank: int, size: int) -> nn.Module:
-    """The same training, sharded over the ranks."""
-    mesh = None
-    if case.replicas > 1:
-        from torch.distributed.device_mesh import init_device_mesh
+@functools.cache  # each one makes process groups, which stay
+def mesh_of(replicas: int, size: int) -> Any:
+    """The ranks in two dimensions, where several hold the same shard; else None."""
+    if replicas == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh("cpu", (case.replicas, size // case.replicas), mesh_dim_names=("replicate", "shard"))
-    model = sharded(case.model(), reshard=case.reshard, mesh=mesh)
+    return init_device_mesh("cpu", (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def trained(case: Case, rank: int, size: int, policy: Any = None) -> nn.Module:
+    """The same training, sharded over the ranks."""
+    model = sharded(case.model(), reshard=case.reshard, mesh=mesh_of(case.replicas, size), policy=policy)
     optimizer = case.optimizer(model.parameters())
     made = case.plan(rank, size)
     accumulator = autoaccum.Accumulator(

@@ -165,3 +165,9 @@ def test_errors_at_random_places_of_a_pass_are_survived_and_leave_nothing_behind
     assert figures["failures"] == []
     assert figures["injections"] == 30
     assert figures["ended well"] > 0
+
+
+@pytest.mark.slow
+def test_errors_on_a_mesh_of_two_dimensions_end_all_four_ranks_as_well():
+    figures = torture.run(16, size=4, replicas=2)
+    assert not figures["failures"], figures

@@ -12,7 +12,7 @@ from autoaccum.errors import SetupError
 from autoaccum.model.shards import Shards, check_shards
 from autoaccum.planning.plan import plan
 from tests.ranks_started import started
-from tests.shards_work import CASES, Case, Net, by_hand, grouped, off, sgd, sharded, trained, windows
+from tests.shards_work import CASES, Case, Net, by_hand, grouped, off, sgd, sharded, tokens, trained, windows
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 pytestmark = pytest.mark.skipif(
@@ -81,6 +81,27 @@ def left_alone(case, rank, size):
     return before, inside, settings(model)
 
 
+def float32():
+    return Net().float()
+
+
+def in_halves(rank, size):
+    """How far a training with parameters in bf16 is from the whole batch in float32; and one process's is, in bf16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    case = Case(count=10, model=float32)  # one window: the rounding of one gradient
+    exact, start = by_hand(case), case.model()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    got = off(trained(case, rank, size, policy), exact, start)
+    model, low = case.model(), case.model().bfloat16()
+    ids, labels = tokens(case.count)
+    (nn.functional.cross_entropy(low(ids), labels, reduction="sum") / (labels >= 0).sum()).backward()
+    for parameter, rounded in zip(model.parameters(), low.parameters()):
+        parameter.grad = None if rounded.grad is None else rounded.grad.float()
+    case.optimizer(model.parameters()).step()
+    return got, off(model, exact, start)
+
+
 def work(rank, folder):
     size = 2
     with grouped(rank, size, folder):
@@ -91,6 +112,7 @@ def work(rank, folder):
         found["own loop"] = off(own_loop(case, rank, size), by_hand(case), case.model())
         late = dataclasses.replace(case, late=True)
         found["own loop, summed late"] = off(own_loop(late, rank, size), by_hand(late), late.model())
+        found["halves"] = in_halves(rank, size)
         found["refused"] = refused(rank, size)
         found["left alone"] = left_alone(Case(), rank, size)
         torch.save(found, f"{folder}/{rank}.pt")
@@ -106,6 +128,13 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("name", [*CASES, "own loop", "own loop, summed late"])
 def test_two_ranks_with_shards_end_where_one_process_with_the_whole_batch_does(found, name):
     assert [each[name] <= EXACT for each in found] == [True, True], found
+
+
+def test_with_parameters_in_bf16_it_is_off_by_that_policys_rounding_alone(found):
+    """Gradients are summed in float32, as the policy says, so that micro-batches and ranks add nothing to it."""
+    for each in found:
+        got, policys_own = each["halves"]
+        assert 2**-16 < got <= 1.5 * policys_own < 2**-4  # bf16 rounds to 2**-9
 
 
 @pytest.mark.parametrize(

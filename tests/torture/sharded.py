@@ -27,7 +27,7 @@ import autoaccum
 from autoaccum.errors import AutoaccumError
 from autoaccum.ranks import collectives
 from tests.ranks_started import started
-from tests.shards_work import Case, Inject, by_hand, grouped, off, sharded, tokens
+from tests.shards_work import Case, Inject, by_hand, grouped, mesh_of, off, sharded, tokens
 
 __all__ = ["KINDS", "Ended", "at_collectives", "run", "train"]
 
@@ -76,7 +76,7 @@ class Ended:
 
 def train(case: Case, rank: int, size: int, reference: nn.Module | None) -> Ended:
     """One training, into which an error may be armed; it is as far off as from the `reference`, where it ends well."""
-    model = sharded(case.model())
+    model = sharded(case.model(), mesh=mesh_of(case.replicas, size))
     loop = autoaccum.prepare(
         model, tokens(case.count), plan=case.plan(rank, size), loss=nn.CrossEntropyLoss(), shuffle=False,
         optimizer=case.optimizer(model.parameters()), progress=False, check=False,
@@ -105,9 +105,9 @@ def _places(seen: list[dict[str, int]], size: int, count: int, every: int, seed:
         yield which, kind, chance.randint(1, seen[which][kind]), chance.randrange(size), chance.choice(list(ERRORS))
 
 
-def work(rank: int, folder: str, *, count: int, every: int, size: int, seed: int) -> None:
+def work(rank: int, folder: str, *, count: int, every: int, size: int, seed: int, replicas: int) -> None:
     warnings.simplefilter("ignore")
-    cases = [Case(limits=(4, 2, 3, 1)[:size], count=11, late=late) for late in (False, True)]
+    cases = [Case(limits=(4, 2, 3, 1)[:size], count=11, late=late, replicas=replicas) for late in (False, True)]
     with grouped(rank, size, folder), at_collectives():
         places, references = [], []
         for case in cases:
@@ -141,10 +141,10 @@ def _held() -> tuple[int, int]:
     return psutil.Process().memory_info().rss, sum(storages.values())
 
 
-def run(count: int, seed: int = 0, size: int = 2, every: int = 0) -> dict[str, Any]:
+def run(count: int, seed: int = 0, size: int = 2, every: int = 0, replicas: int = 1) -> dict[str, Any]:
     """Figures of `count` injections on `size` ranks, or of each `every`-th place; "failures": what was not survived."""
     with tempfile.TemporaryDirectory(prefix="autoaccum-sharded-") as folder:
-        how = partial(work, count=count, every=every, size=size, seed=seed)
+        how = partial(work, count=count, every=every, size=size, seed=seed, replicas=replicas)
         started(how, size, Path(folder), seconds=60 + 20 * (count or 100))
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
     ends = list(zip(*(each["ends"] for each in found)))
