@@ -17,7 +17,7 @@ from autoaccum.interrupts import uninterrupted
 from autoaccum.model.shards import is_sharded
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import ends_all
+from autoaccum.ranks import ends_all, ranks_given
 from autoaccum.session import Session
 from autoaccum.training.events import Listener
 from autoaccum.training.fit_result import FitResult
@@ -68,6 +68,7 @@ def probe(
     progress: bool | None = None,
     callbacks: Iterable[Listener] = (),
     group: Any = None,
+    device_mesh: Any = None,
 ) -> ProbeReport:
     """The largest micro-batch that fits, or the one that `target_batch` needs; nothing else is changed by asking.
 
@@ -80,7 +81,7 @@ def probe(
     """
     settings = _settings(locals())
     together = target_batch is not None or ladder == "auto" or is_sharded(model)  # else each rank asks for itself
-    with ends_all(together, group):
+    with ends_all(together, ranks_given(group, device_mesh)):
         session = Session(model, data, settings, what="probe")
         report = session.probe()
         return report if target_batch is None else replace(report, plan=session.plan())
@@ -91,7 +92,7 @@ def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def called(*arguments: P.args, **keywords: P.kwargs) -> R:
-        with ends_all(group=keywords.get("group")):
+        with ends_all(group=ranks_given(keywords.get("group"), keywords.get("device_mesh"))):
             return function(*arguments, **keywords)
 
     return called
@@ -148,6 +149,7 @@ def prepare(
     sinks: Iterable[Listener] = (),
     callbacks: Iterable[Listener] = (),
     group: Any = None,
+    device_mesh: Any = None,
 ) -> TrainingLoop:
     """The configured training loop: probed, planned, verified, not yet begun. Iterate it, or call `run()`.
 
@@ -219,6 +221,8 @@ def prepare(
         progress: draw a progress bar; None: on a terminal.
         sinks, callbacks: functions of an event.
         group: the ranks that train together, a process group of torch.distributed's; None: all of them.
+        device_mesh: these ranks as a DeviceMesh, instead of `group`: of one dimension, or all ranks in several that
+            are named as those of data parallelism are, such as ("replicate", "shard").
 
     Raises:
         NothingFitsError: not even the smallest micro-batch fits.

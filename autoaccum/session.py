@@ -38,7 +38,7 @@ from autoaccum.probing.planned import planned
 from autoaccum.probing.probe import Question
 from autoaccum.probing.prober import Prober
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks, here, join
+from autoaccum.ranks import Ranks, here, join, ranks_given
 from autoaccum.settings import SETTINGS, Settings, deciding, taken_by
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
@@ -99,7 +99,7 @@ class Session:
         self._isolation = isolation(asked.isolate, _probe_in_child, unwrapped(model), data, asked)
         self._in_child = isinstance(self._isolation, Isolation)
         join()
-        ranks = here(group=asked.group)
+        ranks = here(group=ranks_given(asked.group, asked.device_mesh))
         if given is not None:
             self._given = for_ranks(given, ranks.rank, ranks.size)
         self.events = events or Events([*listeners, *display(asked.progress, ranks)])
@@ -322,7 +322,7 @@ def _probe_in_child(
 ) -> dict[str, Any]:
     """What the child does: builds everything anew and probes; each trial is sent as it ends."""
     os.environ["WORLD_SIZE"] = "1"  # of several ranks each has a child of its own, which answers for its device alone
-    taken = {"model", "data", *taken_by("probe")} - {"group"}
+    taken = {"model", "data", *taken_by("probe")} - {"group", "device_mesh"}
     arguments = {name: value for name, value in factory().items() if name in taken}
     arguments |= {
         **asked,

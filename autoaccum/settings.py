@@ -172,6 +172,7 @@ SETTINGS: dict[str, Setting] = {
     "sinks": Setting((), "python", "Functions of an event, told beside callbacks.", ranks="own"),
     "callbacks": Setting((), "python", "Functions of an event.", _PROBE, ranks="own"),
     "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE, ranks="own"),
+    "device_mesh": Setting(None, "python", "These ranks as a DeviceMesh, instead of group.", _PROBE, ranks="own"),
 }
 """In the order of the public signatures."""
 

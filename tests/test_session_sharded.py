@@ -70,6 +70,20 @@ def probed(rank):
             "limits": list(report.plan.limits)}  # fmt: skip
 
 
+def over_meshes(rank):
+    """How trainings end that are given a mesh: of two dimensions of data, and such as are refused."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    model, loop = prepared(CASE, rank, device_mesh=mesh)
+    found = {"trained": ended(loop.run), "off": off(model, by_hand(CASE), CASE.model())}
+    tensor = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    found["tensor"] = ended(lambda: prepared(CASE, rank, device_mesh=tensor))
+    found["both"] = ended(lambda: prepared(CASE, rank, device_mesh=mesh, group=torch.distributed.group.WORLD))
+    found["none"] = ended(lambda: prepared(CASE, rank, device_mesh="dp"))
+    return found
+
+
 def work(rank, folder):
     with grouped(rank, 2, folder):
         found = {"probe": probed(rank)}
@@ -84,6 +98,7 @@ def work(rank, folder):
         found["memory in forward"] = injected(CASE, rank, 1, "forward", 6, torch.OutOfMemoryError)
         found["memory in backward"] = injected(CASE, rank, 0, "backward", 6, torch.OutOfMemoryError)
         found["an error"] = injected(CASE, rank, 1, "backward", 7, KeyError)
+        found["mesh"] = over_meshes(rank)
         found["compile"] = ended(lambda: prepared(CASE, rank, compile=True))
         torch.save(found, f"{folder}/{rank}.pt")
 
@@ -141,6 +156,15 @@ def test_a_rank_that_runs_out_of_memory_in_a_pass_finishes_it_and_all_replay(fou
 def test_any_other_error_in_a_pass_ends_all_ranks_at_the_vote(found):
     assert found[1]["an error"][0].startswith("KeyError")
     assert "rank 1 of 2 failed" in found[0]["an error"][0]
+
+
+def test_a_mesh_says_which_ranks_train_together(found):
+    for each in (rank["mesh"] for rank in found):
+        assert each["trained"] == "ended well"
+        assert each["off"] <= EXACT
+        assert "has the dimension 'tp' of 2: tensor, pipeline and context parallelism are" in each["tensor"]
+        assert "give one of them" in each["both"]
+        assert "'dp' is no DeviceMesh" in each["none"]
 
 
 def test_what_is_not_there_for_sharded_models_is_refused_by_name(found):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.ranks.alone import Ranks
 from autoaccum.ranks.together import rank_of
 
@@ -21,7 +21,10 @@ if dist.is_available():
     import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["ends_all", "here", "join", "leave"]
+__all__ = ["ends_all", "here", "join", "leave", "ranks_given"]
+
+# Dimensions of a mesh along which each rank has samples of its own.
+DATA_DIMENSIONS = ("dp", "data", "ddp", "fsdp", "replicate", "shard", "dp_replicate", "dp_shard")
 
 
 def join() -> None:
@@ -78,6 +81,37 @@ def ends_all(together: bool = True, group: Any = None) -> Iterator[None]:
         if together:
             here(group=group).fail()
         raise
+
+
+def ranks_given(group: Any, mesh: Any) -> Any:
+    """The process group of `group=` or of `device_mesh=`; None where neither is given.
+
+    Raises:
+        SetupError: both are given; or the mesh is none, does not hold this process, or not all ranks in several
+            dimensions, or has one that is none of data parallelism's.
+    """
+    if mesh is None:
+        return group
+    if group is not None:
+        raise SetupError("group= and device_mesh= both say which ranks train together: give one of them")
+    if not hasattr(mesh, "mesh_dim_names"):
+        raise SetupError(f"device_mesh={shown(mesh)} is no DeviceMesh: give what init_device_mesh returned")
+    for at, name in enumerate(mesh.mesh_dim_names or ()):
+        if name not in DATA_DIMENSIONS and mesh.size(at) > 1:
+            raise SetupError(
+                f"device_mesh= has the dimension {name!r} of {mesh.size(at)}: tensor, pipeline and context parallelism "
+                f"are not supported, and ranks have their own samples along {', '.join(DATA_DIMENSIONS)} only"
+            )
+    if mesh.get_coordinate() is None:
+        raise SetupError("device_mesh= does not hold this process: call this on the ranks that it was made of")
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() != dist.get_world_size():
+        raise SetupError(
+            f"device_mesh= has {mesh.size()} of {dist.get_world_size()} ranks in several dimensions: give a mesh of "
+            "all ranks, one of one dimension, or their process group by group="
+        )
+    return None
 
 
 def here(device: torch.device | None = None, group: Any = None) -> Ranks:
