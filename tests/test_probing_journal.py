@@ -104,6 +104,14 @@ def test_an_answer_takes_the_file_away_unless_the_parent_will(tmp_path, error):
         assert path.exists() is not clears
 
 
+def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_path):
+    journal = Journal(tmp_path / "trials.journal", "key")
+    for size, length, outcome in ((4, None, "fits"), (8, 20, "fits"), (16, None, "out of memory"), (32, None, "fits")):
+        journal.start(size, "verify", length)
+        journal.end(size, outcome, length)
+    assert (journal.lived(33), journal.lived(32), journal.lived(4)) == (32, 4, 0)
+
+
 def test_trials_in_another_machine_or_container_are_in_a_file_of_their_own(tmp_path, monkeypatch):
     """Nothing is known of their processes from here, neither that they live nor that they were killed."""
     monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))

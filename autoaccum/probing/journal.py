@@ -24,6 +24,7 @@ import psutil
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.files import open_own
+from autoaccum.probing.outcome import FITS
 
 __all__ = ["Begun", "Journal", "Owner", "cache_folder", "journal_path"]
 
@@ -152,6 +153,11 @@ class Journal:
         )
         return alike[KILLS_BELIEVED - 1] if len(alike) >= KILLS_BELIEVED else sys.maxsize
 
+    def lived(self, below: int) -> int:
+        """The largest size below `below` that fitted, of samples whose length was not chosen; 0 where none did."""
+        ends = [entry for entry in self._entries() if entry.get("outcome") == FITS and entry.get("length") is None]
+        return max((entry["size"] for entry in ends if entry["size"] < below), default=0)
+
     def unfinished(self) -> list[Begun]:
         """Each trial that a process began which is gone and never ended it."""
         return [trial for owner, trial in self._begun().items() if owner.is_gone]
@@ -200,17 +206,17 @@ class Journal:
 
     def start(self, size: int, kind: str, length: int | None = None) -> None:
         """Writes down that a trial begins; on disk before this returns."""
-        chosen = {} if length is None else {"length": length}
-        self._append({"event": "start", "size": size, "kind": kind, **chosen})
+        self._append({"event": "start", "size": size, "kind": kind}, length)
 
-    def end(self, size: int, outcome: str) -> None:
+    def end(self, size: int, outcome: str, length: int | None = None) -> None:
         """Writes down how the trial ended."""
-        self._append({"event": "end", "size": size, "outcome": outcome})
+        self._append({"event": "end", "size": size, "outcome": outcome}, length)
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _append(self, entry: dict[str, Any], length: int | None) -> None:
         if self.path is None:
             return
-        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry}) + "\n"
+        chosen = {} if length is None else {"length": length}
+        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry, **chosen}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open_own(self.path, "a", private=True, encoding="utf-8") as file:

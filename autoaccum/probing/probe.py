@@ -17,7 +17,7 @@ from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
 from autoaccum.probing.cache import Cache, Lines
 from autoaccum.probing.fastest import Alternatives, race
-from autoaccum.probing.find_size import find
+from autoaccum.probing.find_size import Answer, find
 from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.length_search import LengthAnswer, find_by_length
@@ -35,6 +35,8 @@ __all__ = ["Question", "run_probe"]
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
 MOST_LOOKS = 3
+# A kill costs a process: a size that lives is not improved on by less than this.
+NOT_WORTH_A_KILL = 1.04
 
 
 @dataclass(frozen=True)
@@ -190,11 +192,12 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
         report = replace(report_of(found.bench, found.answer), gradient_sync=found.sync)
         return report if found.bench is bench else replace(report, trials=(*bench.trials, *report.trials))
     notes: tuple[str, ...] = ()
-    killed = bench.journal.least_killed()
-    if ceiling >= killed:  # where a size would live is not told by a kill, and each further one costs a process
-        ceiling = reach = max(floor, killed // 2)
-        notes = (f"a step at {killed} samples killed its process more than once: none above {ceiling} was run again",)
-    answer = find(bench, floor=floor, ceiling=ceiling, wanted=_wanted(question, floor), reach=reach, known=known)
+    killed, wanted = bench.journal.least_killed(), _wanted(question, floor)
+    if ceiling < killed:
+        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
+    else:
+        answer = _below(killed, bench, wanted, known)
+        notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
     if question.prefer == "fastest":
         raced = race(bench, answer, question.alternatives, share=question.share, floor=floor, reach=reach,
                      multiple_of=question.multiple_of)  # fmt: skip
@@ -203,6 +206,31 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
     else:
         report = report_of(bench, answer)
     return replace(report, notes=(*report.notes, *notes))
+
+
+def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known: Forecast | Lines | None) -> Answer:
+    """The answer where `killed` samples killed their process: by bisection from what lived, since no forecast tells.
+
+    A kill in here costs the process, and the next one goes on from what the journal has.
+    """
+    takes = wanted or (lambda limit: limit)
+    lived = bench.journal.lived(killed)
+
+    def near() -> bool:
+        return takes(killed - 1) <= lived or killed - 1 <= NOT_WORTH_A_KILL * lived
+
+    while True:
+        ceiling = lived if near() else (lived + killed) // 2
+        while not near() and takes(ceiling) <= lived:  # up to one that would be taken
+            ceiling += 1
+        ceiling = max(ceiling, bench.floor)
+        answer = find(bench, floor=bench.floor, ceiling=ceiling, wanted=wanted, reach=ceiling, known=known)
+        if answer.limit is None or answer.limit < ceiling:
+            return answer  # memory runs out before the kill
+        lived, known = max(ceiling, lived), answer.forecast
+        if near():
+            is_next = lived + 1 == killed
+            return replace(answer, limit=lived if is_next else None, proof="out of memory" if is_next else None)
 
 
 def _over_lengths(bench: Bench, question: Question, known: Lines | None) -> LengthAnswer | None:

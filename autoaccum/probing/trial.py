@@ -237,7 +237,7 @@ class Bench:
             outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
         del batch
         self._process.step_ends(ran=peak is not None)
-        self.journal.end(size, outcome)
+        self.journal.end(size, outcome, length)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
     def time(self, size: int, micro_batches: int = 1, peak: int | None = None) -> tuple[float, float]:
