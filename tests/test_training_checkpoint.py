@@ -645,8 +645,8 @@ def test_trainings_killed_at_random_moments_come_to_the_same_end(tmp_path):
 
     answer = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.torture", "--kills", "5", "--ooms", "0", "--interrupts", "0", "--soak", "0",
-         "--sharded", "0", "--cost", "0", "--json", str(answer)],
+        [sys.executable, "-m", "tests.torture", "--kills", "5", "--shard-kills", "0", "--ooms", "0",
+         "--interrupts", "0", "--soak", "0", "--sharded", "0", "--cost", "0", "--json", str(answer)],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
