@@ -38,14 +38,14 @@ _CLASSES = {
     *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }  # fmt: skip
 
-Path_ = tuple[Any, ...]
+Place = tuple[Any, ...]
 
 
 def without_shards(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(a state without its distributed tensors, a meta tensor in the place of each; those, by where they were)."""
     shards: dict[str, Tensor] = {}
 
-    def take(path: Path_, value: Tensor) -> Tensor:
+    def take(path: Place, value: Tensor) -> Tensor:
         if not hasattr(value, "_local_tensor"):
             return value
         shards[_key(path)] = value
@@ -122,7 +122,7 @@ def with_shards(
     of_number = dict(zip(numbers, parameters, strict=True))
     targets: dict[str, Tensor] = {}
 
-    def put(path: Path_, value: Tensor) -> Tensor:
+    def put(path: Place, value: Tensor) -> Tensor:
         if not value.is_meta:
             return value
         made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[2]], value)
@@ -191,11 +191,11 @@ def _causes(error: Any) -> str:
     return "; ".join(f"rank {rank}: {type(each).__name__}: {each}" for rank, (each, _) in error.failures.items())
 
 
-def _key(path: Path_) -> str:
+def _key(path: Place) -> str:
     return "/".join(map(str, path))
 
 
-def _mapped(value: Any, change: Callable[[Path_, Tensor], Tensor], path: Path_ = ()) -> Any:
+def _mapped(value: Any, change: Callable[[Place, Tensor], Tensor], path: Place = ()) -> Any:
     """Plain values with each tensor changed, given where it is."""
     if isinstance(value, Tensor):
         return change(path, value)
