@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoaccum.data import structure, tree
-from autoaccum.data.piece import Piece
+from autoaccum.data import tree
 from autoaccum.interrupts import interruptible
 from autoaccum.loss.asking import RAISED, unlike
 from autoaccum.loss.counts import holds_indices
@@ -144,7 +143,7 @@ class Bench:
 
     def batch(self, rows: Sequence[int]) -> Any:
         """The samples at these places, on the host."""
-        return _take(self._batch, rows)
+        return tree.choose(self._batch, rows)
 
     def window(self, pieces: Sequence[Sequence[int]], *, seed: int | None = None) -> Gradient | str:
         """The gradient of one window; or why there is none, in words.
@@ -296,31 +295,14 @@ def _flat(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
     return gradient.reshape(-1) if gradient.dtype == torch.float64 else gradient.reshape(-1).float()
 
 
-def _take(batch: Any, rows: Sequence[int]) -> Any:
-    """The samples at `rows`, in that order."""
-    if isinstance(batch, Piece):
-        return batch.take(rows)
-    size = tree.batch_size(batch)
-
-    def pick(leaf: Any) -> list[Any]:
-        if isinstance(leaf, Tensor):
-            if leaf.layout is torch.strided and not leaf.is_nested:
-                return [leaf.index_select(0, torch.tensor(rows, dtype=torch.int64, device=leaf.device))]
-            single = tree.split(leaf, [1] * size)
-            return [tree.join([single[row] for row in rows])]
-        return [structure.take(leaf, rows)]
-
-    return structure.Reading(batch, size).checked().parts(batch, pick, 1)[0]
-
-
 def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
     """As many of the samples, so ordered that a cut leaves unequal denominators: light ones first, heavy ones last."""
-    singles = [_take(batch, [row]) for row in range(tree.batch_size(batch))]
+    singles = [tree.choose(batch, [row]) for row in range(tree.batch_size(batch))]
     weights = [_weight(objective, single) for single in singles]
     order = sorted(unlike(singles, samples), key=lambda row: weights[row])
     if 0.0 in weights[order[0]]:
         order = [order[-1], *order[:-1]]  # something counts in the first part too
-    return _take(batch, order)
+    return tree.choose(batch, order)
 
 
 def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:

@@ -34,6 +34,7 @@ from autoaccum.errors import DataError
 
 __all__ = [
     "batch_size",
+    "choose",
     "copied",
     "is_flat",
     "join",
@@ -138,8 +139,14 @@ def repeat(batch: Any, size: int) -> Any:
     length = batch_size(batch)
     if length == 0:
         raise DataError(f"a batch without samples cannot be repeated to {size}: give one with at least one sample")
-    rows = [position % length for position in range(size)]
-    return Reading(batch, length).checked().parts(batch, lambda leaf: [_rows(leaf, rows)], 1)[0]
+    return choose(batch, [position % length for position in range(size)])
+
+
+def choose(batch: Any, rows: Sequence[int]) -> Any:
+    """The samples at `rows`, in that order. Tensors are copies; a DataError where the batch's leaves disagree."""
+    if isinstance(batch, Piece):
+        return batch.take(rows)
+    return Reading(batch, batch_size(batch)).checked().parts(batch, lambda leaf: [_rows(leaf, rows)], 1)[0]
 
 
 def join(batches: Sequence[Any]) -> Any:
