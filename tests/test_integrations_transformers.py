@@ -21,6 +21,19 @@ NEW = "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fi
 ROUNDED = 0.0 if NEW else 5.1e-5  # what the oldest release logs has four digits
 
 
+EVERY = [
+    pytest.param(name, labels, lora, within, marks=pytest.mark.slow)
+    for lora in (False, True)
+    for name, labels, within in (
+        ("BertForSequenceClassification", "class", EXACT),
+        ("RobertaForSequenceClassification", "class", EXACT),
+        ("T5ForConditionalGeneration", "tokens", EXACT if NEW else SINGLE),
+        ("GPT2LMHeadModel", "tokens", SINGLE),
+        ("LlamaForCausalLM", "tokens", SINGLE),
+    )
+]
+
+
 def trainer(
     net, data, folder, *, kind=transformers.Trainer, arguments=transformers.TrainingArguments, collate=padded,
     more=None, **given,
@@ -70,29 +83,20 @@ def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
     assert made.state.global_step == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "labels", "within"),
-    [
-        ("BertForSequenceClassification", "class", EXACT),
-        ("RobertaForSequenceClassification", "class", EXACT),
-        ("T5ForConditionalGeneration", "tokens", EXACT if NEW else SINGLE),
-        ("GPT2LMHeadModel", "tokens", SINGLE),
-        ("LlamaForCausalLM", "tokens", SINGLE),
-    ],
-)
-def test_the_update_of_adapters_is_the_whole_batchs(name, labels, within, tmp_path):
+def adapted(name):
+    """The model with LoRA adapters."""
     peft = pytest.importorskip("peft", reason="peft is not installed: it is in the group peers")
+    layers = {"Bert": ["query", "value"], "Robe": ["query", "value"], "T5Fo": ["q", "v"], "GPT2": ["c_attn"],
+              "Llam": ["q_proj", "v_proj"]}[name[:4]]  # fmt: skip
+    torch.manual_seed(0)
+    return peft.get_peft_model(model(name), peft.LoraConfig(r=4, target_modules=layers, lora_dropout=0.0)).double()
 
-    def adapted():
-        layers = {"Bert": ["query", "value"], "Robe": ["query", "value"], "T5Fo": ["q", "v"], "GPT2": ["c_attn"],
-                  "Llam": ["q_proj", "v_proj"]}[name[:4]]  # fmt: skip
-        made = peft.get_peft_model(model(name), peft.LoraConfig(r=4, target_modules=layers, lora_dropout=0.0))
-        return made.double()
 
-    net, data = adapted(), samples(labels)
+@pytest.mark.parametrize(("name", "labels", "lora", "within"), [each for each in EVERY if each.values[2]])
+def test_the_update_of_adapters_is_the_whole_batchs(name, labels, lora, within, tmp_path):
+    net, data = adapted(name), samples(labels)
     before = flat(net)
-    reference, _ = by_hand(adapted(), data, 8)
+    reference, _ = by_hand(adapted(name), data, 8)
     attach(trainer(net, data, tmp_path), micro_batch=3).train()
     assert moved(flat(net), before, reference) <= within
 
@@ -211,32 +215,37 @@ def test_an_overridden_compute_loss_runs(tmp_path):
     assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_out_of_memory_errors_are_replayed_and_change_nothing(count, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "labels", "lora", "within", "count"),
+    [
+        ("BertForMaskedLM", "tokens", False, EXACT, 4),
+        *(pytest.param(*each.values, 20, marks=pytest.mark.slow) for each in EVERY),
+    ],
+)
+def test_out_of_memory_errors_are_replayed_and_change_nothing(name, labels, lora, within, count, tmp_path):
     class Scarce(transformers.Trainer):
-        failures = 0
-
         def compute_loss(self, model, inputs, *rest, **named):
             loss = super().compute_loss(model, inputs, *rest, **named)
-            if self.failures < count and len(inputs["labels"]) > 2 and torch.rand((), generator=draw) < 0.6:
-                self.failures += 1
+            if replays() < count and len(inputs["labels"]) > 1 and torch.rand((), generator=draw) < 0.7:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return loss
 
-    draw, heard = torch.Generator().manual_seed(1), []
-    data = samples("tokens", 64)
-    net = model("BertForMaskedLM")
+    def replays():
+        return sum(isinstance(event, WindowReplayed) for event in heard)
+
+    draw, heard, made_of = torch.Generator().manual_seed(1), [], adapted if lora else model
+    data, net, steps = samples(labels, 16), made_of(name), 2 * count
     before = flat(net)
     made = attach(
-        trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=count), target_batch=64, micro_batch=64, check=False,
+        trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=steps), target_batch=16, micro_batch=16, check=False,
         regrow_after=1, callbacks=[heard.append],
     )  # fmt: skip
     with pytest.warns(UserWarning, match="out of memory in step"):
         made.train()
-    assert made.failures == sum(isinstance(event, WindowReplayed) for event in heard) == count
-    reference, _ = by_hand(model("BertForMaskedLM"), data, 64, epochs=count)
-    assert moved(flat(net), before, reference) <= EXACT
-    assert made.state.global_step == count
+    assert replays() == count
+    reference, _ = by_hand(made_of(name), data, 16, epochs=steps)
+    assert moved(flat(net), before, reference) <= within
+    assert made.state.global_step == steps
 
 
 def test_a_training_goes_on_from_the_trainers_checkpoint_without_probing(tmp_path):
@@ -333,6 +342,57 @@ def test_a_collator_that_needs_a_whole_batch_is_refused_before_training(collate,
     with pytest.raises(error, match=says):
         attach(trainer(net, samples("class", 24), tmp_path, collate=collate), micro_batch=3).train()
     assert torch.equal(flat(net), before)
+
+
+@pytest.mark.slow
+def test_a_model_that_the_trainer_compiles_is_served(tmp_path):
+    net, data = model("BertForMaskedLM"), samples("tokens")
+    before = flat(net)
+    reference, _ = by_hand(model("BertForMaskedLM"), data, 8)
+    made = attach(trainer(net, data, tmp_path, torch_compile=True, torch_compile_backend="aot_eager"), micro_batch=3)
+    made.train()
+    assert hasattr(made.model_wrapped, "_orig_mod")
+    assert moved(flat(net), before, reference) <= EXACT
+
+
+class Sparse(torch.nn.Module):
+    """An embedding whose gradients are sparse."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(50, 3, sparse=True)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return {"loss": torch.nn.functional.cross_entropy(self.embed(input_ids).sum(1), labels)}
+
+
+def test_sparse_gradients_whose_norm_the_trainer_would_take_are_refused(tmp_path):
+    made = trainer(Sparse(), samples("class"), tmp_path)
+    with pytest.raises(SetupError, match="embed has sparse gradients"):
+        attach(made)
+
+
+class TwoTerms(torch.nn.Module):
+    """A mean over tokens, and another over some of the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = model("BertForMaskedLM")
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.inner(input_ids, attention_mask).logits
+        tokens = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
+        long = (attention_mask.sum(1) > 8).to(logits)
+        return {"loss": tokens + 0.5 * (logits.square().mean((1, 2)) * long).sum() / long.sum()}
+
+
+def test_each_of_two_terms_is_divided_by_its_own_count(tmp_path):
+    data, runs = samples("tokens", 32), []
+    for batch, own in ((16, False), (8, True)):
+        made = trainer(TwoTerms(), data, tmp_path, per_device_train_batch_size=batch)
+        (attach(made, target_batch=16, micro_batch=8) if own else made).train()
+        runs.append(flat(made.model))
+    assert moved(runs[1], flat(TwoTerms()), runs[0]) <= EXACT
 
 
 class OwnLoader(transformers.Trainer):

@@ -89,7 +89,8 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
             )
         trainer.accumulate_grad_batches = 1
         loop = trainer.fit_loop
-        loop._data_source = Windows(loop._data_source, self.attachment)
+        progress = loop.epoch_loop.batch_progress
+        loop._data_source = Windows(loop._data_source, self.attachment, place=lambda: progress.current.ready)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first moment at which everything is there: the strategy set up, the state restored, the loader made."""

@@ -1,9 +1,12 @@
 """The training loader of a Lightning Trainer, made to yield windows: samples, not collated."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from autoaccum.data.mapped import rebuilt
@@ -18,8 +21,8 @@ __all__ = ["Windows"]
 class Windows:
     """Where the trainer gets its training loader from, which yields windows."""
 
-    def __init__(self, source: Any, attachment: Attachment) -> None:
-        self.source, self._attachment = source, attachment
+    def __init__(self, source: Any, attachment: Attachment, place: Callable[[], int]) -> None:
+        self.source, self._attachment, self._place = source, attachment, place
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.source, name)
@@ -57,14 +60,28 @@ class Windows:
         if ranks > 1:
             batches = Shares(batches, self._attachment)
         made = rebuilt(loader, loader.dataset, batch_sampler=batches, collate_fn=held, generator=loader.generator)
-        return made if ranks == 1 else _Dealt(made)
+        return _Resumable(made, self._place, alone=ranks == 1)
 
 
-class _Dealt:
-    """A loader that deals the ranks their parts already; as it is no DataLoader, Lightning deals it no second time."""
+class _Resumable:
+    """A loader that goes on in mid-epoch from where a checkpoint was written, in the order that was drawn then.
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._loader = loader
+    Lightning saves and loads the state of whatever has `state_dict` and `load_state_dict`. As it is no DataLoader,
+    Lightning deals it to the ranks no second time.
+    """
+
+    def __init__(self, loader: DataLoader[Any], place: Callable[[], int], alone: bool) -> None:
+        """Keeps references only.
+
+        Args:
+            loader: of windows.
+            place: windows of the epoch that were trained already, asked when the first of the others is fetched.
+            alone: one rank, whose random generators are kept; of several Lightning saves only the first one's state.
+        """
+        self._loader, self._place, self._kept = loader, place, {}
+        drawn = (torch.default_generator, loader.generator, getattr(loader.sampler, "generator", None))
+        self._generators = list(dict.fromkeys(each for each in drawn if each is not None)) if alone else []
+        self._began: list[Tensor] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_loader"], name)
@@ -73,4 +90,28 @@ class _Dealt:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._loader)
+        kept, self._kept = self._kept, {}
+        place = self._place() if kept else 0
+        self._set(kept.get("began" if place else "now", ()))
+        self._began = self._states()
+        windows = iter(self._loader)
+        for _ in islice(windows, place):
+            pass
+        if place:
+            self._set(kept["now"])
+        yield from windows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random generators: when the epoch began, from which its order follows, and now."""
+        return {"began": self._began, "now": self._states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self._kept = dict(state_dict)
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _set(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators, states):
+            generator.set_state(state)

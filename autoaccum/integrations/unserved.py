@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from autoaccum.errors import SetupError
@@ -40,6 +41,12 @@ def refuse(trainer: Any) -> None:
     for name, on in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
         if on:
             raise SetupError(f"{name} shards what attach() has to add up: train without it, or with its own settings")
+    for name, layer in () if trainer.model is None else trainer.model.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise SetupError(
+                f"{name} has sparse gradients, and the Trainer takes the norm of all gradients, which torch cannot of "
+                "sparse ones: make it with sparse=False"
+            )
     ranks = here().size
     if isinstance(trainer.train_dataset, IterableDataset) and ranks > 1:
         raise SetupError(
