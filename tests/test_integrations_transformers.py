@@ -344,17 +344,6 @@ def test_a_collator_that_needs_a_whole_batch_is_refused_before_training(collate,
     assert torch.equal(flat(net), before)
 
 
-@pytest.mark.slow
-def test_a_model_that_the_trainer_compiles_is_served(tmp_path):
-    net, data = model("BertForMaskedLM"), samples("tokens")
-    before = flat(net)
-    reference, _ = by_hand(model("BertForMaskedLM"), data, 8)
-    made = attach(trainer(net, data, tmp_path, torch_compile=True, torch_compile_backend="aot_eager"), micro_batch=3)
-    made.train()
-    assert hasattr(made.model_wrapped, "_orig_mod")
-    assert moved(flat(net), before, reference) <= EXACT
-
-
 class Sparse(torch.nn.Module):
     """An embedding whose gradients are sparse."""
 
@@ -370,29 +359,6 @@ def test_sparse_gradients_whose_norm_the_trainer_would_take_are_refused(tmp_path
     made = trainer(Sparse(), samples("class"), tmp_path)
     with pytest.raises(SetupError, match="embed has sparse gradients"):
         attach(made)
-
-
-class TwoTerms(torch.nn.Module):
-    """A mean over tokens, and another over some of the samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = model("BertForMaskedLM")
-
-    def forward(self, input_ids, attention_mask=None, labels=None):
-        logits = self.inner(input_ids, attention_mask).logits
-        tokens = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels)
-        long = (attention_mask.sum(1) > 8).to(logits)
-        return {"loss": tokens + 0.5 * (logits.square().mean((1, 2)) * long).sum() / long.sum()}
-
-
-def test_each_of_two_terms_is_divided_by_its_own_count(tmp_path):
-    data, runs = samples("tokens", 32), []
-    for batch, own in ((16, False), (8, True)):
-        made = trainer(TwoTerms(), data, tmp_path, per_device_train_batch_size=batch)
-        (attach(made, target_batch=16, micro_batch=8) if own else made).train()
-        runs.append(flat(made.model))
-    assert moved(runs[1], flat(TwoTerms()), runs[0]) <= EXACT
 
 
 class OwnLoader(transformers.Trainer):

@@ -78,7 +78,8 @@ class _Resumable:
             place: windows of the epoch that were trained already, asked when the first of the others is fetched.
             alone: one rank, whose random generators are kept; of several Lightning saves only the first one's state.
         """
-        self._loader, self._place, self._kept = loader, place, {}
+        self._loader, self._place = loader, place
+        self._kept: dict[str, Any] = {}
         drawn = (torch.default_generator, loader.generator, getattr(loader.sampler, "generator", None))
         self._generators = list(dict.fromkeys(each for each in drawn if each is not None)) if alone else []
         self._began: list[Tensor] = []
