@@ -181,7 +181,7 @@ class Noisy(Module):
 def test_in_mid_epoch_it_goes_on_with_the_next_window_of_the_order_drawn_then(step, limit, tmp_path):
     saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     whole, again = Noisy(), Noisy()
-    settings = {"limit_train_batches": limit, "enable_checkpointing": True}
+    settings = {"limit_train_batches": limit, "enable_checkpointing": True, "default_root_dir": tmp_path}
     trainer = trained(whole, target(), saving, batch=8, **settings)
     gone_on = trained(again, target(), batch=8, checkpoint=str(tmp_path / f"step={step}.ckpt"), **settings)
     assert gone_on.global_step == trainer.global_step == 2 * (3 if limit == 1.0 else 2)
