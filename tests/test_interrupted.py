@@ -203,13 +203,13 @@ class Two(Ranks):
     size = 2
 
 
-def test_on_several_ranks_no_noise_is_measured_which_would_leave_hooks():
+def test_on_several_ranks_what_measures_the_noise_leaves_no_hooks():
     model = nn.Linear(6, 3)
     made = autoaccum.plan(4, 16, world_size=2, rank=0)
     accumulator = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters()), made, ranks=Two())
     accumulator.open([X[:4], X[4:8]])
-    assert hooks(model) == 0
     accumulator.discard()
+    assert hooks(model) == 0
 
 
 def test_gradients_that_stand_are_refused_by_a_training_before_it_probes():

@@ -64,7 +64,7 @@ def test_the_ranks_shares_tile_any_window_and_are_cut_exactly(made, samples):
 def test_another_rank_sees_the_same_plan_as_if_it_had_made_it(made):
     assert made.on_rank(made.rank).micro_batches == made.micro_batches
     other = made.on_rank(made.world_size - 1)
-    assert other.split(made.target_batch) == other.micro_batches
+    assert other.split(made.usual_window) == other.micro_batches
     assert (other.lr, other.limits, other.target_batch) == (made.lr, made.limits, made.target_batch)
 
 

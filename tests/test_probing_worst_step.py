@@ -64,7 +64,7 @@ def test_the_step_of_radam_that_takes_most_is_tried():
     real = peaks(perceptron(), data, micro_batch=100, k=2, windows=8, optimizer="radam")
     assert real[7] > 1.2 * real[2]
     assert report.forecast(report.limit) <= report.budget_bytes < report.forecast(report.limit + 1)
-    waiting = 100 * (data[0][0].nbytes + data[1][0].nbytes)  # the other micro-batch's samples
+    waiting = 200 * (data[0][0].nbytes + data[1][0].nbytes)  # the window's samples, a copy of these rows
     assert real[7] <= report.forecast(100) + waiting <= 1.02 * real[7]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.errors import DataError, LossError
+from autoaccum.errors import DataError, LossError, shown
 
 __all__ = [
     "CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
@@ -99,8 +99,7 @@ def as_number(value: Any, source: str, meaning: str) -> float:
     """`value`, which `source` gave, as one number; a tensor of one element is read. A LossError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
+    text = shown(value)
     kind = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
     if isinstance(value, (str, complex, Tensor)) or not hasattr(value, "__float__"):
         raise LossError(f"{source} gave {text}, a {kind}, and not one number: {meaning}")
