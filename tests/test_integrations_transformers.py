@@ -494,4 +494,5 @@ def test_the_command_line_verifies_a_trainer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, ["verify", "their_script.py:trainer"])
     assert done.exit_code == 1, done.output
-    assert "2.00 × the batch's" in " ".join(done.output.split())
+    # Before Transformers 5 this model's own loss was divided; its short last window was not.
+    assert f"{2.0 if NEW else 0.5:.2f} × the batch's" in " ".join(done.output.split())

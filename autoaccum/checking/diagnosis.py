@@ -134,11 +134,15 @@ def _words(found: Reading) -> list[str]:
 
 def _weighed_right(objective: Objective, found: Reading | Unread | None, parts: Sequence[Any]) -> bool:
     """Whether the parts weigh as the loss divides, as far as that can be counted: then no denominator is at fault."""
+    weights = [sum((objective.counted(part) or {}).values()) for part in parts]
     if isinstance(found, Reading):
-        amounts = [found.divisors[0].foretold(part) for part in parts]
+        divisor = found.divisors[0]
+        if not divisor.rules:  # nothing says what it comes to in a part
+            return near(divisor.amount, sum(weights), 1e-4)
+        amounts = [divisor.foretold(part) for part in parts]
     else:
         amounts = [found.rule.of(part) if found is not None and found.rule is not None else None for part in parts]
-    pairs = list(zip(amounts, (sum((objective.counted(part) or {}).values()) for part in parts)))
+    pairs = list(zip(amounts, weights))
     first, weight = pairs[0]
     return first is not None and all(
         own is not None and near(own * weight, first * declared, 1e-4) for own, declared in pairs
