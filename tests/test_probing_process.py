@@ -150,7 +150,7 @@ def test_freed_blocks_are_kept_only_where_there_is_room_for_their_holes():
             "print(json.dumps([given_back, kept, too_much, stays('as it is')]))",
         )
     given_back, kept, too_much, released = grown
-    assert kept >= 64 * 2**20
+    assert kept > 7 * 8 * 2**20  # all eight blocks: the first may begin in room that the heap had
     assert max(given_back, too_much, released) < 2**20
 
 
