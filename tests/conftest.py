@@ -1,6 +1,5 @@
 """For all tests: property tests are not timed, since how long an example takes says nothing on a busy machine."""
 
-import gc
 import importlib
 import multiprocessing
 
@@ -14,14 +13,9 @@ settings.load_profile("untimed")
 
 
 def pytest_collection_finish(session):
-    """Sets all that was imported aside from the collection of garbage, which tests of errors for memory ask for often.
-
-    A look at a whole interpreter with PyTorch and SymPy takes longer than most tests; only a large run is worth that.
-    """
+    """Imports all that tests need, and sets it aside from the collection of garbage; only a large run is worth that."""
     if len(session.items) > 300:
         importlib.import_module("tests.warmed")
-        gc.collect()
-        gc.freeze()
 
 
 @pytest.fixture

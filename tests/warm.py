@@ -65,6 +65,8 @@ class Command:
     def __init__(self, *words: Any, cwd: Any = None, env: dict[str, str] | None = None) -> None:
         self._folder = TemporaryDirectory()
         self.stdout, self.stderr = (Path(self._folder.name, name) for name in ("out", "err"))
+        for output in (self.stdout, self.stderr):
+            output.touch()
         told = [str(word) for word in words], str(cwd or os.getcwd()), env, str(self.stdout), str(self.stderr)
         self._process = WARM.Process(target=_command, args=told)
         self._process.start()

@@ -40,7 +40,7 @@ def on_ranks(number: int, work: Callable[..., Any], *arguments: Any) -> list[Any
     ended: signal.Signals | None = None
     try:
         with _quiet_and_put_back():
-            answers: dict[int, Any] = elastic_launch(config, work)(*arguments)
+            answers: dict[int, Any] = elastic_launch(config, _rank)(work, *arguments)
             return [answers[rank] for rank in range(number)]
     except SignalException as error:
         ended = error.sigval
@@ -49,6 +49,12 @@ def on_ranks(number: int, work: Callable[..., Any], *arguments: Any) -> list[Any
     if ended == signal.SIGINT:
         raise KeyboardInterrupt
     raise Ended(ended)
+
+
+def _rank(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What each process calls. Ctrl-C ends it at once: its answer would wait for a launcher that no longer reads."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return work(*arguments)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _places(seen: list[dict[str, int]], size: int, count: int, every: int, seed:
     if every:
         each = [(0, kind, at, bad, error) for kind in KINDS for error in ERRORS for at in range(1, seen[0][kind] + 1)
                 for bad in range(size) if error == "memory" or kind in ("forward", "backward")]  # fmt: skip
-        yield from each[::every]
+        yield from each[seed % every :: every]
         return
     chance = random.Random(seed)  # the same draws on all ranks
     for _ in range(count):
@@ -142,7 +142,10 @@ def _held() -> tuple[int, int]:
 
 
 def run(count: int, seed: int = 0, size: int = 2, every: int = 0, replicas: int = 1) -> dict[str, Any]:
-    """Figures of `count` injections on `size` ranks, or of each `every`-th place; "failures": what was not survived."""
+    """Figures of `count` injections on `size` ranks, or of each `every`-th place from `seed` on.
+
+    "failures" is what was not survived.
+    """
     with tempfile.TemporaryDirectory(prefix="autoaccum-sharded-") as folder:
         how = partial(work, count=count, every=every, size=size, seed=seed, replicas=replicas)
         started(how, size, Path(folder), seconds=60 + 20 * (count or 100))
