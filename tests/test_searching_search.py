@@ -14,10 +14,10 @@ import torch
 import autoaccum
 from autoaccum.errors import MissingExtraError, NothingFitsError, PlanError, SetupError
 from autoaccum.planning.plan import Plan
-from autoaccum.searching.best import best_arguments
 from autoaccum.searching.limits import Limits
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.samplers import make_pruner
+from autoaccum.searching.search_result import best_arguments
 from tests.search_setups import (
     arguments,
     no_val_data,

@@ -31,7 +31,7 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
     factory = Target.parse(target, options)
     best = None
     if "plan" in options:
-        from autoaccum.searching.best import best_arguments
+        from autoaccum.searching.search_result import best_arguments
 
         rest = {name: value for name, value in options.items() if name != "plan"}
         best = best_arguments(options["plan"], Target.parse(target, rest))

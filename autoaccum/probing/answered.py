@@ -65,14 +65,7 @@ def report_of(bench: Bench, answer: Answer) -> ProbeReport:
 
 
 def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int | None], prefer: str) -> ProbeReport:
-    """Of samples that differ in length.
-
-    Args:
-        bench: where it was found.
-        answer: what fits at every length.
-        most: sizes that the micro-batch could not pass, whatever fits; None: no such one.
-        prefer: as in `prepare`.
-    """
+    """Of samples that differ in length; `most` are sizes that the micro-batch could not pass, whatever fits."""
     lengths, forecast = bench.source.lengths(), answer.forecast
     notes = [
         f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"

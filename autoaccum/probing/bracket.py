@@ -11,12 +11,9 @@ __all__ = ["Bracket", "highest_peak"]
 
 
 def highest_peak(size: int, peaks: Mapping[int, int], fixed: int) -> int:
-    """An upper bound on the peak at `size`: what is not there whatever the size grows at most in proportion to it.
+    """An upper bound on the peak in bytes at `size`, which is larger than all that were run.
 
-    Args:
-        size: larger than all that were run.
-        peaks: measured, in bytes, by size.
-        fixed: bytes that are there whatever the size.
+    Of what was measured (`peaks`, by size) what is not `fixed`, whatever the size, grows at most in proportion to it.
     """
     largest = max(peaks)
     fixed = min(fixed, peaks[largest])
@@ -25,14 +22,7 @@ def highest_peak(size: int, peaks: Mapping[int, int], fixed: int) -> int:
 
 @dataclass
 class Bracket:
-    """The sizes still in question.
-
-    Attributes:
-        floor: the smallest size worth running.
-        ceiling: the largest size allowed.
-        budget: bytes.
-        peaks: measured peak by size that came to its end.
-    """
+    """The sizes still in question, from `floor` to `ceiling`; `peaks` are those measured, in bytes, by size."""
 
     floor: int
     ceiling: int

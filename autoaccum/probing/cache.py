@@ -50,11 +50,7 @@ class Lines:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Lines":
-        """From what `asdict` made, also by way of JSON.
-
-        Raises:
-            KeyError, TypeError, ValueError: something is missing or is not what it has to be.
-        """
+        """From what `asdict` made, also by way of JSON; a KeyError, TypeError or ValueError where it is not that."""
         lines = tuple(tuple(map(_finite, line)) for line in values["lines"])
         residual = None if values["residual"] is None else _finite(values["residual"])
         longest = None if values["longest"] is None else _count(values["longest"])
@@ -103,8 +99,7 @@ def _count(value: Any) -> int:
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
     """Those of the functions that may be the highest at some batch, and length, of 1 and above.
 
-    Of lines a + b·n these are exactly those that are somewhere; by rising b. Over lengths those that no
-    other one tops in each of its coefficients.
+    Of lines a + b·n exactly those that are somewhere; over lengths those that no other tops in each coefficient.
     """
     distinct = sorted(set(lines), key=lambda line: (line[1], line[0]))
     if len(distinct[0]) > 2:
@@ -169,11 +164,8 @@ def training_key(
 ) -> str:
     """A name for all that decides a step's memory: equal keys mean equal forecasts.
 
-    Args:
-        model, optimizer, loss: their structure and code count, not their numbers.
-        batch: a small one, whose shapes and dtypes beside the batch dimension count.
-        settings: precision and the like, as plain values.
-        device: its name and capacity.
+    Of model, optimizer and loss the structure and the code count, not the numbers; of the small `batch` the shapes
+    beside the batch dimension and the dtypes. `settings` are plain values, `device` is its name and capacity.
     """
     facts = [
         torch.__version__,

@@ -18,13 +18,8 @@ NOT_BORNE = (ProbeError, RuntimeError, TypeError, ValueError, LookupError, Attri
 
 @dataclass(frozen=True)
 class Tried:
-    """What one rung showed.
-
-    Attributes:
-        rung: its name.
-        peak_bytes: of the smallest micro-batch; None where it did not come to its end, or was not run.
-        fits: whether that is within the budget.
-        obstacle: why the rung was not run, or could not be; None where it was.
+    """What one rung showed: the peak of the smallest micro-batch (None where it did not come to its end), and whether
+    it is within the budget; or an obstacle, why the rung was not run or could not be.
     """
 
     rung: str
@@ -52,10 +47,7 @@ def climb(
 ) -> tuple[list[Tried], str | None]:
     """(what each rung showed, the one that is taken: None where none is).
 
-    Args:
-        rungs: cheapest first.
-        attempt: runs the smallest micro-batch under one.
-        enough: asked after each, with whether it fits, whether it is taken.
+    `attempt` runs the smallest micro-batch under a rung; `enough` is asked after each, with whether it fits.
     """
     tried = []
     for rung in rungs:

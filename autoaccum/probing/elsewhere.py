@@ -45,14 +45,8 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """What is forecast to fit on a card.
-
-    Attributes:
-        card: its name.
-        memory_bytes: all of it.
-        budget_bytes: less what a driver keeps and a context takes.
-        limit: the largest micro-batch whose forecast fits; 0 where none does.
-        note: what the forecast is of, and how the card may differ.
+    """What is forecast to fit on a card: `budget_bytes` is its memory less what a driver keeps and a context takes,
+    `limit` the largest micro-batch whose forecast fits (0 where none does), `note` how the card may differ.
     """
 
     card: str
@@ -70,13 +64,10 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
     """What would fit on `card`, by the report's forecast.
 
     Args:
-        report: of a probe that made a forecast.
-        card: its name, as people or nvidia-smi write it, or its memory, such as "24GiB".
+        report: of a probe that made a forecast, else a ProbeError.
+        card: its name, as people or nvidia-smi write it, or its memory, such as "24GiB"; a SetupError names the
+            nearest.
         on_cpu: whether the forecast is of CPU kernels.
-
-    Raises:
-        SetupError: an unknown card; the nearest names are given.
-        ProbeError: the report has no forecast.
     """
     name = known_card(card)
     memory = CARDS[name] if name in CARDS else parse_bytes(name)
@@ -89,11 +80,7 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
 
 
 def known_card(card: str) -> str:
-    """The card's name in CARDS, or its memory as it was given.
-
-    Raises:
-        SetupError: an unknown card, the nearest names are given; or no size of a memory.
-    """
+    """The card's name in CARDS, or its memory as it was given; a SetupError names the nearest cards."""
     if _SIZE.fullmatch(card):
         parse_bytes(card)
         return card.strip()

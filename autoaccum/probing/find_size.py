@@ -59,8 +59,7 @@ def find(
 
     Args:
         bench: runs the steps.
-        floor: the smallest size worth running.
-        ceiling: the largest size that may be run.
+        floor, ceiling: the smallest size worth running, and the largest that may be run.
         wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
         reach: where `wanted` is given, how far the limit is looked for by forecast alone; None: up to the ceiling.
         known: a forecast from an earlier run of the same training; spares the traces where it still holds.
@@ -229,10 +228,8 @@ class _Search:
     def _scaled(self, size: int, here: int | None = None, *, raised: bool = True) -> float:
         """The forecast at `size`, moved to what was measured.
 
-        Args:
-            size: samples.
-            here: what the forecast says there; None: it is asked.
-            raised: growing as fast as overruns showed it may.
+        `here` is what the forecast says there, where that was asked already. `raised`: growing as fast as overruns
+        showed.
         """
         assert self._forecast is not None
         here = self._forecast.reserved(size) if here is None else here

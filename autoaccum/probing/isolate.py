@@ -6,14 +6,13 @@ not fit. What the child has to say comes back as JSON: nothing is unpickled here
 """
 
 import io
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoaccum.errors import NothingFitsError, ProbeError, SetupError, shown
-from autoaccum.probing.child_process import Killed, before_ending_with_the_parent, run_in_child
+from autoaccum.probing.child_process import Killed, before_ending_with_the_parent, check_sendable, run_in_child
 from autoaccum.probing.journal import Journal, Owner
 from autoaccum.probing.outcome import KILLED, Trial
 from autoaccum.settings import taken_by
@@ -28,11 +27,8 @@ MOST_KILLS = 40
 
 @dataclass(frozen=True)
 class InChild:
-    """What a probe has to know that runs in a child.
-
-    Attributes:
-        send: how it tells its parent which journal it keeps.
-        climbs: whether it looks at the ladder's rungs itself where nothing fits; else its parent does, by a child each.
+    """What a probe has to know that runs in a child: how it tells its parent which journal it keeps; and whether it
+    looks at the ladder's rungs itself where nothing fits, or its parent does, by a child each.
     """
 
     send: Send
@@ -56,11 +52,7 @@ class Packed:
     """The arguments themselves, for a child process: its copies share no memory with what is trained here."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Packs them.
-
-        Raises:
-            SetupError: one cannot be pickled; which, and why.
-        """
+        """Packs them; a SetupError names the one that cannot be pickled."""
         try:
             self._bytes = _packed(arguments)
         except Exception as error:  # whatever a class of the user's raises where it is pickled
@@ -72,11 +64,7 @@ class Packed:
             raise _unsendable("these arguments", dict(arguments), error) from error
 
     def __call__(self) -> dict[str, Any]:
-        """Copies of them, in the host's memory.
-
-        Raises:
-            SetupError: a class or function among them cannot be found again here.
-        """
+        """Copies of them, in the host's memory; a SetupError where a class or function is not found again here."""
         import torch
 
         try:
@@ -107,16 +95,10 @@ def _unsendable(name: str, value: Any, error: Exception) -> SetupError:
 def isolation(
     isolate: Any, work: Callable[..., Any], model: Any, data: Any, asked: Mapping[str, Any]
 ) -> Isolation | InChild | None:
-    """How a probe runs that `isolate` asks for.
+    """How a probe runs that `isolate` asks for; `work` probes in the child.
 
-    Args:
-        isolate: as in `prepare`.
-        work: probes in the child.
-        model: without a wrapper that communicates.
-        data, asked: the arguments of `probe`, which a child gets copies of where isolate is True.
-
-    Raises:
-        SetupError: nothing that a child could build the model with, or arguments that cannot be sent there.
+    A child gets copies of the model (without a wrapper that communicates), the data and what was asked where isolate is
+    True. A SetupError where it gets nothing that it could build the model with, or arguments that cannot be sent there.
     """
     if isolate is None or isolate is False:
         return None
@@ -143,24 +125,16 @@ def answer_of_children(
     """What `work(send, *arguments, killed)` returns in a child that lives to its end; a new one for each killed.
 
     Args:
-        work: as for `run_in_child`; it probes with an InChild, and is given the trials that killed a child before.
+        work: probes with an InChild, and is given the trials that killed a child before; else as `run_in_child`.
         arguments: picklable.
         listen: called for what the children send beside their journals.
         lost: told of each trial that killed a child.
 
     Raises:
         ProbeError: a child was killed outside of any trial, or too many were.
-        SetupError: an argument cannot be pickled.
-        AutoaccumError: as `run_in_child`.
+        AutoaccumError: as `run_in_child`, or that an argument cannot be pickled.
     """
-    for argument in arguments:
-        try:
-            pickle.dumps(argument)
-        except Exception as error:
-            raise SetupError(
-                f"{shown(argument)} cannot be sent to a child process: {error}; isolate= takes a function with a name, "
-                "at a module's top level"
-            ) from error
+    check_sendable(arguments, "isolate= takes a function with a name, at a module's top level")
     killed: list[Trial] = []
     journals: list[Journal] = []
     answered = False
@@ -200,10 +174,8 @@ def answer_of_children(
 
 
 def _killed_in(journals: list[Journal], why: str) -> list[Trial]:
-    """The trial that a child was in when it was killed, by the journals that it kept.
-
-    Raises:
-        ProbeError: it was in none.
+    """The trial that a child was in when it was killed, by the journals that it kept; a ProbeError where it was in
+    none.
     """
     begun = dict.fromkeys(trial for trial in (journal.begun() for journal in journals) if trial is not None)
     if not begun:

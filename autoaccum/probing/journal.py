@@ -35,12 +35,8 @@ _MOST = 2**31  # what a process's id and a number of samples are below; seconds 
 class Owner(NamedTuple):
     """A process, told from all others: where its id is used again, on other machines, and in other containers.
 
-    Attributes:
-        pid: its id, as processes of its own namespace see it.
-        started: when, in seconds since 1970.
-        host: the machine's name.
-        boot: a name for the running of its kernel; empty where the system has none.
-        namespace: of process ids, as a container has its own; empty where the system has none.
+    `started` is in seconds since 1970; `boot` names the running of the kernel, and `namespace` that of process ids, as
+    a container has its own: both are empty where the system has none.
     """
 
     pid: int
@@ -56,11 +52,7 @@ class Owner(NamedTuple):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Owner":
-        """The owner that `_asdict` wrote.
-
-        Raises:
-            KeyError, TypeError: something is missing, or of another kind.
-        """
+        """The owner that `_asdict` wrote; a KeyError or TypeError where it is none."""
         found = cls(*(values[name] for name in cls._fields))
         if not _is_count(found.pid) or not _is_time(found.started) or not all(type(text) is str for text in found[2:]):
             raise TypeError(f"{dict(values)!r:.80} is no process")
@@ -132,13 +124,7 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, key: str, owner: Owner | None = None) -> None:
-        """Opens the journal.
-
-        Args:
-            path: the file; None keeps no journal.
-            key: what decides the answer: trials of other trainings in the same file do not count.
-            owner: for whom it is kept; None: this process.
-        """
+        """Opens the file, or keeps no journal. Trials of other keys in it do not count; `owner` None: this process."""
         self.path, self.key, self.owner = path, key, owner or Owner.here()
 
     def least_killed(self, length: int | None = None) -> int:
@@ -188,8 +174,7 @@ class Journal:
     def probing(self, *, clears: bool) -> Iterator[None]:
         """Around a probe: its end is written down, however it comes, as long as the process lives to see it.
 
-        Args:
-            clears: take the file away once there is an answer, which may be that nothing fits.
+        `clears`: the file goes once there is an answer, which may be that nothing fits.
         """
         answered = False
         try:

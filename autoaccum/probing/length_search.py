@@ -45,10 +45,8 @@ class LengthAnswer:
 
     Attributes:
         room: so many samples fit at once up to such a padded length.
-        micro_batch: fits at the longest length looked at, and was run.
-        longest: that length.
-        forecast: what the table was read off.
-        residual: how far it was off where it was checked, relative to the measured peak.
+        micro_batch, longest: fits at the longest length looked at, and was run; that length.
+        forecast, residual: what the table was read off, and how far it was off where it was checked.
     """
 
     room: Room
@@ -59,10 +57,8 @@ class LengthAnswer:
 
 
 def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
-    """A quarter, a half and the whole of the longest, or what there is nearest to these; None where there are fewer.
-
-    Args:
-        lengths: of the samples looked at, rising.
+    """A quarter, a half and the whole of the longest, or what is nearest to these; None of fewer. `lengths` are
+    rising.
     """
     if len(lengths) < 3:
         return None
@@ -81,8 +77,7 @@ def find_by_length(
     Args:
         bench: runs the steps.
         lengths: of the samples looked at, rising.
-        floor: the smallest micro-batch that the model takes.
-        most: no more samples than these are wanted at once.
+        floor, most: the smallest micro-batch that the model takes, and how many samples at once are wanted at most.
         known: a forecast from an earlier run of the same training; spares the small steps but one where it still holds.
 
     Raises:

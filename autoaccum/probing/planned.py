@@ -33,8 +33,7 @@ def planned(
 
     Args:
         parts: what is trained.
-        report: the probe's; None where `micro_batch` was given.
-        micro_batch: used where there is no report; None: the whole target.
+        report: the probe's; None: `micro_batch` samples are used, or where that is None too the whole target.
         target_batch: samples of one step, over all ranks.
         settings: lr_batch, lr_rule, batch_norm, tail and multiple_of, as in `prepare`.
         settles: whether samples may be read to settle what the loss divides by.

@@ -46,9 +46,7 @@ class Question:
     Attributes:
         share: samples of one optimizer step on this rank; None: the largest micro-batch is looked for.
         memory: the budget as the user wrote it; None: what is free.
-        max_batch: no larger micro-batch is tried.
-        multiple_of: preferred multiples, as in the plan.
-        prefer: "fewest" micro-batches, or "fastest" by measured throughput.
+        max_batch, multiple_of, prefer: as in `prepare`.
         alternatives: memory savers that prefer="fastest" may take.
         window: samples of one optimizer step over all ranks, where a target says how many.
         runs: False: of a sharded model, the answer is forecast only.
@@ -79,9 +77,7 @@ def run_probe(
     Args:
         accumulator: one of the probe's own, on a single rank: nobody else may be waited for in a trial. But where its
             model is sharded on all of them, which then meet in each trial.
-        source: gives real samples.
-        device: where it runs.
-        question: what is asked.
+        source, device, question: real samples, where they run, and what is asked.
         journal: where trials are written down before they start; what becomes of it is the caller's to say.
         cache: where the forecast of an earlier run may lie, and this one's will.
         listener: told of each trial as it ends.

@@ -42,11 +42,9 @@ class Prober:
     Attributes:
         parts: what is trained; it runs under the ladder's rung, once one was taken.
         accumulation: settings of the accumulator, which decide what a window takes.
-        ladder: as in `prepare`.
-        cache: whether earlier answers are used, and this one is kept.
+        ladder, cache: as in `prepare`.
         isolation: how a child process probes, or that this is one; None: here.
-        ran: told of each trial as it ends.
-        note: told in words what is going on.
+        ran, note: told of each trial as it ends, and in words what is going on.
     """
 
     parts: Assembly

@@ -25,11 +25,6 @@ class ProcessNeeds:
     """Measured from step to step; of no account where the budget counts PyTorch's bytes alone."""
 
     def __init__(self, growth: ProcessGrowth, held: Callable[[], int]) -> None:
-        """
-        Args:
-            growth: made when the budget was read, so that what happened since counts.
-            held: tells the bytes that PyTorch holds for the training between two steps.
-        """
         self.growth = growth
         self._held, self._held_at_start = held, held()
         self._needs = 0  # beyond PyTorch's count, in the last step

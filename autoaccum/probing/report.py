@@ -19,9 +19,8 @@ __all__ = ["ForecastBytes", "ProbeReport"]
 class ForecastBytes(int):
     """A forecast peak in the bytes that a budget counts, to be compared with one.
 
-    Attributes:
-        requested: what tensors take.
-        reserved: what the allocator takes from the device for them: the number itself. The CPU's keeps nothing.
+    `requested` is what tensors take; `reserved`, the number itself, what the allocator takes from the device for them
+    (the CPU's keeps nothing).
     """
 
     requested: int
@@ -99,10 +98,7 @@ class ProbeReport(Drawn):
         """The peak in bytes at `batch` samples (of `length`, where it was traced over lengths), run or not.
 
         The number is what a budget counts, on a device what its allocator reserves; `forecast(n).requested` is what the
-        tensors take of it.
-
-        Raises:
-            ProbeError: the probe had to measure instead: it has no forecast.
+        tensors take of it. A ProbeError where the probe had to measure instead: it has no forecast.
         """
         from autoaccum.errors import ProbeError
 
@@ -152,11 +148,7 @@ class ProbeReport(Drawn):
         return cls(**given, forecaster=forecaster)
 
     def plot(self, path: str | Path) -> None:
-        """Draws forecast, trials and budget, and the memory over one window, into an image file.
-
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-        """
+        """Draws forecast, trials and budget, and the memory over one window, into an image file."""
         from autoaccum.display.plots import probe_plot
 
         probe_plot(self.to_dict(), path)

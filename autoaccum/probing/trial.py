@@ -81,10 +81,8 @@ class Bench:
     ) -> None:
         """Sets learning rates to 0; the caller's snapshot puts them back.
 
-        Args:
-            share: how many samples a window has; None: twice those of a trial.
-            listener: told of each trial as it ends.
-            growth: made when the budget was read, so that what happened since counts.
+        A window has `share` samples, or twice those of a trial. `growth` was made when the budget was read, so that
+        what happened since counts; `listener` is told of each trial as it ends.
         """
         self.accumulator, self.source, self.device, self.allowed = accumulator, source, device, allowed
         self.floor, self.journal, self._listener, self._share = floor, journal, listener, share
@@ -207,8 +205,7 @@ class Bench:
     def run(self, size: int, kind: str, length: int | None = None) -> Trial:
         """Runs `size` samples, of a `length` where one is given, and says how it went.
 
-        Raises:
-            Exception: whatever the step raises that is not for want of memory, as it is.
+        What the step raises that is not for want of memory is raised as it is.
         """
         if size >= self._least_killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
@@ -371,11 +368,7 @@ class Bench:
         return objective is None or objective.may_count(batch)
 
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
-        """The batch, or another of samples of which some have a target that counts: it would have no gradient.
-
-        Raises:
-            DataError: there are none among those looked at.
-        """
+        """The batch, or another of samples of which some have a target that counts: it would have no gradient."""
         if self._counts(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)

@@ -29,7 +29,7 @@ class Limits:
     """The probe's answers by key: in memory, and in the run's folder for the other workers and the next start."""
 
     def __init__(self, folder: Path, ceiling: int) -> None:
-        """`ceiling`: the largest target batch, up to which the probe looks."""
+        # The ceiling is the largest target batch, up to which the probe looks.
         self._folder, self._ceiling = folder / "probes", ceiling
         self._known: dict[str, dict[str, Any]] = {}
 
@@ -47,8 +47,7 @@ class Limits:
     def report(self, key: str, session: Session) -> ProbeReport:
         """The probe's report, whose `micro_batch` is the most samples that trials may run at once.
 
-        Raises:
-            NothingFitsError: not even one sample fits, now or when it was probed.
+        A NothingFitsError where not even one sample fits, now or when it was probed.
         """
         share = max(self._ceiling, session.settings.target_batch)
         found = self._read(key, share)

@@ -52,49 +52,34 @@ class Recipe:
         own = getattr(self.setup, "__qualname__", type(self.setup).__name__)
         return own if module in ("__main__", "__mp_main__", "") else f"{module}.{own}"
 
-    def _parameters(self) -> list[inspect.Parameter]:
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        """By name; those of any name, such as **keywords, under the name "**"."""
         if not callable(self.setup):
             raise SetupError(
                 f"setup={shown(self.setup)} is {type(self.setup).__name__}: give a function that returns a dict of "
                 "fit's arguments, since every trial needs a model of its own"
             )
         try:
-            return list(inspect.signature(self.setup).parameters.values())
+            found = inspect.signature(self.setup).parameters.values()
         except ValueError:  # a builtin without a signature
-            return []
-
-    def _takes(self, name: str, *, by_name: bool = False) -> bool:
-        """Whether the setup has a parameter of this name; or takes any, unless it must be `by_name`."""
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return any(
-            (p.name == name and p.kind in kinds) or (p.kind is p.VAR_KEYWORD and not by_name)
-            for p in self._parameters()
-        )
+            return {}
+        return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in found if p.kind is not p.VAR_POSITIONAL}
 
     def needs(self) -> list[str]:
-        """Its parameters without a default.
-
-        Raises:
-            SetupError: the setup cannot be called.
-        """
-        some = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        return [p.name for p in self._parameters() if p.default is p.empty and p.kind not in some]
+        """Its parameters without a default; a SetupError where it cannot be called."""
+        return [name for name, p in self._parameters().items() if p.default is p.empty and name != "**"]
 
     def defaults(self) -> dict[str, Any]:
         """Its parameters that have a default, with that."""
-        return {p.name: p.default for p in self._parameters() if p.default is not p.empty}
+        return {name: p.default for name, p in self._parameters().items() if p.default is not p.empty}
 
     def check_names(self, names: Collection[str]) -> None:
-        """Refuses a parameter that has nowhere to go, and a search without one that the setup needs.
-
-        Raises:
-            SetupError: it names the parameter, and the nearest name that there is.
-        """
-        own = [p.name for p in self._parameters()]
+        """Refuses, by its name, a parameter that has nowhere to go; and a search without one that the setup needs."""
+        own = self._parameters()
         for name in names:
-            if name in UNSEARCHED and not (self._takes(name, by_name=True) and name not in ("model", "data")):
+            if name in UNSEARCHED and (name not in own or name in ("model", "data")):
                 raise SetupError(f"space has the parameter {name!r}, which {UNSEARCHED[name]}")
-            if not (self._takes(name) or name in FIT_ARGUMENTS):
+            if not {name, "**"} & own.keys() and name not in FIT_ARGUMENTS:
                 close = difflib.get_close_matches(name, [*own, *FIT_ARGUMENTS], n=1)
                 meant = f"did you mean {close[0]!r}?" if close else f"the setup takes {', '.join(own) or 'nothing'}."
                 raise SetupError(
@@ -111,20 +96,19 @@ class Recipe:
     def build(self, params: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         """fit's arguments for these parameters, of a fresh call; `whole` keeps what trials have no use for.
 
-        Raises:
-            SetupError: not a dict of fit's arguments, or one that a search has no use for.
+        A SetupError where it gives no dict of fit's arguments, or one that a search has no use for.
         """
+        own = self._parameters()
         seed_everything(self.seed)
-        own = {name: value for name, value in params.items() if self._takes(name)}
-        arguments = self.setup(**own)
+        arguments = self.setup(**{name: value for name, value in params.items() if {name, "**"} & own.keys()})
         check_arguments(f"the setup {self.name}", arguments)
         merged = dict(arguments)
         if self.insists:
             merged["seed"] = self.seed
         for name, value in params.items():
-            if name == "target_batch" or (name in FIT_ARGUMENTS and name not in own):
+            if name == "target_batch" or (name in FIT_ARGUMENTS and not {name, "**"} & own.keys()):
                 merged[name] = value
-            elif name in FIT_ARGUMENTS and not self._takes(name, by_name=True):
+            elif name in FIT_ARGUMENTS and name not in own:
                 merged.setdefault(name, value)  # its **keywords took it, and it may not have passed it on
         if merged.get("plan") is not None and not whole:
             raise SetupError(

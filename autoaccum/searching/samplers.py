@@ -28,13 +28,7 @@ EARLY, BEST = 1 / 9, 4
 def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
     """Refuses what is no sampler, and one that would run what others have written into the study.
 
-    Args:
-        sampler: as the user gave it.
-        shared: whether others can write to the storage.
-        trusted: whether the user trusts them with this account.
-
-    Raises:
-        SetupError: it says which, and what to do.
+    `shared`: whether others can write to the storage; `trusted`: whether the user trusts them with this account.
     """
     samplers, inner = load_optuna().samplers, sampler
     while inner is not None and not isinstance(inner, samplers.CmaEsSampler):
@@ -55,12 +49,9 @@ def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
 def sampler_of(sampler: Any, *, seed: int, n_trials: int, first: Mapping[str, Any]) -> Callable[[int], Any]:
     """The sampler for the trial of a number, as a function.
 
-    Args:
-        sampler: None or "tpe", or a sampler of Optuna's. Its generators go on from where they are as long as
-            no other process draws a trial in between; then, and after a restart, they are set anew.
-        seed: the search's.
-        n_trials: of the search; a third of them, 5 to 10, are drawn at random first.
-        first: what the first trial has with TPE; the rest of its parameters is drawn.
+    One of Optuna's has generators that go on from where they are as long as no other process draws a trial in between;
+    then, and after a restart, they are set anew. With TPE, the default, `first` is what the first trial has; the rest
+    of its parameters is drawn, as a third of all (5 to 10) at random.
     """
     optuna, following = load_optuna(), 0
 
@@ -113,9 +104,6 @@ def make_pruner(pruner: Any, amount: int) -> Any:
 
     "once" looks at each trial a single time, at a ninth of the budget, and lets it go on where it is among the best
     quarter of those that have come so far; the best of them always does. "none" prunes nothing.
-
-    Raises:
-        SetupError: an unknown name, or something that is no pruner.
     """
     pruners = load_optuna().pruners
     if isinstance(pruner, pruners.BasePruner):

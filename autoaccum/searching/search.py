@@ -12,8 +12,7 @@ from autoaccum.checks import check_switches, one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.ranks import here, join
 from autoaccum.searching.extra import hushed, load_optuna
-from autoaccum.searching.job import Job, tell
-from autoaccum.searching.limits import Limits
+from autoaccum.searching.job import Job
 from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.samplers import check_sampler, make_pruner
 from autoaccum.searching.search_result import SearchResult, result_of, rows_of
@@ -21,9 +20,9 @@ from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, is_shared, telling_of
 from autoaccum.searching.study import Ledger
 from autoaccum.searching.study_trial import GivenUp, Trainer
-from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle, with_targets
-from autoaccum.searching.worker import Worker
-from autoaccum.searching.worker_pool import check_not_in_a_worker, places, run_pool
+from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
+from autoaccum.searching.worker import Worker, tell
+from autoaccum.searching.worker_pool import places, run_pool
 
 __all__ = ["search"]
 
@@ -91,14 +90,26 @@ def search(
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
     load_optuna()
-    check_not_in_a_worker()
-    _check(n_trials, direction, seed, study_name)
+    for name, value, least, wanted in (
+        ("n_trials", n_trials, 1, "above 0, such as 30"),
+        ("seed", seed, 0, "of 0 or more"),
+    ):
+        if not (value is None and name == "seed") and (type(value) is not int or value < least):
+            raise SetupError(f"{name}={shown(value)}: give a whole number {wanted}")
+    one_of("direction", direction, ("minimize", "maximize"))
+    if study_name is not None and not (isinstance(study_name, str) and study_name.strip()):
+        raise SetupError(f'study_name={shown(study_name)}: give a text, such as "digits", or leave it out')
     check_switches(trust_storage=trust_storage)
     join()
     recipe = Recipe(setup, seed or 0, insists=seed is not None)
     targets = check_targets(target_batch)
     if space is not None and target_batch is not TARGETS:
-        space = with_targets(space, targets)
+        if not isinstance(space, Mapping) or "target_batch" in space:
+            raise SetupError(
+                f"target_batch={shown(targets)} beside a space that is a function or has a target_batch of its own: "
+                "leave the one outside out, and have the function draw it (trial.suggest_categorical)"
+            )
+        space = {**space, "target_batch": list(targets)}
     read = None if space is None else read_space(space)
     if read is None or read.function is None:
         recipe.check_names(() if read is None else read.parts)
@@ -126,16 +137,6 @@ def search(
     return result
 
 
-def _check(n_trials: Any, direction: Any, seed: Any, study_name: Any) -> None:
-    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
-        raise SetupError(f"n_trials={shown(n_trials)}: give a whole number above 0, such as 30")
-    one_of("direction", direction, ("minimize", "maximize"))
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise SetupError(f"seed={shown(seed)}: give a whole number, 0 or above")
-    if study_name is not None and (not isinstance(study_name, str) or not study_name.strip()):
-        raise SetupError(f'study_name={shown(study_name)}: give a text, such as "digits", or leave it out')
-
-
 def _check_shared(storage: Any, workers: Any) -> None:
     """That several workers can have the study together."""
     if here().size > 1:
@@ -151,19 +152,19 @@ def _check_shared(storage: Any, workers: Any) -> None:
 
 
 def _made(place: Path) -> Path:
-    """The folder of the search, absolute.
-
-    Raises:
-        SetupError: it cannot be made or written to.
-    """
-    remedy = "give another one (folder=), or start from a folder that can be written to"
+    """The folder of the search, absolute; a SetupError where it cannot be made or written to."""
+    why = "written to"
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SetupError(f"the search's folder {str(place)!r} cannot be made ({error.strerror}): {remedy}") from error
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise SetupError(f"the search's folder {str(place)!r} cannot be written to: {remedy}")
-    return place.absolute()
+        why = f"made ({error.strerror})"
+    else:
+        if os.access(place, os.W_OK | os.X_OK):
+            return place.absolute()
+    raise SetupError(
+        f"the search's folder {str(place)!r} cannot be {why}: give another one (folder=), or start from a folder that "
+        "can be written to"
+    )
 
 
 def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool | None) -> SearchResult:
@@ -182,10 +183,10 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
 
 def _train_along(job: Job) -> SearchResult:
     """The other ranks of a group: train what rank 0 says, until it says how the search ended."""
-    trainer = Trainer(job.terms, Limits(job.folder / f"rank-{here().rank}", job.terms.ceiling))
+    trainer = Trainer(job, job.folder / f"rank-{here().rank}")
     while "ended" not in (message := tell()):
         with contextlib.suppress(Exception, GivenUp):
-            job.train(trainer, message["params"], began=lambda _: None, report=lambda *_: False)
+            trainer.train(message["params"], began=lambda _: None, report=lambda *_: False)
     if message["ended"] is None:
         raise SetupError(f"the search ended on rank 0 of {here().size}: the cause is in the error raised there")
     return message["ended"]  # type: ignore[no-any-return]  # a SearchResult
@@ -204,11 +205,6 @@ def _table(
 
     made = SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=dashboard)
     with contextlib.closing(made) as table:
-
-        def heard() -> None:
-            if table.is_due():
-                table.show(rows_of(study))
-
         table.show(rows_of(study))
-        yield heard
+        yield lambda: table.show(rows_of(study)) if table.is_due() else None
         table.show(rows_of(study))

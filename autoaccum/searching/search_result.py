@@ -1,24 +1,34 @@
-"""What a search found: the best parameters and plan, every trial, and the file that `autoaccum fit --plan` takes."""
+"""What a search found, and the file of it that `autoaccum fit --plan` takes: best.json.
+
+From there the best value comes out the same to the last digit where hardware and versions are the same: the generators
+are seeded before the setup as in the search, and on a CPU as many threads add up the numbers.
+"""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from autoaccum.display.shown import Drawn
-from autoaccum.errors import AutoaccumError, NothingFitsError
+from autoaccum.errors import AutoaccumError, NothingFitsError, PlanError, shown
+from autoaccum.files import read_json
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.stored import write_file
 from autoaccum.searching import weights
 from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
+from autoaccum.searching.study_trial import FIT
 from autoaccum.searching.terms import Terms
 
-__all__ = ["SearchResult", "result_of", "rows_of"]
+__all__ = ["SearchResult", "best_arguments", "result_of", "rows_of"]
 
 SCHEMA = 1
+MOST_THREADS = 1024  # PyTorch dies of many more, without a word
 
 
 @dataclass(frozen=True)
@@ -90,8 +100,7 @@ class SearchResult(Drawn):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the best plan with its parameters as JSON, whole or not at all: `autoaccum fit TARGET --plan path`.
 
-        Raises:
-            PlanError: it cannot be written there.
+        A PlanError where it cannot be written there.
         """
         values = {
             "schema": SCHEMA,
@@ -112,13 +121,54 @@ class SearchResult(Drawn):
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the history, the importance of the parameters, and the value over target batch and learning rate.
 
-        Raises:
-            MissingExtraError: matplotlib is not installed.
-            SetupError: it cannot write that format.
+        A MissingExtraError without matplotlib, a SetupError where it cannot write that format.
         """
         from autoaccum.display.search_plots import search_plot
 
         search_plot(self.to_dict(), path)
+
+
+def _are_plain(values: Any) -> bool:
+    """Whether these are plain values by the names of arguments."""
+    kinds = (bool, int, float, str, type(None))
+    return isinstance(values, dict) and all(name.isidentifier() and isinstance(values[name], kinds) for name in values)
+
+
+_HOLDS: dict[str, Callable[[Any], bool]] = {
+    "params": _are_plain,
+    "fit": lambda values: _are_plain(values) and set(values) <= set(FIT),  # whose values `fit` itself looks at
+    "seed": lambda value: type(value) is int and 0 <= value < 2**64,
+    "threads": lambda value: type(value) is int and 1 <= value <= MOST_THREADS,
+}
+
+
+def best_arguments(path: str | os.PathLike[str], setup: Callable[..., Mapping[str, Any]]) -> dict[str, Any] | None:
+    """fit's arguments for the training that a search found best; sets the number of threads where it runs on a CPU.
+
+    None where the file is a plan alone, or cannot be read, which `fit` will say. A PlanError where it was saved by a
+    search and is damaged, a SetupError where the setup does not fit to it.
+    """
+    try:
+        values = read_json(Path(path))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or "params" not in values:
+        return None
+    for name, holds in _HOLDS.items():
+        if not holds(values.get(name)):
+            raise PlanError(
+                f"{path}: the search's result is damaged: its {name} cannot be {shown(values.get(name))}; save it anew "
+                "(SearchResult.save, search --save)"
+            )
+    recipe = Recipe(setup, values["seed"])
+    recipe.check_names(values["params"])
+    arguments = recipe.build(values["params"], whole=True)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(values["threads"])
+    arguments.pop("target_batch", None)  # the plan's
+    if "max_steps" in values["fit"]:
+        arguments.pop("epochs", None)
+    return {**arguments, **values["fit"], "plan": os.fspath(path)}
 
 
 def rows_of(study: Any) -> tuple[dict[str, Any], ...]:
@@ -156,12 +206,7 @@ def _state(name: str, outcome: str) -> str:
 
 
 def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> SearchResult:
-    """The result of a study in which at least one trial came to its end.
-
-    Raises:
-        NothingFitsError: nothing fits in any of the settings tried.
-        AutoaccumError: no trial came to its end.
-    """
+    """The result of a study; an error where no trial came to its end."""
     rows, best = rows_of(study), weights.best_trial(study)
     if best is None:
         raise _no_best(study, rows)

@@ -13,6 +13,7 @@ import json
 import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,7 @@ class Space:
     function: Callable[[Any], Mapping[str, Any]] | None = None
 
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """The parameters of one trial.
-
-        Raises:
-            SetupError: the user's function returned something other than a dict.
-        """
+        """The parameters of one trial."""
         if self.function is None:
             return {name: _suggest(trial, name, part) for name, part in self.parts.items()}
         found = self.function(trial)
@@ -92,12 +89,7 @@ def _holds(part: Any, value: Any) -> bool:
 
 
 def read_space(space: Any) -> Space:
-    """The space that the user wrote.
-
-    Raises:
-        SetupError: an empty range, a logarithmic one that does not stay above 0, or something that is neither a range
-            nor choices; the parameter is named.
-    """
+    """The space that the user wrote; a SetupError names the parameter that is neither a range nor choices, and why."""
     if callable(space):
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
@@ -116,17 +108,14 @@ def _part(name: Any, value: Any) -> Any:
     """The distribution of one parameter."""
     if not isinstance(name, str) or not name.isidentifier():
         raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
-    whole = f"space[{name!r}]={shown(value)}"
     try:
         if isinstance(value, list):
-            return _choices(whole, [_plain(each) for each in value])
+            return _choices([_plain(each) for each in value])
         if isinstance(value, tuple) and len(value) in (2, 3):
-            return _range(whole, *map(_plain, value))
-    except SetupError:
-        raise
-    except ValueError as error:  # no choices, or the logarithm of what is not above 0: Optuna's words say which
-        raise SetupError(f"{whole}: {error}") from error
-    raise SetupError(f"{whole} is neither a range nor choices: {EXAMPLE}")
+            return _range(*map(_plain, value))
+    except ValueError as error:  # also Optuna's own: no choices, or the logarithm of what is not above 0
+        raise SetupError(f"space[{name!r}]={shown(value)}: {error}") from error
+    raise SetupError(f"space[{name!r}]={shown(value)} is neither a range nor choices: {EXAMPLE}")
 
 
 def _plain(value: Any) -> Any:
@@ -136,28 +125,28 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _choices(whole: str, values: list[Any]) -> Any:
+def _choices(values: list[Any]) -> Any:
     for value in values:
         if not isinstance(value, (bool, int, float, str, type(None))):
-            raise SetupError(
-                f"{whole} has the choice {value!r}: choices are kept in the study as numbers, texts, True, False or "
-                "None; give a name there, and look it up in the setup"
+            raise ValueError(
+                f"{value!r} is no choice: choices are kept in the study as numbers, texts, True, False or None; give a "
+                "name there, and look it up in the setup"
             )
         if isinstance(value, float) and not _is_finite(value):
-            raise SetupError(f"{whole} has the choice {value!r}: numbers must be finite")
+            raise ValueError(f"{value!r} is no choice: numbers must be finite")
     if len(set(values)) < len(values):
-        raise SetupError(f"{whole} has a choice twice (1, 1.0 and True are equal): leave one out")
+        raise ValueError("a choice twice (1, 1.0 and True are equal): leave one out")
     return load_optuna().distributions.CategoricalDistribution(values)
 
 
-def _range(whole: str, low: Any, high: Any, *word: Any) -> Any:
+def _range(low: Any, high: Any, *word: Any) -> Any:
     for end in (low, high):
         if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
-            raise SetupError(f"{whole}: {end!r} is not a finite number; for choices write a list")
+            raise ValueError(f"{end!r} is not a finite number; for choices write a list")
     if word not in ((), ("log",)):
-        raise SetupError(f'{whole}: the third entry of a range can only be "log"')
+        raise ValueError('the third entry of a range can only be "log"')
     if low >= high:
-        raise SetupError(f"{whole} is an empty range: {low} is not below {high}; write (low, high)")
+        raise ValueError(f"an empty range: {low} is not below {high}; write (low, high)")
     distributions = load_optuna().distributions
     are_whole = isinstance(low, int) and isinstance(high, int)
     kind = distributions.IntDistribution if are_whole else distributions.FloatDistribution
@@ -169,19 +158,11 @@ def _is_finite(value: float) -> bool:
 
 
 def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
-    """The space as it is written on the command line, in the terms of `read_space`, which has checked it.
-
-    Args:
-        texts: one a parameter, NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,...
-
-    Raises:
-        SetupError: not of these forms, a parameter given twice, or what `read_space` refuses.
-    """
+    """The space as the command line has it, one text a parameter, in the terms of `read_space`, which checks it."""
     space: dict[str, Any] = {}
     for text in texts:
-        name, equals, written = text.partition("=")
-        name = name.strip()
-        if not equals or not name or not written.strip():
+        name, _, written = (part.strip() for part in text.partition("="))
+        if not name or not written:
             raise SetupError(f"{text!r} says no values for a parameter: {WRITTEN}")
         if name in space:
             raise SetupError(f"{text!r}: the parameter {name!r} is given twice; leave one out")
@@ -197,11 +178,7 @@ def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """A whole number, a number, a truth value, None, or the text itself."""
     words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
-    return text
+    return words.get(text.lower(), text)

@@ -1,8 +1,7 @@
 """Where a study is kept: a journal file, SQLite, PostgreSQL or another database by URL, or a gRPC proxy.
 
-Choices:
-- Without a URL it is a journal file: one machine and no server. Optuna breaks a lock that a killed process left there.
-- What a storage raises is one SetupError with its name and the remedy; passwords in URLs are never shown.
+Without a URL it is a journal file: one machine and no server. What a storage raises is one SetupError with its name
+and the remedy; passwords in URLs are never shown.
 """
 
 import contextlib
@@ -40,14 +39,9 @@ def place_of(storage: Any, folder: Path) -> str:
 
 @uninterrupted
 def open_storage(storage: Any, folder: Path) -> Any:
-    """Optuna's storage for what the user wrote.
+    """Optuna's storage for what the user wrote: None (a journal in `folder`), a path (a journal), a URL, or a storage.
 
-    Args:
-        storage: None (a journal in `folder`), a path (a journal), a URL, or a storage of Optuna's.
-        folder: of the run.
-
-    Raises:
-        SetupError: unknown, unreachable, locked, damaged, or without its driver.
+    A SetupError where it is unknown, unreachable, locked, damaged, or without its driver.
     """
     if isinstance(storage, load_optuna().storages.BaseStorage):
         return storage
@@ -149,15 +143,15 @@ def _database(url: str) -> Any:
             url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     from sqlalchemy.exc import DatabaseError
 
-    for left in reversed(range(RACES)):
+    for _ in range(RACES):
         try:
             return load_optuna().storages.RDBStorage(url, engine_kwargs=arguments)
-        except DatabaseError as error:
-            # Other processes may be making the same tables at this moment.
-            if not left or not re.search("already exists|unique|duplicate", str(error), re.IGNORECASE):
-                raise
+        except DatabaseError as error:  # other processes may be making the same tables at this moment
+            failed = error
+            if not re.search("already exists|unique|duplicate", str(error), re.IGNORECASE):
+                break
         time.sleep(0.3)
-    raise AssertionError("the last try returns or raises")
+    raise failed
 
 
 def _proxy(text: str, address: str) -> Any:

@@ -44,9 +44,8 @@ _RUN_HERE = set[float]()  # the trials that this process runs, by when they bega
 def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: str, resume: bool) -> Any:
     """The study of this name, new or gone on with.
 
-    Raises:
-        SetupError: it is there and `resume` is False, or it is a search of another direction, space, metric, budget or
-            seed; both are named.
+    A SetupError where it is there and `resume` is False, or where it is a search of another direction, space, metric,
+    budget or seed; both are named.
     """
     optuna = load_optuna()
     ours = {"space": space.describe(), **terms.comparable()}

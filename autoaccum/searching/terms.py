@@ -32,7 +32,6 @@ __all__ = [
     "sample_arguments",
     "settle",
     "steps_for",
-    "with_targets",
 ]
 
 TRAIN_LOSS = "train_loss"
@@ -80,24 +79,8 @@ def check_targets(targets: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, found)))
 
 
-def with_targets(space: Any, targets: tuple[int, ...]) -> dict[str, Any]:
-    """The space as the user wrote it, with the target batches that were given beside it.
-
-    Raises:
-        SetupError: it says them itself.
-    """
-    if not isinstance(space, Mapping) or "target_batch" in space:
-        raise SetupError(
-            f"target_batch={shown(targets)} beside a space that is a function or has a target_batch of its own: leave "
-            "the one outside out, and have the function draw it (trial.suggest_categorical)"
-        )
-    return {**space, "target_batch": list(targets)}
-
-
-def read_budget(budget: Any) -> tuple[int, str] | None:
+def read_budget(budget: Any) -> tuple[int, str]:
     """The amount and its unit: samples, or milliseconds for a text such as "90s"; a SetupError for all else."""
-    if budget is None:
-        return None
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget, "samples"
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*", budget) if isinstance(budget, str) else None
@@ -109,11 +92,7 @@ def read_budget(budget: Any) -> tuple[int, str] | None:
 
 
 def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Space:
-    """The learning rate, over its logarithm around the one given, and the target batch.
-
-    Raises:
-        SetupError: the optimizer is an instance, whose rate cannot be set.
-    """
+    """The learning rate, over its logarithm around the one given, and the target batch."""
     if isinstance(arguments.get("optimizer"), Optimizer):
         raise SetupError(
             "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
@@ -124,19 +103,14 @@ def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Spa
 
 
 def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
-    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without.
-
-    Raises:
-        SetupError: it fails with each of some settings.
-        Exception: what the setup raises, where it is called without parameters.
-    """
+    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
     if space is None or (space.function is None and not recipe.needs()):
         return recipe.build({})
     optuna = load_optuna()
     with hushed():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
-    params: dict[str, Any] = {}
-    for left in reversed(range(ERRORS_BELIEVED)):  # a few settings may fail, as a few trials may
+    for _ in range(ERRORS_BELIEVED):  # a few settings may fail, as a few trials may
+        params: dict[str, Any] = {}
         try:
             params = space.suggest(study.ask())
             recipe.check_names(params)
@@ -144,23 +118,19 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
         except AutoaccumError:
             raise
         except Exception as error:
-            if not left:
-                raise SetupError(
-                    f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the "
-                    f"search, the last one ({params}) with {type(error).__name__}: {error}. Mend the setup, or narrow "
-                    "the space"
-                ) from error
-    raise AssertionError("the last try returns or raises")
+            last = error
+    raise SetupError(
+        f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the search, the last "
+        f"one ({params}) with {type(last).__name__}: {last}. Mend the setup, or narrow the space"
+    ) from last
 
 
 def settle(
     recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
     direction: str, budget: Any,
 ) -> Terms:  # fmt: skip
-    """The terms, from one call of the setup.
-
-    Raises:
-        SetupError: a metric that nothing reports, or a budget that nothing says.
+    """The terms, from one call of the setup. A SetupError: a metric that nothing reports, a budget that nothing
+    says.
     """
     check_metric(arguments, metric)
     for name in {"epochs", "max_steps"} & space.parts.keys():
@@ -170,8 +140,7 @@ def settle(
     source = open_source(arguments["data"], shuffle=True, seed=recipe.seed)
     own = arguments.get("target_batch")
     ceiling = max(targets) if space.function is not None else space.largest("target_batch") or check_target(own)
-    read = read_budget(budget)
-    amount, unit = read if read is not None else (_amount(arguments, source), "samples")
+    amount, unit = (_amount(arguments, source), "samples") if budget is None else read_budget(budget)
     if unit == "ms" and arguments.get("schedule", "constant") != "constant":
         raise SetupError(
             f"budget={shown(budget)} is a time, and schedule={arguments['schedule']!r} must know its last step: give "
@@ -183,7 +152,7 @@ def settle(
         direction=direction,
         amount=amount,
         unit=unit,
-        given=read is not None or arguments.get("max_steps") is not None,
+        given=budget is not None or arguments.get("max_steps") is not None,
         seed=recipe.seed,
         ceiling=ceiling,
         lr_batch=None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
@@ -233,11 +202,9 @@ def _amount(arguments: Mapping[str, Any], source: Source) -> int:
 
 def steps_for(made: Plan, amount: int, length: int | None) -> int:
     """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
-    if length is None:
+    runs = [] if length is None else made.window_runs(length)
+    if not runs:  # where data gives no window the loop says what is wrong
         return -(-amount // made.target_batch)
-    runs = made.window_runs(length)
-    if not runs:
-        return -(-amount // made.target_batch)  # the loop says what is wrong with data that gives no window
     whole, rest = divmod(amount, sum(size * count for size, count in runs))
     steps = whole * sum(count for _, count in runs)
     for size, count in runs:

@@ -13,12 +13,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch.distributed as dist
+
 from autoaccum.errors import SetupError
 from autoaccum.interrupts import check_interrupt, interruptible, interruption_in, uninterrupted
+from autoaccum.ranks import here
 from autoaccum.searching import weights
 from autoaccum.searching.extra import load_optuna
-from autoaccum.searching.job import Job, tell
-from autoaccum.searching.limits import Limits
+from autoaccum.searching.job import Job
 from autoaccum.searching.samplers import ask, mark_infeasible, sampler_of
 from autoaccum.searching.storage import telling_of
 from autoaccum.searching.study import BEAT, ERROR, OUTCOME, TRAINING, Ledger, end, signed, sweep
@@ -26,21 +28,30 @@ from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
 from autoaccum.searching.terms import ERRORS_BELIEVED
 from autoaccum.training.locks import FolderLock
 
-__all__ = ["Worker", "check_errors"]
+__all__ = ["Worker", "check_errors", "tell"]
 
 BEAT_SECONDS = 60.0
 WAIT = 1.0  # seconds between two looks at trials that other processes are running
 
 
+def tell(message: Any = None) -> Any:
+    """Rank 0's message, on every rank of the group that trains a trial together; plain values.
+
+    Only rank 0 knows the study. It tells the others each trial's parameters and, at the end, the result.
+    """
+    box = [message]
+    if here().size > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 class Worker:
     """Runs trials of a job, one at a time."""
 
-    def __init__(self, job: Job, study: Any, *, heard: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, job: Job, study: Any, *, heard: Callable[[], None]) -> None:
         """`heard` is called whenever something in the study has changed by this worker."""
         self._job, self._study, self._heard = job, study, heard
-        self._lock = FolderLock(job.folder, "claim")
-        share = None if job.memory is None else f"what is free, shared out over {job.workers} workers"
-        self._trainer = Trainer(job.terms, Limits(job.folder, job.terms.ceiling), share=share)
+        self._lock, self._trainer = FolderLock(job.folder, "claim"), Trainer(job, job.folder)
         self._sampler = sampler_of(job.sampler, seed=job.terms.seed, n_trials=job.n_trials, first=job.first)
         self._outer = sys.exc_info()[1]  # of whoever called the search: no error of a trial
 
@@ -48,9 +59,7 @@ class Worker:
     def run(self) -> None:
         """Trials until all are finished; waits for those of others, and takes over what they leave.
 
-        Raises:
-            SetupError: what is wrong is the same in every trial, or the first five all failed.
-            KeyboardInterrupt: after the trial at hand was marked.
+        A SetupError ends it where what is wrong is the same in every trial, or where the first five all failed.
         """
         with telling_of(self._job.place):
             while self._one():
@@ -116,7 +125,7 @@ class Worker:
         tell({"params": params})
         with _signs_of_life(trial):
             value, facts, model = interruptible(
-                job.train, self._trainer, params,
+                self._trainer.train, params,
                 began=lambda facts: self._began(trial, facts),
                 report=lambda value, amount: self._report(trial, value, amount),
             )  # fmt: skip
@@ -162,20 +171,18 @@ def _signs_of_life(trial: Any) -> Iterator[None]:
 
 def check_errors(ledger: Ledger, n_trials: int) -> None:
     """Raises a SetupError where all of the first trials failed, with the last one's traceback as its cause."""
-    first = ledger.finished[: min(ERRORS_BELIEVED, n_trials)]
-    failed = [trial for trial in ledger.trials if ERROR in trial.user_attrs]
-    if len(first) < min(ERRORS_BELIEVED, n_trials) or any(trial.state.name != "FAIL" for trial in first):
+    many = min(ERRORS_BELIEVED, n_trials)
+    first = ledger.finished[:many]
+    if len(first) < many or any(trial.state.name != "FAIL" for trial in first):
         return
+    failed = [trial for trial in ledger.trials if ERROR in trial.user_attrs]
     last = failed[-1].user_attrs[ERROR]
     raise SetupError(
         f"all of the first {len(failed)} trials failed, the last one (trial {failed[-1].number}, "
         f"{failed[-1].params}) with {last['type']}: {last['message']}. Every trial keeps its traceback in the study, "
         f"under the attribute {ERROR!r}. Mend the setup, and search under another study_name"
-    ) from TrialTracebackError(last["traceback"])
+    ) from TrialTracebackError(f"\n\n{last['traceback']}")
 
 
 class TrialTracebackError(Exception):
     """A trial's traceback, as text: it may have come from another process."""
-
-    def __str__(self) -> str:
-        return f"\n\n{self.args[0]}"

@@ -39,7 +39,7 @@ import torch
 
 import autoaccum
 from autoaccum.errors import SetupError
-from autoaccum.searching.best import best_arguments
+from autoaccum.searching.search_result import best_arguments
 from autoaccum.searching.storage import open_storage
 
 HERE = Path(__file__).parent
