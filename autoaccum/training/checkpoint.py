@@ -1,20 +1,15 @@
 """Checkpoints in a folder: written whole or not at all, found again after whatever happened.
 
-Choices made here:
-
 - A checkpoint is two files. `step-00000050-epoch-2-window-3.pt` is what `torch.load(weights_only=True)` reads; the
-  `.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk
-  and renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged.
-- Of a sharded model there is a folder beside them, `.shards`, which all ranks have written to; the `.json` vouches for
-  each file in it as well.
-- The training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming
-  and the clearing away of older ones go on beside it; `settle` says how that ended.
-- The last three are kept, and the one with the lowest validation loss.
-- Where one is damaged or half-written, the one before it is used, and that is said. One with code in it is no
-  accident: nothing of it is run, and nothing goes on behind the user's back.
-- Only names of ours are touched. What lacks its .json keeps its contents under another name.
-- Checkpoints are their owner's alone; the record beside them is for whoever the umask lets read it.
-- What an earlier training left in the folder is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ...
+`.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk and
+renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged. Of a sharded
+model there is a folder too, `.shards`, which all ranks have written to and the `.json` vouches for as well. - The
+training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming and
+the clearing away of older ones go on beside it; `settle` says how that ended. - Where one is damaged or half-written,
+the one before it is used, and that is said. One with code in it is no accident: nothing of it is run, and nothing goes
+on behind the user's back. - Only names of ours are touched. What lacks its .json keeps its contents under another name,
+and what an earlier training left is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ... - Checkpoints
+are their owner's alone; the record beside them is for whoever the umask lets read it.
 """
 
 import contextlib
@@ -39,7 +34,7 @@ from autoaccum.training.fields import Fields
 
 __all__ = ["KEPT", "Checkpoints", "Entry", "Failure"]
 
-KEPT = 3
+KEPT = 3  # the last ones; and the one with the lowest validation loss
 SCHEMA = 1
 SHARDS = ".shards"
 RECORD_FILES = ("plan.json", "report.json", "environment.json", "metrics.jsonl")
@@ -83,19 +78,12 @@ class Entry:
 
 
 class Checkpoints:
-    """The checkpoints of one training.
-
-    Attributes:
-        folder: made when the first one is written.
-        last: the newest that is known to be whole on the disk.
+    """The checkpoints of one training, in a `folder` that is made for the first one; `last` is the newest known to be
+    whole on the disk.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = KEPT) -> None:
-        """Nothing is read or written yet.
-
-        Raises:
-            CheckpointError: the path is a file, or none that the system takes.
-        """
+        """Nothing is read or written yet; a CheckpointError where the path is a file, or none that the system takes."""
         self.folder = Path(folder)
         self.last: Path | None = None
         self._keep = keep
@@ -125,8 +113,7 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> tuple[Entry, dict[str, Any]] | None:
         """The newest that is whole, and what it holds; None where there is none. `say` hears of each that is not.
 
-        Raises:
-            CheckpointError: one has code in it, or cannot be read for want of a permission.
+        A CheckpointError where one has code in it, or cannot be read for want of a permission.
         """
         for path in self._unfinished():
             say(f"{path} was being written when the training ended, and is left out")
@@ -156,12 +143,7 @@ class Checkpoints:
         return [path for path, name in found if name in RECORD_FILES or (name and Entry.of(Path(name)))]
 
     def _about(self, entry: Entry) -> dict[str, Any]:
-        """What a checkpoint's .json says, each value checked.
-
-        Raises:
-            OSError: it cannot be read.
-            ValueError: it is none that was written here; the reason.
-        """
+        """What a checkpoint's .json says, each value checked; a ValueError where it is none that was written here."""
         about = read_json(self.path(entry).with_suffix(".json"))
         if not isinstance(about, dict):
             raise ValueError(f"it is a {type(about).__name__} and not an object")
@@ -201,11 +183,7 @@ class Checkpoints:
             self._read(path)
 
     def read(self, entry: Entry) -> dict[str, Any]:
-        """What a checkpoint holds that was found whole.
-
-        Raises:
-            CheckpointError: it cannot be read, or there is code in it.
-        """
+        """What a checkpoint holds that was found whole; a CheckpointError where it cannot be read."""
         path = self.path(entry)
         try:
             state = self._read(path)
@@ -218,11 +196,7 @@ class Checkpoints:
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:
-        """The file's values; code in it is never run.
-
-        Raises:
-            CheckpointError: there is code in it.
-        """
+        """The file's values; code in it is never run, and is a CheckpointError."""
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
@@ -241,11 +215,8 @@ class Checkpoints:
     def begin(self, resumed: Entry | None) -> str | None:
         """Readies the folder: half-written files go, and what is not this training's is set aside; where to, if any.
 
-        Args:
-            resumed: the checkpoint that this training goes on from; None: it is a new one.
-
-        Raises:
-            OSError: the folder cannot be made or written to.
+        `resumed` is the checkpoint that this training goes on from; None: it is a new one. An OSError where the folder
+        cannot be made or written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self._partial():
@@ -287,8 +258,7 @@ class Checkpoints:
         """Writes a checkpoint; it is finished beside the training, and `settle` says how that went.
 
         Args:
-            entry: where in the training it is.
-            state: its values.
+            entry, state: where in the training it is, and its values.
             about: what else the `.json` is to say; the validation loss under "loss", where there is one.
             shards: the folder of a half-written name that has its shards, which all ranks have ended writing.
 
@@ -312,8 +282,7 @@ class Checkpoints:
     def settle(self, *, wait: bool = True) -> Entry | None:
         """The checkpoint that was finished since this was last asked; None where none was.
 
-        Raises:
-            OSError: it could not be finished; it is gone again, and those before it are as they were.
+        An OSError where it could not be finished; it is gone again, and those before it are as they were.
         """
         if self._finishing is None or not (wait or self._finishing[1].done()):
             return None

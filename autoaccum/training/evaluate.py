@@ -3,10 +3,9 @@
 A mean over nothing is NaN: where all targets are ignored there is no loss, and 0 would look like the best one. Of a
 loss of several terms those count that are over something, as in training.
 
-There is no graph, but for models that differentiate inside their forward, to give forces for example: their first
-batch says so by an error, and is run again.
-
-Validation has a micro-batch of its own: running out of memory here halves it and leaves the training's plan alone.
+There is no graph, but for models that differentiate inside their forward, to give forces for example: their first batch
+says so by an error, and is run again. Running out of memory here halves validation's own micro-batch, and leaves the
+training's plan alone.
 """
 
 import math
@@ -71,9 +70,8 @@ class Evaluator:
     def evaluate(self, source: Source | None = None) -> dict[str, float]:
         """{"loss": ..., and each metric}, over `source` or the validation data.
 
-        Raises:
-            DataError: no data, or not one sample of it; or a metric that returns something other than a Mean.
-            NothingFitsError: out of memory with a single sample.
+        A DataError: no data, or not one sample of it; or a metric that returns something other than a Mean. A
+        NothingFitsError: out of memory with a single sample.
         """
         chosen = source if source is not None else self.source
         if chosen is None:
@@ -130,11 +128,7 @@ class Evaluator:
         return means | {name: _computed(name, metric) for name, metric in over_all.items()}
 
     def _begin(self, name: str, metric: Any) -> None:
-        """Empties a metric over all outputs, and puts it where they are.
-
-        Raises:
-            SetupError: there are several ranks, and it does not say how theirs become one.
-        """
+        """Empties a metric over all outputs, and puts it where they are; it must say how several ranks' become one."""
         if self.ranks.size > 1 and not hasattr(metric, "sync"):
             raise SetupError(
                 f"the metric {name!r} sees this rank's outputs only, of {self.ranks.size} ranks: give one that gathers "
@@ -145,11 +139,7 @@ class Evaluator:
         metric.reset()
 
     def _expect_all(self, samples: int, source: Source, called: str) -> None:
-        """That the ranks together saw each sample once.
-
-        Raises:
-            DataError: they did not.
-        """
+        """That the ranks together saw each sample once, else a DataError."""
         left_out = source.length % source.loader_batch if source.length and source.drop_last and source.loader_batch \
             else 0  # fmt: skip
         if self.ranks.size > 1 and source.length is not None and samples != source.length - left_out:
@@ -262,14 +252,10 @@ def _computed(name: str, metric: Any) -> float:
 
 
 def check_metrics(metrics: Any, step: Any, *, val_data: Any = None) -> None:
-    """Refuses what could be no metrics, before an epoch is spent on them.
+    """Refuses what could be no metrics, by name, before an epoch is spent on them.
 
-    Args:
-        val_data: of a training whose loss needs a target beside each input; None: of another, or there is none.
-
-    Raises:
-        SetupError: naming the metric.
-        DataError: `val_data` is plainly without targets.
+    `val_data` is of a training whose loss needs a target beside each input, else None: it may be plainly without
+    targets.
     """
     items = isinstance(val_data, Sequence) and not isinstance(val_data, (tuple, str)) and len(val_data) > 0
     if isinstance(val_data, Tensor) or (items and isinstance(val_data[0], (Tensor, int, float))):

@@ -159,8 +159,7 @@ class Sink(Protocol):
 class Events:
     """Hands each event to every listener, in the order they were given.
 
-    Attributes:
-        stop: why a listener asked for the end of the training; None while none has.
+    `stop` is why a listener asked for the end of the training; None while none has.
     """
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
@@ -195,18 +194,14 @@ class Events:
 class JsonlSink:
     """Every event as a JSON line in a file; a resumed run appends.
 
-    A disk that is full costs lines, not the training: that is said once, and writing is tried again at each event.
-
-    Attributes:
-        failed: why lines are missing; None where none are.
+    A disk that is full costs lines, not the training: that is said once (`failed` has why, else None), and writing is
+    tried again at each event.
     """
 
     def __init__(self, path: str | Path, *, follow: bool = True) -> None:
         """Makes the file's folder; the file is opened at the first event, and again at one after `close`.
 
-        Args:
-            path: of the file, also a device such as /dev/stdout.
-            follow: through a symbolic link; without, one is refused.
+        It may be a device such as /dev/stdout. Where it is not to `follow` a symbolic link, one is refused.
         """
         self._path, self._open_file = Path(path), open if follow else open_own
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,11 +282,7 @@ class TensorBoardSink:
     """Loss, LR, throughput and evaluations as TensorBoard scalars over optimizer steps."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens a writer.
-
-        Raises:
-            MissingExtraError: tensorboard is not installed.
-        """
+        """Opens a writer; a MissingExtraError without tensorboard."""
         from autoaccum.errors import MissingExtraError
 
         try:

@@ -15,20 +15,14 @@ class Fields:
     """A mapping in a checkpoint."""
 
     def __init__(self, values: Any, where: str = "the checkpoint") -> None:
-        """`where` names it in messages.
-
-        Raises:
-            CheckpointError: it is no mapping.
-        """
+        """`where` names it in messages; a CheckpointError where it is no mapping."""
         if not isinstance(values, Mapping):
             raise CheckpointError(f"{where} is a {type(values).__name__} and not a dict: {_REMEDY}")
         self._values, self._where = values, where
 
     def get(self, name: str, *kinds: type) -> Any:
-        """The value of this name, of one of these types; None only where `NoneType` is among them.
-
-        Raises:
-            CheckpointError: it is missing, or of another type.
+        """The value of this name, of one of these types, else a CheckpointError; None only where `NoneType` is among
+        them.
         """
         if name not in self._values:
             raise CheckpointError(f"{self._where} has no {name!r}: {_REMEDY}")
@@ -39,22 +33,14 @@ class Fields:
         return value
 
     def count(self, name: str) -> int:
-        """A whole number from 0 to 2**62.
-
-        Raises:
-            CheckpointError: it is none.
-        """
+        """A whole number from 0 to 2**62, else a CheckpointError."""
         value: int = self.get(name, int)
         if not 0 <= value < 2**62:
             raise CheckpointError(f"{self._where} has {name}={value!r:.40}, which counts nothing: {_REMEDY}")
         return value
 
     def inner(self, name: str) -> "Fields":
-        """The mapping of this name.
-
-        Raises:
-            CheckpointError: it is none.
-        """
+        """The mapping of this name, else a CheckpointError."""
         return Fields(self.get(name, Mapping), f"{self._where}'s {name}")
 
 
@@ -62,8 +48,7 @@ class Fields:
 def loading(what: str) -> Iterator[None]:
     """Around what others read out of a checkpoint: torch's modules and optimizers, the user's data.
 
-    Raises:
-        CheckpointError: it has not the structure that they expect; their own error is the cause.
+    A CheckpointError where it has not the structure that they expect; their own error is the cause.
     """
     try:
         yield

@@ -16,10 +16,9 @@ class LengthSummary:
     """Sums over the windows that were cut by length, on this rank. A token is a unit of the length that varies.
 
     Attributes:
-        tokens: the samples' own.
-        padded: with their padding, as they ran.
-        unsorted: with their padding, had they run in the order they came, in micro-batches that fit the longest
-            samples seen.
+        tokens, padded: the samples' own; with their padding, as they ran.
+        unsorted: with their padding, had they run in the order they came, in micro-batches that fit the longest samples
+            seen.
         seconds: that the windows took.
         micro_batches: how many windows had so many micro-batches.
     """

@@ -55,11 +55,7 @@ class FolderLock:
         self._take(wait=True)
 
     def holder(self) -> str | None:
-        """Takes the lock unless this object has it already, and then None; else who has it, in words.
-
-        Raises:
-            OSError: the lock's file cannot be opened.
-        """
+        """Takes the lock unless this object has it already, and then None; else who has it, in words."""
         if self._file is not None:
             return None
         try:

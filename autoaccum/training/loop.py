@@ -228,10 +228,8 @@ class TrainingLoop:
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
-        """The loss and the metrics over `data`, or over the validation data; the model is not trained.
-
-        Raises:
-            DataError: there is neither.
+        """The loss and the metrics over `data`, or over the validation data, else a DataError; the model is not
+        trained.
         """
         evaluator = self._evaluator
         if evaluator is None:
@@ -397,8 +395,7 @@ class TrainingLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the loop that gave `state` would have. Generators and data follow when iteration begins.
 
-        Raises:
-            CheckpointError: it is of another target batch, data, model, optimizer or seed.
+        A CheckpointError where it is of another target batch, data, model, optimizer or seed.
         """
         fields = Fields(state)
         progress = fields.inner("progress")

@@ -33,8 +33,7 @@ def ready_to_train(
     """The accumulator of one phase, or of the whole training, its optimizer at the plan's rates and on its schedule.
 
     Args:
-        turn: what is trained.
-        made: its plan.
+        turn, made: what is trained, and its plan.
         total: optimizer steps of the training, where they are known.
         asked: schedule, warm-up and clipping, where there are no phases, which have their own.
         events: told what the schedule warns of.

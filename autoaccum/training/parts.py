@@ -86,8 +86,7 @@ class Boundary:
 class TrainingParts:
     """Model, loss, optimizer, scaler, scheduler, data and generators, as one state.
 
-    Attributes:
-        modules: the model, and the loss where it is a module, by name.
+    `modules` are the model, and the loss where it is a module, by name.
     """
 
     def __init__(
@@ -98,15 +97,7 @@ class TrainingParts:
         evaluator: Evaluator | None,
         settings: Mapping[str, Any],
     ) -> None:
-        """Keeps references only.
-
-        Args:
-            accumulator: has the model, the optimizer, the scaler and the scheduler.
-            source: the training's data.
-            device: whose generator is kept beside the host's.
-            evaluator: has the loss, and validation data of its own.
-            settings: what a resumed training must share beside the rest, such as the seed.
-        """
+        """Keeps references only. `settings`: what a resumed training must share beside the rest, such as the seed."""
         self.modules: dict[str, nn.Module] = {"model": accumulator.model}
         loss = evaluator.objective.loss if evaluator is not None else None
         if isinstance(loss, nn.Module):
@@ -133,11 +124,8 @@ class TrainingParts:
     def state_dict(self, boundary: Boundary | None) -> dict[str, Any]:
         """Everything, as plain values and tensors; on several ranks all call this.
 
-        Args:
-            boundary: the moment between two windows, where it is past; None: it is now.
-
-        Raises:
-            CheckpointError: something cannot be held without code.
+        `boundary` is the moment between two windows, where it is past. A CheckpointError where something cannot be held
+        without code.
         """
         accumulator = self._accumulator
         if accumulator.sharded is not None:
@@ -156,8 +144,7 @@ class TrainingParts:
     def load_state_dict(self, state: Mapping[str, Any], events: Events) -> Boundary:
         """Puts back all but the generators and the data, which are returned for when the first window is due.
 
-        Raises:
-            CheckpointError: it is of another training; nothing was changed.
+        A CheckpointError where it is of another training; nothing was changed.
         """
         accumulator, fields = self._accumulator, Fields(state)
         identity = plain(self.identity(), "the training's identity")
@@ -204,10 +191,8 @@ def kept_answers(
 ) -> tuple[Plan, ProbeReport | None, VerifyReport | None]:
     """What a checkpoint knows already: the plan with its k, as this rank has it, the probe's report, the check's.
 
-    Of another number of ranks the plan stays as it was, and there is no report: what fits has to be found anew.
-
-    Raises:
-        CheckpointError: it is for another target batch.
+    Of another number of ranks the plan stays as it was, and there is no report: what fits has to be found anew. A
+    CheckpointError where it is for another target batch.
     """
     fields = Fields(state)
     was = fields.get("identity", Mapping).get("target_batch")

@@ -3,20 +3,16 @@
     plan.json          the plan as it is now
     report.json        what the probe found; null where it did not run
     environment.json   versions and device, each time the run was started
-    metrics.jsonl      every event, a line each
+    metrics.jsonl      every event, a line each; steps that a resumed run takes again are dropped
     step-*.pt, .json   the checkpoints
 
-Choices made here:
-
 - Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
-  have passed since the last: an epoch may take days. The first rank's clock decides that for all.
-- Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
-- A folder that could not be readied is not saved to: what a restart finds there would be another training's. Each save
-  tries to ready it again.
-- Only the first rank writes, and sends the others what it resumes from: their machines may share no disk. Of a sharded
-  model all ranks write their shards, to a folder that the first one makes, and read them.
-- What torchrun restarts after a failure goes on also with resume=False, which its first start has obeyed.
-- Steps that a resumed run takes again are dropped from metrics.jsonl, so that it has each step once.
+have passed since the last: an epoch may take days. The first rank's clock decides that for all. - Nothing that fails
+here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end. - A folder that
+could not be readied is not saved to: what a restart finds there would be another training's. Each save tries to ready
+it again. - Only the first rank writes, and sends the others what it resumes from: their machines may share no disk. Of
+a sharded model all ranks write their shards, to a folder that the first one makes, and read them. - What torchrun
+restarts after a failure goes on also with resume=False, which its first start has obeyed.
 """
 
 import io
@@ -58,16 +54,9 @@ class RunFolder:
     """Where one training is saved."""
 
     def __init__(self, folder: str | os.PathLike[str], every: int | None, ranks: Ranks, events: Events) -> None:
-        """Nothing is read or written yet.
+        """Nothing is read or written yet; a CheckpointError where the path is a file.
 
-        Args:
-            folder: need not be there.
-            every: optimizer steps between checkpoints; None: as this file's beginning says.
-            ranks: of which the first writes.
-            events: told of what is saved, and of what cannot be.
-
-        Raises:
-            CheckpointError: the path is a file.
+        `folder` need not be there. `every`: optimizer steps between checkpoints; None: as this file's beginning says.
         """
         self.checkpoints = Checkpoints(folder)
         self.folder, self.every = self.checkpoints.folder, every
@@ -113,8 +102,7 @@ class RunFolder:
     def find(self, resume: bool | str) -> dict[str, Any] | None:
         """What the newest whole checkpoint holds; None where the training begins anew. All ranks call this.
 
-        Raises:
-            CheckpointError: `resume` is True and there is none; or one has code in it.
+        A CheckpointError where `resume` is True and there is none; or one has code in it.
         """
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if resume is False and not restarted:
@@ -159,8 +147,7 @@ class RunFolder:
     def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
         """Keeps other trainings out of the folder. The first time, readies it and begins the record.
 
-        Raises:
-            CheckpointError: another training writes there, or has done so since this one was prepared or left.
+        A CheckpointError where another training writes there, or has done so since this one was prepared or left.
         """
         if not self.writes:
             return
@@ -173,11 +160,8 @@ class RunFolder:
             self._lost("the record of the run", error, then)
 
     def _enter(self) -> None:
-        """Takes the folder, and readies it where that is still to be done.
-
-        Raises:
-            CheckpointError: another training has it, or had it meanwhile.
-            OSError, RuntimeError, MemoryError: it cannot be readied.
+        """Takes the folder, unless another training has it or had it meanwhile; readies it where that is still to be
+        done.
         """
         was_here = self._lock.held
         other = self._lock.holder()
@@ -229,13 +213,10 @@ class RunFolder:
         return entry == self._saved
 
     def save(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
-        """Saves a checkpoint; where that fails, the training goes on. All ranks call this.
+        """Saves a checkpoint; where that fails, the training goes on. All ranks call this, and take part in
+        `state_dict`.
 
-        Args:
-            entry: where in the training it is.
-            state_dict: the loop's own, which all ranks take part in.
-            plan: as it is now, for the record.
-            loss: of the validation at that very moment, if there was one.
+        The plan is as it is now, for the record; `loss` is of the validation at that very moment, if there was one.
         """
         self._saved, self._saved_at = entry, time.monotonic()
         self.poll(wait=True)
@@ -264,9 +245,7 @@ class RunFolder:
     def _write_shards(self, entry: Entry, shards: Mapping[str, Tensor]) -> Path:
         """The folder to which all ranks have written their shards, under a half-written name; all ranks call this.
 
-        Raises:
-            CheckpointError: one of them could not, on all of them; nothing of it is left.
-            LostRankError: another process ended.
+        A CheckpointError on all of them where one of them could not; nothing of it is left.
         """
         folder, why = partial_path(self.checkpoints.shards(entry)), ""
         if self.writes:
@@ -360,9 +339,7 @@ def open_run(
 ) -> tuple[RunFolder | None, dict[str, Any] | None]:
     """The run's folder, where one is wanted, and what the checkpoint in it holds that the training goes on from.
 
-    Raises:
-        SetupError: settings that need a folder, and none is given; or it is no path.
-        CheckpointError: as `RunFolder` and its `find`.
+    A SetupError for settings that need a folder where none is given, or that is no path.
     """
     if folder is None:
         if every is not None or resume is True:

@@ -33,8 +33,8 @@ def build_schedule(
         tell: hears, in one line, of a schedule of the user's own that has rates of its own.
 
     Raises:
-        SetupError: an unknown name, a schedule that needs a length the data does not have, bad warm-up steps, or what
-            the function gave is no schedule of this optimizer and its rates, or is over before the training.
+        SetupError: a schedule that needs a length the data does not have, or what the function gave is no schedule of
+            this optimizer and its rates, or is over before the training.
     """
     check_schedule(schedule, warmup_steps)
     if callable(schedule):
@@ -54,11 +54,7 @@ def build_schedule(
 
 
 def check_schedule(schedule: Any, warmup_steps: Any) -> None:
-    """Refuses what is no schedule, and no number of warm-up steps for it, before anything runs.
-
-    Raises:
-        SetupError: naming the value.
-    """
+    """Refuses, by name, what is no schedule, and no number of warm-up steps for it, before anything runs."""
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or not 0 <= warmup_steps < 2**63:
         raise SetupError(f"warmup_steps={shown(warmup_steps)}: give a whole number of optimizer steps, 0 or more")
     if callable(schedule):
@@ -126,11 +122,7 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
 
 
 def _check_length(scheduler: Any, total_steps: int | None) -> None:
-    """Refuses a OneCycleLR that ends before the training does, where it would raise.
-
-    Raises:
-        SetupError: naming both numbers.
-    """
+    """Refuses a OneCycleLR that ends before the training does, where it would raise."""
     if isinstance(scheduler, OneCycleLR) and total_steps is not None and scheduler.total_steps < total_steps:
         raise SetupError(
             f"OneCycleLR has total_steps={scheduler.total_steps}, and the training takes {total_steps} optimizer "

@@ -29,9 +29,8 @@ PERSISTENT = 3
 class Replays:
     """How small micro-batches have become, and whether they may grow again.
 
-    Attributes:
-        before: the plan before the first of the replays that count; None where there were none.
-        undisturbed: windows since the last one.
+    `before` is the plan before the first of the replays that count (None where there were none), `undisturbed` the
+    number of windows since the last one.
     """
 
     def __init__(self, regrow_after: int | None, verified: int | None = None) -> None:
@@ -46,10 +45,8 @@ class Replays:
         """The plan for going on, and the largest micro-batch of this rank's in the window that is replayed.
 
         All ranks call this, each with its largest micro-batch in the attempt that failed and whether it ran out.
-        Gradients that wait whole for a window's end go first, and sizes stay; then these are halved.
-
-        Raises:
-            NothingFitsError: it ran out at the smallest micro-batch that the plan allows.
+        Gradients that wait whole for a window's end go first, and sizes stay; then these are halved. A NothingFitsError
+        where it ran out at the smallest micro-batch that the plan allows.
         """
         if plan.gradient_sync == "window":
             text = (
@@ -146,11 +143,7 @@ class Replays:
 
 
 def with_floor(plan: Plan) -> Plan:
-    """The plan without micro-batches of 1, which a BatchNorm layer that sees one value a sample refuses.
-
-    Raises:
-        NothingFitsError: the batch cannot be made so.
-    """
+    """The plan without micro-batches of 1, which a BatchNorm layer that sees one value a sample refuses."""
     limits = tuple(max(limit, 2) for limit in plan.limits)
     try:
         return dataclasses.replace(plan, minimum=2, limits=limits).with_limit(
@@ -167,11 +160,7 @@ def plan_for(rank: int, values: Mapping[str, Any]) -> Plan:
 
 
 def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str) -> Plan:
-    """The plan with new limits; with a floor above 1 some cannot be met, and the next ones up are taken.
-
-    Raises:
-        NothingFitsError: none below those that failed can be met.
-    """
+    """The plan with new limits; with a floor above 1 some cannot be met, and the next ones up are taken."""
     refusal: PlanError | None = None
     for more in range(max(top - limit for top, limit in zip(tops, limits, strict=True)) or 1):
         new = tuple(min(limit + more, max(top - 1, limit)) for limit, top in zip(limits, tops, strict=True))
@@ -184,11 +173,7 @@ def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str)
 
 
 def cut_in_half(batches: Sequence[Any], minimum: int) -> list[Any]:
-    """Each micro-batch in two, its samples in their order, where each has its own length and its own limit.
-
-    Raises:
-        NothingFitsError: not one can be cut.
-    """
+    """Each micro-batch in two, its samples in their order, where each has its own length and its own limit."""
     pieces = []
     for batch in batches:
         size = tree.batch_size(batch)
@@ -202,10 +187,8 @@ def cut_smaller(batches: Sequence[Any], limit: int, minimum: int) -> list[Any]:
     """The samples of `batches` in their order, in micro-batches of at most `limit`.
 
     Each micro-batch is cut by itself, since what was padded together need not match its neighbours. Only where one
-    cannot be cut so, as 3 samples where at least 2 have to run together, they are joined first.
-
-    Raises:
-        NothingFitsError: neither can be done.
+    cannot be cut so, as 3 samples where at least 2 have to run together, they are joined first. A NothingFitsError
+    where neither can be done.
     """
     try:
         return [

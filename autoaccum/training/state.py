@@ -1,13 +1,11 @@
 """What a training is at a window's boundary, as plain values and tensors; and the same training out of them.
 
-Choices made here:
-
 - Only what `torch.load(weights_only=True)` reads goes in: numbers, texts, containers, tensors. What is none of these is
-  refused when it is saved, by name, rather than when somebody needs it.
-- A module is its `state_dict()`, and the buffers that it keeps out of it as well: a training goes on from all of them.
-- An optimizer casts what it loads to its parameters' dtypes. Here each value comes back in the dtype that it had, since
-  an optimizer with fp32 state beside bf16 parameters would go on another way.
-- Before anything is loaded, all that tells one training from another is compared, and all that differs is named.
+refused when it is saved, by name, rather than when somebody needs it. - A module is its `state_dict()`, and the buffers
+that it keeps out of it as well: a training goes on from all of them. - An optimizer casts what it loads to its
+parameters' dtypes. Here each value comes back in the dtype that it had, since an optimizer with fp32 state beside bf16
+parameters would go on another way. - Before anything is loaded, all that tells one training from another is compared,
+and all that differs is named.
 """
 
 import codecs
@@ -47,10 +45,8 @@ _AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, 
 def plain(value: Any, where: str) -> Any:
     """`value` as a checkpoint can hold it: mappings become dicts, sequences lists or tuples, numpy's values torch's.
 
-    A Counter stays one: torch's MultiStepLR has its milestones in it, and others call its methods.
-
-    Raises:
-        CheckpointError: there is something in it that only code can make; `where` says what holds it.
+    A Counter stays one: torch's MultiStepLR has its milestones in it, and others call its methods. A CheckpointError
+    where there is something in it that only code can make; `where` says what holds it.
     """
     if isinstance(value, Mapping):
         items = {plain(key, where): plain(item, f"{where}[{key!r}]") for key, item in value.items()}
@@ -132,11 +128,7 @@ def accumulator_state(accumulator: Accumulator) -> dict[str, Any]:
 
 
 def load_accumulator(accumulator: Accumulator, saved: Mapping[str, Any]) -> None:
-    """Puts back what `accumulator_state` gave.
-
-    Raises:
-        CheckpointError: it has not the structure that is expected.
-    """
+    """Puts back what `accumulator_state` gave."""
     fields = Fields(saved)
     scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
     with loading("optimizer"):
@@ -177,15 +169,10 @@ def gathered(own: Mapping[str, Any], ranks: Ranks, what: str) -> list[dict[str, 
 
 
 def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """That a state belongs to this training.
+    """That a state belongs to this training; a CheckpointError names all that differs, both values each time.
 
-    Args:
-        saved: the state.
-        identity: what this training is, as `saved["identity"]` says what the other was: a value under each name.
-        modules: this training's modules; their parameters' and buffers' names, shapes and dtypes are compared.
-
-    Raises:
-        CheckpointError: they differ; all that differs is named, both values each time.
+    `identity` is what this training is, as `saved["identity"]` says what the other was: a value under each name. Of the
+    modules the parameters' and buffers' names, shapes and dtypes are compared.
     """
     if saved.get("schema") != SCHEMA:
         raise CheckpointError(

@@ -19,11 +19,8 @@ __all__ = ["Turn", "Turns"]
 
 
 class Turn:
-    """One optimizer's part of each window.
-
-    Attributes:
-        phase: as the user gave it; None where there is but one optimizer.
-        accumulator, safe: run and guard its windows.
+    """One optimizer's part of each window: its phase (None where there is but one), and what runs and guards its
+    windows.
     """
 
     def __init__(self, phase: Phase | None, accumulator: Accumulator, safe: SafeWindow) -> None:
@@ -40,12 +37,7 @@ class Turn:
 
 
 class Turns:
-    """All optimizers' parts of each window, in order.
-
-    Attributes:
-        all: the turns.
-        windows: of samples that were trained; all phases' windows over the same samples count as one.
-    """
+    """All optimizers' parts of each window, in order; all phases' `windows` over the same samples count as one."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         """Begins before the first window."""
@@ -72,13 +64,10 @@ class Turns:
         return any(turn.safe.overdue for turn in self.all)
 
     def train(self, window: Window) -> Iterator[StepRecord]:
-        """Trains what is left to train of a window's samples, a record for each phase.
+        """Trains what is left to train of a window's samples, a record for each phase; raises as SafeWindow.train.
 
         Iterating again after an error or a break goes on with the phase that was not trained yet. `inside` is false
         from the last record on.
-
-        Raises:
-            Exception: as SafeWindow.train.
         """
         self._skip()
         while True:
@@ -122,11 +111,7 @@ class Turns:
         return {"windows": self.windows, "later": later}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from there.
-
-        Raises:
-            CheckpointError: it is of other phases.
-        """
+        """Goes on from there; a CheckpointError where it is of other phases."""
         later = [] if state is None else state["later"]
         names = [_name(turn) for turn in self.all[1:]]
         if [each["name"] for each in later] != names:
