@@ -83,10 +83,8 @@ class Source(ABC):
         """`size` real samples as one batch on the host; where there are fewer, they are repeated.
 
         Nothing is used up, and no generator is changed. Where samples differ in size, the largest of those looked at
-        are taken, or those of a `length`, one of `lengths()`. `worst_case` is taken instead, where it was given.
-
-        Raises:
-            DataError: there are no samples, or they cannot be read or collated.
+        are taken, or those of a `length`, one of `lengths()`. `worst_case` is taken instead, where it was given. A
+        DataError where there are no samples, or they cannot be read or collated.
         """
         if size < 1:
             raise DataError(f"a trial of {size} samples: it needs at least one")
@@ -113,10 +111,8 @@ class Source(ABC):
         return batch
 
     def marked(self, batch: Any) -> Any:
-        """A batch of this data in which lists that could be mistaken say by their type what they hold.
-
-        Raises:
-            DataError: nothing tells whether a list holds one item a sample.
+        """A batch of this data in which lists that could be mistaken say by their type what they hold, else a
+        DataError.
         """
         return self._lists.read(batch, self._trial)
 
@@ -165,10 +161,8 @@ class Source(ABC):
         return {"epoch": self._epoch, "starts": dict(self._starts), "held": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on as the source that gave `state` would have.
-
-        Raises:
-            CheckpointError: that source drew from other generators.
+        """Goes on as the source that gave `state` would have; a CheckpointError where that drew from other
+        generators.
         """
         here, kept = self._held(), state["held"]
         for name, before in kept.items():

@@ -33,11 +33,9 @@ class Cut:
 class Cutter:
     """Cuts windows by whatever `plan()` says at the time.
 
-    Args:
-        plan: gives the plan as it is now.
-        drop_last: a short last window is dropped, whatever the plan says.
-        batch: where given, samples at the epoch's end that are short of a batch of so many are left out, whatever the
-            windows are. Such a cutter begins at the epoch's beginning.
+    With `drop_last` a short last window is dropped, whatever the plan says. With `batch` samples at the epoch's end
+    that are short of a batch of so many are left out, whatever the windows are: such a cutter begins at the epoch's
+    beginning.
     """
 
     def __init__(self, plan: Callable[[], Plan], drop_last: bool, batch: int = 1) -> None:
@@ -69,11 +67,7 @@ class Cutter:
         return total
 
     def cut(self, total: int) -> Cut:
-        """This rank's part of a window of `total` samples.
-
-        Raises:
-            PlanError: the plan cannot cut such a window.
-        """
+        """This rank's part of a window of `total` samples; a PlanError where the plan cannot cut it."""
         plan = self._refresh()
         if total not in self._cuts:
             self._cuts[total] = Cut(total, *plan.share(total), plan.split(total))
@@ -82,10 +76,7 @@ class Cutter:
     def pieces(self, portions: Sequence[Any], by_length: ByLength | None = None) -> list[Any]:
         """Ready batches, or what a window takes of them, each cut evenly into micro-batches that fit at its length.
 
-        One that is below the plan's minimum joins its neighbour.
-
-        Raises:
-            DataError: a portion can be neither cut nor joined.
+        One that is below the plan's minimum joins its neighbour; a DataError where it can be neither cut nor joined.
         """
         plan = self._refresh()
         limit = plan.limits[plan.rank]

@@ -68,8 +68,7 @@ class Fetcher:
     def fetch(self, ask: Ask) -> tuple[list[Any], Padding | None]:
         """The micro-batch, or those of a window's part that is cut by length, with their padding.
 
-        Raises:
-            DataError: the dataset or the collate function failed; or a sample is too long.
+        A DataError where the dataset or the collate function failed; or a sample is too long.
         """
         samples = self._asked_for(ask)
         pieces, padding = [list(range(len(samples)))], None
@@ -85,10 +84,8 @@ class Fetcher:
         return batches, padding
 
     def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
-        """The samples, each after its seed is set, where there are seeds.
-
-        Raises:
-            DataError: the dataset failed; the index is named.
+        """The samples, each after its seed is set, where there are seeds; a DataError names the index at which one
+        failed.
         """
         dataset, samples = self._dataset, []
         try:
@@ -106,11 +103,7 @@ class Fetcher:
         return samples
 
     def collated(self, samples: list[Any], indices: Sequence[Any] | None = None) -> Any:
-        """The samples as one batch; None where the collate function dropped them all.
-
-        Raises:
-            DataError: the collate function failed.
-        """
+        """The samples as one batch; None where the collate function dropped them all, a DataError where it failed."""
         try:
             return self._collate(samples)
         except DataError:

@@ -36,9 +36,7 @@ __all__ = ["IndexedSource", "TensorSource"]
 class IndexedSource(Source):
     """Samples by their indices, in an order of our own or that of a DataLoader's sampler.
 
-    Args:
-        length: of the dataset.
-        loader: whose sampler, generator, batch size and drop_last are kept; None: `shuffle` decides the order.
+    Of a `loader` the sampler, generator, batch size and drop_last are kept; without one `shuffle` decides the order.
     """
 
     def __init__(self, length: int | None, loader: DataLoader[Any] | None, *, shuffle: bool, **common: Any) -> None:

@@ -66,13 +66,10 @@ def permutation(length: int, seed: int | None) -> Known:
 
 
 class SamplerOrder:
-    """What a sampler says, read no further than is looked for.
+    """What a sampler of the user's, any iterable of indices, says, read no further than is looked for.
 
-    Args:
-        sampler: of the user's, any iterable of indices.
-        base: of the epoch, which seeds the sampler's lane.
-        follow_global: let one of torch's own samplers draw its start from torch's global generator, as in a loop by
-            hand. Others draw from the lane.
+    The epoch's `base` seeds the sampler's lane. With `follow_global` one of torch's own samplers draws its start from
+    torch's global generator, as in a loop by hand; others draw from the lane.
     """
 
     def __init__(self, sampler: Any, base: int, *, follow_global: bool) -> None:
@@ -111,8 +108,8 @@ Order = Known | SamplerOrder
 def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ranks) -> Order:
     """The order of rank 0, which `make` gives there, on every rank, for the whole epoch of `length` samples, if known.
 
-    Raises:
-        DataError: the sampler has no end or gives something other than integers (on rank 0; the others raise as well).
+    A DataError where the sampler has no end or gives something other than integers (on rank 0; the others raise as
+    well).
     """
     indices = torch.empty(0, dtype=torch.int64)
     if ranks.rank == 0:
@@ -156,11 +153,7 @@ def undistributed(sampler: Any) -> Any:
 
 
 def possible_indices(sampler: Any, length: int | None) -> Sequence[Any]:
-    """Indices that an epoch may show, told without asking the sampler.
-
-    Raises:
-        DataError: neither the sampler has `indices`, nor the dataset a length.
-    """
+    """Indices that an epoch may show, told without asking the sampler."""
     chosen: Any = getattr(sampler, "indices", None)
     if hasattr(chosen, "__getitem__") and not isinstance(chosen, Mapping) and length_of(chosen):
         return list(chosen)  # of a list, or of an array of numbers

@@ -36,10 +36,8 @@ class ListReader:
     def read(self, batch: Any, other: Callable[[int], Any] | None = None) -> Any:
         """The batch, with every list that could be mistaken marked as what it is.
 
-        `other` makes a batch of about so many samples; None where batches can only be taken as they come.
-
-        Raises:
-            DataError: a list can be read either way, and no other batch tells which is meant.
+        `other` makes a batch of about so many samples; None where batches can only be taken as they come. A DataError
+        where a list can be read either way, and no other batch tells which is meant.
         """
         if tree.is_flat(batch) or isinstance(batch, Piece):  # a piece is cut along samples that it knows
             return batch

@@ -13,11 +13,10 @@ __all__ = ["Piece"]
 
 @dataclass(init=False, eq=False)
 class Piece:
-    """A micro-batch that knows the samples in it. As a dataclass of one field it is walked like any batch.
+    """A micro-batch that knows the samples in it, as the dataset gave them, beside what the collate function made of
+    them.
 
-    Attributes:
-        samples: as the dataset gave them.
-        batch: what the collate function made of them.
+    As a dataclass of one field it is walked like any batch.
     """
 
     batch: Any

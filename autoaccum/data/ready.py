@@ -71,11 +71,7 @@ class BatchSource(StreamSource):
     # --- windows ---
 
     def marked(self, batch: Any) -> Any:
-        """A ready batch in which lists that could be mistaken say by their type what they hold.
-
-        Raises:
-            DataError: nothing tells whether a list holds one item a sample.
-        """
+        """A ready batch in which lists that could be mistaken say by their type what they hold, else a DataError."""
         if self._pool is not None:
             return self._lists.read(batch, self._trial)
         if not (self._compared or self.one_shot or tree.is_flat(batch)):
@@ -179,11 +175,7 @@ def _is_some(batch: Any) -> bool:
 
 
 def _checked_size(batch: Any) -> int:
-    """Samples in a ready batch.
-
-    Raises:
-        DataError: it is a single sample, or its leaves disagree.
-    """
+    """Samples in a ready batch; a DataError where it is a single sample, or its leaves disagree."""
     hint = (
         "The DataLoader has batch_size=None or batches of its own, so each item it yields must be a ready batch; give "
         "it batch_size= where its dataset holds single samples"

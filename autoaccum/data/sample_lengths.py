@@ -49,11 +49,7 @@ class ByLength(NamedTuple):
     ruler: Ruler
 
     def limit(self, batch: Any) -> int:
-        """The most samples of a ready batch that fit at once.
-
-        Raises:
-            DataError: it is too long for even the fewest.
-        """
+        """The most samples of a ready batch that fit at once; a DataError where it is too long for even the fewest."""
         length = self.ruler.of(batch)
         if length > self.rule.longest:
             raise self.too_long("a ready batch", length)
@@ -84,11 +80,8 @@ def cut(
 ) -> tuple[list[list[int]], Padding]:
     """The places of a window's samples on this rank in each micro-batch, and what that costs in padding.
 
-    `names` are the samples' indices in the dataset, where they have some.
-
-    Raises:
-        DataError: a sample is too long to be run even alone.
-        PlanError: they cannot be cut with the plan's minimum.
+    `names` are the samples' indices in the dataset, where they have some. A DataError where a sample is too long to be
+    run even alone, a PlanError where they cannot be cut with the plan's minimum.
     """
     rule = by_length.rule
     with preserved():

@@ -35,11 +35,7 @@ __all__ = ["Source", "open_source", "read_more_than_once"]
 
 
 def read_more_than_once(epochs: int, **sources: Source | None) -> None:
-    """Refuses, before an epoch is spent, data that can be read only once and would be read in every epoch.
-
-    Raises:
-        DataError: naming the data by its keyword.
-    """
+    """Refuses, by its keyword, data that can be read only once and would be read in every epoch."""
     for name, source in sources.items():
         if epochs > 1 and source is not None and source.one_shot:
             raise DataError(
@@ -107,11 +103,7 @@ def _of_loader(loader: DataLoader[Any], indexed: dict[str, Any], common: dict[st
 
 
 def _is_tensors(data: Any) -> bool:
-    """Whether the data is a structure of tensors with one row a sample.
-
-    Raises:
-        DataError: it is a tuple or mapping, and holds something else, or tensors of different lengths.
-    """
+    """Whether the data is a structure of tensors with one row a sample; a DataError where some of it is."""
     if isinstance(data, Tensor):
         if data.dim() == 0:
             raise DataError(

@@ -195,11 +195,7 @@ class Reading:
         return self._fits(self.batch)
 
     def checked(self) -> "Reading":
-        """Itself, where the batch can be read so.
-
-        Raises:
-            DataError: it cannot; a leaf is named.
-        """
+        """Itself, where the batch can be read so, else a DataError that names a leaf."""
         sizes = {path: tensor.size(0) for path, tensor in tensors(self.batch) if tensor.dim()}
         cut = sizes or any(self.listed(items) for items in lists(self.batch)) or graphs_in(self.batch) == self.size
         if self.fits and cut:

@@ -107,8 +107,7 @@ def _listed_size(batch: Any, are_samples: Callable[[Any], bool]) -> int | None:
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """The batch cut along its batch dimension into parts of `sizes` samples; tensors are views, the rest is shared.
 
-    Raises:
-        DataError: the batch does not have sum(sizes) samples; the leaf is named.
+    A DataError names the leaf where the batch does not have sum(sizes) samples.
     """
     total = sum(sizes)
     flat = _flat_size(batch) == total
@@ -131,11 +130,7 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
 
 
 def repeat(batch: Any, size: int) -> Any:
-    """`size` samples: those of the batch in order, from the first again where they run out. Tensors are copies.
-
-    Raises:
-        DataError: the batch is empty, or its leaves disagree.
-    """
+    """`size` samples: those of the batch in order, from the first again where they run out. Tensors are copies."""
     length = batch_size(batch)
     if length == 0:
         raise DataError(f"a batch without samples cannot be repeated to {size}: give one with at least one sample")

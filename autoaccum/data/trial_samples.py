@@ -42,22 +42,14 @@ class Pool:
         self._reader: Iterator[Any] | None = None
 
     def choose(self, size: int) -> tuple[list[Any], str | None]:
-        """`size` samples, distinct as far as there are so many, and a line on how their sizes vary.
-
-        Raises:
-            DataError: there are none, or reading them failed.
-        """
+        """`size` samples, distinct as far as there are so many, and a line on how their sizes vary."""
         samples, _ = self._looked_at(size)
         chosen = _pick(samples, size)
         self._let_go()
         return chosen
 
     def look(self) -> list[Any]:
-        """The samples looked at, where they differ in size; else none.
-
-        Raises:
-            DataError: reading them failed.
-        """
+        """The samples looked at, where they differ in size; else none."""
         samples, differ = self._looked_at(1)
         self._let_go()
         return samples if differ else []
@@ -91,10 +83,8 @@ class Pool:
 
 
 def _pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
-    """`size` of the samples, the largest first where they differ, repeated where there are fewer; and how they differ.
-
-    Raises:
-        DataError: there are no samples.
+    """`size` of the samples, the largest first where they differ, repeated where there are fewer; and how they
+    differ.
     """
     if not samples:
         raise DataError("the data is empty: it gave no samples, and training needs at least one")

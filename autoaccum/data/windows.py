@@ -24,12 +24,9 @@ class Window:
     """One optimizer step's samples, this rank's part of them.
 
     Attributes:
-        batches: the micro-batches, on the host; none where this rank idles.
-        sizes: samples in each.
-        samples: samples in all of them.
-        total: samples of the window over all ranks.
-        epoch: the epoch it belongs to.
-        index: its number in the epoch.
+        batches, sizes: the micro-batches, on the host, and samples in each; none where this rank idles.
+        samples, total: in all of them, and over all ranks.
+        epoch, index: the epoch it belongs to, and its number in that.
         padding: what its micro-batches are padded to, where it was cut by length.
     """
 
@@ -43,12 +40,10 @@ class Window:
 
 
 def evaluation_windows(source: Source, plan: Callable[[], Plan]) -> Iterator[Window]:
-    """The windows of all samples that the loader itself would show, whatever the plan cuts them into.
+    """The windows of all samples that the loader itself would show, whatever the plan cuts them into; raises as
+    `windows`.
 
     A loader with `drop_last` leaves out what is short of its own batch, not what is short of a window.
-
-    Raises:
-        DataError, PlanError: as `windows`.
     """
     batch = source.loader_batch if source.drop_last and source.loader_batch is not None else 1
     return _cut(source, Cutter(plan, drop_last=False, batch=batch), 0, 0)

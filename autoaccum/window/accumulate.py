@@ -165,14 +165,12 @@ class Accumulator(Passes):
             self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
 
     def window(self, batches: Any) -> Iterator[Any]:
-        """Yields the micro-batches of one window, on the device; the step follows the last one.
+        """Yields the micro-batches of one window, on the device; the step follows the last one. Call `backward` for
+        each.
 
         Args:
             batches: one batch on the host, which is cut by the plan; or a list of micro-batches that are cut already,
                 each a tuple, list or dict of one structure and within the plan's limit.
-
-        Yields:
-            Micro-batches of the same structure. Call `backward` once for each.
 
         Raises:
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
@@ -344,9 +342,8 @@ class Accumulator(Passes):
         return None if math.isfinite(loss) else self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
 
     def _update(self, correction: float) -> tuple[float | None, str | None]:
-        """The one step: (gradient norm, why it was skipped).
-
-        `correction` is what the gradients have to be multiplied by, where the denominators were only known afterwards.
+        """The one step: (gradient norm, why it was skipped). The gradients are multiplied by `correction`, for late
+        denominators.
         """
         scaler = self.precision.scaler
         self.on_phase("optimizer")
@@ -381,10 +378,8 @@ class Accumulator(Passes):
         return norm, overflowed
 
     def _nonfinite(self, what: str) -> str | None:
-        """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps with zeros then.
-
-        Raises:
-            LossError: such windows are not left out.
+        """Why nothing is stepped, where such windows are left out, else a LossError; None in a rehearsal, which steps
+        with zeros.
         """
         if self._on_nonfinite == "skip":
             if self.rehearses:
@@ -448,10 +443,8 @@ class Accumulator(Passes):
     def state_dict(self) -> dict[str, Any]:
         """The counts of a loop of one's own, for its checkpoints: plain values, without model, optimizer and schedule.
 
-        An Accelerator keeps them where it is told to: `accelerator.register_for_checkpointing(accumulator)`.
-
-        Raises:
-            SetupError: a window is open.
+        An Accelerator keeps them where it is told to: `accelerator.register_for_checkpointing(accumulator)`. A
+        SetupError while a window is open.
         """
         if self.is_open:
             raise SetupError(
@@ -461,11 +454,7 @@ class Accumulator(Passes):
         return {**counts, "target_batch": self.plan.target_batch, "noise_scale": self.noise_scale.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on counting from what `state_dict` gave.
-
-        Raises:
-            CheckpointError: it gave something else, or of another target batch.
-        """
+        """Goes on counting from what `state_dict` gave, of the same target batch, else a CheckpointError."""
         try:
             counts = {name: int(state[name]) for name in ("step", "epoch", "skipped_windows", "target_batch")}
             noise_scale = {name: float(state["noise_scale"][name]) for name in self.noise_scale.state_dict()}

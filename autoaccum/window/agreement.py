@@ -48,8 +48,7 @@ def agree_on_windows(
 ) -> None:
     """Before the first window: compares plan, model, weights, optimizer, and what the `loss` was seen to divide by.
 
-    Raises:
-        SetupError: the ranks' differ, and in what; on all ranks.
+    A SetupError on all ranks says in what they differ.
     """
     if ranks.size > 1:
         facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum,

@@ -95,11 +95,7 @@ class Assembly:
                 self.ranks.broadcast("sharing the model", tensor)
 
     def take(self, rung: str | None) -> None:
-        """Everything after this runs under `rung`.
-
-        Raises:
-            SetupError: it cannot be taken here.
-        """
+        """Everything after this runs under `rung`; a SetupError where it cannot be taken here."""
         if rung is None:
             return
         why = obstacle(rung, self.model, self.device.torch_device, self.asked_precision)
@@ -143,8 +139,7 @@ def assemble(
     The model is untouched when this raises; a lazy module is materialised, and stays so.
 
     Args:
-        model, data: as they were given.
-        asked: the settings.
+        model, data, asked: as they were given, and the settings.
         ranks: this process among others.
         what: "prepare" where a training follows, else what is asked: "probe", "verify" or "attach".
         stays: the model is left where it is until `Assembly.settle`: a child process has the device's memory first.
@@ -203,12 +198,9 @@ def assemble(
 def _agree(parts: Assembly, asked: Settings, what: str) -> None:
     """Checks what the parts must be for a training that is asked for; then what the ranks must have alike.
 
-    A probe or a check may be each rank's own: these compare nothing.
-
-    Raises:
-        SetupError: gradients that are there already, or ranks that differ, and in what; on all of them.
-        PlanError: settings that no plan can be made with, before a probe is spent on them.
-        DataError: data that cannot be read as often as is asked for.
+    A probe or a check may be each rank's own: these compare nothing. A SetupError for gradients that are there already,
+    or on all ranks for what differs; a PlanError for settings that no plan can be made with, before a probe is spent on
+    them; a DataError for data that cannot be read as often as is asked for.
     """
     trains = what == "prepare"
     if trains:

@@ -38,26 +38,17 @@ __all__ = ["Determinism"]
 class Determinism:
     """A context in which a model gives each sample the same, in whatever micro-batch it comes.
 
-    ```python
-    with Determinism(model, samples=8, device=device) as fixed:
+    ```python with Determinism(model, samples=8, device=device) as fixed:
         fixed.begin(range(8))       # before the whole batch, which comes first
         ...
         fixed.begin(range(5))       # before a micro-batch with the first five of its samples
     ```
 
-    Attributes:
-        normalises: there are BatchNorm layers that train, and are held to their running statistics.
+    `normalises`: there are BatchNorm layers that train, and are held to their running statistics.
     """
 
     def __init__(self, model: nn.Module, *others: nn.Module, samples: int, device: torch.device) -> None:
-        """Changes nothing until it is entered.
-
-        Args:
-            model: run in training mode.
-            others: modules beside it, as a loss may be.
-            samples: of the whole batch.
-            device: whose generator is fixed beside the CPU's.
-        """
+        """Changes nothing until it is entered; `others` are modules beside the model, as a loss may be."""
         self._model = model
         self._roots = (model, *others)
         self._modules = list(dict.fromkeys(module for root in self._roots for module in root.modules()))
@@ -94,11 +85,9 @@ class Determinism:
         return self._noise.unexplained
 
     def begin(self, rows: Sequence[int], *, seed: int | None = None) -> None:
-        """Puts the model back to the start, for a micro-batch with these samples.
+        """Puts the model back to the start, for a micro-batch with the samples at these places of the whole batch.
 
-        Args:
-            rows: their places in the whole batch.
-            seed: draw other numbers than the generators would give.
+        With a `seed` other numbers are drawn than the generators would give.
         """
         self._restart()
         self._noise.rows = list(rows)

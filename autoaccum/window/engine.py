@@ -14,11 +14,10 @@ __all__ = ["backward", "run_engine"]
 
 
 def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Adds the gradient of Σ loss · factor to the parameters'. The graph is used up.
+    """Adds the gradient of Σ loss · factor to the parameters'. The graphs of the losses, of one element each, are used
+    up.
 
-    Args:
-        losses: scalars, of one element each, with their graphs.
-        factors: what each is multiplied by: where its backward pass begins, which needs no operation in the graph.
+    The factors are where each backward pass begins, which needs no operation in the graph.
     """
     begins = [torch.full_like(loss, factor) for loss, factor in zip(losses, factors, strict=True)]
     # On another device the engine's own thread runs it, and torch hands that thread what a compiled backward looks up.
@@ -29,11 +28,8 @@ def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
 
 
 def run_engine(losses: Sequence[Tensor], begins: Sequence[Tensor]) -> None:
-    """What `torch.autograd.backward(losses, begins)` comes to once it has asked.
-
-    Args:
-        losses: with their graphs.
-        begins: the gradient of each, of its shape and format.
+    """What `torch.autograd.backward(losses, begins)` comes to once it has asked: `begins` have the losses' shapes and
+    formats.
     """
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(tuple(losses), tuple(begins), False, False, (), allow_unreachable=True, accumulate_grad=True)

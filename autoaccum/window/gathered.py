@@ -45,18 +45,14 @@ def gathered(
     """Gathers every rank's representations and batch; all ranks call it, those without samples too.
 
     Args:
-        ranks: this process among others.
-        what: which window it is.
-        own: this rank's, whose leaves are replaced by those of all.
+        ranks, what: this process among others, and which window it is.
+        own: this rank's representations, whose leaves are replaced by those of all.
         batch: this rank's, on the device; None where the loss does not take it, or there is none.
         samples: on this rank.
-        failure: what this rank's first pass raised.
-
-    Returns:
-        None where another rank failed.
+        failure: what this rank's first pass raised, which is raised here; None is returned where another rank failed.
 
     Raises:
-        Exception: `failure`; or a LossError: the batch has parts that are no tensors.
+        LossError: the batch has parts that are no tensors.
     """
     if ranks.size == 1:
         return Everyone(own, batch, 0, samples, True)

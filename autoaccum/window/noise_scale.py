@@ -37,8 +37,7 @@ SMOOTHING = 0.9
 class NoiseScale:
     """Measures every tenth window, after the first two hundred every fiftieth, and smooths.
 
-    Attributes:
-        why_not: why nothing is measured; None where it is.
+    `why_not` says why nothing is measured; None where it is.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -70,12 +69,11 @@ class NoiseScale:
         return bool(self._handles)
 
     def open(self, micro_batches: int, watched: Sequence[Tensor] | None = None) -> None:
-        """A window begins; of those with at least two micro-batches the first is measured, and every so many.
+        """A window begins; of those with at least two micro-batches (on all ranks) the first is measured, and every so
+        many.
 
-        Args:
-            micro_batches: on all ranks, so that they measure the same windows.
-            watched: what backward passes give gradients to, where that is not the parameters: a sharded model's whole
-                ones.
+        `watched`: what backward passes give gradients to, where that is not the parameters: a sharded model's whole
+        ones.
         """
         self.close()
         self._settle()
@@ -112,12 +110,10 @@ class NoiseScale:
         self._over_ranks = spread, int(count)
 
     def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
-        """The window ended.
+        """The window of so many samples ended, with these gradients over all ranks, before clipping; or their norm
+        alone.
 
-        Args:
-            gradients: of the window over all ranks, before clipping; or their norm alone.
-            samples: N.
-            correction: what they have been multiplied by since the micro-batches' were seen.
+        `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
         spread, count = self._over_ranks or (None, len(self._micro))

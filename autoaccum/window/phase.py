@@ -87,10 +87,8 @@ class Phase:
         return self.lr is not None or isinstance(self._optimizer, Optimizer)
 
     def build_optimizer(self, model: nn.Module, loss: Any, default_lr: float | None) -> Optimizer:
-        """This phase's optimizer, over its own parameters.
-
-        Raises:
-            SetupError: it cannot be made, or holds parameters of another phase or none of `model`'s.
+        """This phase's optimizer; a SetupError where it cannot be made, or holds parameters of another phase or none of
+        `model`'s.
         """
         given = self._optimizer
         own = {id(parameter) for parameter in self.parameters}
@@ -133,9 +131,8 @@ class _Only(nn.Module):
 def check_phases(phases: Any, *, loss: Any, step: Any, optimizer: Any) -> Sequence[Phase]:
     """The phases as given; none where they are None.
 
-    Raises:
-        SetupError: something that is no Phase, parameters in two of them, nothing that runs in every window, or a
-            setting of `fit` beside them that each phase has for itself.
+    A SetupError for something that is no Phase, parameters in two of them, nothing that runs in every window, or a
+    setting of `fit` beside them that each phase has for itself.
     """
     if phases is None:
         return ()

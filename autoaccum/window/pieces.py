@@ -25,11 +25,8 @@ def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
 
     Args:
         batches: one batch, or a list of micro-batches of one structure; an empty list where this rank has no samples.
-        plan: its limit cuts the batch, and holds for micro-batches.
+        plan: its limit cuts the batch; a SetupError where a micro-batch is larger.
         lists: reads what lists in them hold, alike for all windows.
-
-    Raises:
-        SetupError: a micro-batch is larger than the plan's limit.
     """
     if isinstance(batches, list) and not batches:
         return []  # this rank has no samples of the window

@@ -26,9 +26,8 @@ __all__ = ["RankSum"]
 class RankSum:
     """Adds up the gradients of `parameters`, which all ranks have in the same order.
 
-    Attributes:
-        layout: tells what kinds of gradients this rank has from other kinds; odd where one is sparse.
-        uneven: by the last vote, the ranks must `level` and vote again before they `run`; the same on all of them.
+    `layout` tells what kinds of gradients this rank has from other kinds, and is odd where one is sparse. `uneven`: by
+    the last vote, the ranks must `level` and vote again before they `run`; the same on all of them.
     """
 
     def __init__(
@@ -42,9 +41,8 @@ class RankSum:
         self.layout, self.uneven = 0, False
 
     def ready(self) -> None:
-        """Allocates what the sum needs where all ranks have such gradients as this one.
-
-        The last thing before the vote that may run out of memory.
+        """Allocates what the sum needs where all ranks have such gradients as this one: the last before the vote that
+        may fail.
         """
         self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
         if self._ranks.size == 1:
@@ -73,10 +71,7 @@ class RankSum:
         return sums
 
     def level(self, what: str) -> None:
-        """Brings all ranks' gradients to one layout, and allocates what their sum needs.
-
-        Where this fails for want of memory the ranks must vote once more, which all of them do after it.
-        """
+        """Brings all ranks' gradients to one layout, and allocates what their sum needs: then they vote once more."""
         size, rank = self._ranks.size, self._ranks.rank
         self._flight = Flight()
         table = torch.zeros(len(self._parameters), 3 + size, dtype=torch.int64, device=self._parameters[0].device)

@@ -60,10 +60,8 @@ class ShardedPasses:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-        """Looks at the model, which stays as it is.
-
-        Raises:
-            SetupError: it is sharded over other ranks than those that train.
+        """Looks at the model, which stays as it is; a SetupError where it is sharded over other ranks than those that
+        train.
         """
         from autoaccum.ranks.collectives import Collectives  # imports torch.distributed
 
@@ -102,10 +100,8 @@ class ShardedPasses:
     # --- a window
 
     def keep_sample(self, batches: Sequence[Any], minimum: int) -> None:
-        """Keeps a short sample of the window's micro-batches, unless there is one.
-
-        Raises:
-            SetupError: this rank has none yet.
+        """Keeps a short sample of the window's micro-batches, unless there is one; a SetupError where this rank has
+        none yet.
         """
         if self.sample is not None:
             return
@@ -161,11 +157,7 @@ class ShardedPasses:
         self.collectives.close()
 
     def compare(self, empty_pass: Callable[[Any], None], resting: Sequence[nn.Module], what: str) -> None:
-        """Once: compares over the ranks what a pass issues, by one that talks to nobody. All ranks call this.
-
-        Raises:
-            SetupError: the ranks' passes differ.
-        """
+        """Once: compares over the ranks what a pass issues, by one that talks to nobody. All ranks call this."""
         if self.compared or self._ranks.size == 1:
             return
         self.compared, collectives = True, self.collectives
@@ -192,15 +184,13 @@ class ShardedPasses:
     ) -> None:
         """Runs passes that count nothing, so that with this rank's micro-batches there are `passes`, and then these.
 
+        What a pass raised on this rank is raised once all are over.
+
         Args:
-            batches: this rank's.
-            passes: the most micro-batches on any rank.
+            batches, passes: this rank's, and the most micro-batches on any rank.
             train: the forward and backward of one.
             empty_pass: the same of the short sample, into no sum of the window's.
             resting: layers that learn nothing from that.
-
-        Raises:
-            Exception: what a pass raised on this rank, once all passes are over.
         """
         failed: Exception | None = None
         idle = passes - len(batches)
@@ -260,8 +250,7 @@ class ShardedPasses:
     def counting_nothing(self, resting: Sequence[nn.Module]) -> Iterator[None]:
         """A forward and a backward pass inside leave nothing: no gradient, statistic or random number.
 
-        Args:
-            resting: normalisation layers, which are in evaluation mode meanwhile: a single sample has no statistics.
+        The normalisation layers `resting` are in evaluation mode meanwhile: a single sample has no statistics.
         """
         random = RandomState(self._device, quick=True)
         training = [module for module in resting if module.training]
@@ -287,13 +276,8 @@ class ShardedPasses:
 def norm_over_ranks(
     gradients: Sequence[tuple[nn.Parameter, Tensor]], passes: ShardedPasses | None, ranks: Ranks, what: str
 ) -> Tensor:
-    """The L2 norm of the whole model's gradients, of which this rank has its shards.
-
-    Args:
-        gradients: each parameter's, what lies on this rank.
-        passes: know which are sharded; None: none is.
-        ranks: all of them call this where some are.
-        what: where they are.
+    """The L2 norm of the whole model's gradients, of which this rank has its shards; all ranks call this where some
+    have.
     """
     if passes is None:
         return global_norm([gradient for _, gradient in gradients])

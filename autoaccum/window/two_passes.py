@@ -40,8 +40,7 @@ class LossOutOfMemoryError(NothingFitsError):
 class TwoPasses:
     """Runs the micro-batches of one window after another.
 
-    Attributes:
-        rehearsed: samples of the window that a trial stands for, which runs one of its micro-batches alone; 0: none.
+    `rehearsed`: samples of the window that a trial stands for, which runs one of its micro-batches alone; 0: none.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class TwoPasses:
 
         Returns:
             The window's loss, shape (), detached, on the first rank that has samples; None on the others, and where
-            another rank failed in the first pass, so that the window cannot go on: the ranks' vote follows.
+                another rank failed in the first pass, so that the window cannot go on: the ranks' vote follows.
 
         Raises:
             LossError: no scalar, no graph, or representations that are not one row a sample.
@@ -207,11 +206,7 @@ class _Start:
 
 
 def _compare(path: str, again: Tensor, first: Tensor) -> None:
-    """Refuses an `encode` that gives something else the second time.
-
-    Raises:
-        LossError: it does.
-    """
+    """Refuses, with a LossError, an `encode` that gives something else the second time."""
     same = again.shape == first.shape
     if same and first.is_floating_point():
         norm = torch.linalg.vector_norm(first.float())

@@ -45,14 +45,10 @@ class WindowSums:
         ranks: Ranks,
         what: str = "a window",
     ) -> None:
-        """Sums over the micro-batches and the ranks.
+        """Sums over the micro-batches, on the host, and once over the ranks; `what` names the window in that exchange.
 
-        Args:
-            batches: the micro-batches, on the host; none on a rank that idles.
-            objective: knows their denominators, names the terms, the same on every rank, and says what their sums come
-                to; prepared for these batches. None: denominators are only known afterwards.
-            ranks: asked for the sums over all ranks, once.
-            what: names the window in that exchange.
+        The objective, prepared for these batches, knows their denominators, names the terms, the same on every rank,
+        and says what their sums come to. None: denominators are only known afterwards.
         """
         self.started = time.perf_counter()
         self.samples = samples = [tree.batch_size(batch) for batch in batches]
@@ -102,10 +98,7 @@ class WindowSums:
     def parts(self, terms: Mapping[str, Mean]) -> tuple[Parts, Tensor | None]:
         """(the next micro-batch's part of the window's loss; its value, where the part's own is not that).
 
-        No parts where nothing in the micro-batch counts.
-
-        Raises:
-            LossError: several terms whose denominators are only known afterwards.
+        No parts where nothing in it counts. A LossError for several terms whose denominators are only known afterwards.
         """
         totals, own = self.totals, self.own
         if totals is None or own is None:
@@ -161,8 +154,7 @@ class WindowSums:
     def close(self, loss: float, late: float) -> tuple[float, float]:
         """(the window's loss over all ranks, what its gradients must be multiplied by; 0 where nothing counts).
 
-        Args:
-            loss, late: `so_far` of all ranks added up.
+        Of `so_far` of all ranks added up.
         """
         if self.totals is not None:
             return loss, 0.0 if self.empty else 1.0
