@@ -28,17 +28,14 @@ __all__ = ["Asked"]
 
 @dataclass(frozen=True)
 class Asked:
-    """A probe as the command line asks for it.
+    """A probe as the command line asks for it; None where it does not say.
 
     Attributes:
-        target: TARGET.
-        options: `probe`'s keywords; None where an option was not given.
-        isolate: whether in a child; None where the command line does not say.
-        progress: whether each trial is told; None where the command line does not say.
+        target, options: TARGET, and `probe`'s keywords.
+        isolate, progress: whether in a child, and whether each trial is told.
         plot, save_plan: files that are written at the end.
         cards: what would fit on them is told.
-        nproc: ranks to start on this machine; None: none.
-        shard: how the model may lie on the ranks, a key of SHARD; None: as TARGET returns it.
+        nproc, shard: ranks to start on this machine, and how the model may lie on them, a key of SHARD.
     """
 
     target: str
@@ -54,9 +51,7 @@ class Asked:
     def answer(self) -> tuple[dict[str, Any], bool]:
         """(what is to be printed, whether all files were written); in a child unless someone says otherwise.
 
-        Raises:
-            ChildFailed: what the child failed with, in the words that it would have had here.
-            AutoaccumError, and whatever the user's code raises: as the library.
+        A ChildFailed: what the child failed with, in the words that it would have had here.
         """
         if self.nproc is not None:
             from autoaccum.cli.launching import on_ranks

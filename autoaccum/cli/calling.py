@@ -19,10 +19,6 @@ def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str
     Where --plan is a search's result, what its best trial was trained with stands in the place of TARGET's own. Trials
     in a child get TARGET itself, since the child has to build a model of its own. Progress is told unless someone says
     otherwise: it goes to stderr, and is lines where there is no terminal.
-
-    Raises:
-        SetupError: what is wrong with TARGET; see target.py.
-        click.UsageError: an option that `function` does not take.
     """
     options, known = given(options), keywords_of(function)
     for name in options:

@@ -14,11 +14,8 @@ INTERRUPTED = 130
 
 
 class ChildFailed(Exception):
-    """What a child process failed with, told as it would have been here.
-
-    Attributes:
-        code: what the process ends with.
-        trace: the child's traceback.
+    """What a child process failed with, told as it would have been here: with its traceback, and the exit code of
+    that.
     """
 
     def __init__(self, line: str, code: int, trace: str) -> None:

@@ -20,14 +20,8 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # for which the launcher 
 def on_ranks(number: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What `work(*arguments)` returns in each of `number` new processes, which find each other as under torchrun.
 
-    Args:
-        number: how many.
-        work: can be pickled, as what it takes and returns; raises nothing.
-        arguments: of each call.
-
-    Raises:
-        ProbeError: a process was killed.
-        KeyboardInterrupt, Ended: a signal ended this one; the others have ended first.
+    `work`, what it takes and what it returns can be pickled; it raises nothing. A ProbeError where a process was
+    killed; a signal that ends this one has ended the others first.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

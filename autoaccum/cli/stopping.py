@@ -29,8 +29,7 @@ class Ended(BaseException):
 class Stopping:
     """A context in which signals wait for the window's end; given to the training as a listener of its events.
 
-    Attributes:
-        exit_code: what the program ends with; None where no signal came.
+    `exit_code` is what the program ends with; None where no signal came.
     """
 
     def __init__(self, *, saves: bool) -> None:
@@ -51,11 +50,7 @@ class Stopping:
             signal.signal(number, handler)
 
     def __call__(self, event: Any) -> None:
-        """Asks the training to stop, if a signal did.
-
-        Raises:
-            StopTraining: it did.
-        """
+        """Asks the training to stop, if a signal did."""
         if event.name == "start":
             self._trains = True
         if self.exit_code is not None:

@@ -31,10 +31,8 @@ class Target:
 
     Attributes:
         text: TARGET as it was written.
-        folder: absolute; the module is imported with it on the path.
-        file: absolute; None where TARGET names a module.
-        module: its name; for a file, the name without the suffix.
-        name: of the function in the module; dots lead into classes.
+        folder, file: absolute; the module is imported with the folder on the path. No file where TARGET names a module.
+        module, name: the module's name, or the file's without the suffix; the function's in it, dots lead into classes.
         overrides: the options given on the command line, which win over the dict's keys.
     """
 
@@ -47,11 +45,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str, overrides: Mapping[str, Any] | None = None) -> "Target":
-        """Read TARGET; nothing is imported yet.
-
-        Raises:
-            SetupError: not of the two forms, or a file that is not there.
-        """
+        """Read TARGET; nothing is imported yet. A SetupError where it is of neither form, or the file is not there."""
         where, _, name = text.rpartition(":")
         if not where or not name:
             raise SetupError(
@@ -87,11 +81,7 @@ class Target:
         return inspect.signature(self.load())
 
     def __call__(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        """The dict that the user's function returns for these arguments, with the overrides in it, and checked.
-
-        Raises:
-            SetupError: no such function, one that cannot be called so, or not a dict of fit's arguments.
-        """
+        """The dict that the user's function returns for these arguments, with the overrides in it, and checked."""
         found = self._find()
         if not _is_trained_by_another(found):
             function = self._callable(found)
@@ -105,11 +95,7 @@ class Target:
         return {**found, **self.overrides}
 
     def load(self) -> Callable[..., Any]:
-        """Import the module and find the function.
-
-        Raises:
-            SetupError: no such module, no such name in it, or not callable.
-        """
+        """Import the module and find the function; a SetupError where that cannot be done."""
         return self._callable(self._find())
 
     def _find(self) -> Any:

@@ -37,12 +37,7 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     where the report has a timeline: the memory in one window at the chosen size, stacked by part; `timeline["bytes"]`
     has one row a part, in the order of `timeline["parts"]`, and one column a moment; `timeline["phases"]`, which may be
     missing, has [name, first moment] of each phase. Beside them, where windows were timed: samples a second over the
-    micro-batch, a line for each memory saver.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        SetupError: matplotlib cannot write that format.
-        OSError: the file cannot be written.
+    micro-batch, a line for each memory saver. Raises as `picture_format`, and an OSError where it cannot be written.
     """
     suffix = picture_format(path)
     from matplotlib.figure import Figure
@@ -67,9 +62,7 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 def picture_format(path: str | os.PathLike[str]) -> str:
     """The format that a picture's name asks for: what comes before hours of work asks this first.
 
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        SetupError: matplotlib cannot write that format.
+    A MissingExtraError without matplotlib, a SetupError where it cannot write that format.
     """
     try:
         from matplotlib.figure import Figure

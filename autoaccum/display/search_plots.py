@@ -29,12 +29,8 @@ def search_plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """Writes the picture of a SearchResult's `to_dict()` to `path`, whose suffix decides the format (.png, .svg, .pdf).
 
     Left: the value of each trial in order, and the best so far. Middle, where it is known: the importance of the
-    parameters. Right, where both were used: the value over target batch and learning rate as given.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        SetupError: matplotlib cannot write that format.
-        OSError: the file cannot be written.
+    parameters. Right, where both were used: the value over target batch and learning rate as given. Raises as
+    `picture_format`, and an OSError where the file cannot be written.
     """
     suffix = picture_format(path)
     from matplotlib.figure import Figure

@@ -36,11 +36,7 @@ _ALLOWED = re.compile(r"([\d.]+ [KMG]iB) allowed")
 
 
 class AcceleratorDevice(Device):
-    """A device whose PyTorch module speaks as `torch.cuda` does: XPU, and others through `torch.accelerator`.
-
-    Raises:
-        DeviceError: this PyTorch cannot tell the device's memory.
-    """
+    """A device whose PyTorch module speaks as `torch.cuda` does: XPU, and others through `torch.accelerator`."""
 
     def __init__(self, torch_device: torch.device, api: Any = None) -> None:
         self.torch_device = torch_device

@@ -42,9 +42,8 @@ class ForecastFailed(Exception):
 
 
 class Cell(NamedTuple):
-    """Groups [start, stop) of each trace that stand for the same thing.
-
-    `matched`: one group in each, or one loop; else a stretch between those.
+    """Groups [start, stop) of each trace that stand for the same: `matched`, one in each or one loop; else a stretch
+    between.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -54,8 +53,7 @@ class Cell(NamedTuple):
 def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
     """The cells in time order, and the largest share of a trace's allocated bytes that lies in unmatched ones.
 
-    Raises:
-        ForecastFailed: the traces went through different phases.
+    A ForecastFailed where the traces went through different phases.
     """
     names = [tuple(phase.name for phase in trace.phases) for trace in traces]
     if len(set(names)) > 1:
@@ -68,12 +66,9 @@ def align(traces: Sequence[Trace]) -> tuple[list[Cell], float]:
 
 
 def _align(traces: Sequence[Trace], items: _Items, *, shortest: int) -> tuple[list[Cell], float]:
-    """The cells and the unmatched share, as `align` gives them.
+    """As `align`, where `items` (groups one by one, or loops as well) are matched.
 
-    Args:
-        traces: of the same phases.
-        items: what is matched: groups one by one, or loops as well.
-        shortest: in fewer than so many agreeing items between two stretches no agreement is seen.
+    In fewer than `shortest` agreeing items between two stretches no agreement is seen.
     """
     cells: list[Cell] = []
     for phase in range(len(traces[0].phases)):

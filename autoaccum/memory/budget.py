@@ -85,9 +85,6 @@ class Device(ABC):
             memory: None, bytes, a size such as "8GiB", or a share of the device's total such as "80%".
             headroom: without `memory`: bytes to leave free.
             held: without `memory`, on the CPU: bytes this training holds already, which count as its own.
-
-        Raises:
-            SetupError: `memory` is no size, or a share outside (0%, 100%].
         """
         if memory is None:
             return self._room(headroom, held)
@@ -176,11 +173,7 @@ class Device(ABC):
 
 
 def check_memory(memory: int | str | None) -> None:
-    """Refuses a `memory` that is no size, before anything is touched for it.
-
-    Raises:
-        SetupError: it is no size, or a share outside (0%, 100%].
-    """
+    """Refuses a `memory` that is no size, or a share outside (0%, 100%], before anything is touched for it."""
     if memory is not None:
         asked_bytes(memory, 1)
 

@@ -26,10 +26,8 @@ _ROUNDING = 0.02  # of the figure: taken for rounding where no size can be left 
 
 
 def columns(sizes: Sequence[Size]) -> int:
-    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length).
-
-    Raises:
-        ForecastFailed: the sizes do not determine the fit.
+    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length); a ForecastFailed where they are
+    too few.
     """
     batches = {size[0] for size in sizes}
     lengths = {size[1] for size in sizes if len(size) > 1}
@@ -63,11 +61,7 @@ def basis(size: Size, count: int) -> torch.Tensor:
 
 
 def fit(figures: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
-    """The coefficients (rows × columns) of figures (rows × sizes): bytes, below 0 where they are freed.
-
-    Raises:
-        ForecastFailed: as `columns`.
-    """
+    """The coefficients (rows × columns) of figures (rows × sizes): bytes, below 0 where they are freed."""
     if columns(sizes) == 2:
         order = sorted(range(len(sizes)), key=lambda at: sizes[at][0])
         last = order[-1]

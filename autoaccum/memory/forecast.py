@@ -143,10 +143,8 @@ class Forecast:
     def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
         """Memory over the window by part, for a plot.
 
-        Returns:
-            "parts": names; "bytes": for each part, what it holds at each moment (what was there before included);
-            "phases": [name, its first moment]. Of a longer window the fullest rows of `moments` stretches are
-            kept, so that the peak is among them.
+        "parts": names; "bytes": for each part, what it holds at each moment (what was there before included); "phases":
+        [name, its first moment]. Of a longer window the fullest rows of `moments` stretches are kept, with the peak.
         """
         point = self._point(batch, length)
         names = list(dict.fromkeys([*self._resident_names, *(flow.part for flow in self._table.flows), "temporary"]))
@@ -172,13 +170,9 @@ class Forecast:
     ) -> Reservation:
         """A training's first two windows at this size, played through the caching allocator from an emptied cache.
 
-        Args:
-            limit: the most the allocator may reserve, in bytes.
-            expandable: whether its segments grow in place; None: as it is set up.
-
-        Raises:
-            ForecastFailed: the device's allocator does not cache, or has a setting that is not simulated.
-            SimulatedOutOfMemory: they do not fit under the limit.
+        `limit` is the most it may reserve, in bytes, else SimulatedOutOfMemory; `expandable` whether its segments grow
+        in place, None: as it is set up. A ForecastFailed where it does not cache, or has a setting that is not
+        simulated.
         """
         if self._last.unsupported is not None:
             raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
@@ -202,8 +196,7 @@ class Forecast:
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The most that the device's allocator takes: simulated where it caches (CUDA), else it is `peak`.
 
-        Raises:
-            ForecastFailed: the allocator has a setting that is not simulated, and nothing was measured beside it.
+        A ForecastFailed where it has a setting that is not simulated, and nothing was measured beside it.
         """
         if not self._last.caching:
             return self.peak(batch, length)
@@ -219,12 +212,8 @@ class Forecast:
         return self._last.setup.expandable
 
     def within(self, batch: int, budget: int, *, expandable: bool | None = None) -> bool:
-        """Whether the allocator gets through with `budget` bytes and need not empty its cache for it.
-
-        `expandable` is as in `simulate`.
-
-        Raises:
-            ForecastFailed: as `simulate`.
+        """Whether the allocator gets through with `budget` bytes and need not empty its cache for it; else as
+        `simulate`.
         """
         try:
             played = self.simulate(batch, limit=budget - self._background, expandable=expandable)

@@ -38,8 +38,7 @@ class HostMemory:
     Attributes:
         total: bytes that limit allows in all (the least total, where another limit is smaller but less used).
         available: bytes this process may still take, at least 0.
-        reason: one readable line: which limit binds, and its figures.
-        kind: "machine", "cgroup", "data segment" or "address space".
+        reason, kind: which limit binds and its figures; "machine", "cgroup", "data segment" or "address space".
     """
 
     total: int

@@ -22,10 +22,8 @@ _FIRST_NAMESPACE = "pid:[4026531836]"
 class GpuProcess:
     """A process with memory on a GPU.
 
-    Attributes:
-        pid: as the driver sees it: the host's number, also when asked from inside a container.
-        name: None where the process cannot be seen from here.
-        bytes: None where the driver does not say (Windows; no right to know).
+    `pid` is as the driver sees it: the host's number, also when asked from inside a container. `name` is None where the
+    process cannot be seen from here, `bytes` where the driver does not say (Windows; no right to know).
     """
 
     pid: int
@@ -46,10 +44,7 @@ class GpuInfo:
 
 
 def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
-    """The GPU with this UUID (with or without the "GPU-" or "MIG-" before it), or None and the reason why not.
-
-    `nvml` is the module to ask, `pynvml` unless another is given.
-    """
+    """The GPU with this UUID (with or without the "GPU-" or "MIG-" before it), or None and the reason why not."""
     try:
         nvml = _library() if nvml is None else nvml
     except ImportError as error:

@@ -41,8 +41,7 @@ class Reservation:
 class Playback:
     """The requests of one window in the order of the largest trace, of sizes that are told when it is played.
 
-    Attributes:
-        sizes: (blocks × traces) bytes of each block that the largest trace allocates, to be fitted over the sizes.
+    `sizes` (blocks × traces): bytes of each block that the largest trace allocates, to be fitted over the sizes.
     """
 
     def __init__(self, columns: Sequence[Column], cells: Sequence[Cell], sizes: Sequence[Size]) -> None:
@@ -68,14 +67,10 @@ class Playback:
         self._kept = [each.bytes for each in trace.kept]
 
     def play(self, allocator: CachingAllocator, sizes: Sequence[int]) -> Reservation:
-        """Two windows from the cache emptied.
+        """Two windows from the cache emptied, of blocks of these `sizes` in bytes; the allocator holds what is there at
+        first.
 
-        Args:
-            allocator: holds what is there when a training begins.
-            sizes: bytes of each block.
-
-        Raises:
-            SimulatedOutOfMemory: the windows do not fit under the allocator's limit.
+        SimulatedOutOfMemory where they do not fit under its limit.
         """
         allocator.release_cached()
         allocator.peak_reserved = allocator.reserved

@@ -19,8 +19,7 @@ __all__ = ["resident_bytes", "resident_parts"]
 def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
     """Bytes of the distinct storages that `objects` hold: modules (with gradients), optimizers, batches, tensors.
 
-    Args:
-        device: count only what lies there (any index where it has none); None: everywhere.
+    With a `device` only what lies there counts (any index where it has none).
     """
     return _count(_all(objects), device, set())
 
@@ -34,8 +33,7 @@ def resident_parts(
 ) -> dict[str, int]:
     """Resident bytes by part; a storage that several parts share counts in the first of them.
 
-    Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch"; their sum is
-    `resident_bytes(model, optimizer, batch, device=device)`.
+    Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch".
     """
     parameters = [] if model is None else list(model.parameters())
     held: dict[str, Iterable[Tensor]] = {

@@ -176,11 +176,8 @@ class Recording:
 def record(device: Where) -> Iterator[Recording]:
     """Records the allocations on `device` of what runs inside, in this thread and in autograd's.
 
-    Nothing is kept of the tensors. An error inside leaves `recording.trace` with what happened until then
-    (`complete` False), and goes on.
-
-    Raises:
-        ProbeError: a profiler is already running in this thread.
+    Nothing is kept of the tensors. An error inside leaves `recording.trace` with what happened until then (`complete`
+    False), and goes on. A ProbeError where a profiler is already running in this thread.
     """
     if _profiler_enabled():
         raise ProbeError(

@@ -6,13 +6,9 @@ __all__ = ["largest"]
 
 
 def largest(fits: Callable[[int], bool], most: int, known: int = 0) -> int:
-    """The largest n up to `most` that fits; `known` where none above it does.
+    """The largest n up to `most` that fits; `known`, which fits and is not asked for, where none above it does.
 
-    Where what fits goes up and down, an n that fits while n + 1 does not.
-
-    Args:
-        fits: asked for numbers between `known` and `most`, about log2 of their distance times.
-        known: fits, and is not asked for; 0: nothing is known to.
+    Where what fits goes up and down, an n that fits while n + 1 does not. It asks about log2 of the distance times.
     """
     low, high = known, most + 1
     while high - low > 1:

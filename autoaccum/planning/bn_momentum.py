@@ -22,12 +22,7 @@ _FEW = 16  # below this a micro-batch's own mean and variance are too noisy to n
 def bn_momentum(momentum: float | None, k: int) -> float | None:
     """The momentum with which k updates forget as much of the past as one update with `momentum`: 1 - (1 - m)^(1/k).
 
-    Args:
-        momentum: the layer's own, 0 to 1; None is a cumulative average, which has no momentum to change.
-        k: micro-batches in a window; with 0 or 1 of them the momentum stays what it is.
-
-    Raises:
-        PlanError: the momentum is not between 0 and 1.
+    None is a cumulative average, which has no momentum to change; with k of 0 or 1 it stays what it is.
     """
     if momentum is None:
         return None

@@ -16,11 +16,7 @@ __all__ = ["beside_own_rate", "for_ranks", "given_plan", "on_other_ranks", "shar
 
 
 def given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -> Plan:
-    """The plan that the user gave, or its file.
-
-    Raises:
-        PlanError: it is for another target batch, or cannot be read.
-    """
+    """The plan that the user gave, or its file; a PlanError where it is for another target batch, or cannot be read."""
     made = given if isinstance(given, Plan) else Plan.load(given)
     if target_batch is not None and target_batch != made.target_batch:
         raise PlanError(f"target_batch={target_batch}, but the plan given is for {made.target_batch}: give one of them")
@@ -28,11 +24,7 @@ def given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -
 
 
 def target_of(given: Plan | None, target_batch: int | None) -> int:
-    """The target batch, which a plan knows.
-
-    Raises:
-        PlanError: neither says it, or it is not a whole number above 0.
-    """
+    """The target batch, which a plan knows; a PlanError where neither says it, or it is not a whole number above 0."""
     if given is not None:
         return given.target_batch
     if target_batch is None:
@@ -56,11 +48,7 @@ def beside_own_rate(given: Plan, optimizer: Any) -> Plan:
 
 
 def for_ranks(given: Plan, rank: int, ranks: int) -> Plan:
-    """The plan as one of several ranks has it.
-
-    Raises:
-        PlanError: it is for another number of ranks.
-    """
+    """The plan as one of several ranks has it; a PlanError where it is for another number of ranks."""
     if given.world_size != ranks:
         raise PlanError(f"the plan given is for {given.world_size} ranks, and there are {ranks}: make one for these")
     return given.on_rank(rank)

@@ -105,10 +105,8 @@ def optimizer_name(optimizer: object) -> str:
 
 
 def family(optimizer: object) -> tuple[str, str]:
-    """("sgd", "adam" or "other", the class by whose name it is known).
-
-    Args:
-        optimizer: an optimizer, its class, a `functools.partial` of one, a factory, or a name.
+    """("sgd", "adam" or "other", the class by whose name it is known) of an optimizer, its class, a factory or a
+    name.
     """
     lineage = _lineage(optimizer)
     for name in lineage:
@@ -125,8 +123,7 @@ def family(optimizer: object) -> tuple[str, str]:
 def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
     """The rule to apply, never "auto", and one line on why it is that one.
 
-    Raises:
-        PlanError: `rule` is none of RULES, or "adam-sde" for an optimizer of SGD's family.
+    A PlanError where `rule` is none of RULES, or "adam-sde" for an optimizer of SGD's family.
     """
     if not isinstance(rule, str) or rule not in RULES:
         raise PlanError(f"lr_rule={shown(rule)} is not a rule: choose one of {', '.join(map(repr, RULES))}")
@@ -171,8 +168,7 @@ def decide(
     """The LR for `target_batch`, where `lr` (or the optimizer's own) was tuned at `lr_batch`; without one it is left.
 
     Args:
-        target_batch: samples a step.
-        lr_batch: samples a step that the LR was tuned at.
+        target_batch, lr_batch: samples a step, and those at which the LR was tuned.
         rule: one of RULES.
         optimizer: as for `family`; one that has parameter groups gives its own lr, betas and eps where none are given.
         lr: as tuned.
@@ -224,15 +220,11 @@ def group_settings(
 
 
 def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
-    """What to train with where each micro-batch becomes a step: lr by "auto", β₂ with its memory in samples.
+    """What to train with where each micro-batch of so many samples becomes a step: lr by "auto", β₂ with its memory in
+    samples.
 
     β₂' = β₂^κ, κ = samples / target_batch, keeps the half-life of Adam's second moment in samples (Marek 2025: Marek et
     al., "Small Batch Size Training for Language Models", arXiv 2507.07101, §3).
-
-    Args:
-        samples: of the micro-batch.
-        target_batch: samples of a step as it is.
-        optimizer: as it trains now; its first group's settings are told.
     """
     kappa, rule, group = samples / target_batch, choose_rule("auto", optimizer)[0], optimizer.param_groups[0]
     lr = group_settings(group, rule, samples, target_batch).get("lr", group["lr"])
@@ -247,11 +239,7 @@ def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
 def check_decided(
     rule: str, factor: float, target_batch: int, lr_batch: int | None, overrides: Mapping[str, Any]
 ) -> None:
-    """Refuses settings that were read, perhaps edited by hand, and are not what the rule makes of the two batches.
-
-    Raises:
-        PlanError: they are not; what it would be is named.
-    """
+    """Refuses settings that were read, perhaps edited by hand, and are not what the rule makes of the two batches."""
     if lr_batch is not None and lr_batch < 1:
         raise PlanError(f"this plan's lr_batch is {lr_batch}: it must be 1 or more")
     wanted = lr_factor(rule, target_batch, lr_batch)
@@ -346,11 +334,7 @@ def _adam_settings(
 
 
 def _rate(name: str, value: Any) -> float:
-    """`value` as a float above 0.
-
-    Raises:
-        PlanError: it is not a finite number above 0.
-    """
+    """`value` as a float above 0, else a PlanError."""
     try:
         if isinstance(value, (bool, str)):
             raise TypeError

@@ -43,12 +43,10 @@ def limit_at(room: Room, length: int) -> int:
 
 
 def room_of(fits: Callable[[int, int], bool], most: int, longest: int) -> Room:
-    """The table of what fits.
+    """The table of what fits, where `fits` tells whether so many samples of a length do; `most` are ever wanted at
+    once.
 
-    Args:
-        fits: whether so many samples of a length fit, as the forecast says.
-        most: no more samples than these are ever wanted at once.
-        longest: a length that was seen; longer ones are looked for step by step, each twice the one before.
+    `longest` is a length that was seen; longer ones are looked for step by step, each twice the one before.
     """
     found: dict[int, int] = {}
     reached = 0
@@ -94,11 +92,7 @@ def narrowest(rooms: Sequence[Room]) -> Room:
 
 
 def check_room(room: Room) -> Room:
-    """The table, where it is one.
-
-    Raises:
-        PlanError: lengths that do not rise, or samples that do not fall.
-    """
+    """The table; a PlanError where lengths do not rise, or samples do not fall."""
     pairs = isinstance(room, (tuple, list)) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in room)
     whole = pairs and all(type(number) is int and 0 < number < 2**63 for pair in room for number in pair)
     if not whole or not all(a[0] < b[0] and a[1] > b[1] for a, b in pairwise(room)):
@@ -111,12 +105,10 @@ def check_room(room: Room) -> Room:
 
 @dataclass(frozen=True)
 class LengthRule:
-    """How a rank cuts its share of a window by length.
+    """How a rank cuts its share of a window by length: by `room`, what fits, in micro-batches of `minimum` samples or
+    more.
 
-    Attributes:
-        room: what fits.
-        minimum: the fewest samples in a micro-batch.
-        even: the samples of a micro-batch whatever the lengths, had they not been looked at: for comparison.
+    `even`: the samples of a micro-batch whatever the lengths, had they not been looked at: for comparison.
     """
 
     room: Room
@@ -135,8 +127,7 @@ class LengthRule:
     def split(self, lengths: Sequence[int]) -> list[list[int]]:
         """The places of the samples in each micro-batch, the longest samples first.
 
-        Raises:
-            PlanError: a sample is too long to be run at all, or the samples cannot be cut with this minimum.
+        A PlanError where a sample is too long to be run at all, or the samples cannot be cut with this minimum.
         """
         order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
         ends = self._ends([lengths[place] for place in order])

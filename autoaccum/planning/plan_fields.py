@@ -68,19 +68,14 @@ class PlanFields:
     def share(self, samples: int) -> tuple[int, int]:
         """This rank's part [start, stop) of a window of `samples` samples; the parts of all ranks tile the window.
 
-        Raises:
-            PlanError: such a window cannot be shared; the nearest that can is named.
+        A PlanError names the nearest window where this one cannot be shared.
         """
         parts = split.shares(samples, self.limits, minimum=self.minimum)
         start = sum(parts[: self.rank])
         return start, start + parts[self.rank]
 
     def split(self, samples: int) -> tuple[int, ...]:
-        """This rank's micro-batch sizes for its share of a window of `samples` samples; empty where it has none.
-
-        Raises:
-            PlanError: such a window cannot be shared; the nearest that can is named.
-        """
+        """This rank's micro-batch sizes for its share of a window of `samples` samples; empty where it has none."""
         start, stop = self.share(samples)
         return split.even_split(
             stop - start, self.limits[self.rank], minimum=self.minimum, multiple_of=self.multiple_of

@@ -106,10 +106,8 @@ def _multiple_line(unit: int, sizes: tuple[int, ...], *, by_length: bool) -> str
 
 
 def tail_line(plan: PlanFields) -> str:
-    """The line on how an epoch is cut into windows, and on what becomes of a short last one.
-
-    Raises:
-        PlanError: not one window can be had from an epoch so short.
+    """The line on how an epoch is cut into windows, and on what becomes of a short last one; a PlanError without a
+    window.
     """
     if plan.samples is None:
         return {

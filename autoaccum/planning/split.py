@@ -46,11 +46,7 @@ _LARGEST = 2**63 - 1  # of any count: PyTorch's own integers, and floats hold it
 
 
 def whole(name: str, value: object, least: int, most: int = _LARGEST) -> int:
-    """`value` as an int from `least` to `most`; booleans, floats and texts are refused, however whole they look.
-
-    Raises:
-        PlanError: it is not an integer, or out of this range.
-    """
+    """`value` as an int from `least` to `most`; booleans, floats and texts are a PlanError, however whole they look."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -180,10 +176,8 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
 
 
 def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> None:
-    """Refuses a window of `target` samples that cannot be cut, whatever windows an epoch gives.
-
-    Raises:
-        PlanError: the nearest target that can is named.
+    """Refuses a window of `target` samples that cannot be cut, whatever windows an epoch gives; names the nearest that
+    can.
     """
     for rank, limit in enumerate(limits):
         _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
@@ -191,11 +185,7 @@ def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> Non
 
 
 def counts(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[int, ...]:
-    """How many micro-batches each rank runs of a window of `samples` samples, with the arguments of `shares`.
-
-    Raises:
-        PlanError: such a window cannot be shared.
-    """
+    """How many micro-batches each rank runs of a window of `samples` samples, with the arguments of `shares`."""
     parts = shares(samples, limits, minimum=minimum)
     return tuple(-(-part // limit) for part, limit in zip(parts, limits, strict=True))
 

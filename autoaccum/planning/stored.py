@@ -94,11 +94,7 @@ def _read(kind: Any, value: Any) -> Any:
 
 
 def read_values(data: Any) -> dict[str, Any]:
-    """A plan's fields out of what was JSON; where an object holds the plan under "plan", out of that.
-
-    Raises:
-        PlanError: not an object, another schema, or a field that is missing or of another kind.
-    """
+    """A plan's fields out of what was JSON; where an object holds the plan under "plan", out of that."""
     if isinstance(data, Mapping) and isinstance(data.get("plan"), Mapping):
         data = data["plan"]
     if not isinstance(data, Mapping):
@@ -123,11 +119,7 @@ def read_values(data: Any) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-        PlanError: the file cannot be read, or is not JSON.
-    """
+    """The JSON value in a file; a PlanError where it cannot be read, or is not JSON."""
     try:
         return read_json(path)
     except OSError as error:
@@ -138,11 +130,7 @@ def read_file(path: Path) -> Any:
 
 
 def write_file(path: Path, values: Mapping[str, Any]) -> None:
-    """The values as JSON in the file, whole or not at all.
-
-    Raises:
-        PlanError: it cannot be written there.
-    """
+    """The values as JSON in the file, whole or not at all, which is a PlanError."""
     try:
         write_json(path, values, checksum=True)
     except OSError as error:

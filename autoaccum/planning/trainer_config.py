@@ -78,11 +78,7 @@ TRAINERS = {
 
 
 def as_config(plan: PlanFields, name: str) -> str:
-    """The plan in the words of the trainer called `name`: comments on what it means there, then the lines to put.
-
-    Raises:
-        PlanError: a trainer that is not known.
-    """
+    """The plan in the words of the trainer called `name`: comments on what it means there, then the lines to put."""
     if not isinstance(name, str) or name not in TRAINERS:
         raise PlanError(f"{shown(name)} is no trainer known here: choose one of {', '.join(map(repr, TRAINERS))}")
     template, kind, differs = TRAINERS[name]
