@@ -17,9 +17,9 @@ from autoaccum.units import GIB, KIB, MIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["INK", "dress", "picture_format", "probe_plot"]
+__all__ = ["picture_format", "probe_plot"]
 
-_CURVE, _CHOSEN, _BUDGET, INK = "#0072B2", "#D55E00", "#000000", "#333333"
+_CURVE, _CHOSEN, _BUDGET, _INK = "#0072B2", "#D55E00", "#000000", "#333333"
 # A part has the same colour in every picture; what is not among them has one of the rest.
 _PARTS = {
     "parameters": "#0072B2", "buffers": "#F0E442", "batch": "#999999", "gradients": "#56B4E9",
@@ -115,7 +115,7 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     for pairs, marker, label in ((fitted, "o", "measured"), (others, "X", "did not fit")):
         if known := [pair for pair in pairs if pair[1]]:
             batches, peaks = _columns(known, scale)
-            panel.plot(batches, peaks, marker, markersize=6, mfc="white", mec=INK, label=label, zorder=3)
+            panel.plot(batches, peaks, marker, markersize=6, mfc="white", mec=_INK, label=label, zorder=3)
     if frame.budget is not None:
         label = f"budget {format_bytes(frame.budget)}"
         panel.axhline(frame.budget / scale, color=_BUDGET, linestyle="--", linewidth=1.4, label=label)
@@ -127,7 +127,7 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     panel.set_ylabel(f"memory ({frame.unit})")
     budget = report.get("budget_bytes")
     above = f" (budget {format_bytes(budget)}, far above)" if budget and frame.budget is None else ""
-    dress(panel, f"Peak memory by batch size{above}", legend=2)
+    _dress(panel, f"Peak memory by batch size{above}", legend=2)
 
 
 def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
@@ -139,7 +139,7 @@ def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
     panel.set_xlim(left=0)
     panel.set_xlabel("micro-batch")
     panel.set_ylabel("samples a second")
-    dress(panel, "Throughput by memory saver", legend=2)
+    _dress(panel, "Throughput by memory saver", legend=2)
 
 
 def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, Any], frame: _Frame) -> None:
@@ -155,7 +155,7 @@ def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, An
     panel.set_xlim(0, max(len(rows[0]) - 1, 1))
     _name_phases(panel, timeline.get("phases") or (), len(rows[0]))
     panel.set_xlabel("time, one window", labelpad=16)  # below the names of the phases
-    dress(panel, f"One window at micro-batch {report['micro_batch']}", legend=3)
+    _dress(panel, f"One window at micro-batch {report['micro_batch']}", legend=3)
 
 
 def _name_phases(panel: "Axes", phases: Sequence[tuple[str, int]], moments: int) -> None:
@@ -167,12 +167,12 @@ def _name_phases(panel: "Axes", phases: Sequence[tuple[str, int]], moments: int)
         if (end - start) / moments > 0.016 * len(name):
             middle = (start + end) / 2
             panel.annotate(name.replace("_", " "), (middle, 0), (0, -5), xycoords=("data", "axes fraction"),
-                           textcoords="offset points", ha="center", va="top", fontsize=8, color=INK)  # fmt: skip
+                           textcoords="offset points", ha="center", va="top", fontsize=8, color=_INK)  # fmt: skip
 
 
-def dress(panel: "Axes", title: str, *, legend: int = 0) -> None:
+def _dress(panel: "Axes", title: str, *, legend: int = 0) -> None:
     """A title, a quiet frame, and a legend of so many columns, if any."""
-    panel.set_title(title, fontsize=11, loc="left", color=INK)
+    panel.set_title(title, fontsize=11, loc="left", color=_INK)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     panel.set_axisbelow(True)

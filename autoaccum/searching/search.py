@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,10 +171,20 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
     """The search as the process that was asked for it runs it."""
     with hushed():
         study, dashboard = job.open(resume=resume), dashboard_line(job.storage, job.folder)
-        with _table(job, study, len(spots), progress, dashboard) as heard:
+        told = None
+        if sys.stderr.isatty() if progress is None else progress:
+            from autoaccum.display.layout import open_console
+            from autoaccum.display.search_table import TrialLines
+
+            told = TrialLines(open_console(), lambda: rows_of(study), dashboard)
+        heard = (lambda: None) if told is None else told.look
+        try:
             if len(spots) > 1 or "device" in spots[0]:
                 run_pool(job, spots, lambda: len(Ledger(study).finished), heard)
             Worker(job, study, heard=heard).run()  # after workers, what others have left
+        finally:
+            if told is not None:
+                told.show()
     with telling_of(job.place, opening=True):
         result = result_of(study, job.folder, job.terms, dashboard)
     result.save(job.folder / "best.json")
@@ -190,21 +200,3 @@ def _train_along(job: Job) -> SearchResult:
     if message["ended"] is None:
         raise SetupError(f"the search ended on rank 0 of {here().size}: the cause is in the error raised there")
     return message["ended"]  # type: ignore[no-any-return]  # a SearchResult
-
-
-@contextlib.contextmanager
-def _table(
-    job: Job, study: Any, workers: int, progress: bool | None, dashboard: str | None
-) -> Iterator[Callable[[], None]]:
-    """Draws the trials as they come; gives what to call when something may have changed."""
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda: None
-        return
-    from autoaccum.display.layout import open_console
-    from autoaccum.display.search_table import SearchTable
-
-    made = SearchTable(open_console(), job.n_trials, job.terms.direction, workers=workers, note=dashboard)
-    with contextlib.closing(made) as table:
-        table.show(rows_of(study))
-        yield lambda: table.show(rows_of(study)) if table.is_due() else None
-        table.show(rows_of(study))

@@ -119,13 +119,20 @@ class SearchResult(Drawn):
         write_file(Path(path), values)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the history, the importance of the parameters, and the value over target batch and learning rate.
+        """Draws the values of the trials in their order, as Optuna does; its dashboard has more.
 
         A MissingExtraError without matplotlib, a SetupError where it cannot write that format.
         """
-        from autoaccum.display.search_plots import search_plot
+        from autoaccum.display.plots import picture_format
 
-        search_plot(self.to_dict(), path)
+        suffix = picture_format(path)
+        from matplotlib import pyplot
+
+        with hushed():
+            draw = load_optuna().visualization.matplotlib.plot_optimization_history
+            figure = draw(self.study, target_name=self.metric.replace("_", " ")).figure
+        figure.savefig(path, format=suffix, bbox_inches="tight")
+        pyplot.close(figure)
 
 
 def _are_plain(values: Any) -> bool:

@@ -171,14 +171,11 @@ def _proxy(text: str, address: str) -> Any:
 
 def is_shared(storage: Any, folder: Path) -> bool:
     """Whether anybody but this user may write to a study there: a server's, or a file that its permissions open."""
-    storages = load_optuna().storages
-    if isinstance(storage, storages.BaseStorage):
-        return not isinstance(storage, storages.InMemoryStorage)
+    if isinstance(storage, load_optuna().storages.BaseStorage):
+        return not isinstance(storage, load_optuna().storages.InMemoryStorage)
     scheme, colon, rest = str(folder / "journal.log" if storage is None else storage).partition("://")
-    if colon and not scheme.startswith("sqlite"):
-        return True
     path = Path(rest.removeprefix("/").partition("?")[0] if colon else scheme).absolute()
-    return any(map(_others_write, (path, path.parent)))
+    return bool(colon and not scheme.startswith("sqlite")) or any(map(_others_write, (path, path.parent)))
 
 
 def _others_write(path: Path) -> bool:
