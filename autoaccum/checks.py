@@ -1,9 +1,12 @@
 """Values that users give, refused in one way: the name, the value, and what to give instead."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from autoaccum.errors import PlanError, SetupError, shown
 
@@ -16,6 +19,7 @@ __all__ = [
     "is_positive",
     "listed",
     "one_of",
+    "typed",
 ]
 
 
@@ -118,3 +122,38 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         raise SetupError(f"{name}={shown(value)}: choose {', '.join(map(repr, choices))}")
+
+
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer from 0 to 2**53", lambda value: type(value) is int and 0 <= value < 2**53),
+    float: ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+    str: ("a text", lambda value: isinstance(value, str)),
+    type(None): ("null", lambda value: value is None),
+    tuple: ("a list", lambda value: isinstance(value, (list, tuple))),
+    dict: ("an object", lambda value: isinstance(value, Mapping)),
+}
+
+
+def typed(value: Any, kind: Any) -> Any:
+    """A value that was JSON as its annotation `kind` says: counts, finite floats, texts, None; tuples, dicts, unions.
+
+    Raises:
+        TypeError: it is not; its text is what it should be. An OverflowError where it is too large for a float.
+    """
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin is UnionType:
+        for each in inner[1:]:
+            with suppress(TypeError):
+                return typed(value, each)
+        return typed(value, inner[0])
+    said, holds = _KINDS[origin]
+    if not holds(value):
+        raise TypeError(said)
+    if origin is dict:
+        return {typed(key, inner[0]): typed(part, inner[1]) for key, part in value.items()}
+    if origin is not tuple:
+        return origin(value) if value is not None else None
+    kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+    if len(kinds) != len(value):
+        raise TypeError(f"a list of {len(kinds)}")
+    return tuple(map(typed, value, kinds))

@@ -378,10 +378,10 @@ def test_a_missing_file_is_named(tmp_path):
         ({"lr": float("nan")}, "lr is nan, not a finite number"),
         ({"lr_scale": None}, "lr_scale is None, not a finite number"),
         ({"lr_scale": 10**400}, "lr_scale"),
-        ({"reasons": ["a"]}, "not an object of texts"),
+        ({"reasons": ["a"]}, "not an object"),
         ({"reasons": {"lr": 1}}, "not a text"),
-        ({"optimizer_overrides": []}, "not an object of settings"),
-        ({"micro_batches": 4}, "not a list of integers"),
+        ({"optimizer_overrides": []}, "not an object"),
+        ({"micro_batches": 4}, "not a list"),
         ({"limits": [0]}, r"limit\[0\]=0 is too small"),
         ({"limits": [8, 8]}, "2 limits for world_size=1"),
         ({"rank": 3}, "rank=3 is not one of 1"),
@@ -428,7 +428,7 @@ def test_planning_imports_no_torch():
         ({"layer_momentum": 7.0}, "bn_momentum=7.0 is not a momentum"),
         ({"bn_momentum": 0.5}, "bn_momentum is 0.5, and its target and limits make it 0.025"),
         ({"optimizer_overrides": {"betas": [0.9, 0.99]}}, "optimizer_overrides are"),
-        ({"reasons": None}, "reasons is None, not an object of texts"),
+        ({"reasons": None}, "reasons is None, not an object"),
     ],
 )
 def test_values_of_a_plan_that_cannot_be_are_refused_where_it_is_read(changed, message):

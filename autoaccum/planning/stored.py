@@ -1,22 +1,19 @@
 """A plan as plain JSON values and in a file: reading checks every value's kind, writing is whole or not at all."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args
+from typing import Any
 
+from autoaccum.checks import typed
 from autoaccum.errors import PlanError, shown
 from autoaccum.files import read_json, write_json
-from autoaccum.planning.length_rule import Room
 from autoaccum.planning.plan_fields import PlanFields
 
 __all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
 
 SCHEMA = 1
 _LONGEST_PATH = 1000
-LARGEST = 2**53  # a count that a float holds exactly
 
 
 def plain(value: Any) -> Any:
@@ -24,73 +21,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, tuple) else value
-
-
-def _integer(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < LARGEST:
-        raise TypeError("an integer from 0 to 2**53")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise TypeError("a finite number")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a text")
-    return value
-
-
-def _integers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError("a list of integers")
-    return tuple(_integer(part) for part in value)
-
-
-def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
-    pairs = tuple(map(_integers, value)) if isinstance(value, (list, tuple)) else ((),)
-    if any(len(pair) != 2 for pair in pairs):
-        raise TypeError("a list of pairs of integers")
-    return tuple((first, second) for first, second in pairs)
-
-
-def _overrides(value: Any) -> dict[str, float | tuple[float, ...]]:
-    if not isinstance(value, Mapping):
-        raise TypeError("an object of settings")
-    listed = (list, tuple)
-    return {
-        _text(name): tuple(map(_number, part)) if isinstance(part, listed) else _number(part)
-        for name, part in value.items()
-    }
-
-
-def _lines(value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise TypeError("an object of texts")
-    return {_text(name): _text(line) for name, line in value.items()}
-
-
-_READERS: dict[Any, Callable[[Any], Any]] = {
-    int: _integer,
-    float: _number,
-    str: _text,
-    tuple[int, ...]: _integers,
-    Room: _pairs,
-    dict[str, float | tuple[float, ...]]: _overrides,
-    dict[str, str]: _lines,
-}
-"""By a field's type, None put aside: what reads its value."""
-
-
-def _read(kind: Any, value: Any) -> Any:
-    if isinstance(kind, UnionType):
-        if value is None:
-            return None
-        kind = get_args(kind)[0]
-    return _READERS[kind](value)
 
 
 def read_values(data: Any) -> dict[str, Any]:
@@ -112,7 +42,7 @@ def read_values(data: Any) -> dict[str, Any]:
     values = {}
     for each in fields(PlanFields):
         try:
-            values[each.name] = _read(each.type, data[each.name])
+            values[each.name] = typed(data[each.name], each.type)
         except (TypeError, OverflowError) as error:
             raise PlanError(f"this plan's {each.name} is {data[each.name]!r:.80}, not {error}: make it anew") from None
     return values

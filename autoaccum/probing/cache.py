@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.checks import typed
 from autoaccum.data import tree
 from autoaccum.files import read_json, write_json
 from autoaccum.memory.fitting import basis
@@ -51,12 +52,13 @@ class Lines:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Lines":
         """From what `asdict` made, also by way of JSON; a KeyError, TypeError or ValueError where it is not that."""
-        lines = tuple(tuple(map(_finite, line)) for line in values["lines"])
-        residual = None if values["residual"] is None else _finite(values["residual"])
-        longest = None if values["longest"] is None else _count(values["longest"])
-        reserve = _finite(values["reserve"])
-        if reserve <= 0 or (residual or 0.0) < 0:
-            raise ValueError(f"reserve={reserve!r} and residual={residual!r}: one is above 0, the other not below")
+        lines = typed(values["lines"], tuple[tuple[float, ...], ...])
+        residual, reserve = typed(values["residual"], float | None), typed(values["reserve"], float)
+        longest = typed(values["longest"], int | None)
+        if not 0 < reserve < LARGEST or (residual or 0.0) < 0 or longest == 0:
+            raise ValueError(f"reserve={reserve!r}, residual={residual!r} or longest={longest!r} is out of range")
+        if any(abs(part) >= LARGEST for line in lines for part in line):
+            raise ValueError("the forecast is of more bytes than there are")
         if {len(line) for line in lines} != {2 if longest is None else 6}:
             raise ValueError("the forecast's functions do not have as many coefficients as they need")
         return cls(lines, residual, reserve, longest)
@@ -81,19 +83,6 @@ class Lines:
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
         return round(self.peak(batch, length) * self.reserve)
-
-
-def _finite(value: Any) -> float:
-    """A number that bytes can be reckoned with: JSON knows infinities, and larger ones would become such."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
-        raise ValueError(f"{value!r} is no number of bytes")
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
-        raise ValueError(f"{value!r} is no whole number above 0")
-    return value
 
 
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from autoaccum.checks import typed
 from autoaccum.errors import NothingFitsError
 from autoaccum.files import open_own
 from autoaccum.probing.outcome import FITS
@@ -29,7 +30,6 @@ from autoaccum.probing.outcome import FITS
 __all__ = ["Begun", "Journal", "Owner", "cache_folder", "journal_path"]
 
 KILLS_BELIEVED = 2
-_MOST = 2**31  # what a process's id and a number of samples are below; seconds since 1970 are for some time
 
 
 class Owner(NamedTuple):
@@ -53,10 +53,7 @@ class Owner(NamedTuple):
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Owner":
         """The owner that `_asdict` wrote; a KeyError or TypeError where it is none."""
-        found = cls(*(values[name] for name in cls._fields))
-        if not _is_count(found.pid) or not _is_time(found.started) or not all(type(text) is str for text in found[2:]):
-            raise TypeError(f"{dict(values)!r:.80} is no process")
-        return found
+        return cls(*(typed(values[name], kind) for name, kind in cls.__annotations__.items()))
 
     @property
     def is_stranger(self) -> bool:
@@ -255,16 +252,8 @@ def _is_sound(entry: Any) -> bool:
     """Whether a line is what this module writes: another program may have written to the file, or a disk lost it."""
     try:
         Owner.of(entry)
-    except (KeyError, TypeError):
+        kind = typed(entry["kind"] if entry["event"] == "start" else entry["event"], str)
+        counts = typed((entry["size"], entry.get("length", 1)), tuple[int, ...])
+    except (KeyError, TypeError, OverflowError):
         return False
-    ends = entry.get("event") == "end"
-    begins = entry.get("event") == "start" and isinstance(entry.get("kind"), str)
-    return (ends or begins) and _is_count(entry.get("size")) and _is_count(entry.get("length", 1))
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < _MOST
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < _MOST
+    return entry["event"] in ("start", "end") and bool(kind) and min(counts) > 0
