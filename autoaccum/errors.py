@@ -94,6 +94,13 @@ class MissingExtraError(AutoaccumError, ImportError):
         super().__init__(f'{purpose} needs {package}, which is not installed: pip install "autoaccum[{extra}]"')
 
 
+class TracebackText(Exception):
+    """The cause of an error of another process: its traceback, since its own class need not survive the way."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"in another process:\n\n{text}")
+
+
 _SHOWN = 80  # characters of a value that a message repeats
 
 

@@ -12,7 +12,7 @@ from torch.utils.data._utils.collate import collate as torchs_collate
 
 from autoaccum.data.draws import mix, seed_sample
 from autoaccum.data.sample_lengths import ByLength, Padding, cut
-from autoaccum.errors import DataError
+from autoaccum.errors import DataError, TracebackText
 from autoaccum.memory.oom import Verdict, out_of_memory
 
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
@@ -40,13 +40,6 @@ class Ask(NamedTuple):
     by_length: ByLength | None = None
 
 
-class WorkerTraceback(Exception):
-    """The text of a traceback in another process: an error of the user's own class need not survive the way."""
-
-    def __str__(self) -> str:
-        return "\n" + str(self.args[0])
-
-
 class Failure(NamedTuple):
     """A DataError on its way out of a worker."""
 
@@ -56,7 +49,7 @@ class Failure(NamedTuple):
 
     def raise_here(self) -> None:
         """Raises it in this process."""
-        raise DataError(self.message) from WorkerTraceback(self.traceback)
+        raise DataError(self.message) from TracebackText(self.traceback)
 
 
 class Fetcher:

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from autoaccum import errors
-from autoaccum.errors import AutoaccumError, ProbeError, SetupError, shown
+from autoaccum.errors import AutoaccumError, ProbeError, SetupError, TracebackText, shown
 from autoaccum.interrupts import uninterrupted
 
 __all__ = ["Child", "Killed", "before_ending_with_the_parent", "check_sendable", "run_in_child", "stop"]
@@ -69,7 +69,7 @@ class Child:
                 return value
             if name == "raise":
                 self.process.join()
-                raise _error(**value) from _InChild(f"in the child process:\n\n{value['trace']}")
+                raise _error(value["kind"], value["text"]) from TracebackText(value["trace"])
             listen(name, value)
         self.process.join()
         raise Killed(self.process.exitcode or 0)
@@ -178,11 +178,7 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-class _InChild(Exception):
-    """Stands for the child's own error as the cause of one raised here."""
-
-
-def _error(kind: str | None, text: str, trace: str) -> AutoaccumError:
+def _error(kind: str | None, text: str) -> AutoaccumError:
     if kind is None:
         return ProbeError(f"the probe's child process failed: {text}")
     known: type[AutoaccumError] = getattr(errors, kind)

@@ -84,44 +84,36 @@ def known_card(card: str) -> str:
     if _SIZE.fullmatch(card):
         parse_bytes(card)
         return card.strip()
-    words, sold = _read(card)
-    chips = [chip for chip in _MEMORY if _read(chip)[0] == words]
-    found = [
-        name
-        for chip in chips
-        for gigabytes, name in zip(_MEMORY[chip], _names(chip), strict=True)
-        if sold in (None, gigabytes)
-    ]
+    chip, sold = _read(card)
+    found = [name for name in CARDS if _read(name)[0] == chip and sold in (None, _sold(name))]
     if len(found) == 1:
         return found[0]
-    near = found or _nearest(words)
+    named = [(name, _read(name)[0]) for name in CARDS]
+    similar = difflib.get_close_matches(chip, [own for _, own in named], cutoff=0.4)
+    near = (
+        [name for name, own in named if own == chip]
+        or [name for name, own in named if chip and (own.startswith(chip) or chip.startswith(own))]
+        or [name for name, own in named if own in similar]
+    )[:4]
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CARDS)};"
     raise SetupError(f'--for "{card}": no such card is known; {hint} give its memory instead, as --for 24GiB')
 
 
 _SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
 _SOLD = re.compile(r"\b(\d+) ?gi?b\b")
-_JOINED = re.compile(r"\b(rtx|gtx)(?=\w)|(?<=\d{4})(?=ti|super)|(?<=ti)(?=super\b)")
-# Words that are part of a card's full name, and do not tell cards apart.
-_SAID = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|sxm\d?|pcie?|hbm\d?e?|gpu|graphics|card")
+# What does not tell cards apart in a card's full name.
+_SAID = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|sxm\d?|pcie?|hbm\d?e?|gpu|graphics|card|[^a-z0-9]")
 
 
-def _read(card: str) -> tuple[list[str], int | None]:
-    """(the words that name the chip, the memory in GB where that is said)."""
-    text = _JOINED.sub(r"\1 ", re.sub(r"[-_/()]", " ", card.lower()))
-    sold = _SOLD.search(text)
-    words = [word for word in _SOLD.sub(" ", text).split() if not _SAID.fullmatch(word)]
-    return words, None if sold is None else int(sold.group(1))
+def _read(card: str) -> tuple[str, int | None]:
+    """(the chip, without words that all have; the memory in GB where that is said)."""
+    text = card.lower()
+    return _SAID.sub("", _SOLD.sub(" ", text.replace("-", " "))), _sold(text)
 
 
-def _names(chip: str) -> list[str]:
-    return [chip] if chip in CARDS else [f"{chip} {sold}GB" for sold in _MEMORY[chip]]
-
-
-def _nearest(words: list[str]) -> list[str]:
-    """The cards whose names begin with these words, then those of similar names."""
-    wanted = " ".join(words)
-    plain = {" ".join(_read(chip)[0]): chip for chip in _MEMORY}
-    begin = [name for name in plain if wanted and (name.startswith(wanted) or wanted.startswith(f"{name} "))]
-    close = difflib.get_close_matches(wanted, plain, n=3, cutoff=0.4)
-    return [name for found in list(dict.fromkeys([*begin, *close]))[:4] for name in _names(plain[found])]
+def _sold(card: str) -> int | None:
+    """The memory in GB, of a name as given; of a known one by its table, where the name does not say it."""
+    said = _SOLD.search(card.lower())
+    if said is not None:
+        return int(said.group(1))
+    return next(iter(_MEMORY[card])) if card in _MEMORY else None

@@ -16,13 +16,13 @@ from autoaccum.model.optimizer import optimizer_name
 from autoaccum.model.shards import is_sharded, refuse_beside_shards
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
+from autoaccum.planning.split import counts, even_split, shares
 from autoaccum.probing.cache import Cache, Lines, training_key
 from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, climb, told
 from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
 from autoaccum.probing.journal import Journal, journal_path
 from autoaccum.probing.outcome import Trial
-from autoaccum.probing.over_ranks import shared_out
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks
@@ -72,7 +72,38 @@ class Prober:
                 f"target_batch={target} is less than the {parts.ranks.size} ranks, and a sharded model runs on every "
                 f"rank: give target_batch={parts.ranks.size} or more"
             )
-        return shared_out(self._of_all_phases, question, parts.ranks, target, parts.source.length, sharded)
+        length = parts.source.length
+        samples = None if target is None else min(target, length or target)
+        report = self._of_all_phases(replace(question, window=samples))
+        if parts.ranks.size == 1 or samples is None or sharded:  # shards have shared out already
+            return report
+        return self._shared_out(question, report, samples)
+
+    def _shared_out(self, question: Question, report: ProbeReport, samples: int) -> ProbeReport:
+        """Once more on ranks that can take more than an equal share, where that makes fewer micro-batches.
+
+        With limits of 140 and 46 samples and a window of 120, equal shares take two micro-batches of 30 on the second
+        rank; 90 and 30 take one on each. All ranks call this.
+        """
+        ranks, floor = self.parts.ranks, report.floor
+        limits = ranks.gather("the limits", report.limit or report.micro_batch)
+        ran = ranks.gather("the limits", report.micro_batch)
+        if ranks.any("the limits", bool(report.by_length or report.throughput)):
+            return report
+        try:
+            fewer = max(counts(samples, limits, minimum=floor)) < max(counts(samples, ran, minimum=floor))
+        except PlanError:  # the plan will say which windows can be shared
+            return report
+        share = shares(samples, limits, minimum=floor)[ranks.rank]
+        size = max(even_split(share, limits[ranks.rank], minimum=floor), default=0)
+        if not fewer or size <= report.micro_batch:
+            return report
+        found = self._of_all_phases(replace(question, share=size, max_batch=size))
+        note = f"the ranks' limits are {', '.join(map(str, limits))}: this one takes {share} samples of a window"
+        return replace(
+            found, trials=(*report.trials, *found.trials), notes=(*found.notes, note), limit=report.limit,
+            limit_proof=report.limit_proof,
+        )  # fmt: skip
 
     def _of_all_phases(self, question: Question) -> ProbeReport:
         """Of several phases the one that fits least, with the other optimizers' state in memory."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, TracebackText
 from autoaccum.interrupts import check_interrupt, interruptible, interruption_in, uninterrupted
 from autoaccum.ranks import here
 from autoaccum.searching import weights
@@ -181,8 +181,4 @@ def check_errors(ledger: Ledger, n_trials: int) -> None:
         f"all of the first {len(failed)} trials failed, the last one (trial {failed[-1].number}, "
         f"{failed[-1].params}) with {last['type']}: {last['message']}. Every trial keeps its traceback in the study, "
         f"under the attribute {ERROR!r}. Mend the setup, and search under another study_name"
-    ) from TrialTracebackError(f"\n\n{last['traceback']}")
-
-
-class TrialTracebackError(Exception):
-    """A trial's traceback, as text: it may have come from another process."""
+    ) from TracebackText(last["traceback"])
