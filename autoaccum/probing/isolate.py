@@ -134,7 +134,7 @@ def answer_of_children(
         ProbeError: a child was killed outside of any trial, or too many were.
         AutoaccumError: as `run_in_child`, or that an argument cannot be pickled.
     """
-    check_sendable(arguments, "isolate= takes a function with a name, at a module's top level")
+    check_sendable(arguments, "isolate= takes a function with a name, at a module's top level, for a child process")
     killed: list[Trial] = []
     journals: list[Journal] = []
     answered = False
