@@ -125,6 +125,7 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda value: isinstance(value, bool)),
     int: ("an integer from 0 to 2**53", lambda value: type(value) is int and 0 <= value < 2**53),
     float: ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
     str: ("a text", lambda value: isinstance(value, str)),
@@ -149,10 +150,10 @@ def typed(value: Any, kind: Any) -> Any:
     said, holds = _KINDS[origin]
     if not holds(value):
         raise TypeError(said)
+    if not inner:
+        return float(value) if origin is float else value
     if origin is dict:
         return {typed(key, inner[0]): typed(part, inner[1]) for key, part in value.items()}
-    if origin is not tuple:
-        return origin(value) if value is not None else None
     kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
     if len(kinds) != len(value):
         raise TypeError(f"a list of {len(kinds)}")

@@ -90,6 +90,7 @@ def stop(children: Sequence[Child], number: int = signal.SIGTERM, patience: floa
     """Asks them to go by a signal, and kills those that do not within `patience` seconds."""
     alive = [child.process for child in children if child.process.is_alive()]
     for process in alive:
+        assert process.pid is not None
         os.kill(process.pid, number)
     deadline = time.monotonic() + patience
     for process in alive:

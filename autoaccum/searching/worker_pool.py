@@ -19,7 +19,8 @@ from autoaccum.errors import AutoaccumError, DeviceError, SetupError, shown
 from autoaccum.memory.device import open_device
 from autoaccum.probing.child_process import Child, Killed, before_ending_with_the_parent, check_sendable, stop
 from autoaccum.searching.extra import hushed
-from autoaccum.searching.worker import Job, Worker
+from autoaccum.searching.job import Job
+from autoaccum.searching.worker import Worker
 
 __all__ = ["places", "run_pool"]
 

@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 
+from autoaccum.checks import typed
 from autoaccum.errors import CheckpointError, shown
 from autoaccum.files import open_own, partial_of, partial_path, read_json, write_json
-from autoaccum.training.fields import Fields
 
 __all__ = ["KEPT", "Checkpoints", "Entry", "Failure"]
 
@@ -144,21 +144,16 @@ class Checkpoints:
 
     def _about(self, entry: Entry) -> dict[str, Any]:
         """What a checkpoint's .json says, each value checked; a ValueError where it is none that was written here."""
-        about = read_json(self.path(entry).with_suffix(".json"))
-        if not isinstance(about, dict):
-            raise ValueError(f"it is a {type(about).__name__} and not an object")
-        shards = about.get("shards", {})
-        right = {
-            **{name: type(about.get(name)) is int and about[name] == own for name, own in asdict(entry).items()},
-            "bytes": type(about.get("bytes")) is int and about["bytes"] >= 0,
-            "sha256": isinstance(about.get("sha256"), str) and bool(_DIGEST.fullmatch(about["sha256"])),
-            "loss": type(about.get("loss", 0.0)) in (int, float),
-            "shards": isinstance(shards, dict) and all(Path(name).name == name for name in shards),
-        }
-        for name, is_right in right.items():
-            if not is_right:
-                raise ValueError(f"its {name} is {about.get(name)!r:.40}, which cannot be of {entry}")
-        return about
+        about: Any = read_json(self.path(entry).with_suffix(".json"))
+        try:
+            place = {name: typed(about[name], int) for name in asdict(entry)}
+            digest, _ = typed(about["sha256"], str), typed(about["bytes"], int)
+            typed(about.get("loss", 0.0), float), typed(about.get("shards", {}), dict)
+        except (LookupError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        if place != asdict(entry) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"it is not of {entry}")
+        return dict(about)
 
     def _damage(self, entry: Entry) -> str | None:
         """What is wrong with it; None where it is as it was written."""
@@ -175,12 +170,9 @@ class Checkpoints:
             found = _digests(path.with_suffix(SHARDS)) if shards else {}
             bad = next((name for name in shards if shards[name] != found.get(name)), None)
             return bad and f"{bad} in its {SHARDS} is {'another' if bad in found else 'gone'}"
-        self._refuse_code(path)
-        return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
-
-    def _refuse_code(self, path: Path) -> None:
         with contextlib.suppress(*_DAMAGED):
-            self._read(path)
+            self._read(path)  # which refuses code
+        return f"{path.stat().st_size} bytes instead of {size}" if path.stat().st_size != size else "another checksum"
 
     def read(self, entry: Entry) -> dict[str, Any]:
         """What a checkpoint holds that was found whole; a CheckpointError where it cannot be read."""
@@ -192,7 +184,8 @@ class Checkpoints:
                 f"{path} cannot be read by torch {torch.__version__}: {error}; go on with the version that wrote it, "
                 "or delete it to go on from the one before"
             ) from error
-        Fields(state, str(path))  # or it is none that was written here
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"{path} holds a {type(state).__name__} and no training: it is not of this program")
         return state
 
     def _read(self, path: Path) -> dict[str, Any]:

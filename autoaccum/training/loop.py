@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from autoaccum.checking.verify import VerifyReport
+from autoaccum.checks import typed
 from autoaccum.data.draws import mix
 from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
@@ -47,7 +48,6 @@ from autoaccum.training.events import (
     TrainingStarted,
     WindowSkipped,
 )
-from autoaccum.training.fields import Fields, loading
 from autoaccum.training.fit_result import FitResult
 from autoaccum.training.history import History
 from autoaccum.training.length_summary import LengthSummary, length_summary
@@ -55,6 +55,7 @@ from autoaccum.training.parts import Boundary, TrainingParts
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
+from autoaccum.training.state import loading
 from autoaccum.training.turns import Turn, Turns
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import advice
@@ -397,25 +398,25 @@ class TrainingLoop:
 
         A CheckpointError where it is of another target batch, data, model, optimizer or seed.
         """
-        fields = Fields(state)
-        progress = fields.inner("progress")
-        counts = {name: progress.count(name) for name in ("step", "skipped", "epoch", "window", "epoch_began_at")}
-        due, evaluations = progress.get("evaluation_due", bool), fields.get("evaluations", list)
+        with loading("progress"):
+            progress = dict(state["progress"])
+            due = typed(progress.pop("evaluation_due"), bool)
+            counts = typed(progress, dict[str, int])
         self._boundary = self._parts.load_state_dict(state, self.events)
         self._accumulator.step, self._accumulator.skipped_windows = counts["step"], counts["skipped"]
         self.epoch, self._window_index = counts["epoch"], counts["window"]
         self._epoch_began_at, self._evaluation_due = counts["epoch_began_at"], due
         with loading("plan"):
-            kept = plan_for(self.plan.rank, fields.get("plan", Mapping))
+            kept = plan_for(self.plan.rank, state["plan"])
             if kept.world_size == self.plan.world_size:  # else this loop's own was made for as many ranks as there are
                 self._accumulator.plan = kept
         with loading("replays"):
-            self._turns.all[0].safe.replays.load_state_dict(fields.get("replays", Mapping), self.plan)
+            self._turns.all[0].safe.replays.load_state_dict(state["replays"], self.plan)
         with loading("phases"):
             self._turns.load_state_dict(state.get("phases"))
         with loading("history"):
-            self.history.load_state_dict(fields.get("history", Mapping))
-            self.evaluations[:] = [{**results, "loss": float(results["loss"])} for results in evaluations]
+            self.history.load_state_dict(state["history"])
+            self.evaluations[:] = [{**results, "loss": float(results["loss"])} for results in state["evaluations"]]
         self._left = self._stopped = self._turns.all[0].safe.broken = None
 
     def _save(self, loss: float | None = None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from autoaccum.checking.verify import VerifyReport
+from autoaccum.checks import typed
 from autoaccum.data.draws import mix
 from autoaccum.data.source import Source
 from autoaccum.errors import CheckpointError
@@ -22,7 +23,6 @@ from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import Events, Noted
-from autoaccum.training.fields import Fields, loading
 from autoaccum.training.schedule import schedule_name
 from autoaccum.training.shard_files import check_alike, with_shards
 from autoaccum.training.smaller import plan_for
@@ -33,6 +33,7 @@ from autoaccum.training.state import (
     gathered,
     load_accumulator,
     load_module,
+    loading,
     module_state,
     plain,
 )
@@ -146,27 +147,27 @@ class TrainingParts:
 
         A CheckpointError where it is of another training; nothing was changed.
         """
-        accumulator, fields = self._accumulator, Fields(state)
+        accumulator = self._accumulator
         identity = plain(self.identity(), "the training's identity")
         with loading("identity"):
             check_same(state, identity, self.modules)
             if "shards" in state:
                 state = with_shards(state, self.modules, accumulator.optimizer, state["shards"], accumulator.ranks)
-        validation_batch = fields.get("validation_batch", int, type(None)) and fields.count("validation_batch")
-        ranks = fields.get("ranks", list)
         rank, size = accumulator.ranks.rank, accumulator.ranks.size
         with loading("ranks"):
-            own = Fields(ranks[rank if rank < len(ranks) else 0], "the checkpoint's rank")
-        fields.get("device", str)
+            validation_batch, ranks = typed(state["validation_batch"], int | None), state["ranks"]
+            own = ranks[rank if rank < len(ranks) else 0]
+            kept = {"random": typed(own["random"], dict), "data": own["data"]}
+            device = typed(state["device"], str)
         for name, module in self.modules.items():
             with loading(name):
                 load_module(module, state["modules"][name])
         load_accumulator(accumulator, state)
         if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
-        if state["device"] != self._device.type:
+        if device != self._device.type:
             text = (
-                f"the checkpoint is from {state['device']}, and the training goes on on {self._device.type}: the same "
+                f"the checkpoint is from {device}, and the training goes on on {self._device.type}: the same "
                 "samples in the same windows, but other rounding, and what the model draws there is drawn anew"
             )
             events.tell(Noted(text))
@@ -176,9 +177,7 @@ class TrainingParts:
                 "the same samples, each rank's share of them is cut anew, and what the model draws is drawn anew"
             )
             events.tell(Noted(text))
-        data = own.get("data", list)
-        validation = self._validation if len(data) > 1 else None
-        kept = {"random": own.get("random", Mapping), "data": data}
+        validation = self._validation if len(kept["data"]) > 1 else None
         return Boundary.from_state(kept, self._device, self._source, validation, new=rank if rank >= len(ranks) else 0)
 
     @property
@@ -194,16 +193,15 @@ def kept_answers(
     Of another number of ranks the plan stays as it was, and there is no report: what fits has to be found anew. A
     CheckpointError where it is for another target batch.
     """
-    fields = Fields(state)
-    was = fields.get("identity", Mapping).get("target_batch")
+    with loading("identity"):
+        was = state["identity"].get("target_batch")
     if was != target_batch:
         raise CheckpointError(
             f"the checkpoint is of another training. target_batch: {was} in the checkpoint, {target_batch} here. Give "
             "the same as then, another folder, or resume=False to start anew"
         )
-    probe, verify = fields.get("probe", Mapping, type(None)), fields.get("verify", Mapping, type(None))
     with loading("plan, probe's report or check"):
-        plan = plan_for(ranks.rank, fields.get("plan", Mapping))
+        plan, probe, verify = plan_for(ranks.rank, state["plan"]), state["probe"], state["verify"]
         return (
             plan,
             None if probe is None or plan.world_size != ranks.size else ProbeReport.from_dict(probe),

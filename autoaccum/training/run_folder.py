@@ -31,7 +31,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from autoaccum.checks import check_kind
+from autoaccum.checks import check_kind, typed
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import partial_path, read_json, write_json
@@ -41,9 +41,9 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, told
 from autoaccum.training.checkpoint import Checkpoints, Entry, Failure
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
-from autoaccum.training.fields import Fields
 from autoaccum.training.locks import FolderLock
 from autoaccum.training.shard_files import without_shards, write_shards
+from autoaccum.training.state import loading
 
 __all__ = ["PATIENCE_SECONDS", "RunFolder", "open_run"]
 
@@ -131,7 +131,8 @@ class RunFolder:
             state = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=True)
         else:
             state = found[1] if found is not None else {}
-        self._cut = Fields(state, str(path)).count("metrics")
+        with loading("place in metrics.jsonl"):
+            self._cut = typed(state["metrics"], int)
         return {**state, "shards": self.checkpoints.shards(self._resumed)}
 
     def _is_of_this_job(self) -> bool:

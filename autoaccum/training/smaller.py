@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from autoaccum.checks import typed
 from autoaccum.data import tree
 from autoaccum.errors import DataError, NothingFitsError, PlanError
 from autoaccum.planning.length_rule import scaled
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.ranks import Ranks
-from autoaccum.training.fields import Fields
 
 __all__ = ["Replays", "cut_in_half", "cut_smaller", "plan_for", "with_floor"]
 
@@ -131,14 +131,13 @@ class Replays:
 
     def load_state_dict(self, state: Mapping[str, Any], plan: Plan) -> None:
         """Goes on counting; another `regrow_after` than then begins anew. `plan` is this training's."""
-        fields = Fields(state, "the checkpoint's replays")
-        before, patience = fields.get("before", Mapping, type(None)), fields.get("patience", int, type(None))
-        undisturbed, grew = fields.count("undisturbed"), fields.get("grew", bool)
+        before, patience = state["before"], typed(state["patience"], int | None)
+        undisturbed, grew = typed(state["undisturbed"], int), typed(state["grew"], bool)
         self.before = None if before is None else plan_for(plan.rank, before)
         if self.before is not None and self.before.world_size != plan.world_size:
             self.before = None
         self.undisturbed, self._grew = undisturbed, grew
-        if fields.get("asked", int, type(None)) == self._regrow_after:
+        if state["asked"] == self._regrow_after:
             self._patience = patience
 
 

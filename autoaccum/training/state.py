@@ -9,18 +9,19 @@ and all that differs is named.
 """
 
 import codecs
+import contextlib
 import io
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.checks import typed
 from autoaccum.errors import CheckpointError
 from autoaccum.ranks import Ranks
-from autoaccum.training.fields import Fields, loading
 from autoaccum.window.accumulate import Accumulator
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "load_accumulator",
     "load_module",
     "load_optimizer",
+    "loading",
     "module_state",
     "plain",
     "scheduler_state",
@@ -71,6 +73,24 @@ def _single(value: Any, where: str) -> Any:
         f"{where} is a {type(value).__name__}, which a checkpoint cannot hold without code in it: let its state_dict() "
         "return numbers, texts, lists, dicts and tensors only"
     )
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around what others read out of a checkpoint: torch's modules and optimizers, the user's data.
+
+    A CheckpointError where it has not the structure that they expect; their own error is the cause.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        short = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            f"the checkpoint's {what} cannot be put back ({short}): it is not of this program, or of another version: "
+            "go on from another checkpoint, or resume=False"
+        ) from error
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -129,16 +149,16 @@ def accumulator_state(accumulator: Accumulator) -> dict[str, Any]:
 
 def load_accumulator(accumulator: Accumulator, saved: Mapping[str, Any]) -> None:
     """Puts back what `accumulator_state` gave."""
-    fields = Fields(saved)
-    scaler, scheduler = fields.get("scaler", Mapping), fields.get("scheduler", Mapping, type(None))
     with loading("optimizer"):
         load_optimizer(accumulator.optimizer, saved["optimizer"])
     with loading("noise scale"):
         accumulator.noise_scale.load_state_dict(saved["noise_scale"])
     with loading("scaler"):
+        scaler = typed(saved["scaler"], dict)
         if scaler and accumulator.precision.scaler.is_enabled():
-            accumulator.precision.scaler.load_state_dict(dict(scaler))
+            accumulator.precision.scaler.load_state_dict(scaler)
     with loading("scheduler"):
+        scheduler = typed(saved["scheduler"], dict | None)
         if scheduler is not None and accumulator.scheduler is not None:
             accumulator.scheduler.load_state_dict(scheduler)
 
