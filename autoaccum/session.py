@@ -264,7 +264,8 @@ class Session:
         loop = TrainingLoop(
             accumulators[0], parts.source, parts.device, total_steps=total,
             budget=parts.device.budget(asked.memory, headroom=parts.device.headroom()), events=self.events,
-            evaluator=evaluator, probe=self.report, verify=verdict, folder=self._folder, running=parts.unfrozen,
+            evaluator=evaluator, probe=self.report, verify=verdict, folder=self._folder,
+            running=replace(parts, phase=None).running,  # each turn freezes the others' parameters itself
             phases=[(turn.phase, each) for turn, each in zip(parts.turns, accumulators)],
             **asked.some("epochs", "max_steps", "regrow_after", "seed", "shuffle"),
         )  # fmt: skip

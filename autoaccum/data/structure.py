@@ -286,8 +286,11 @@ def lists(node: Any) -> Iterator[Any]:
 
 def labelled(items: Any) -> bool:
     """Whether the items can be nothing but samples: alike, and each has a tensor beside a number or a scalar."""
-    inside = children(items[0])
-    return alike(items) and _has_tensors(items) and inside is not None and any(_is_single(item) for item in inside)
+    single = any(
+        not item.dim() if isinstance(item, Tensor) else isinstance(item, (int, float)) and not isinstance(item, bool)
+        for item in children(items[0]) or ()
+    )
+    return single and alike(items) and _has_tensors(items)
 
 
 def alike(items: Any) -> bool:
@@ -312,13 +315,6 @@ def _records(items: Any) -> bool:
 
 def _has_tensors(node: Any) -> bool:
     return next(tensors(node), None) is not None
-
-
-def _is_single(item: Any) -> bool:
-    """Whether `item` belongs to one sample as its label does: a number or a tensor without dimensions."""
-    return (isinstance(item, (int, float)) and not isinstance(item, bool)) or (
-        isinstance(item, Tensor) and not item.dim()
-    )
 
 
 def _signature(node: Any) -> object:

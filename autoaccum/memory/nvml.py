@@ -45,10 +45,11 @@ class GpuInfo:
 
 def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
     """The GPU with this UUID (with or without the "GPU-" or "MIG-" before it), or None and the reason why not."""
-    try:
-        nvml = _library() if nvml is None else nvml
-    except ImportError as error:
-        return None, f"nvidia-ml-py cannot be imported ({error})"
+    if nvml is None:
+        try:
+            import pynvml as nvml
+        except ImportError as error:
+            return None, f"nvidia-ml-py cannot be imported ({error})"
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
@@ -59,12 +60,6 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
         return None, f"NVML does not answer for GPU {uuid} ({error})"
     finally:
         nvml.nvmlShutdown()
-
-
-def _library() -> Any:
-    import pynvml
-
-    return pynvml
 
 
 def _ask(nvml: Any, uuid: str) -> GpuInfo:

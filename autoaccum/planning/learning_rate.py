@@ -179,7 +179,9 @@ def decide(
         PlanError: a rule that is not one, or not for this optimizer; an LR, betas or eps out of range.
     """
     rule, why = choose_rule(rule, optimizer)
-    own = _own_rates(optimizer) if lr is None else [_rate("lr", lr)]
+    # As it was tuned, each group's own, which a schedule that is attached already keeps as `initial_lr`.
+    groups = [float(group.get("initial_lr", group["lr"])) for group in _groups(optimizer) if "lr" in group]
+    own = groups if lr is None else [_rate(lr)]
     lr = own[0] if len(set(own)) == 1 else None
     overrides: dict[str, float | tuple[float, ...]] = {}
     others: dict[str, str] = {}
@@ -198,7 +200,7 @@ def decide(
         others = {"warmup_steps": _warmup_advice(factor, target_batch, samples)}
     reasons = {"lr": _lr_line(lr, len(own), rule, factor, source), "lr_rule": why, **others}
     # An optimizer's own rate may be 0, until a loop that warms up by hand raises it.
-    return Decision(_rate("lr", lr * factor) if lr else lr, factor, rule, overrides, reasons)
+    return Decision(_rate(lr * factor) if lr else lr, factor, rule, overrides, reasons)
 
 
 def group_settings(
@@ -297,11 +299,6 @@ def _groups(optimizer: object) -> Sequence[Mapping[str, Any]]:
     return groups
 
 
-def _own_rates(optimizer: object) -> list[float]:
-    """Each parameter group's LR as it was tuned, which a schedule that is attached already keeps as `initial_lr`."""
-    return [float(group.get("initial_lr", group["lr"])) for group in _groups(optimizer) if "lr" in group]
-
-
 def _own(optimizer: object, key: str) -> Any:
     """A setting as the optimizer has it: in its first parameter group, or among a partial's keywords."""
     if isinstance(optimizer, functools.partial):
@@ -333,7 +330,7 @@ def _adam_settings(
     return numbers
 
 
-def _rate(name: str, value: Any) -> float:
+def _rate(value: Any) -> float:
     """`value` as a float above 0, else a PlanError."""
     try:
         if isinstance(value, (bool, str)):
@@ -341,7 +338,7 @@ def _rate(name: str, value: Any) -> float:
         rate = float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
         kind = type(value).__name__
-        raise PlanError(f"{name}={shown(value)} is a {kind}, and no float: give a number such as 1e-3") from None
+        raise PlanError(f"lr={shown(value)} is a {kind}, and no float: give a number such as 1e-3") from None
     if not (rate > 0 and math.isfinite(rate)):
-        raise PlanError(f"{name}={rate} cannot be trained with: give a finite number above 0, such as 1e-3")
+        raise PlanError(f"lr={rate} cannot be trained with: give a finite number above 0, such as 1e-3")
     return rate

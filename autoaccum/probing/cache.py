@@ -177,12 +177,8 @@ def _structure(module: nn.Module) -> Iterator[str]:
         code = getattr(part, "code", "") if isinstance(part, torch.jit.ScriptModule) else _code(kind.forward)
         yield f"{name} {kind.__module__}.{kind.__qualname__} {part.extra_repr()} {code} {part.training}"
         tensors = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
-        yield " ".join(f"{key} {_shape(tensor)}" for key, tensor in tensors)
+        yield " ".join(f"{key} {each.dtype} {tuple(each.shape)} {each.requires_grad}" for key, each in tensors)
         yield json.dumps({key: value for key, value in vars(part).items() if type(value) in (int, float, bool, str)})
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}"
 
 
 def _code(function: Any) -> str:

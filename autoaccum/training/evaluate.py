@@ -61,11 +61,6 @@ class Evaluator:
     sharded: ShardedPasses | None = None
     _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
-    @property
-    def has_data(self) -> bool:
-        """Whether there is validation data."""
-        return self.source is not None
-
     @uninterrupted
     def evaluate(self, source: Source | None = None) -> dict[str, float]:
         """{"loss": ..., and each metric}, over `source` or the validation data.

@@ -348,7 +348,7 @@ class TrainingLoop:
 
     def _evaluate_now(self) -> None:
         results = None
-        if self._evaluator is not None and self._evaluator.has_data:
+        if self._evaluator is not None and self._evaluator.source is not None:
             self._mark_boundary()
             results = self._evaluator.evaluate()
             self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
@@ -421,9 +421,8 @@ class TrainingLoop:
 
     def _save(self, loss: float | None = None) -> None:
         """A checkpoint of this moment, unless there is one; `loss` is what validation has just found."""
-        entry = Entry(self.step, self.epoch, self._window_index)
-        if self.folder is not None and self.step and not self.folder.is_saved(entry):
-            self.folder.save(entry, self.state_dict, self.plan, loss)
+        if self.folder is not None and self.step:
+            self.folder.save(Entry(self.step, self.epoch, self._window_index), self.state_dict, self.plan, loss)
 
     def _rescue(self) -> None:
         """After an error: a checkpoint of what was before the window, where that is still there."""

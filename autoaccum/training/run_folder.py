@@ -209,16 +209,14 @@ class RunFolder:
         """Whether so much time has passed that it is time for another; this rank's opinion."""
         return self.every is None and time.monotonic() - self._saved_at >= PATIENCE_SECONDS
 
-    def is_saved(self, entry: Entry) -> bool:
-        """Whether that very moment was saved, or was tried to."""
-        return entry == self._saved
-
     def save(self, entry: Entry, state_dict: Callable[[], dict[str, Any]], plan: Plan, loss: float | None) -> None:
         """Saves a checkpoint; where that fails, the training goes on. All ranks call this, and take part in
         `state_dict`.
 
         The plan is as it is now, for the record; `loss` is of the validation at that very moment, if there was one.
         """
+        if entry == self._saved:
+            return
         self._saved, self._saved_at = entry, time.monotonic()
         self.poll(wait=True)
         self._tried += 1

@@ -4,7 +4,7 @@ Probing, checking and training share one Assembly; where several optimizers take
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,10 +106,6 @@ class Assembly:
             self.asked_precision = "bf16"
             self.precision = Precision("bf16", self.device.torch_device, self.model)
 
-    def unfrozen(self) -> AbstractContextManager[None]:
-        """The model runs as it is trained inside, with no phase's parameters frozen: each turn sees to that itself."""
-        return replace(self, phase=None).running()
-
     @contextmanager
     def running(self, *, compiled: bool = True, alone: bool = False) -> Iterator[None]:
         """The model runs as it is trained inside: compiled, if it is, and under the rung that was taken. Not beyond.
@@ -150,7 +146,9 @@ def assemble(
             they do not have alike.
     """
     check_gradients_are_on()
-    _check_rate(asked.lr)
+    lr = asked.lr
+    if lr is not None and not (isinstance(lr, (int, float)) and is_positive(lr) and lr < float("inf")):
+        raise SetupError(f"lr={shown(lr)} is not a learning rate: give a number above 0, such as 1e-3")
     check_seed(asked.seed)
     one_of("shuffle", asked.shuffle, (True, False))
     phases = check_phases(asked.phases, loss=asked.loss, step=asked.step, optimizer=asked.optimizer)
@@ -245,11 +243,6 @@ def _later(first: Assembly, asked: Settings, phase: Phase) -> Assembly:
         lr_given=_owns_rate(asked, phase),
         precision=Precision(first.asked_precision, first.device.torch_device, first.model),
     )  # fmt: skip
-
-
-def _check_rate(lr: Any) -> None:
-    if lr is not None and not (isinstance(lr, (int, float)) and is_positive(lr) and lr < float("inf")):
-        raise SetupError(f"lr={shown(lr)} is not a learning rate: give a number above 0, such as 1e-3")
 
 
 def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:
