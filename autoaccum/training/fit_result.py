@@ -1,6 +1,7 @@
-"""What `fit` gives back."""
+"""What `fit` gives back: the model, and what is known of its training."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,64 @@ from autoaccum.checking.verify import VerifyReport
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.training.length_summary import LengthSummary
 from autoaccum.window.record import StepRecord
 
-__all__ = ["FitResult"]
+__all__ = ["FitResult", "LengthSummary", "length_summary"]
+
+
+@dataclass(frozen=True)
+class LengthSummary:
+    """Sums over the windows that were cut by length, on this rank. A token is a unit of the length that varies.
+
+    Attributes:
+        tokens, padded: the samples' own; with their padding, as they ran.
+        unsorted: with their padding, had they run in the order they came, in micro-batches that fit the longest samples
+            seen.
+        seconds: that the windows took.
+        micro_batches: how many windows had so many micro-batches.
+    """
+
+    tokens: int
+    padded: int
+    unsorted: int
+    seconds: float
+    micro_batches: dict[int, int]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Padding not counted."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def padding(self) -> float:
+        """The share of all that ran which was padding."""
+        return 1.0 - self.tokens / self.padded
+
+    @property
+    def padding_unsorted(self) -> float:
+        """The share that padding would be in micro-batches of one size, in the order the samples came."""
+        return 1.0 - self.tokens / self.unsorted
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        sums = {name: getattr(self, name) for name in ("tokens", "padded", "unsorted", "seconds")}
+        rates = {name: getattr(self, name) for name in ("tokens_per_second", "padding", "padding_unsorted")}
+        counts = {str(count): windows for count, windows in sorted(self.micro_batches.items())}
+        return {**sums, **rates, "micro_batches": counts}
+
+
+def length_summary(history: Iterable[StepRecord]) -> LengthSummary | None:
+    """Over the windows that were cut by length; None where none were."""
+    records = [record for record in history if record.tokens is not None and record.micro_batches]
+    if not records:
+        return None
+    return LengthSummary(
+        sum(record.tokens or 0 for record in records),
+        sum(record.padded_tokens or 0 for record in records),
+        sum(record.unsorted_tokens or 0 for record in records),
+        sum(record.seconds for record in records),
+        dict(Counter(record.micro_batches for record in records)),
+    )
 
 
 @dataclass(frozen=True)

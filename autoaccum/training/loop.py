@@ -48,9 +48,8 @@ from autoaccum.training.events import (
     TrainingStarted,
     WindowSkipped,
 )
-from autoaccum.training.fit_result import FitResult
+from autoaccum.training.fit_result import FitResult, length_summary
 from autoaccum.training.history import History
-from autoaccum.training.length_summary import LengthSummary, length_summary
 from autoaccum.training.parts import Boundary, TrainingParts
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
 from autoaccum.training.run_folder import RunFolder
@@ -188,9 +187,6 @@ class TrainingLoop:
             self._save()
             # Whoever failed since the last window is heard by all.
             self._accumulator.ranks.tally("the end of the training")
-            lengths = self._lengths()
-            for line in [] if lengths is None else lengths.lines():
-                self.events.tell(Noted(line))
             scale = self._accumulator.noise_scale.value
             if scale is not None:
                 self.events.tell(Noted(advice(scale, self.plan, self.optimizer)))
@@ -225,7 +221,8 @@ class TrainingLoop:
             pass
         return FitResult(
             self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
-            None if self.folder is None else self.folder.unsaved, self._stopped, self._lengths(),
+            None if self.folder is None else self.folder.unsaved, self._stopped,
+            length_summary(self.history) if self.plan.by_length else None,
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
@@ -237,9 +234,6 @@ class TrainingLoop:
             raise DataError("evaluate() has no data: pass some, or give val_data to prepare() or fit()")
         ranks = self._accumulator.ranks
         return evaluator.evaluate(None if data is None else open_source(data, shuffle=False, ranks=ranks))
-
-    def _lengths(self) -> LengthSummary | None:
-        return length_summary(self.history) if self.plan.by_length else None
 
     # --- windows ---
 
