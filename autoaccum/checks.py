@@ -1,4 +1,7 @@
-"""Values that users give, refused in one way: the name, the value, and what to give instead."""
+"""Values that users give, refused in one way, as a SetupError: the name, the value, and what to give instead.
+
+Counts are refused with a PlanError, as the arithmetic does.
+"""
 
 import inspect
 import math
@@ -24,36 +27,22 @@ __all__ = [
 
 
 def check_counts(**counts: Any) -> None:
-    """Refuses anything but None or a whole number of 1 or more, whatever the name.
-
-    Raises:
-        PlanError: naming the value.
-    """
+    """Refuses anything but None or a whole number of 1 or more, whatever the name."""
     for name, value in counts.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**63):
             raise PlanError(f"{name}={shown(value)}: give a whole number of 1 or more, such as 256")
 
 
 def check_switches(**switches: Any) -> None:
-    """Refuses anything but True and False, whatever the name: a word would be taken for True.
-
-    Raises:
-        SetupError: naming the value.
-    """
+    """Refuses anything but True and False, whatever the name: a word would be taken for True."""
     for name, value in switches.items():
         one_of(name, value, (True, False))
 
 
 def check_call(name: str, function: Any, arguments: Sequence[str]) -> None:
-    """Refuses a function that cannot be called with so many arguments, before anything runs.
+    """Refuses a function that cannot be called with so many arguments (what each is, in words), before anything runs.
 
-    Args:
-        name: of the setting.
-        function: as given; where it has no signature to be had, calling it will tell.
-        arguments: what each is, in words.
-
-    Raises:
-        SetupError: naming the function.
+    Of one that has no signature to be had, calling it will tell.
     """
     try:
         inspect.signature(function).bind(*arguments)
@@ -77,31 +66,19 @@ def is_positive(value: Any) -> bool:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuses anything but None or a whole number that torch's generators take: from −2**63 to 2**64 − 1.
-
-    Raises:
-        SetupError: naming the value.
-    """
+    """Refuses anything but None or a whole number that torch's generators take: from −2**63 to 2**64 − 1."""
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
         raise SetupError(f"seed={shown(seed)}: give a whole number of at most 64 bits, such as 0")
 
 
 def check_kind(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
-    """Refuses a value of another type; `wanted` says in words what to give.
-
-    Raises:
-        SetupError: naming the value.
-    """
+    """Refuses a value of another type; `wanted` says in words what to give."""
     if not isinstance(value, kinds):
         raise SetupError(f"{name}={shown(value)} is of type {type(value).__name__}: give {wanted}")
 
 
 def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
-    """The functions of an event that were given, in a list.
-
-    Raises:
-        SetupError: not an iterable, or something in it cannot be called; it is named.
-    """
+    """The functions of an event that were given, in a list; a SetupError names what is none."""
     wanted = f"functions of an event in a list, such as {name}=[print]"
     check_kind(name, functions, Iterable, wanted)
     try:
@@ -115,11 +92,7 @@ def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuses a value that is none of the choices.
-
-    Raises:
-        SetupError: naming the value and the choices.
-    """
+    """Refuses a value that is none of the choices, which are named."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
         raise SetupError(f"{name}={shown(value)}: choose {', '.join(map(repr, choices))}")
 

@@ -49,16 +49,9 @@ def partial_of(path: Path) -> str | None:
 
 
 def open_own(path: Path, mode: str, *, private: bool = False, **settings: Any) -> IO[Any]:
-    """`open` for a file of the package's own: a symbolic link is refused, never followed.
+    """`open` for a file of the package's own: a symbolic link is refused with an OSError, never followed.
 
-    Args:
-        path: of the file.
-        mode: as `open` takes it.
-        private: a new file is its owner's alone; else the umask decides.
-        settings: `open`'s others, such as encoding.
-
-    Raises:
-        OSError: a symbolic link, or what `open` raises.
+    A new file that is `private` is its owner's alone; else the umask decides.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -77,9 +70,6 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
     """A file to write: at `path` once the block has ended well, and on the disk; else what was there before stays.
 
     Written beside it under a name of its own, so that several processes may write at once: the last one counts.
-
-    Raises:
-        OSError: it cannot be written there.
     """
     partial = partial_path(path)
     try:
@@ -96,16 +86,9 @@ def whole_file(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
 
 
 def write_json(path: Path, values: Any, *, checksum: bool = False, private: bool = False) -> None:
-    """Plain values as JSON in a file, whole or not at all.
+    """Plain values as JSON in a file, whole or not at all. A `private` one is its owner's alone.
 
-    Args:
-        path: of the file.
-        values: a dict where there is to be a checksum.
-        checksum: added to the values, under "checksum"; `read_json` compares it.
-        private: the file is its owner's alone.
-
-    Raises:
-        OSError: it cannot be written there.
+    A `checksum` is added to the values, a dict, under that name; `read_json` compares it.
     """
     if checksum:
         values = {**values, CHECKSUM: _checksum(values)}
@@ -117,9 +100,7 @@ def write_json(path: Path, values: Any, *, checksum: bool = False, private: bool
 def read_json(path: Path) -> Any:
     """The JSON value in a file, without its checksum where it has one.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: not JSON, a number that is not finite or too large, nested too deep, or of another checksum.
+    A ValueError: not JSON, a number that is not finite or too large, nested too deep, or of another checksum.
     """
     text = path.read_text(encoding="utf-8")
     try:

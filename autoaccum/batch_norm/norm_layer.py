@@ -68,11 +68,7 @@ class NormLayer:
         return self.momentum if self.momentum is not None or self.counts_batches else 0.0
 
     def prepare(self, mode: str, k: int) -> None:
-        """Reads the layer's own momentum, and finds the one for a window of `k` micro-batches.
-
-        Raises:
-            PlanError: mode "momentum", and the layer's own is not between 0 and 1.
-        """
+        """Reads the layer's own momentum, and finds the one for a window of `k` micro-batches."""
         self.momentum = self.module.momentum
         self._small = bn_momentum(self.momentum, k) if mode == "momentum" else 1.0
 

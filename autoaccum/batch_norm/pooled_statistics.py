@@ -62,9 +62,6 @@ class PooledStatistics:
         """Looks the layers up, lazy ones too; the model is untouched until `begin`.
 
         Of a model that is compiled best before its first compiled call. `mode`: "pooled", "momentum" or "keep".
-
-        Raises:
-            SetupError: an unknown mode.
         """
         if mode not in MODES:
             raise SetupError(f"batch_norm={shown(mode)} is not known: give one of {', '.join(map(repr, MODES))}")
@@ -89,10 +86,8 @@ class PooledStatistics:
     def begin(self, k: int | None = None) -> None:
         """Opens a window of `k` micro-batches, as the following ones; None: as before.
 
-        One that is still open over a layer, of this owner or another, is discarded first.
-
-        Raises:
-            PlanError: mode "momentum", and a layer's own momentum is not between 0 and 1.
+        One that is still open over a layer, of this owner or another, is discarded first. A PlanError in mode
+        "momentum" where a layer's own momentum is not between 0 and 1.
         """
         self._end_windows()
         self.k = self.k if k is None else k
@@ -114,10 +109,8 @@ class PooledStatistics:
     def commit(self, ranks: Ranks | None = None) -> None:
         """Closes the window: one update of each layer that was called, on this rank or another of `ranks`.
 
-        All ranks must call this; None: those of the default process group, where there is one.
-
-        Raises:
-            SetupError: no window is open; or a layer's calls cannot be pooled. The window can be discarded then.
+        All ranks must call this; None: those of the default process group, where there is one. A SetupError where no
+        window is open, or a layer's calls cannot be pooled: the window can be discarded then.
         """
         if not self.is_open:
             raise SetupError("there are no statistics to commit: call begin() before the window's first micro-batch")
@@ -289,11 +282,7 @@ def needs_two(error: BaseException) -> bool:
 
 
 def expect_equal_counts(model: nn.Module, made: Plan) -> None:
-    """Where SyncBatchNorm meets the other ranks in each micro-batch: that all have as many, in every window.
-
-    Raises:
-        PlanError: they have not.
-    """
+    """Where SyncBatchNorm meets the other ranks in each micro-batch: that all have as many, in every window."""
     if not any(sharers(module) > 1 for module in model.modules()):
         return
     sizes = {made.target_batch, *(() if made.samples is None else (size for size, _ in made.window_runs(made.samples)))}
