@@ -47,7 +47,9 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
     """The GPU with this UUID (with or without the "GPU-" or "MIG-" before it), or None and the reason why not."""
     if nvml is None:
         try:
-            import pynvml as nvml
+            import pynvml
+
+            nvml = pynvml
         except ImportError as error:
             return None, f"nvidia-ml-py cannot be imported ({error})"
     try:
