@@ -73,10 +73,16 @@ class Session:
         self, model: Any, data: Any, settings: Mapping[str, Any], *, what: str = "prepare",
         events: Events | None = None,
     ) -> None:  # fmt: skip
-        """Checks everything, then puts it together; nothing runs yet. Raises as `prepare`.
+        """Checks everything, then puts it together; nothing runs yet.
 
-        `what` is "prepare" where a training follows, else what is asked: "probe", "verify" or "attach". `events`: where
-        somebody listens already; None: to `sinks`, `callbacks` and the display.
+        Args:
+            model, data: as in `prepare`.
+            settings: any keywords of `prepare`.
+            what: "prepare" where a training follows, else what is asked: "probe", "verify" or "attach".
+            events: where somebody listens already; None: to `sinks`, `callbacks` and the display.
+
+        Raises:
+            AutoaccumError: what cannot be trained with, as in `prepare`.
         """
         asked = self.settings = Settings(settings)
         self._what, self._trains = what, what == "prepare"
@@ -112,7 +118,10 @@ class Session:
     def probe(self, target: int | None = None, *, runs: bool = True) -> ProbeReport:
         """What fits, found on real steps that leave no trace; `target` in the place of the settings' target batch.
 
-        With `runs` False the answer for a sharded model is forecast only. A NothingFitsError where nothing does.
+        With `runs` False the answer for a sharded model is forecast only.
+
+        Raises:
+            NothingFitsError: not even the smallest micro-batch fits.
         """
         if self.report is not None:
             return self.report
@@ -137,8 +146,11 @@ class Session:
         self.report, self._found_by = report, by
 
     def plan(self) -> Plan:
-        """How each window is cut: as given, as a checkpoint has it, or by what fits; else a PlanError, or as
-        `probe`.
+        """How each window is cut: as given, as a checkpoint has it, or by what fits.
+
+        Raises:
+            PlanError: a target that cannot be cut, with the nearest that can.
+            NothingFitsError: as `probe`.
         """
         if self._plan is None:
             given = self._given
@@ -188,8 +200,10 @@ class Session:
 
         The ranks agree on the verdict: the report of the first phase that failed, else of the first. Where nothing
         could be seen and the loss is a function whose mean is not known, a Python warning says so. Where the whole
-        batch runs at once nothing is accumulated, and a failure is only told; else it is a LossError, unless `check` is
-        "warn".
+        batch runs at once nothing is accumulated, and a failure is only told.
+
+        Raises:
+            LossError: it failed, and `check` is not "warn".
         """
         if self._verdict is None and self._kept is None and self.settings.check is not False:
             reports = [self._checked(turn) for turn in self.parts.turns]

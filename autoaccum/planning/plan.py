@@ -38,11 +38,18 @@ class Plan(PlanFields, Drawn):
     _view = "plan_view"
 
     def with_limit(self, limit: int, reason: str) -> "Plan":
-        """The plan for the same target with at most `limit` samples at once, on every rank; `reason` is one line on it.
+        """The plan for the same target with at most `limit` samples at once, on every rank.
 
         Roomier ranks come down to `limit`. Where all have less, the roomiest rise to it, and those that were smaller
         than these stay as they are. Where samples differ in length, `limit` is for the longest ones, and what shorter
-        ones may take changes in proportion. A PlanError names the nearest target where this one cannot be cut so.
+        ones may take changes in proportion.
+
+        Args:
+            limit: the new limit.
+            reason: one line on it, kept under "limit".
+
+        Raises:
+            PlanError: the target cannot be cut so; the nearest that can is named.
         """
         limit = split.whole("limit", limit, 1)
         roomiest = max(self.limits)
@@ -52,7 +59,11 @@ class Plan(PlanFields, Drawn):
         return _arranged(dataclasses.replace(self, limits=limits, by_length=room, reasons=reasons))
 
     def on_rank(self, rank: int) -> "Plan":
-        """This plan as another rank has it: what a plan read from one rank's file becomes on the others."""
+        """This plan as another rank has it: what a plan read from one rank's file becomes on the others.
+
+        Raises:
+            PlanError: there is no such rank.
+        """
         return _arranged(dataclasses.replace(self, rank=_rank(rank, self.world_size)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,7 +97,11 @@ class Plan(PlanFields, Drawn):
         return as_config(self, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON: whole, or not at all where something fails half-way, which is a PlanError."""
+        """Write the plan as JSON: whole, or not at all where something fails half-way.
+
+        Raises:
+            PlanError: it cannot be written there.
+        """
         stored.write_file(Path(path), self.to_dict())
 
     @classmethod

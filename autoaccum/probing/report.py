@@ -98,7 +98,10 @@ class ProbeReport(Drawn):
         """The peak in bytes at `batch` samples (of `length`, where it was traced over lengths), run or not.
 
         The number is what a budget counts, on a device what its allocator reserves; `forecast(n).requested` is what the
-        tensors take of it. A ProbeError where the probe had to measure instead: it has no forecast.
+        tensors take of it.
+
+        Raises:
+            ProbeError: the probe had to measure instead: it has no forecast.
         """
         from autoaccum.errors import ProbeError
 
@@ -148,7 +151,11 @@ class ProbeReport(Drawn):
         return cls(**given, forecaster=forecaster)
 
     def plot(self, path: str | Path) -> None:
-        """Draws forecast, trials and budget, and the memory over one window, into an image file."""
+        """Draws forecast, trials and budget, and the memory over one window, into an image file.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
         from autoaccum.display.plots import probe_plot
 
         probe_plot(self.to_dict(), path)

@@ -100,7 +100,8 @@ class SearchResult(Drawn):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the best plan with its parameters as JSON, whole or not at all: `autoaccum fit TARGET --plan path`.
 
-        A PlanError where it cannot be written there.
+        Raises:
+            PlanError: it cannot be written there.
         """
         values = {
             "schema": SCHEMA,
@@ -119,9 +120,11 @@ class SearchResult(Drawn):
         write_file(Path(path), values)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the values of the trials in their order, as Optuna does; its dashboard has more.
+        """Draws the history, the importance of the parameters, and the value over target batch and learning rate.
 
-        A MissingExtraError without matplotlib, a SetupError where it cannot write that format.
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            SetupError: it cannot write that format.
         """
         from autoaccum.display.plots import picture_format
 
@@ -213,7 +216,12 @@ def _state(name: str, outcome: str) -> str:
 
 
 def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> SearchResult:
-    """The result of a study; an error where no trial came to its end."""
+    """The result of a study in which at least one trial came to its end.
+
+    Raises:
+        NothingFitsError: nothing fits in any of the settings tried.
+        AutoaccumError: no trial came to its end.
+    """
     rows, best = rows_of(study), weights.best_trial(study)
     if best is None:
         raise _no_best(study, rows)

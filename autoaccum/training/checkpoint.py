@@ -1,15 +1,16 @@
 """Checkpoints in a folder: written whole or not at all, found again after whatever happened.
 
 - A checkpoint is two files. `step-00000050-epoch-2-window-3.pt` is what `torch.load(weights_only=True)` reads; the
-`.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk and
-renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged. Of a sharded
-model there is a folder too, `.shards`, which all ranks have written to and the `.json` vouches for as well. - The
-training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming and
-the clearing away of older ones go on beside it; `settle` says how that ended. - Where one is damaged or half-written,
-the one before it is used, and that is said. One with code in it is no accident: nothing of it is run, and nothing goes
-on behind the user's back. - Only names of ours are touched. What lacks its .json keeps its contents under another name,
-and what an earlier training left is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ... - Checkpoints
-are their owner's alone; the record beside them is for whoever the umask lets read it.
+  `.json` beside it says what it is, how long, and its SHA-256. Both are written under other names, forced to the disk
+  and renamed, the `.json` last: a checkpoint without one was never finished, one that does not match is damaged. Of a
+  sharded model there is a folder too, `.shards`, which all ranks have written to and the `.json` vouches for as well.
+- The training waits until the bytes are with the operating system. Forcing them to the disk, the checksum, the renaming
+  and the clearing away of older ones go on beside it; `settle` says how that ended.
+- Where one is damaged or half-written, the one before it is used, and that is said. One with code in it is no
+  accident: nothing of it is run, and nothing goes on behind the user's back.
+- Only names of ours are touched. What lacks its .json keeps its contents under another name, and what an earlier
+  training left is never deleted: a new one moves it to `earlier-1`, `earlier-2`, ...
+- Checkpoints are their owner's alone; the record beside them is for whoever the umask lets read it.
 """
 
 import contextlib

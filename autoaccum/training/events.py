@@ -159,7 +159,8 @@ class Sink(Protocol):
 class Events:
     """Hands each event to every listener, in the order they were given.
 
-    `stop` is why a listener asked for the end of the training; None while none has.
+    Attributes:
+        stop: why a listener asked for the end of the training; None while none has.
     """
 
     def __init__(self, listeners: Iterable[Listener] = ()) -> None:
@@ -194,14 +195,18 @@ class Events:
 class JsonlSink:
     """Every event as a JSON line in a file; a resumed run appends.
 
-    A disk that is full costs lines, not the training: that is said once (`failed` has why, else None), and writing is
-    tried again at each event.
+    A disk that is full costs lines, not the training: that is said once, and writing is tried again at each event.
+
+    Attributes:
+        failed: why lines are missing; None where none are.
     """
 
     def __init__(self, path: str | Path, *, follow: bool = True) -> None:
         """Makes the file's folder; the file is opened at the first event, and again at one after `close`.
 
-        It may be a device such as /dev/stdout. Where it is not to `follow` a symbolic link, one is refused.
+        Args:
+            path: of the file, also a device such as /dev/stdout.
+            follow: through a symbolic link; without, one is refused.
         """
         self._path, self._open_file = Path(path), open if follow else open_own
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,7 +287,11 @@ class TensorBoardSink:
     """Loss, LR, throughput and evaluations as TensorBoard scalars over optimizer steps."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Opens a writer; a MissingExtraError without tensorboard."""
+        """Opens a writer.
+
+        Raises:
+            MissingExtraError: tensorboard is not installed.
+        """
         from autoaccum.errors import MissingExtraError
 
         try:

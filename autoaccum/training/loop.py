@@ -226,8 +226,10 @@ class TrainingLoop:
         )  # fmt: skip
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
-        """The loss and the metrics over `data`, or over the validation data, else a DataError; the model is not
-        trained.
+        """The loss and the metrics over `data`, or over the validation data; the model is not trained.
+
+        Raises:
+            DataError: there is neither.
         """
         evaluator = self._evaluator
         if evaluator is None:
@@ -390,7 +392,8 @@ class TrainingLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on as the loop that gave `state` would have. Generators and data follow when iteration begins.
 
-        A CheckpointError where it is of another target batch, data, model, optimizer or seed.
+        Raises:
+            CheckpointError: it is of another target batch, data, model, optimizer or seed.
         """
         with loading("progress"):
             progress = dict(state["progress"])

@@ -7,12 +7,13 @@
     step-*.pt, .json   the checkpoints
 
 - Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
-have passed since the last: an epoch may take days. The first rank's clock decides that for all. - Nothing that fails
-here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end. - A folder that
-could not be readied is not saved to: what a restart finds there would be another training's. Each save tries to ready
-it again. - Only the first rank writes, and sends the others what it resumes from: their machines may share no disk. Of
-a sharded model all ranks write their shards, to a folder that the first one makes, and read them. - What torchrun
-restarts after a failure goes on also with resume=False, which its first start has obeyed.
+  have passed since the last: an epoch may take days. The first rank's clock decides that for all.
+- Nothing that fails here ends a training. It is said each time, the training goes on, and `unsaved` says so at the end.
+- A folder that could not be readied is not saved to: what a restart finds there would be another training's. Each save
+  tries to ready it again.
+- Only the first rank writes, and sends the others what it resumes from: their machines may share no disk. Of a sharded
+  model all ranks write their shards, to a folder that the first one makes, and read them.
+- What torchrun restarts after a failure goes on also with resume=False, which its first start has obeyed.
 """
 
 import io

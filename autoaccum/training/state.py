@@ -1,11 +1,11 @@
 """What a training is at a window's boundary, as plain values and tensors; and the same training out of them.
 
 - Only what `torch.load(weights_only=True)` reads goes in: numbers, texts, containers, tensors. What is none of these is
-refused when it is saved, by name, rather than when somebody needs it. - A module is its `state_dict()`, and the buffers
-that it keeps out of it as well: a training goes on from all of them. - An optimizer casts what it loads to its
-parameters' dtypes. Here each value comes back in the dtype that it had, since an optimizer with fp32 state beside bf16
-parameters would go on another way. - Before anything is loaded, all that tells one training from another is compared,
-and all that differs is named.
+  refused when it is saved, by name, rather than when somebody needs it.
+- A module is its `state_dict()`, and the buffers that it keeps out of it as well: a training goes on from all of them.
+- An optimizer casts what it loads to its parameters' dtypes. Here each value comes back in the dtype that it had, since
+  an optimizer with fp32 state beside bf16 parameters would go on another way.
+- Before anything is loaded, all that tells one training from another is compared, and all that differs is named.
 """
 
 import codecs

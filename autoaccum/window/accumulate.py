@@ -165,12 +165,14 @@ class Accumulator(Passes):
             self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
 
     def window(self, batches: Any) -> Iterator[Any]:
-        """Yields the micro-batches of one window, on the device; the step follows the last one. Call `backward` for
-        each.
+        """Yields the micro-batches of one window, on the device; the step follows the last one.
 
         Args:
             batches: one batch on the host, which is cut by the plan; or a list of micro-batches that are cut already,
                 each a tuple, list or dict of one structure and within the plan's limit.
+
+        Yields:
+            Micro-batches of the same structure. Call `backward` once for each.
 
         Raises:
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
@@ -443,8 +445,10 @@ class Accumulator(Passes):
     def state_dict(self) -> dict[str, Any]:
         """The counts of a loop of one's own, for its checkpoints: plain values, without model, optimizer and schedule.
 
-        An Accelerator keeps them where it is told to: `accelerator.register_for_checkpointing(accumulator)`. A
-        SetupError while a window is open.
+        An Accelerator keeps them where it is told to: `accelerator.register_for_checkpointing(accumulator)`.
+
+        Raises:
+            SetupError: a window is open.
         """
         if self.is_open:
             raise SetupError(
@@ -454,7 +458,11 @@ class Accumulator(Passes):
         return {**counts, "target_batch": self.plan.target_batch, "noise_scale": self.noise_scale.state_dict()}
 
     def load_state_dict(self, state: Any) -> None:
-        """Goes on counting from what `state_dict` gave, of the same target batch, else a CheckpointError."""
+        """Goes on counting from what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it gave something else, or of another target batch.
+        """
         try:
             counts = {name: int(state[name]) for name in ("step", "epoch", "skipped_windows", "target_batch")}
             noise_scale = {name: float(state["noise_scale"][name]) for name in self.noise_scale.state_dict()}
