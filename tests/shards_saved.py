@@ -17,7 +17,7 @@ class Interruption(Exception):
 
 
 def prepared(
-    folder: Any, *, drop: float = 0.3, epochs: int = 3, until: int | None = None, shard: bool = True, **more: Any
+    folder: Any, *, drop: float = 0.3, epochs: int = 2, until: int | None = None, shard: bool = True, **more: Any
 ) -> autoaccum.TrainingLoop:
     """Shuffled windows, dropout, AdamW on a schedule, clipping: three windows an epoch, each of them saved."""
 

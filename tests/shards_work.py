@@ -163,18 +163,17 @@ class Case:
 
 CASES = {
     "equal limits": Case(),
-    "unequal limits": Case(limits=(4, 1)),
-    "a tail smaller than the ranks": Case(count=31),
+    "unequal limits, a tail smaller than the ranks": Case(limits=(4, 1), count=31),
     "clipped": Case(clip=0.05, limits=(4, 1)),
     "tied": Case(model=functools.partial(Net, tied=True), adam=True),
     "checkpointed": Case(model=functools.partial(Net, checkpointed=True), limits=(1, 3)),
     "kept gathered": Case(reshard=False, limits=(1, 3)),
-    "a branch in some samples": Case(model=functools.partial(Net, flagged=True), target=2, limits=(1, 1)),
+    "a branch in some samples": Case(model=functools.partial(Net, flagged=True), target=2, limits=(1, 1), count=14),
     "BatchNorm": Case(model=functools.partial(Net, norm=True), limits=(4, 2), count=31),
 }
 CASES |= {
     f"{name}, summed late": dataclasses.replace(CASES[name], late=True)
-    for name in ("unequal limits", "a tail smaller than the ranks", "clipped", "checkpointed", "kept gathered",
+    for name in ("unequal limits, a tail smaller than the ranks", "clipped", "checkpointed", "kept gathered",
                  "a branch in some samples")
 }  # fmt: skip
 

@@ -203,7 +203,7 @@ def moved(stage, rank, folder):
                 loop = prepared(None, drop=0.0, shard=shard)
                 loop.run()
                 found[name] = came_to(loop)
-            loop = prepared(place, drop=0.0, shard=shard, until=(3, 6, None)[stage])
+            loop = prepared(place, drop=0.0, shard=shard, until=(2, 4, None)[stage])
             ended(loop)
             if stage == 1:
                 found[name] = [loop.plan.world_size, loop.plan.reasons["ranks"], torch.rand(3).tolist()]

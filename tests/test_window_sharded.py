@@ -108,7 +108,7 @@ def work(rank, folder):
         found = {}
         for name, case in CASES.items():
             found[name] = off(trained(case, rank, size), by_hand(case), case.model())
-        case = dataclasses.replace(CASES["a tail smaller than the ranks"], limits=(4, 1))
+        case = CASES["unequal limits, a tail smaller than the ranks"]
         found["own loop"] = off(own_loop(case, rank, size), by_hand(case), case.model())
         late = dataclasses.replace(case, late=True)
         found["own loop, summed late"] = off(own_loop(late, rank, size), by_hand(late), late.model())

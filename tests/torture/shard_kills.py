@@ -113,7 +113,7 @@ def _fork(rank: int, meeting: str, folder: Path | None, answer: Path) -> int:
     warnings.simplefilter("ignore")
     try:
         with grouped(rank, RANKS, meeting):
-            loop = prepared(folder, epochs=2)
+            loop = prepared(folder)
             loop.run()
             found = came_to(loop)
             values = [found["records"], [tensor.tolist() for tensor in found["tensors"]]]
