@@ -222,7 +222,8 @@ def prepare(
         sinks, callbacks: functions of an event.
         group: the ranks that train together, a process group of torch.distributed's; None: all of them.
         device_mesh: these ranks as a DeviceMesh, instead of `group`: of one dimension, or all ranks in several that
-            are named as those of data parallelism are, such as ("replicate", "shard").
+            are named as those of data parallelism are, such as ("replicate", "shard"). Along a dimension with another
+            name, such as "tp" in ("dp", "tp"), ranks have the same samples and train copies of one model.
 
     Raises:
         NothingFitsError: not even the smallest micro-batch fits.

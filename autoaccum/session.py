@@ -16,7 +16,7 @@ from autoaccum.checking.padding import padding_error
 from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
-from autoaccum.errors import LossError, shown
+from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.memory.budget import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
@@ -38,7 +38,7 @@ from autoaccum.probing.planned import planned
 from autoaccum.probing.probe import Question
 from autoaccum.probing.prober import Prober
 from autoaccum.probing.report import ProbeReport
-from autoaccum.ranks import Ranks, here, join, ranks_given
+from autoaccum.ranks import Ranks, here, join, ranks_given, sharing
 from autoaccum.settings import SETTINGS, Settings, deciding, taken_by
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
@@ -47,6 +47,7 @@ from autoaccum.training.make_ready import for_phase, ready_to_train
 from autoaccum.training.parts import kept_answers
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
+from autoaccum.window.agreement import agree_on_copies
 from autoaccum.window.assembly import Assembly, assemble
 
 __all__ = ["Session", "display"]
@@ -100,6 +101,7 @@ class Session:
         self._in_child = isinstance(self._isolation, Isolation)
         join()
         ranks = here(group=ranks_given(asked.group, asked.device_mesh))
+        self._share_samples(model)
         if given is not None:
             self._given = for_ranks(given, ranks.rank, ranks.size)
         self.events = events or Events([*listeners, *display(asked.progress, ranks)])
@@ -111,6 +113,16 @@ class Session:
         self._folder, self._kept = open_run(asked.checkpoint, asked.checkpoint_every, asked.resume, ranks, self.events)
         if self._kept is not None:
             self._given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
+
+    def _share_samples(self, model: Any) -> None:
+        """Where a mesh has dimensions along which ranks have the same samples, sees that they can begin alike."""
+        others = sharing(self.settings.device_mesh)
+        if others and self.settings.checkpoint is not None:
+            raise SetupError(
+                "checkpoint= is given, and along some dimension of device_mesh= ranks have the same samples, all of "
+                "which would write to it: give the mesh's dimension of data alone, and each copy a folder of its own"
+            )
+        agree_on_copies(others, model, self.settings.target_batch)
 
     def _note(self, text: str) -> None:
         self.events.tell(Noted(text))

@@ -22,8 +22,8 @@ EXACT = 1e-10
 CASE = Case(limits=(4, 2), count=31)
 
 
-def prepared(case, rank, **more):
-    model = sharded(case.model())
+def prepared(case, rank, mesh=None, shard=True, **more):
+    model = sharded(case.model(), mesh=mesh) if shard else case.model()
     loop = autoaccum.prepare(
         model, tokens(case.count), target_batch=case.target, loss=nn.CrossEntropyLoss(), shuffle=False, lr_rule="none",
         optimizer=case.optimizer(model.parameters()), clip_norm=case.clip, progress=False,
@@ -77,8 +77,14 @@ def over_meshes(rank):
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
     model, loop = prepared(CASE, rank, device_mesh=mesh)
     found = {"trained": ended(loop.run), "off": off(model, by_hand(CASE), CASE.model())}
-    tensor = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    found["tensor"] = ended(lambda: prepared(CASE, rank, device_mesh=tensor))
+    both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    model, loop = prepared(CASE, 0, device_mesh=both, shard=False)
+    found["copies"] = [ended(loop.run), off(model, by_hand(CASE), CASE.model())]
+    found["over both"] = ended(lambda: prepared(CASE, 0, device_mesh=both, mesh=mesh))
+    found["apart"] = ended(lambda: prepared(Case(target=8 + rank), 0, device_mesh=both, shard=False))
+    found["folder"] = ended(lambda: prepared(CASE, 0, device_mesh=both, shard=False, checkpoint="run"))
+    none = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    found["no data"] = ended(lambda: prepared(CASE, rank, device_mesh=none))
     found["both"] = ended(lambda: prepared(CASE, rank, device_mesh=mesh, group=torch.distributed.group.WORLD))
     found["none"] = ended(lambda: prepared(CASE, rank, device_mesh="dp"))
     return found
@@ -162,13 +168,45 @@ def test_a_mesh_says_which_ranks_train_together(found):
     for each in (rank["mesh"] for rank in found):
         assert each["trained"] == "ended well"
         assert each["off"] <= EXACT
-        assert "has the dimension 'tp' of 2: tensor, pipeline and context parallelism are" in each["tensor"]
+        assert each["copies"][0] == "ended well"
+        assert each["copies"][1] <= EXACT
+        assert "shard it along the dimension of data alone" in each["over both"]
+        assert "target_batch: rank 0 has 8, rank 1 has 9" in each["apart"]
+        assert "all of which would write to it" in each["folder"]
+        assert "the dimensions tp, of which 0 are of data" in each["no data"]
         assert "give one of them" in each["both"]
         assert "'dp' is no DeviceMesh" in each["none"]
 
 
 def test_what_is_not_there_for_sharded_models_is_refused_by_name(found):
     assert found[0]["compile"].startswith(f"{SetupError.__name__}: compile is not supported")
+
+
+def work_of_copies(rank, folder):
+    """Two copies, each over two ranks of unequal limits: sharded along the dimension of data, and replicated."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with grouped(rank, 4, folder):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        found = []
+        for shard in (True, False):
+            case = Case(limits=(4, 2), count=31, clip=0.05)
+            model, loop = prepared(case, rank // 2, mesh=mesh["dp"], shard=shard, device_mesh=mesh)
+            found.append([ended(loop.run), off(model, by_hand(case), case.model()),
+                          [record.noise_scale for record in loop.history], list(loop.plan.micro_batches)])  # fmt: skip
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_ranks_along_a_dimension_that_is_not_datas_have_the_same_samples(tmp_path):
+    started(work_of_copies, 4, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    for said, far, *_ in (each for rank in found for each in rank):
+        assert said == "ended well"
+        assert far <= EXACT
+    assert found[0] == found[1]  # of one row of the mesh: the same samples
+    assert found[2] == found[3]
+    assert [each[-1] for each in found[0]] != [each[-1] for each in found[2]]  # their limits differ
 
 
 @pytest.mark.slow

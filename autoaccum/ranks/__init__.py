@@ -15,11 +15,11 @@ Choices:
 """
 
 from autoaccum.ranks.alone import Flight, Ranks
-from autoaccum.ranks.joining import ends_all, here, join, leave, ranks_given
+from autoaccum.ranks.joining import ends_all, here, join, leave, ranks_given, sharing
 from autoaccum.ranks.lost import LostRankError
 from autoaccum.ranks.places import bytes_of, digest, told, was_told
 
 __all__ = [
     "Flight", "LostRankError", "Ranks", "bytes_of", "digest", "ends_all", "here", "join", "leave", "ranks_given",
-    "told", "was_told",
+    "sharing", "told", "was_told",
 ]  # fmt: skip

@@ -21,9 +21,9 @@ if dist.is_available():
     import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["ends_all", "here", "join", "leave", "ranks_given"]
+__all__ = ["ends_all", "here", "join", "leave", "ranks_given", "sharing"]
 
-# Dimensions of a mesh along which each rank has samples of its own.
+# Dimensions of a mesh along which each rank has samples of its own; along others ranks share theirs.
 DATA_DIMENSIONS = ("dp", "data", "ddp", "fsdp", "replicate", "shard", "dp_replicate", "dp_shard")
 
 
@@ -84,11 +84,11 @@ def ends_all(together: bool = True, group: Any = None) -> Iterator[None]:
 
 
 def ranks_given(group: Any, mesh: Any) -> Any:
-    """The process group of `group=` or of `device_mesh=`; None where neither is given.
+    """The process group of `group=` or of `device_mesh=`, among which windows are shared out; None: all ranks.
 
     Raises:
         SetupError: both are given; or the mesh is none, does not hold this process, or not all ranks in several
-            dimensions, or has one that is none of data parallelism's.
+            dimensions of data; or has others as well, and not one of data.
     """
     if mesh is None:
         return group
@@ -96,14 +96,18 @@ def ranks_given(group: Any, mesh: Any) -> Any:
         raise SetupError("group= and device_mesh= both say which ranks train together: give one of them")
     if not hasattr(mesh, "mesh_dim_names"):
         raise SetupError(f"device_mesh={shown(mesh)} is no DeviceMesh: give what init_device_mesh returned")
-    for at, name in enumerate(mesh.mesh_dim_names or ()):
-        if name not in DATA_DIMENSIONS and mesh.size(at) > 1:
-            raise SetupError(
-                f"device_mesh= has the dimension {name!r} of {mesh.size(at)}: tensor, pipeline and context parallelism "
-                f"are not supported, and ranks have their own samples along {', '.join(DATA_DIMENSIONS)} only"
-            )
     if mesh.get_coordinate() is None:
         raise SetupError("device_mesh= does not hold this process: call this on the ranks that it was made of")
+    names = mesh.mesh_dim_names or ()
+    data = [at for at, name in enumerate(names) if name in DATA_DIMENSIONS]
+    if _of_copies(mesh):
+        if len(data) != 1:
+            raise SetupError(
+                f"device_mesh= has the dimensions {', '.join(names)}, of which {len(data)} are of data: beside others "
+                f"ranks have samples of their own along one dimension, which is named as one of "
+                f"{', '.join(DATA_DIMENSIONS)}"
+            )
+        return mesh.get_group(data[0])
     if mesh.ndim == 1:
         return mesh.get_group()
     if mesh.size() != dist.get_world_size():
@@ -112,6 +116,16 @@ def ranks_given(group: Any, mesh: Any) -> Any:
             "all ranks, one of one dimension, or their process group by group="
         )
     return None
+
+
+def sharing(mesh: Any) -> list[Ranks]:
+    """This process among those that have the same samples, for each dimension of a mesh that is none of data's."""
+    return [] if mesh is None else [here(group=mesh.get_group(at)) for at in _of_copies(mesh)]
+
+
+def _of_copies(mesh: Any) -> list[int]:
+    names = enumerate(mesh.mesh_dim_names or ())
+    return [at for at, name in names if name not in DATA_DIMENSIONS and mesh.size(at) > 1]
 
 
 def here(device: torch.device | None = None, group: Any = None) -> Ranks:

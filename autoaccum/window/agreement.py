@@ -1,20 +1,26 @@
 """What the ranks of a training must have alike, as plain values by name, for `Ranks.agree` to compare."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
 
-__all__ = ["agree_on_windows", "model_facts", "optimizer_facts", "setting_facts"]
+__all__ = ["agree_on_copies", "agree_on_windows", "model_facts", "optimizer_facts", "setting_facts"]
 
 _BUILD_ALIKE = (
     "Build model, optimizer and plan alike on every rank; DistributedDataParallel around the model gives all ranks the "
     "first one's weights"
+)
+_COPIES = (
+    "Ranks along a dimension of device_mesh= that is none of data's have the same samples, and train copies of one "
+    "model: build it with the same seed, and shard it along the dimension of data alone; tensor, pipeline and context "
+    "parallelism are not supported"
 )
 _DECLARE = (
     "Each rank reads the loss's denominators off its own samples: return autoaccum.Mean(numerator, denominator) from "
@@ -57,6 +63,19 @@ def agree_on_windows(
         ranks.agree("the first window", facts, _BUILD_ALIKE)
         unseen = ranks.any("what the loss divides by", len(loss) == 1)  # a rank whose samples showed nothing asks later
         ranks.agree("what the loss divides by", {"the loss": loss.get("terms")} if unseen else loss, _DECLARE)
+
+
+def agree_on_copies(sharing: Sequence[Ranks], model: Any, target_batch: int | None) -> None:
+    """Compares over ranks that have the same samples what they begin with: each trains a copy, and none waits for them.
+
+    Raises:
+        SetupError: theirs differ, and in what; on all ranks.
+    """
+    if sharing and isinstance(model, nn.Module):
+        weights = ((f"the values of {name!r}", local(parameter)) for name, parameter in model.named_parameters())
+        facts = {"target_batch": target_batch} | model_facts(model) | _checksums(weights)
+        for ranks in sharing:
+            ranks.agree("ranks with the same samples", facts, _COPIES)
 
 
 def _weight_facts(model: nn.Module) -> dict[str, Any]:
