@@ -64,7 +64,7 @@ def test_floors_that_differ_between_ranks_are_refused():
     ]
     for objective in objectives:
         objective.settle([marks()[0]])
-    sums = [one + other for one, other in zip(*(objective.floors for objective in objectives))]
+    sums = [one + other for one, other in zip(*(objective.reading.floors for objective in objectives))]
     for objective in objectives:
         with pytest.raises(LossError, match="another floor on some of them"):
-            objective.agree_on_floors(sums)
+            objective.reading.agree_on_floors(sums)

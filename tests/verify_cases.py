@@ -277,8 +277,8 @@ FAULTS = {
     ),
     "a Mean of a mean": (
         lambda: (mlp(), pairs(), {"step": lambda m, b: Mean(mean(m(b[0]), b[1]), float(len(b[1])))}),
-        Cause.DIVIDED_TWICE,
-        "reduction='sample_mean'",
+        Cause.COUPLED,
+        "a mean is divided again",
     ),
     "a Mean over nothing": (
         lambda: (mlp(), pairs(), {"step": lambda m, b: Mean(total(m(b[0]), b[1]), 1.0)}),
@@ -287,13 +287,13 @@ FAULTS = {
     ),
     "a loss is divided by the batch size again": (
         lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) / len(o)}),
-        Cause.DIVIDED_TWICE,
-        "reduction='sample_mean'",
+        Cause.COUPLED,
+        "a mean is divided again",
     ),
     "a loss reads the batch size": (
         lambda: (mlp(), pairs(), {"loss": lambda o, t: mean(o, t) * len(o) ** 0.5}),
-        Cause.SIZE_BOUND,
-        "power 0.5",
+        Cause.COUPLED,
+        "which is no count",
     ),
     "a model knows the batch size": (lambda: (Fixed(), pairs(), {"loss": mean}), Cause.SIZE_BOUND, "invalid for input"),
     "info nce": (

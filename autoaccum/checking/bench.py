@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from autoaccum.data import tree
 from autoaccum.interrupts import interruptible
-from autoaccum.loss.asking import RAISED, unlike
+from autoaccum.loss.asking import RAISED, rounding, unlike
 from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.reading import Reading
@@ -35,11 +35,7 @@ from autoaccum.window.determinism import Determinism
 
 __all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
 
-# Relative errors that rounding alone may make, by the coarsest number format that was computed in: ten times and more
-# what right models show when a batch is split. A fault in a denominator makes 1e-2 and more.
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-_ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
-_ROUNDING_8_BITS = 5e-2
+_LEAST_ROUNDING = 1e-8  # of a gradient in float64
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
 _WHERE = "verify"  # ranks of a sharded model that exchange something
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
@@ -265,9 +261,7 @@ class Bench:
     @property
     def rounding(self) -> float:
         """The relative error that rounding alone may make in the windows that were run."""
-        formats = self.fixed.formats
-        coarsest = max((_ROUNDING.get(dtype, _ROUNDING_8_BITS) for dtype in formats), default=_ROUNDING[torch.float32])
-        return coarsest if self._device.type == "cpu" or formats == {torch.float64} else max(coarsest, _ROUNDING_TF32)
+        return max(rounding(self.fixed.formats, self._device), _LEAST_ROUNDING)
 
 
 class _Taken(Optimizer):

@@ -1,8 +1,8 @@
 """Why an accumulated gradient is not the large batch's, by what the loss's graph says that it divides by.
 
 Whatever was declared, the loss is read on the samples that were looked at (settle.py). A sum that is divided as a mean,
-a mean that is added up, a mean over something else than was declared, several denominators under one, a loss divided
-twice: each is seen in the divisors. What is no mean compares samples with one another.
+a mean that is added up, a mean over something else than was declared, several denominators under one: each is seen in
+the divisors. What is no mean compares samples with one another.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,6 @@ from autoaccum.loss.settle import Unread
 
 __all__ = ["Cause", "Diagnosis", "declaration", "diagnose", "no_mean"]
 
-_WHOLE = "use a micro-batch as large as the target batch"
-
 
 class Cause:
     """The causes in short, as a report names them."""
@@ -25,7 +23,6 @@ class Cause:
     TOO_SMALL = "k times too small"
     UNEVEN = "uneven denominators"
     SEVERAL = "several denominators"
-    DIVIDED_TWICE = "divided twice"
     COUPLED = "batch-coupled loss"
     SIZE_BOUND = "depends on the batch size"
     NOT_FINITE = "not finite in a part"
@@ -51,7 +48,7 @@ def diagnose(
         added_up: whether that was the plain sum of their own gradients.
     """
     if isinstance(found, Unread) and found.rule is None:
-        return _of_no_count(found)
+        return no_mean(found.why)
     if isinstance(found, Reading) and len(found.divisors) > 1:
         return Diagnosis(
             Cause.SEVERAL,
@@ -99,33 +96,10 @@ def no_mean(why: str) -> Diagnosis:
     return Diagnosis(
         Cause.COUPLED,
         f"a batch-coupled loss: {why}, as where samples are compared with one another (contrastive pairs, triplets, "
-        f"balance between experts, statistics over the batch); accumulating cannot be right.\nU{_WHOLE[1:]}, or keep "
-        f"that term out of the loss; where it is a mean over what counts, {DECLARE}",
+        "balance between experts, statistics over the batch, a root of a mean); accumulating cannot be right.\n"
+        "Use a micro-batch as large as the target batch, or keep that term out of the loss (MSE for RMSE); where it is "
+        f"a mean over what counts, {DECLARE}",
     )
-
-
-def _of_no_count(found: Unread) -> Diagnosis:
-    """What divides by no count of samples."""
-    if found.bent:
-        return Diagnosis(
-            Cause.COUPLED,
-            f"a batch-coupled loss: {found.why}; accumulating cannot be right.\nMinimise the mean instead (MSE for "
-            f"RMSE), or {_WHOLE}",
-        )
-    if found.twice is not None:
-        return Diagnosis(
-            Cause.DIVIDED_TWICE,
-            f"divided twice: the loss is divided by {found.twice.name}, and what is divided is their mean already.\n"
-            f"Return the mean alone and declare {found.twice.declare}, or a Mean whose numerator is the sum of the "
-            "losses",
-        )
-    if found.power is not None:
-        return Diagnosis(
-            Cause.SIZE_BOUND,
-            f"the loss reads the batch size: it grows with its power {1 - found.power:.2g}, as no mean and no sum "
-            "does.\nTake the batch size out of the loss, or return autoaccum.Mean(numerator, denominator) from step=",
-        )
-    return no_mean(found.why)
 
 
 def _words(found: Reading) -> list[str]:

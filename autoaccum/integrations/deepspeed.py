@@ -21,7 +21,7 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError, shown
-from autoaccum.loss.call import expect_scalar
+from autoaccum.loss.call import scalar
 from autoaccum.model.optimizer import check_ranks
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import here
@@ -133,7 +133,7 @@ class EngineAccumulator:
         """
         if self._weight is None:
             raise LossError("backward was called twice for a micro-batch, or outside a window")
-        expect_scalar(loss)
+        scalar(loss, "the micro-batch")
         weight, self._weight = self._weight, None
         self.engine.backward(loss * (weight * self._ranks.size), scale_wrt_gas=False)
         if weight:

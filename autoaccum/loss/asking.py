@@ -5,7 +5,7 @@ The samples are chosen unlike in what may count. Plain values are kept of each r
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.loss.graph import PLAINLY, Values, Way, divided_elements, part_of, read
+from autoaccum.loss.graph import WAYS, Values, part_of, read
 from autoaccum.memory.oom import Verdict, out_of_memory
 
-__all__ = ["RAISED", "SAMPLES", "WAYS", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged", "unlike"]
+__all__ = ["RAISED", "SAMPLES", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged",
+           "rounding", "unlike"]  # fmt: skip
 
 SAMPLES = 8  # show what a loss divides by
-WAYS = (PLAINLY, Way(deep=True), Way(split=False))
 
 Rows = tuple[int, ...]
 Evaluate = Callable[[Rows, Any, int], Tensor]
@@ -29,18 +29,6 @@ Evaluate = Callable[[Rows, Any, int], Tensor]
 RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError, torch.jit.Error)
 
 
-class Seen(NamedTuple):
-    """One set of samples, run once. Plain values: no graph outlives its run."""
-
-    rows: Rows
-    batch: Any
-    value: float
-    again: float  # its value with other random numbers
-    ways: tuple[tuple["SeenTerm", ...], ...]
-    took: bool  # whether it was multiplied with, or divided by, a number that some tensor gave
-    rounding: float  # what its value may be off by, relative, in the formats of its graph, if that was looked at
-
-
 class SeenTerm(NamedTuple):
     """A term as it was read: its reduction, numbers above 0, its part of the loss, the shapes in its graph."""
 
@@ -48,10 +36,26 @@ class SeenTerm(NamedTuple):
     divisor: float | None
     factor: float
     divided: bool
-    bent: bool
-    quotients: int | None  # numbers that were divided one by one before they were reduced
     value: float | None
     shapes: frozenset[Any] | None
+
+
+class Seen(NamedTuple):
+    """One set of samples, run once.
+
+    Attributes:
+        value: of the loss.
+        ways: its terms, as each way reads them.
+        took: whether numbers were taken out of tensors: what is divided by may then be any function of them.
+        rounding: what the value may be off by, relative, in the formats of its graph; 0 where that was not looked at.
+    """
+
+    rows: Rows
+    batch: Any
+    value: float
+    ways: dict[str, list[SeenTerm]]
+    took: bool
+    rounding: float
 
 
 def ragged(samples: int) -> tuple[int, int]:
@@ -60,33 +64,35 @@ def ragged(samples: int) -> tuple[int, int]:
     return first, samples - first
 
 
-def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> list[Seen]:
+def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Seen], bool]:
     """Runs single samples, two unequal parts, and all, which come last; what cannot be cut is run whole.
 
-    `most` samples are chosen of the `batches`, which lie on the host.
+    `most` samples are chosen of the `batches`, which lie on the host. Beside what was seen stands whether the value of
+    all stays the same with other random numbers.
     """
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
     if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
-        return [_run(evaluate, tuple(range(max(sizes))), largest)]
-    singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
-    chosen = [singles[row] for row in unlike(singles, most)]
-    number = len(chosen)
-    if number == 1:
-        return [_run(evaluate, (0,), chosen[0])]
-    sets: list[Rows] = [(row,) for row in range(number)]
-    if number > 2:
-        first, _ = ragged(number)
-        sets += [tuple(range(first)), tuple(range(first, number))]
-    whole = _run(evaluate, tuple(range(number)), tree.join(chosen), shapes=True)
+        parts, whole = [], (tuple(range(max(sizes))), largest)
+    else:
+        singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
+        chosen = [singles[row] for row in unlike(singles, most)]
+        rows = tuple(range(len(chosen)))
+        cuts = [rows] + [(row,) for row in rows if len(rows) > 1]
+        if len(rows) > 2:
+            first, _ = ragged(len(rows))
+            cuts += [rows[:first], rows[first:]]
+        whole, *parts = [(rows, tree.join([chosen[row] for row in rows])) for rows in cuts]
+    all_of_them = _run(evaluate, *whole, graph=True)
     seen = []
-    for rows in sets:
+    for rows, batch in parts:
         try:
-            seen.append(_run(evaluate, rows, tree.join([chosen[row] for row in rows]), shapes=rows == sets[-1]))
+            seen.append(_run(evaluate, rows, batch, graph=rows == parts[-1][0]))
         except RAISED as error:  # BatchNorm, say, takes no single sample: such a set shows nothing
             if out_of_memory(error) is not Verdict.NO:
                 raise
-    return [*seen, whole]
+    again = float(evaluate(*whole, 1).detach())
+    return [*seen, all_of_them], again == all_of_them.value or math.isnan(all_of_them.value)
 
 
 def _alike(singles: Sequence[Any]) -> list[Any]:
@@ -103,7 +109,7 @@ def unlike(singles: Sequence[Any], most: int) -> list[int]:
     columns: dict[str, list[float]] = {}
     for single in singles:
         for path, leaf in tree.tensors(single):
-            if leaf.dim() and leaf.dim() <= _DIMS and not leaf.is_complex() and not leaf.is_nested:
+            if 0 < leaf.dim() <= 2 and not leaf.is_complex() and not leaf.is_nested:
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
                     columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))
@@ -117,43 +123,33 @@ def unlike(singles: Sequence[Any], most: int) -> list[int]:
     return sorted(itertools.islice(picked, most))
 
 
-_DIMS = 2
-
-
-def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, shapes: bool = False) -> Seen:
+def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, graph: bool) -> Seen:
+    """`graph`: the formats and shapes in it are looked at as well."""
     with _Watched() as values:
         loss = evaluate(rows, batch, 0)
-    ways = tuple(
-        tuple(
+    ways = {
+        way: [
             SeenTerm(
                 term.name,
                 None if term.divisor is None else abs(float(term.divisor)),
                 abs(float(term.factor)),
                 term.divided,
-                term.bent,
-                divided_elements(term),
                 None if (value := part_of(term, values.by_node)) is None else float(value),
-                _shapes(term.node) if shapes else None,
+                _shapes(term.node) if graph else None,
             )
             for term in read(loss, way)
-        )
+        ]
         for way in WAYS
-    )
-    whole, took = float(loss.detach()), values.took
-    if not shapes:
-        return Seen(rows, batch, whole, whole, ways, took, math.inf)
-    formats = {data.dtype for node in _nodes(loss.grad_fn) for data in getattr(node, "_input_metadata", ())}
-    rounding = max((_rounding(dtype, loss.device) for dtype in formats), default=0.0)
-    del loss, values
-    return Seen(rows, batch, whole, float(evaluate(rows, batch, 1).detach()), ways, took, rounding)
+    }
+    nodes = _nodes(loss.grad_fn) if graph else ()
+    formats = {data.dtype for node in nodes for data in getattr(node, "_input_metadata", ())}
+    return Seen(rows, batch, float(loss.detach()), ways, values.took, rounding(formats, loss.device) if graph else 0.0)
 
 
 class _Watched(Values):
-    """Notes as well whether numbers were taken out of tensors: what is divided by may then be any function of them."""
+    """Notes as well whether numbers were taken out of tensors."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.took = False
+    took = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
@@ -169,14 +165,18 @@ class _Watched(Values):
 
 _TAKE = ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__")
 
-
+# Ten times and more what right losses and gradients differ by when their samples are split. A fault in a denominator
+# makes 1e-2 and more.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_ROUNDING_TF32 = 2e-3  # convolutions of accelerators round to TF32 unless told otherwise
+_ROUNDING_8_BITS = 5e-2
 
 
-def _rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """Ten times and more what right losses differ by when their samples are split; TF32 is coarser than float32."""
-    coarse = 1e-2 if dtype == torch.float32 and device.type != "cpu" else 0.0
-    return max(coarse, _ROUNDING.get(dtype, _ROUNDING[torch.float32]))
+def rounding(formats: Iterable[torch.dtype], device: torch.device) -> float:
+    """The relative error that rounding alone may make, by the coarsest number format that was computed in."""
+    found = {_ROUNDING.get(each, _ROUNDING_8_BITS) for each in formats} or {_ROUNDING[torch.float32]}
+    coarsest = max(found)
+    return coarsest if device.type == "cpu" or coarsest == _ROUNDING[torch.float64] else max(coarsest, _ROUNDING_TF32)
 
 
 def _nodes(node: Any) -> set[Any]:

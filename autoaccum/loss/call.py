@@ -15,11 +15,11 @@ from autoaccum.data.piece import Piece
 from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError, shown
 
-__all__ = ["TARGET_KEYS", "Call", "arrange", "expect_scalar", "returned_loss", "scalar", "targets_in"]
+__all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "returned_loss", "scalar", "targets_in"]
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
 
-_STEP = "or own the call with step=f(model, batch)"
+STEP = "or own the call with step=f(model, batch)"
 
 
 class Call(NamedTuple):
@@ -45,7 +45,7 @@ def arrange(batch: Any, *, apart: bool) -> Call:
         if len(batch) < 2:
             raise DataError(
                 f"the batch is a {type(batch).__name__} of {len(batch)}, and a loss needs inputs and a target: "
-                f"make each sample (input, target), {_STEP}"
+                f"make each sample (input, target), {STEP}"
             )
         return Call(tuple(batch[:-1]), {}, batch[-1])
     if isinstance(batch, Mapping):
@@ -53,7 +53,7 @@ def arrange(batch: Any, *, apart: bool) -> Call:
     if apart:
         raise DataError(
             f"the batch is one {type(batch).__name__}, and a loss needs a target beside it: make each sample "
-            f"(input, target), {_STEP}"
+            f"(input, target), {STEP}"
         )
     return Call((batch,), {}, None)
 
@@ -63,7 +63,7 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
         if not isinstance(key, str):
             raise DataError(
                 f"the batch has the key {shown(key)}, a {type(key).__name__}: the model is called with keyword "
-                f"arguments, so make the keys texts, {_STEP}"
+                f"arguments, so make the keys texts, {STEP}"
             )
     if not apart:
         return Call((), dict(batch), targets_in(batch, apart=False))
@@ -72,7 +72,7 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
         has = f"both {found[0]!r} and {found[1]!r}" if found else "none of them"
         raise DataError(
             f"the batch's keys are {', '.join(map(repr, batch))}: a loss takes its targets from exactly one of "
-            f"{', '.join(map(repr, TARGET_KEYS))}, and there is {has}: rename a key, {_STEP}"
+            f"{', '.join(map(repr, TARGET_KEYS))}, and there is {has}: rename a key, {STEP}"
         )
     rest = {key: value for key, value in batch.items() if key != found[0]}
     if not rest:
@@ -154,13 +154,3 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
             "away .detach(), .item() or no_grad on its way, and see that some parameter requires a gradient"
         )
     return loss.reshape(()) if loss.dim() else loss
-
-
-def expect_scalar(loss: Any) -> None:
-    """Refuses what a loop of one's own gave as a micro-batch's loss, unless it is a scalar with a graph."""
-    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
-        return
-    what = f"{type(loss).__name__} {shown(loss)}"
-    if isinstance(loss, Tensor):
-        what = f"a tensor of shape {tuple(loss.shape)}" + ("" if loss.requires_grad else " without a graph")
-    raise LossError(f"the loss is {what}: pass the micro-batch's mean loss, a scalar tensor with a graph")

@@ -10,11 +10,9 @@ from autoaccum.errors import LossError
 from autoaccum.loss.counts import Count
 from autoaccum.loss.graph import Number, Term
 
-__all__ = ["CLOSE", "DECLARE", "EXACT", "TINY", "TRUSTED", "Divisor", "Rule", "near"]
+__all__ = ["DECLARE", "TINY", "TRUSTED", "Divisor", "Rule", "near"]
 
-CLOSE = 1e-6  # relative: float32 counts weights no closer
 TINY = 1e-3  # of the largest count: a floor that only keeps a quotient finite
-EXACT = 1e-12  # as float64 and whole numbers do
 TRUSTED = 24  # micro-batches in which rules gave what was read, before they are asked instead
 DECLARE = (
     "return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch), the number of what counts"
@@ -26,8 +24,8 @@ _WORDS = {
 }
 
 
-def near(one: float, other: float, close: float = CLOSE) -> bool:
-    """Whether two divisors are the same, but for rounding."""
+def near(one: float, other: float, close: float = 1e-6) -> bool:
+    """Whether two divisors are the same, but for rounding: float32 counts weights no closer."""
     return math.isclose(one, other, rel_tol=close)
 
 
@@ -53,22 +51,19 @@ class Divisor:
         offset: what is added to the count.
         floor: what it never falls below.
         scaled: whether the term's factor changes with the samples, and belongs to the divisor.
-        divided: whether somebody divided beside the reduction, so that a floor may hide.
-        close: how closely it was seen to add up, relative.
-        zero_seen: whether a divisor of 0 was seen, which no floor would leave.
+        hides_floor: whether a divisor may be a floor rather than a count: somebody divided beside the reduction, and
+            none was 0 yet.
         rules: counts that gave every divisor so far; those that give another one later are struck off.
         confirmed: micro-batches in which they gave what was read.
     """
 
     reduction: str
-    kind: str
+    kind: str = "count"
     amount: float = 0.0
     offset: float = 0.0
     floor: float = 0.0
     scaled: bool = False
-    divided: bool = False
-    zero_seen: bool = False
-    close: float = CLOSE
+    hides_floor: bool = False
     rules: list[Rule] = field(default_factory=list)
     confirmed: int = 0
 
@@ -82,11 +77,6 @@ class Divisor:
         if self.scaled and (isinstance(factor, Tensor) or factor):
             own = own / factor
         return own.abs() if isinstance(own, Tensor) else abs(own)
-
-    @property
-    def hides_floor(self) -> bool:
-        """Whether a divisor may be a floor rather than a count."""
-        return self.kind == "count" and self.divided and not self.zero_seen and not self.offset
 
     @property
     def trusted(self) -> bool:
@@ -112,44 +102,30 @@ class Divisor:
         Raises:
             LossError: that cannot be told, as it may be a floor.
         """
-        self.zero_seen = self.zero_seen or divisor == 0
         self.confirmed += 1
+        self.hides_floor = self.hides_floor and divisor > 0
         if not self.hides_floor:
             if self.confirmed <= TRUSTED:
-                self.rules = [rule for rule in self.rules if near(rule.of(batch), divisor, self.close)]
+                self.rules = [rule for rule in self.rules if near(rule.of(batch), divisor)]
             return max(divisor - self.offset, 0.0)
-        if self.floor and not self.rules:
-            if near(divisor, self.floor):
-                return 0.0
-            if divisor * TINY < self.floor:  # a count is far above a floor that only keeps a quotient finite
-                raise LossError(
-                    f"the loss divides by {divisor:g} in this micro-batch, and by at least {self.floor:g} in all "
-                    f"samples tried, which seemed a floor: {DECLARE}"
-                )
-            return divisor
-        return self._count_or_floor(divisor, batch, value)
-
-    def _count_or_floor(self, divisor: float, batch: object, value: Tensor) -> float:
-        """Of a divisor that may be a floor: a count by the rules, or, where these are below it, the floor."""
         amounts = [(rule, rule.of(batch)) for rule in self.rules]
-        given = [rule for rule, amount in amounts if near(amount, divisor, self.close)]
-        below = [rule for rule, amount in amounts if amount < divisor]
-        self.rules = given or (below if not self.floor or near(divisor, self.floor) else [])
-        kept = [amount for rule, amount in amounts if rule in self.rules]
-        if given or (not kept and not self.floor and divisor and float(value.detach())):
+        given = [rule for rule, amount in amounts if near(amount, divisor)]
+        at_floor = not self.floor or near(divisor, self.floor)
+        self.rules = given or [rule for rule, amount in amounts if amount < divisor and at_floor]
+        if given:
             return divisor
-        if not kept and not self.floor:
-            raise LossError(
-                f"the loss of a micro-batch is 0, and divides by {divisor:g}, which may be a floor such as "
-                f"clamp(min=1), and no count: {DECLARE}"
-            )
-        if not kept or not all(near(amount, kept[0]) for amount in kept):
-            raise LossError(
-                f"the loss divides by {divisor:g} in this micro-batch, where {amounts[0][0].counted.name}, by which it "
-                f"divided before, would be {amounts[0][1]:g}: {DECLARE}"
-            )
-        self.floor = divisor
-        return kept[0]
+        below = self.foretold(batch)
+        if below is not None:
+            self.floor = divisor
+            return below
+        if self.floor and not amounts and (at_floor or divisor * TINY >= self.floor):
+            return 0.0 if at_floor else divisor  # a count is far above a floor that only keeps a quotient finite
+        if not self.floor and not self.rules and float(value.detach()):
+            return divisor
+        raise LossError(
+            f"the loss divides by {divisor:g} in this micro-batch, which may be a count, or a floor such as "
+            f"clamp(min=1){''.join(f'; {rule.counted.name} would be {own:g}' for rule, own in amounts[:1])}: {DECLARE}"
+        )
 
     def whole(self, total: float) -> float:
         """What the loss of all samples is divided by, of the sum of its parts' counts."""

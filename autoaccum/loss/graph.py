@@ -7,51 +7,68 @@ likelihood), times what is divided by on the way, is the divisor of that term:
     (losses * mask).sum() / mask.sum()          one term, a sum; divisor Σ mask
     cross_entropy(x, y) + 0.1 * z.mean()        two terms; divisors: total weight, elements of z; factors 1, 0.1
 
+There are three ways to read one, and which is right is settled once (settle.py): "plain"; "deep", where a reduction
+over dimension 0 that stands below another one is the reduction over samples, as in `losses.mean(0).sum()`; and
+"joined", where a sum or a list of losses is one term.
+
 A few attributes are read, microseconds at each micro-batch, and nothing waits for a device: a divisor that lies on one
-stays there. What its divisor means (a count, a constant, a floor) is settled elsewhere (settle.py).
+stays there.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["PLAINLY", "Number", "Term", "Values", "Way", "apportioned", "divided_elements", "part_of", "read", "weigh"]
+__all__ = ["WAYS", "Number", "Term", "Values", "apportioned", "part_of", "read", "weigh"]
 
 Number = float | Tensor  # a tensor of shape () where it lies on a device
+
+WAYS = ("plain", "deep", "joined")
 
 _BEYOND = 2**63  # nodes keep negative dimensions as what is left when they are taken from 2**64
 
 
-class Term(NamedTuple):
-    """One summand of a loss.
+class Term:
+    """Where the reading stands in a graph; at a reduction, one summand of the loss.
 
     Attributes:
-        parent, place: the edge of the graph just above its reduction: the node, and which of its inputs. No parent
-            where the reduction is the loss itself.
-        node: its reduction; or the node at which the reading stopped.
-        divisor: what its sum is divided by; None where the reading stopped.
+        node: the node that was reached.
+        parent, place: the edge above it: the node, and which of its inputs; no parent at the loss itself.
         over: what is divided by above `node`.
         factor: what it is multiplied by.
         divided: whether something was divided by on the way.
-        tied: the edge above a product with parameters, which needs the term's share as well.
+        divisor: what the summand is divided by; None on the way, and where the reading stopped before a reduction.
         top: the node whose value, times `factor` over `over`, is the term's part of the loss.
-        bent: the reading stopped at a function of single numbers, such as a root, which makes a mean no mean.
+        tied: the edge above a product with parameters, which needs the term's share as well.
     """
 
-    parent: Any
-    place: int
-    node: Any
-    divisor: Number | None
-    over: Number
-    factor: Number
-    divided: bool
-    tied: tuple[Any, int] | None = None
-    top: Any = None
-    bent: bool = False
+    __slots__ = ("divided", "divisor", "factor", "node", "over", "parent", "place", "tied", "top")
+
+    def __init__(
+        self, node: Any, parent: Any = None, place: int = 0, over: Number = 1.0, factor: Number = 1.0,
+        divided: bool = False,
+    ) -> None:  # fmt: skip
+        self.node, self.parent, self.place = node, parent, place
+        self.over, self.factor, self.divided = over, factor, divided
+        self.divisor: Number | None = None
+        self.top, self.tied = node, None
+
+    def down(self, place: int, below: Any) -> None:
+        """Goes on to `below`, one of the node's inputs."""
+        self.parent, self.place, self.node = self.node, place, below
+
+    def branch(self, place: int, below: Any, factor: Number) -> "Term":
+        """Another one, at `below`, one of the node's inputs."""
+        return Term(below, self.node, place, self.over, factor, self.divided)
+
+    def ends(self, divisor: Number | None) -> "Term":
+        """Itself, at its end."""
+        self.divisor, self.top = divisor, self.node
+        return self
 
     @property
     def name(self) -> str:
@@ -60,35 +77,12 @@ class Term(NamedTuple):
         return "NllLoss" if name == "ChunkedCrossEntropy" else name
 
 
-class Way(NamedTuple):
-    """How far a loss is read; which way is right is settled once (settle.py).
-
-    Attributes:
-        split: whether the summands of a sum, and of a list of losses, are terms of their own.
-        deep: whether a reduction over dimension 0 that stands below another one is the reduction over samples, as in
-            `losses.mean(0).sum()`.
-    """
-
-    split: bool = True
-    deep: bool = False
-
-
-PLAINLY = Way()
-
-
-def read(loss: Tensor, way: Way = PLAINLY) -> tuple[Term, ...]:
+def read(loss: Tensor, way: str = "plain") -> list[Term]:
     """The terms of a scalar loss, one element with its graph; in the order in which the graph has them."""
     found: list[Term] = []
     if loss.grad_fn is not None:
-        _walk(_Walker(loss.grad_fn, None, 0, 1.0, 1.0, False), way, found)
-    return tuple(found)
-
-
-def divided_elements(term: Term) -> int | None:
-    """How many numbers a sum or a mean is over, where they were divided one by one; None where they were not."""
-    if term.node.name() not in _PLAIN or term.node.next_functions[0][0] is None:
-        return None
-    return _elements(term.node) if term.node.next_functions[0][0].name() in _QUOTIENTS else None
+        _walk(Term(loss.grad_fn), way, found)
+    return found
 
 
 def weigh(term: Term, share: Number) -> None:
@@ -96,30 +90,23 @@ def weigh(term: Term, share: Number) -> None:
 
     Put in below the division, where a share of 0 stops the 0 / 0 of a term in which nothing counts.
     """
-
-    def scaled(gradient: Tensor) -> Tensor:
-        if isinstance(share, Tensor):
-            return torch.where(share > 0, gradient * share, torch.zeros_like(gradient))
-        return gradient * share if share else torch.zeros_like(gradient)
-
-    def kept(gradient: Tensor) -> Tensor:
-        nothing = share <= 0 if isinstance(share, Tensor) else torch.tensor(not share, device=gradient.device)
-        return torch.where(nothing, torch.zeros_like(gradient), gradient)
-
     if term.tied is not None:  # the share comes in above the product; below the division only what is NaN goes
-        _on_edge(*term.tied, scaled)
-        _on_edge(term.parent, term.place, kept)
-    elif term.parent is None:
-        term.node.register_prehook(lambda gradients: tuple(None if g is None else scaled(g) for g in gradients))
-    else:
-        _on_edge(term.parent, term.place, scaled)
+        _on_edge(*term.tied, share)
+    _on_edge(term.parent, term.place, share, scales=term.tied is None)
 
 
-def _on_edge(parent: Any, place: int, change: Callable[[Tensor], Tensor]) -> None:
+def _on_edge(parent: Any, place: int, share: Number, *, scales: bool = True) -> None:
+    def change(gradient: Tensor) -> Tensor:
+        weighed = gradient * share if scales else gradient
+        if isinstance(share, Tensor):
+            return torch.where(share > 0, weighed, torch.zeros_like(gradient))
+        return weighed if share > 0 else torch.zeros_like(gradient)
+
     def hook(inputs: tuple[Tensor | None, ...], _: Any) -> tuple[Tensor | None, ...]:
         return tuple(each if each is None or number != place else change(each) for number, each in enumerate(inputs))
 
-    parent.register_hook(hook)
+    if parent is not None:
+        parent.register_hook(hook)
 
 
 class Values(TorchFunctionMode):
@@ -160,8 +147,8 @@ def part_of(term: Term, values: Mapping[Any, Tensor]) -> Tensor | None:
     if value is None or value.numel() != 1:
         return None
     over = torch.as_tensor(term.over, device=value.device)
-    nothing = over == 0 if term.divisor is None else torch.as_tensor(term.divisor, device=value.device) == 0
-    return torch.where(nothing, torch.zeros_like(value), value * term.factor / over).reshape(())
+    divisor = over if term.divisor is None else torch.as_tensor(term.divisor, device=value.device)
+    return torch.where(divisor == 0, torch.zeros_like(value), value * term.factor / over).reshape(())
 
 
 # The walk. Nodes of one element only: below a sum, a difference, a product or a quotient of one element are others of
@@ -179,29 +166,7 @@ _LISTS = frozenset(("StackBackward0", "CatBackward0"))
 _OVER_SOME = frozenset(("MeanBackward1", "SumBackward1"))
 
 
-class _Walker:
-    """Goes down a graph. It is where it stands, and what was divided by and multiplied with on the way."""
-
-    __slots__ = ("divided", "factor", "node", "over", "parent", "place")
-
-    def __init__(self, node: Any, parent: Any, place: int, over: Number, factor: Number, divided: bool) -> None:
-        self.node, self.parent, self.place = node, parent, place
-        self.over, self.factor, self.divided = over, factor, divided
-
-    def down(self, place: int, below: Any) -> None:
-        """To `below`, one of the node's inputs."""
-        self.parent, self.place, self.node = self.node, place, below
-
-    def branch(self, place: int, below: Any, factor: Number) -> "_Walker":
-        """Another walker, at `below`, one of the node's inputs."""
-        return _Walker(below, self.node, place, self.over, factor, self.divided)
-
-    def term(self, divisor: Number | None) -> Term:
-        """What ends here."""
-        return Term(self.parent, self.place, self.node, divisor, self.over, self.factor, self.divided, None, self.node)
-
-
-def _walk(at: _Walker, way: Way, found: list[Term]) -> None:
+def _walk(at: Term, way: str, found: list[Term]) -> None:
     """Down to each term's end."""
     while True:
         name = at.node.name()
@@ -216,8 +181,8 @@ def _walk(at: _Walker, way: Way, found: list[Term]) -> None:
                 break
             at.down(place, below)
         elif inputs and name in _SUMS:
-            if not way.split:
-                found.append(at.term(at.over))
+            if way == "joined":
+                found.append(at.ends(at.over))
                 return
             for place, below in inputs[1:]:
                 _walk(at.branch(place, below, _signed(at, name, place)), way, found)
@@ -230,37 +195,26 @@ def _walk(at: _Walker, way: Way, found: list[Term]) -> None:
                 break
             found.append(term)
             return
-    found.append(at.term(None)._replace(bent=_bends(at.node)))
+    found.append(at.ends(None))
 
 
-def _bends(node: Any) -> bool:
-    """Whether one of torch's own functions was given single numbers only."""
-    inputs = [(below, place) for below, place in node.next_functions if below is not None]
-    shapes = [below._input_metadata[place].shape for below, place in inputs if hasattr(below, "_input_metadata")]
-    builtin = not isinstance(node, torch._C._FunctionBase)
-    return builtin and bool(shapes) and len(shapes) == len(inputs) and all(math.prod(shape) == 1 for shape in shapes)
-
-
-def _reduced(at: _Walker, name: str, way: Way, found: list[Term]) -> bool:
+def _reduced(at: Term, name: str, way: str, found: list[Term]) -> bool:
     """Notes the term that ends in a reduction, or those of a list; False where another reduction below is its end."""
     own = _REDUCTIONS[name](at.node)
-    if own is None:
-        found.append(at.term(None))
-        return True
-    inner: Any = at.node.next_functions[0][0] if name in _PLAIN and (way.split or way.deep) else None
+    inner: Any = at.node.next_functions[0][0] if name in _PLAIN and own is not None else None
     within = "" if inner is None else inner.name()
-    if way.split and within in _LISTS and _elements(at.node) == len(inner.next_functions):
+    if way != "joined" and within in _LISTS and _elements(at.node) == len(inner.next_functions):
         at.over = at.over * own
         at.down(0, inner)
         for place, (below, _) in enumerate(inner.next_functions):
             if below is not None:
                 _walk(at.branch(place, below, at.factor), way, found)
         return True
-    if way.deep and ((within in _OVER_SOME and 0 in _dimensions(inner)) or _by_one_number(inner, within)):
+    if way == "deep" and ((within in _OVER_SOME and 0 in _dimensions(inner)) or _by_one_number(inner, within)):
         at.over = at.over * own
         at.down(0, inner)
         return False
-    found.append(at.term(at.over * own))
+    found.append(at.ends(None if own is None else at.over * own))
     return True
 
 
@@ -269,7 +223,7 @@ def _by_one_number(node: Any, name: str) -> bool:
     return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
 
 
-def _passed(at: _Walker, name: str, place: int) -> bool:
+def _passed(at: Term, name: str, place: int) -> bool:
     """Takes along what a node of one input multiplies with or divides by; False where it does something else."""
     node = at.node
     if name in _SUMS:
@@ -287,7 +241,7 @@ def _passed(at: _Walker, name: str, place: int) -> bool:
     return True
 
 
-def _tied(at: _Walker, inputs: list[tuple[int, Any]], way: Way) -> Term | None:
+def _tied(at: Term, inputs: list[tuple[int, Any]], way: str) -> Term | None:
     """The one term under a product, where all else in it is made of parameters; None where two terms are multiplied."""
     known: list[Term] = []
     for place, below in inputs:
@@ -297,15 +251,17 @@ def _tied(at: _Walker, inputs: list[tuple[int, Any]], way: Way) -> Term | None:
             known += side
     if len(known) != 1:
         return None
-    edge = None if at.parent is None else (at.parent, at.place)
-    return known[0]._replace(tied=edge, top=at.node, over=at.over, factor=at.factor)
+    (term,) = known
+    term.tied = None if at.parent is None else (at.parent, at.place)
+    term.top, term.over, term.factor = at.node, at.over, at.factor
+    return term
 
 
-def _signed(at: _Walker, name: str, place: int) -> Number:
+def _signed(at: Term, name: str, place: int) -> Number:
     """The factor of one side of a sum or a difference."""
     if place == (name[0] == "R"):  # rsub is other - alpha × self
         return at.factor
-    alpha = at.node._saved_alpha if hasattr(at.node, "_saved_alpha") else 1
+    alpha = getattr(at.node, "_saved_alpha", 1)
     return at.factor * (alpha if name[0] == "A" else -alpha)
 
 
@@ -331,48 +287,30 @@ def _dimensions(node: Any) -> list[int]:
 
 
 def _of_dimensions(node: Any) -> int:
-    sizes, count = node._saved_self_sym_sizes, 1
-    for dim in _dimensions(node):
-        count *= int(sizes[dim]) if sizes else 1
-    return count
-
-
-def _averaged(node: Any, count: Callable[[Any], Number]) -> Number | None:
-    """What one of torch's losses divides by itself, by its reduction: 1 mean, 2 sum."""
-    return count(node) if node._saved_reduction == 1 else 1.0 if node._saved_reduction == 2 else None
-
-
-def _loss_over(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
-    return lambda node: _averaged(node, count)
+    sizes = node._saved_self_sym_sizes
+    return math.prod(int(sizes[dim]) for dim in _dimensions(node)) if sizes else 1
 
 
 def _one(node: Any) -> Number:
     return 1.0
 
 
-_ELEMENTS = _loss_over(lambda node: node._saved_self.numel())
-_TARGETS = _loss_over(lambda node: node._saved_target.numel())
-_ROWS = _loss_over(lambda node: node._saved_self.numel() / node._saved_self.shape[-1])
-_WEIGHT = _loss_over(lambda node: _number(node._saved_total_weight))
+def _averages(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
+    """What one of torch's losses divides by itself, by its reduction: 1 mean, 2 sum."""
+    return lambda node: count(node) if node._saved_reduction == 1 else 1.0 if node._saved_reduction == 2 else None
+
 
 _PLAIN = frozenset(["MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1"])
+_BY_ELEMENT = ["MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits",
+               "SoftMarginLoss"]  # fmt: skip
 _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
     "MeanBackward0": lambda node: int(node._saved_self_sym_numel),
     "MeanBackward1": _of_dimensions,
-    "SumBackward0": _one,
-    "SumBackward1": _one,
-    "NansumBackward0": _one,
-    "DotBackward0": _one,
-    "NllLossBackward0": _WEIGHT,
-    "NllLoss2DBackward0": _WEIGHT,
+    **dict.fromkeys(["SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"], _one),
+    **dict.fromkeys(
+        ["NllLossBackward0", "NllLoss2DBackward0"], _averages(lambda node: _number(node._saved_total_weight))
+    ),
+    **{f"{name}Backward0": _averages(lambda node: node._saved_self.numel()) for name in _BY_ELEMENT},
     "ChunkedCrossEntropyBackward": lambda node: _number(node.divisor),
-    "MultiMarginLossBackward0": _TARGETS,
-    "MultilabelMarginLossBackward0": _ROWS,
-    "MseLossBackward0": _ELEMENTS,
-    "SmoothL1LossBackward0": _ELEMENTS,
-    "HuberLossBackward0": _ELEMENTS,
-    "BinaryCrossEntropyBackward0": _ELEMENTS,
-    "BinaryCrossEntropyWithLogitsBackward0": _ELEMENTS,
-    "SoftMarginLossBackward0": _ELEMENTS,
 }
 """What each node that reduces divides by itself; None where it reduces nothing."""

@@ -33,7 +33,7 @@ class Mean:
         denominator: a float, or a tensor of shape () where it lies on a device, which is then not waited for.
     """
 
-    __slots__ = ("_divisor", "_mean", "_numerator", "denominator")
+    __slots__ = ("_divided", "_divisor", "_tensor", "denominator")
 
     def __init__(self, numerator: Tensor | float, denominator: float | Tensor) -> None:
         """Takes the parts.
@@ -50,8 +50,8 @@ class Mean:
             numerator = torch.tensor(
                 as_number(numerator, "Mean's numerator", "the sum of the losses"), dtype=torch.float64
             )
-        self._numerator: Tensor | None = scalar(numerator, "Mean(numerator, denominator)", graph=False)
-        self._mean: Tensor | None = None
+        self._tensor = scalar(numerator, "Mean(numerator, denominator)", graph=False)
+        self._divided: float | Tensor = 1.0  # what the tensor was divided by already
         self.denominator = self._divisor = _denominator(denominator)
 
     @classmethod
@@ -64,53 +64,43 @@ class Mean:
             divisor: what it was divided by itself, where that is another number: a floor, say.
         """
         made = cls.__new__(cls)
-        made._mean, made._numerator, made.denominator = mean, None, _denominator(denominator)
-        made._divisor = made.denominator if divisor is None else divisor
+        made._tensor, made.denominator = mean, _denominator(denominator)
+        made._divided = made._divisor = made.denominator if divisor is None else divisor
         return made
 
     @property
     def numerator(self) -> Tensor:
         """The sum, shape (); with its graph."""
-        if self._numerator is not None:
-            return self._numerator
-        mean = self._graph()
-        if isinstance(self._divisor, float) and self._divisor == 0:
-            return mean.new_zeros(())
-        return (mean.float() if mean.dtype.itemsize == 2 else mean) * self._divisor
+        tensor, divided = self._tensor, self._divided
+        if isinstance(divided, float) and divided in (0, 1):
+            return tensor if divided else tensor.new_zeros(())
+        return (tensor.float() if tensor.dtype.itemsize == 2 else tensor) * divided
 
     @property
     def value(self) -> Tensor:
         """The mean itself, shape (), detached; NaN where nothing counts."""
-        if self._mean is not None:
-            return self._mean.detach()
-        return self._graph().detach() / self.denominator
+        own = self._tensor.detach()
+        return own if self._divided is self._divisor else own / self._divisor
 
     def part(self, total: float) -> tuple[Tensor, float]:
         """(a tensor of shape (), what it is multiplied by) to be this part's share of a mean over `total`.
 
         The factor is for the backward pass to begin with, which is cheaper than one more multiplication in the graph.
         """
-        if self._mean is None:
-            return self._graph(), 1.0 / total
-        if isinstance(self.denominator, float) and isinstance(self._divisor, float):
-            return self._mean, self._divisor / total
-        share = torch.as_tensor(self._divisor / total)
-        return torch.where(share > 0, self._mean * share, self._mean.new_zeros(())), 1.0
+        share = self.share(total)
+        if isinstance(share, float) and share:
+            return self._tensor, share
+        share = torch.as_tensor(share)
+        return torch.where(share > 0, self._tensor * share, self._tensor.new_zeros(())), 1.0
 
     def share(self, total: float) -> float | Tensor:
-        """What the mean is multiplied by to be this part's share of a mean over `total`."""
-        return self._divisor / total
+        """What the tensor is multiplied by to be this part's share of a mean over `total`."""
+        return self._divided / total
 
     @property
     def is_empty(self) -> bool:
         """Whether it is divided by 0, as far as that is known without waiting for a device."""
-        divisor = self.denominator if self._mean is None else self._divisor
-        return isinstance(divisor, float) and divisor == 0
-
-    def _graph(self) -> Tensor:
-        tensor = self._mean if self._numerator is None else self._numerator
-        assert tensor is not None
-        return tensor
+        return isinstance(self._divisor, float) and self._divisor == 0
 
     def __repr__(self) -> str:
         return f"Mean(numerator={shown(self.numerator)}, denominator={shown(self.denominator)})"
@@ -124,11 +114,7 @@ class Sum(Mean):
     @property
     def value(self) -> Tensor:
         """The sum, shape (), detached."""
-        return self.numerator.detach()
-
-    def part(self, total: float) -> tuple[Tensor, float]:
-        """The sum itself."""
-        return self.numerator, 1.0
+        return self._tensor.detach()
 
     def share(self, total: float) -> float | Tensor:
         """1: a sum's parts are added up."""

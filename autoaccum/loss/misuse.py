@@ -6,56 +6,75 @@ error, as it was raised.
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
-from autoaccum.errors import DataError, SetupError
-from autoaccum.loss.call import Call
+from autoaccum.errors import AutoaccumError, DataError, SetupError
+from autoaccum.loss.call import STEP, Call
 from autoaccum.loss.torch_losses import TorchLoss
 
-__all__ = ["check_classes", "explain_loss", "explain_model"]
+__all__ = ["check_classes", "explain_loss", "explain_model", "explained"]
 
 _DTYPES = re.compile(r"dtype|scalar type|input type|can't be cast|not implemented for '", re.IGNORECASE)
 _SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|dimension", re.IGNORECASE)
-_STEP = "or own the call with step=f(model, batch)"
+
+Meant = tuple[type[AutoaccumError], str]
+Result = TypeVar("Result")
 
 
-def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool) -> Exception | None:
-    """Why `model(*call.args, **call.kwargs)` raised `error`; None where that is not known.
+def explained(run: Callable[[], Result], explain: Callable[[Exception], Meant | None]) -> Result:
+    """What `run` gives; what it raises comes behind what `explain` says was meant, where that is known."""
+    try:
+        return run()
+    except Exception as error:
+        meant = explain(error)
+        if meant is None:
+            raise
+        kind, text = meant
+        raise kind(f"{text} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
+
+
+def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool) -> Meant | None:
+    """What was meant where `model(*call.args, **call.kwargs)` raised `error`; None where that is not known.
 
     `apart`: the targets were kept from the model, since there is a `loss`.
     """
     if isinstance(error, TypeError) and not _takes(model, call):
-        return _wrong_call(error, model, call, apart)
+        return _wrong_call(model, call, apart)
     if isinstance(error, IndexError) and "index out of range" in str(error):
-        return _outside_embedding(error, model, call)
+        return _outside_embedding(model, call)
     if isinstance(error, (RuntimeError, TypeError)) and _DTYPES.search(str(error)):
-        return _other_dtype(error, model, call)
+        return _other_dtype(model, call)
     return None
 
 
-def explain_loss(
-    error: Exception, name: str, outputs: Any, targets: Any, torch_loss: TorchLoss | None
-) -> Exception | None:
-    """Why the loss of this name raised `error` for these outputs and targets; None where that is not known."""
-    if isinstance(error, (IndexError, RuntimeError)) and torch_loss is not None:
-        found = _outside_classes(outputs, targets, torch_loss)
-        if found is not None:
-            return SetupError(f"{found} ({_torch(error)})")
+def explain_loss(error: Exception, name: str, outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> Meant | None:
+    """What was meant where the loss of this name raised `error` for these; None where that is not known."""
+    if isinstance(error, (IndexError, RuntimeError)) and (found := _outside_classes(outputs, targets, torch_loss)):
+        return SetupError, found
     if not isinstance(error, (AttributeError, IndexError, RuntimeError, TypeError, ValueError)):
         return None
-    if not isinstance(outputs, Tensor):
-        return _no_tensor(error, name, outputs)
+    if not isinstance(outputs, Tensor):  # a loss of the user's own may take them, and fail otherwise
+        return _no_tensor(name, outputs) if isinstance(error, (AttributeError, TypeError)) else None
     if outputs.dim() == 0:
-        return SetupError(
+        return SetupError, (
             f"loss={name} was given one number, since the model returns a scalar: where that is its loss already, "
-            f"leave loss= out ({_torch(error)})"
+            "leave loss= out"
         )
-    return _no_match(error, name, outputs, targets, torch_loss) if isinstance(targets, Tensor) else None
+    told = _DTYPES.search(str(error)) or (torch_loss is not None and _SIZES.search(str(error)))
+    if not told or not isinstance(targets, Tensor):
+        return None
+    takes = f"equal shapes, and targets.to({outputs.dtype})"
+    if torch_loss is not None and torch_loss.over_classes:
+        takes = "outputs (samples, classes, ...) and targets (samples, ...), which targets.long() makes classes"
+    return DataError, (
+        f"loss={name} was given outputs of shape {tuple(outputs.shape)} and {outputs.dtype}, and targets of shape "
+        f"{tuple(targets.shape)} and {targets.dtype}, which do not go together: it takes {takes}"
+    )
 
 
 def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> None:
@@ -66,17 +85,10 @@ def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> N
     Raises:
         SetupError: naming the label.
     """
-    if torch_loss is None or not isinstance(targets, Tensor) or targets.device.type in ("cpu", "meta"):
-        return
-    found = _outside_classes(outputs, targets, torch_loss)
-    if found is not None:
-        raise SetupError(found)
-
-
-def _torch(error: Exception) -> str:
-    """What was raised, in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    if isinstance(targets, Tensor) and targets.device.type not in ("cpu", "meta"):
+        found = _outside_classes(outputs, targets, torch_loss)
+        if found is not None:
+            raise SetupError(found)
 
 
 def _takes(model: nn.Module, call: Call) -> bool:
@@ -89,60 +101,41 @@ def _takes(model: nn.Module, call: Call) -> bool:
     return True
 
 
-def _wrong_call(error: Exception, model: nn.Module, call: Call, apart: bool) -> Exception:
+def _wrong_call(model: nn.Module, call: Call, apart: bool) -> Meant:
     given = f"the keywords {', '.join(call.kwargs)}" if call.kwargs else f"{len(call.args)} of the batch's parts"
     names = ", ".join(inspect.signature(model.forward).parameters)
-    what = f"{type(model).__name__}.forward({names}) cannot be called with {given}"
     if apart:
         remedy = (
             "with loss= the target is kept from the model: where the model computes its own loss from it, leave loss= "
-            f"out; else make the batch's other parts fit its arguments, {_STEP}"
+            "out; else make the batch's other parts fit its arguments"
         )
     else:
         remedy = (
             "without loss= the model gets the whole batch and returns its loss: where the batch's last part is the "
-            f"target, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss(), {_STEP}"
+            "target, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss()"
         )
-    return SetupError(f"{what}; {remedy} ({_torch(error)})")
+    return SetupError, f"{type(model).__name__}.forward({names}) cannot be called with {given}; {remedy}, {STEP}"
 
 
-def _no_tensor(error: Exception, name: str, outputs: Any) -> Exception | None:
-    """Outputs that a loss made for tensors cannot take; a loss of the user's own may take them, and fail otherwise."""
-    if not isinstance(error, (AttributeError, TypeError)):
-        return None
+def _no_tensor(name: str, outputs: Any) -> Meant:
+    """Outputs that a loss made for tensors cannot take."""
     keys = [str(key) for key in outputs] if isinstance(outputs, Mapping) else []
     holds = f" with the keys {', '.join(keys)}" if keys else ""
     part = f"outputs[{keys[-1]!r}]" if keys else "outputs[0]" if isinstance(outputs, tuple) else "outputs.logits"
-    return SetupError(
+    return SetupError, (
         f"loss={name} was given what the model returned, a {type(outputs).__name__}{holds}, and cannot take it: where "
         "the model computes its own loss, leave loss= out; else pick the part that counts, "
-        f"loss=lambda outputs, targets: {name}({part}, targets) ({_torch(error)})"
+        f"loss=lambda outputs, targets: {name}({part}, targets)"
     )
 
 
-def _no_match(
-    error: Exception, name: str, outputs: Tensor, targets: Tensor, torch_loss: TorchLoss | None
-) -> Exception | None:
-    """Outputs and targets of types or shapes that the loss does not take together."""
-    if _DTYPES.search(str(error)):
-        return DataError(
-            f"loss={name} was given outputs of {outputs.dtype} and targets of {targets.dtype}, which it does not take "
-            f"together: convert the targets, such as targets.{_wanted(torch_loss, outputs)} ({_torch(error)})"
-        )
-    if torch_loss is None or not _SIZES.search(str(error)):
-        return None
-    takes = "outputs (samples, classes, ...) and targets (samples, ...)" if torch_loss.of_logits else "equal shapes"
-    return DataError(
-        f"loss={name} was given outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}, "
-        f"which do not go together: it takes {takes} ({_torch(error)})"
-    )
-
-
-def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss) -> str | None:
+def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> str | None:
     """In words, which label is none of the classes; None where all are."""
-    if not torch_loss.of_logits or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+    if torch_loss is None or not torch_loss.of_logits:
         return None
-    if outputs.dim() == 0 or targets.is_floating_point() or targets.dim() >= max(outputs.dim(), 2):
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.dim() == 0:
+        return None
+    if targets.is_floating_point() or targets.dim() >= max(outputs.dim(), 2):
         return None
     classes = outputs.shape[min(1, outputs.dim() - 1)]
     wrong = targets[((targets < 0) | (targets >= classes)) & (targets != torch_loss.ignore_index)]
@@ -155,46 +148,36 @@ def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss) -> str |
     )
 
 
-def _outside_embedding(error: Exception, model: nn.Module, call: Call) -> Exception | None:
-    rows = [module.num_embeddings for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    if not rows:
-        return None
+def _outside_embedding(model: nn.Module, call: Call) -> Meant | None:
+    rows = {module.num_embeddings for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     for place, leaf in _leaves(call):
-        if not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel():
+        if rows and not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel():
             low, high = int(leaf.min()), int(leaf.max())
             if low < 0 or high >= min(rows):
-                either = " or ".join(str(each) for each in sorted(set(rows))[:4])
-                return DataError(
-                    f"{place} holds the index {low if low < 0 else high}, and the model's embeddings have {either} "
-                    "rows, counted from 0: make the embedding as large as the vocabulary, or look at the data "
-                    f"({_torch(error)})"
+                return DataError, (
+                    f"{place} holds the index {low if low < 0 else high}, and the model's embeddings have "
+                    f"{' or '.join(map(str, sorted(rows)[:4]))} rows, counted from 0: make the embedding as large as "
+                    "the vocabulary, or look at the data"
                 )
     return None
 
 
-def _other_dtype(error: Exception, model: nn.Module, call: Call) -> Exception | None:
+def _other_dtype(model: nn.Module, call: Call) -> Meant | None:
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    if own is None:
+    others = [(place, leaf) for place, leaf in _leaves(call) if leaf.dtype != own and not leaf.is_complex()]
+    if own is None or not others:
         return None
-    floats = [(place, leaf.dtype) for place, leaf in _leaves(call) if leaf.is_floating_point() and leaf.dtype != own]
-    whole = [
-        (place, leaf.dtype) for place, leaf in _leaves(call) if not (leaf.is_floating_point() or leaf.is_complex())
-    ]
-    for place, dtype in floats[:1] or whole[:1]:
-        also = f", or the model, model.to({dtype})" if floats else ""
-        what = "" if floats else ", whole numbers"
-        return DataError(
-            f"{place} is {dtype}{what}, and the model's parameters are {own}: convert the data, such as x.to({own})"
-            f"{also} ({_torch(error)})"
-        )
-    return None
+    # Whole numbers are right for many models; a float of another format is right for none.
+    place, leaf = next((each for each in others if each[1].is_floating_point()), others[0])
+    floats = leaf.is_floating_point()
+    also = f", or the model, model.to({leaf.dtype})" if floats else ""
+    return DataError, (
+        f"{place} is {leaf.dtype}{'' if floats else ', whole numbers'}, and the model's parameters are {own}: convert "
+        f"the data, such as x.to({own}){also}"
+    )
 
 
 def _leaves(call: Call) -> Iterator[tuple[str, Tensor]]:
     """The tensors in a call's arguments, each with its place in the batch."""
     for path, leaf in tree.tensors(call.args if call.args else call.kwargs):
         yield f"batch{path}", leaf
-
-
-def _wanted(torch_loss: TorchLoss | None, outputs: Tensor) -> str:
-    return "long()" if torch_loss is not None and torch_loss.over_classes else f"to({outputs.dtype})"

@@ -22,10 +22,9 @@ from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
 from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
-from autoaccum.loss.divisor import DECLARE, near
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean, Sum
-from autoaccum.loss.misuse import check_classes, explain_loss, explain_model
+from autoaccum.loss.misuse import check_classes, explain_loss, explain_model, explained
 from autoaccum.loss.reading import Compared, Reading
 from autoaccum.loss.reduction import Reduction, name_of
 from autoaccum.loss.returned import OwnMeans, declared_terms, own_means, summed
@@ -47,6 +46,7 @@ class Objective:
         shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
         compares: whether what is declared is held against the graph; not where a gradient check finds a fault's cause.
         prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
+        reading: how the loss is read off its graph; settles nothing where it is not.
         names: the terms whose denominators are known before a window runs, the same on every rank.
     """
 
@@ -69,7 +69,8 @@ class Objective:
         self.prepared: list[dict[str, float]] | None = None
         self.compares = self.coupled is None
         self.names = tuple(self._reduction.terms)
-        self._reading = Reading() if self._reduction.reads else None
+        self.reading = Reading()
+        self._reads = self._reduction.reads  # what the loss divides by is read off its graph
         self._returns_means = False
         self._asked = False  # some samples were, to find out what the loss divides by
         self._against_graph = {name: Compared() for name in self.names}
@@ -88,7 +89,7 @@ class Objective:
             )
         if self._returns_means:
             return "divides by what the step's Means say"
-        return self._reduction.reason if self._reading is None else self._reading.reason
+        return self.reading.reason if self._reads else self._reduction.reason
 
     @property
     def facts(self) -> dict[str, str]:
@@ -96,13 +97,12 @@ class Objective:
         facts = {"terms": ", ".join(self.names)}
         if self._reduction.unread is not None:
             facts["the loss"] = f"cannot be read: {self._reduction.unread.why}"
-        divisors = self._reading.divisors if self._reading is not None else []
-        return facts | {f"{name} of the loss": each.kind for name, each in zip(self.names, divisors)}
+        return facts | {f"{name} of the loss": each.kind for name, each in zip(self.names, self.reading.divisors)}
 
     @property
     def unseen(self) -> str | None:
         """Why it cannot be seen what the loss divides by, in words; None where it was declared or seen."""
-        if self._reading is not None and not self._reading.divisors:
+        if self._reads and not self.reading.divisors:
             return "nothing counts in the samples that were tried, or too little"
         found = self._reduction.unread
         return None if found is None else found.why if found.rule is None else found.untried
@@ -133,14 +133,14 @@ class Objective:
         """`denominators`, as far as they are known without running the loss on any sample."""
         if self._returns_means:
             return None
-        return self._reduction.count(batch) if self._reading is None else self._reading.count(batch)
+        return self.reading.count(batch) if self._reads else self._reduction.count(batch)
 
     def may_count(self, batch: Any) -> bool:
         """Whether anything in `batch` counts, as far as that is known before its step."""
-        if self._reading is not None and not self._reading.divisors:
+        if self._reads and not self.reading.divisors:
             return any(self._reduction.count(batch).values())
         known = self.counted(batch)
-        return any(known.values()) if known is not None else self._reading is None or self._reading.may_count(batch)
+        return any(known.values()) if known is not None else not self._reads or self.reading.may_count(batch)
 
     def prepare(
         self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
@@ -156,13 +156,12 @@ class Objective:
             on_phase: told of a "batch" before each forward of a pass that only reads.
         """
         self.settle(batches, rehearses=rehearses)
-        reading = self._reading
-        if not self._returns_means and (reading is None or reading.adds_up):
+        if not self._returns_means and (not self._reads or self.reading.adds_up):
             self.prepared = [self.counted(batch) or {} for batch in batches]
         elif len(self.names) == 1:
             self.prepared = None
         else:
-            ahead = reading.ahead(batches) if reading is not None else None
+            ahead = self.reading.ahead(batches) if self._reads else None
             self.prepared = ahead or self._read_ahead(batches, on_phase)
 
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
@@ -179,36 +178,6 @@ class Objective:
                 terms = self.terms(tree.move(batch, device), on_host=batch)
                 known.append({name: float(term.denominator) for name, term in terms.items()})
         return known
-
-    def expected(self, batches: Sequence[Any]) -> float:
-        """What a denominator that is known only afterwards will be, as far as the batches say; 0 where they do not."""
-        return self._reading.expected(batches) if self._reading is not None else 0.0
-
-    def whole(self, name: str, total: float) -> float:
-        """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
-        return self._reading.whole(name, total) if self._reading is not None else total
-
-    @property
-    def floors(self) -> list[float]:
-        """Three figures a term, which ranks add up to `agree_on_floors`: one rank may have seen a floor alone."""
-        reading = self._reading
-        found = [each.floor for each in reading.divisors] if reading is not None and reading.divisors else [0.0]
-        return [figure for floor in found for figure in (float(floor > 0), floor, floor**2)]
-
-    def agree_on_floors(self, sums: Sequence[float]) -> None:
-        """Takes the floors that any rank has seen, of all ranks' `floors` added up.
-
-        Raises:
-            LossError: on all ranks, where they saw different ones.
-        """
-        divisors = self._reading.divisors if self._reading is not None else []
-        for name, divisor, seen, total, squares in zip(self.names, divisors, sums[::3], sums[1::3], sums[2::3]):
-            if seen and not near(squares * seen, total**2, 1e-9):
-                raise LossError(
-                    f"{name} divides by at least {total / seen:g} on average over {seen:g} ranks, and by another floor "
-                    f"on some of them: let every rank compute the same loss, or {DECLARE}"
-                )
-            divisor.floor = total / seen if seen else 0.0
 
     # Finding out what nobody declared.
 
@@ -234,13 +203,12 @@ class Objective:
         Raises:
             LossError: the loss is not a scalar tensor.
         """
-        reduction, reading = self._reduction, self._reading
-        if reading is not None:
-            reading.rehearses = rehearses
-        if not batches or not (reduction.wants_cut if reading is None else not reading.divisors):
+        reduction = self._reduction
+        self.reading.rehearses = rehearses
+        asks = not self.reading.divisors if self._reads else reduction.wants_cut
+        # Trials are alike: what one rehearsal does not show, none does.
+        if not batches or not asks or (rehearses and self._asked):
             return
-        if rehearses and self._asked:
-            return  # trials are alike: what one of them does not show, none does
         if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
             return
         self._asked = True
@@ -248,15 +216,17 @@ class Objective:
             found = self.look(batches, most, begin)
         except OwnMeans as returned:
             reduction.wants_cut = False
-            if reading is not None:
-                self._reading, self._returns_means, self.names = None, True, returned.names
+            if self._reads:
+                self._reads, self._returns_means, self.names = False, True, returned.names
             return
-        if reduction.wants_cut and not rehearses:
+        if rehearses:
+            return
+        if not self._reads:
             reduction.take_cut(found)
-        elif isinstance(found, Unread) and not rehearses:
-            self._reading, reduction.unread = None, found
-        elif isinstance(found, Reading) and not rehearses:
-            self._reading, self.names = found, found.names
+        elif isinstance(found, Unread):
+            self._reads, reduction.unread = False, found
+        elif found is not None:
+            self.reading, self.names = found, found.names
 
     def look(
         self, batches: Sequence[Any], most: int, begin: Callable[[Rows], None] | None = None, *, means: bool = False
@@ -311,16 +281,16 @@ class Objective:
         """
         if denominators is None and on_host is None:
             denominators = self.denominators(batch)
-        reading = self._reading
-        reads = reading is not None and (denominators is None or torch.is_grad_enabled())
+        reads = self._reads and (denominators is None or torch.is_grad_enabled())
         values = Values() if reads and len(self.names) > 1 else None
         with values or contextlib.nullcontext():
             result, source, outputs, targets = self._run(self.model, batch, graph=reads)
-        if reading is not None and reads:
+        if reads:
             loss = scalar(result if self.step is None else summed(result), source, graph=graph)
             seen = {} if values is None else values.by_node
-            return reading.terms(loss, batch if on_host is None else on_host, denominators, seen), outputs, targets
-        if reading is not None and len(self.names) > 1:  # nothing counts in it: it only had to run
+            terms = self.reading.terms(loss, batch if on_host is None else on_host, denominators, seen)
+            return terms, outputs, targets
+        if self._reads and len(self.names) > 1:  # nothing counts in it: it only had to run
             return {name: Mean.of(torch.zeros(()), 0.0) for name in self.names}, outputs, targets
         if denominators is None:
             return own_means(result, self.names, graph), outputs, targets
@@ -368,38 +338,32 @@ class Objective:
                     "that returns its loss returns one number, so average it (loss.mean())"
                 )
             return loss, self._source, outputs, call.targets
-        torch_loss = self._reduction.torch
         with torch.set_grad_enabled(torch.is_grad_enabled() or off):
             loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
-        if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
-            loss = loss.sum() if self._reduction.takes_sums else loss.mean()
         return loss, self._source, outputs, call.targets
 
     def _outputs(self, model: nn.Module, call: Call) -> Any:
         """What the model returns for this call; what it raises is explained where it can be."""
-        try:
-            return model(*call.args, **call.kwargs)
-        except Exception as error:
-            better = explain_model(error, model, call, apart=self.loss is not None)
-            if better is None:
-                raise
-            raise better from error
+        return explained(
+            lambda: model(*call.args, **call.kwargs),
+            lambda error: explain_model(error, model, call, apart=self.loss is not None),
+        )
 
     def _compared(self, outputs: Any, targets: Any) -> Any:
         """What the loss gives for outputs and targets; what it raises is explained where it can be."""
-        assert self.loss is not None
-        torch_loss = self._reduction.torch
+        function, torch_loss = self.loss, self._reduction.torch
+        assert function is not None
         arguments = (outputs, targets) if torch_loss is None else torch_loss.arguments(outputs, targets)
         if not self._classes_checked:
             self._classes_checked = True  # once: on an accelerator it is a wait for the device
             check_classes(outputs, targets, torch_loss)
-        try:
-            return self.loss(*arguments)
-        except Exception as error:
-            better = explain_loss(error, name_of(self.loss), outputs, targets, torch_loss)
-            if better is None:
-                raise
-            raise better from error
+        loss = explained(
+            lambda: function(*arguments),
+            lambda error: explain_loss(error, name_of(function), outputs, targets, torch_loss),
+        )
+        if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
+            return loss.sum() if self._reduction.takes_sums else loss.mean()
+        return loss
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from autoaccum.errors import LossError
 from autoaccum.loss.counts import samples
 from autoaccum.loss.divisor import DECLARE, TRUSTED, Divisor, near
-from autoaccum.loss.graph import PLAINLY, Term, Way, apportioned, read, weigh
+from autoaccum.loss.graph import Term, apportioned, read, weigh
 from autoaccum.loss.mean import Mean, Several, Sum
 
 __all__ = ["Compared", "Reading"]
@@ -31,7 +31,7 @@ class Reading:
         rehearses: only the memory that a step takes matters.
     """
 
-    def __init__(self, way: Way = PLAINLY, divisors: Sequence[Divisor] = ()) -> None:
+    def __init__(self, way: str = "plain", divisors: Sequence[Divisor] = ()) -> None:
         self.way, self.divisors, self.rehearses = way, list(divisors), False
 
     @property
@@ -69,6 +69,8 @@ class Reading:
         """Whether the loss is one term that is never divided."""
         return len(self.divisors) == 1 and self.divisors[0].kind != "count"
 
+    # Before the model runs.
+
     def count(self, batch: Any) -> dict[str, float] | None:
         """The denominators of a batch, best on the host, by rules that have proved right; None where there are none."""
         if not self.divisors or not all(divisor.trusted for divisor in self.divisors):
@@ -95,6 +97,28 @@ class Reading:
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
         return self.divisors[self.names.index(name)].whole(total) if self.divisors else total
+
+    @property
+    def floors(self) -> list[float]:
+        """Three figures a term, which ranks add up to `agree_on_floors`: one rank may have seen a floor alone."""
+        found = [each.floor for each in self.divisors] or [0.0]
+        return [figure for floor in found for figure in (float(floor > 0), floor, floor**2)]
+
+    def agree_on_floors(self, sums: Sequence[float]) -> None:
+        """Takes the floors that any rank has seen, of all ranks' `floors` added up.
+
+        Raises:
+            LossError: on all ranks, where they saw different ones.
+        """
+        for name, divisor, seen, total, squares in zip(self.names, self.divisors, sums[::3], sums[1::3], sums[2::3]):
+            if seen and not near(squares * seen, total**2, 1e-9):
+                raise LossError(
+                    f"{name} divides by at least {total / seen:g} on average over {seen:g} ranks, and by another floor "
+                    f"on some of them: let every rank compute the same loss, or {DECLARE}"
+                )
+            divisor.floor = total / seen if seen else 0.0
+
+    # After it ran.
 
     def terms(
         self, loss: Tensor, on_host: Any, known: Mapping[str, float] | None, values: Mapping[Any, Tensor]

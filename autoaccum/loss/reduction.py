@@ -31,7 +31,6 @@ from autoaccum.loss.torch_losses import TorchLoss
 __all__ = ["Reduction", "name_of"]
 
 _NAMED = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
-_CHOICES = f"choose {', '.join(map(repr, _NAMED))}, or declare f(batch) -> float"
 
 
 class Reduction:
@@ -50,7 +49,7 @@ class Reduction:
         _check_callables(loss, step)
         _check_declared(declared, step)
         self._loss, self._step, self._declared = loss, step, declared
-        self.torch = TorchLoss.recognise(loss) if loss is not None else None
+        self.torch = TorchLoss.recognise(loss)
         if loss is not None and self.torch is None:
             check_call("loss", loss, ("outputs", "targets"))
         if step is not None:
@@ -58,9 +57,8 @@ class Reduction:
         self.terms: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {"loss": declared}
         self.unread: Unread | None = None
         self._cut, self._weights = "", ClassWeights()
-        own_code = self.torch is None or not self.torch.plain
-        self.reads = own_code and isinstance(declared, str) and declared == "auto"
-        self.wants_cut = own_code and isinstance(declared, str) and declared in ("token_mean", "weighted_mean")
+        named = declared if isinstance(declared, str) and self.torch is None else ""
+        self.reads, self.wants_cut = named == "auto", named in ("token_mean", "weighted_mean")
         if self.torch is not None and declared == "sum" and self.torch.reduction in ("mean", "batchmean"):
             raise SetupError(
                 f"reduction='sum' and a loss that averages ({self.torch.name}) contradict each other: give the loss "
@@ -84,10 +82,11 @@ class Reduction:
 
     def cuts(self) -> list[Count]:
         """What a declared mean over labels may mean: all columns of them, or less those that the head shifts away."""
-        if not self.wants_cut:
-            return []
         how = self._declared
-        return [Count(cut, how, lambda batch, cut=cut: self._labels(batch, how, cut)) for cut in CUTS]  # type: ignore[misc]
+        return [
+            Count(cut, how, lambda batch, cut=cut: self._labels(batch, how, cut))  # type: ignore[misc]
+            for cut in (CUTS if self.wants_cut else ())
+        ]
 
     def take_cut(self, found: Reading | Unread | None) -> None:
         """Takes the columns which a declared mean over labels was seen to leave out."""
@@ -171,7 +170,7 @@ class Reduction:
 
     def words(self, name: str) -> str:
         """What one of the terms is divided by, and why it is that."""
-        how = self.terms[name]
+        how, unread = self.terms[name], self.unread
         if callable(how):
             return f"divides by {name_of(how)}(batch), as declared"
         if how == "sum":
@@ -185,14 +184,14 @@ class Reduction:
                 "element_mean": "the elements of the targets",
             }[how]
             return f"divides by {by}, as declared by reduction={shown(how)}"
-        if self.unread is None:
+        if unread is None:
             assert self.torch is not None  # else the loss is read, and has words of its own
             does = "adds up" if self.torch.reduction == "sum" else f"divides by {self.torch.divides_by}"
             return f"{does}, as {self.torch.name} does"
-        if self.unread.rule is not None:
-            return f"divides by {self.unread.rule.name}, by which its values add up ({self.unread.why})"
+        if unread.rule is not None:
+            return f"divides by {unread.rule.name}, by which its values add up ({unread.why})"
         by = "the labels that count" if self._loss is None and self._step is None else "the samples"
-        return f"divides by {by}, assumed since {self.unread.why}: reduction= declares another denominator"
+        return f"divides by {by}, assumed since {unread.why}: reduction= declares another denominator"
 
 
 def name_of(f: Any) -> str:
@@ -217,25 +216,20 @@ def _check_callables(loss: Any, step: Any) -> None:
 
 
 def _check_declared(declared: Any, step: Any) -> None:
-    if isinstance(declared, Mapping):
-        if step is None:
-            raise SetupError(
-                f"reduction is a dict of {len(declared)} terms, and only a step returns several: pass "
-                f"step=f(model, batch) -> dict[str, Mean]; without one, {_CHOICES}"
-            )
-        if not declared:
-            raise SetupError("reduction={} names no term: give {name: f(batch)} for each that the step returns")
-        for name, how in declared.items():
-            if not isinstance(name, str) or how == "auto" or not _is_known(how):
-                raise SetupError(
-                    f"reduction[{name!r}]={shown(how)} declares nothing: {_CHOICES.replace(repr('auto') + ', ', '')}"
-                )
-    elif not _is_known(declared) or isinstance(declared, nn.Module):
-        raise SetupError(f"reduction={shown(declared)} is not known: {_CHOICES}")
-    for how in declared.values() if isinstance(declared, Mapping) else [declared]:
+    several = isinstance(declared, Mapping)
+    named = _NAMED[1:] if several else _NAMED  # a dict that leaves a term to be read declares nothing of it
+    choices = f"choose {', '.join(map(repr, named))}, or declare f(batch) -> float"
+    if several and step is None:
+        raise SetupError(
+            f"reduction is a dict of {len(declared)} terms, and only a step returns several: pass step=f(model, batch) "
+            f"-> dict[str, Mean]; without one, {choices}"
+        )
+    if several and not declared:
+        raise SetupError("reduction={} names no term: give {name: f(batch)} for each that the step returns")
+    for name, how in declared.items() if several else [("", declared)]:
+        known = how in named if isinstance(how, str) else callable(how) and not isinstance(how, nn.Module)
+        if not known or not isinstance(name, str):
+            what = f"[{name!r}]={shown(how)} declares nothing" if several else f"={shown(how)} is not known"
+            raise SetupError(f"reduction{what}: {choices}")
         if callable(how):
             check_call("reduction", how, ("batch",))
-
-
-def _is_known(how: Any) -> bool:
-    return callable(how) or (isinstance(how, str) and how in _NAMED)

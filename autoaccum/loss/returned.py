@@ -1,13 +1,13 @@
 """What a step returned, as the terms of its loss: a tensor, a Mean, or a dict of them."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from autoaccum.errors import LossError
 from autoaccum.loss.call import scalar
+from autoaccum.loss.divisor import near
 from autoaccum.loss.mean import Mean
 
 __all__ = ["OwnMeans", "declared_terms", "own_means", "summed"]
@@ -26,11 +26,7 @@ class OwnMeans(Exception):
 
 
 def summed(result: Any, *, means: bool = False) -> Any:
-    """What a step returned, as one loss.
-
-    Args:
-        result: as returned.
-        means: whether Means are added up as well, each divided by its own denominator.
+    """What a step returned, as one loss. With `means` Means are added up as well, each divided by its own denominator.
 
     Raises:
         OwnMeans: it is made of Means.
@@ -52,14 +48,12 @@ def summed(result: Any, *, means: bool = False) -> Any:
     return sum(scalar(value, f"the step's term {name!r}") for name, value in terms.items())
 
 
-def declared_terms(result: Any, denominators: Mapping[str, float], adds_up: Any, graph: bool) -> dict[str, Any]:
+def declared_terms(
+    result: Any, denominators: Mapping[str, float], adds_up: Callable[[str], bool], graph: bool
+) -> dict[str, Any]:
     """The terms whose denominators were known before the step ran: a Mean checked against them, or what was returned.
 
-    Args:
-        result: as returned.
-        denominators: of each term.
-        adds_up: f(name), whether the term was declared a sum.
-        graph: whether a graph is asked for where something counts.
+    Where something counts, `graph` asks for one.
 
     Raises:
         LossError: other terms than declared; a Mean that says another denominator, or whose term is a sum.
@@ -70,26 +64,22 @@ def declared_terms(result: Any, denominators: Mapping[str, float], adds_up: Any,
             f"the step returned the terms {', '.join(map(repr, terms))}, and reduction declares "
             f"{', '.join(map(repr, denominators))}: declare each term, as reduction={_remedy(terms)}"
         )
-    return {
-        name: _checked(name, terms[name], denominator, adds_up(name), graph)
-        if isinstance(terms[name], Mean)
-        else terms[name]
-        for name, denominator in denominators.items()
-    }
-
-
-def _checked(name: str, mean: Mean, denominator: float, adds_up: bool, graph: bool) -> Mean:
-    own = mean.denominator
-    if isinstance(own, float) and not math.isclose(own, denominator, rel_tol=1e-6):
-        raise LossError(
-            f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
-            f"{denominator:g} for the same batch: let both count the same, or declare none"
-        )
-    if adds_up:
-        raise LossError(
-            f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
-        )
-    return Mean(scalar(mean.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
+    found = {name: terms[name] for name in denominators}
+    for name, mean in found.items():
+        if not isinstance(mean, Mean):
+            continue
+        own, denominator = mean.denominator, denominators[name]
+        if isinstance(own, float) and not near(own, denominator):
+            raise LossError(
+                f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
+                f"{denominator:g} for the same batch: let both count the same, or declare none"
+            )
+        if adds_up(name):
+            raise LossError(
+                f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
+            )
+        found[name] = Mean(scalar(mean.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
+    return found
 
 
 def own_means(result: Any, names: tuple[str, ...], graph: bool) -> dict[str, Mean]:
@@ -122,13 +112,12 @@ def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:
         return {"loss": result}
     if "loss" not in result:
         return result
-    return {name: value for name, value in result.items() if name in declared or _is_term(name, value)}
-
-
-def _is_term(name: Any, value: Any) -> bool:
-    if isinstance(value, Mean) or name == "loss":
-        return True
-    return isinstance(value, Tensor) and value.requires_grad and (value.numel() == 1 or "loss" in str(name))
+    return {
+        name: value
+        for name, value in result.items()
+        if name == "loss" or name in declared or isinstance(value, Mean)
+        or (isinstance(value, Tensor) and value.requires_grad and (value.numel() == 1 or "loss" in str(name)))
+    }  # fmt: skip
 
 
 def _kinds(terms: Mapping[Any, Any]) -> str:

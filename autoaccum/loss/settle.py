@@ -17,17 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoaccum.loss.asking import SAMPLES, WAYS, Evaluate, Seen, SeenTerm, look
+from autoaccum.loss.asking import SAMPLES, Evaluate, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
-from autoaccum.loss.divisor import CLOSE, EXACT, TINY, Divisor, Rule, near
+from autoaccum.loss.divisor import TINY, Divisor, Rule, near
+from autoaccum.loss.graph import WAYS
 from autoaccum.loss.reading import Reading
 
 __all__ = ["Unread", "settle"]
 
 _MOST_RULES = 12
+_EXACT, _CLOSE = 1e-12, 1e-6  # relative: float64 and whole numbers; weights counted in float32
 _SUMS = ("Sum", "Nansum", "Dot")
 _NOTHING = Count("nothing", "reduction='sum'", lambda _: 1.0)
-_OF_A_MEAN = "of a mean or a sum over samples, which makes it no mean"
 
 Amounts = Mapping[Count, Sequence[float]]
 
@@ -40,19 +41,13 @@ class Unread:
         why: in words.
         rule: a count by which its values add up all the same; None where none or several do.
         untried: what else counted the same in all samples that were tried, in words.
-        bent: its graph shows that it is a function of a mean.
         wrong: its values add up by nothing that was tried, so that no accumulation of it can be right.
-        twice: it divides by the square of this count.
-        power: it divides by this power of the number of samples.
     """
 
     why: str
     rule: Count | None = None
     untried: str | None = None
-    bent: bool = False
     wrong: bool = False
-    twice: Count | None = None
-    power: float | None = None
 
 
 def settle(
@@ -73,11 +68,10 @@ def settle(
         most: samples that may run at once.
         declared: counts that stand for what somebody declared, held against the divisors before all others.
     """
-    seen = look(evaluate, batches, min(most, SAMPLES))
+    seen, still = look(evaluate, batches, min(most, SAMPLES))
     counts = [*declared, *countable(seen[-1].batch, targets(seen[-1].batch))]
     amounts = {count: [count.of(each.batch) for each in seen] for count in counts}
-    still = all(each.value == each.again or math.isnan(each.value) for each in seen)
-    plain, deep, joined = (_settled(seen, number, amounts, still) for number in range(len(WAYS)))
+    plain, deep, joined = (_settled(seen, way, amounts, still) for way in WAYS)
     if isinstance(deep, Reading) and (
         isinstance(plain, Unread) or (plain is not None and _constants(deep) < _constants(plain))
     ):
@@ -93,7 +87,7 @@ def _constants(reading: Reading) -> int:
     return sum(divisor.kind == "constant" for divisor in reading.divisors)
 
 
-def _settled(seen: Sequence[Seen], way: int, amounts: Amounts, still: bool) -> Reading | Unread | None:
+def _settled(seen: Sequence[Seen], way: str, amounts: Amounts, still: bool) -> Reading | Unread | None:
     """The divisors as read in one way."""
     terms = [each.ways[way] for each in seen]
     names = [[term.name for term in each] for each in terms]
@@ -101,51 +95,47 @@ def _settled(seen: Sequence[Seen], way: int, amounts: Amounts, still: bool) -> R
         return Unread("its terms differ between parts of a batch")
     divisors: list[Divisor] = []
     for column in zip(*terms):
+        divisor = _divisor(column, seen, amounts)
+        if not isinstance(divisor, Divisor):
+            return divisor
         alone = len(names[-1]) == 1  # the value of the whole loss is the term's
         values = [each.value if alone else term.value for term, each in zip(column, seen)]
-        found = _divisor(column, seen, amounts)
-        if not isinstance(found, Divisor):
-            return found
-        known = [value for value in values if value is not None]
-        if still and len(known) == len(seen) and not _adds_up(column, seen, known, found, alone):
-            return Unread(f"its {found.reduction} over all samples is no sum of those over their parts")
-        divisors.append(found)
-    return Reading(WAYS[way], divisors) if divisors else Unread("its graph is empty")
+        if still and divisor.kind != "penalty" and None not in values:
+            found = [_over(term, divisor.scaled) for term in column]
+            if not _adds_up(seen, values, found, seen[-1].rounding, alone):
+                return Unread(f"its {divisor.reduction} over all samples is no sum of those over their parts")
+        divisors.append(divisor)
+    return Reading(way, divisors) if divisors else Unread("its graph is empty")
+
+
+def _over(term: SeenTerm, scaled: bool) -> float:
+    """What a term divides by, its factor within it where that changes with the samples."""
+    return (term.divisor or 0.0) / (term.factor if scaled and term.factor else 1.0)
 
 
 def _divisor(column: Sequence[SeenTerm], seen: Sequence[Seen], amounts: Amounts) -> Divisor | Unread | None:
     """One term over all sets: what it divides by; why that is no mean; None where these sets cannot tell."""
     last = column[-1]
-    made = Divisor(last.name, "count", divided=any(term.divided for term in column))
+    made, factors = Divisor(last.name), {term.factor for term in column}
     grows = any(term.shapes not in (None, last.shapes) for term in column)
     if any(term.divisor is None for term in column):
         made.kind = "penalty"
-        if last.bent and grows:
-            return Unread(f"it takes the {last.name} {_OF_A_MEAN}", bent=True)
         ends = f"it ends in {last.name} of something that is no plain sum or mean"
         return Unread(ends) if grows or len(seen) == 1 else made
-    factors = {term.factor for term in column}
-    made.scaled = max(factors) - min(factors) > CLOSE * max(factors)
-    made.divided = made.divided or made.scaled
-    found = [(term.divisor or 0.0) / (term.factor if made.scaled and term.factor else 1.0) for term in column]
-    made.zero_seen, made.amount = not all(found), found[-1]
+    made.scaled = max(factors) - min(factors) > _CLOSE * max(factors)
+    found = [_over(term, made.scaled) for term in column]
+    made.hides_floor = all(found) and (made.scaled or any(term.divided for term in column))
+    made.amount = found[-1]
     if not any(found):
         return None
     if len(seen) == 1:
         # One set shows no growth. What a reduction itself counts are samples, or elements of them.
         made.kind = "constant" if last.name in _SUMS else "count"
-        return None if made.divided else made
-    if max(found) - min(found) > CLOSE * max(found):
+        return None if made.hides_floor else made
+    if max(found) - min(found) > _CLOSE * max(found):
         return _count(made, found, seen, amounts)
     made.kind = "constant" if grows else "penalty"
-    return _constant(made, column, seen[-1].took and (made.divided or factors != {1.0})) if grows else made
-
-
-def _constant(made: Divisor, column: Sequence[SeenTerm], may_change: bool) -> Divisor | Unread | None:
-    """One that is the same for every set: a sum, unless it may be a floor that is never left here."""
-    widths = {term.quotients for term in column}
-    if len(widths) == 1 and None not in widths:  # a mean over classes of means over their samples
-        return Unread(f"it takes quotients, one by one, {_OF_A_MEAN}", bent=True)
+    may_change = grows and seen[-1].took and (made.hides_floor or factors != {1.0})  # a floor that is never left here
     return None if may_change else made
 
 
@@ -155,58 +145,41 @@ def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts:
     A number that is added and a floor show by little, so that they are looked for before rounding is allowed for.
     """
     least = min(each for each in found if each)
-    for close in (EXACT, CLOSE):
-        made.close = close
-        made.rules = _rules(made, found, amounts)
+    for close in (_EXACT, _CLOSE):
+        made.rules = _rules(made, found, amounts, close)
         if made.rules or _total(found, seen, 0.0, close):
             return made
         offset = _offset(found, seen)
         if offset > 0 and _total(found, seen, offset, close):
-            made.offset = offset
+            made.offset, made.hides_floor = offset, False
             many = sum(each > offset * (1 + close) for each, own in zip(found, seen) if len(own.rows) == 1)
             return made if many > 1 else None
-        if least < TINY * max(found) and _total(
-            [0.0 if near(each, least) else each for each in found], seen, 0.0, close
-        ):
+        counted = [0.0 if near(each, least) else each for each in found]
+        if least < TINY * max(found) and _total(counted, seen, 0.0, close):
             made.floor = least
             return made
     if len({round(each / found[-1], 6) for each in found}) == 2:
         return None  # one of the two may be a floor, and the other tells too little
-    sizes = [len(each.rows) for each in seen]
-    why = (
-        f"it divides by {', '.join(f'{each:.4g}' for each in found[-3:])} for {', '.join(map(str, sizes[-3:]))} "
-        "samples, which is no count"
+    sizes = ", ".join(str(len(each.rows)) for each in seen[-3:])
+    return Unread(
+        f"it divides by {', '.join(f'{each:.4g}' for each in found[-3:])} for {sizes} samples, which is no count, as "
+        "where a mean is divided again"
     )
-    squares = {count: [each**2 for each in own] for count, own in amounts.items()}
-    twice = next((count for count, own in squares.items() if _alike(found, own)), None)
-    pairs = [(math.log(each / found[-1]), math.log(size / sizes[-1])) for each, size in zip(found, sizes) if each]
-    powers = [up / over for up, over in pairs if over]
-    even = bool(powers) and max(powers) - min(powers) <= 0.02 * max(map(abs, powers))
-    return Unread(why, twice=twice, power=powers[0] if even else None)
-
-
-def _alike(found: Sequence[float], own: Sequence[float]) -> bool:
-    """Whether one is a multiple of the other, which counts something."""
-    return own[-1] > 0 and all(near(each * own[-1], other * found[-1]) for each, other in zip(found, own))
 
 
 def _adds_up(
-    column: Sequence[SeenTerm], seen: Sequence[Seen], values: Sequence[float], found: Divisor, alone: bool
+    seen: Sequence[Seen], values: Sequence[float | None], found: Sequence[float], rounding: float, alone: bool = False
 ) -> bool:
-    """Whether what is divided adds up over the samples, as far as single ones were run."""
-    if found.kind == "penalty":
-        return True
-    sums = {}
-    for term, each, value in zip(column, seen, values):
-        divisor = 1.0 if found.kind == "constant" else (term.divisor or 0.0)
-        if found.scaled and found.kind == "count":
-            divisor /= term.factor or 1.0
-        sums[each.rows] = value * divisor if divisor else 0.0
+    """Whether what is divided adds up over the samples: values times what they are divided by.
+
+    With `alone` single samples may show nothing; without it some must.
+    """
+    sums = {each.rows: (value or 0.0) * own if own else 0.0 for each, value, own in zip(seen, values, found)}
     singles = [sums.get((row,), math.nan) for row in seen[-1].rows]
     if alone and any(math.isnan(single) for single in singles):
         return all(math.isfinite(total) for total in sums.values())
     off = [abs(math.fsum(singles[row] for row in rows) - total) for rows, total in sums.items() if len(rows) > 1]
-    return all(each <= seen[-1].rounding * math.fsum(map(abs, singles)) for each in off)
+    return all(each <= rounding * math.fsum(map(abs, singles)) for each in off)
 
 
 def _total(found: Sequence[float], seen: Sequence[Seen], offset: float, close: float) -> bool:
@@ -233,39 +206,31 @@ def _offset(found: Sequence[float], seen: Sequence[Seen]) -> float:
     return least if abs(offset - least) <= 1e-3 * least else offset if offset <= least else 0.0
 
 
-def _rules(made: Divisor, found: Sequence[float], amounts: Amounts) -> list[Rule]:
+def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float) -> list[Rule]:
     """The counts of the batch that give every divisor, but for a floor, which is noted."""
     rules = []
     for count, own in amounts.items():
-        if own[-1] <= 0:
-            continue
-        scale = found[-1] / own[-1]
-        if scale < 1 - CLOSE or abs(scale - round(scale)) > made.close * scale:
+        scale = found[-1] / own[-1] if own[-1] > 0 else 0.0
+        if scale < 1 - _CLOSE or abs(scale - round(scale)) > close * scale:
             continue  # weights that happen to be equal in these samples
         given = [scale * each for each in own]
-        floors = {round(divisor, 12) for divisor, each in zip(found, given) if not near(divisor, each, made.close)}
-        fitting = {divisor for divisor, each in zip(found, given) if near(divisor, each, made.close)}
-        below = all(each < divisor or near(divisor, each, made.close) for divisor, each in zip(found, given))
-        if len(floors) > made.divided or not below or len(fitting) < 2 or (floors and min(fitting) < max(floors)):
+        floors = {round(divisor, 12) for divisor, each in zip(found, given) if not near(divisor, each, close)}
+        fitting = {divisor for divisor, each in zip(found, given) if near(divisor, each, close)}
+        below = all(each < divisor or near(divisor, each, close) for divisor, each in zip(found, given))
+        if len(floors) > made.hides_floor or not below or len(fitting) < 2 or (floors and min(fitting) < max(floors)):
             continue
         rules.append((max(floors, default=0.0), Rule(count, scale)))
-    if not rules:
-        return []
-    made.floor = rules[0][0]
+    made.floor = rules[0][0] if rules else 0.0
     return [rule for floor, rule in rules if floor == made.floor][:_MOST_RULES]
 
 
 def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: bool) -> Unread | None:
     """A loss that cannot be read, and the one count by which its values add up; None where several that differ do."""
-    if plain.bent:
-        return replace(plain, wrong=True)
-    whole, fitting = seen[-1], dict[tuple[float, ...], list[Count]]()
+    values = [each.value for each in seen]
+    fitting = dict[tuple[float, ...], list[Count]]()
     for count, own in (*amounts.items(), (_NOTHING, [1.0] * len(seen))):
-        sums = {each.rows: each.value * amount if amount else 0.0 for each, amount in zip(seen, own)}
-        singles = [sums.get((row,), math.nan) for row in whole.rows]
-        scale = math.fsum(map(abs, singles))
-        off = [abs(math.fsum(singles[row] for row in rows) - sums[rows]) for rows in sums if len(rows) > 1]
-        if scale and off and all(each <= whole.rounding * scale for each in off):
+        shows = len(seen) > 1 and any(value * amount for value, amount in zip(values, own) if amount)
+        if shows and _adds_up(seen, values, own, seen[-1].rounding):
             fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
         ((rule, *others),) = fitting.values()
@@ -274,4 +239,4 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: boo
         return replace(plain, rule=rule, untried=alike)
     if fitting:
         return None
-    return replace(plain, wrong=still and len(seen) > 1 and math.isfinite(whole.value))
+    return replace(plain, wrong=still and len(seen) > 1 and math.isfinite(values[-1]))

@@ -63,21 +63,18 @@ _BY_FUNCTION: Mapping[Any, _Row] = {row.function: row for row in _ROWS.values() 
 
 
 class TorchLoss:
-    """One of torch's losses as the user passed it.
-
-    Attributes:
-        plain: torch's own code runs: a subclass with a forward of its own may shift or mask the targets first.
-    """
+    """One of torch's losses as the user passed it."""
 
     def __init__(self, row: _Row, loss: Any, settings: Mapping[str, Any]) -> None:
         self._row, self._loss, self._settings = row, loss, settings
         self._weights = ClassWeights()
-        kind = next((base for base in type(loss).__mro__ if base in _ROWS), None)
-        self.plain = kind is None or type(loss).forward is kind.forward
 
     @classmethod
     def recognise(cls, loss: Any) -> "TorchLoss | None":
-        """The loss as one of torch's, or None; a SetupError where deprecated settings hide its reduction."""
+        """The loss as one of torch's, or None; a SetupError where deprecated settings hide its reduction.
+
+        A subclass with a forward of its own is none: it may shift or mask the targets first.
+        """
         loss = getattr(loss, "_orig_mod", loss)  # torch.compile
         settings: Mapping[str, Any] = {}
         if isinstance(loss, functools.partial):
@@ -90,9 +87,10 @@ class TorchLoss:
                     f"{name}={shown(settings[name])} is deprecated in torch: pass reduction='mean' or 'sum'"
                 )
         if isinstance(loss, nn.Module):
-            row = next((_ROWS[base] for base in type(loss).__mro__ if base in _ROWS), None)
+            kind = next((base for base in type(loss).__mro__ if base in _ROWS), None)
+            row = None if kind is None or type(loss).forward is not kind.forward else _ROWS[kind]
         else:
-            row = _BY_FUNCTION.get(loss) if callable(loss) and getattr(loss, "__hash__", None) else None
+            row = _BY_FUNCTION.get(loss) if getattr(loss, "__hash__", None) else None
         return None if row is None else cls(row, loss, settings)
 
     def _setting(self, name: str, default: Any) -> Any:
@@ -119,7 +117,7 @@ class TorchLoss:
     @property
     def of_logits(self) -> bool:
         """Whether it compares classes with outputs that have one figure a class, along dimension 1."""
-        return self.over_classes and self.plain and self._row.function is not None
+        return self.over_classes and self._row.function is not None
 
     @property
     def weights(self) -> Tensor | None:
@@ -152,7 +150,7 @@ class TorchLoss:
         Triplet: outputs (anchor, positive, negative), whatever the targets; CTC: targets (targets, input_lengths,
         target_lengths), or outputs (log_probs, input_lengths) with targets (targets, target_lengths).
         """
-        return _LAYOUTS[self._row.takes](outputs, targets) if self.plain else (outputs, targets)
+        return _LAYOUTS[self._row.takes](outputs, targets)
 
     def denominator(self, targets: Any, samples: Callable[[], float]) -> float:
         """What this loss's mean over a batch with these targets was divided by.
@@ -167,20 +165,16 @@ class TorchLoss:
         if self._row.over == "samples" or self.reduction == "batchmean":
             return samples()
         count = elements(targets)
-        if self._row.over == "classes":
-            return self._classes(targets, count)
-        return count / int(targets.shape[-1]) if self._row.over == "rows" else count
-
-    def _classes(self, targets: Tensor, count: float) -> float:
-        """What counts of targets that are classes, `count` of them."""
+        if self._row.over != "classes":
+            return count / int(targets.shape[-1]) if self._row.over == "rows" else count
         if not holds_indices(targets):
             # Class probabilities, shaped (samples, classes, ...): torch divides by samples × places, even with weights.
-            if self.plain and targets.dim() < 2:
+            if targets.dim() < 2:
                 raise DataError(
                     f"the targets are {targets.dtype} of shape {tuple(targets.shape)}: {self.name} takes class indices "
                     "as integers (targets.long()), or class probabilities of shape (samples, classes, ...)"
                 )
-            return count / int(targets.shape[1]) if self.plain else count
+            return count / int(targets.shape[1])
         if self.reduction == "none":
             return count  # ignored targets are zeros in the mean of the elements
         if self.weights is None:

@@ -26,7 +26,7 @@ from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import interruptible, uninterrupted
-from autoaccum.loss.call import expect_scalar
+from autoaccum.loss.call import scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
@@ -222,7 +222,7 @@ class Accumulator(Passes):
             self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
             return
         if not isinstance(loss, Mean):
-            expect_scalar(loss)
+            loss = scalar(loss, "the micro-batch")
             loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
         self._add({"loss": loss})
 
@@ -275,12 +275,12 @@ class Accumulator(Passes):
         sums = [0.0, 0.0] if self._sums is None else list(self._sums.so_far)
         if self.ranks.size > 1:
             sums += self.noise_scale.so_far()
-        floors = [] if self.objective is None else self.objective.floors
+        floors = [] if self.objective is None else self.objective.reading.floors
         loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *floors, *flags])
         if self.ranks.size > 1:
             self.noise_scale.over_ranks(answers.pop(0), answers.pop(0))
         if self.objective is not None:
-            self.objective.agree_on_floors(answers[: len(floors)])
+            self.objective.reading.agree_on_floors(answers[: len(floors)])
             del answers[: len(floors)]
         self._ended = None if self._sums is None else self._sums.close(loss, late)
         return answers

@@ -55,18 +55,18 @@ class WindowSums:
         self.denominators = denominators = None if objective is None else objective.prepared
         # What is only known afterwards is divided by what it is expected to be: a good guess leaves nothing to correct,
         # and the whole batch's own rounding.
-        guessed = objective.expected(batches) if objective is not None and denominators is None else 0.0
+        guessed = objective.reading.expected(batches) if objective is not None and denominators is None else 0.0
         expected = guessed or float(sum(samples))
         self.done = 0
         names = objective.names if objective is not None else ()
-        self._whole = objective.whole if objective is not None else lambda name, total: total
+        self._whole = objective.reading.whole if objective is not None else lambda name, total: total
         own = [float(sum(samples)), expected]
         if denominators is not None:
             own += [math.fsum(micro[name] for micro in denominators) for name in names]
-        floors = [] if objective is None else objective.floors
+        floors = [] if objective is None else objective.reading.floors
         (total, self._expected, *sums), counts = ranks.meet(what, [*own, *floors], own=len(samples))
         if objective is not None:
-            objective.agree_on_floors(sums[len(sums) - len(floors) :])
+            objective.reading.agree_on_floors(sums[len(sums) - len(floors) :])
             del sums[len(sums) - len(floors) :]
         self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
         self.totals = None

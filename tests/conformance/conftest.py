@@ -16,7 +16,7 @@ def pytest_configure(config: Any) -> None:
 def pytest_generate_tests(metafunc: Any) -> None:
     if "trainer" in metafunc.fixturenames:
         chosen = metafunc.definition.get_closest_marker("case").kwargs.get("trainers")
-        trainers = [trainer for trainer in TRAINERS if chosen is None or trainer.name in chosen]
+        trainers = [each for each in TRAINERS if (not each.of_pairs if chosen is None else each.name in chosen)]
         metafunc.parametrize("trainer", trainers, ids=lambda trainer: trainer.name, indirect=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CausalLM", "MaskedLM", "Shifting", "classifier", "images", "seeded", "tagged", "tokens", "vectors"]
+__all__ = ["CausalLM", "MaskedLM", "Pairs", "Shifting", "classifier", "images", "seeded", "tagged", "tokens", "vectors"]
 
 IGNORED = -100
 WORDS, LENGTH, CLASSES = 11, 8, 5
@@ -37,6 +37,26 @@ class Named(nn.Module):
 def classifier(outputs: int = CLASSES, inputs: int = 6) -> nn.Module:
     """Two linear layers."""
     return seeded(lambda: Named(nn.Linear(inputs, 12), nn.Tanh(), nn.Linear(12, outputs)))
+
+
+class Pairs(nn.Module):
+    """Embeds both sides of pairs; its own loss ranks each anchor's positive among those of all that it is given."""
+
+    scale = 20.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, CLASSES))
+
+    def embedded(self, batch: Any) -> list[Tensor]:
+        return [self.net(batch["anchor"]), self.net(batch["positive"])]
+
+    def ranked(self, found: list[Tensor]) -> Tensor:
+        anchors, positives = (F.normalize(side, dim=1) for side in found)
+        return F.cross_entropy(self.scale * anchors @ positives.T, torch.arange(len(anchors)))
+
+    def forward(self, anchor: Tensor, positive: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.ranked(self.embedded({"anchor": anchor, "positive": positive}))}
 
 
 class CausalLM(nn.Module):

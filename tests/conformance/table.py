@@ -67,6 +67,7 @@ What their documentation has for a person to write by hand:
   and so is for losses over those.
 - lightning: manual optimization, in which the division, the step and the clipping are the user's. Not measured.
 - ignite: an update function of one's own instead of `create_supervised_trainer`, clipping included. Not measured.
+- sentence-transformers: measured is its cached loss over pairs alone, the one thing that it has for this (case 21).
 - case 13: DistributedDataParallel's `find_unused_parameters=True`, measured.
 - case 23: lightning warns that a checkpoint in mid-epoch is not exact unless the loader keeps its own state; ignite's
   deterministic engine promises its order for restarts at an epoch, with workers; accelerate has `use_seedable_sampler`.

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.errors import LossError
-from tests.conformance.models import classifier, vectors
+from tests.conformance.models import Pairs, classifier, seeded, vectors
 from tests.conformance.problems import Problem
 
 
@@ -50,48 +50,18 @@ def test_a_batch_coupled_loss_is_refused_by_name(trainer, figures, name, loss):
     figures.gradients(name, problem)
 
 
-class Encoder(nn.Sequential):
-    """What sentence-transformers takes for a model: features in a dict become an embedding in it."""
-
-    def __init__(self):
-        torch.manual_seed(3)
-        super().__init__(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 5)).double())
-
-    def forward(self, features):
-        return {**features, "sentence_embedding": self[0](features["input_ids"])}
-
-
-def ranked(found, batch=None):
-    """Each anchor's own positive against those of all others, by cosine."""
-    scores = 20 * F.normalize(found[0], dim=1) @ F.normalize(found[1], dim=1).T
-    return F.cross_entropy(scores, torch.arange(len(scores)))
-
-
-def embedded(model, batch):
-    return [model({"input_ids": side})["sentence_embedding"] for side in batch]
-
-
-def gradient(model):
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def test_a_declared_one_has_the_whole_windows_gradient_as_cached_losses_and_unlike_plain_accumulation():
-    torch.manual_seed(4)
-    batch = torch.randn(24, 6, dtype=torch.float64), torch.randn(24, 6, dtype=torch.float64)
-    whole, plain, ours = Encoder(), Encoder(), Encoder()
-    ranked(embedded(whole, batch)).backward()
-    for piece in zip(*(side.split(9) for side in batch)):
-        (ranked(embedded(plain, piece)) * len(piece[0]) / 24).backward()
-    start = [parameter.detach().clone() for parameter in ours.parameters()]
-    autoaccum.fit(
-        ours, batch, target_batch=24, micro_batch=9, step=autoaccum.Coupled(embedded, ranked), device="cpu", lr=1.0,
-        optimizer=torch.optim.SGD, lr_rule="none", shuffle=False, progress=False, cache=False,
+@pytest.mark.case(
+    21,
+    "batch-coupled loss: noticed and refused",
+    trainers=("autoaccum", "transformers", "accelerate", "lightning", "ignite", "sentence-transformers"),
+)
+def test_a_declared_one_has_the_whole_windows_gradient(figures):
+    """Beside plain accumulation, and losses that were written for this: encoded in micro-batches, computed over all."""
+    chance = torch.Generator().manual_seed(4)
+    sides = torch.randn(24, 2, 6, dtype=torch.float64, generator=chance)
+    model = seeded(Pairs)
+    problem = Problem(
+        model=lambda: seeded(Pairs), samples=[{"anchor": one, "positive": other} for one, other in sides],
+        micro_batch=3, k=4, step=autoaccum.Coupled(Pairs.embedded, model.ranked),
     )  # fmt: skip
-    moved = torch.cat([(old - new.detach()).flatten() for old, new in zip(start, ours.parameters())])
-    assert float((moved - gradient(whole)).norm()) <= 1e-10 * float(gradient(whole).norm())
-    assert float((gradient(plain) - gradient(whole)).norm()) >= 0.1 * float(gradient(whole).norm())
-    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses", reason="not installed")
-    peer = Encoder()
-    cached = losses.CachedMultipleNegativesRankingLoss(peer, scale=20.0, mini_batch_size=9)
-    cached([{"input_ids": side, "attention_mask": torch.ones_like(side)} for side in batch], None).backward()
-    assert float((gradient(peer) - gradient(whole)).norm()) <= 1e-10 * float(gradient(whole).norm())
+    figures.gradients("ranking pairs, declared", problem)

@@ -5,6 +5,7 @@ from tests.conformance.trainers.base import NotOffered, Trainer
 from tests.conformance.trainers.ignite import Ignite
 from tests.conformance.trainers.lightning import Lightning, LightningAttached
 from tests.conformance.trainers.ours import Fit, OwnLoop
+from tests.conformance.trainers.sentence_transformers import SentenceTransformers
 from tests.conformance.trainers.transformers import Transformers, TransformersAttached
 
 __all__ = ["TRAINERS", "NotOffered", "Trainer"]
@@ -17,6 +18,7 @@ TRAINERS: tuple[Trainer, ...] = (
     AccelerateRecipe(),
     Lightning(),
     Ignite(),
+    SentenceTransformers(),
     TransformersAttached(),
     LightningAttached(),
 )

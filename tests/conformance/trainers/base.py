@@ -24,12 +24,14 @@ class Trainer(ABC):
         package: what must be importable, and is asked for its version.
         distribution: its name among the installed distributions.
         ours: autoaccum must pass; a peer's figure is recorded, whatever it is.
+        of_pairs: it is no trainer of any model, and only asked by name.
     """
 
     name: str
     package: str
     distribution: str
     ours: bool = False
+    of_pairs: bool = False
 
     @property
     def missing(self) -> str | None:
