@@ -74,15 +74,7 @@ class ClassWeights:
 
 
 def as_denominator(value: Any, source: str) -> float:
-    """`value` as a denominator: a finite number, 0 or above. A tensor of one element is read.
-
-    Args:
-        value: what a callable of the user's returned.
-        source: who returned it, for the message: "reduction=f(batch)".
-
-    Raises:
-        LossError: anything else.
-    """
+    """`value`, which `source` gave, as a denominator: finite, 0 or above; a LossError for anything else."""
     meaning = "a denominator is what the mean loss was divided by"
     if isinstance(value, bool):
         raise LossError(f"{source} gave {value}, a bool: {meaning}")
@@ -99,14 +91,14 @@ def as_number(value: Any, source: str, meaning: str) -> float:
     """`value`, which `source` gave, as one number; a tensor of one element is read. A LossError for anything else."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    text = shown(value)
+    why = meaning
+    if not isinstance(value, (str, complex, Tensor)) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except (OverflowError, TypeError, ValueError) as error:
+            why = str(error)
     kind = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
-    if isinstance(value, (str, complex, Tensor)) or not hasattr(value, "__float__"):
-        raise LossError(f"{source} gave {text}, a {kind}, and not one number: {meaning}")
-    try:
-        return float(value)
-    except (OverflowError, TypeError, ValueError) as error:
-        raise LossError(f"{source} gave {text}, a {kind}, and not one number: {error}") from error
+    raise LossError(f"{source} gave {shown(value)}, a {kind}, and not one number: {why}")
 
 
 class Count(NamedTuple):
@@ -118,11 +110,9 @@ class Count(NamedTuple):
 
 
 def countable(batch: Any, targets: Any) -> Iterator[Count]:
-    """Everything that could be counted in `batch`, the likeliest first.
+    """Everything that could be counted in `batch`, on the host, the likeliest first.
 
-    Args:
-        batch: its tensors lie on the host, best.
-        targets: those of its tensors that are compared with the outputs; None where that is not clear.
+    `targets`: those of its tensors that are compared with the outputs; None where that is not clear.
     """
     yield Count("the samples", "reduction='sample_mean'", samples)
     leaves = list(Reading(batch, tree.batch_size(batch)).leaves())
@@ -157,19 +147,20 @@ def _labels(labels: Tensor, path: str) -> Iterator[Count]:
         for index in sorted(_PADDING, key=lambda index: not bool((labels == index).any())):  # what occurs, first
             for cut, words in zip(CUTS, _CUT_WORDS) if labels.dim() == 2 else [("", "")]:
                 usual = "reduction='token_mean'" if index == IGNORED and not cut else None
-                yield _written(f"the labels{words} other than {index}", path, cut, f" != {index}", usual)
+                yield _written(f"the labels{words} other than {index}", path, cut, "!=", index, usual)
     yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))
 
 
 def _marks(path: str, leaf: Tensor) -> Iterator[Count]:
     """The sum of a mask, of lengths or of weights; what in it is not 0."""
-    if bool((leaf >= 0).all()):
-        for cut in ("", "[:, 1:]") if leaf.dim() == 2 else ("",):
-            yield _written(f"the sum of batch{path}{cut}", path, cut, "")
-    yield _written(f"what in batch{path} is not 0", path, "", " != 0")
-    yield _written(f"what in batch{path} is 0", path, "", " == 0")
-    if bool((leaf < 0).any()):
-        yield _written(f"what in batch{path} is above 0", path, "", " > 0")
+    negative = bool((leaf < 0).any())
+    for cut in ("", "[:, 1:]") if leaf.dim() == 2 else ("",):
+        if not negative:
+            yield _written(f"the sum of batch{path}{cut}", path, cut)
+    yield _written(f"what in batch{path} is not 0", path, "", "!=")
+    yield _written(f"what in batch{path} is 0", path, "", "==")
+    if negative:
+        yield _written(f"what in batch{path} is above 0", path, "", ">")
 
 
 def _rows(path: str, items: Any) -> Iterator[Count]:
@@ -196,15 +187,14 @@ def _elements(path: str) -> Callable[[Any], float]:
 _COMPARED: dict[str, Callable[[Tensor, int], Tensor]] = {"!=": torch.ne, "==": torch.eq, ">": torch.gt}
 
 
-def _written(name: str, path: str, cut: str, compared: str, declare: str | None = None) -> Count:
+def _written(name: str, path: str, cut: str, sign: str = "", number: int = 0, declare: str | None = None) -> Count:
     """A count as one would write it in a lambda: cut a leaf, compare it with a number or not, and sum."""
-    sign, _, number = compared.strip().partition(" ")
 
     def of(batch: Any) -> float:
         leaf = CUTS[cut](_at(batch, path))
         if sign:
-            leaf = _COMPARED[sign](leaf, int(number))
+            leaf = _COMPARED[sign](leaf, number)
         return float(leaf.sum() if leaf.dtype.is_floating_point and leaf.dtype.itemsize > 4 else leaf.double().sum())
 
-    code = f"(batch{path}{cut}{compared})" if compared else f"batch{path}{cut}"
+    code = f"(batch{path}{cut} {sign} {number})" if sign else f"batch{path}{cut}"
     return Count(name, declare or f"reduction=lambda batch: {code}.sum()", of)

@@ -36,11 +36,7 @@ class Mean:
     __slots__ = ("_divided", "_divisor", "_tensor", "denominator")
 
     def __init__(self, numerator: Tensor | float, denominator: float | Tensor) -> None:
-        """Takes the parts.
-
-        Args:
-            numerator: the sum of the losses, one element.
-            denominator: what it is divided by, one element; 0 where nothing counts.
+        """Takes the sum of the losses and what it is divided by, one element each; 0 where nothing counts.
 
         Raises:
             LossError: a part that is not one number, or a denominator that is negative or not finite.
@@ -56,12 +52,9 @@ class Mean:
 
     @classmethod
     def of(cls, mean: Tensor, denominator: float | Tensor, divisor: float | Tensor | None = None) -> "Mean":
-        """Where only the mean is at hand, and what counts in it.
+        """Where only the mean is at hand, of one element, and what it adds to the denominator of a mean over more.
 
-        Args:
-            mean: one element.
-            denominator: what it adds to the denominator of a mean over more.
-            divisor: what it was divided by itself, where that is another number: a floor, say.
+        `divisor` is what it was divided by itself, where that is another number: a floor, say.
         """
         made = cls.__new__(cls)
         made._tensor, made.denominator = mean, _denominator(denominator)
@@ -136,8 +129,7 @@ class Several(dict[str, Mean]):
     def parts(self, totals: Mapping[str, float]) -> tuple[list[tuple[Tensor, float]], Tensor]:
         """([the loss, and what its backward pass begins with], the value it enters the window's loss with).
 
-        Args:
-            totals: each term's denominator, over the window and all ranks.
+        `totals`: each term's denominator, over the window and all ranks.
         """
         shares = {name: term.share(totals[name]) if totals[name] else 0.0 for name, term in self.items()}
         first, *others = (float(share) for share in shares.values())

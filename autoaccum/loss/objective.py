@@ -122,9 +122,7 @@ class Objective:
     def denominators(self, batch: Any) -> dict[str, float] | None:
         """What each term's mean over `batch`, best on the host, is divided by; None where only the loss knows.
 
-        Raises:
-            DataError: the batch does not hold what is counted.
-            LossError: a declared f(batch) gave no denominator.
+        A DataError where the batch does not hold what is counted, a LossError where a declared f(batch) gave no number.
         """
         self.settle([batch])
         return self.counted(batch)
@@ -148,12 +146,8 @@ class Objective:
         """Finds `prepared`, the denominators of each micro-batch of a window to come; none for a rank that idles.
 
         None where one is only known once the loss ran; that is so on all ranks or on none. Of a loss with several
-        terms all must be known before: where the batches do not say them, each micro-batch is run forward once more.
-
-        Args:
-            batches: on the host.
-            rehearses: only the memory that the window takes matters.
-            on_phase: told of a "batch" before each forward of a pass that only reads.
+        terms all must be known before: where the batches, on the host, do not say them, each is run forward once more,
+        a "batch" of which `on_phase` is told. With `rehearses` only the memory that the window takes matters.
         """
         self.settle(batches, rehearses=rehearses)
         if not self._returns_means and (not self._reads or self.reading.adds_up):
@@ -167,9 +161,7 @@ class Objective:
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         if is_sharded(self.model):
-            raise LossError(
-                "a sharded model cannot read several denominators ahead: declare reduction={name: f(batch)}"
-            )
+            raise LossError("a sharded model cannot read denominators ahead: declare reduction={name: f(batch)}")
         device = device_of(self.model)
         known = []
         with Untouched(self.model, device=device), torch.enable_grad():
@@ -192,16 +184,13 @@ class Objective:
         """Finds out, where nobody declared it, what the loss divides by: on a few samples, once, without a trace.
 
         The first count asks for it where nobody did; while nothing counts in the samples it was shown, the next asks
-        again.
+        again. A LossError where the loss is not a scalar tensor.
 
         Args:
             batches: on the host.
             most: samples that may run at once.
             begin: makes the model a function of its samples alone, before it runs on those at some places.
             rehearses: only the memory that a step takes matters: few samples serve, and settle only a step's Means.
-
-        Raises:
-            LossError: the loss is not a scalar tensor.
         """
         reduction = self._reduction
         self.reading.rehearses = rehearses

@@ -123,10 +123,10 @@ class Reading:
     def terms(
         self, loss: Tensor, on_host: Any, known: Mapping[str, float] | None, values: Mapping[Any, Tensor]
     ) -> dict[str, Mean]:
-        """The terms of a loss that ran.
+        """The terms of a loss that ran, one element with its graph.
 
         Args:
-            loss: one element, with its graph.
+            loss: as it was given for the batch `on_host`.
             on_host: the batch, best on the host.
             known: its denominators, where they were counted before.
             values: the results of one element on the way to the loss, by their nodes.
@@ -217,15 +217,9 @@ class Compared:
         self._waited = 0
 
     def check(self, loss: Tensor, denominator: float, declared: Callable[[], str]) -> None:
-        """Compares those of one micro-batch.
+        """Refuses a micro-batch whose two have changed, and not alike.
 
-        Args:
-            loss: the term, one element with its graph.
-            denominator: what was declared, or counted by torch's own rule; 1 for a sum.
-            declared: that in words.
-
-        Raises:
-            LossError: the two have changed, and not alike.
+        `denominator` is what was declared, or counted by torch's own rule, 1 for a sum; `declared` says it in words.
         """
         terms = read(loss) if denominator and loss.requires_grad and not loss.is_meta else ()
         if len(terms) != 1 or terms[0].divisor is None:
