@@ -10,6 +10,7 @@ from autoaccum.errors import LossError
 from autoaccum.loss.objective import Objective
 from autoaccum.planning.plan import plan
 from autoaccum.window.accumulate import Accumulator
+from tests.test_loss_objective import error
 
 D, C, SIZES = 6, 4, (9, 9, 5, 1, 14, 2)
 NONE = {"reduction": "none"}
@@ -231,3 +232,25 @@ def test_ranks_are_told_what_each_term_was_read_to_be():
     objective.settle([samples(0.3)])
     assert objective.facts == {"terms": "term 1, term 2", "term 1 of the loss": "count", "term 2 of the loss": "count"}
     assert "each micro-batch runs forward once more" in objective.reason
+
+
+class Hidden(torch.autograd.Function):
+    """A function of one's own, below which the graph says nothing."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@pytest.mark.parametrize("name", ["masked mean", "a sum over a constant", "kl"])
+def test_a_loss_whose_graph_is_hidden_is_learnt_from_its_values(name):
+    torch.manual_seed(0)
+    model, data = Net(), samples(0.3, count=sum(SIZES))
+    objective = Objective(model, step=lambda m, b: Hidden.apply(LOSSES[name](m, b)))
+    assert error(objective, data, lambda: LOSSES[name](model, data), SIZES) <= 1e-10
+    assert "as its values over parts of a batch show" in objective.reason
+    assert objective.unseen is None

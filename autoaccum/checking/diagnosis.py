@@ -47,13 +47,13 @@ def diagnose(
         parts: the micro-batches whose accumulated gradient was wrong.
         added_up: whether that was the plain sum of their own gradients.
     """
-    if isinstance(found, Unread) and found.rule is None:
+    if isinstance(found, Unread):
         return no_mean(found.why)
-    if isinstance(found, Reading) and len(found.divisors) > 1:
+    if found is not None and len(found.divisors) > 1:
+        words = dict.fromkeys(divisor.words for divisor in found.divisors)
         return Diagnosis(
             Cause.SEVERAL,
-            f"several denominators: of the loss's terms one {'; one '.join(dict.fromkeys(_words(found)))}, and all are "
-            "weighted alike.\nReturn the terms from step=, and declare each: reduction={term: f(batch)}; or leave "
+            f"several denominators: of the loss's terms one {'; one '.join(words)}, and all are weighted alike.\nReturn the terms from step=, and declare each: reduction={term: f(batch)}; or leave "
             'reduction="auto", which reads them',
         )
     by, declare = declaration(found)
@@ -80,14 +80,12 @@ def _begun(sentence: str) -> str:
 
 def declaration(found: Reading | Unread | None) -> tuple[str, str]:
     """(what the loss is a mean over; what to do about it), in words; ("nothing", …) of a sum."""
-    rule = found.rule if isinstance(found, Unread) else None
-    if isinstance(found, Reading) and len(found.divisors) == 1:
-        divisor = found.divisors[0]
-        if divisor.kind != "count":
-            return "nothing", "declare reduction='sum'"
-        rule = divisor.rules[0].counted if divisor.rules else None
-    if rule is None:
+    divisor = found.divisors[0] if isinstance(found, Reading) and len(found.divisors) == 1 else None
+    if divisor is not None and divisor.kind != "count":
+        return "nothing", "declare reduction='sum'"
+    if divisor is None or not divisor.rules:
         return "what nothing in the batch counts", DECLARE
+    rule = divisor.rules[0].counted
     return rule.name, f"declare {rule.declare}"
 
 
@@ -102,22 +100,16 @@ def no_mean(why: str) -> Diagnosis:
     )
 
 
-def _words(found: Reading) -> list[str]:
-    return [divisor.words for divisor in found.divisors]
-
-
-def _weighed_right(objective: Objective, found: Reading | Unread | None, parts: Sequence[Any]) -> bool:
+def _weighed_right(objective: Objective, found: Reading | None, parts: Sequence[Any]) -> bool:
     """Whether the parts weigh as the loss divides, as far as that can be counted: then no denominator is at fault."""
     weights = [sum((objective.counted(part) or {}).values()) for part in parts]
-    if isinstance(found, Reading):
-        divisor = found.divisors[0]
-        if not divisor.rules:  # nothing says what it comes to in a part
-            return near(divisor.amount, sum(weights), 1e-4)
-        amounts = [divisor.foretold(part) for part in parts]
-    else:
-        amounts = [found.rule.of(part) if found is not None and found.rule is not None else None for part in parts]
-    pairs = list(zip(amounts, weights))
-    first, weight = pairs[0]
+    if found is None:
+        return False
+    divisor = found.divisors[0]
+    if not divisor.rules:  # nothing says what it comes to in a part
+        return near(divisor.amount, sum(weights), 1e-4)
+    amounts = [divisor.foretold(part) for part in parts]
+    first, weight = amounts[0], weights[0]
     return first is not None and all(
-        own is not None and near(own * weight, first * declared, 1e-4) for own, declared in pairs
+        own is not None and near(own * weight, first * declared, 1e-4) for own, declared in zip(amounts, weights)
     )

@@ -105,7 +105,7 @@ class Objective:
         if self._reads and not self.reading.divisors:
             return "nothing counts in the samples that were tried, or too little"
         found = self._reduction.unread
-        return None if found is None else found.why if found.rule is None else found.untried
+        return self.reading.untried if found is None else found.why
 
     @property
     def uncountable(self) -> Unread | None:

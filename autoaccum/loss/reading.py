@@ -28,11 +28,20 @@ class Reading:
 
     Attributes:
         divisors: of its terms; none: nothing has settled that so far.
+        unread: why its graph does not say it, where one divisor was learnt from its values.
+        untried: what else counted the same as that one in all samples that were tried, in words.
         rehearses: only the memory that a step takes matters.
     """
 
-    def __init__(self, way: str = "plain", divisors: Sequence[Divisor] = ()) -> None:
-        self.way, self.divisors, self.rehearses = way, list(divisors), False
+    def __init__(
+        self,
+        way: str = "plain",
+        divisors: Sequence[Divisor] = (),
+        unread: str | None = None,
+        untried: str | None = None,
+    ) -> None:
+        self.way, self.divisors, self.unread, self.untried = way, list(divisors), unread, untried
+        self.rehearses = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,6 +63,8 @@ class Reading:
         """One line: the denominator, and what reading costs where it is more than a look at the graph."""
         if not self.divisors:
             return "divides by what its graph says, read at each micro-batch"
+        if self.unread is not None:
+            return f"{self.words}, as its values over parts of a batch show ({self.unread})"
         counts = [divisor for divisor in self.divisors if divisor.kind == "count"]
         if len(self.divisors) == 1 or not counts:
             return f"{self.words}, as its graph says"
@@ -134,6 +145,8 @@ class Reading:
         Raises:
             LossError: the loss is not made as it was, or cannot be told to be a count.
         """
+        if self.unread is not None:
+            return {"loss": self._hidden(loss, on_host)}
         if not self.divisors or not loss.requires_grad:
             return {name: self._unsettled(loss, samples(on_host)) for name in self.names}
         terms = read(loss, self.way)
@@ -181,7 +194,7 @@ class Reading:
         return Mean.of(value, count, own)
 
     def _hidden(self, loss: Tensor, on_host: Any) -> Mean:
-        """Of a loss that is compiled, by what was learnt while it was not."""
+        """Of a loss whose graph does not say it, by what was learnt of it; it may be compiled since then."""
         divisor = self.divisors[0]
         if self.adds_up:
             return Sum(loss, samples(on_host))

@@ -120,9 +120,7 @@ class Reduction:
         return self._undeclared(batch) if how == "auto" else samples(batch)
 
     def _undeclared(self, batch: Any) -> float:
-        """As torch's own loss divides; of one that could not be read by its rule, else by its labels or samples."""
-        if self.unread is not None and self.unread.rule is not None:
-            return self.unread.rule.of(batch)
+        """As torch's own loss divides; of one that could not be read by its labels or samples."""
         if self.torch is not None:
             return self.torch.denominator(arrange(batch, apart=True).targets, lambda: samples(batch))
         labels = targets_in(batch, apart=False) if self._loss is None else None
@@ -188,8 +186,6 @@ class Reduction:
             assert self.torch is not None  # else the loss is read, and has words of its own
             does = "adds up" if self.torch.reduction == "sum" else f"divides by {self.torch.divides_by}"
             return f"{does}, as {self.torch.name} does"
-        if unread.rule is not None:
-            return f"divides by {unread.rule.name}, by which its values add up ({unread.why})"
         by = "the labels that count" if self._loss is None and self._step is None else "the samples"
         return f"divides by {by}, assumed since {unread.why}: reduction= declares another denominator"
 

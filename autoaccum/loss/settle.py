@@ -19,7 +19,7 @@ from typing import Any
 
 from autoaccum.loss.asking import SAMPLES, Evaluate, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
-from autoaccum.loss.divisor import TINY, Divisor, Rule, near
+from autoaccum.loss.divisor import TINY, TRUSTED, Divisor, Rule, near
 from autoaccum.loss.graph import WAYS
 from autoaccum.loss.reading import Reading
 
@@ -39,14 +39,10 @@ class Unread:
 
     Attributes:
         why: in words.
-        rule: a count by which its values add up all the same; None where none or several do.
-        untried: what else counted the same in all samples that were tried, in words.
         wrong: its values add up by nothing that was tried, so that no accumulation of it can be right.
     """
 
     why: str
-    rule: Count | None = None
-    untried: str | None = None
     wrong: bool = False
 
 
@@ -224,8 +220,8 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float
     return [rule for floor, rule in rules if floor == made.floor][:_MOST_RULES]
 
 
-def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: bool) -> Unread | None:
-    """A loss that cannot be read, and the one count by which its values add up; None where several that differ do."""
+def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: bool) -> Reading | Unread | None:
+    """A loss that cannot be read, by the one count by which its values add up; None where several that differ do."""
     values = [each.value for each in seen]
     fitting = dict[tuple[float, ...], list[Count]]()
     for count, own in (*amounts.items(), (_NOTHING, [1.0] * len(seen))):
@@ -234,9 +230,10 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: boo
             fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
         ((rule, *others),) = fitting.values()
+        divisor = Divisor("", "constant" if rule is _NOTHING else "count", rules=[Rule(rule, 1.0)], confirmed=TRUSTED)
         tokens = next((count.name for count in others if count.declare == "reduction='token_mean'"), None)
         alike = f"{plain.why}, and {tokens} were as many in each sample tried as {rule.name}" if tokens else None
-        return replace(plain, rule=rule, untried=alike)
+        return Reading(divisors=[divisor], unread=plain.why, untried=alike)
     if fitting:
         return None
     return replace(plain, wrong=still and len(seen) > 1 and math.isfinite(values[-1]))
