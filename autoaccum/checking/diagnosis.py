@@ -53,7 +53,8 @@ def diagnose(
         words = dict.fromkeys(divisor.words for divisor in found.divisors)
         return Diagnosis(
             Cause.SEVERAL,
-            f"several denominators: of the loss's terms one {'; one '.join(words)}, and all are weighted alike.\nReturn the terms from step=, and declare each: reduction={term: f(batch)}; or leave "
+            f"several denominators: of the loss's terms one {'; one '.join(words)}, and all are weighted alike.\n"
+            "Return the terms from step=, and declare each: reduction={term: f(batch)}; or leave "
             'reduction="auto", which reads them',
         )
     by, declare = declaration(found)
