@@ -254,3 +254,24 @@ def test_a_loss_whose_graph_is_hidden_is_learnt_from_its_values(name):
     assert error(objective, data, lambda: LOSSES[name](model, data), SIZES) <= 1e-10
     assert "as its values over parts of a batch show" in objective.reason
     assert objective.unseen is None
+
+
+@pytest.mark.parametrize("form", ["loss", "step"])
+def test_terms_whose_denominators_the_batch_says_are_told_apart_where_nothing_is_learned_too(form):
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets) + 0.3 * outputs.square().mean()
+
+    model, data = Net(), samples(0.3, count=8 * 30)
+    pairs = (data["x"], data["y"])
+    given = {"loss": loss} if form == "loss" else {"step": lambda m, b: loss(m(b[0]), b[1])}
+    objective = Objective(model, **given)
+    objective.settle([pairs])
+    for piece in tree.split(pairs, [8] * 30):
+        objective.terms(piece, None, piece)
+    known = objective.denominators(pairs)
+    with torch.no_grad():
+        terms, _, _ = objective.evaluate(pairs, known, graph=False)
+        assert known == {name: float(term.denominator) for name, term in terms.items()}
+        assert float(sum(term.value for term in terms.values())) == pytest.approx(
+            float(loss(model(pairs[0]), pairs[1]))
+        )

@@ -150,13 +150,12 @@ class Objective:
         a "batch" of which `on_phase` is told. With `rehearses` only the memory that the window takes matters.
         """
         self.settle(batches, rehearses=rehearses)
-        if not self._returns_means and (not self._reads or self.reading.adds_up):
-            self.prepared = [self.counted(batch) or {} for batch in batches]
-        elif len(self.names) == 1:
+        late = self._returns_means or (self._reads and not self.reading.adds_up)
+        if late and len(self.names) == 1:
             self.prepared = None
-        else:
-            ahead = self.reading.ahead(batches) if self._reads else None
-            self.prepared = ahead or self._read_ahead(batches, on_phase)
+            return
+        known = [each for batch in batches if (each := self.counted(batch)) is not None]
+        self.prepared = known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
 
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
@@ -270,8 +269,9 @@ class Objective:
         """
         if denominators is None and on_host is None:
             denominators = self.denominators(batch)
-        reads = self._reads and (denominators is None or torch.is_grad_enabled())
-        values = Values() if reads and len(self.names) > 1 else None
+        several = len(self.names) > 1  # which only the graph tells apart
+        reads = self._reads and (denominators is None or several or torch.is_grad_enabled())
+        values = Values() if reads and several else None
         with values or contextlib.nullcontext():
             result, source, outputs, targets = self._run(self.model, batch, graph=reads)
         if reads:
@@ -279,8 +279,6 @@ class Objective:
             seen = {} if values is None else values.by_node
             terms = self.reading.terms(loss, batch if on_host is None else on_host, denominators, seen)
             return terms, outputs, targets
-        if self._reads and len(self.names) > 1:  # nothing counts in it: it only had to run
-            return {name: Mean.of(torch.zeros(()), 0.0) for name in self.names}, outputs, targets
         if denominators is None:
             return own_means(result, self.names, graph), outputs, targets
         if self.step is None:

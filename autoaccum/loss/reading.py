@@ -7,6 +7,7 @@ known before the first backward pass, from counts of the batch that have proved 
 import collections
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ __all__ = ["Compared", "Reading"]
 _WAITS = 4  # micro-batches in which a divisor that lies on a device is waited for
 
 
+@dataclass
 class Reading:
     """How one loss is read.
 
@@ -33,15 +35,11 @@ class Reading:
         rehearses: only the memory that a step takes matters.
     """
 
-    def __init__(
-        self,
-        way: str = "plain",
-        divisors: Sequence[Divisor] = (),
-        unread: str | None = None,
-        untried: str | None = None,
-    ) -> None:
-        self.way, self.divisors, self.unread, self.untried = way, list(divisors), unread, untried
-        self.rehearses = False
+    way: str = "plain"
+    divisors: Sequence[Divisor] = ()
+    unread: str | None = None
+    untried: str | None = None
+    rehearses: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,17 +82,12 @@ class Reading:
 
     def count(self, batch: Any) -> dict[str, float] | None:
         """The denominators of a batch, best on the host, by rules that have proved right; None where there are none."""
+        if self.rehearses and len(self.divisors) > 1:
+            return dict.fromkeys(self.names, samples(batch))
         if not self.divisors or not all(divisor.trusted for divisor in self.divisors):
             return None
         amounts = [each.foretold(batch) if each.kind == "count" else samples(batch) for each in self.divisors]
         return None if None in amounts else {name: amount or 0.0 for name, amount in zip(self.names, amounts)}
-
-    def ahead(self, batches: Sequence[Any]) -> list[dict[str, float]] | None:
-        """All terms' denominators before a window runs; None where a pass must read them."""
-        if self.rehearses:
-            return [dict.fromkeys(self.names, samples(batch)) for batch in batches]
-        known = [each for batch in batches if (each := self.count(batch)) is not None]
-        return known if len(known) == len(batches) else None
 
     def expected(self, batches: Sequence[Any]) -> float:
         """The one term's denominator by the likeliest of its rules; 0 where it has none."""
