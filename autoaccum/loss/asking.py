@@ -73,7 +73,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
     if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
-        parts, whole = [], (tuple(range(max(sizes))), largest)
+        whole, parts = (tuple(range(max(sizes))), largest), list[tuple[Rows, Any]]()
     else:
         singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
         chosen = [singles[row] for row in unlike(singles, most)]

@@ -55,7 +55,8 @@ class Term:
         self.node, self.parent, self.place = node, parent, place
         self.over, self.factor, self.divided = over, factor, divided
         self.divisor: Number | None = None
-        self.top, self.tied = node, None
+        self.top = node
+        self.tied: tuple[Any, int] | None = None
 
     def down(self, place: int, below: Any) -> None:
         """Goes on to `below`, one of the node's inputs."""
@@ -201,7 +202,10 @@ def _walk(at: Term, way: str, found: list[Term]) -> None:
 def _reduced(at: Term, name: str, way: str, found: list[Term]) -> bool:
     """Notes the term that ends in a reduction, or those of a list; False where another reduction below is its end."""
     own = _REDUCTIONS[name](at.node)
-    inner: Any = at.node.next_functions[0][0] if name in _PLAIN and own is not None else None
+    if own is None:
+        found.append(at.ends(None))
+        return True
+    inner: Any = at.node.next_functions[0][0] if name in _PLAIN else None
     within = "" if inner is None else inner.name()
     if way != "joined" and within in _LISTS and _elements(at.node) == len(inner.next_functions):
         at.over = at.over * own
@@ -214,7 +218,7 @@ def _reduced(at: Term, name: str, way: str, found: list[Term]) -> bool:
         at.over = at.over * own
         at.down(0, inner)
         return False
-    found.append(at.ends(None if own is None else at.over * own))
+    found.append(at.ends(at.over * own))
     return True
 
 
