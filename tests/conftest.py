@@ -6,10 +6,24 @@ import multiprocessing
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.warm import WARM
+from tests.warm import WARM, serve, use
 
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+
+def pytest_configure(config):
+    """All of pytest-xdist's processes fork from one: its imports take as much time as dozens of tests."""
+    if hasattr(config, "workerinput"):
+        use(config.workerinput["served"])
+    elif config.getoption("numprocesses", None):
+        config.served = serve()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tells a process of pytest-xdist's where that one is."""
+    node.workerinput["served"] = node.config.served
 
 
 def pytest_collection_finish(session):

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["WARM", "Command", "run"]
+__all__ = ["WARM", "Command", "run", "serve", "use"]
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -32,14 +32,10 @@ class _Process(ForkServerProcess):
 
     def start(self) -> None:
         """Starts the process to fork from where there is none."""
-        server, before = forkserver._forkserver, dict(os.environ)
+        server = forkserver._forkserver
         if server._forkserver_address is None:
-            os.environ.update(PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
-            server.set_forkserver_preload(["tests.warmed"])
-            server.ensure_running()
-            os.environ.clear()
-            os.environ.update(before)
-        elif server._forkserver_pid is None:  # one of its forks starts a process itself
+            serve()
+        elif server._forkserver_pid is None:  # not ours: a process of pytest-xdist's or one of its forks starts another
             server.ensure_running = lambda: None
         super().start()
 
@@ -50,6 +46,22 @@ class _Process(ForkServerProcess):
         os.environ.clear()
         os.environ.update(self.environment)
         super().run()
+
+
+def serve() -> dict[str, Any]:
+    """Starts the process to fork from; what another one needs to `use` it as well."""
+    server, before = forkserver._forkserver, dict(os.environ)
+    os.environ.update(PYTHONPATH=ROOT, OMP_NUM_THREADS="1")
+    server.set_forkserver_preload(["tests.warmed"])
+    server.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return {name: getattr(server, name, None) for name in ("_forkserver_address", "_forkserver_authkey")}
+
+
+def use(served: dict[str, Any]) -> None:
+    """Forks from a process that another one has started, and which lives as long as that."""
+    vars(forkserver._forkserver).update(served, _forkserver_alive_fd=os.open(os.devnull, os.O_WRONLY))
 
 
 class _Context(ForkServerContext):
