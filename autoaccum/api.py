@@ -212,9 +212,12 @@ def prepare(
         compile: run the model's forward through torch.compile while it trains: one graph for all batch sizes. Each
             compilation is noted with its time, and so is what falls back to running as it is.
         ladder: what is done when not even one sample fits: "chunked_loss", "bf16" (where precision is "auto"),
-            "checkpointing", "checkpointing/2" of each second block, "selective_checkpointing", "save_on_cpu", or two of
-            them with a plus. None: each is tried with one sample, and the error says which would fit; "auto": the first
-            that fits is taken; one of these names: it is taken in any case; False: none is tried.
+            "checkpointing", "checkpointing/2" of each second block, "selective_checkpointing", "save_on_cpu", two of
+            them with a plus, or "activation_memory_budget/0.5" of a compiled model. None: each is tried with one
+            sample, and the error says which would fit; "auto": the first that fits is taken; one of these names: it is
+            taken in any case; False: none is tried. Two are taken by name only: "optimizer_on_host" (its state travels
+            there and back in every step) and "step_in_backward" (each gradient is stepped with and freed as it comes:
+            a window is one micro-batch, and memory that runs out after its first step ends the training).
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
         on_nonfinite: "raise" or "skip" windows whose loss is not finite.
         seed: of shuffling and of what is random in training.

@@ -20,7 +20,7 @@ from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.memory.budget import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
-from autoaccum.model.memory_savers import RUNGS, obstacle
+from autoaccum.model.memory_savers import RUNGS
 from autoaccum.planning.given_plan import (
     beside_own_rate,
     for_ranks,
@@ -191,7 +191,7 @@ class Session:
         self._settle()
         if given.ladder is not None and given.ladder != parts.ladder:
             one_of("the plan's ladder", given.ladder, tuple(RUNGS))
-            why = obstacle(given.ladder, parts.model, parts.device.torch_device, parts.asked_precision)
+            why = parts.obstacle(given.ladder)
             if why is None or given.ladder == parts.asked_precision:
                 parts.take(given.ladder)
             else:
@@ -282,7 +282,8 @@ class Session:
             **asked.some("epochs", "max_steps", "regrow_after", "seed", "shuffle"),
         )  # fmt: skip
         if self._kept is not None:
-            loop.load_state_dict(self._kept)
+            with parts.running(compiled=False):  # an optimizer whose state is on the host has no room for it elsewhere
+                loop.load_state_dict(self._kept)
         parts.ranks.tally("the end of prepare")  # whoever failed on the way here is heard by all
         return loop
 

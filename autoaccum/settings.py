@@ -57,8 +57,9 @@ _PROBE, _ALL = ("probe",), ("probe", "verify")
 _MEMORY, _PLAN, _BOTH = ("memory",), ("plan",), ("memory", "plan")
 _REDUCTIONS = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
 _LADDER = (
-    "auto", "chunked_loss", "bf16", "checkpointing/4", "checkpointing/2", "selective_checkpointing", "checkpointing",
-    "chunked_loss+checkpointing", "save_on_cpu", "checkpointing+save_on_cpu",
+    "auto", "chunked_loss", "bf16", "activation_memory_budget/0.5", "activation_memory_budget/0.2", "checkpointing/4",
+    "checkpointing/2", "selective_checkpointing", "checkpointing", "chunked_loss+checkpointing", "save_on_cpu",
+    "checkpointing+save_on_cpu", "optimizer_on_host", "step_in_backward",
 )  # fmt: skip
 
 SETTINGS: dict[str, Setting] = {

@@ -70,7 +70,7 @@ def test_a_word_is_no_switch(name):
 
 
 def test_an_optimizer_that_refuses_the_parameters_is_named():
-    with pytest.raises(SetupError, match="optimizer=refusing refuses this model's parameters or its lr=0.001: only"):
+    with pytest.raises(SetupError, match=r"refuses f\(params, lr=lr\) with this model's parameters and lr=0.001: only"):
         autoaccum.prepare(nn.Linear(2, 2), (torch.randn(8, 2), torch.randn(8, 2)), target_batch=4, loss=nn.MSELoss(),
                           device="cpu", optimizer=refusing)  # fmt: skip
 

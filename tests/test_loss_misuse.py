@@ -101,10 +101,10 @@ def test_a_common_mistake_is_named_with_its_remedy(case, way):
 @pytest.mark.parametrize(
     ("wrap", "message"),
     [
-        (lambda opt: [opt], "a list with one SGD in it: pass that itself"),
-        (lambda opt: {"optimizer": opt, "lr_scheduler": None}, r'optimizer=d\["optimizer"\] and schedule='),
-        (lambda opt: ([opt], []), "a pair of lists, as configure_optimizers returns it"),
-        (lambda opt: [opt, opt], "2 optimizers were given"),
+        (lambda opt: [opt], "a list of 1, as configure_optimizers returns it.*: pass that itself"),
+        (lambda opt: {"optimizer": opt, "lr_scheduler": None}, "a dict of 2, .* its schedule as schedule=f"),
+        (lambda opt: ([opt], []), "a tuple of 2, as configure_optimizers returns it"),
+        (lambda opt: [opt, opt], r"a list of 2, .* several with what each steps as phases=\[Phase"),
     ],
 )
 def test_what_configure_optimizers_returns_is_taken_apart_in_words(wrap, message):

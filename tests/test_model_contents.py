@@ -13,7 +13,6 @@ from torch.utils.data import TensorDataset
 import autoaccum
 from autoaccum.model.contents import Contents
 from autoaccum.model.snapshot import Snapshot
-from autoaccum.model.untouched import Untouched
 from tests.first_forward import Changing, Hooked, picture
 
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def test_a_forward_leaves_no_trace(kind):
     for _ in range(12):
         model = nn.Sequential(model)  # however deep it lies
     before = picture(model)
-    with Untouched(model, device=CPU):
+    with Snapshot(model, device=CPU, parameters=False):
         model(X)
         model.eval()
         model(X)
@@ -233,7 +232,7 @@ def test_hooks_on_all_modules_come_back():
 
 def test_a_lazy_layer_keeps_the_shape_that_its_first_forward_gave_it():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
-    with Untouched(model, device=CPU):
+    with Snapshot(model, device=CPU, parameters=False):
         model(torch.randn(3, 6))
     assert type(model[0]) is nn.Linear
     assert model[0].weight.shape == (4, 6)

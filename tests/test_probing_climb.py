@@ -14,13 +14,13 @@ SHOWN = {
 
 
 def test_the_first_rung_that_fits_is_taken_and_none_after_it_is_looked_at():
-    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda fits: fits)
+    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda tried: tried.fits)
     assert taken == "middle"
     assert [each.rung for each in tried] == ["cheap", "middle"]
 
 
 def test_where_none_is_to_be_taken_all_are_looked_at():
-    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda fits: False)
+    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda tried: False)
     assert taken is None
     assert [each.rung for each in tried] == ["cheap", "middle", "dear"]
 

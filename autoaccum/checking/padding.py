@@ -12,7 +12,7 @@ import torch
 from autoaccum.data import tree
 from autoaccum.loss.objective import Objective
 from autoaccum.model.precision import Precision
-from autoaccum.model.untouched import Untouched
+from autoaccum.model.snapshot import Snapshot
 
 __all__ = ["padding_error"]
 
@@ -32,7 +32,7 @@ def padding_error(
         device: where the model is.
         precision: what it computes in.
     """
-    with Untouched(objective.model, device=device):
+    with Snapshot(objective.model, device=device, parameters=False):
         objective.model.eval()
         short, long, both = (_numerator(objective, batch, device, precision) for batch in (*alone, together))
     error = abs(both - short - long) / abs(short) if short else 0.0

@@ -31,7 +31,7 @@ from autoaccum.loss.returned import OwnMeans, declared_terms, own_means, summed
 from autoaccum.loss.settle import Unread, settle
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.shards import is_sharded
-from autoaccum.model.untouched import Untouched
+from autoaccum.model.snapshot import Snapshot
 
 __all__ = ["Objective"]
 
@@ -163,7 +163,7 @@ class Objective:
             raise LossError("a sharded model cannot read denominators ahead: declare reduction={name: f(batch)}")
         device = device_of(self.model)
         known = []
-        with Untouched(self.model, device=device), torch.enable_grad():
+        with Snapshot(self.model, device=device, parameters=False), torch.enable_grad():
             for batch in batches:
                 on_phase("batch")
                 terms = self.terms(tree.move(batch, device), on_host=batch)
@@ -227,7 +227,7 @@ class Objective:
         owners = [owner for owner in (self.loss, self.step) if owner is not None]
 
         def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
-            with Untouched(model, *owners, device=device), torch.enable_grad():
+            with Snapshot(model, *owners, device=device, parameters=False), torch.enable_grad():
                 if begin is not None:
                     begin(rows)
                 else:

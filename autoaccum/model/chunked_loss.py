@@ -74,11 +74,10 @@ def chunked_cross_entropy(
     _check(hidden, weight, labels, bias, class_weights, label_smoothing, chunk)
     if shift:
         labels = functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    width = hidden.shape[-1]
     format_ = logits_format(hidden)
     loss: Tensor = ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, width), weight, bias, labels.reshape(-1), class_weights, ignore_index, label_smoothing,
-        reduction, chunk, format_, torch.float32 if format_.itemsize == 2 else format_,
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), class_weights, ignore_index,
+        label_smoothing, reduction, chunk, format_, torch.float32 if format_.itemsize == 2 else format_,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return loss
 
@@ -106,13 +105,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
         Args:
             ctx: torch's.
-            hidden, weight, bias, labels, class_weights: as in `chunked_cross_entropy`, of one dimension of rows.
-            ignored: the label that does not count.
-            smoothing: of the labels.
-            reduction: "mean" or "sum".
-            chunk: rows at once; None: by the device.
-            logits: what the linear layer computes in.
-            computed: what the loss is computed and returned in.
+            hidden, weight, bias, labels, class_weights, ignored, smoothing, reduction, chunk: as in
+                `chunked_cross_entropy`, of one dimension of rows.
+            logits, computed: the formats of the linear layer's outputs and of the loss.
         """
         kind = hidden.device.type
         rows = chunk or _ROWS.get(kind, _ROWS_ELSEWHERE)
@@ -158,11 +153,8 @@ class _Labels:
     """What each row's label asks for.
 
     Attributes:
-        index: the label, 0 where it is ignored.
-        kept: whether it counts.
-        counted: its class weight, 0 where it is ignored.
-        order: the rows, those that count first; None where all are run as they come.
-        most: rows to be run.
+        index, kept, counted: the label, 0 where it is ignored; whether it counts; its class weight, 0 where not.
+        order, most: the rows, those that count first (None: as they come); how many are run.
         smoothing, weights: of the labels; of the classes, None where all weigh 1.
     """
 
@@ -182,11 +174,7 @@ class _Labels:
 
 
 class _Chunks:
-    """The loss and its gradients, chunk by chunk.
-
-    Attributes:
-        gradients: of the sum, by hidden states, weight and bias; None for what needs none.
-    """
+    """The loss and its gradients, chunk by chunk."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, logits: torch.dtype,
@@ -197,18 +185,17 @@ class _Chunks:
         self._bias = None if bias is None else bias.to(logits)
         self._logits = torch.empty(rows, len(weight), dtype=logits, device=hidden.device)
         self._losses = self._logits if logits == computed else torch.empty_like(self._logits, dtype=computed)
-        given = (hidden, weight, bias)
+        self._given = given = (hidden, weight, bias)
         # Summed in 32 bits at least: in 16 the sum over many chunks would round each time.
         self._sums = [
             torch.zeros_like(each, dtype=torch.promote_types(each.dtype, computed if number else each.dtype))
             if asked and each is not None else None
             for number, (each, asked) in enumerate(zip(given, needed))
         ]  # fmt: skip
-        self._given = given
 
     @property
     def gradients(self) -> list[Tensor | None]:
-        """In the formats of what they are gradients of."""
+        """Of the sum, by hidden states, weight and bias, in their formats; None for what needs none."""
         pairs = zip(self._sums, self._given)
         return [None if sums is None or each is None else sums.to(each.dtype) for sums, each in pairs]
 
@@ -283,25 +270,24 @@ def _check(
     Raises:
         LossError: names it.
     """
-    what = None
-    if not hidden.is_floating_point() or hidden.dim() < 1:
-        what = f"hidden is {hidden.dtype} of shape {tuple(hidden.shape)}: give floating-point (..., width)"
-    elif weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        what = (
-            f"weight has the shape {tuple(weight.shape)}, and hidden is {hidden.shape[-1]} wide: give the layer's "
-            f"weight, (classes, {hidden.shape[-1]})"
-        )
-    elif labels.shape != hidden.shape[:-1] or labels.is_floating_point() or labels.dtype == torch.bool:
-        what = (
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: give class indices of the shape "
-            f"{tuple(hidden.shape[:-1])}, one for each row of hidden"
-        )
-    elif not 0.0 <= smoothing <= 1.0:
-        what = f"label_smoothing={shown(smoothing)}: give a number from 0 to 1"
-    elif chunk is not None and chunk < 1:
-        what = f"chunk={shown(chunk)}: give 1 row or more, or leave it out"
+    width = hidden.shape[-1] if hidden.dim() else 0
+    rows, classes = tuple(hidden.shape[:-1]), weight.shape[:1]
+    checks: list[tuple[bool, str]] = [
+        (hidden.is_floating_point() and hidden.dim() > 0,
+         f"hidden is {hidden.dtype} of shape {tuple(hidden.shape)}: give floating-point (..., width)"),
+        (weight.dim() == 2 and weight.shape[-1] == width,
+         f"weight has the shape {tuple(weight.shape)}, and hidden is {width} wide: give the layer's weight, "
+         f"(classes, {width})"),
+        (labels.shape == rows and not labels.is_floating_point() and labels.dtype != torch.bool,
+         f"labels are {labels.dtype} of shape {tuple(labels.shape)}: give class indices of the shape {rows}, one for "
+         "each row of hidden"),
+        (0.0 <= smoothing <= 1.0, f"label_smoothing={shown(smoothing)}: give a number from 0 to 1"),
+        (chunk is None or chunk >= 1, f"chunk={shown(chunk)}: give 1 row or more, or leave it out"),
+    ]  # fmt: skip
     for name, each in (("bias", bias), ("class_weights", class_weights)):
-        if what is None and each is not None and each.shape != weight.shape[:1]:
-            what = f"{name} has the shape {tuple(each.shape)}: give ({weight.shape[0]},), one for each class"
-    if what is not None:
-        raise LossError(f"chunked_cross_entropy: {what}")
+        if each is not None:
+            text = f"{name} has the shape {tuple(each.shape)}: give ({weight.shape[0]},), one for each class"
+            checks.append((each.shape == classes, text))
+    for fits, text in checks:
+        if not fits:
+            raise LossError(f"chunked_cross_entropy: {text}")

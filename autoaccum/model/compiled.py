@@ -14,6 +14,7 @@ Choices made here:
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.activation_budget import compiler
 from autoaccum.model.forward import StandIn
 
 __all__ = ["BACKEND", "Compiled", "compiled"]
@@ -63,7 +65,17 @@ class Compiled(StandIn):
         self.failed: str | None = None
         self._tell, self._backend = tell, backend or BACKEND
         self._calls = 0
-        self._compiled: Callable[..., Any] | None = None
+        self._budget: float | None = None
+        self._compiled: dict[float | None, Callable[..., Any]] = {}  # by budget
+
+    @contextmanager
+    def within(self, budget: float) -> Iterator[None]:
+        """Inside, what is compiled keeps this part of its activations."""
+        self._budget = budget
+        try:
+            yield
+        finally:
+            self._budget = None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         super().__exit__(kind, error, tb)
@@ -80,13 +92,11 @@ class Compiled(StandIn):
         size = _marked((args, kwargs))
         if size == 1 and not self.single:
             return self.forward(*args, **kwargs)
-        if self._compiled is None:
-            self._compiled = torch.compile(self.forward, backend=self._backend, options=_options(self._backend))
         from torch._dynamo.exc import TorchDynamoException
 
         before, started = _Counts(), time.perf_counter()
         try:
-            outputs = self._compiled(*args, **kwargs)
+            outputs = self._forward()(*args, **kwargs)
         except TorchDynamoException as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
@@ -99,6 +109,16 @@ class Compiled(StandIn):
         self.failed = _one_line(failure)
         self._tell(f"torch.compile failed, and the model runs without it: {self.failed}")
         return outputs
+
+    def _forward(self) -> Callable[..., Any]:
+        """The forward, which compiles when it is called."""
+        made = self._compiled.get(self._budget)
+        if made is None:
+            backend, options = self._backend, _options(self._backend)
+            if self._budget is not None:
+                backend, options = compiler(backend, options, self._budget), None
+            made = self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)
+        return made
 
     def _count(self, before: "_Counts", size: int | None, seconds: float) -> None:
         now = _Counts()

@@ -61,30 +61,15 @@ def build_optimizer(
             )
         made = optimizer
     elif isinstance(optimizer, (list, tuple, dict)):
-        raise SetupError(_several(optimizer))
+        raise SetupError(
+            f"optimizer= is a {type(optimizer).__name__} of {len(optimizer)}, as configure_optimizers returns it, and "
+            "one optimizer is trained with: pass that itself, its schedule as schedule=f(optimizer), and several with "
+            "what each steps as phases=[Phase(...)]"
+        )
     else:
         made = _make(optimizer, trained_parameters(model, loss), DEFAULT_LR if lr is None else lr)
     check_optimizer(made, model, loss)
     return made
-
-
-def _several(optimizer: Any) -> str:
-    """Why a container of optimizers is refused, and what to give instead."""
-    one = "autoaccum trains with one optimizer, and a schedule for it is made by schedule=f(optimizer)"
-    if isinstance(optimizer, dict) and "optimizer" in optimizer:
-        return (
-            f"optimizer= is a dict with the keys {shown(list(optimizer))}, as configure_optimizers returns it: {one}, "
-            'so pass optimizer=d["optimizer"] and schedule=lambda optimizer: LRScheduler(optimizer, ...)'
-        )
-    if isinstance(optimizer, (list, tuple)) and len(optimizer) == 1 and isinstance(optimizer[0], Optimizer):
-        name = type(optimizer[0]).__name__
-        return f"optimizer= is a {type(optimizer).__name__} with one {name} in it: pass that itself, optimizer=opt"
-    if len(optimizer) == 2 and any(isinstance(part, (list, tuple)) for part in optimizer):
-        return f"optimizer= is a pair of lists, as configure_optimizers returns it: {one}; pass optimizer=opt"
-    return (
-        f"{len(optimizer)} optimizers were given: autoaccum trains with one; "
-        "use parameter groups of a single optimizer, or the Accumulator once per optimizer"
-    )
 
 
 def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Parameter], lr: float) -> Optimizer:
@@ -102,33 +87,15 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     _refuse_closure(factory)
     try:
         made = factory(parameters, lr=lr)
-    except TypeError as error:
-        if _can_be_called(factory, parameters, lr):
-            raise
+    except (TypeError, ValueError) as error:
         raise SetupError(
-            f"optimizer={shown(optimizer)} cannot be called as f(params, lr=lr): {error}; give an optimizer's class, "
-            "or a function of these, such as lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)"
-        ) from error
-    except ValueError as error:
-        named = repr(optimizer) if isinstance(optimizer, str) else getattr(optimizer, "__name__", "its factory")
-        raise SetupError(
-            f"optimizer={named} refuses this model's parameters or its lr={shown(lr)}: {error}; choose another, or "
-            "make one "
-            "for these parameters and pass it"
+            f"optimizer={shown(optimizer)} refuses f(params, lr=lr) with this model's parameters and lr={shown(lr)}: "
+            f"{error}; give another, or a function of these, such as "
+            "lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)"
         ) from error
     if not isinstance(made, Optimizer):
         raise SetupError(f"the optimizer factory returned {type(made).__name__}, not a torch.optim.Optimizer")
     return made
-
-
-def _can_be_called(factory: Any, parameters: list[nn.Parameter], lr: float) -> bool:
-    try:
-        inspect.signature(factory).bind(parameters, lr=lr)
-    except TypeError:
-        return False
-    except ValueError:  # no signature to be had
-        return True
-    return True
 
 
 def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]:
@@ -180,12 +147,21 @@ def check_model(
             "unfreeze what should learn with parameter.requires_grad_(True)"
         )
     check_shards(model, (parameter for parameter in parameters if not isinstance(parameter, UninitializedParameter)))
-    _refuse_meta(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise SetupError(
+                f"{name} of {type(model).__name__} is on the meta device, which holds no numbers: build the model on a "
+                'real one, or take model.to_empty(device="cpu") and load its weights'
+            )
     if clip_norm is not None and not is_positive(clip_norm):
         raise SetupError(f"clip_norm={shown(clip_norm)}: give a norm above 0, or None to leave gradients as they are")
     if clip_norm is not None or log_grad_norm:
         setting = "log_grad_norm=True" if clip_norm is None else f"clip_norm={clip_norm}"
-        _refuse_sparse(model, setting)
+        if sparse := _sparse_weights(model):
+            raise SetupError(
+                f"{setting} beside sparse gradients (of {', '.join(sparse.values())}): torch cannot take their norm; "
+                f"make those embeddings with sparse=False, or leave {setting.partition('=')[0]} out"
+            )
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) -> None:
@@ -219,13 +195,9 @@ _TAKES_SPARSE = ("SGD", "Adagrad", "SparseAdam")
 
 
 def _refuse_layout(optimizer: Optimizer, held: set[int], sparse: Mapping[int, str], dense: Iterable[str] = ()) -> None:
-    """Refuses one of torch's optimizers beside gradients of a layout that it cannot step, which it says at its step.
+    """Refuses one of torch's optimizers, whose parameters have the ids `held`, beside gradients that it cannot step.
 
-    Args:
-        optimizer: others than torch's own may step anything.
-        held: the ids of its parameters.
-        sparse: names of parameters whose gradients are sparse, by id.
-        dense: names of parameters whose gradients are not.
+    `sparse` names parameters whose gradients are sparse, by id; `dense` names such whose gradients are not.
     """
     kind = next((base.__name__ for base in type(optimizer).__mro__ if base in _NAMED.values()), None)
     names = [name for own, name in sparse.items() if own in held]
@@ -300,28 +272,6 @@ def _refuse_closure(kind: Any) -> None:
         raise SetupError(
             f"{kind.__name__} needs a closure that evaluates the whole batch several times a step, which accumulation "
             "cannot give it: use a first-order optimizer such as AdamW or SGD"
-        )
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise SetupError(
-                f"{name} of {type(model).__name__} is on the meta device, which holds no numbers: build the model on a "
-                'real one, or take model.to_empty(device="cpu") and load its weights'
-            )
-
-
-def _refuse_sparse(model: nn.Module, setting: str) -> None:
-    sparse = [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
-    ]
-    if sparse:
-        raise SetupError(
-            f"{setting} beside sparse gradients (of {', '.join(sparse)}): torch cannot take their norm; "
-            f"make those embeddings with sparse=False, or leave {setting.partition('=')[0]} out"
         )
 
 

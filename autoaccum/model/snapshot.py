@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from autoaccum.errors import StateNotRestoredError
 from autoaccum.interrupts import uninterrupted
@@ -25,26 +24,27 @@ __all__ = ["Snapshot"]
 
 
 class Snapshot:
-    """The state of model, optimizer, random generators and backend flags at one moment.
+    """The state of some objects, random generators and backend flags at one moment.
 
     Use as a context manager around trials, or call `restore()` and `close()`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *others: Any, device: torch.device) -> None:
+    def __init__(self, *owners: Any, device: torch.device, parameters: bool = True) -> None:
         """Copies everything.
 
         Args:
-            model: all that it holds, hooks and caches too, and its gradients.
-            optimizer: its state and its groups' settings.
-            others: objects with a state of their own: a loss, a step, a scaler.
+            owners: models, with hooks and caches; optimizers, with state and settings; what else has a state of its
+                own: a loss, a step, a scaler.
             device: whose random generator is kept beside the CPU's.
+            parameters: with their numbers and gradients; False around a forward pass, which changes neither.
         """
-        self._contents = Contents(model, optimizer, *others)
-        self._gradients = [(tensor, tensor.grad) for tensor in self._contents.tensors if tensor.is_leaf]
+        self._contents = Contents(*owners)
+        tensors = [each for each in self._contents.tensors if parameters or not isinstance(each, nn.Parameter)]
+        self._gradients = [(tensor, tensor.grad) for tensor in tensors if parameters and tensor.is_leaf]
         self._random = RandomState(device)
         self._flags = _backend_flags()
         gradients = [gradient for _, gradient in self._gradients if gradient is not None]
-        self._bytes = _StorageBytes([*self._contents.tensors, *gradients])
+        self._bytes = _StorageBytes([*tensors, *gradients])
 
     def __enter__(self) -> "Snapshot":
         return self

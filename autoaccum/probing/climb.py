@@ -43,16 +43,16 @@ def cannot_run(error: BaseException) -> str:
 
 
 def climb(
-    rungs: Iterable[str], attempt: Callable[[str], Tried], enough: Callable[[bool], bool]
+    rungs: Iterable[str], attempt: Callable[[str], Tried], enough: Callable[[Tried], bool]
 ) -> tuple[list[Tried], str | None]:
     """(what each rung showed, the one that is taken: None where none is).
 
-    `attempt` runs the smallest micro-batch under a rung; `enough` is asked after each, with whether it fits.
+    `attempt` runs the smallest micro-batch under a rung; `enough` says of what it showed whether the rung is taken.
     """
     tried = []
     for rung in rungs:
         tried.append(attempt(rung))
-        if enough(tried[-1].fits):
+        if enough(tried[-1]):
             return tried, rung
     return tried, None
 

@@ -13,17 +13,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import nn
-
 from autoaccum.errors import StateNotRestoredError
 from autoaccum.memory.forecast import Forecast
-from autoaccum.model.memory_savers import CHANGES, RUNGS, installed, obstacle
+from autoaccum.model.memory_savers import BY_NAME, CHANGES, RUNGS
 from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.climb import NOT_BORNE, cannot_run
 from autoaccum.probing.find_size import Answer
 from autoaccum.probing.trial import Bench
+from autoaccum.window.assembly import Assembly
 
 __all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
 
@@ -48,11 +46,11 @@ class Alternatives:
     under: Callable[[str | None], AbstractContextManager[Any]] = lambda saver: nullcontext()
 
     @classmethod
-    def of(cls, model: nn.Module, device: torch.device, precision: str) -> "Alternatives":
-        """Those that a model can be trained under on a device, in a precision as the user gave it."""
-        exact = (rung for rung in RUNGS if rung not in CHANGES)
-        savers = tuple(rung for rung in exact if obstacle(rung, model, device, precision) is None)
-        return cls(savers, lambda saver: installed(saver, model, device))
+    def of(cls, parts: Assembly) -> "Alternatives":
+        """Those that a training can run under, but for what is only taken where it is named."""
+        exact = (rung for rung in RUNGS if rung not in CHANGES | BY_NAME)
+        savers = tuple(rung for rung in exact if parts.obstacle(rung) is None)
+        return cls(savers, parts.under)
 
 
 @dataclass

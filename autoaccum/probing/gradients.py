@@ -29,7 +29,8 @@ class WindowGradients:
     def look(self, size: int) -> None:
         """What kind of gradient each parameter has got by a step of `size` samples."""
         accumulator = self._accumulator
-        found = [(parameter, accumulator.gradient(parameter)) for parameter in accumulator.parameters]
+        stepped = set() if accumulator.in_backward is None else accumulator.in_backward.stepped  # and gone again
+        found = [(p, accumulator.gradient(p)) for p in accumulator.parameters if p not in stepped]
         self._rows = {parameter: g._nnz() / size for parameter, g in found if g is not None and g.is_sparse}
         self._unused = [p for p, g in found if g is None and p.requires_grad and not accumulator.is_sparse(p)]
         self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self._unused

@@ -9,10 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum.batch_norm.pooled_statistics import expect_equal_counts
 from autoaccum.data.trial_samples import looked_at
+from autoaccum.errors import PlanError
 from autoaccum.model.given_model import has_batch_norm
 from autoaccum.model.memory_savers import RUNGS
 from autoaccum.model.modes import TrainingMode
-from autoaccum.model.untouched import Untouched
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.length_rule import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
@@ -65,9 +66,16 @@ def planned(
         minimum=report.floor if report is not None else _floor(parts), reasons=reasons,
         by_length=_by_length(parts, report), **settings,
     )  # fmt: skip
+    rung = parts.ladder if report is None else report.ladder
+    if rung == "step_in_backward" and made.accumulation_steps > 1:
+        raise PlanError(
+            f"ladder={rung!r} takes each step in the one backward pass of its window, and {target_batch} samples take "
+            f"{made.accumulation_steps} micro-batches, since {size} fit at once: give target_batch={size} or less, or "
+            "another saver"
+        )
     if parts.ranks.size > 1:
         expect_equal_counts(parts.model, made)
-    made = replace(_explained(made, report), ladder=parts.ladder if report is None else report.ladder)
+    made = replace(_explained(made, report), ladder=rung)
     sync = reasons.get("gradient_sync")
     return made if sync is None else replace(made, gradient_sync=sync.partition(":")[0])
 
@@ -77,7 +85,7 @@ def _floor(parts: Assembly) -> int:
     if not has_batch_norm(parts.model):
         return 1
     device = parts.device.torch_device
-    with Untouched(parts.model, device=device), parts.running(compiled=False, alone=True):
+    with Snapshot(parts.model, device=device, parameters=False), parts.running(compiled=False, alone=True):
         TrainingMode(parts.model).on()
         return smallest_micro_batch(parts.objective, parts.source, device, parts.precision)
 

@@ -11,7 +11,7 @@ import torch
 from autoaccum.errors import NothingFitsError, PlanError, StateNotRestoredError
 from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
-from autoaccum.model.memory_savers import RUNGS, obstacle
+from autoaccum.model.memory_savers import BY_NAME, RUNGS
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.model.shards import is_sharded, refuse_beside_shards
 from autoaccum.model.snapshot import Snapshot
@@ -137,8 +137,7 @@ class Prober:
         refusal, report = None, None
         alone = parts.ranks.size == 1 and parts.phase is None  # else all would have to take the same one
         if question.prefer == "fastest" and self.ladder is not False and parts.ladder is None and alone:
-            savers = Alternatives.of(parts.model, parts.device.torch_device, parts.asked_precision)
-            question = replace(question, alternatives=savers)
+            question = replace(question, alternatives=Alternatives.of(parts))
         try:
             report = self._once(question)
         except NothingFitsError as error:
@@ -155,7 +154,9 @@ class Prober:
         tried, taken = climb(
             RUNGS,
             lambda rung: self._under(rung, question),
-            lambda fits: takes and not parts.ranks.any("a rung of the ladder", not fits),
+            lambda tried: (
+                takes and tried.rung not in BY_NAME and not parts.ranks.any("a rung of the ladder", not tried.fits)
+            ),
         )
         if taken is None and refusal is None:
             raise NothingFitsError(
@@ -171,7 +172,7 @@ class Prober:
     def _under(self, rung: str, question: Question) -> Tried:
         """The smallest step under a rung."""
         parts = self.parts
-        why = obstacle(rung, parts.model, parts.device.torch_device, parts.asked_precision)
+        why = parts.obstacle(rung)
         if why is not None:
             return Tried(rung, obstacle=why)
         self.note(f"not even the smallest micro-batch fits: looking at it under {rung}")
@@ -250,10 +251,12 @@ def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:
     ranks = parts.ranks if is_sharded(parts.model) else Ranks()
     how = {"world_size": ranks.size, "rank": ranks.rank, "batch_norm": settings["batch_norm"]}
     made = plan(size, size * ranks.size, optimizer=parts.optimizer, **how)
-    return Accumulator(
+    accumulator = Accumulator(
         parts.model, parts.optimizer, made, objective=parts.objective, precision=parts.precision.name,
         device=parts.device.torch_device, ranks=ranks, **settings,
     )  # fmt: skip
+    accumulator.step_inside(parts.in_backward)
+    return accumulator
 
 
 def _warm(turn: Assembly) -> None:

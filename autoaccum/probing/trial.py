@@ -274,7 +274,7 @@ class Bench:
             self._warm_up(batch)
         if self.caches and kind != "trace":
             self._begin()
-            self._window(batch, 2)
+            self._window(batch, self._micro_batches)
         elif self.caches:
             self.device.drop_cache()  # of other sizes, which a training at this one would not have in its way
         age(self.accumulator.optimizer)
@@ -324,7 +324,8 @@ class Bench:
         """
         accumulator = self.accumulator
         # Gradients that are reduced in a pass lie together, as no zeros put there beforehand would.
-        pieces = [batch, batch] if self.caches or accumulator.sharded is not None else [batch]
+        several = self.caches or accumulator.sharded is not None
+        pieces = [batch] * (self._micro_batches if several else 1)
         accumulator.open(pieces)
         held = self._held(batch)
         with self._process.growth, record(self.device) as recording:
@@ -336,6 +337,11 @@ class Bench:
             self._stepped(accumulator.finish())
         accumulator.on_phase = ignore
         return recording.trace, held
+
+    @property
+    def _micro_batches(self) -> int:
+        """As many as show what a window of several takes; one where a training has no windows of several."""
+        return 2 if self.accumulator.in_backward is None else 1
 
     def _window(self, batch: Any, micro_batches: int = 1) -> None:
         accumulator = self.accumulator

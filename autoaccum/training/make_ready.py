@@ -52,6 +52,7 @@ def ready_to_train(
         precision=turn.asked_precision, clip_norm=own.clip_norm, batch_norm=made.batch_norm,
         device=turn.device.torch_device, ranks=turn.ranks, **settings,
     )  # fmt: skip
+    accumulator.step_inside(turn.in_backward)
     if accumulator.sharded is not None:
         accumulator.sharded.keep_sample([turn.source.trial(made.minimum)], made.minimum)
         few = min(8, *made.limits)  # now, on the same samples everywhere: in a window each rank has its own

@@ -219,6 +219,9 @@ class SafeWindow:
         try:
             work()
         except Exception as error:
+            if accumulator.stepping:  # in the backward pass: its window cannot be run again
+                self._break(error)
+                raise
             if accumulator.meets_inside and accumulator.is_open:
                 raise told(_cut_off(error, accumulator.step + 1)) from error
             # On several ranks an error before the window is open is in the middle of an exchange, and ends them all.
@@ -255,18 +258,26 @@ class SafeWindow:
                 where = f"In window {window.index} of epoch {window.epoch}, {self._blame(window)}"
                 raise LossError(f"{error}. {where}") from None
             self._accumulator.discard()
-            self.broken = f"{type(error).__name__} inside the step {self._accumulator.step + 1}"
-            if judge(error) is not Verdict.SURELY:
-                raise
-            raise OptimizerOutOfMemoryError(
-                f"memory ran out inside the optimizer's step {self._accumulator.step + 1}: its state and the weights "
-                "may be half updated, and are not trusted"
-            ) from error
+            self._break(error)
+            raise
         if not math.isfinite(record.loss):
             self._start.restore_buffers()  # left out, and running statistics must not keep what was not finite
             samples = listed(range(window.samples), self._indices(window))
             record = replace(record, skipped=f"{record.skipped}; the window has {samples}")
         return record
+
+    def _break(self, error: BaseException) -> None:
+        """Notes that an error has left the weights half updated; whoever calls raises it.
+
+        Raises:
+            OptimizerOutOfMemoryError: in its place, where memory ran out.
+        """
+        self.broken = f"{type(error).__name__} inside the step {self._accumulator.step + 1}"
+        if judge(error) is Verdict.SURELY:
+            raise OptimizerOutOfMemoryError(
+                f"memory ran out inside the optimizer's step {self._accumulator.step + 1}: its state and the weights "
+                "may be half updated, and are not trusted"
+            ) from error
 
     def _blame(self, window: Window) -> str:
         places: list[int] = []

@@ -153,7 +153,6 @@ class Accumulator(Passes):
         # Of the open window; None between two.
         self._sums: WindowSums | None = None
         self._ended: tuple[float, float] | None = None  # its loss and correction, once the ranks have voted
-        self.stepping = False  # an optimizer step has begun whose window has not ended: weights may be half updated
         self.noise_scale = NoiseScale(model, self._parameters)
         if self.precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are scaled before they can be compared"

@@ -23,12 +23,13 @@ from autoaccum.memory.device import open_device
 from autoaccum.model.compiled import Compiled, compiled
 from autoaccum.model.forward import OwnStatistics
 from autoaccum.model.given_model import check_gradients_are_on, device_of, follow, is_lazy, unwrapped
-from autoaccum.model.memory_savers import installed, obstacle
+from autoaccum.model.memory_savers import BY_NAME, installed, obstacle
 from autoaccum.model.optimizer import build_optimizer, check_model, check_no_gradient, trained_parameters
 from autoaccum.model.precision import Precision
 from autoaccum.model.rates import take_back
 from autoaccum.model.shards import local, put_on, refuse_for_shards
-from autoaccum.model.untouched import Untouched
+from autoaccum.model.snapshot import Snapshot
+from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
 from autoaccum.settings import Settings, alike
@@ -70,6 +71,8 @@ class Assembly:
     """The optimizers of the other phases, whose state stands in memory too."""
     later: "Sequence[Assembly]" = ()
     """Of the phases after this, the first."""
+    steps: bool = True
+    """Whether the optimizer's step is ours; somebody else's trainer takes it."""
 
     @property
     def turns(self) -> "list[Assembly]":
@@ -94,11 +97,34 @@ class Assembly:
             if tensor.layout == torch.strided and local(tensor) is tensor:
                 self.ranks.broadcast("sharing the model", tensor)
 
+    def obstacle(self, rung: str) -> str | None:
+        """Why a rung cannot be taken here, in a few words; None where it can be tried."""
+        if rung in BY_NAME and not self.steps:
+            return "the trainer it is attached to steps the optimizer itself"
+        if rung == "step_in_backward":
+            needs = {
+                "gradients are summed over ranks before the step": self.ranks.size > 1,
+                "several optimizers take turns": self.phase is not None,
+                "a loss that compares samples has two passes": self.objective.coupled is not None,
+                "a loss scale is undone at the window's end": self.precision.scaler.is_enabled(),
+            }
+            if any(needs.values()):
+                return next(why for why, is_so in needs.items() if is_so)
+        return obstacle(
+            rung, self.model, self.device.torch_device, self.asked_precision,
+            optimizers=[self.optimizer, *self.beside], compiled=self.compiled,
+        )  # fmt: skip
+
+    @property
+    def in_backward(self) -> StepInBackward | None:
+        """Where the optimizer steps in the backward pass, what does so."""
+        return StepInBackward(self.optimizer) if self.ladder == "step_in_backward" else None
+
     def take(self, rung: str | None) -> None:
         """Everything after this runs under `rung`; a SetupError where it cannot be taken here."""
         if rung is None:
             return
-        why = obstacle(rung, self.model, self.device.torch_device, self.asked_precision)
+        why = self.obstacle(rung)
         if why is not None and (rung, self.asked_precision) != ("bf16", "bf16"):
             raise SetupError(f'ladder="{rung}" cannot be taken: {why}')
         self.ladder = rung
@@ -122,8 +148,15 @@ class Assembly:
                         stack.enter_context(OwnStatistics(module))
             if self.compiled is not None and compiled:
                 stack.enter_context(self.compiled)
-            stack.enter_context(installed(self.ladder, self.model, self.device.torch_device))
+            stack.enter_context(self.under(self.ladder))
             yield
+
+    def under(self, rung: str | None) -> AbstractContextManager[None]:
+        """The model runs under a rung inside."""
+        optimizers = [self.optimizer, *self.beside]
+        return installed(
+            rung, self.model, self.device.torch_device, optimizers=optimizers, compiled=self.compiled
+        )  # fmt: skip
 
 
 def assemble(
@@ -181,7 +214,7 @@ def assemble(
         check_model(model, loss=loss, **norms)
     made = _optimizer(asked, first, model, loss)
     parts = Assembly(model, source, device, ranks, objective, made, precision, _owns_rate(asked, first),
-                     asked_precision=asked.precision, compiled=run, phase=first)  # fmt: skip
+                     asked_precision=asked.precision, compiled=run, phase=first, steps=what != "attach")  # fmt: skip
     parts.later = [_later(parts, asked, phase) for phase in phases[1:]]
     for turn in parts.turns:
         turn.beside = [other.optimizer for other in parts.turns if other is not turn]
@@ -248,6 +281,6 @@ def _later(first: Assembly, asked: Settings, phase: Phase) -> Assembly:
 def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:
     """Runs one small forward, so that lazy parameters take their shapes; statistics and generators stay as they are."""
     batch = tree.move(source.trial(2), device.torch_device)
-    with precision.autocast(), torch.no_grad(), Untouched(objective.model, device=device.torch_device):
+    with precision.autocast(), torch.no_grad(), Snapshot(objective.model, device=device.torch_device, parameters=False):
         objective.model.eval()
         objective.forward(batch)

@@ -27,8 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.model.torchscript import layer_class
-from autoaccum.model.untouched import Untouched
 from autoaccum.window.engine import run_engine
 from autoaccum.window.sample_noise import SampleNoise
 
@@ -61,7 +61,7 @@ class Determinism:
     def __enter__(self) -> "Determinism":
         with ExitStack() as stack:
             self._switch(stack)
-            self._start = Untouched(*self._roots, device=self._device)
+            self._start = Snapshot(*self._roots, device=self._device, parameters=False)
             stack.callback(self._restart)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 # Modes make compiled code skip itself, which fullgraph=True takes for an error.

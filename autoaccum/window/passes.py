@@ -3,6 +3,7 @@
 What an Accumulator does while its window is open; what opens and ends a window is in accumulate.py.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,6 +21,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward
 from autoaccum.model.precision import Precision, SideBuffers
 from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
+from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.window.ahead import Ahead
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
@@ -41,6 +43,8 @@ class Passes:
             micro-batch is tried; 0: those that are there.
         at_once: set where a loss that compares samples runs on one graph, as the reference that its two passes are held
             against; the window must be one micro-batch.
+        in_backward: steps the optimizer in the backward pass of a window of one micro-batch; None: at windows' ends.
+        stepping: a step has begun whose window has not ended: weights may be half updated.
     """
 
     model: nn.Module
@@ -55,6 +59,8 @@ class Passes:
     rehearses = False
     rehearsed_samples = 0
     at_once = False
+    in_backward: StepInBackward | None = None
+    stepping = False
     _sums: WindowSums | None
     _side: SideBuffers
     _sparse: SparseGradients
@@ -65,6 +71,22 @@ class Passes:
     _ahead: Ahead
     _on_host: bool
     _call: Callable[..., Any]
+    _clip_norm: float | None
+    _log_grad_norm: bool
+
+    def step_inside(self, inside: StepInBackward | None) -> None:
+        """From here on `inside`, where there is one, steps windows of one micro-batch in their backward pass.
+
+        Raises:
+            SetupError: a norm is asked for, which takes all gradients.
+        """
+        if inside is not None and (self._clip_norm is not None or self._log_grad_norm):
+            asked = "log_grad_norm=True" if self._clip_norm is None else f"clip_norm={self._clip_norm}"
+            raise SetupError(
+                f'{asked} takes the norm of all gradients, and ladder="step_in_backward" steps with each and frees it '
+                "before the next is there: leave one of them out"
+            )
+        self.in_backward = inside
 
     @uninterrupted
     def run(self, batches: Iterable[Any]) -> None:
@@ -163,10 +185,14 @@ class Passes:
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()
-            looked = self._looked_at_backward or self.sharded is not None
+            inside = self.in_backward if sums.micro_batches == (1,) else None
+            looked = self._looked_at_backward or self.sharded is not None or inside is not None
             first = None if looked else FirstBackward(self.model, self.optimizer)
             with self.precision.outside():
-                self._call(self._backward, parts)
+                if inside is None:
+                    self._call(self._backward, parts)
+                else:
+                    self._backward_and_step(inside, parts)
             if first is not None:
                 first.check()
                 self._looked_at_backward = True
@@ -177,6 +203,17 @@ class Passes:
         if self.noise_scale.watches:
             self.noise_scale.micro(sums.samples[sums.done] / sums.total_samples)
         sums.done += 1
+
+    def _backward_and_step(self, inside: StepInBackward, parts: Parts) -> None:
+        """Where the window takes a step, it is taken here; Ctrl-C waits. Else `finish` says what becomes of it."""
+        sums = self._running()
+        loss, correction = sums.close(*sums.so_far)
+        if self.rehearses or (correction and math.isfinite(loss)):
+            with inside.on(self._begin_step):
+                self._backward([(tensor, factor * (correction or 1.0)) for tensor, factor in parts])
+
+    def _begin_step(self) -> None:
+        self.stepping = True
 
     def _backward(self, parts: Parts) -> None:
         """Each term's factor is where its backward pass begins: a multiplication less in the graph."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from autoaccum.data import tree
 from autoaccum.loss.objective import Objective
-from autoaccum.model.untouched import Untouched
+from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.determinism import Determinism
 
 __all__ = ["settle_loss"]
@@ -18,7 +18,7 @@ def settle_loss(model: nn.Module, objective: Objective, batch: Any, most: int, d
     modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
     samples = min(most, tree.batch_size(batch))
     with (
-        Untouched(*modules, device=device),
+        Snapshot(*modules, device=device, parameters=False),
         Determinism(*modules, samples=samples, device=device) as fixed,
     ):
         objective.settle([batch], samples, fixed.begin)

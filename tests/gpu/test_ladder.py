@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.model.memory_savers import RUNGS, installed
+from autoaccum.model.memory_savers import installed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,14 +39,19 @@ def step(model, batch):
     return [parameter.grad.cpu() for parameter in model.parameters()], held
 
 
-@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung != "bf16"])
+# Of what a block keeps as it is, 9 times its input: nothing where it is checkpointed, but the products selectively.
+HOLDS = {"checkpointing/4": 0.85, "checkpointing/2": 0.65, "selective_checkpointing": 0.75, "checkpointing": 0.25,
+         "save_on_cpu": 0.05, "checkpointing+save_on_cpu": 0.05}  # fmt: skip
+
+
+@pytest.mark.parametrize("rung", HOLDS)
 def test_a_rung_holds_less_at_the_same_gradients(rung):
     batch = torch.randn(4096, 256, device="cuda")
     expected, plain = step(make(), batch)
     model = make()
     with installed(rung, model, torch.device("cuda")):
         found, held = step(model, batch)
-    assert held < plain / 4
+    assert held < plain * HOLDS[rung]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
