@@ -18,6 +18,7 @@ Each says what failed, the numbers, and what to do next. The tree:
 """
 
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -46,9 +47,13 @@ class ProbeError(AutoaccumError):
 
 
 class NothingFitsError(ProbeError):
-    """Not even a micro-batch of the smallest size fits in the budget."""
+    """Not even a micro-batch of the smallest size fits in the budget.
+
+    `savers` has a row for each memory saver that was looked at, as `ProbeReport.savers`.
+    """
 
     exit_code = 3
+    savers: Sequence[Mapping[str, Any]] = ()
 
 
 class StateNotRestoredError(ProbeError):

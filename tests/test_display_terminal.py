@@ -16,6 +16,7 @@ from autoaccum.display.terminal import (
     plan_view,
     probe_view,
     report_view,
+    savers_view,
     search_view,
     verify_view,
 )
@@ -176,6 +177,26 @@ def test_a_training_without_a_step_is_drawn():
 
 
 # --- what runs by ----------------------------------------------------------------------------------------------------
+
+
+def test_savers_are_told_at_eighty_columns_without_what_none_of_them_has():
+    timed = {"limit": 120, "micro_batch": 64, "peak_bytes": 900 * MIB, "window_seconds": 1.2, "same_result": True}
+    rows = [
+        {"saver": None, **timed, "throughput": [(64, 207.1)]},
+        {"saver": "chunked_loss+checkpointing", **timed, "throughput": [(64, 157.1)]},
+        {"saver": "checkpointing", "limit": None, "obstacle": "its traces do not line up", "same_result": True},
+    ]
+    text = drawn(savers_view(rows), 80)
+    assert text.startswith("Memory savers, each with the plain step's result")
+    assert "207.1 at 64; taken" in text
+    assert "157.1 at 64; taken" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert ["chunked_loss+checkpointing", "120", "64", "900.0", "MiB", "1.20", "s", "157.1", "at", "64"] in lines
+    looked_at = [{"saver": "bf16", "limit": None, "peak_bytes": 3 * MIB, "same_result": False, "obstacle": "no"}]
+    text = drawn(savers_view(looked_at, "bf16"), 80)
+    assert [line.split() for line in text.splitlines()[1:3]] == [
+        ["saver", "peak", "result"], ["bf16", "3.0", "MiB", "another", "no"]
+    ]  # fmt: skip
 
 
 def buffer(terminal=False, width=120):

@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import pickle
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -95,20 +95,13 @@ def gradients(model, batch, precision=None):
 # --- the rungs themselves
 
 
-@contextmanager
-def under(rung, model, optimizers=()):
-    """The model runs under a rung inside, compiled where it has to be."""
-    compiled = Compiled(model, lambda text: None, backend="aot_eager") if rung in BUDGETS else None
-    with compiled or nullcontext(), installed(rung, model, CPU, optimizers=optimizers, compiled=compiled):
-        yield
-
-
-@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung not in {"bf16", *BY_NAME}])
+# Those of the optimizer and of a compiled model are held to it in tests/conformance/test_savers.py.
+@pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung not in {"bf16", *BY_NAME, *BUDGETS}])
 def test_gradients_and_statistics_are_the_plain_steps_bit_for_bit(rung):
     batch = torch.randn(6, 32), torch.randint(0, 10, (6,))
-    plain, changed = make(norm=rung not in BUDGETS).train(), make(norm=rung not in BUDGETS).train()
+    plain, changed = make(norm=True).train(), make(norm=True).train()
     expected = gradients(plain, batch)
-    with under(rung, changed):
+    with installed(rung, changed, CPU):
         assert torch.equal(gradients(changed, batch), expected)
 
 
@@ -119,13 +112,20 @@ BLOCKS = Architecture(
 
 # Heads have forecasts in test_model_lazy_logits.py, steps in the backward pass in test_model_step_in_backward.py.
 @pytest.mark.parametrize(
-    "rung", [rung for rung in RUNGS if rung not in ("bf16", "step_in_backward") and "chunked" not in rung]
+    "rung",
+    [
+        pytest.param(rung, marks=pytest.mark.slow if rung.endswith("/0.2") else ())
+        for rung in RUNGS
+        if rung not in ("bf16", "step_in_backward") and "chunked" not in rung
+    ],
 )
 def test_the_forecast_under_a_rung_is_what_is_measured(rung):
     windows = Windows(BLOCKS)
     plain = windows.trace(61).peak
-    with under(rung, windows.model, [windows.optimizer]):
-        windows.trace(2)
+    compiled = Compiled(windows.model, lambda text: None, backend="aot_eager") if rung in BUDGETS else None
+    own = {"optimizers": [windows.optimizer], "compiled": compiled}
+    with compiled or nullcontext(), installed(rung, windows.model, CPU, **own):
+        windows.trace(2)  # compiles
         forecast = windows.forecast(2, 4, 8)
         assert forecast.unaligned == 0
         for n in (24, 61):
@@ -326,7 +326,8 @@ def test_the_error_names_every_rung_with_its_peak_and_leaves_nothing_behind():
     assert "bf16: does not fit, at 2.4 MiB" in text
     assert "; checkpointing: fits, at 1.4 MiB" in text
     assert "chunked_loss, chunked_loss+checkpointing: no head was found" in text
-    assert "save_on_cpu, checkpointing+save_on_cpu: frees nothing here" in text
+    assert "save_on_cpu, checkpointing+save_on_cpu, optimizer_on_host: frees nothing here" in text
+    assert "step_in_backward: does not fit, at 4" in text
     assert text.endswith('ladder="auto" takes checkpointing, the cheapest that fits')
     assert bare(given["model"])
     assert all(torch.equal(value, before[name]) for name, value in given["model"].state_dict().items())

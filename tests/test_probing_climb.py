@@ -35,3 +35,13 @@ def test_rungs_with_the_same_answer_share_a_clause_and_none_that_fits_is_said():
     text = told([SHOWN["gone"], SHOWN["gone too"]])
     assert "gone, gone too: ran out of memory" in text
     assert text.endswith("None of them is enough")
+
+
+def test_what_is_taken_by_name_only_is_said_apart_from_what_auto_takes():
+    named = Tried("optimizer_on_host", MIB, fits=True)
+    assert told([named]).endswith('Only where it is asked for: ladder="optimizer_on_host"')
+    both = told([SHOWN["cheap"], named, SHOWN["dear"]])
+    assert both.endswith('ladder="optimizer_on_host". ladder="auto" takes dear, the cheapest that fits')
+    assert [each.row["obstacle"] for each in (SHOWN["cheap"], SHOWN["gone"], SHOWN["dear"], named)] == [
+        "does not fit", "ran out of memory", "fits", "fits; by name only"
+    ]  # fmt: skip

@@ -185,4 +185,5 @@ def _failing_into(answer: dict[str, Any]) -> Iterator[None]:
 
         text = "".join(traceback.format_exception(error))
         answer["told"] = was_told(error)
-        answer["failed"] = {"line": one_line(error), "code": exit_code(error), "trace": text}
+        savers = list(getattr(error, "savers", ()))
+        answer["failed"] = {"line": one_line(error), "code": exit_code(error), "trace": text, "savers": savers}

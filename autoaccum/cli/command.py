@@ -77,6 +77,11 @@ class Command(click.Command):
             elif debug:
                 sys.excepthook(type(error), error, error.__traceback__)
             click.echo(f"Error: {one_line(error)}", err=True)
+            if savers := getattr(error, "savers", ()):
+                from autoaccum.display.layout import open_console
+                from autoaccum.display.terminal import savers_view
+
+                open_console().print(savers_view(savers))
             ctx.exit(exit_code(error))
         ctx.exit(answer.code)
 

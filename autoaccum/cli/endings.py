@@ -2,7 +2,9 @@
 
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from autoaccum.errors import AutoaccumError
 
@@ -18,9 +20,9 @@ class ChildFailed(Exception):
     that.
     """
 
-    def __init__(self, line: str, code: int, trace: str) -> None:
+    def __init__(self, line: str, code: int, trace: str, savers: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(line)
-        self.code, self.trace = code, trace
+        self.code, self.trace, self.savers = code, trace, savers
 
 
 def exit_code(error: BaseException) -> int:

@@ -39,6 +39,7 @@ __all__ = [
     "plan_view",
     "probe_view",
     "report_view",
+    "savers_view",
     "search_view",
     "verify_view",
 ]
@@ -105,7 +106,7 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     if trials:
         blocks += [Text(), _trials(trials, report.get("out_of_memory_count") or 0)]
     if len(report.get("savers") or ()) > 1:
-        blocks += [Text(), _savers(report["savers"], report.get("ladder"))]
+        blocks += [Text(), savers_view(report["savers"], report.get("ladder"))]
     if report.get("parts"):
         blocks += [Text(), _parts(report["parts"], micro)]
     if len(curve) > 1:
@@ -286,24 +287,31 @@ def _trials(trials: Sequence[Mapping[str, Any]], out_of_memory: int) -> Renderab
     return Group(title, indented(table))
 
 
-def _savers(rows: Sequence[Mapping[str, Any]], taken: str | None) -> RenderableType:
-    """A row for each memory saver; (samples per second at batch) of all that was timed under it."""
+def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> RenderableType:
+    """A row for each memory saver: what fits and was timed under it, or what stands against it."""
+    peaks, seconds = ([row.get(name) for row in rows] for name in ("peak_bytes", "window_seconds"))
+    rates = [", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()) for row in rows]
+    rates = [f"{rate}; taken" if rate and row["saver"] == taken else rate for rate, row in zip(rates, rows)]
+    columns = {
+        "fits": [str(row["limit"] or "") for row in rows],
+        "batch": [str(row.get("micro_batch", "")) for row in rows],
+        "peak": ["" if peak is None else format_bytes(peak) for peak in peaks],
+        "window": ["" if each is None else f"{each:.2f} s" for each in seconds],
+        "result": ["" if row["same_result"] else "another" for row in rows],
+        "samples/s" if any(rates) else "": [
+            rate or str(row.get("obstacle") or "") for rate, row in zip(rates, rows, strict=True)
+        ],
+    }
+    shown = {name: values for name, values in columns.items() if any(values)}
     table = table_with()
-    table.add_column("saver", overflow="fold")
-    for name in ("fits", "batch", "peak", "window"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("result")
-    table.add_column("samples/s", overflow="fold")
-    for row in rows:
-        peak, seconds = row.get("peak_bytes"), row.get("window_seconds")
-        table.add_row(
-            Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else ""),
-            str(row["limit"] or ""), str(row.get("micro_batch", "")), "" if peak is None else format_bytes(peak),
-            "" if seconds is None else f"{seconds:.2f} s", "same" if row["same_result"] else "another",
-            ", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ())
-            or str(row.get("obstacle", "")),
-        )  # fmt: skip
-    return Group(Text("Memory savers", style="bold"), indented(table))
+    table.add_column("saver", no_wrap=True)
+    for name in shown:
+        last = name in ("samples/s", "")
+        table.add_column(name, justify="left" if last else "right", no_wrap=not last, overflow="fold")
+    for row, *values in zip(rows, *shown.values(), strict=True):
+        table.add_row(Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else ""), *values)
+    same = "" if "result" in shown else ", each with the plain step's result"
+    return Group(Text(f"Memory savers{same}", style="bold"), indented(table))
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:

@@ -47,7 +47,6 @@ class Compiled(StandIn):
 
     Attributes:
         graphs: compiled so far.
-        seconds: that the calls took in which they were.
         failed: why the model runs without compilation; None while it does not.
         single: whether one sample is compiled too, because there are only such micro-batches.
     """
@@ -61,7 +60,7 @@ class Compiled(StandIn):
             backend: torch.compile's; None: its default.
         """
         super().__init__(module)
-        self.graphs, self.seconds, self.single = 0, 0.0, True
+        self.graphs, self.single = 0, True
         self.failed: str | None = None
         self._tell, self._backend = tell, backend or BACKEND
         self._calls = 0
@@ -125,7 +124,7 @@ class Compiled(StandIn):
         if now.frames == before.frames:
             return
         more, first = now.graphs - before.graphs, self.graphs == 0
-        self.graphs, self.seconds = self.graphs + more, self.seconds + seconds
+        self.graphs += more
         breaks = [reason for reason in now.breaks if reason not in before.breaks]
         without = bool(breaks) or now.refused > before.refused
         took = f"in {seconds:.1f} s"

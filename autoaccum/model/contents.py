@@ -10,7 +10,7 @@ objects of other packages (a logger, a trainer), which have lives of their own.
 """
 
 import enum
-import random
+import functools
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -50,7 +50,7 @@ class Contents:
         self.tensors: list[Tensor] = []
         self._roots = roots
         reset_all(roots)
-        self._kept: list[_Attributes | _Container | _Generator | _Place | _TensorHooks] = []
+        self._put_back: list[Callable[[], None]] = []
         self._seen: set[int] = set()
         self._waiting: list[tuple[Any, str, int]] = [(hooks, "torch", 0) for hooks in _GLOBAL_HOOKS]
         for root in roots:
@@ -63,8 +63,8 @@ class Contents:
     def restore(self) -> None:
         """Puts everything back that is no longer as it was; what still is, is not touched."""
         reset_all(self._roots)
-        for each in self._kept:
-            each.restore()
+        for put_back in self._put_back:
+            put_back()
 
     def _walk(self) -> None:
         while self._waiting:
@@ -77,7 +77,7 @@ class Contents:
                 self._open(value, _package(value), 0)
             elif isinstance(value, (dict, list, set, deque)):
                 self._seen.add(id(value))
-                self._kept.append(_Container(value))
+                self._put_back.append(_items(value))
                 self._look_into(value.values() if isinstance(value, dict) else value, package, depth)
             elif isinstance(value, tuple):
                 self._seen.add(id(value))
@@ -86,7 +86,7 @@ class Contents:
                 self._waiting.append((value.__self__, package, depth + 1))
             elif is_generator(value):
                 self._seen.add(id(value))
-                self._kept.append(_Generator(value))
+                self._put_back.append(functools.partial(restore, value, state_of(value)))
             elif _is_walked(value, package):
                 self._open(value, package, depth)
 
@@ -102,7 +102,7 @@ class Contents:
             self._look_into(value.children(), package, 0)
             return
         attributes = _Attributes(value)
-        self._kept.append(attributes)
+        self._put_back.append(attributes.restore)
         self._look_into(attributes.saved.values(), package, depth)
         if isinstance(value, torch.jit.ScriptModule):  # whose registries are views, and no containers
             inside = [*value.parameters(recurse=False), *value.buffers(recurse=False), *value.children()]
@@ -114,8 +114,8 @@ class Contents:
         self._open(tensor, package, depth)
         self.tensors.append(tensor)
         if tensor.is_leaf:
-            self._kept.append(_Place(tensor))
-            self._kept.extend(_TensorHooks(tensor, name) for name in _HOOKS_OF_A_TENSOR)
+            self._put_back.append(_numbers(tensor))
+            self._put_back.extend(_hooks(tensor, name) for name in _HOOKS_OF_A_TENSOR)
 
 
 def _is_shapeless(module: nn.Module) -> bool:
@@ -178,37 +178,37 @@ class _Attributes:
             buffers[name] = buffer
 
 
-class _Container:
+# Each keeps something of an object, and returns what puts it back.
+
+
+def _items(container: Any) -> Callable[[], None]:
     """The items of a list, dict, set or deque, or of an heir, whose own methods may do more than to hold them."""
+    kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
+    saved = dict(container.items()) if isinstance(container, dict) else list(container)
 
-    def __init__(self, container: Any) -> None:
-        self._container = container
-        self._kind: Any = next(kind for kind in (OrderedDict, dict, list, set, deque) if isinstance(container, kind))
-        self._saved = dict(container.items()) if isinstance(container, dict) else list(container)
+    def put_back() -> None:
+        if isinstance(saved, dict):
+            _set_items(container, saved, kind)
+        elif len(container) != len(saved) or any(a is not b for a, b in zip(container, saved)):
+            kind.clear(container)
+            (kind.update if kind is set else kind.extend)(container, saved)
 
-    def restore(self) -> None:
-        if isinstance(self._saved, dict):
-            _set_items(self._container, self._saved, self._kind)
-        elif len(self._container) != len(self._saved) or any(a is not b for a, b in zip(self._container, self._saved)):
-            self._kind.clear(self._container)
-            fill: Callable[[Any, Any], None] = self._kind.update if self._kind is set else self._kind.extend
-            fill(self._container, self._saved)
+    return put_back
 
 
-class _Place:
+def _numbers(tensor: Tensor) -> Callable[[], None]:
     """Where a tensor's numbers lie, which a layer may change under its name, and whether it wants a gradient."""
+    requires_grad, numbers = tensor.requires_grad, tensor.detach()
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._requires_grad, self._numbers = tensor, tensor.requires_grad, tensor.detach()
-
-    def restore(self) -> None:
-        tensor = self._tensor
+    def put_back() -> None:
         if not tensor.is_leaf:  # something with a graph was added to it
             tensor.detach_()
-        if tensor.requires_grad != self._requires_grad:
-            tensor.requires_grad_(self._requires_grad)
-        if _place(tensor) != _place(self._numbers):
-            tensor.data = self._numbers
+        if tensor.requires_grad != requires_grad:
+            tensor.requires_grad_(requires_grad)
+        if _place(tensor) != _place(numbers):
+            tensor.data = numbers
+
+    return put_back
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -217,31 +217,19 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, local(tensor).data_ptr()
 
 
-class _TensorHooks:
+def _hooks(tensor: Tensor, name: str) -> Callable[[], None]:
     """The hooks of one kind on a tensor: there are none, or a dict that handles refer to."""
+    kept: dict[int, Any] | None = getattr(tensor, name)
+    saved = dict(kept or {})
 
-    def __init__(self, tensor: Tensor, name: str) -> None:
-        self._tensor, self._name = tensor, name
-        self._hooks: dict[int, Any] | None = getattr(tensor, name)
-        self._saved = dict(self._hooks or {})
-
-    def restore(self) -> None:
-        hooks = getattr(self._tensor, self._name)
-        if hooks is not self._hooks and self._hooks is not None:
-            setattr(self._tensor, self._name, self._hooks)
-            hooks = self._hooks
+    def put_back() -> None:
+        if kept is not None and getattr(tensor, name) is not kept:
+            setattr(tensor, name, kept)
+        hooks = getattr(tensor, name)
         if hooks is not None:  # one that was made meanwhile stays, empty, since torch holds it as well
-            _set_items(hooks, self._saved, OrderedDict)
+            _set_items(hooks, saved, OrderedDict)
 
-
-class _Generator:
-    """The state of a random generator that a module holds."""
-
-    def __init__(self, generator: torch.Generator | random.Random | Any) -> None:
-        self._generator, self._state = generator, state_of(generator)
-
-    def restore(self) -> None:
-        restore(self._generator, self._state)
+    return put_back
 
 
 def _set_items(held: Any, saved: dict[Any, Any], kind: Any) -> None:

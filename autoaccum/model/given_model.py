@@ -1,4 +1,4 @@
-"""The model as it was given: what it is wrapped in, where it is, and what of it is not there yet."""
+"""The model as it was given: what it is wrapped in, where and in what mode it is, and what of it is not there yet."""
 
 import os
 from typing import Any
@@ -12,10 +12,18 @@ from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError
 from autoaccum.model.shards import local
-from autoaccum.model.torchscript import layer_class
 from autoaccum.ranks import Ranks
 
-__all__ = ["check_gradients_are_on", "device_of", "follow", "has_batch_norm", "is_lazy", "unwrapped"]
+__all__ = [
+    "TrainingMode",
+    "check_gradients_are_on",
+    "device_of",
+    "follow",
+    "has_batch_norm",
+    "is_lazy",
+    "layer_class",
+    "unwrapped",
+]
 
 
 def unwrapped(model: Any) -> Any:
@@ -63,6 +71,14 @@ def is_lazy(model: Any) -> bool:
     return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
 
 
+def layer_class(module: nn.Module) -> type:
+    """The module's class; that of torch.nn which it was compiled from, where it is TorchScript."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return type(module)
+    original = getattr(nn, module.original_name, None)
+    return original if isinstance(original, type) else type(module)
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether a layer may need two samples in a micro-batch."""
     return any(issubclass(layer_class(module), _BatchNorm) for module in model.modules())
@@ -75,3 +91,34 @@ def follow(optimizer: Optimizer) -> None:
             if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
                 optimizer.load_state_dict(optimizer.state_dict())
                 return
+
+
+class TrainingMode:
+    """Puts a model into training mode and back.
+
+    Modules that stand in evaluation mode inside a model that is in training mode were put there by their owner, to
+    freeze their statistics, and stay so. A model that is in evaluation mode as a whole, as pretrained ones come, is
+    trained as a whole.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Looks at the modes as they are; changes none."""
+        self._model = model
+        resting = [module for module in model.modules() if not module.training]
+        self._frozen, self._asleep = (resting, []) if model.training else ([], resting)
+
+    def on(self) -> None:
+        """Training mode; a model's own `train` has its say."""
+        self._model.train()
+        for module in self._frozen:
+            module.training = False
+
+    def keep(self) -> None:
+        """Puts training mode on again, where somebody has put the whole model into evaluation mode meanwhile."""
+        if not self._model.training:
+            self.on()
+
+    def back(self) -> None:
+        """Evaluation mode for what was in it when the whole model was."""
+        for module in self._asleep:
+            module.training = False

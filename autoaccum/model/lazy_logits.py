@@ -7,14 +7,15 @@ the result is the same, and nothing is saved. So a model's own code, a trainer's
 none of them is touched.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import GetSetDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from autoaccum.model.chunked_loss import ChunkedCrossEntropy, logits_format
 from autoaccum.model.forward import StandIn
@@ -85,14 +86,6 @@ class Logits(Tensor):
     computed: torch.dtype
     made: Tensor | None
 
-    @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, format_: torch.dtype) -> "Logits":
-        """Logits without what makes them."""
-        shape = (*hidden.shape[:-1], weight.shape[0])
-        wrapped: Logits = Tensor._make_wrapper_subclass(cls, shape, dtype=format_, device=hidden.device)
-        wrapped.made = None
-        return wrapped
-
     def themselves(self) -> Tensor:
         """The logits, computed once."""
         if self.made is None or (torch.is_grad_enabled() and not self.made.requires_grad):
@@ -142,7 +135,10 @@ class _PutOff(torch.autograd.Function):
         """Logits without what makes them."""
         ctx.save_for_backward(hidden, weight)
         ctx.computed, ctx.has_bias = computed, bias is not None
-        return Logits.of(hidden, weight, format_)
+        shape = (*hidden.shape[:-1], weight.shape[0])
+        logits: Logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=format_, device=hidden.device)
+        logits.made = None
+        return logits
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,13 +153,7 @@ class _PutOff(torch.autograd.Function):
 
 def _computed(arguments: Any) -> Any:
     """Arguments of one of torch's functions with the logits themselves in the place of Logits."""
-    if isinstance(arguments, Logits):
-        return arguments.themselves()
-    if isinstance(arguments, dict):
-        return {name: _computed(each) for name, each in arguments.items()}
-    if isinstance(arguments, (tuple, list)):
-        return type(arguments)(map(_computed, arguments))
-    return arguments
+    return tree_map_only(Logits, Logits.themselves, arguments)
 
 
 # What can be put off: each gives None where it cannot.
@@ -225,10 +215,6 @@ def _to(logits: Logits, *args: Any, **kwargs: Any) -> Logits | None:
     return logits if torch.device(args[0]) == logits.device else None
 
 
-def _as_it_is(logits: Logits, *args: Any, **kwargs: Any) -> Logits:
-    return logits
-
-
 _PUT_OFF: dict[Any, Callable[..., Any]] = {
     functional.cross_entropy: _cross_entropy,
     Tensor.view: _reshape,
@@ -240,16 +226,15 @@ _PUT_OFF: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.float: lambda logits: logits.cast(torch.float32),
     Tensor.double: lambda logits: logits.cast(torch.float64),
-    Tensor.contiguous: _as_it_is,
+    Tensor.contiguous: lambda logits, **how: logits,
 }
 _FACTS = frozenset(
-    itertools.chain(
-        (getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__")),
-        (
-            getattr(Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_leaf")
-        ),
-        (getattr(Tensor, name).__get__ for name in ("grad_fn", "is_sparse", "is_nested", "is_meta")),
+    found.__get__ if isinstance(found, GetSetDescriptorType) else found
+    for found in (
+        getattr(Tensor, name)
+        for name in ("size", "dim", "numel", "is_floating_point", "is_complex", "__len__", "shape", "dtype", "device",
+                     "ndim", "requires_grad", "layout", "is_cuda", "is_cpu", "is_leaf", "grad_fn", "is_sparse",
+                     "is_nested", "is_meta")
     )
-)
+)  # fmt: skip
 """What is known of the logits without them."""

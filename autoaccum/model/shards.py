@@ -5,7 +5,7 @@ groups of parameters, how they are reduced) is read from its states here, and no
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ __all__ = [
 
 _RUNGS = ("checkpointing/4", "checkpointing/2", "selective_checkpointing", "checkpointing")  # inside FSDP's own hooks
 _OTHER_WAY = "train it unsharded, or shard it with torch.distributed.fsdp.fully_shard over all ranks"
+_DISTRIBUTED = (
+    "the model's parameters are distributed tensors (DTensor) that fully_shard has not made, such as those of tensor, "
+    f"pipeline or context parallelism, which is not supported: {_OTHER_WAY}"
+)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -135,30 +139,15 @@ def check_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         raise SetupError(
             f"the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported: {_OTHER_WAY}"
         )
-    distributed = [parameter for parameter in parameters if hasattr(parameter, "_local_tensor")]
-    if not is_sharded(model):
-        if distributed:
-            raise SetupError(
-                "the model's parameters are distributed tensors (DTensor) that fully_shard has not made, such as those "
-                f"of tensor, pipeline or context parallelism, which is not supported: {_OTHER_WAY}"
-            )
-        return
-    _check_version()
-    _check_roots(model)
-    shards = Shards(model)
-    _check_groups(shards)
-    own = {id(parameter) for parameter in shards.parameters}
-    if any(id(parameter) not in own for parameter in model.parameters() if hasattr(parameter, "_local_tensor")):
-        raise SetupError(
-            "some parameters of the sharded model are distributed tensors (DTensor) that fully_shard has not made: "
-            f"tensor, pipeline and context parallelism are not supported beside it: {_OTHER_WAY}"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            raise SetupError(f"{name} is a SyncBatchNorm in a sharded model, which is not supported: use BatchNorm, "
-                             "whose running statistics are pooled over the ranks as well")  # fmt: skip
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
-            raise SetupError(f"{name} has sparse gradients, which cannot be sharded: make it with sparse=False")
+    own: set[int] = set()
+    if is_sharded(model):
+        _check_version()
+        for text in _against(model):
+            raise SetupError(text)
+        own = {id(parameter) for parameter in Shards(model).parameters}
+        parameters = model.parameters()
+    if any(hasattr(parameter, "_local_tensor") and id(parameter) not in own for parameter in parameters):
+        raise SetupError(_DISTRIBUTED)
 
 
 def _check_version() -> None:
@@ -174,37 +163,32 @@ def _check_version() -> None:
         )
 
 
-def _check_roots(model: nn.Module) -> None:
-    """That one sharded module holds all others."""
-    modules = [module for module in model.modules() if _is_fsdp(module)]
-    inside = {id(module) for module in modules[0].modules()}
-    others = [name for name, module in model.named_modules() if _is_fsdp(module) and id(module) not in inside]
-    if others:
-        raise SetupError(
-            f"the model has several sharded roots ({others[0]} is not inside the first of them), each of which would "
-            "gather and reduce by itself: call fully_shard on the whole model last"
-        )
-
-
-def _check_groups(shards: Shards) -> None:
-    for group in shards.groups:
+def _against(model: nn.Module) -> Iterator[str]:
+    """What stands against training a sharded model."""
+    inside = set(next(module for module in model.modules() if _is_fsdp(module)).modules())
+    for name, module in model.named_modules():
+        if _is_fsdp(module) and module not in inside:
+            yield (f"the model has several sharded roots ({name} is not inside the first of them), each of which would "
+                   "gather and reduce by itself: call fully_shard on the whole model last")  # fmt: skip
+        if isinstance(module, nn.SyncBatchNorm):
+            yield (f"{name} is a SyncBatchNorm in a sharded model, which is not supported: use BatchNorm, whose "
+                   "running statistics are pooled over the ranks as well")  # fmt: skip
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            yield f"{name} has sparse gradients, which cannot be sharded: make it with sparse=False"
+    for group in Shards(model).groups:
         offload = type(group.offload_policy).__name__
         if offload != "OffloadPolicy":
-            raise SetupError(
-                f"the model is sharded with {offload}, whose parameters wait on the host, which is not supported: call "
-                "fully_shard without offload_policy"
-            )
+            yield (f"the model is sharded with {offload}, whose parameters wait on the host, which is not supported: "
+                   "call fully_shard without offload_policy")  # fmt: skip
         for comm in (group._all_gather_comm, group._reduce_scatter_comm):
             if not type(comm).__name__.startswith("Default"):
-                raise SetupError(
-                    f"the model communicates through {type(comm).__name__}, an object of your own or of a backend's, "
-                    "where autoaccum puts its own: leave set_custom_all_gather, set_custom_reduce_scatter and "
-                    "set_allocate_memory_from_process_group_for_comm out"
-                )
+                yield (f"the model communicates through {type(comm).__name__}, an object of your own or of a "
+                       "backend's, where autoaccum puts its own: leave set_custom_all_gather, "
+                       "set_custom_reduce_scatter and set_allocate_memory_from_process_group_for_comm out")  # fmt: skip
         if not hasattr(group.mesh_info, "shard_mesh_size") or group._all_reduce_hook is not None:
-            raise SetupError(f"the model is replicated by FSDP's own means, or has an all-reduce hook: {_OTHER_WAY}")
+            yield f"the model is replicated by FSDP's own means, or has an all-reduce hook: {_OTHER_WAY}"
         if any(parameter.is_dtensor for parameter in group.fsdp_params):
-            raise SetupError(f"the sharded parameters are distributed by tensor parallelism already: {_OTHER_WAY}")
+            yield _DISTRIBUTED
 
 
 def refuse_for_shards(model: Any, **given: tuple[bool, str]) -> None:

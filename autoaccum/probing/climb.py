@@ -5,9 +5,10 @@ A rung is not judged by a forecast: its smallest step is run, which is the very 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from autoaccum.errors import ProbeError
-from autoaccum.model.memory_savers import CHANGES
+from autoaccum.model.memory_savers import BY_NAME, CHANGES
 from autoaccum.units import format_bytes
 
 __all__ = ["NOT_BORNE", "Tried", "cannot_run", "climb", "told"]
@@ -35,6 +36,15 @@ class Tried:
         if self.peak_bytes is None:
             return "ran out of memory"
         return f"{'fits' if self.fits else 'does not fit'}, at {format_bytes(self.peak_bytes)}"
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As a row of a report's `savers`; `obstacle` says why it is not taken, where it does not fit."""
+        why = None if self.fits else "does not fit" if self.peak_bytes else self.text
+        return {
+            "saver": self.rung, "limit": None, "peak_bytes": self.peak_bytes, "same_result": self.rung not in CHANGES,
+            "obstacle": why or ("fits; by name only" if self.rung in BY_NAME else "fits"),
+        }  # fmt: skip
 
 
 def cannot_run(error: BaseException) -> str:
@@ -64,10 +74,12 @@ def told(tried: Iterable[Tried]) -> str:
     for each in tried:
         alike.setdefault(each.text, []).append(each.rung)
     found = "; ".join(f"{', '.join(rungs)}: {text}" for text, rungs in alike.items())
-    fitting = next((each.rung for each in tried if each.fits), None)
-    end = "None of them is enough"
-    if fitting is not None:
-        end = f'ladder="auto" takes {fitting}, the cheapest that fits'
+    fitting = [each.rung for each in tried if each.fits]
+    named = [f'ladder="{rung}"' for rung in fitting if rung in BY_NAME]
+    taken = [rung for rung in fitting if rung not in BY_NAME]
+    ends = [f"Only where it is asked for: {' or '.join(named)}"] if named else []
+    ends += [f'ladder="auto" takes {taken[0]}, the cheapest that fits'] if taken else []
+    end = ". ".join(ends) or "None of them is enough"
     changing = [each.rung for each in tried if each.rung in CHANGES and each.obstacle is None]
     same = f". The result is the plain step's but for {', '.join(changing)}" if changing else ""
     return f"The ladder, with the smallest micro-batch: {found}{same}. {end}"

@@ -10,9 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from autoaccum.batch_norm.pooled_statistics import expect_equal_counts
 from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import PlanError
-from autoaccum.model.given_model import has_batch_norm
+from autoaccum.model.given_model import TrainingMode, has_batch_norm
 from autoaccum.model.memory_savers import RUNGS
-from autoaccum.model.modes import TrainingMode
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.length_rule import Room, narrowest
 from autoaccum.planning.plan import Plan, plan

@@ -11,7 +11,7 @@ from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.watch import ProcessGrowth
-from autoaccum.model.modes import TrainingMode
+from autoaccum.model.given_model import TrainingMode
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import can_split, largest_size
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths

@@ -164,10 +164,16 @@ class Prober:
                 "it raised says what was tried"
             )
         if taken is None:
-            raise NothingFitsError(f"{refusal}. {told(tried)}")
+            error = NothingFitsError(f"{refusal}. {told(tried)}")
+            error.savers = [each.row for each in tried]
+            raise error
         parts.take(taken)
         self.note(f"the ladder's {taken} is taken, the cheapest that fits: {RUNGS[taken]}")
-        return self._once(question)
+        report = self._once(question)
+        fits = {"limit": report.limit, "micro_batch": report.micro_batch, "obstacle": "taken, the cheapest that fits"}
+        if report.forecaster is not None:
+            fits["peak_bytes"] = int(report.forecast(report.micro_batch))
+        return replace(report, savers=(*(each.row for each in tried[:-1]), {**tried[-1].row, **fits}))
 
     def _under(self, rung: str, question: Question) -> Tried:
         """The smallest step under a rung."""

@@ -32,7 +32,7 @@ from autoaccum.errors import (
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.oom import poisons, unusable
-from autoaccum.model.modes import TrainingMode
+from autoaccum.model.given_model import TrainingMode
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import seed_everything

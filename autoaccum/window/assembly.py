@@ -4,7 +4,7 @@ Probing, checking and training share one Assembly; where several optimizers take
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,7 +151,7 @@ class Assembly:
             stack.enter_context(self.under(self.ladder))
             yield
 
-    def under(self, rung: str | None) -> AbstractContextManager[None]:
+    def under(self, rung: str | None) -> AbstractContextManager[Any]:
         """The model runs under a rung inside."""
         optimizers = [self.optimizer, *self.beside]
         return installed(

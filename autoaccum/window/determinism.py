@@ -27,8 +27,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.model.given_model import layer_class
 from autoaccum.model.snapshot import Snapshot
-from autoaccum.model.torchscript import layer_class
 from autoaccum.window.engine import run_engine
 from autoaccum.window.sample_noise import SampleNoise
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from autoaccum.model.torchscript import layer_class
+from autoaccum.model.given_model import layer_class
 from autoaccum.planning.learning_rate import one_micro_batch
 from autoaccum.planning.plan import Plan
 from autoaccum.window.figures import Figures

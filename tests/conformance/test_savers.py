@@ -45,8 +45,12 @@ def loss(model, batch):
     return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
 
 
+# A budget of a fifth is computed as one of a half is.
+SAVERS = [rung for rung in RUNGS if rung not in CHANGES and not rung.endswith("/0.2")]
+
+
 @pytest.mark.case(27, "memory savers: the update of a window of unequal token counts", trainers=("autoaccum",))
-@pytest.mark.parametrize("saver", [rung for rung in RUNGS if rung not in CHANGES])
+@pytest.mark.parametrize("saver", SAVERS)
 def test_an_update_under_a_saver_is_the_whole_batchs(figures, saver):
     """At stake: what is computed twice, elsewhere, in pieces or earlier is still the same gradient, summed the same."""
     batch = torch.utils.data.default_collate(tokens(8, words=WORDS))

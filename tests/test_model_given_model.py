@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.checking.diagnosis import Cause
+from autoaccum.model.given_model import layer_class
 from autoaccum.model.snapshot import Snapshot
-from autoaccum.model.torchscript import layer_class
 from autoaccum.window.determinism import Determinism
 from autoaccum.window.noise_scale import NoiseScale
 
