@@ -86,8 +86,7 @@ def declaration(found: Reading | Unread | None) -> tuple[str, str]:
         return "nothing", "declare reduction='sum'"
     if divisor is None or not divisor.rules:
         return "what nothing in the batch counts", DECLARE
-    rule = divisor.rules[0].counted
-    return rule.name, f"declare {rule.declare}"
+    return divisor.rules[0].name, f"declare {divisor.rules[0].declare}"
 
 
 def no_mean(why: str) -> Diagnosis:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from autoaccum.errors import LossError
 from autoaccum.loss.counts import Count
 from autoaccum.loss.graph import Number, Term
 
-__all__ = ["DECLARE", "TINY", "TRUSTED", "Divisor", "Rule", "near"]
+__all__ = ["DECLARE", "TINY", "TRUSTED", "Divisor", "near"]
 
 TINY = 1e-3  # of the largest count: a floor that only keeps a quotient finite
 TRUSTED = 24  # micro-batches in which rules gave what was read, before they are asked instead
@@ -29,17 +28,6 @@ def near(one: float, other: float, close: float = 1e-6) -> bool:
     return math.isclose(one, other, rel_tol=close)
 
 
-class Rule(NamedTuple):
-    """A count of the batch, and what it is multiplied by to be the divisor."""
-
-    counted: Count
-    scale: float
-
-    def of(self, batch: object) -> float:
-        """The divisor of a batch."""
-        return self.counted.of(batch) * self.scale
-
-
 @dataclass
 class Divisor:
     """What one term's divisor is.
@@ -53,7 +41,7 @@ class Divisor:
         scaled: whether the term's factor changes with the samples, and belongs to the divisor.
         hides_floor: whether a divisor may be a floor rather than a count: somebody divided beside the reduction, and
             none was 0 yet.
-        rules: counts that gave every divisor so far; those that give another one later are struck off.
+        rules: counts of the batch that gave every divisor so far; those that give another one later are struck off.
         confirmed: micro-batches in which they gave what was read.
     """
 
@@ -64,7 +52,7 @@ class Divisor:
     floor: float = 0.0
     scaled: bool = False
     hides_floor: bool = False
-    rules: list[Rule] = field(default_factory=list)
+    rules: list[Count] = field(default_factory=list)
     confirmed: int = 0
 
     def of(self, term: Term) -> Number:
@@ -124,7 +112,7 @@ class Divisor:
             return divisor
         raise LossError(
             f"the loss divides by {divisor:g} in this micro-batch, which may be a count, or a floor such as "
-            f"clamp(min=1){''.join(f'; {rule.counted.name} would be {own:g}' for rule, own in amounts[:1])}: {DECLARE}"
+            f"clamp(min=1){''.join(f'; {rule.name} would be {own:g}' for rule, own in amounts[:1])}: {DECLARE}"
         )
 
     def whole(self, total: float) -> float:
@@ -140,5 +128,5 @@ class Divisor:
             return "counts once, whatever the samples"
         more = f" + {self.offset:.3g}" if self.offset else ""
         more += f", at least {self.floor:g}" if self.floor else ""
-        what = self.rules[0].counted.name if self.rules else _WORDS.get(self.reduction, "what it divides its sum by")
+        what = self.rules[0].name if self.rules else _WORDS.get(self.reduction, "what it divides its sum by")
         return f"divides by {what}{more}"

@@ -92,7 +92,7 @@ class Reduction:
         """Takes the columns which a declared mean over labels was seen to leave out."""
         self.wants_cut = found is None
         rules = found.divisors[0].rules if isinstance(found, Reading) and len(found.divisors) == 1 else []
-        self._cut = next((rule.counted.name for rule in rules if rule.counted.name in CUTS), "")
+        self._cut = next((rule.name for rule in rules if rule.name in CUTS), "")
 
     @property
     def ignore_index(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from autoaccum.loss.asking import SAMPLES, Evaluate, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
-from autoaccum.loss.divisor import TINY, TRUSTED, Divisor, Rule, near
+from autoaccum.loss.divisor import TINY, TRUSTED, Divisor, near
 from autoaccum.loss.graph import WAYS
 from autoaccum.loss.reading import Reading
 
@@ -202,7 +202,7 @@ def _offset(found: Sequence[float], seen: Sequence[Seen]) -> float:
     return least if abs(offset - least) <= 1e-3 * least else offset if offset <= least else 0.0
 
 
-def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float) -> list[Rule]:
+def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float) -> list[Count]:
     """The counts of the batch that give every divisor, but for a floor, which is noted."""
     rules = []
     for count, own in amounts.items():
@@ -215,9 +215,13 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float
         below = all(each < divisor or near(divisor, each, close) for divisor, each in zip(found, given))
         if len(floors) > made.hides_floor or not below or len(fitting) < 2 or (floors and min(fitting) < max(floors)):
             continue
-        rules.append((max(floors, default=0.0), Rule(count, scale)))
+        rules.append((max(floors, default=0.0), count if scale == 1 else _times(count, scale)))
     made.floor = rules[0][0] if rules else 0.0
     return [rule for floor, rule in rules if floor == made.floor][:_MOST_RULES]
+
+
+def _times(count: Count, scale: float) -> Count:
+    return count._replace(of=lambda batch: count.of(batch) * scale)
 
 
 def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: bool) -> Reading | Unread | None:
@@ -230,7 +234,7 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: boo
             fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
         ((rule, *others),) = fitting.values()
-        divisor = Divisor("", "constant" if rule is _NOTHING else "count", rules=[Rule(rule, 1.0)], confirmed=TRUSTED)
+        divisor = Divisor("", "constant" if rule is _NOTHING else "count", rules=[rule], confirmed=TRUSTED)
         tokens = next((count.name for count in others if count.declare == "reduction='token_mean'"), None)
         alike = f"{plain.why}, and {tokens} were as many in each sample tried as {rule.name}" if tokens else None
         return Reading(divisors=[divisor], unread=plain.why, untried=alike)
