@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from autoaccum.checking.padding import padding_error
 from autoaccum.checking.verify import VerifyReport, verify_gradient
@@ -101,7 +102,7 @@ class Session:
         self._in_child = isinstance(self._isolation, Isolation)
         join()
         ranks = here(group=ranks_given(asked.group, asked.device_mesh))
-        self._share_samples(model)
+        self._share_samples(model, data)
         if given is not None:
             self._given = for_ranks(given, ranks.rank, ranks.size)
         self.events = events or Events([*listeners, *display(asked.progress, ranks)])
@@ -114,15 +115,24 @@ class Session:
         if self._kept is not None:
             self._given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
 
-    def _share_samples(self, model: Any) -> None:
-        """Where a mesh has dimensions along which ranks have the same samples, sees that they can begin alike."""
-        others = sharing(self.settings.device_mesh)
-        if others and self.settings.checkpoint is not None:
-            raise SetupError(
-                "checkpoint= is given, and along some dimension of device_mesh= ranks have the same samples, all of "
-                "which would write to it: give the mesh's dimension of data alone, and each copy a folder of its own"
-            )
-        agree_on_copies(others, model, self.settings.target_batch)
+    def _share_samples(self, model: Any, data: Any) -> None:
+        """Where a mesh has dimensions along which ranks have the same samples, sees that each can train a copy alone.
+
+        Raises:
+            SetupError: they begin differently, or would come to draw different samples, or write to one folder.
+        """
+        asked, others = self.settings, sharing(self.settings.device_mesh)
+        if others and self._trains:
+            against = [
+                (asked.seed is None, "seed= is not given, from which each draws the order of samples"),
+                (isinstance(data, DataLoader), "data is a DataLoader, which may draw apart on each: give a dataset"),
+                (asked.checkpoint is not None, "checkpoint= is given, and all of them would write to it: give the "
+                 "mesh's dimension of data alone as device_mesh=, and each copy a folder of its own"),
+            ]  # fmt: skip
+            for stands, why in against:
+                if stands:
+                    raise SetupError(f"along some dimension of device_mesh= ranks have the same samples, and {why}")
+        agree_on_copies(others, model, {"target_batch": asked.target_batch, "seed": asked.seed})
 
     def _note(self, text: str) -> None:
         self.events.tell(Noted(text))

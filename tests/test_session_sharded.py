@@ -78,11 +78,13 @@ def over_meshes(rank):
     model, loop = prepared(CASE, rank, device_mesh=mesh)
     found = {"trained": ended(loop.run), "off": off(model, by_hand(CASE), CASE.model())}
     both = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    model, loop = prepared(CASE, 0, device_mesh=both, shard=False)
+    alone = {"device_mesh": both, "shard": False, "seed": 3}
+    model, loop = prepared(CASE, 0, **alone)
     found["copies"] = [ended(loop.run), off(model, by_hand(CASE), CASE.model())]
-    found["over both"] = ended(lambda: prepared(CASE, 0, device_mesh=both, mesh=mesh))
-    found["apart"] = ended(lambda: prepared(Case(target=8 + rank), 0, device_mesh=both, shard=False))
-    found["folder"] = ended(lambda: prepared(CASE, 0, device_mesh=both, shard=False, checkpoint="run"))
+    found["over both"] = ended(lambda: prepared(CASE, 0, **{**alone, "shard": True}, mesh=mesh))
+    found["apart"] = ended(lambda: prepared(Case(target=8 + rank), 0, **alone))
+    found["folder"] = ended(lambda: prepared(CASE, 0, **alone, checkpoint="run"))
+    found["no seed"] = ended(lambda: prepared(CASE, 0, **{**alone, "seed": None}))
     none = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     found["no data"] = ended(lambda: prepared(CASE, rank, device_mesh=none))
     found["both"] = ended(lambda: prepared(CASE, rank, device_mesh=mesh, group=torch.distributed.group.WORLD))
@@ -172,7 +174,8 @@ def test_a_mesh_says_which_ranks_train_together(found):
         assert each["copies"][1] <= EXACT
         assert "shard it along the dimension of data alone" in each["over both"]
         assert "target_batch: rank 0 has 8, rank 1 has 9" in each["apart"]
-        assert "all of which would write to it" in each["folder"]
+        assert "all of them would write to it" in each["folder"]
+        assert "seed= is not given" in each["no seed"]
         assert "the dimensions tp, of which 0 are of data" in each["no data"]
         assert "give one of them" in each["both"]
         assert "'dp' is no DeviceMesh" in each["none"]
@@ -191,7 +194,7 @@ def work_of_copies(rank, folder):
         found = []
         for shard in (True, False):
             case = Case(limits=(4, 2), count=31, clip=0.05)
-            model, loop = prepared(case, rank // 2, mesh=mesh["dp"], shard=shard, device_mesh=mesh)
+            model, loop = prepared(case, rank // 2, mesh=mesh["dp"], shard=shard, device_mesh=mesh, seed=3)
             found.append([ended(loop.run), off(model, by_hand(case), case.model()),
                           [record.noise_scale for record in loop.history], list(loop.plan.micro_batches)])  # fmt: skip
         torch.save(found, f"{folder}/{rank}.pt")

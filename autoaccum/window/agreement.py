@@ -65,7 +65,7 @@ def agree_on_windows(
         ranks.agree("what the loss divides by", {"the loss": loss.get("terms")} if unseen else loss, _DECLARE)
 
 
-def agree_on_copies(sharing: Sequence[Ranks], model: Any, target_batch: int | None) -> None:
+def agree_on_copies(sharing: Sequence[Ranks], model: Any, settings: Mapping[str, Any]) -> None:
     """Compares over ranks that have the same samples what they begin with: each trains a copy, and none waits for them.
 
     Raises:
@@ -73,7 +73,7 @@ def agree_on_copies(sharing: Sequence[Ranks], model: Any, target_batch: int | No
     """
     if sharing and isinstance(model, nn.Module):
         weights = ((f"the values of {name!r}", local(parameter)) for name, parameter in model.named_parameters())
-        facts = {"target_batch": target_batch} | model_facts(model) | _checksums(weights)
+        facts = setting_facts(**settings) | model_facts(model) | _checksums(weights)
         for ranks in sharing:
             ranks.agree("ranks with the same samples", facts, _COPIES)
 
