@@ -16,9 +16,7 @@ INTERRUPTED = 130
 
 
 class ChildFailed(Exception):
-    """What a child process failed with, told as it would have been here: with its traceback, and the exit code of
-    that.
-    """
+    """What a child process failed with, told as it would have been here, with its traceback and that exit code."""
 
     def __init__(self, line: str, code: int, trace: str, savers: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(line)

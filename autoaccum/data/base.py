@@ -111,7 +111,7 @@ class Source(ABC):
         return batch
 
     def marked(self, batch: Any) -> Any:
-        """A batch of this data in which lists that could be mistaken say by their type what they hold, else a
+        """A batch of this data whose lists that could be mistaken say by their type what they hold, else a
         DataError.
         """
         return self._lists.read(batch, self._trial)
@@ -161,9 +161,7 @@ class Source(ABC):
         return {"epoch": self._epoch, "starts": dict(self._starts), "held": now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on as the source that gave `state` would have; a CheckpointError where that drew from other
-        generators.
-        """
+        """Goes on as the source that gave `state`; a CheckpointError where that drew from other generators."""
         here, kept = self._held(), state["held"]
         for name, before in kept.items():
             kind = state_of(here[name])["kind"] if name in here else "none"

@@ -77,9 +77,7 @@ class Fetcher:
         return batches, padding
 
     def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
-        """The samples, each after its seed is set, where there are seeds; a DataError names the index at which one
-        failed.
-        """
+        """The samples, each after its seed is set, where there are seeds; a DataError names the index that failed."""
         dataset, samples = self._dataset, []
         try:
             for place, index in enumerate(indices):

@@ -42,9 +42,7 @@ def ready_loader(data: Any) -> DataLoader[Any]:
 
 
 def collate_samples(samples: list[Any]) -> Any:
-    """The samples of a plain list or iterable as a batch, as torch does it; a DataError where they may be ready
-    batches.
-    """
+    """The samples of a plain list or iterable as torch batches them; a DataError where they may be ready batches."""
     if _may_be_batch(samples[0]):
         shapes = " and ".join(f"{path or 'it'} of shape {tuple(t.shape)}" for path, t in tree.tensors(samples[0]))
         rows = next(tree.tensors(samples[0]))[1].size(0)

@@ -83,7 +83,7 @@ class Pool:
 
 
 def _pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
-    """`size` of the samples, the largest first where they differ, repeated where there are fewer; and how they
+    """`size` of the samples, the largest first where they differ, repeated where they are fewer; and how they
     differ.
     """
     if not samples:

@@ -42,7 +42,7 @@ class ForecastFailed(Exception):
 
 
 class Cell(NamedTuple):
-    """Groups [start, stop) of each trace that stand for the same: `matched`, one in each or one loop; else a stretch
+    """Groups [start, stop) of each trace that stand for the same, one in each or one loop; not `matched`: a stretch
     between.
     """
 

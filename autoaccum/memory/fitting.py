@@ -26,9 +26,7 @@ _ROUNDING = 0.02  # of the figure: taken for rounding where no size can be left 
 
 
 def columns(sizes: Sequence[Size]) -> int:
-    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length); a ForecastFailed where they are
-    too few.
-    """
+    """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length); a ForecastFailed of too few."""
     batches = {size[0] for size in sizes}
     lengths = {size[1] for size in sizes if len(size) > 1}
     count = 6 if len(lengths) > 1 else 2

@@ -212,7 +212,7 @@ class Forecast:
         return self._last.setup.expandable
 
     def within(self, batch: int, budget: int, *, expandable: bool | None = None) -> bool:
-        """Whether the allocator gets through with `budget` bytes and need not empty its cache for it; else as
+        """Whether the allocator gets through with `budget` bytes without emptying its cache for it; else as
         `simulate`.
         """
         try:

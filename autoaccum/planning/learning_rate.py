@@ -105,9 +105,7 @@ def optimizer_name(optimizer: object) -> str:
 
 
 def family(optimizer: object) -> tuple[str, str]:
-    """("sgd", "adam" or "other", the class by whose name it is known) of an optimizer, its class, a factory or a
-    name.
-    """
+    """("sgd", "adam" or "other", the class whose name says so) of an optimizer, its class, a factory or a name."""
     lineage = _lineage(optimizer)
     for name in lineage:
         plain = _WRAPPING.sub("", _WRAPPING.sub("", re.sub(r"[^a-z0-9]", "", name.lower())))

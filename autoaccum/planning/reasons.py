@@ -106,9 +106,7 @@ def _multiple_line(unit: int, sizes: tuple[int, ...], *, by_length: bool) -> str
 
 
 def tail_line(plan: PlanFields) -> str:
-    """The line on how an epoch is cut into windows, and on what becomes of a short last one; a PlanError without a
-    window.
-    """
+    """The line on an epoch's windows, and on what becomes of a short last one; a PlanError where there is no window."""
     if plan.samples is None:
         return {
             "step": "step: a short last window is trained on too, with its own denominator",

@@ -176,9 +176,7 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
 
 
 def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> None:
-    """Refuses a window of `target` samples that cannot be cut, whatever windows an epoch gives; names the nearest that
-    can.
-    """
+    """Refuses a window of `target` samples that cannot be cut, whatever an epoch gives, with the nearest that can."""
     for rank, limit in enumerate(limits):
         _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
     _require_split(target, max(limits), minimum)

@@ -174,9 +174,7 @@ def answer_of_children(
 
 
 def _killed_in(journals: list[Journal], why: str) -> list[Trial]:
-    """The trial that a child was in when it was killed, by the journals that it kept; a ProbeError where it was in
-    none.
-    """
+    """The trial that a child was in when it was killed, by the journals that it kept; a ProbeError where in none."""
     begun = dict.fromkeys(trial for trial in (journal.begun() for journal in journals) if trial is not None)
     if not begun:
         raise ProbeError(

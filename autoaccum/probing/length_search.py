@@ -57,8 +57,8 @@ class LengthAnswer:
 
 
 def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
-    """A quarter, a half and the whole of the longest, or what is nearest to these; None of fewer. `lengths` are
-    rising.
+    """A quarter, a half and the whole of the longest of rising `lengths`, or what is nearest to these; None of
+    fewer.
     """
     if len(lengths) < 3:
         return None

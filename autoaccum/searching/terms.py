@@ -129,9 +129,7 @@ def settle(
     recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
     direction: str, budget: Any,
 ) -> Terms:  # fmt: skip
-    """The terms, from one call of the setup. A SetupError: a metric that nothing reports, a budget that nothing
-    says.
-    """
+    """The terms, from one call of the setup; a SetupError where nothing reports the metric, or says the budget."""
     check_metric(arguments, metric)
     for name in {"epochs", "max_steps"} & space.parts.keys():
         raise SetupError(

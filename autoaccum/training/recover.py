@@ -170,8 +170,8 @@ class SafeWindow:
         self._strained, self._easing = 0, False
 
     def _run(self, window: Window, versions: Sequence[int]) -> None:
-        """Forward and backward of all pieces, until no rank ran out of memory; a DataError where the model wrote into
-        them.
+        """Forward and backward of all pieces, until memory is enough on all ranks; a DataError where the model wrote
+        into them.
         """
         ranks, pieces = self._accumulator.ranks, window.batches
         while True:
@@ -212,7 +212,7 @@ class SafeWindow:
         return ran_out, too_small
 
     def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> tuple[bool, bool]:
-        """Whether memory ran out in `work`, and whether a BatchNorm layer took no single sample; what it held is free
+        """(whether memory ran out in `work`, whether a BatchNorm layer took no single sample); what it held is free
         then.
         """
         accumulator = self._accumulator

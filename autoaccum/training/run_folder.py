@@ -162,7 +162,7 @@ class RunFolder:
             self._lost("the record of the run", error, then)
 
     def _enter(self) -> None:
-        """Takes the folder, unless another training has it or had it meanwhile; readies it where that is still to be
+        """Takes the folder, unless another training has it or had it meanwhile, and readies it where that is to be
         done.
         """
         was_here = self._lock.held

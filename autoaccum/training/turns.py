@@ -19,9 +19,7 @@ __all__ = ["Turn", "Turns"]
 
 
 class Turn:
-    """One optimizer's part of each window: its phase (None where there is but one), and what runs and guards its
-    windows.
-    """
+    """One optimizer's part of each window: its phase, if there are some, and what runs and guards its windows."""
 
     def __init__(self, phase: Phase | None, accumulator: Accumulator, safe: SafeWindow) -> None:
         """Keeps references only."""

@@ -343,9 +343,7 @@ class Accumulator(Passes):
         return None if math.isfinite(loss) else self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
 
     def _update(self, correction: float) -> tuple[float | None, str | None]:
-        """The one step: (gradient norm, why it was skipped). The gradients are multiplied by `correction`, for late
-        denominators.
-        """
+        """The one step, of gradients × `correction` (for late denominators): (gradient norm, why it was skipped)."""
         scaler = self.precision.scaler
         self.on_phase("optimizer")
         self.rank_sum.run()  # from here on each rank has the whole window's gradient
@@ -379,8 +377,8 @@ class Accumulator(Passes):
         return norm, overflowed
 
     def _nonfinite(self, what: str) -> str | None:
-        """Why nothing is stepped, where such windows are left out, else a LossError; None in a rehearsal, which steps
-        with zeros.
+        """Why nothing is stepped, where such windows are left out, else a LossError; None in a rehearsal, which
+        steps.
         """
         if self._on_nonfinite == "skip":
             if self.rehearses:

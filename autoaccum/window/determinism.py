@@ -38,7 +38,8 @@ __all__ = ["Determinism"]
 class Determinism:
     """A context in which a model gives each sample the same, in whatever micro-batch it comes.
 
-    ```python with Determinism(model, samples=8, device=device) as fixed:
+    ```python
+    with Determinism(model, samples=8, device=device) as fixed:
         fixed.begin(range(8))       # before the whole batch, which comes first
         ...
         fixed.begin(range(5))       # before a micro-batch with the first five of its samples

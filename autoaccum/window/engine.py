@@ -14,8 +14,8 @@ __all__ = ["backward", "run_engine"]
 
 
 def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Adds the gradient of Σ loss · factor to the parameters'. The graphs of the losses, of one element each, are used
-    up.
+    """Adds the gradient of Σ loss · factor to the parameters', and uses up the graphs of the losses, of one element
+    each.
 
     The factors are where each backward pass begins, which needs no operation in the graph.
     """
@@ -28,8 +28,6 @@ def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
 
 
 def run_engine(losses: Sequence[Tensor], begins: Sequence[Tensor]) -> None:
-    """What `torch.autograd.backward(losses, begins)` comes to once it has asked: `begins` have the losses' shapes and
-    formats.
-    """
+    """What `torch.autograd.backward(losses, begins)` comes to once it has asked; `begins` are shaped as the losses."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(tuple(losses), tuple(begins), False, False, (), allow_unreachable=True, accumulate_grad=True)

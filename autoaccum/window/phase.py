@@ -87,9 +87,7 @@ class Phase:
         return self.lr is not None or isinstance(self._optimizer, Optimizer)
 
     def build_optimizer(self, model: nn.Module, loss: Any, default_lr: float | None) -> Optimizer:
-        """This phase's optimizer; a SetupError where it cannot be made, or holds parameters of another phase or none of
-        `model`'s.
-        """
+        """This phase's optimizer; a SetupError where it cannot be made, or holds another phase's parameters or none."""
         given = self._optimizer
         own = {id(parameter) for parameter in self.parameters}
         if isinstance(given, Optimizer):

@@ -41,9 +41,7 @@ class RankSum:
         self.layout, self.uneven = 0, False
 
     def ready(self) -> None:
-        """Allocates what the sum needs where all ranks have such gradients as this one: the last before the vote that
-        may fail.
-        """
+        """Allocates what the sum needs where all ranks have such gradients as this one; nothing after it may fail."""
         self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
         if self._ranks.size == 1:
             return

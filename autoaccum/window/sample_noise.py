@@ -56,9 +56,7 @@ class SampleNoise(TorchDispatchMode):
         return handler(self, func, args, kwargs or {})
 
     def drawn(self, shape: Sequence[int], device: torch.device, generator: Any, draw: _Draw) -> Tensor:
-        """Random numbers for the samples that run, where `shape` was asked for of this generator; `draw` draws in any
-        shape.
-        """
+        """Random numbers for the samples that run, where `shape` was asked for; `draw` draws in any shape."""
         key, shape, count = self._key(device, generator), tuple(shape), len(self.rows)
         whole = self._shapes.setdefault(key, shape) if count == self._samples else self._shapes.get(key, ())
         if shape != whole:

@@ -60,9 +60,7 @@ class ShardedPasses:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-        """Looks at the model, which stays as it is; a SetupError where it is sharded over other ranks than those that
-        train.
-        """
+        """Looks at the model, which stays as it is; a SetupError where it is sharded over other ranks than train."""
         from autoaccum.ranks.collectives import Collectives  # imports torch.distributed
 
         self._model, self._ranks, self._device = model, ranks, device
@@ -100,9 +98,7 @@ class ShardedPasses:
     # --- a window
 
     def keep_sample(self, batches: Sequence[Any], minimum: int) -> None:
-        """Keeps a short sample of the window's micro-batches, unless there is one; a SetupError where this rank has
-        none yet.
-        """
+        """Keeps a short sample of the window's micro-batches, unless there is one; a SetupError where there is none."""
         if self.sample is not None:
             return
         if not batches:
@@ -276,9 +272,7 @@ class ShardedPasses:
 def norm_over_ranks(
     gradients: Sequence[tuple[nn.Parameter, Tensor]], passes: ShardedPasses | None, ranks: Ranks, what: str
 ) -> Tensor:
-    """The L2 norm of the whole model's gradients, of which this rank has its shards; all ranks call this where some
-    have.
-    """
+    """The L2 norm of the whole model's gradients, whose shards this rank has; all ranks call this where some have."""
     if passes is None:
         return global_norm([gradient for _, gradient in gradients])
     parts = [gradient for parameter, gradient in gradients if passes.holds(parameter) and gradient.numel()]
