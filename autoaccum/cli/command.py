@@ -8,7 +8,6 @@ ends the process at once; a shell reports 143. `fit` listens to both itself (sto
 """
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -131,7 +130,7 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(_plain({**answer.values, "schema": SCHEMA}), allow_nan=False))
+        click.echo(json.dumps(as_json({**answer.values, "schema": SCHEMA}), allow_nan=False))
         return
     from autoaccum.display import terminal
     from autoaccum.display.layout import open_console
@@ -145,16 +144,3 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     # Without the blanks that fill a table's cells, so that a result can be pasted anywhere.
     console.file.write("".join(f"{line.rstrip()}\n" for line in capture.get().splitlines()))
     console.file.flush()
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can write it: what is not finite becomes null, what is no plain value its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return str(value)

@@ -9,10 +9,14 @@
     arrays, tuple or dict of arrays   rows taken directly, as of tensors                      TensorSource
 
 A DataLoader over a TensorDataset that collates as torch does needs no loader: its rows are taken directly too.
+
+A Dataset or a DataLoader says by what it is whether its items are samples or batches. A list of pairs of tensors with
+eight rows each does not: they may be eight samples, or one sequence of eight. Reading the one as the other would train
+with another batch than was asked for and show nothing of it, so that such an item is asked about.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +27,6 @@ from autoaccum.checks import check_call
 from autoaccum.data import tree
 from autoaccum.data.base import Source
 from autoaccum.data.indexed import TensorSource
-from autoaccum.data.items import collate_samples, gives_batches, ready_loader
 from autoaccum.data.mapped import MapSource
 from autoaccum.data.ready import BatchSource, iterates_by_itself
 from autoaccum.data.stream import SampleSource
@@ -32,6 +35,8 @@ from autoaccum.errors import DataError, shown
 from autoaccum.ranks import Ranks, here
 
 __all__ = ["Source", "open_source", "read_more_than_once"]
+
+_ALWAYS_SAMPLES = 3  # dimensions of all tensors of an item: images and what they are to become
 
 
 def read_more_than_once(epochs: int, **sources: Source | None) -> None:
@@ -79,13 +84,13 @@ def open_source(
     if isinstance(data, (str, bytes)):
         raise _unknown(data)
     data = _with_tensors(data)
-    if gives_batches(data):
-        return BatchSource(ready_loader(data), **common)
+    if _gives_batches(data):
+        return BatchSource(_ready_loader(data), **common)
     if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return MapSource(data, collate_samples if type(data) is list else default_collate, shuffle=shuffle, **common)
+        return MapSource(data, _collate_samples if type(data) is list else default_collate, shuffle=shuffle, **common)
     if isinstance(data, Iterable):
         declared = isinstance(data, IterableDataset) or hasattr(data, "with_format")
-        return SampleSource(data, default_collate if declared else collate_samples, **common)
+        return SampleSource(data, default_collate if declared else _collate_samples, **common)
     raise _unknown(data)
 
 
@@ -179,3 +184,57 @@ def _unknown(data: Any) -> DataError:
         f"data of type {type(data).__name__} cannot be read{hint}: give a DataLoader, a Dataset, a list of samples, an "
         "iterable of samples, a tensor, or a tuple or dict of equally long tensors"
     )
+
+
+# --- samples, ready batches, or something that could be either
+
+
+def _gives_batches(data: Any) -> bool:
+    """Whether an iterable plainly gives ready batches: a loader of one's own."""
+    indexed = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
+    return not indexed and hasattr(data, "__iter__") and (hasattr(data, "batch_size") or hasattr(data, "batch_sampler"))
+
+
+class _Items(IterableDataset[Any]):
+    """Whatever an object yields; told the epoch where that wants to know it."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        if callable(getattr(data, "set_epoch", None)):
+            self.set_epoch = data.set_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._data)
+
+
+def _ready_loader(data: Any) -> DataLoader[Any]:
+    """A DataLoader that passes on the batches `data` yields; arrays become tensors."""
+    return DataLoader(_Items(data), batch_size=None)
+
+
+def _collate_samples(samples: list[Any]) -> Any:
+    """The samples of a plain list or iterable as torch batches them; a DataError where they may be ready batches."""
+    if _may_be_batch(samples[0]):
+        shapes = " and ".join(f"{path or 'it'} of shape {tuple(t.shape)}" for path, t in tree.tensors(samples[0]))
+        rows = next(tree.tensors(samples[0]))[1].size(0)
+        raise DataError(
+            f"an item of the data holds {shapes}, and may be a ready batch of {rows} or one sample. Ready batches: "
+            "give a list of them in DataLoader(batches, batch_size=None), or an object with __iter__ and batch_size. "
+            "Samples: give a Dataset, an IterableDataset, or the list in DataLoader(samples, batch_size=...)"
+        )
+    return default_collate(samples)
+
+
+def _may_be_batch(item: Any) -> bool:
+    """Whether all tensors of an item have as many rows, as those of a batch have."""
+    tensors = [tensor for _, tensor in tree.tensors(item)]
+    dimensions = {tensor.dim() for tensor in tensors}
+    if len(tensors) < 2 or 0 in dimensions or dimensions in ({1}, {_ALWAYS_SAMPLES}) or _has_number(item):
+        return False
+    rows = {tensor.size(0) for tensor in tensors}
+    return len(rows) == 1 and rows != {1}
+
+
+def _has_number(item: Any) -> bool:
+    values = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    return any(isinstance(value, (int, float)) for value in values)

@@ -20,7 +20,7 @@ from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.outcome import OVER_BUDGET
 from autoaccum.probing.report import ProbeReport
 from autoaccum.window.assembly import Assembly
-from autoaccum.window.settling import settle_loss
+from autoaccum.window.determinism import settle_loss
 
 __all__ = ["planned"]
 

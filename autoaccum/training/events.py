@@ -5,14 +5,13 @@ and reaches them as it is, with one exception: `StopTraining` asks for an end af
 """
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
-from autoaccum.files import open_own
+from autoaccum.files import as_json, open_own
 from autoaccum.interrupts import interruptible
 from autoaccum.window.record import StepRecord
 
@@ -218,7 +217,7 @@ class JsonlSink:
         try:
             if self._file is None:
                 self._file = self._open()
-            self._file.write(_as_json(event.to_dict()) + "\n")
+            self._file.write(json.dumps(as_json(event.to_dict())) + "\n")
             if not isinstance(event, StepTaken):
                 self._file.flush()
         except OSError as error:
@@ -266,21 +265,6 @@ class JsonlSink:
             warnings.warn(f"events are missing in {self._path}: {error}", TrainingWarning, stacklevel=3)
         self.failed = str(error)
         self.close()  # what it still holds cannot be written either
-
-
-def _as_json(values: dict[str, Any]) -> str:
-    try:
-        return json.dumps(values, allow_nan=False)
-    except ValueError:  # JSON has no word for what is not finite
-        return json.dumps(_finite(values))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class TensorBoardSink:

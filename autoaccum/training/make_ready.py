@@ -10,7 +10,7 @@ from autoaccum.training.events import Events, Noted
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.assembly import Assembly
-from autoaccum.window.settling import settle_loss
+from autoaccum.window.determinism import settle_loss
 
 __all__ = ["for_phase", "ready_to_train"]
 

@@ -27,12 +27,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from autoaccum.data import tree
+from autoaccum.loss.objective import Objective
 from autoaccum.model.given_model import layer_class
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.engine import run_engine
 from autoaccum.window.sample_noise import SampleNoise
 
-__all__ = ["Determinism"]
+__all__ = ["Determinism", "settle_loss"]
 
 
 class Determinism:
@@ -181,3 +183,14 @@ def _by_running_statistics(
         running_mean = torch.zeros(input.shape[1], device=input.device)
         running_var = torch.ones(input.shape[1], device=input.device)
     return (input, running_mean, running_var, weight, bias, False, momentum, eps), {}
+
+
+def settle_loss(model: nn.Module, objective: Objective, batch: Any, most: int, device: torch.device) -> None:
+    """Settles the divisor of the loss, on at most `most` samples of `batch`, on the host; the model stays as it is."""
+    modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
+    samples = min(most, tree.batch_size(batch))
+    with (
+        Snapshot(*modules, device=device, parameters=False),
+        Determinism(*modules, samples=samples, device=device) as fixed,
+    ):
+        objective.settle([batch], samples, fixed.begin)
