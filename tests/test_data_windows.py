@@ -28,7 +28,7 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.data.windows import Window, windows
 from autoaccum.errors import AutoaccumError, DataError, PlanError
 from autoaccum.planning.plan import Plan, plan
-from autoaccum.planning.split import window_sizes
+from autoaccum.planning.split import Windows
 from autoaccum.ranks import Ranks
 
 
@@ -199,7 +199,7 @@ def test_lists_and_streams_are_cut_as_the_arithmetic_says(name, length, target, 
         cut = plan(limit, target, minimum=minimum, tail=tail)
     except PlanError:
         assume(False)
-    expected = list(window_sizes(length, target, tail=tail, minimum=minimum, limit=limit))
+    expected = list(Windows(target, tail=tail, minimum=minimum, limit=limit).sizes(length))
     source = open_source(KINDS[name](length), seed=0)
     found = list(windows(source, lambda: cut, 0))
     assert [window.total for window in found] == expected

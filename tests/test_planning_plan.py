@@ -142,7 +142,7 @@ def test_the_line_on_the_tail_says_what_becomes_of_it(samples, more, text):
 def test_the_line_on_the_tail_agrees_with_the_windows(limit, target, more, minimum, tail):
     assume(can_split(target, limit, minimum))
     made = plan(limit, target, samples=target + more, minimum=minimum, tail=tail)
-    sizes = list(made.window_sizes(made.samples))
+    sizes = list(made.windows.sizes(made.samples))
     full, line = sizes.count(target), made.reasons["tail"]
     assert line.startswith(f"{tail}: {made.samples} samples an epoch are ")
     assert f"{full} window" in line or not full
@@ -227,7 +227,7 @@ def test_a_limit_that_no_longer_cuts_the_target_is_refused():
 
 
 def test_a_single_sample_left_joins_the_window_before_it_where_batch_norm_needs_two():
-    assert list(plan(8, 16, minimum=2).window_sizes(33)) == [16, 17]
+    assert list(plan(8, 16, minimum=2).windows.sizes(33)) == [16, 17]
 
 
 def test_the_plan_sets_every_parameter_group():

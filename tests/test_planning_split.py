@@ -9,17 +9,13 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import PlanError
 from autoaccum.planning.split import (
+    Windows,
     can_split,
     even_split,
     largest_size,
-    look_ahead,
     nearest_targets,
-    next_window,
     shares,
-    usual_window,
     whole,
-    window_runs,
-    window_sizes,
 )
 from tests.strategies import limits, minimums, rank_limits, tails, targets, world_sizes
 
@@ -219,7 +215,7 @@ def test_every_window_but_the_last_is_the_target_and_nothing_cuttable_is_lost(le
     assume(limit is None or limit >= minimum)
     bound = limit if limit is not None else 10**6
     assume(can_split(target, bound, minimum))
-    sizes = list(window_sizes(length, target, tail=tail, minimum=minimum, limit=limit))
+    sizes = list(Windows(target, tail=tail, minimum=minimum, limit=limit).sizes(length))
     lost = length - sum(sizes)
     assert all(size == target for size in sizes[:-1])
     assert all(can_split(size, bound, minimum) for size in sizes)
@@ -233,20 +229,20 @@ def test_every_window_but_the_last_is_the_target_and_nothing_cuttable_is_lost(le
 
 
 def test_a_lone_sample_joins_the_window_before_it_where_a_layer_needs_two():
-    assert list(window_sizes(9, 4, tail="step", minimum=2)) == [4, 5]
-    assert list(window_sizes(9, 4, tail="step", minimum=1)) == [4, 4, 1]
-    assert list(window_sizes(9, 4, tail="drop", minimum=2)) == [4, 4]
+    assert list(Windows(4, tail="step", minimum=2).sizes(9)) == [4, 5]
+    assert list(Windows(4, tail="step", minimum=1).sizes(9)) == [4, 4, 1]
+    assert list(Windows(4, tail="drop", minimum=2).sizes(9)) == [4, 4]
 
 
 def test_a_lone_sample_that_can_join_nothing_is_dropped():
-    assert list(window_sizes(9, 4, tail="step", minimum=2, limit=2)) == [4, 4]  # 5 cannot be cut into twos
-    assert list(window_sizes(1, 4, tail="step", minimum=2)) == []  # there is no window before it
-    assert list(window_sizes(11, 4, tail="step", minimum=2, limit=2)) == [4, 4, 2]
+    assert list(Windows(4, tail="step", minimum=2, limit=2).sizes(9)) == [4, 4]  # 5 cannot be cut into twos
+    assert list(Windows(4, tail="step", minimum=2).sizes(1)) == []  # there is no window before it
+    assert list(Windows(4, tail="step", minimum=2, limit=2).sizes(11)) == [4, 4, 2]
 
 
 def test_an_epoch_under_the_target_is_one_short_window():
-    assert list(window_sizes(3, 8, tail="step")) == [3]
-    assert list(window_sizes(3, 8, tail="drop")) == []
+    assert list(Windows(8, tail="step").sizes(3)) == [3]
+    assert list(Windows(8, tail="drop").sizes(3)) == []
 
 
 def cut_a_stream(length, chunk, target, **settings):
@@ -254,14 +250,14 @@ def cut_a_stream(length, chunk, target, **settings):
     drawn = held = most = 0
     windows = []
     while True:
-        size = next_window(held, target, ended=False, **settings)
+        size = Windows(target, **settings).next(held, ended=False)
         if size is None and drawn < length:
             more = min(chunk, length - drawn)
             drawn, held = drawn + more, held + more
             most = max(most, held)
             continue
         if size is None:
-            size = next_window(held, target, ended=True, **settings)
+            size = Windows(target, **settings).next(held, ended=True)
         if not size:
             return windows, most
         windows.append(size)
@@ -274,8 +270,8 @@ def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, targe
     assume(can_split(target, limit or 10**6, minimum) and (limit is None or limit >= minimum))
     settings = {"tail": tail, "minimum": minimum, "limit": limit}
     windows, most = cut_a_stream(length, chunk, target, **settings)
-    assert windows == list(window_sizes(length, target, **settings))
-    assert most <= target + look_ahead(target, **settings) + chunk
+    assert windows == list(Windows(target, **settings).sizes(length))
+    assert most <= target + Windows(target, **settings).look_ahead + chunk
 
 
 @given(st.integers(1, 60), tails, st.integers(1, 9), st.integers(1, 20))
@@ -287,13 +283,13 @@ def test_the_look_ahead_is_one_more_than_the_longest_tail_that_would_join_a_wind
         if not cuttable_by_hand(rest, limit, minimum) and cuttable_by_hand(target + rest, limit, minimum)
     ]
     expected = max(joining, default=-1) + 1 if tail == "step" else 0
-    assert look_ahead(target, tail=tail, minimum=minimum, limit=limit) == expected
+    assert Windows(target, tail=tail, minimum=minimum, limit=limit).look_ahead == expected
 
 
 def test_a_stream_needs_no_look_ahead_without_a_minimum_and_two_samples_for_batch_norm():
-    assert look_ahead(256) == 0
-    assert look_ahead(256, minimum=2) == 2
-    assert look_ahead(256, minimum=2, tail="drop") == 0
+    assert Windows(256).look_ahead == 0
+    assert Windows(256, minimum=2).look_ahead == 2
+    assert Windows(256, minimum=2, tail="drop").look_ahead == 0
 
 
 # --- however large the numbers are
@@ -303,10 +299,10 @@ def test_a_stream_needs_no_look_ahead_without_a_minimum_and_two_samples_for_batc
 def test_runs_of_windows_are_the_windows_themselves(length, target, tail, minimum, limit):
     assume(limit >= minimum and can_split(target, limit, minimum))
     settings = {"tail": tail, "minimum": minimum, "limit": limit}
-    windows = list(window_sizes(length, target, **settings))
-    runs = window_runs(length, target, **settings)
+    windows = list(Windows(target, **settings).sizes(length))
+    runs = Windows(target, **settings).runs(length)
     assert sorted(windows, key=lambda size: (size != target, size)) == [size for size, n in runs for _ in range(n)]
-    assert usual_window(length, target, **settings) == (windows[0] if windows else target)
+    assert Windows(target, **settings).usual(length) == (windows[0] if windows else target)
 
 
 @given(targets, limits, minimums, st.integers(1, 16))
@@ -321,9 +317,9 @@ def test_more_micro_batches_than_a_plan_lists_are_refused_with_the_target_that_f
         even_split(10**8, 1)
     assert len(even_split(2**20, 1)) == 2**20
     assert largest_size(2**63 - 1, 3) == 3
-    assert window_runs(2**63 - 1, 2) == [(2, 2**62 - 1), (1, 1)]
+    assert Windows(2).runs(2**63 - 1) == [(2, 2**62 - 1), (1, 1)]
 
 
 @pytest.mark.parametrize("minimum", [1, 2, 10**5])
 def test_the_look_ahead_of_huge_windows_is_worked_out_at_once(minimum):
-    assert look_ahead(2**62, minimum=minimum, limit=minimum + 1) <= minimum * minimum + 1
+    assert Windows(2**62, minimum=minimum, limit=minimum + 1).look_ahead <= minimum * minimum + 1

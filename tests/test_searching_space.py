@@ -155,7 +155,7 @@ def test_budgets_are_samples_or_times():
 @given(st.integers(1, 60), st.integers(1, 500), st.integers(1, 3000), st.integers(1, 64))
 def test_steps_are_the_fewest_that_see_the_budgets_samples(target, length, amount, limit):
     made = plan(limit, target, samples=length)
-    sizes = list(made.window_sizes(length))
+    sizes = list(made.windows.sizes(length))
     steps = steps_for(made, amount, length)
 
     seen = [sizes[index % len(sizes)] for index in range(steps)]

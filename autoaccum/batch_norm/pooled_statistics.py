@@ -285,7 +285,10 @@ def expect_equal_counts(model: nn.Module, made: Plan) -> None:
     """Where SyncBatchNorm meets the other ranks in each micro-batch: that all have as many, in every window."""
     if not any(sharers(module) > 1 for module in model.modules()):
         return
-    sizes = {made.target_batch, *(() if made.samples is None else (size for size, _ in made.window_runs(made.samples)))}
+    sizes = {
+        made.target_batch,
+        *(() if made.samples is None else (size for size, _ in made.windows.runs(made.samples))),
+    }
     for size in sorted(sizes, reverse=True):
         found = counts(size, made.limits, minimum=made.minimum)
         if len(set(found)) > 1:

@@ -12,7 +12,7 @@ from autoaccum.data import tree
 from autoaccum.data.sample_lengths import ByLength
 from autoaccum.errors import DataError, PlanError
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.split import even_split, look_ahead, next_window
+from autoaccum.planning.split import even_split
 
 __all__ = ["Cut", "Cutter", "Look"]
 
@@ -53,15 +53,13 @@ class Cutter:
     def total(self, look: Look) -> int:
         """Samples of the next window over all ranks; 0 where the epoch is over.
 
-        A tail that is too small to be cut (see `planning.split.next_window`) is part of the window before it.
+        A tail that is too small to be cut (see `planning.split.Windows`) is part of the window before it.
         """
-        plan = self._refresh()
+        self._refresh()
         ahead, ended = look(self._needed + self._batch - 1)
         if self._batch > 1:  # up to the end of the last batch that is seen to be full
             ahead -= (self._before + ahead) % self._batch
-        total = next_window(
-            ahead, plan.target_batch, ended=ended, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
-        )
+        total = self._windows.next(ahead, ended=ended)
         assert total is not None  # as much was looked for as the answer needs
         self._before += total
         return total
@@ -103,11 +101,8 @@ class Cutter:
         plan = self._ask()
         if plan is not self._known:
             self._known, self._cuts = plan, {}
-            self._tail = "drop" if self._drop_last else plan.tail
-            self._roomiest = max(plan.limits)
-            self._needed = plan.target_batch + look_ahead(
-                plan.target_batch, tail=self._tail, minimum=plan.minimum, limit=self._roomiest
-            )
+            self._windows = plan.windows._replace(tail="drop") if self._drop_last else plan.windows
+            self._needed = plan.target_batch + self._windows.look_ahead
         return plan
 
 

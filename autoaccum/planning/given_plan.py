@@ -77,4 +77,4 @@ def total_steps(made: Plan, length: int | None, epochs: int, max_steps: int | No
     """Optimizer steps in the whole training; None for a stream without a length."""
     if max_steps is not None:
         return max_steps
-    return None if length is None else sum(count for _, count in made.window_runs(length)) * epochs
+    return None if length is None else sum(count for _, count in made.windows.runs(length)) * epochs

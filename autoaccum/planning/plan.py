@@ -179,7 +179,7 @@ def plan(
     samples = None if samples is None else split.whole("samples", samples, 1)
     layers = None if batch_norm_layers is None else split.whole("batch_norm_layers", batch_norm_layers, 0)
     split.check_target(target_batch, limits, minimum=minimum)
-    window = split.usual_window(samples, target_batch, tail=tail, minimum=minimum, limit=max(limits))
+    window = split.Windows(target_batch, tail, minimum, max(limits)).usual(samples)
     rates = learning_rate.decide(
         window, lr_batch, rule=lr_rule, optimizer=optimizer, lr=lr, betas=betas, eps=eps, samples=samples
     )

@@ -1,11 +1,12 @@
 """What a plan holds, and the windows that follow from it: the base of Plan, which the lines on it are written from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.planning import learning_rate, split
 from autoaccum.planning.length_rule import LengthRule, Room
+from autoaccum.planning.split import Windows
 
 __all__ = ["PlanFields"]
 
@@ -81,22 +82,15 @@ class PlanFields:
             stop - start, self.limits[self.rank], minimum=self.minimum, multiple_of=self.multiple_of
         )
 
-    def window_sizes(self, length: int) -> Iterator[int]:
-        """The windows of an epoch of `length` samples over all ranks, in order; see `planning.split.window_sizes`."""
-        return split.window_sizes(length, self.target_batch, **self._windows)
-
-    def window_runs(self, length: int) -> list[tuple[int, int]]:
-        """The windows of an epoch of `length` samples as (samples, how many); see `planning.split.window_runs`."""
-        return split.window_runs(length, self.target_batch, **self._windows)
+    @property
+    def windows(self) -> Windows:
+        """How an epoch is cut into windows, over all ranks."""
+        return Windows(self.target_batch, self.tail, self.minimum, max(self.limits))
 
     @property
     def usual_window(self) -> int:
         """Samples of an optimizer step, over all ranks: the target, or all of an epoch that has fewer."""
-        return split.usual_window(self.samples, self.target_batch, **self._windows)
-
-    @property
-    def _windows(self) -> dict[str, Any]:
-        return {"tail": self.tail, "minimum": self.minimum, "limit": max(self.limits)}
+        return self.windows.usual(self.samples)
 
     def group_settings(self, group: Mapping[str, Any]) -> dict[str, float | tuple[float, ...]]:
         """New values for one of the optimizer's parameter groups, from those it holds: its own LR scaled, and so on."""

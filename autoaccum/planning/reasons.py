@@ -113,7 +113,7 @@ def tail_line(plan: PlanFields) -> str:
             "drop": "drop: a short last window is left out of each epoch",
         }[plan.tail]
     length, target = plan.samples, plan.target_batch
-    runs = dict(plan.window_runs(length))
+    runs = dict(plan.windows.runs(length))
     if not runs:
         raise _too_short(plan, length)
     full, odd = runs.get(target, 0), [size for size in runs if size != target]

@@ -19,25 +19,22 @@ import operator
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
+from typing import NamedTuple
 
 from autoaccum.errors import PlanError, shown
 
 __all__ = [
     "MOST",
     "TAILS",
+    "Windows",
     "can_split",
     "check_target",
     "counts",
     "even_split",
     "largest_size",
-    "look_ahead",
     "nearest_targets",
-    "next_window",
     "shares",
-    "usual_window",
     "whole",
-    "window_runs",
-    "window_sizes",
 ]
 
 TAILS = ("step", "drop")
@@ -235,84 +232,86 @@ def _deal(micro_batches: int, rounds: int, limits: Sequence[int]) -> list[int]:
 # --- an epoch into windows -------------------------------------------------------------------------------------------
 
 
-def next_window(
-    ahead: int, target: int, *, ended: bool, tail: str = "step", minimum: int = 1, limit: int | None = None
-) -> int | None:
-    """How many samples the next window takes, with `ahead` samples known to lie ahead: one rule for lists and streams.
+class Windows(NamedTuple):
+    """How epochs are cut into windows: by one rule for lists and streams.
 
-    0: the epoch is over, and what is still ahead is dropped. None: it cannot be told yet; draw more of the stream,
-    until `target + look_ahead(...)` samples are there or it ends.
-
-    Args:
-        ahead: samples not yet in a window: all that are left of a list, or all that were drawn of a stream.
+    Attributes:
         target: samples of a full window.
-        ended: no more than these `ahead` will come (always so for a list).
         tail: "step": a short last window is a window; "drop": it is not.
         minimum: the fewest samples in a micro-batch. A tail that cannot be cut because of it joins the window before.
         limit: the most samples in a micro-batch, on the roomiest rank; None: a window fits however large.
     """
-    limit = 2 * target + minimum if limit is None else limit  # more than any window can hold
-    if not ended:
-        needed = target + look_ahead(target, tail=tail, minimum=minimum, limit=limit)
-        return target if ahead >= needed else None
-    rest = ahead - target
-    if rest < 0:
-        return 0 if tail == "drop" else _largest_split(ahead, limit, minimum)
-    return ahead if tail == "step" and _joins(rest, target, limit, minimum) else target
 
+    target: int
+    tail: str = "step"
+    minimum: int = 1
+    limit: int | None = None
 
-def _joins(rest: int, target: int, limit: int, minimum: int) -> bool:
-    """Whether a tail of `rest` samples belongs to the window before it: alone it cannot be cut, together they can."""
-    return 0 < rest < target and not can_split(rest, limit, minimum) and can_split(target + rest, limit, minimum)
+    def next(self, ahead: int, *, ended: bool) -> int | None:
+        """How many samples the next window takes, with `ahead` known to lie ahead, and no more to come where `ended`.
 
+        0: the epoch is over, and what is still ahead is dropped. None: it cannot be told yet; draw more of the stream,
+        until `target + look_ahead` samples are there or it ends.
+        """
+        target = self.target
+        if not ended:
+            return target if ahead >= target + self.look_ahead else None
+        rest = ahead - target
+        if rest < 0:
+            return 0 if self.tail == "drop" else self._largest(ahead)
+        # A tail that cannot be cut alone belongs to the window before it, where they can together.
+        joins = 0 < rest < target and not self._can(rest) and self._can(ahead)
+        return ahead if self.tail == "step" and joins else target
 
-def _largest_split(samples: int, limit: int, minimum: int) -> int:
-    return samples if can_split(samples, limit, minimum) else (-(-samples // limit) - 1) * limit
+    @property
+    def look_ahead(self) -> int:
+        """Samples to know of beyond a window before it is cut off a stream: one more than any tail that would join it.
+
+        0 where every tail stands for itself, as always with a minimum of 1; otherwise `minimum` as a rule.
+        """
+        return _look_ahead(self)
+
+    def sizes(self, length: int) -> Iterator[int]:
+        """The windows of `length` samples in order: `target` each, then what `next` makes of the rest."""
+        while window := self.next(length, ended=True):
+            yield window
+            length -= window
+
+    def runs(self, length: int) -> list[tuple[int, int]]:
+        """`sizes` as (size, how many), however many windows there are: full ones first, then what the end gives."""
+        target = self.target
+        before = max(length // target - 1, 0)  # windows that are full whatever follows: only the last may take a tail
+        last = list(self.sizes(length - before * target))
+        full = before + last.count(target)
+        return [(target, full)] * (full > 0) + [(size, 1) for size in last if size != target]
+
+    def usual(self, samples: int | None) -> int:
+        """Samples of the windows that an epoch of `samples` is cut into first: the target, unless that is shorter."""
+        runs = [] if samples is None else self.runs(samples)
+        return runs[0][0] if runs else self.target
+
+    @property
+    def most(self) -> int:
+        """The most samples in a micro-batch."""
+        return 2 * self.target + self.minimum if self.limit is None else self.limit  # more than any window can hold
+
+    def _can(self, samples: int) -> bool:
+        return can_split(samples, self.most, self.minimum)
+
+    def _largest(self, samples: int) -> int:
+        return samples if self._can(samples) else (-(-samples // self.most) - 1) * self.most
 
 
 @lru_cache(maxsize=64)  # asked at every window, always the same
-def look_ahead(target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None) -> int:
-    """Samples to know of beyond a window before it is cut off a stream: one more than any tail that would join it.
-
-    0 where every tail stands for itself, as always with a minimum of 1; otherwise `minimum` as a rule.
-    """
-    limit = 2 * target + minimum if limit is None else limit
-    if tail == "drop" or limit <= minimum:  # with one size only, what cannot be cut alone cannot be cut with others
+def _look_ahead(windows: Windows) -> int:
+    target, minimum, limit = windows.target, windows.minimum, windows.most
+    if windows.tail == "drop" or limit <= minimum:  # with one size only, what cannot be cut alone cannot with others
         return 0
     # Between the ranges k * minimum .. k * limit are gaps that cannot be cut; from some k on the ranges touch.
     touching = -(-(limit - 1) // (limit - minimum))
     for k in range(min(touching, (target - 1) // limit), -1, -1):
         low, high = k * limit + 1, min((k + 1) * minimum - 1, target - 1)
-        if low > high:
-            continue
-        joined = _largest_split(target + high, limit, minimum)
-        if joined >= target + low:
+        joined = windows._largest(target + high)
+        if low <= high and joined >= target + low:
             return joined - target + 1
     return 0
-
-
-def window_sizes(
-    length: int, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
-) -> Iterator[int]:
-    """The windows of `length` samples in order: `target` each, then what `next_window` makes of the rest."""
-    while window := next_window(length, target, ended=True, tail=tail, minimum=minimum, limit=limit):
-        yield window
-        length -= window
-
-
-def window_runs(
-    length: int, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
-) -> list[tuple[int, int]]:
-    """`window_sizes` as (size, how many), however many windows there are: full ones first, then what the end gives."""
-    before = max(length // target - 1, 0)  # windows that are full whatever follows: only the last may take in a tail
-    last = list(window_sizes(length - before * target, target, tail=tail, minimum=minimum, limit=limit))
-    full = before + last.count(target)
-    return [(target, full)] * (full > 0) + [(size, 1) for size in last if size != target]
-
-
-def usual_window(
-    samples: int | None, target: int, *, tail: str = "step", minimum: int = 1, limit: int | None = None
-) -> int:
-    """Samples of the windows that an epoch of `samples` is cut into first: the target, unless the epoch is shorter."""
-    runs = [] if samples is None else window_runs(samples, target, tail=tail, minimum=minimum, limit=limit)
-    return runs[0][0] if runs else target

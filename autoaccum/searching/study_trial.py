@@ -184,7 +184,7 @@ class _Watch:
     def run(self, loop: TrainingLoop) -> Mapping[str, float] | None:
         """Trains, and gives the last evaluation."""
         parts, terms, length = self._parts, self._terms, self._parts.source.length
-        epoch = None if length is None else sum(size * count for size, count in loop.plan.window_runs(length))
+        epoch = None if length is None else sum(size * count for size, count in loop.plan.windows.runs(length))
         # Whether epochs' ends, where the loop evaluates anyway, come often enough.
         short = terms.unit == "samples" and epoch is not None and epoch * NINTHS <= terms.amount
         with closing(iter(loop)) as windows:  # type: ignore[type-var]

@@ -200,7 +200,7 @@ def _amount(arguments: Mapping[str, Any], source: Source) -> int:
 
 def steps_for(made: Plan, amount: int, length: int | None) -> int:
     """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
-    runs = [] if length is None else made.window_runs(length)
+    runs = [] if length is None else made.windows.runs(length)
     if not runs:  # where data gives no window the loop says what is wrong
         return -(-amount // made.target_batch)
     whole, rest = divmod(amount, sum(size * count for size, count in runs))

@@ -87,7 +87,7 @@ def test_no_micro_batch_has_a_single_value_per_channel(trainer, figures):
     )
     if trainer.name == "Accumulator":
         plan = autoaccum.plan(3, 7, minimum=2)
-        sizes = list(itertools.chain(*(plan.split(size) for size in plan.window_sizes(15))))
+        sizes = list(itertools.chain(*(plan.split(size) for size in plan.windows.sizes(15))))
         figures.verdict(label, min(sizes) == 2, f"micro-batches of {min(sizes)} and more")
         return
     run = figures.attempt(label, lambda: trainer.train(problem))
