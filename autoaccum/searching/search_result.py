@@ -120,7 +120,7 @@ class SearchResult(Drawn):
         write_file(Path(path), values)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the history, the importance of the parameters, and the value over target batch and learning rate.
+        """Draws the values of the trials in their order, as Optuna does; its dashboard has more.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
