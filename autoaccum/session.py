@@ -18,7 +18,6 @@ from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import LossError, SetupError, shown
-from autoaccum.memory.budget import check_memory
 from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS
@@ -48,6 +47,7 @@ from autoaccum.training.make_ready import for_phase, ready_to_train
 from autoaccum.training.parts import kept_answers
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
+from autoaccum.units import check_memory
 from autoaccum.window.agreement import agree_on_copies
 from autoaccum.window.assembly import Assembly, assemble
 

@@ -4,7 +4,7 @@ import re
 
 from autoaccum.errors import SetupError, shown
 
-__all__ = ["GIB", "KIB", "MIB", "format_bytes", "parse_bytes"]
+__all__ = ["GIB", "KIB", "MIB", "asked_bytes", "check_memory", "format_bytes", "named", "parse_bytes"]
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 
@@ -15,6 +15,7 @@ _UNITS = {
     "g": GIB, "gib": GIB, "gb": 10**9,
     "t": TIB, "tib": TIB, "tb": 10**12,
 }  # fmt: skip
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
 _PATTERN = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]*)\s*")
 
 
@@ -52,3 +53,26 @@ def format_bytes(size: float) -> str:
         if magnitude >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size:.0f} B"
+
+
+def check_memory(memory: int | str | None) -> None:
+    """Refuses a `memory` that is no size, or a share outside (0%, 100%], before anything is touched for it."""
+    if memory is not None:
+        asked_bytes(memory, 1)
+
+
+def asked_bytes(memory: int | str, total: int) -> tuple[int, str]:
+    """The bytes that the user's `memory` means on a device of `total` bytes, and how to say where they come from."""
+    text = named(memory)
+    percent = _PERCENT.fullmatch(memory) if isinstance(memory, str) else None
+    if percent is None:
+        return parse_bytes(memory), f"as {text} asks"
+    share = min(float(percent.group(1)), 101.0)
+    if not 0 < share <= 100:
+        raise SetupError(f'{text} is no share of a device: it must be above 0% and at most 100%, such as "80%"')
+    return max(1, int(total * share / 100)), f"as {text} asks of {format_bytes(total)}"
+
+
+def named(memory: int | str) -> str:
+    """The setting as the user wrote it, for a message."""
+    return f"memory={shown(memory)}".replace("'", '"')

@@ -4,16 +4,15 @@ Every default is None, which means "not given": what was not given is not passed
 below it the library's own defaults, hold.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from autoaccum.errors import MissingExtraError, SetupError, shown
+from autoaccum.errors import MissingExtraError, SetupError
 from autoaccum.settings import SETTINGS, taken_by
-from autoaccum.units import parse_bytes
+from autoaccum.units import check_memory
 
 __all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "read_by", "takes", "takes_all", "target_argument"]
 
@@ -38,14 +37,9 @@ def read_by(read: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _memory(value: str) -> str:
-    """Bytes, a size such as "8GiB", or a share of the device such as "80%": checked here, and passed on as it is."""
-    if not value.endswith("%"):
-        parse_bytes(value)
-        return value
-    with contextlib.suppress(ValueError):
-        if 0 < float(value[:-1]) <= 100:
-            return value
-    raise SetupError(f"{shown(value)} is not a share of the memory: write one above 0% and at most 100%, such as 80%")
+    """Checked here, and passed on as it is."""
+    check_memory(value)
+    return value
 
 
 def _in_a_folder(value: Path) -> Path:

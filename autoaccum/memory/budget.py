@@ -19,7 +19,6 @@ Choices:
 
 import contextlib
 import gc
-import re
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,12 +26,9 @@ from typing import Any
 
 import torch
 
-from autoaccum.errors import SetupError, shown
-from autoaccum.units import format_bytes, parse_bytes
+from autoaccum.units import asked_bytes, format_bytes, named
 
-__all__ = ["Budget", "Device", "asked_bytes", "check_memory", "less", "named", "plus"]
-
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*")
+__all__ = ["Budget", "Device", "asked_bytes", "less", "named", "plus"]
 
 
 @dataclass(frozen=True)
@@ -170,29 +166,6 @@ class Device(ABC):
             "driver": None,
             "note": "",
         }
-
-
-def check_memory(memory: int | str | None) -> None:
-    """Refuses a `memory` that is no size, or a share outside (0%, 100%], before anything is touched for it."""
-    if memory is not None:
-        asked_bytes(memory, 1)
-
-
-def asked_bytes(memory: int | str, total: int) -> tuple[int, str]:
-    """The bytes that the user's `memory` means on a device of `total` bytes, and how to say where they come from."""
-    text = named(memory)
-    percent = _PERCENT.fullmatch(memory) if isinstance(memory, str) else None
-    if percent is None:
-        return parse_bytes(memory), f"as {text} asks"
-    share = min(float(percent.group(1)), 101.0)
-    if not 0 < share <= 100:
-        raise SetupError(f'{text} is no share of a device: it must be above 0% and at most 100%, such as "80%"')
-    return max(1, int(total * share / 100)), f"as {text} asks of {format_bytes(total)}"
-
-
-def named(memory: int | str) -> str:
-    """The setting as the user wrote it, for a message."""
-    return f"memory={shown(memory)}".replace("'", '"')
 
 
 def less(headroom: int) -> str:

@@ -74,6 +74,11 @@ class Child:
         self.process.join()
         raise Killed(self.process.exitcode or 0)
 
+    @property
+    def has_spoken(self) -> bool:
+        """Whether it has ended, or something that it said waits for `answer`."""
+        return self._pipe.poll() or not self.process.is_alive()
+
     def _heard(self) -> bytes | None:
         """The child's next message; None where it is gone and left none."""
         # Processes that the child started have both of its pipes as well, so neither need end with it: it is looked at.

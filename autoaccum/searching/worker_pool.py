@@ -64,7 +64,7 @@ def run_pool(job: Job, spots: list[dict[str, Any]], finished: Callable[[], int],
         deaths, before = 0, finished()
         while running:
             wait([child.process.sentinel for child in running], POLL)
-            for child in [child for child in running if not child.process.is_alive()]:
+            for child in [child for child in running if child.has_spoken]:
                 spot = running.pop(child)
                 try:
                     child.answer()
