@@ -25,7 +25,7 @@ def load_optuna() -> Any:
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Without Optuna's lines about each trial (the search has its table), nor its notices of what is experimental."""
+    """Without Optuna's lines about each trial (the search tells its own), nor its notices of what is experimental."""
     optuna = load_optuna()
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
