@@ -40,9 +40,12 @@ class FakeMachine:
     hard: bool = True
     aligned: bool = True
     traces_all: bool = False
-    spare: float = 0.0
     trials: list[Trial] = field(default_factory=list)
     traces: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def room(self) -> float:
+        return self.budget
 
     @property
     def suffers(self) -> bool:

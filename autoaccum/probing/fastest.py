@@ -257,8 +257,7 @@ def _forecast(
 
 def _reaching(bench: Bench, forecast: Forecast, low: int, reach: int) -> Answer:
     """The largest size up to `reach` whose peak is forecast to fit, where `low` does."""
-    room = bench.budget * (1.0 - bench.spare)
-    low = largest(lambda size: forecast.reserved(size) <= room, reach, low)
+    low = largest(lambda size: forecast.reserved(size) <= bench.room, reach, low)
     return Answer(low, low, "forecast" if low < reach else "cap", forecast)
 
 

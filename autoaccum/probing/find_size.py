@@ -210,20 +210,15 @@ class _Search:
         if self._bench.suffers and self._anchor is not None:
             at, measured = self._anchor
             wrong = abs(forecast.reserved(at) / measured - 1.0)
-        return self._scaled(size) - self._budget < 2 * wrong * budget
+        return self._scaled(size) - self._bench.room < 2 * wrong * budget
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
         forecast = self._forecast
         assert forecast is not None
         # First by what is in use, which is told at once: what an allocator reserves is more, and takes a while to tell.
-        ceiling = largest(lambda size: self._scaled(size, forecast.peak(size)) <= self._budget, ceiling)
-        return largest(lambda size: self._scaled(size) <= self._budget, ceiling)
-
-    @property
-    def _budget(self) -> float:
-        """What a forecast may come to."""
-        return self._bench.budget * (1.0 - self._bench.spare)
+        ceiling = largest(lambda size: self._scaled(size, forecast.peak(size)) <= self._bench.room, ceiling)
+        return largest(lambda size: self._scaled(size) <= self._bench.room, ceiling)
 
     def _scaled(self, size: int, here: int | None = None, *, raised: bool = True) -> float:
         """The forecast at `size`, moved to what was measured.
@@ -302,7 +297,7 @@ class _Search:
         high = self._last_high
         if high is None or high.batch != self._bracket.high:
             return False
-        return self._scaled(high.batch, raised=high.peak_bytes is not None) <= self._budget
+        return self._scaled(high.batch, raised=high.peak_bytes is not None) <= self._bench.room
 
     def _sure(self, limit: int) -> int:
         """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""
@@ -316,5 +311,5 @@ class _Search:
             return "out of memory" if high.peak_bytes is None else "forecast"
         if limit >= self._reach:
             return "cap"
-        over = self._forecast is not None and self._scaled(limit + 1, raised=False) > self._budget
+        over = self._forecast is not None and self._scaled(limit + 1, raised=False) > self._bench.room
         return "forecast" if over else None

@@ -60,7 +60,8 @@ def find_together(
     for _ in range(MOST_RUNS):
         limits = ranks.gather(_WHERE, search.limit)
         if min(limits) < floor:
-            raise NothingFitsError(_too_little(limits, floor))
+            rank = limits.index(min(limits))
+            raise NothingFitsError(f"a micro-batch of {floor} does not fit on rank {rank}")
         size = min(max(_share(limits, window, floor, ranks.rank), floor), ceiling)
         if not runs or search.fits(size):
             found = Found(bench, Answer(size, search.limit, search.proof(), search.forecast))
@@ -129,11 +130,6 @@ def _does_not_fit(search: "_Together", ranks: Ranks, size: int) -> str | None:
     return None
 
 
-def _too_little(limits: Sequence[int], floor: int) -> str:
-    rank = min(range(len(limits)), key=lambda each: limits[each])
-    return f"a micro-batch of {floor} does not fit on rank {rank}"
-
-
 class _Together:
     """What this rank knows of its own memory."""
 
@@ -180,8 +176,7 @@ class _Together:
         """The largest size that fits on this rank, by forecast where there is one; 0 where none does."""
         if self.forecast is None:
             return min(max(self._peaks, default=0), self._most)
-        room = self.bench.budget * (1.0 - self.bench.spare)
-        return largest(lambda size: self._forecast(size) <= room, self._most)
+        return largest(lambda size: self._forecast(size) <= self.bench.room, self._most)
 
     def _forecast(self, size: int) -> float:
         assert self.forecast is not None

@@ -128,12 +128,10 @@ class Bench:
         return self.device.type == "cpu"
 
     @property
-    def spare(self) -> float:
-        """The share of the budget that a forecast leaves free: an allocator that retries at every window is slow.
-
-        None of a hard budget: what was run there without a retry runs in training without one.
-        """
-        return SPARE if self.caches and not self.allowed.hard else 0.0
+    def room(self) -> float:
+        """What a forecast may come to: an allocator that retries at every window is slow, so it leaves some free."""
+        # None of a hard budget: what was run there without a retry runs in training without one.
+        return self.budget * (1.0 - (SPARE if self.caches and not self.allowed.hard else 0.0))
 
     @property
     def shared(self) -> bool:
