@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import IO, Any
 
 __all__ = [
-    "as_json",
     "open_own",
     "partial_of",
     "partial_path",
+    "plain_json",
     "read_json",
     "sync_folder",
     "whole_file",
@@ -119,12 +119,12 @@ def read_json(path: Path) -> Any:
     return values
 
 
-def as_json(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """`value` as JSON can write it: what is not finite becomes null, what is no plain value its text."""
     if isinstance(value, Mapping):
-        return {str(key): as_json(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [as_json(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int)):

@@ -20,6 +20,7 @@ from autoaccum.cli.endings import INTERRUPTED, ChildFailed, exit_code, one_line
 from autoaccum.cli.options import Switch
 from autoaccum.cli.stopping import Ended
 from autoaccum.errors import AutoaccumError
+from autoaccum.files import plain_json
 
 __all__ = ["Answer", "Command", "first_rank", "saved"]
 
@@ -130,7 +131,7 @@ def _print(answer: Answer, *, as_json: bool) -> None:
     if as_json:
         import json
 
-        click.echo(json.dumps(as_json({**answer.values, "schema": SCHEMA}), allow_nan=False))
+        click.echo(json.dumps(plain_json({**answer.values, "schema": SCHEMA}), allow_nan=False))
         return
     from autoaccum.display import terminal
     from autoaccum.display.layout import open_console

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
-from autoaccum.files import as_json, open_own
+from autoaccum.files import open_own, plain_json
 from autoaccum.interrupts import interruptible
 from autoaccum.window.record import StepRecord
 
@@ -217,7 +217,7 @@ class JsonlSink:
         try:
             if self._file is None:
                 self._file = self._open()
-            self._file.write(json.dumps(as_json(event.to_dict())) + "\n")
+            self._file.write(json.dumps(plain_json(event.to_dict())) + "\n")
             if not isinstance(event, StepTaken):
                 self._file.flush()
         except OSError as error:
