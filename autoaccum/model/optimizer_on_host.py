@@ -27,13 +27,13 @@ class OptimizerOnHost:
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         """Changes nothing until it is entered."""
         self._optimizer, self._device, self._pinned = optimizer, device, device.type == "cuda"
-        self._hosts: dict[tuple[nn.Parameter, str], Tensor] = {}  # where each tensor waits: the same in every step
-        self._before: list[tuple[nn.Parameter, str]] = []
+        self._hosts: dict[tuple[Tensor, str], Tensor] = {}  # where each tensor waits: the same in every step
+        self._before: list[tuple[Tensor, str]] = []
 
     def __enter__(self) -> "OptimizerOnHost":
         optimizer, held = self._optimizer, vars(self._optimizer)
         self._step, self._load = optimizer.step, optimizer.load_state_dict
-        self._own = {name: held[name] for name in ("step", "load_state_dict") if name in held}
+        self._own: dict[str, Any] = {name: held[name] for name in ("step", "load_state_dict") if name in held}
         held["step"] = types.MethodType(lambda _, closure=None: self.step(), optimizer)  # a schedule wants a method
         held["load_state_dict"] = self.load
         self._before = [key for parameter in list(optimizer.state) for key in self._send(parameter)]
@@ -86,7 +86,7 @@ class OptimizerOnHost:
             if portion:
                 yield group, portion
 
-    def _send(self, parameter: nn.Parameter, *, always: bool = False) -> list[tuple[nn.Parameter, str]]:
+    def _send(self, parameter: Tensor, *, always: bool = False) -> list[tuple[Tensor, str]]:
         """Leaves a parameter's state on the host; with `always` a copy of what is there already. Says what it moved.
 
         Counts of steps stay where they are, which is where the optimizer wants them.
@@ -102,7 +102,7 @@ class OptimizerOnHost:
                 moved.append(key)
         return moved
 
-    def _fetch(self, parameter: nn.Parameter, name: str) -> None:
+    def _fetch(self, parameter: Tensor, name: str) -> None:
         """Brings a tensor of the state to the device, unless it is gone."""
         value = self._optimizer.state.get(parameter, {}).get(name)
         if isinstance(value, Tensor) and value.dim():

@@ -164,9 +164,9 @@ class Prober:
                 "it raised says what was tried"
             )
         if taken is None:
-            error = NothingFitsError(f"{refusal}. {told(tried)}")
-            error.savers = [each.row for each in tried]
-            raise error
+            nothing = NothingFitsError(f"{refusal}. {told(tried)}")
+            nothing.savers = [each.row for each in tried]
+            raise nothing
         parts.take(taken)
         self.note(f"the ladder's {taken} is taken, the cheapest that fits: {RUNGS[taken]}")
         report = self._once(question)
