@@ -5,6 +5,7 @@ and as often as not again after they resumed. Who is left must end by itself, an
 come to its end, which must be bit for bit that of one that nobody disturbed.
 """
 
+import gc
 import hashlib
 import os
 import pickle
@@ -35,6 +36,7 @@ def run(count: int, seed: int = 0) -> Result:
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401  # here too, so that each child finds them loaded
 
+    gc.freeze()  # a collection of garbage would copy all of this into each child
     with tempfile.TemporaryDirectory(prefix="autoaccum-kills-") as name:
         place = Path(name)
         wanted = _left_alone(place, None)
