@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.errors import NothingFitsError
+from autoaccum.memory.device import CpuDevice
 from autoaccum.probing import fastest
 from autoaccum.probing.fastest import Pair, chosen, pairs, to_gain
 from autoaccum.probing.report import ProbeReport
@@ -141,3 +142,23 @@ def test_what_changes_the_result_is_named_with_what_it_frees():
     assert "never taken: 8-bit optimizer states (frees up to " in text
     assert "LoRA (frees up to" in text
     assert "The result is the plain step's but for bf16" in text
+
+
+def test_where_blocks_are_kept_a_size_is_timed_with_those_of_a_window_before_it(monkeypatch):
+    ran = []
+
+    class Counted(Language):
+        def forward(self, tokens, labels):
+            ran.append(len(tokens))
+            return super().forward(tokens, labels)
+
+    def timed_and_ran(keeps):
+        ran.clear()
+        monkeypatch.setattr(
+            CpuDevice, "expect", lambda self, _, peak: setattr(self, "keeps", keeps and peak is not None)
+        )
+        report = autoaccum.probe(**asked(model=Counted(), ladder=False, memory="60MiB", max_batch=8))
+        return sum(trial.kind == "throughput" and trial.batch == 8 for trial in report.trials), ran.count(8)
+
+    (kept_times, kept), (times, plain) = timed_and_ran(True), timed_and_ran(False)
+    assert (kept - kept_times) - (plain - times) == 1, "once, before the first of those that are timed in turn"

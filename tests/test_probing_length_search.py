@@ -9,8 +9,11 @@ import torch
 import autoaccum
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import limit_at
+from autoaccum.planning.plan import plan
+from autoaccum.probing.cache import Lines
 from autoaccum.probing.length_search import find_by_length, three_lengths
 from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.probing.report import ProbeReport
 from tests.texts import Reader, loader, sentences, setup
 
 LENGTHS = (5, 9, 14, 20, 31, 40, 58, 80)
@@ -203,3 +206,12 @@ def test_a_probe_in_a_child_brings_its_table_and_its_forecast_back(report):
     found = autoaccum.probe(**setup(), target_batch=32, memory="5MiB", device="cpu", isolate=setup)
     assert found.by_length == found.plan.by_length == report.by_length
     assert found.forecast(9, 30) == report.forecast(9, 30)
+
+
+def test_the_peak_of_windows_that_are_cut_by_length_is_that_of_the_fullest_shape():
+    """By it malloc is told whether there is room for freed blocks."""
+    tokens = Lines(((0.0, 0.0, 0.0, 1.0, 0.0, 0.0),), None, longest=32)
+    report = ProbeReport(4, 4, "cap", 1, "", "cpu", (), None, {}, forecaster=tokens)
+    assert report.expected(plan(4, 16, by_length=((20, 16), (32, 4)))) == 20 * 16
+    assert report.expected(plan(4, 16)) == 4 * 32
+    assert ProbeReport(4, 4, "cap", 1, "", "cpu", (), None, {}).expected(plan(4, 16)) is None

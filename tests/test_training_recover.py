@@ -600,3 +600,43 @@ def test_where_the_allocator_retries_window_after_window_micro_batches_become_so
     (told,) = [note.text for note in notes if isinstance(note, Noted) and "emptied its cache" in note.text]
     assert "micro-batches of at most 7 from step" in told
     assert sum(limits == (8,) for _, limits in sizes) == 3, "three windows of it, and one more that shows it goes on"
+
+
+class Keeping:
+    """The device, where malloc keeps freed blocks until they are given back."""
+
+    def __init__(self, device):
+        self._device, self.keeps = device, True
+
+    def release(self, **how):
+        self.keeps = False
+        self._device.release(**how)
+
+    def __getattr__(self, name):
+        return getattr(self._device, name)
+
+
+def test_blocks_that_malloc_kept_go_before_any_size_is_halved():
+    """The same window in the same pieces, once; what runs out again runs smaller."""
+    heard = []
+    loop = prepared(model := Tight(body(), {1: 4, 2: 4}), callbacks=[heard.append])
+    device = Keeping(loop._device)
+    for turn in loop._turns.all:
+        turn.safe._device = device
+
+    class Roomier(dict):
+        def get(self, window, default):
+            return default if window == 1 and not device.keeps else super().get(window, default)
+
+    model.limits, sizes = Roomier(model.limits), []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", TrainingWarning)
+        for record in loop:
+            model.window += 1
+            sizes.append(record.micro_batches)
+    assert sizes[:3] == [2, 2, 4], "whole again where blocks were given back, in halves where that was not it"
+    first, second = [each for each in heard if each.name == "replay"]
+    assert (first.step, first.micro_batch) == (2, 8)
+    assert "holes count" in first.text
+    assert (second.step, second.micro_batch) == (3, 4)
+    assert len(told) == 2

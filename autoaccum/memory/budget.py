@@ -57,6 +57,8 @@ class Device(ABC):
 
     torch_device: torch.device
     name: str
+    keeps = False
+    """Whether freed blocks stay in the process although a limit counts them: `release` ends that."""
 
     @property
     def type(self) -> str:

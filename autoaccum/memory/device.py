@@ -29,7 +29,6 @@ class CpuDevice(Device):
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.name = _cpu_name()
-        self._keeps = False  # freed blocks, under a limit on the process
 
     def total(self) -> int:
         """What the least limit allows in all: a resource limit, a control group, or the machine's memory."""
@@ -71,14 +70,17 @@ class CpuDevice(Device):
     def expect(self, budget: Budget, peak: int | None) -> None:
         """Where the process itself is limited, malloc keeps freed blocks if there is room for their holes."""
         if budget.kind == "data segment":
-            self._keeps = peak is not None and peak * _HOLES <= budget.bytes
-            keep_blocks() if self._keeps else give_blocks_back()
+            kept, self.keeps = self.keeps, peak is not None and peak * _HOLES <= budget.bytes
+            if not self.keeps:
+                give_blocks_back()
+            elif not kept:  # what is there already stays
+                keep_blocks()
 
     def release(self, *, young: bool = False) -> None:
         """Collects garbage; what malloc kept is given back, now that there is no room for it."""
         super().release(young=young)
-        if self._keeps:
-            self._keeps = False
+        if self.keeps:
+            self.keeps = False
             give_blocks_back()
 
     def describe(self) -> dict[str, Any]:

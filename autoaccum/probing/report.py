@@ -113,9 +113,11 @@ class ProbeReport(Drawn):
         return ForecastBytes(self.forecaster.peak(batch, length), self.forecaster.reserved(batch, length))
 
     def expected(self, plan: Plan) -> int | None:
-        """The forecast peak of a plan's micro-batches; None without a forecast, or where each is cut by length."""
-        known = self.forecaster is not None and not plan.by_length
-        return int(self.forecast(plan.micro_batch)) if known else None
+        """The largest forecast peak of a plan's micro-batches, whatever their lengths; None without a forecast."""
+        if self.forecaster is None:
+            return None
+        shapes = [(samples, length) for length, samples in plan.by_length] or [(plan.micro_batch, None)]
+        return max(int(self.forecast(*shape)) for shape in shapes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""

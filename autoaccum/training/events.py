@@ -97,7 +97,7 @@ class WindowSkipped(Event):
 
 @dataclass(frozen=True)
 class WindowReplayed(Event):
-    """A window ran out of memory and runs again, the same samples in more micro-batches."""
+    """A window ran out of memory and runs again: the same samples in more micro-batches, or with less kept aside."""
 
     name: ClassVar[str] = "replay"
     step: int

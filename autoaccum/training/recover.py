@@ -1,5 +1,7 @@
 """One window, trained whatever happens: out of memory, it runs again, the same samples in more pieces.
 
+Where malloc had kept freed blocks under a limit on the process, it first gives them back, and the pieces stay.
+
 The failed attempt leaves nothing behind: its gradients and pooled statistics are dropped, every buffer and random
 generator returns to the window's start. The restart happens outside the `except` block, since the traceback holds the
 tensors of the step that failed. On several ranks all replay together, after the vote that comes before the window's
@@ -125,6 +127,7 @@ class SafeWindow:
         self.replays = Replays(regrow_after, verified)
         self._strained = 0  # windows in a row in which the allocator had to empty its cache
         self._easing = False
+        self._kept = False  # each rank that ran out had kept freed blocks, and has given them back since
         self.inside = False
         self.broken: str | None = None
         self.overdue = False
@@ -185,7 +188,7 @@ class SafeWindow:
                 return
             self._accumulator.discard()
             self._start.restore()
-            self._device.release()
+            self._device.release()  # what malloc kept as well
             if _versions(window) != versions:
                 raise DataError(
                     f"step {self._accumulator.step + 1} ran out of memory and cannot be run again in smaller pieces, "
@@ -195,6 +198,8 @@ class SafeWindow:
             if too_small:
                 self._accumulator.plan = with_floor(self._accumulator.plan)
                 pieces = cut_smaller(window.batches, self._accumulator.plan.limits[ranks.rank], 2)
+            elif self._kept:
+                self._tell_given_back()
             else:
                 pieces = self._in_smaller_pieces(pieces, ran_out=here[0])
 
@@ -207,8 +212,10 @@ class SafeWindow:
     def _vote(self, ran_out: bool, too_small: bool) -> tuple[bool, bool]:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
-        votes = self._accumulator.vote([ran_out, too_small, wants, self._strained >= PERSISTENT])
-        ran_out, too_small, self.overdue, self._easing = map(bool, votes)
+        short = ran_out and not self._device.keeps  # else its holes may have been what was missing
+        votes = self._accumulator.vote([ran_out, too_small, wants, self._strained >= PERSISTENT, short])
+        ran_out, too_small, self.overdue, self._easing, short = map(bool, votes)
+        self._kept = ran_out and not short
         return ran_out, too_small
 
     def _attempt(self, work: Callable[[], None], pieces: list[Any]) -> tuple[bool, bool]:
@@ -232,6 +239,15 @@ class SafeWindow:
                 return False, True
             raise
         return False, False
+
+    def _tell_given_back(self) -> None:
+        plan, step = self._accumulator.plan, self._accumulator.step + 1
+        text = (
+            f"out of memory in step {step} while malloc kept freed blocks, whose holes count under the limit on this "
+            "process: the same samples run again in the same micro-batches, and blocks are given back from here on, "
+            f"which takes less memory and more time; the batch stays {plan.target_batch}"
+        )
+        self._events.warn(text, WindowReplayed(step, plan.micro_batch, plan.accumulation_steps, text))
 
     def _in_smaller_pieces(self, pieces: list[Any], *, ran_out: bool) -> list[Any]:
         accumulator, step = self._accumulator, self._accumulator.step + 1

@@ -4,7 +4,8 @@
 
 The grid: under each saver the size with the fewest micro-batches, and two, four and eight times as many. Of each pair
 whole windows are trained, in turn; what is told is the time of the pair that the probe takes, over that of the best.
-Time is the processor's (one thread), so that what else runs on the machine counts for less.
+Time is the processor's (one thread), so that what else runs on the machine counts for less. Rows of models that are not
+named stay as they were measured before.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import autoaccum
 from autoaccum.errors import AutoaccumError
-from tests.benchmarks.measure import interleaved, median, table, write
+from tests.benchmarks.measure import interleaved, median, merged, table, write
 from tests.benchmarks.train import Pictures, Text
 
 SAVERS = (None, "chunked_loss", "checkpointing/2", "checkpointing", "chunked_loss+checkpointing")
@@ -97,16 +98,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=9)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
     for name in asked.models or MODELS:
-        rows.append(measured(name, asked.windows))
-        write("fastest", {"rows": rows})
-    print(table(
+        rows = merged("fastest", [measured(name, asked.windows)], "model")
+        path = write("fastest", {"windows": asked.windows, "rows": rows})
+    text = table(
         ["model", "taken", "best of the grid", "time over the best's", "the fewest micro-batches' over it",
          "search beyond the probe, windows"],
         [[row["model"], row["taken"], row["best"], f"{row['over_best']:.2f}", f"{row['fewest_over_best']:.2f}",
           f"{row['search_windows']:.1f}"] for row in rows],
-    ))  # fmt: skip
+    )  # fmt: skip
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,14 @@ def write(name: str, values: dict[str, Any]) -> Path:
     return path
 
 
+def merged(name: str, rows: list[dict[str, Any]], *keys: str) -> list[dict[str, Any]]:
+    """The rows measured before, with those measured now in place of theirs: a long benchmark can run piece by piece."""
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    made = {tuple(row[key] for key in keys): row for row in [*before, *rows]}
+    return list(made.values())
+
+
 def table(headings: list[str], rows: list[list[Any]]) -> str:
     """Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.train [case ...] [--runs 3] [--small]
 
 The same model, data, target batch, optimizer, number of epochs and room for the process's data segment (RLIMIT_DATA). A
-training's time goes from the end of its imports to its last step, finding the micro-batch included:
+training's time goes from the end of its imports to its last step, finding the micro-batch included. It is the
+processor's, children's too, on one thread, so that what else runs on the machine counts for less:
 
 - autoaccum: `fit`, with prefer="fastest";
 - lightning: its batch size scaler (mode "power"), then accumulation up to the target;
@@ -12,7 +13,8 @@ training's time goes from the end of its imports to its last step, finding the m
   are tried from the largest down, each in a process of its own.
 
 Where the size that was found dies in training, half of it is tried, and the time of what died counts. Runs of the tools
-take turns; medians are told. The loss on held-out data is computed in the same way for all, afterwards.
+take turns; medians are told. The loss on held-out data is computed in the same way for all, afterwards. Rows of cases
+that are not named stay as they were measured before.
 """
 
 import argparse
@@ -36,7 +38,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from autoaccum.memory.oom import Verdict, out_of_memory
-from tests.benchmarks.measure import median, table, write
+from tests.benchmarks.measure import median, merged, table, write
 from tests.benchmarks.peers import limit_memory
 
 IMPORTED = {
@@ -271,6 +273,20 @@ def by_transformers(training: Training, size: int | None) -> int:
     return size
 
 
+def processor_time() -> float:
+    """Seconds, of this process and of the children that have ended."""
+    return time.process_time() + children_time(resource.getrusage(resource.RUSAGE_CHILDREN))
+
+
+def children_time(usage: resource.struct_rusage) -> float:
+    return usage.ru_utime + usage.ru_stime
+
+
+def killed_after(before: resource.struct_rusage) -> float:
+    """Seconds of a child that told nothing, its imports included."""
+    return children_time(resource.getrusage(resource.RUSAGE_CHILDREN)) - children_time(before)
+
+
 def run_here(case: Case, tool: str, size: int | None, small: bool) -> int:
     """One training in this process; prints its figures as JSON."""
     warnings.filterwarnings("ignore")
@@ -280,7 +296,7 @@ def run_here(case: Case, tool: str, size: int | None, small: bool) -> int:
     importlib.import_module(IMPORTED[tool])  # what a tool imports is no part of its training
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # nor what torch does with its first optimizer
     limit_memory(case.room_mib * 2**20)
-    started = time.perf_counter()
+    started = processor_time()
     figures: dict[str, Any] = {"seconds": 0.0}
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -288,10 +304,10 @@ def run_here(case: Case, tool: str, size: int | None, small: bool) -> int:
     except Exception as error:
         if out_of_memory(error) is Verdict.NO:
             raise
-        figures["seconds"] = time.perf_counter() - started
+        figures["seconds"] = processor_time() - started
         print(json.dumps(figures))
         return DIED
-    figures["seconds"] = time.perf_counter() - started
+    figures["seconds"] = processor_time() - started
     resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     figures |= {
         "samples_a_second": len(training.samples) * training.epochs / figures["seconds"],
@@ -307,7 +323,7 @@ def run(name: str, tool: str, small: bool) -> dict[str, Any]:
     spent, size = 0.0, None
     while True:
         command = [sys.executable, "-m", "tests.benchmarks.train", name, "--here", tool, "--size", str(size or 0)]
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [*command, *(["--small"] if small else [])], capture_output=True, text=True, timeout=LONGEST, check=False
         )
@@ -319,7 +335,7 @@ def run(name: str, tool: str, small: bool) -> dict[str, Any]:
         if done.returncode not in (DIED, -6, -9) or size < 1:
             return {"error": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
         said = done.stdout.splitlines()
-        spent += json.loads(said[-1])["seconds"] if said else time.perf_counter() - started
+        spent += json.loads(said[-1])["seconds"] if said else killed_after(before)
 
 
 def summary(name: str, tool: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -375,14 +391,14 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.here:
         sys.exit(run_here(CASES[asked.cases[0]], asked.here, asked.size or None, asked.small))
-    rows = []
+    kept = "train-small" if asked.small else "train"
     for name in asked.cases or CASES:
         made: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
         for _ in range(asked.runs):  # in turn, so that a machine that slows down slows all alike
             for tool in TOOLS:
                 made[tool].append(run(name, tool, asked.small))
-        rows += [summary(name, tool, made[tool]) for tool in TOOLS]
-        path = write("train-small" if asked.small else "train", {"runs": asked.runs, "rows": rows})
+        rows = merged(kept, [summary(name, tool, made[tool]) for tool in TOOLS], "case", "tool")
+        path = write(kept, {"runs": asked.runs, "rows": rows})
     text = table(
         ["model", "tool", "time", "samples/s", "held-out loss", "peak", "micro-batch"],
         [[row["case"], row["tool"], *([" ".join(row["error"])] + [""] * 4 if "error" in row else [
