@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -183,9 +182,7 @@ class TrainingLoop:
             self._mode.on()
             with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
                 if self._budget is not None and self.probe is not None:
-                    # As the probe timed it; what it left in the heap is taken again.
-                    room = replace(self._budget, bytes=self.probe.budget_bytes)
-                    self._device.expect(room, self.probe.expected(self.plan))
+                    self._device.expect(self._budget, self.probe.expected(self.plan))
                 yield from self._rest()
             self._save()
             # Whoever failed since the last window is heard by all.
