@@ -116,8 +116,9 @@ class ProbeReport(Drawn):
         """The largest forecast peak of a plan's micro-batches, whatever their lengths; None without a forecast."""
         if self.forecaster is None:
             return None
-        shapes = [(samples, length) for length, samples in plan.by_length] or [(plan.micro_batch, None)]
-        return max(int(self.forecast(*shape)) for shape in shapes)
+        if plan.by_length:
+            return max(int(self.forecast(samples, length)) for length, samples in plan.by_length)
+        return int(self.forecast(plan.micro_batch))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""
