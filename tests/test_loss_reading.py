@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
+from autoaccum.loss.mean import Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.planning.plan import plan
 from autoaccum.window.accumulate import Accumulator
@@ -275,3 +276,17 @@ def test_terms_whose_denominators_the_batch_says_are_told_apart_where_nothing_is
         assert float(sum(term.value for term in terms.values())) == pytest.approx(
             float(loss(model(pairs[0]), pairs[1]))
         )
+
+
+def test_a_sum_that_nobody_declared_adds_up_where_nothing_is_learned_too():
+    model, data = Net(), samples(0.3)
+    loss = LOSSES["a sum over a constant"]
+    objective = Objective(model, step=loss)
+    objective.settle([data])
+    with torch.no_grad():
+        parts = [
+            objective.evaluate(piece, objective.denominators(piece), graph=False)[0]["loss"]
+            for piece in tree.split(data, [50, 30])
+        ]
+    assert all(isinstance(part, Sum) for part in parts)
+    assert float(sum(part.value for part in parts)) == pytest.approx(float(loss(model, data).detach()))

@@ -33,10 +33,7 @@ class Call(NamedTuple):
 def arrange(batch: Any, *, apart: bool) -> Call:
     """The calls that `batch` stands for.
 
-    Args:
-        batch: a mapping, a tuple, a list, or one object.
-        apart: whether the targets are kept from the model, as there is a `loss`; a DataError where it is unclear which
-            they are.
+    `apart` keeps the targets from the model, as there is a `loss`; a DataError where it is unclear which they are.
     """
     batch = plain(batch)
     if isinstance(batch, (tuple, list)):
@@ -83,9 +80,7 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
 def targets_in(batch: Any, *, apart: bool) -> Any:
     """The batch's targets, where it is clear which they are; else None.
 
-    Args:
-        batch: as for `arrange`.
-        apart: False: only a mapping's labels count, as a tuple's last element may be one more input.
+    Where they are not kept `apart`, only a mapping's labels count: a tuple's last element may be one more input.
     """
     if isinstance(batch, Piece):
         return targets_in(batch.batch, apart=apart)
@@ -99,11 +94,7 @@ def targets_in(batch: Any, *, apart: bool) -> Any:
 
 
 def returned_loss(outputs: Any) -> Any:
-    """The loss in what a model returned: itself, `["loss"]`, `.loss`, or the first of a tuple.
-
-    Raises:
-        LossError: there is none.
-    """
+    """The loss in what a model returned: itself, `["loss"]`, `.loss`, or the first of a tuple; else a LossError."""
     if isinstance(outputs, (Tensor, int, float)):
         return outputs
     if isinstance(outputs, Mapping) and "loss" in outputs:
@@ -127,12 +118,7 @@ def returned_loss(outputs: Any) -> Any:
 
 
 def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
-    """`loss` as a tensor of shape ().
-
-    Args:
-        loss: what was returned.
-        source: who returned it, for the message: "the step".
-        graph: whether one without a graph is refused, where gradients are enabled.
+    """`loss`, which `source` returned, as a tensor of shape (); with `graph` it needs one where gradients are enabled.
 
     Raises:
         LossError: not a tensor, not one element, or without a graph.

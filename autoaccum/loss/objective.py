@@ -292,7 +292,7 @@ class Objective:
         if isinstance(loss, Mean):
             return loss
         loss, reduction = scalar(loss, source, graph=graph and denominator > 0), self._reduction
-        adds_up = reduction.adds_up(name)
+        adds_up = reduction.adds_up(name) or [each.kind for each in self.reading.divisors] == ["constant"]
         if self.compares and not reduction.reads and not reduction.takes_sums:
             amount = float(denominator > 0) if adds_up else denominator
             self._against_graph[name].check(loss, amount, lambda: reduction.words(name))

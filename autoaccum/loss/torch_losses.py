@@ -153,11 +153,7 @@ class TorchLoss:
         return _LAYOUTS[self._row.takes](outputs, targets)
 
     def denominator(self, targets: Any, samples: Callable[[], float]) -> float:
-        """What this loss's mean over a batch with these targets was divided by.
-
-        Args:
-            targets: of the batch, as the loss gets them.
-            samples: the batch's samples, asked for where they matter.
+        """What this loss's mean over a batch with these targets, and so many samples, was divided by.
 
         Raises:
             DataError: the targets are no tensor, and the mean runs over their elements.
