@@ -21,6 +21,7 @@ __all__ = [
     "check_switches",
     "is_positive",
     "listed",
+    "misfit",
     "one_of",
     "typed",
 ]
@@ -40,18 +41,23 @@ def check_switches(**switches: Any) -> None:
 
 
 def check_call(name: str, function: Any, arguments: Sequence[str]) -> None:
-    """Refuses a function that cannot be called with so many arguments (what each is, in words), before anything runs.
-
-    Of one that has no signature to be had, calling it will tell.
-    """
-    try:
-        inspect.signature(function).bind(*arguments)
-    except TypeError as error:
+    """Refuses a function that cannot be called with so many arguments (each in words), before anything runs."""
+    error = misfit(function, *arguments)
+    if error is not None:
         raise SetupError(
             f"{name}={shown(function)} is called as f({', '.join(arguments)}), which it does not take: {error}"
         ) from error
+
+
+def misfit(function: Any, *args: Any, **kwargs: Any) -> TypeError | None:
+    """Why a function cannot be called so; None where it can, or has no signature to be had: calling it will tell."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        return error
     except ValueError:
-        return
+        return None
+    return None
 
 
 def is_positive(value: Any) -> bool:

@@ -7,13 +7,13 @@ each micro-batch can run alone (Gao et al. 2021, "Scaling Deep Contrastive Learn
 Setup").
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.loss.call import arrange
@@ -61,7 +61,7 @@ class Coupled:
             if not callable(given) or isinstance(given, type):
                 raise SetupError(f"Coupled got {name}={shown(given)}, which is no function: pass {example}")
         self.encode, self.loss = encode, loss
-        self.takes_batch = _takes_two(loss)
+        self.takes_batch = misfit(loss.forward if isinstance(loss, nn.Module) else loss, None, None) is None
 
     def over(self, representations: Any, batch: Any) -> Any:
         """The loss of `representations`; `batch` is passed on where the loss takes it."""
@@ -247,18 +247,6 @@ class Representations:
                 "value for the micro-batch before: what has no samples along dimension 0 is shared by the whole "
                 "window, so return one row a sample, or what does not depend on the batch, such as a temperature"
             )
-
-
-def _takes_two(loss: Callable[..., Any]) -> bool:
-    """Whether `loss` can be given the batch beside the representations; where that cannot be read, it is."""
-    function = loss.forward if isinstance(loss, nn.Module) else loss
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    except ValueError:  # written in C, say
-        return True
-    return True
 
 
 def _name(function: Any) -> str:

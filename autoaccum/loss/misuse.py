@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, DataError, SetupError
 from autoaccum.loss.call import STEP, Call
@@ -43,7 +44,7 @@ def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool
 
     `apart`: the targets were kept from the model, since there is a `loss`.
     """
-    if isinstance(error, TypeError) and not _takes(model, call):
+    if isinstance(error, TypeError) and misfit(model.forward, *call.args, **call.kwargs):
         return _wrong_call(model, call, apart)
     if isinstance(error, IndexError) and "index out of range" in str(error):
         return _outside_embedding(model, call)
@@ -89,16 +90,6 @@ def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> N
         found = _outside_classes(outputs, targets, torch_loss)
         if found is not None:
             raise SetupError(found)
-
-
-def _takes(model: nn.Module, call: Call) -> bool:
-    try:
-        inspect.signature(model.forward).bind(*call.args, **call.kwargs)
-    except TypeError:
-        return False
-    except ValueError:  # no signature to be had
-        return True
-    return True
 
 
 def _wrong_call(model: nn.Module, call: Call, apart: bool) -> Meant:
