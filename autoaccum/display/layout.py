@@ -1,8 +1,8 @@
 """What the views and the progress lines share: the console, the three columns, how numbers are written."""
 
 import sys
-from collections.abc import Iterable, Mapping
-from typing import Any, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -13,6 +13,7 @@ from rich.text import Text
 __all__ = [
     "Bar",
     "Row",
+    "columns",
     "facts",
     "indented",
     "lines",
@@ -21,7 +22,6 @@ __all__ = [
     "on_curve",
     "open_console",
     "outcome_style",
-    "table_with",
 ]
 
 _BAR = 20  # cells of a full bar
@@ -100,12 +100,20 @@ def indented(drawn: RenderableType) -> RenderableType:
     return Padding(drawn, (0, 0, 0, 2), expand=False)
 
 
-def table_with(*figures: str) -> Table:
-    """A table without lines; columns of these names to the right, the others are for the caller to add."""
+def columns(cells: Mapping[str, Sequence[str | Text]], *words: str) -> RenderableType:
+    """A table without lines: `words` fold; figures to the right, and names (a `Text`) to the left, stay whole however
+    narrow the terminal is.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for name in figures:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+    for name, values in cells.items():
+        if name in words:
+            table.add_column(name, overflow="fold")
+        else:
+            side: Literal["left", "right"] = "left" if values and isinstance(values[0], Text) else "right"
+            table.add_column(name, justify=side, no_wrap=True, min_width=max(map(len, [name, *values])))
+    for row in zip(*cells.values(), strict=True):
+        table.add_row(*row)
+    return indented(table)
 
 
 class Bar:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from autoaccum.display.layout import number, table_with
+from autoaccum.display.layout import columns, number
 from autoaccum.units import format_bytes
 
 __all__ = ["TrialLines", "table_of"]
@@ -56,23 +56,16 @@ def _line(row: Mapping[str, Any]) -> Text:
 def table_of(rows: Sequence[Mapping[str, Any]], *, best: int | None = None) -> RenderableType:
     """Trials as a table: parameters, value, state, micro-batches, memory, time; the best one is marked."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    table = table_with("trial", *(name.replace("_", " ") for name in names), "value")
-    table.add_column("state", no_wrap=True)
-    for name in ("k × micro", "memory", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        memory, seconds = row["memory_bytes"], row["seconds"]
-        table.add_row(
-            str(row["number"]),
-            *(number(row["params"][name], 4) if name in row["params"] else "" for name in names),
-            number(row["value"], 5) if row["value"] is not None else "",
-            Text(row["state"], style=_STYLES.get(row["state"], "")),
-            _sizes(row),
-            "" if memory is None else format_bytes(memory),
-            "" if seconds is None else f"{seconds:.1f} s",
-            style="bold" if row["number"] == best else "",
-        )
-    return table
+    cells: dict[str, Sequence[str | Text]] = {
+        "trial": [Text(str(row["number"]), style="bold" if row["number"] == best else "") for row in rows],
+        **{name.replace("_", " "): [number(row["params"].get(name, ""), 4) for row in rows] for name in names},
+        "value": ["" if row["value"] is None else number(row["value"], 5) for row in rows],
+        "state": [Text(row["state"], style=_STYLES.get(row["state"], "")) for row in rows],
+        "k × micro": list(map(_sizes, rows)),
+        "memory": ["" if row["memory_bytes"] is None else format_bytes(row["memory_bytes"]) for row in rows],
+        "time": ["" if row["seconds"] is None else f"{row['seconds']:.1f} s" for row in rows],
+    }
+    return columns(cells)
 
 
 def _sizes(row: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import (
     Bar,
     Row,
+    columns,
     facts,
     indented,
     lines,
@@ -26,7 +27,6 @@ from autoaccum.display.layout import (
     of_budget,
     on_curve,
     outcome_style,
-    table_with,
 )
 from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
@@ -129,18 +129,14 @@ def probe_view(values: Mapping[str, Any]) -> RenderableType:
 
 def _ways(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A row for each way in which a model may lie on several ranks; what differs on them as "least to most"."""
-    table = table_with()
-    table.add_column("way", overflow="fold")
-    table.add_column("smallest step", justify="right", no_wrap=True)
-    table.add_column("fits", justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for row in rows:
-        peaks, limits = [peak for peak in row["peak_bytes"] if peak], row["limits"] or []
-        said = "was run, and is the answer above" if row["taken"] else row["why_not"] or "forecast only"
-        style = "bold green" if row["taken"] else ""
-        first = _FIRST_CLAUSE.split(said)[0]
-        table.add_row(Text(row["way"], style=style), _span(peaks, format_bytes), _span(limits, str), Text(first))
-    return Group(Text("What fits how", style="bold"), indented(table))
+    said = ["was run, and is the answer above" if row["taken"] else row["why_not"] or "forecast only" for row in rows]
+    cells: dict[str, Sequence[str | Text]] = {
+        "way": [Text(row["way"], style="bold green" if row["taken"] else "") for row in rows],
+        "smallest step": [_span([peak for peak in row["peak_bytes"] if peak], format_bytes) for row in rows],
+        "fits": [_span(row["limits"] or [], str) for row in rows],
+        "": [Text(_FIRST_CLAUSE.split(text)[0]) for text in said],
+    }
+    return Group(Text("What fits how", style="bold"), columns(cells, "way", ""))
 
 
 def _span(values: Sequence[int], text: Callable[[int], str]) -> str:
@@ -261,30 +257,24 @@ def search_view(result: Mapping[str, Any]) -> RenderableType:
     if ranked:
         states = Counter(trial["state"] for trial in trials)
         blocks += [Text(), Text.assemble(("Trials  ", "bold"), ", ".join(f"{n} {word}" for word, n in states.items()))]
-        blocks.append(indented(table_of(ranked, best=best)))
+        blocks.append(table_of(ranked, best=best))
     if result.get("best_plan"):
         blocks += [Text(), plan_view(result["best_plan"])]
     return Group(*blocks)
 
 
 def _trials(trials: Sequence[Mapping[str, Any]], out_of_memory: int) -> RenderableType:
-    """A row for each trial, its figures whole however narrow the terminal is."""
-    figures = {
+    outcomes = [str(each.get("outcome", "")) for each in trials]
+    cells: dict[str, Sequence[str | Text]] = {
         "batch": [str(each["batch"]) + (f" × {each['length']}" if each.get("length") else "") for each in trials],
         "peak": ["" if each.get("peak_bytes") is None else format_bytes(each["peak_bytes"]) for each in trials],
         "time": [_formed("{:.2f} s", each.get("seconds")) or "" for each in trials],
+        "kind": [str(each.get("kind", "")) for each in trials],
+        "outcome": [Text(outcome, style=outcome_style(outcome)) for outcome in outcomes],
     }
-    table = table_with()
-    for name, values in figures.items():
-        table.add_column(name, justify="right", no_wrap=True, min_width=max(map(len, [name, *values])))
-    table.add_column("kind", overflow="fold")
-    table.add_column("outcome", overflow="fold")
-    for each, *row in zip(trials, *figures.values()):
-        outcome = str(each.get("outcome", ""))
-        table.add_row(*row, str(each.get("kind", "")), Text(outcome, style=outcome_style(outcome)))
     runs = f"{len(trials)} runs" if len(trials) != 1 else "1 run"
     title = Text.assemble(("Trials  ", "bold"), f"{runs}, {out_of_memory or 'none'} out of memory")
-    return Group(title, indented(table))
+    return Group(title, columns(cells, "kind", "outcome"))
 
 
 def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> RenderableType:
@@ -292,7 +282,8 @@ def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> 
     peaks, seconds = ([row.get(name) for row in rows] for name in ("peak_bytes", "window_seconds"))
     rates = [", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()) for row in rows]
     rates = [f"{rate}; taken" if rate and row["saver"] == taken else rate for rate, row in zip(rates, rows)]
-    columns = {
+    cells: dict[str, Sequence[str | Text]] = {
+        "saver": [Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else "") for row in rows],
         "fits": [str(row["limit"] or "") for row in rows],
         "batch": [str(row.get("micro_batch", "")) for row in rows],
         "peak": ["" if peak is None else format_bytes(peak) for peak in peaks],
@@ -302,16 +293,9 @@ def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> 
             rate or str(row.get("obstacle") or "") for rate, row in zip(rates, rows, strict=True)
         ],
     }
-    shown = {name: values for name, values in columns.items() if any(values)}
-    table = table_with()
-    table.add_column("saver", no_wrap=True)
-    for name in shown:
-        last = name in ("samples/s", "")
-        table.add_column(name, justify="left" if last else "right", no_wrap=not last, overflow="fold")
-    for row, *values in zip(rows, *shown.values(), strict=True):
-        table.add_row(Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else ""), *values)
+    shown = {name: values for name, values in cells.items() if any(values)}
     same = "" if "result" in shown else ", each with the plain step's result"
-    return Group(Text(f"Memory savers{same}", style="bold"), indented(table))
+    return Group(Text(f"Memory savers{same}", style="bold"), columns(shown, "samples/s", ""))
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
