@@ -23,6 +23,7 @@ __all__ = [
     "listed",
     "misfit",
     "one_of",
+    "plain",
     "typed",
 ]
 
@@ -112,6 +113,15 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     tuple: ("a list", lambda value: isinstance(value, (list, tuple))),
     dict: ("an object", lambda value: isinstance(value, Mapping)),
 }
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: tuples as lists, results as their `to_dict()`, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def typed(value: Any, kind: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RandomState", "seed_everything"]
+__all__ = ["RandomState", "numpy_random", "seed_everything"]
 
 _MT19937_BYTES = 624 * 4 + 4  # the key, and the place in it, as in numpy's struct
 
@@ -29,7 +29,7 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
         self._python = random.getstate()
-        self._numpy = _numpy_seen.state_of(_numpy(), quick)
+        self._numpy = _numpy_seen.state_of(numpy_random(), quick)
 
     @property
     def has_numpy(self) -> bool:
@@ -42,7 +42,7 @@ class RandomState:
         if self._accelerator is not None:
             torch.get_device_module(self._device).set_rng_state(self._accelerator, self._device)
         random.setstate(self._python)
-        numpy = _numpy()
+        numpy = numpy_random()
         if numpy is not None and self._numpy is not None:
             numpy.set_state(self._numpy)
             _numpy_seen.raw = None  # it may have the same bytes by another way: look at it in full the next time
@@ -111,16 +111,19 @@ class _NumpySeen:
 _numpy_seen = _NumpySeen()
 
 
-def _numpy() -> Any:
+def numpy_random() -> Any:
     """numpy.random, where something has loaded numpy, which loads that part of itself only when it is asked for."""
     return getattr(sys.modules.get("numpy"), "random", None)
 
 
-def seed_everything(seed: int) -> None:
-    """Seeds torch on every device, Python, and numpy where it is loaded."""
-    torch.manual_seed(seed)
+def seed_everything(seed: int, *, cpu_only: bool = False) -> None:
+    """Seeds torch on every device (or on the CPU alone), Python, and numpy where it is loaded."""
+    if cpu_only:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every accelerator too
+    else:
+        torch.manual_seed(seed)
     random.seed(seed)
-    numpy = _numpy()
+    numpy = numpy_random()
     if numpy is not None:
         numpy.seed(seed % 2**32)
         _numpy_seen.raw = None

@@ -7,8 +7,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
-from autoaccum.errors import SetupError
-from autoaccum.ranks import here
 from tests.ranks_started import started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
@@ -97,17 +95,6 @@ def work(rank, folder):
         window(statistics, model, data(rank, UNEQUAL[rank]))
     found["momentum"] = model.state_dict()
 
-    model = nn.Sequential(nn.LazyBatchNorm1d())
-    statistics = PooledStatistics(model)
-    statistics.begin()
-    if rank == 0:
-        model(data(rank, (4,))[0].float())
-    try:
-        statistics.commit(here())
-    except SetupError as error:
-        found["shapeless"] = str(error)
-    statistics.close()
-
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -175,8 +162,3 @@ def test_mode_momentum_leaves_the_same_average_on_all_ranks(found):
         expected = (counts[0] * ends[0] + counts[1] * ends[1]) / sum(counts)
         for rank in range(2):
             torch.testing.assert_close(found[rank]["momentum"][name], expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.slow
-def test_a_lazy_layer_without_shape_on_one_rank_stops_all(found):
-    assert [rank["shapeless"].split(":")[0] for rank in found] == ["layer '0' has no channels yet on 1 of 2 ranks"] * 2

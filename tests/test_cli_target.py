@@ -230,9 +230,3 @@ def test_the_error_of_a_loaders_worker_is_found_at_the_end_of_its_traceback():
     )
 
     assert "bad sample" in one_line(ValueError(text))
-
-
-def test_a_folder_is_called_one(train):
-    said = refused(f"{train}:foo")
-    assert f"{str(train)!r} is a folder, and no file" in said
-    assert f"{train / 'train.py'}:foo" in said

@@ -638,10 +638,9 @@ def test_tensors_made_in_inference_mode_are_data_too():
     assert flat(drawn(open_source(x, shuffle=False), plan(4, 8))) == list(range(20))
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_sparse_tensors_are_data_too(shuffle):
-    x = torch.eye(10).to_sparse_csr()
+    x = torch.eye(10).to_sparse()
     found = list(windows(open_source((x, torch.arange(10)), shuffle=shuffle), lambda: plan(2, 4), 0))
     for window in found:
         for rows, label in window.batches:

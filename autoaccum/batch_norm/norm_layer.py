@@ -35,13 +35,12 @@ class NormLayer:
     owner: Any  # the PooledStatistics that it belongs to
     module: Any
     call: tuple[int, Tensor, Tensor] | None  # elements, mean and variance of a call that is not pooled yet
-    channels: int  # 0: a lazy layer without a shape yet
     momentum: float | None  # the layer's own, while a window has set another
     dirty: bool  # the buffers hold a micro-batch's statistics, not running ones
 
     def __init__(self, owner: Any = None, index: int = 0, name: str = "", module: nn.Module | None = None) -> None:
         self.index, self.name, self.module = index, name, module
-        self.call, self.channels, self.momentum, self.dirty = None, 0, None, False
+        self.call, self.momentum, self.dirty = None, None, False
         self._small: float | None = None  # what a micro-batch updates with
         if module is not None:
             self.owner = owner
@@ -86,13 +85,11 @@ class NormLayer:
     # Hooks.
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Makes room for another call."""
+        """Makes way for another call."""
         if torch.compiler.is_compiling() or module is not self.module or not self.owner.is_open:
             return
         if self.call is not None:
             self.owner.collect()
-        if not self.channels:
-            self.owner.adopt(self)
         if self.owner.mode == "momentum":
             self._repeat_nothing()
         elif self.dirty and not module.training:
@@ -102,12 +99,12 @@ class NormLayer:
         """Notes a call in training mode."""
         if module is not self.module or not (module.training and module.track_running_stats):
             return
+        mean, variance, _ = self.buffers
+        elements = self._elements(args[0] if args else output, mean.numel())
         if torch.compiler.is_compiling():
-            mean, variance = module.running_mean, module.running_var
-            _captured(_TOKEN, mean, variance, self._elements(args[0] if args else output, mean.numel()), self._key)
+            _captured(_TOKEN, mean, variance, elements, self._key)
         elif self.owner.is_open:
-            mean, variance, _ = self.buffers
-            self.note(self._elements(args[0] if args else output, self.channels), mean, variance)
+            self.note(elements, mean, variance)
 
     def after_model(self, module: nn.Module, args: Any, output: Any) -> None:
         """Pools what the model's forward left behind, before anyone else writes to its buffers (as DDP may)."""

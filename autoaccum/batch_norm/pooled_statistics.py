@@ -59,7 +59,7 @@ class PooledStatistics:
     """
 
     def __init__(self, model: nn.Module, mode: str = "pooled", k: int = 1) -> None:
-        """Looks the layers up, lazy ones too; the model is untouched until `begin`.
+        """Looks the layers up; the model is untouched until `begin`.
 
         Of a model that is compiled best before its first compiled call. `mode`: "pooled", "momentum" or "keep".
         """
@@ -103,8 +103,12 @@ class PooledStatistics:
         self.is_open = True
         for layer in self._layers:
             layer.open()
-        for pool, layers in self._groups:
-            self._count_in_micro_batches(pool, layers)
+        if self.mode == "momentum":  # with a cumulative average, call i after w windows of k gets 1 / (k·w + i)
+            for pool, layers in self._groups:
+                averaging = [
+                    place for place, layer in enumerate(layers) if layer.momentum is None and layer.counts_batches
+                ]
+                pool.scale_batches(self.k, averaging)
 
     def commit(self, ranks: Ranks | None = None) -> None:
         """Closes the window: one update of each layer that was called, on this rank or another of `ranks`.
@@ -158,12 +162,6 @@ class PooledStatistics:
                     pool.elements[place] += calls[place][0]
                 layers[place].call = None
 
-    def adopt(self, layer: NormLayer) -> None:
-        """Keeps the buffers of a lazy layer that has just found its shape."""
-        pool = self._group([layer])
-        pool.begin()
-        self._count_in_micro_batches(pool, [layer])
-
     def put_back(self, layer: NormLayer) -> None:
         """Gives one layer the running statistics that it had at `begin`, for a call in eval mode."""
         for pool, layers in self._groups:
@@ -188,64 +186,47 @@ class PooledStatistics:
             end_window_of(module)
 
     def _regroup(self) -> None:
-        """Lays the layers' sums end to end, unless they lie so already for these very buffers."""
-        ready = [layer for layer in self._layers if not is_lazy(layer.buffers[0])]
-        buffers = [layer.buffers for layer in ready]
-        same = len(buffers) == len(self._pooled_buffers) and all(
+        """Lays the layers' sums end to end, unless they lie so already for these very buffers.
+
+        Raises:
+            SetupError: a lazy layer has no buffers yet.
+        """
+        buffers = [layer.buffers for layer in self._layers]
+        if len(buffers) == len(self._pooled_buffers) and all(
             new is old for now, then in zip(buffers, self._pooled_buffers) for new, old in zip(now, then)
-        )
-        if same:
+        ):
             return
-        self._groups, self._pooled_buffers = [], buffers
         alike: dict[tuple[torch.device, torch.dtype], list[NormLayer]] = {}
-        for layer in ready:
-            mean = layer.buffers[0]
+        for layer, (mean, _, _) in zip(self._layers, buffers):
+            if is_lazy(mean):
+                raise SetupError(
+                    f"layer {layer.name!r} has no shape yet: run one batch through the model before training, so that "
+                    "its lazy layers find theirs"
+                )
             alike.setdefault((mean.device, wide(mean.dtype)), []).append(layer)
-        for layers in alike.values():
-            self._group(layers)
-
-    def _group(self, layers: list[NormLayer]) -> Pool:
-        pool = Pool(*zip(*(layer.buffers for layer in layers)))
-        for layer in layers:
-            layer.channels = layer.buffers[0].numel()
-        self._groups.append((pool, layers))
-        # Ranks sum group by group, so their order must not follow from which lazy layer was called first.
-        self._groups.sort(key=lambda group: group[1][0].index)
-        return pool
-
-    def _count_in_micro_batches(self, pool: Pool, layers: list[NormLayer]) -> None:
-        """Mode "momentum" with a cumulative average: call i of the window after w windows gets 1 / (k·w + i)."""
-        if self.mode == "momentum":
-            pool.scale_batches(
-                self.k, [place for place, layer in enumerate(layers) if layer.momentum is None and layer.counts_batches]
-            )
+        self._groups = [(Pool(*zip(*(layer.buffers for layer in layers))), layers) for layers in alike.values()]
+        self._pooled_buffers = buffers
 
     def _totals(self, ranks: Ranks) -> list[int]:
         """For each layer, the elements of the window over all ranks, checked to be all there are."""
-        elements, unseen, shapeless = [0] * len(self._layers), [0] * len(self._layers), [1] * len(self._layers)
+        elements, unseen = [0] * len(self._layers), [0] * len(self._layers)
         for pool, layers in self._groups:
             silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
             # Asks the device, so only where there is something odd: in training mode, and not called.
             ran = silent.intersection(pool.counted()) if silent else set()
             for place, layer in enumerate(layers):
                 elements[layer.index], unseen[layer.index] = pool.elements[place], int(place in ran)
-                shapeless[layer.index] = 0
         if ranks.size > 1:
-            sums = torch.tensor([elements, unseen, shapeless], device=self._layers[0].buffers[0].device)
+            sums = torch.tensor([elements, unseen], device=self._layers[0].buffers[0].device)
             ranks.sum(_WHAT, [sums])
-            elements, unseen, shapeless = sums.tolist()
-        for layer, total, odd, absent in zip(self._layers, elements, unseen, shapeless):
+            elements, unseen = sums.tolist()
+        for layer, odd in zip(self._layers, unseen):
             if odd:
                 raise SetupError(
                     f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
                     "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
                     "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
                     'choose batch_norm="keep"'
-                )
-            if total and absent:
-                raise SetupError(
-                    f"layer {layer.name!r} has no channels yet on {absent} of {ranks.size} ranks: run one batch "
-                    "through the model before training, so that its lazy layers find their shapes on every rank"
                 )
         return elements
 

@@ -53,23 +53,9 @@ class Target:
                 "where NAME is a function that returns a dict of fit's arguments"
             )
         if not where.endswith(".py") and os.sep not in where:
-            if not all(part.isidentifier() for part in where.split(".")):
-                raise SetupError(
-                    f"{shown(text)}: {shown(where)} is no module's name, such as package.train: for a file write its "
-                    "path, such as train.py:build"
-                )
             return cls(text, os.getcwd(), None, where, name, dict(overrides or {}))
-        try:
-            path = Path(where).resolve()
-            is_folder, is_file = path.is_dir(), path.is_file()
-        except (OSError, ValueError) as error:
-            raise SetupError(f"{shown(text)} does not name a file: {error}") from error
-        if is_folder:
-            raise SetupError(
-                f"{shown(text)}: {str(path)!r} is a folder, and no file: name the Python file in it that defines "
-                f"{name}, such as {Path(where) / 'train.py'}:{name}"
-            )
-        if not is_file:
+        path = Path(where).resolve()
+        if not path.is_file():
             beside = sorted(file.name for file in path.parent.glob("*.py"))
             hint = _nearest(path.name, beside, ": give its path from the current folder, or from /")
             raise SetupError(f"{shown(text)}: there is no file {str(path)!r}{hint}")
@@ -102,10 +88,9 @@ class Target:
         """What has the name: a function, or a trainer."""
         found: Any = self._module()
         for part in self.name.split("."):
-            names = dir(found)
-            if part not in names and not hasattr(found, part):
+            if not hasattr(found, part):
                 place = getattr(found, "__file__", None) or getattr(found, "__name__", found)
-                public = [name for name in names if not name.startswith("_") and callable(getattr(found, name, None))]
+                public = [name for name in dir(found) if name[0] != "_" and callable(getattr(found, name, None))]
                 hint = _nearest(part, public, f": it defines {', '.join(public)}" if public else "")
                 raise SetupError(f"{shown(self.text)}: there is no {part!r} in {place}{hint}")
             found = getattr(found, part)

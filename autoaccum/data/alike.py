@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autoaccum.data.base import Source
 from autoaccum.data.draws import Lane
-from autoaccum.data.structure import children
+from autoaccum.data.structure import leaves
 from autoaccum.ranks import digest
 
 __all__ = ["data_facts"]
@@ -30,22 +30,17 @@ def data_facts(called: str, source: Source | None) -> dict[str, Any]:
     with source._untouched():
         for seed in _SEEDS:
             with Lane(seed):
-                looks.append(_leaves(source.first()))
+                looks.append([_told(leaf) for _, leaf in leaves(source.first())])
     if len(looks[0]) == len(looks[1]):
         same = [a for a, b in zip(*looks, strict=True) if a == b]
         facts[f"{called}'s first samples"] = "; ".join(same[:4]) + f" (in all {digest(same):08x})"
     return facts
 
 
-def _leaves(node: Any) -> list[str]:
-    inside = children(node)
-    if inside is not None:
-        return [leaf for child in inside for leaf in _leaves(child)]
-    if isinstance(node, Tensor) and node.layout == torch.strided and not node.is_nested:
-        what = f"{str(node.dtype).removeprefix('torch.')} of shape {tuple(node.shape)}"
-        return [f"{what} {digest(node):08x}"]
-    if callable(getattr(node, "tobytes", None)):  # an array, an image
-        return [f"{type(node).__name__} {digest(node.tobytes()):08x}"]
-    if isinstance(node, (int, float, str, bytes)):
-        return [repr(node)[:80]]
-    return [type(node).__name__]
+def _told(leaf: Any) -> str:
+    """What is compared of a leaf."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested:
+        return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)} {digest(leaf):08x}"
+    if callable(getattr(leaf, "tobytes", None)):  # an array, an image
+        return f"{type(leaf).__name__} {digest(leaf.tobytes()):08x}"
+    return repr(leaf)[:80] if isinstance(leaf, (int, float, str, bytes)) else type(leaf).__name__

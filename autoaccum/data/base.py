@@ -15,7 +15,6 @@ Choices made here:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler
 from autoaccum.data.trial_samples import Pool
-from autoaccum.errors import CheckpointError, DataError, shown
+from autoaccum.errors import CheckpointError, DataError
 from autoaccum.interrupts import interruptible
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
@@ -95,13 +94,7 @@ class Source(ABC):
         if self._worst_case is None:
             return _filled(self.marked(interruptible(self._trial, size)), size)
         if not callable(self._worst_case):
-            given = self._worst_case
-            if isinstance(given, (list, tuple)) and all(isinstance(each, Number) for each in given):
-                raise DataError(
-                    f"worst_case={shown(given)} is a list of numbers: give a batch as the data's own are, or f(n) -> "
-                    "such a batch of n samples"
-                )
-            return tree.repeat(given, size)
+            return tree.repeat(self._worst_case, size)
         batch = interruptible(self._worst_case, size)
         found = tree.batch_size(batch)
         if found != size:

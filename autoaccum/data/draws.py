@@ -11,11 +11,8 @@ Choices made here:
 - Samples that workers fetch are seeded one by one from (base, position in the epoch): neither the number of
   micro-batches, nor of workers, nor a restart changes an augmentation. The position rather than the index, because a
   sampler with replacement may show an index twice in an epoch, and should see it augmented in two ways.
-- numpy is never imported, only looked up.
 """
 
-import random
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,9 +20,9 @@ import torch
 
 from autoaccum.data.held import restore, state_of
 from autoaccum.interrupts import uninterrupted
-from autoaccum.random_state import RandomState
+from autoaccum.random_state import RandomState, numpy_random, seed_everything
 
-__all__ = ["Lane", "draw", "mix", "preserved", "seed_sample"]
+__all__ = ["Lane", "draw", "mix", "preserved"]
 
 _MASK = 2**64 - 1
 _CPU = torch.device("cpu")  # a worker must not touch an accelerator
@@ -50,16 +47,6 @@ def draw(generator: torch.Generator) -> int:
     return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
 
-def seed_sample(seed: int) -> None:
-    """Seeds torch (on the CPU), Python and, where it is loaded, numpy."""
-    # torch.manual_seed would seed every accelerator too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    numpy = _numpy()
-    if numpy is not None:
-        numpy.seed(seed & 0xFFFFFFFF)
-
-
 class Lane:
     """Inside `with lane:` the global generators are the lane's own, and go on where its last use left them."""
 
@@ -71,8 +58,8 @@ class Lane:
     @uninterrupted
     def __enter__(self) -> None:
         self._outside = RandomState(_CPU)
-        if self._inside is None or (not self._inside.has_numpy and _numpy() is not None):
-            seed_sample(self._seed)
+        if self._inside is None or (not self._inside.has_numpy and numpy_random() is not None):
+            seed_everything(self._seed, cpu_only=True)
         if self._inside is not None:
             self._inside.restore()
 
@@ -98,8 +85,3 @@ class preserved:
         self._before.restore()
         for each, state in self._own:
             restore(each, state)
-
-
-def _numpy() -> Any:
-    """numpy.random, where something has loaded it."""
-    return sys.modules.get("numpy.random")

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 from torch.utils.data._utils.collate import collate as torchs_collate
 
-from autoaccum.data.draws import mix, seed_sample
+from autoaccum.data.draws import mix
 from autoaccum.data.sample_lengths import ByLength, Padding, cut
 from autoaccum.errors import DataError, TracebackText
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.random_state import seed_everything
 
 __all__ = ["Ask", "Failure", "Fetcher", "WorkerDataset"]
 
@@ -45,7 +46,7 @@ class Failure(NamedTuple):
 
     message: str
     traceback: str
-    """Of its cause."""
+    """Of its cause, as text: an error of the user's own class need not survive the way."""
 
     def raise_here(self) -> None:
         """Raises it in this process."""
@@ -70,7 +71,7 @@ class Fetcher:
         batches = []
         for places in pieces:
             if ask.base is not None:  # a collate function may draw too, as for masked words
-                seed_sample(mix(ask.base, ask.position + places[0], 1))
+                seed_everything(mix(ask.base, ask.position + places[0], 1), cpu_only=True)
             batches.append(
                 self.collated([samples[place] for place in places], [ask.indices[place] for place in places])
             )
@@ -82,7 +83,7 @@ class Fetcher:
         try:
             for place, index in enumerate(indices):
                 if seeds is not None:
-                    seed_sample(seeds[place])
+                    seed_everything(seeds[place], cpu_only=True)
                 samples.append(dataset[index])  # their number tells which one failed
         except Exception as error:
             scarce = out_of_memory(error) is Verdict.SURELY

@@ -10,17 +10,18 @@ The protocol, by which an epoch that is gone on with draws what it would have dr
 Objects are reached by the attributes that torch and torchvision nest them by (`_NESTED`, `_LISTED`), and by a method's
 own object. What a closure or a global variable holds is not seen, and draws on after a restart. The global generators
 are nobody's own, even where an attribute leads to one. They are looked for anew each time: a sampler may make itself
-another one for each epoch. numpy is never imported, only looked up.
+another one for each epoch.
 """
 
 import copy
 import random
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from autoaccum.random_state import numpy_random
 
 __all__ = ["held", "is_generator", "restore", "state_of"]
 
@@ -80,7 +81,7 @@ def is_generator(value: Any) -> bool:
         return True
     if isinstance(value, random.Random):
         return type(value).getstate is random.Random.getstate  # SystemRandom and its like have no state
-    numpy = _numpy()
+    numpy = numpy_random()
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState))
 
 
@@ -91,7 +92,7 @@ def _has_state(owner: Any) -> bool:
 
 
 def _globals() -> list[Any]:
-    numpy = _numpy()
+    numpy = numpy_random()
     own = [] if numpy is None else [numpy.mtrand._rand]
     return [torch.default_generator, random.getstate.__self__, *own]  # type: ignore[attr-defined]
 
@@ -101,8 +102,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value.tolist() if type(value).__module__ == "numpy" else value
-
-
-def _numpy() -> Any:
-    """numpy.random, where something has loaded it."""
-    return sys.modules.get("numpy.random")

@@ -27,7 +27,6 @@ from autoaccum.data.orders import (
     shared_order,
     undistributed,
 )
-from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 
 __all__ = ["IndexedSource", "TensorSource"]
@@ -106,9 +105,6 @@ class TensorSource(IndexedSource):
     def __init__(self, data: Any, loader: DataLoader[Any] | None = None, **common: Any) -> None:
         super().__init__(tree.batch_size(data), loader, **common)
         self._data = data
-        self._tensors = [tensor for _, tensor in tree.tensors(data)]
-        self._flat = all(isinstance(child, Tensor) for child in children(data) or ())
-        self._strided = all(t.layout is torch.strided and not t.is_nested for t in self._tensors)
 
     def first(self) -> Any:
         """The first and the last row that an epoch may show."""
@@ -120,44 +116,19 @@ class TensorSource(IndexedSource):
         count = len(candidates)
         # From all over, since datasets come sorted; in turn where more are wanted than there are.
         chosen = [number % count if size > count else number * count // size for number in range(size)]
-        rows = torch.tensor([candidates[number] for number in chosen], dtype=torch.int64)
-        return self._like(self._gather(rows))
+        return self._gather(torch.tensor([candidates[number] for number in chosen], dtype=torch.int64))
 
     def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
         while total := cutter.total(order.look):
             cut = cutter.cut(total)
-            rows = order.rows(total)
-            if cut.stop - cut.start != total:
-                rows = rows[cut.start : cut.stop]
-            if not cut.sizes:
-                yield Read(total, [])
-                continue
-            window = self._gather(rows)
-            if len(cut.sizes) == 1:
-                yield Read(total, [self._like(window)])
-            elif self._strided:
-                pieces = [torch.split_with_sizes(tensor, cut.sizes) for tensor in window]
-                yield Read(total, [self._like(parts) for parts in zip(*pieces)])
-            else:
-                yield Read(total, tree.split(self._like(window), cut.sizes))
+            rows = order.rows(total)[cut.start : cut.stop]
+            yield Read(total, tree.split(self._gather(rows), cut.sizes) if cut.sizes else [])
 
-    def _gather(self, rows: Tensor) -> list[Tensor]:
-        if not self._strided:
-            return [tree.take_rows(tensor, rows.tolist()) for tensor in self._tensors]
+    def _gather(self, rows: Tensor) -> Any:
         try:
-            return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self._tensors]
+            return tree.map_tensors(lambda tensor: tree.take_rows(tensor, rows), self._data)
         except (IndexError, RuntimeError) as error:
             raise DataError(
                 f"rows {rows[:8].tolist()} and on could not be taken from tensors of {self._rows} rows: {error}; the "
                 "sampler must give indices from 0 to one below that"
             ) from error
-
-    def _like(self, parts: Sequence[Tensor]) -> Any:
-        """The parts in the structure of the data."""
-        kind = type(self._data)
-        if self._flat and kind is dict:
-            return dict(zip(self._data, parts))
-        if self._flat and kind in (tuple, list):
-            return kind(parts)
-        remaining = iter(parts)
-        return tree.map_tensors(lambda _: next(remaining), self._data)

@@ -13,7 +13,7 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -28,10 +28,10 @@ from autoaccum.data.stream import Reader, StreamSource, reads_once
 from autoaccum.data.trial_samples import KEPT_BYTES, Pool, largest_first, spread
 from autoaccum.errors import DataError, shown
 
-__all__ = ["BatchSource", "iterates_by_itself"]
+__all__ = ["TARGET_KEYS", "BatchSource", "iterates_by_itself"]
 
 _LOOKED_AT = 8
-_TARGET_KEYS = ("labels", "label", "targets", "target")
+TARGET_KEYS = ("labels", "label", "targets", "target")
 
 
 class BatchSource(StreamSource):
@@ -77,7 +77,7 @@ class BatchSource(StreamSource):
         if not (self._compared or self.one_shot or tree.is_flat(batch)):
             self._compared = True
             with self._untouched():
-                for other in islice(filter(_is_some, self._batches_for_trials()), _LOOKED_AT):
+                for other in islice(self._batches_for_trials(), _LOOKED_AT):
                     self._lists.look(other)
         return self._lists.read(batch)
 
@@ -98,7 +98,7 @@ class BatchSource(StreamSource):
 
     def first(self) -> Any:
         """The first ready batch that a trial may see."""
-        return list(islice(self._drawn_ahead(0) if self.one_shot else self._batches_for_trials(), 1))
+        return list(islice(self._batches_for_trials(), 1))
 
     # --- trials ---
 
@@ -115,32 +115,31 @@ class BatchSource(StreamSource):
 
     def _some_batches(self, size: int) -> list[Any]:
         """A few ready batches, and more until they have `size` samples."""
-        if self.one_shot:
-            reader = self._only_reader()
-            reader.look(size)
-            return list(reader.drawn)
         looked_at = self._looked_at
         if sum(map(_checked_size, looked_at)) < size:
+            looked_at, samples = [], 0
             with self._untouched():
-                looked_at = []
-                samples = 0
-                for batch in map(self.marked, filter(_is_some, self._batches_for_trials())):
+                for batch in map(self.marked, self._batches_for_trials()):
                     looked_at.append(batch)
                     samples += _checked_size(batch)
                     if samples >= size and len(looked_at) >= _LOOKED_AT:
                         break
             self._looked_at = looked_at if tree.nbytes(looked_at) <= KEPT_BYTES else []
-        return [batch for batch in looked_at if _checked_size(batch)]
+        return list(filter(_checked_size, looked_at))
 
-    def _batches_for_trials(self) -> Iterable[Any]:
+    def _batches_for_trials(self) -> Iterator[Any]:
         """Ready batches from the beginning, without asking the sampler where the dataset makes them."""
-        if iterates_by_itself(self._loader):
-            return self._loader
-        dataset: Any = self._loader.dataset
-        if isinstance(dataset, IterableDataset):
-            return self._loader if reads_once(dataset) else map(self._loader.collate_fn, dataset)
-        indices = possible_indices(self._loader.sampler, length_of(dataset))
-        return (self._loader.collate_fn(self._fetcher.samples([indices[number]])[0]) for number in spread(len(indices)))
+        loader, dataset = self._loader, cast(Any, self._loader.dataset)
+        found: Iterable[Any] = loader
+        if self.one_shot:
+            found = self._drawn_ahead(0)
+        elif isinstance(dataset, IterableDataset) and not (iterates_by_itself(loader) or reads_once(dataset)):
+            found = map(loader.collate_fn, dataset)
+        elif not (isinstance(dataset, IterableDataset) or iterates_by_itself(loader)):
+            indices = possible_indices(loader.sampler, length_of(dataset))
+            places = spread(len(indices))
+            found = (loader.collate_fn(self._fetcher.samples([indices[place]])[0]) for place in places)
+        return (batch for batch in found if batch is not None)  # a collate function may have had nothing left
 
 
 def _samples_of(batches: BatchSampler) -> int | None:
@@ -170,10 +169,6 @@ def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     return loader
 
 
-def _is_some(batch: Any) -> bool:
-    return batch is not None
-
-
 def _checked_size(batch: Any) -> int:
     """Samples in a ready batch; a DataError where it is a single sample, or its leaves disagree."""
     hint = (
@@ -182,7 +177,7 @@ def _checked_size(batch: Any) -> int:
     )
     target: Any = None
     if isinstance(batch, Mapping):
-        target = next((batch[key] for key in _TARGET_KEYS if key in batch), None)
+        target = next((batch[key] for key in TARGET_KEYS if key in batch), None)
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         target = batch[-1]
     if isinstance(target, (int, float)) or (isinstance(target, Tensor) and target.dim() == 0):

@@ -30,7 +30,7 @@ from autoaccum.data.indexed import TensorSource
 from autoaccum.data.mapped import MapSource
 from autoaccum.data.ready import BatchSource, iterates_by_itself
 from autoaccum.data.stream import SampleSource
-from autoaccum.data.structure import children, rebuild, steps
+from autoaccum.data.structure import children, leaves, rebuild
 from autoaccum.errors import DataError, shown
 from autoaccum.ranks import Ranks, here
 
@@ -120,7 +120,7 @@ def _is_tensors(data: Any) -> bool:
     kind = type(data).__name__
     if not data:
         raise DataError(f"the data is an empty {kind}: give one of equally long tensors")
-    for path, leaf in _leaves(data, ""):
+    for path, leaf in leaves(data):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             what = f"a tensor without dimensions ({shown(leaf)})" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise DataError(
@@ -154,15 +154,6 @@ def _from_arrays(data: Any) -> Any:
         raise DataError(
             f"the data holds an array of {data.dtype}, which no tensor can hold: {error}; turn it into numbers first"
         ) from error
-
-
-def _leaves(node: Any, path: str) -> Iterable[tuple[str, Any]]:
-    inside = children(node)
-    if inside is None:
-        yield path, node
-    else:
-        for step, child in zip(steps(node), inside):
-            yield from _leaves(child, path + step)
 
 
 def _with_tensors(data: Any) -> Any:

@@ -40,6 +40,7 @@ __all__ = [
     "kind_of",
     "known_as",
     "labelled",
+    "leaves",
     "lists",
     "plain",
     "rebuild",
@@ -165,15 +166,22 @@ def rebuild(node: Any, inside: list[Any]) -> Any:
     return new
 
 
-def tensors(node: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Each tensor with its path, in order: "['input_ids']", "[0].image"; a lone tensor's path is ""."""
-    if isinstance(node, Tensor):
+def leaves(node: Any, path: str = "", whole: Callable[[Any], bool] = lambda node: False) -> Iterator[tuple[str, Any]]:
+    """Each leaf with its path, in order: "['input_ids']", "[0].image"; a lone leaf's path is "".
+
+    A node that is `whole` is a leaf, whatever is in it.
+    """
+    inside = None if whole(node) else children(node)
+    if inside is None:
         yield path, node
         return
-    inside = children(node)
-    if inside:
-        for step, child in zip(steps(node), inside):
-            yield from tensors(child, path + step)
+    for step, child in zip(steps(node), inside) if inside else ():
+        yield from leaves(child, path + step, whole)
+
+
+def tensors(node: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor with its path, in order."""
+    return ((path, leaf) for path, leaf in leaves(node) if isinstance(leaf, Tensor))
 
 
 # What is the same for all samples wherever it stands alone.
@@ -226,7 +234,7 @@ class Reading:
         """`count` structures like `node`: `cut` gives the parts of each batched leaf, and the rest goes to all."""
         if isinstance(node, Tensor):
             return cut(node) if node.dim() else [node] * count
-        if self.listed(node) or self._is_array(node):
+        if self._whole(node):
             return cut(node)
         inside = children(node)
         if inside is None:
@@ -236,7 +244,7 @@ class Reading:
 
     def leaves(self) -> Iterator[tuple[str, Any]]:
         """Each leaf that is cut, with its path: a tensor with samples along dimension 0, or a list of samples."""
-        for path, leaf in self._leaves(self.batch, ""):
+        for path, leaf in leaves(self.batch, whole=self._whole):
             if leaf.dim() if isinstance(leaf, Tensor) else self.listed(leaf):
                 yield path, leaf
 
@@ -244,19 +252,13 @@ class Reading:
         """Each leaf, with its path, that goes whole to every part though it may hold samples: it is not known here."""
         if isinstance(self.batch, Piece):  # which is cut before it is collated, whatever is in it
             return
-        for path, leaf in self._leaves(self.batch, ""):
-            if not (isinstance(leaf, (Tensor, *_SHARED)) or self.listed(leaf) or self._is_array(leaf)):
+        for path, leaf in leaves(self.batch, whole=self._whole):
+            if not (isinstance(leaf, (Tensor, *_SHARED)) or self._whole(leaf)):
                 yield path, leaf
 
-    def _leaves(self, node: Any, path: str) -> Iterator[tuple[str, Any]]:
-        """What is not looked into: tensors, lists of samples, arrays, and what is no container."""
-        whole = isinstance(node, Tensor) or self.listed(node) or self._is_array(node)
-        inside = None if whole else children(node)
-        if inside is None:
-            yield path, node
-            return
-        for step, child in zip(steps(node), inside):
-            yield from self._leaves(child, path + step)
+    def _whole(self, node: Any) -> bool:
+        """Whether `node` is cut as one: a list of samples, or another library's rows."""
+        return self.listed(node) or self._is_array(node)
 
     def _is_array(self, node: Any) -> bool:
         """Whether `node` is of another library and has one row a sample: an array, or a batch of graphs."""

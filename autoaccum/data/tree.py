@@ -31,6 +31,7 @@ from autoaccum.data.structure import (
     tensors,
 )
 from autoaccum.errors import DataError
+from autoaccum.memory.resident import dense_parts
 
 __all__ = [
     "batch_size",
@@ -171,22 +172,25 @@ def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> A
 
 def nbytes(batch: Any) -> int:
     """Bytes that the tensors of the batch take, wherever they are."""
-    return sum(_tensor_bytes(tensor) for _, tensor in tensors(batch))
+    return sum(part.nbytes for _, tensor in tensors(batch) for part in dense_parts(tensor))
 
 
 def _rows(leaf: Any, rows: Sequence[int]) -> Any:
     return take_rows(leaf, rows) if isinstance(leaf, Tensor) else take(leaf, rows)
 
 
-def take_rows(tensor: Tensor, rows: Sequence[int]) -> Tensor:
-    """The rows of a tensor of any layout, copied."""
-    if tensor.is_nested:
-        chosen = tensor.unbind()
-        return torch.nested.as_nested_tensor([chosen[row] for row in rows], layout=tensor.layout)
-    index = torch.tensor(rows, dtype=torch.int64, device=tensor.device)
-    if tensor.layout in (torch.strided, torch.sparse_coo):
-        return tensor.index_select(0, index)
-    return _coordinates(tensor).index_select(0, index).to_sparse(layout=tensor.layout)
+def take_rows(tensor: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
+    """The rows of a tensor, copied.
+
+    Raises:
+        DataError: it is of a layout whose rows cannot be taken.
+    """
+    if tensor.is_nested or tensor.layout not in (torch.strided, torch.sparse_coo):
+        raise DataError(
+            f"a tensor of layout {tensor.layout} cannot be cut into samples: give a dense one, or one of coordinates "
+            "(torch.sparse_coo)"
+        )
+    return tensor.index_select(0, torch.as_tensor(rows, dtype=torch.int64, device=tensor.device))
 
 
 def is_flat(batch: Any) -> bool:
@@ -213,23 +217,6 @@ def _flat_size(batch: Any) -> int | None:
             return None
         size = leaf.size(0)
     return size
-
-
-def _coordinates(tensor: Tensor) -> Tensor:
-    """A compressed sparse tensor as coordinates, the one sparse layout whose rows can be taken and joined."""
-    return tensor.to_sparse(layout=torch.sparse_coo)
-
-
-def _tensor_bytes(tensor: Tensor) -> int:
-    if tensor.is_nested:
-        return sum(part.nbytes for part in tensor.unbind())
-    if tensor.layout is torch.strided:
-        return tensor.nbytes
-    if tensor.layout is torch.sparse_coo:
-        return tensor._indices().nbytes + tensor._values().nbytes
-    rows_first = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
-    outer, inner = ("crow", "col") if rows_first else ("ccol", "row")
-    return sum(getattr(tensor, name)().nbytes for name in (f"{outer}_indices", f"{inner}_indices", "values"))
 
 
 def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
@@ -261,16 +248,12 @@ def _concatenate(parts: list[Any], path: str) -> Tensor:
                 f"batches cannot be joined: {path or 'the batch'} is {_describe(first)} in one and {_describe(part)} "
                 "in another; pad them to the same shape"
             )
-    if first.is_nested:
-        return torch.nested.as_nested_tensor([row for part in parts for row in part.unbind()], layout=first.layout)
-    if first.layout in (torch.strided, torch.sparse_coo):
-        return torch.cat(parts)
-    return torch.cat([_coordinates(part) for part in parts]).to_sparse(layout=first.layout)
+    return torch.cat(parts)
 
 
 def _row(tensor: Tensor) -> tuple[object, ...]:
-    """What tensors must have in common to be joined; the rows of a nested tensor differ in shape by right."""
-    return tensor.dtype, tensor.layout, tensor.dim() if tensor.is_nested else tensor.shape[1:]
+    """What tensors must have in common to be joined."""
+    return tensor.dtype, tensor.layout, tensor.shape[1:]
 
 
 def _describe(node: Any) -> str:

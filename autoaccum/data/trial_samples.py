@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from autoaccum.data import tree
-from autoaccum.data.structure import children
+from autoaccum.data.structure import leaves
 from autoaccum.errors import DataError
 from autoaccum.units import MIB, format_bytes
 
@@ -105,14 +105,15 @@ def largest_first(items: Sequence[Any], sizes: Sequence[int], what: str) -> tupl
 
 def _weight(sample: Any) -> int:
     """How large a sample is, in bytes or as near as can be told: only a comparison is wanted."""
-    if isinstance(sample, Tensor):
-        return tree.nbytes(sample)
-    if isinstance(sample, (str, bytes)):
-        return len(sample)
-    inside = children(sample)
-    if inside is not None:
-        return sum(map(_weight, inside))
-    size = getattr(sample, "nbytes", None) or getattr(sample, "size", None)  # an array; an image's width and height
+    return sum(_leaf_weight(leaf) for _, leaf in leaves(sample))
+
+
+def _leaf_weight(leaf: Any) -> int:
+    if isinstance(leaf, Tensor):
+        return tree.nbytes(leaf)
+    if isinstance(leaf, (str, bytes)):
+        return len(leaf)
+    size = getattr(leaf, "nbytes", None) or getattr(leaf, "size", None)  # an array; an image's width and height
     if isinstance(size, tuple) and len(size) == 2:
         return int(size[0]) * int(size[1])
     return size if isinstance(size, int) else 8

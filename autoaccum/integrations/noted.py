@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Noted", "plain"]
+__all__ = ["Noted"]
 
 _PLAIN = (int, float, bool, str, type(None))
 
@@ -24,13 +24,6 @@ class Noted:
         for name in [name for name in held if name not in self._names]:
             del held[name]
         held.update(self._kept)
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, as JSON would read them back."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from autoaccum.checks import plain
 from autoaccum.errors import CheckpointError, SetupError
 from autoaccum.files import write_json
 from autoaccum.integrations.attachment import Attachment, Trained
 from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
-from autoaccum.integrations.noted import plain
 from autoaccum.integrations.transformers_step import OwnStep
 from autoaccum.integrations.transformers_verify import verify
 from autoaccum.integrations.unserved import NAME, refuse

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from autoaccum.data.piece import Piece
+from autoaccum.data.ready import TARGET_KEYS
 from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError, shown
 
 __all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "returned_loss", "scalar", "targets_in"]
 
-TARGET_KEYS = ("labels", "label", "targets", "target")
 
 STEP = "or own the call with step=f(model, batch)"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["resident_bytes", "resident_parts"]
+__all__ = ["dense_parts", "resident_bytes", "resident_parts"]
 
 
 def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
@@ -75,7 +75,7 @@ def _all(objects: Iterable[Any]) -> Iterator[Tensor]:
 def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tuple[torch.device, int]]) -> int:
     total = 0
     for tensor in tensors:
-        for dense in _dense(tensor):
+        for dense in dense_parts(tensor):
             if dense.device.type == "meta" or not _on(dense.device, device):
                 continue
             storage = dense.untyped_storage()
@@ -86,7 +86,7 @@ def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tup
     return total
 
 
-def _dense(tensor: Tensor) -> list[Tensor]:
+def dense_parts(tensor: Tensor) -> list[Tensor]:
     """The strided tensors on this rank that a tensor consists of."""
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return [part] if part is not tensor else _whole(tensor)

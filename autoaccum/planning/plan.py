@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoaccum.checks import plain
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import PlanError, shown
 from autoaccum.planning import learning_rate, split, stored
@@ -69,7 +70,7 @@ class Plan(PlanFields, Drawn):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the schema's version; tuples become lists."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"schema": SCHEMA, **{name: stored.plain(value) for name, value in values.items()}}
+        return {"schema": SCHEMA, **{name: plain(value) for name, value in values.items()}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":

@@ -10,17 +10,10 @@ from autoaccum.errors import PlanError, shown
 from autoaccum.files import read_json, write_json
 from autoaccum.planning.plan_fields import PlanFields
 
-__all__ = ["SCHEMA", "plain", "read_file", "read_values", "write_file"]
+__all__ = ["SCHEMA", "read_file", "read_values", "write_file"]
 
 SCHEMA = 1
 _LONGEST_PATH = 1000
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON has it: tuples become lists, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, tuple) else value
 
 
 def read_values(data: Any) -> dict[str, Any]:

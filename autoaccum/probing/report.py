@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoaccum.checks import plain
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
@@ -123,7 +124,7 @@ class ProbeReport(Drawn):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""
         apart = ("plan", "timeline", "forecaster")
-        kept = {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.name not in apart}
+        kept = {field.name: plain(getattr(self, field.name)) for field in fields(self) if field.name not in apart}
         drawn = {"curve": self._curve(), "timeline": self._timeline()}
         return {**kept, "out_of_memory_count": self.out_of_memory_count, **drawn}
 
@@ -162,10 +163,3 @@ class ProbeReport(Drawn):
         from autoaccum.display.plots import probe_plot
 
         probe_plot(self.to_dict(), path)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
-    if isinstance(value, tuple):
-        return [_plain(part) for part in value]
-    return value.to_dict() if isinstance(value, Trial) else value
