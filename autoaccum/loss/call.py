@@ -18,7 +18,6 @@ from autoaccum.errors import DataError, LossError, shown
 
 __all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "returned_loss", "scalar", "targets_in"]
 
-
 STEP = "or own the call with step=f(model, batch)"
 
 
