@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from autoaccum.errors import SetupError
 from autoaccum.model import compiled as compiled_module
 from autoaccum.model.compiled import Compiled, _options
+from autoaccum.model.memory_savers import installed
 from tests.versions import since
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torch.compile is tried on Linux and macOS")
@@ -306,3 +308,37 @@ def test_matrices_are_not_padded_since_that_guards_on_the_batch():
     assert _options("inductor") == {"shape_padding": False}
     assert "shape_padding" in torch._inductor.list_options()
     assert _options(lambda graph, inputs: graph) is None
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(32, 32) for _ in range(10)), nn.Linear(32, 10)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(F.gelu(layer(x)))
+        return self.head(x.mean(1))
+
+
+def kept(rung):
+    """Bytes that a compiled forward keeps for its backward, parameters apart."""
+    model, sizes = Deep(), []
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            sizes.append(tensor.nbytes)
+        return tensor
+
+    compiled, cpu = Compiled(model, lambda text: None), torch.device("cpu")
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with compiled, installed(rung, model, cpu, compiled=compiled), hooks:
+        model(torch.randn(16, 64, 32))
+    return sum(sizes)
+
+
+def test_a_budget_for_activations_is_compiled_apart_and_refused_without_compilation():
+    assert kept("activation_memory_budget/0.2") < kept(None) / 3
+    with pytest.raises(SetupError, match=r"activation_memory_budget/0\.2.*not compiled: give compile=True"):
+        autoaccum.prepare(make(), data(), target_batch=8, ladder="activation_memory_budget/0.2", **ASKED)

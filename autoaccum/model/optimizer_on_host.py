@@ -31,7 +31,8 @@ class OptimizerOnHost:
         self._before: list[tuple[Tensor, str]] = []
 
     def __enter__(self) -> "OptimizerOnHost":
-        optimizer, held = self._optimizer, vars(self._optimizer)
+        optimizer: Any = self._optimizer
+        held = vars(optimizer)
         self._step, self._load = optimizer.step, optimizer.load_state_dict
         self._own: dict[str, Any] = {name: held[name] for name in ("step", "load_state_dict") if name in held}
         held["step"] = types.MethodType(lambda _, closure=None: self.step(), optimizer)  # a schedule wants a method
@@ -40,7 +41,7 @@ class OptimizerOnHost:
         return self
 
     def __exit__(self, *error: object) -> None:
-        held = vars(self._optimizer)
+        held: dict[str, Any] = vars(self._optimizer)
         for name in ("step", "load_state_dict"):
             del held[name]
         held.update(self._own)
