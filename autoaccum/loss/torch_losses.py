@@ -7,6 +7,7 @@ ragged micro-batches so weighted give the whole batch's gradient.
 
 import functools
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -65,8 +66,8 @@ _BY_FUNCTION: Mapping[Any, _Row] = {row.function: row for row in _ROWS.values() 
 class TorchLoss:
     """One of torch's losses as the user passed it."""
 
-    def __init__(self, row: _Row, loss: Any, settings: Mapping[str, Any]) -> None:
-        self._row, self._loss, self._settings = row, loss, settings
+    def __init__(self, row: _Row, loss: Any, settings: Any) -> None:
+        self._row, self._loss, self._settings = row, loss, settings  # a module's stand in its attributes
         self._weights = ClassWeights()
 
     @classmethod
@@ -91,22 +92,19 @@ class TorchLoss:
             row = None if kind is None or type(loss).forward is not kind.forward else _ROWS[kind]
         else:
             row = _BY_FUNCTION.get(loss) if getattr(loss, "__hash__", None) else None
-        return None if row is None else cls(row, loss, settings)
-
-    def _setting(self, name: str, default: Any) -> Any:
-        if isinstance(self._loss, nn.Module):
-            return getattr(self._loss, name, default)
-        return self._settings.get(name, default)
+        if row is None:
+            return None
+        return cls(row, loss, loss if isinstance(loss, nn.Module) else SimpleNamespace(**settings))
 
     @property
     def reduction(self) -> str:
         """One of "mean", "sum", "none" and "batchmean", as it stands now."""
-        return str(self._setting("reduction", "mean"))
+        return str(getattr(self._settings, "reduction", "mean"))
 
     @property
     def ignore_index(self) -> int:
         """The class index that is not counted."""
-        index = self._setting("ignore_index", None)
+        index = getattr(self._settings, "ignore_index", None)
         return IGNORED if index is None else int(index)
 
     @property
@@ -122,7 +120,7 @@ class TorchLoss:
     @property
     def weights(self) -> Tensor | None:
         """The class weights, of a loss whose mean they enter."""
-        weights = self._setting("weight", None) if self.over_classes else None
+        weights = getattr(self._settings, "weight", None) if self.over_classes else None
         return weights if isinstance(weights, Tensor) else None
 
     @property
