@@ -132,7 +132,7 @@ def test_a_saver_that_the_models_code_does_not_bear_is_left_out_with_its_error(m
     assert report.ladder is None
     left = {row["saver"]: row["obstacle"] for row in report.savers if row["limit"] is None}
     assert left["checkpointing"] == "cannot be run, RuntimeError: called again"
-    assert "called again" in str(report)
+    assert "called again" in " ".join(str(report).split())  # where the table is narrow it goes on in the next line
 
 
 def test_what_changes_the_result_is_named_with_what_it_frees():
