@@ -242,3 +242,18 @@ def test_a_collate_function_that_fails_with_nothing_left_is_told_so_and_not_abou
     with pytest.raises(DataError, match="let it return None") as caught:
         read(DataLoader(corrupt({0, 1, 2, 3}), 4, collate_fn=stacking))
     assert "pads" not in str(caught.value)
+
+
+def test_ready_batches_that_can_be_read_once_are_tried_and_all_trained_on():
+    class Once(IterableDataset):
+        def __init__(self):
+            self.batches = iter([torch.arange(start, start + 4) for start in range(0, 80, 4)])
+
+        def __iter__(self):
+            return self.batches
+
+    source = open_source(DataLoader(Once(), batch_size=None))
+    assert source.trial(3).tolist() == [0, 1, 2]
+    assert source.trial(50).tolist() == list(range(50))
+    found = [batch for window in windows(source, lambda: plan(8, 16), 0) for batch in window.batches]
+    assert torch.cat(found).tolist() == list(range(80))

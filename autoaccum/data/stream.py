@@ -192,7 +192,9 @@ class StreamSource(Source):
         """What can be read only once, from an item on: it stays with the reader, for training."""
         reader = self._only_reader()
         for number in count(start):
-            if reader.look(number + 1)[0] <= number:
+            if len(reader.drawn) <= number:  # an item may be a batch of several samples, which are what is looked for
+                reader.look(reader.ahead + 1)
+            if len(reader.drawn) <= number:
                 return
             yield reader.drawn[number]
 
