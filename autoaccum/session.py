@@ -292,7 +292,7 @@ class Session:
             **asked.some("epochs", "max_steps", "regrow_after", "seed", "shuffle"),
         )  # fmt: skip
         if self._kept is not None:
-            with parts.running(compiled=False):  # an optimizer whose state is on the host has no room for it elsewhere
+            with parts.under(parts.ladder):  # an optimizer whose state is on the host has no room for it elsewhere
                 loop.load_state_dict(self._kept)
         parts.ranks.tally("the end of prepare")  # whoever failed on the way here is heard by all
         return loop

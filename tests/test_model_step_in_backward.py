@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoaccum
 from autoaccum.errors import LossError, PlanError, SetupError
+from autoaccum.session import Session
 from autoaccum.training.recover import OptimizerOutOfMemoryError
 
 ASKED = {"loss": nn.MSELoss(), "optimizer": "adamw", "device": "cpu", "seed": 3, "cache": False}
@@ -124,6 +125,15 @@ def test_out_of_memory_before_that_runs_the_window_again_in_pieces_to_the_same_w
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_training_that_was_left_goes_on_to_the_same_weights(tmp_path):
+    whole, half, rest = make(), make(), make()
+    asked = {**NAMED, "target_batch": 8, "micro_batch": 8, "check": False, "epochs": 2}
+    autoaccum.fit(whole, data(), **asked)
+    autoaccum.fit(half, data(), **asked, max_steps=2, checkpoint=tmp_path, checkpoint_every=1)
+    autoaccum.fit(rest, data(), **asked, checkpoint=tmp_path, resume=True)
+    assert alike(whole, rest)
+
+
 def test_a_loss_that_is_not_finite_steps_nothing():
     x, y = data(8)
     y[3] = float("nan")
@@ -150,3 +160,9 @@ def test_a_gradient_that_comes_in_two_parts_is_an_error():
 
     with pytest.raises(SetupError, match="came in two parts"):
         autoaccum.fit(Twice(), data(8), target_batch=8, micro_batch=8, check=False, **NAMED)
+
+
+@pytest.mark.parametrize("saver", ["step_in_backward", "optimizer_on_host"])
+def test_a_trainer_that_steps_by_itself_is_not_given_a_saver_of_the_step(saver):
+    with pytest.raises(SetupError, match=f'ladder="{saver}" cannot be taken: the trainer it is attached to steps'):
+        Session(make(), data(), {**NAMED, "target_batch": 8, "ladder": saver}, what="attach")

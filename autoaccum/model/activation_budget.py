@@ -1,7 +1,8 @@
 """A compiled model that keeps a part of what it would keep for its backward pass, and computes the rest again.
 
 torch decides what that is, by its own estimate of memory and time: `torch._functorch.config.activation_memory_budget`,
-from 0 (keep the inputs) to 1 (as without). What a step then takes is not what the budget says: it is traced, as any.
+from 0 (keep the inputs) to 1 (as without). What a step then takes is not what the budget says, and can be more than it
+took without: all that is computed again may be there at once. It is traced, as any step.
 """
 
 from collections.abc import Callable
