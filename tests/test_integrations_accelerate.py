@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
 from autoaccum.errors import CheckpointError, SetupError
+from tests.versions import tested
 
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: it is in the group peers")
+accelerate = tested("accelerate")
 
 torch.manual_seed(0)
 X, Y = torch.randn(70, 6, dtype=torch.float64), torch.randint(0, 5, (70,))

@@ -1,6 +1,5 @@
 """Windows in a loop around a DeepSpeed engine: the whole batch's update under ZeRO 0 to 3, on two gloo ranks."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import autoaccum
 from autoaccum.errors import LossError, SetupError
 from autoaccum.integrations.deepspeed import EngineAccumulator
 from tests import deepspeed_ranks
+from tests.versions import tested
 
 ROOT = Path(__file__).parents[1]
 SINGLE = 1e-6  # an engine keeps its weights in float32
@@ -21,8 +21,7 @@ SINGLE = 1e-6  # an engine keeps its weights in float32
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both ranks found, by ZeRO's stage."""
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed: DS_BUILD_OPS=0 pip install deepspeed")
+    tested("deepspeed")
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
                    "PYTHONPATH": str(ROOT)}  # fmt: skip

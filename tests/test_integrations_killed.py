@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.versions import tested
+
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
@@ -79,8 +81,8 @@ torch.save([flat(net), [event.name for event in heard], steps], FOLDER + "/" + s
 
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 def test_a_killed_training_goes_on_from_the_trainers_own_checkpoint(name, tmp_path):
-    pytest.importorskip(name, reason=f"{name} is not installed: it is in the group peers")
-    pytest.importorskip("transformers", reason="transformers is not installed: it is in the group peers")
+    tested(name)
+    tested("transformers")
 
     def run(how, folder, code=0):
         folder.mkdir(exist_ok=True)

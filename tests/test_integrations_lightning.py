@@ -2,7 +2,6 @@
 
 import logging
 import warnings
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import autoaccum
 from autoaccum.errors import LossError, PlanError, SetupError
 from autoaccum.training.events import TrialRan, WindowReplayed
-from tests.test_integrations_versions import numbers
+from tests.versions import as_newest, tested
 
-pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed: it is in the group peers")
+pl = tested("lightning").pytorch
 
 from autoaccum.integrations.lightning import TargetBatch  # noqa: E402
 
@@ -175,7 +174,7 @@ class Noisy(Module):
         return super().training_step((nn.functional.dropout(batch[0], 0.3), batch[1]), batch_idx)
 
 
-@pytest.mark.skipif(numbers(version("lightning")) < [2, 6], reason="held for the newest Lightning that is tested")
+@pytest.mark.skipif(not as_newest("lightning"), reason="held for the newest Lightning that is tested")
 @pytest.mark.parametrize("limit", [1.0, 2])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_in_mid_epoch_it_goes_on_with_the_next_window_of_the_order_drawn_then(step, limit, tmp_path):

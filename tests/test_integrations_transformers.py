@@ -10,14 +10,15 @@ import autoaccum
 from autoaccum.errors import CheckpointError, DataError, LossError, PlanError, SetupError
 from autoaccum.training.events import Noted, TrialRan, WindowReplayed
 from tests.trainer_models import by_hand, flat, model, moved, padded, samples
+from tests.versions import as_newest, tested
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: it is in the group peers")
+transformers = tested("transformers")
 
 from transformers.trainer_pt_utils import IterableDatasetShard  # noqa: E402
 
 EXACT, SINGLE = 1e-10, 1e-6  # heads that compute their loss in float32 are as exact as float32 is
 
-NEW = "train_sampling_strategy" in transformers.TrainingArguments.__dataclass_fields__
+NEW = as_newest("transformers")
 ROUNDED = 0.0 if NEW else 5.1e-5  # what the oldest release logs has four digits
 
 
@@ -85,7 +86,7 @@ def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
 
 def adapted(name):
     """The model with LoRA adapters."""
-    peft = pytest.importorskip("peft", reason="peft is not installed: it is in the group peers")
+    peft = tested("peft")
     layers = {"Bert": ["query", "value"], "Robe": ["query", "value"], "T5Fo": ["q", "v"], "GPT2": ["c_attn"],
               "Llam": ["q_proj", "v_proj"]}[name[:4]]  # fmt: skip
     torch.manual_seed(0)
@@ -99,6 +100,51 @@ def test_the_update_of_adapters_is_the_whole_batchs(name, labels, lora, within, 
     reference, _ = by_hand(adapted(name), data, 8)
     attach(trainer(net, data, tmp_path), micro_batch=3).train()
     assert moved(flat(net), before, reference) <= within
+
+
+@pytest.mark.slow
+def test_the_update_of_a_model_that_the_trainer_compiles_is_the_whole_batchs(tmp_path):
+    data, net = samples("tokens", 16), model("BertForMaskedLM")
+    before = flat(net)
+    reference, _ = by_hand(model("BertForMaskedLM"), data, 8)
+    made = trainer(net, data, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    attach(made, micro_batch=3).train()
+    assert type(made.model_wrapped).__name__ == "OptimizedModule"
+    assert moved(flat(net), before, reference) <= EXACT
+
+
+class TwoTerms(torch.nn.Module):
+    """A mean over labels that are not ignored, and one over flagged samples, if there are any."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(6, 5).double()
+
+    def forward(self, x, labels, flag):
+        logits = self.net(x)
+        flagged = (logits.square().mean(1) * flag).sum() / flag.sum().clamp(min=1)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels) + 0.5 * flagged}
+
+
+def test_each_term_of_a_loss_is_weighed_by_what_it_divides_by(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    data = [
+        {
+            "x": torch.randn(6, dtype=torch.float64, generator=draw),
+            "labels": torch.tensor(-100 if n % 3 == 0 else n % 5),
+            "flag": torch.tensor(float(n % 5 in (0, 1, 4)), dtype=torch.float64),
+        }
+        for n in range(22)
+    ]
+    runs = []
+    for batch, own in ((8, False), (4, True)):
+        torch.manual_seed(0)
+        made = trainer(TwoTerms(), data, tmp_path, per_device_train_batch_size=batch,
+                       collate=torch.utils.data.default_collate)  # fmt: skip
+        (attach(made, micro_batch=2) if own else made).train()
+        runs.append(flat(made.model))
+    torch.manual_seed(0)
+    assert moved(runs[1], flat(TwoTerms()), runs[0]) <= EXACT
 
 
 def test_sequence_to_sequence_trainers_are_served(tmp_path):

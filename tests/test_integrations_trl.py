@@ -7,13 +7,10 @@ import autoaccum
 from autoaccum.errors import SetupError
 from autoaccum.training.events import WindowReplayed
 from tests.trainer_models import TINY, flat, moved
+from tests.versions import tested
 
-pytest.importorskip("trl", reason="trl is not installed: it is in the group peers")
-peft = pytest.importorskip("peft", reason="peft is not installed: it is in the group peers")
+trl, peft, transformers = tested("trl"), tested("peft"), tested("transformers")
 datasets = pytest.importorskip("datasets")
-transformers = pytest.importorskip("transformers")
-
-import trl  # noqa: E402
 
 EXACT, SINGLE = 1e-10, 1e-6  # TRL takes the logarithms of SFT and DPO in float32
 
@@ -96,32 +93,56 @@ def test_the_update_is_that_of_the_trainer_alone_at_the_whole_batch(kind, lora, 
     assert ours.state.global_step == alone.state.global_step == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "within"), [("sft", SINGLE), ("dpo", SINGLE), ("reward", EXACT)])
-def test_a_dozen_out_of_memory_errors_are_replayed_and_change_nothing(kind, within, tmp_path):
-    alone = trainer(kind, tmp_path, per_device_train_batch_size=22, max_steps=20)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding_free": True, "max_length": None},
+        pytest.param({"packing": True, "packing_strategy": "bfd"}, marks=pytest.mark.slow),
+        pytest.param({"packing": True, "packing_strategy": "wrapped"}, marks=pytest.mark.slow),
+    ],
+)
+def test_packed_samples_and_ones_without_padding_are_cut_before_they_are_one_row(settings, tmp_path):
+    alone = trainer("sft", tmp_path, per_device_train_batch_size=6, max_steps=2, **settings)
     before = flat(alone.model)
     alone.train()
-    ours = trainer(kind, tmp_path, per_device_train_batch_size=4, max_steps=20)
-    step, left = ours.compute_loss, [12]
+    ours = trainer("sft", tmp_path, per_device_train_batch_size=2, max_steps=2, **settings)
+    autoaccum.attach(ours, target_batch=6, micro_batch=2, progress=False).train()
+    assert moved(flat(ours.model), before, flat(alone.model)) <= SINGLE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "lora", "within"),
+    [("sft", False, SINGLE), ("sft", True, SINGLE), ("dpo", False, SINGLE), ("reward", False, EXACT)],
+)
+def test_twenty_out_of_memory_errors_are_replayed_and_change_neither_update_nor_counts(kind, lora, within, tmp_path):
+    alone = trainer(kind, tmp_path, lora, per_device_train_batch_size=22, max_steps=12)
+    before = flat(alone.model)
+    alone.train()
+    ours = trainer(kind, tmp_path, lora, per_device_train_batch_size=4, max_steps=12)
+    step = ours.compute_loss
+
+    def replays():
+        return sum(isinstance(event, WindowReplayed) for event in heard)
 
     def scarce(model, inputs, *rest, **named):
         loss = step(model, inputs, *rest, **named)
-        if left[0] and len(inputs["input_ids"]) > 4 and torch.rand((), generator=draw) < 0.9:
-            left[0] -= 1
+        if replays() < 20 and len(inputs["input_ids"]) > least and torch.rand((), generator=draw) < 0.7:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return loss
 
     draw, heard, ours.compute_loss = torch.Generator().manual_seed(1), [], scarce
+    least = 1 if kind == "sft" else 2  # a sample is a chosen and a rejected one
     autoaccum.attach(
         ours, target_batch=22, micro_batch=22, check=False, regrow_after=1, progress=False, callbacks=[heard.append]
     )
     with pytest.warns(UserWarning, match="out of memory in step"):
         ours.train()
-    # A few may come while it is found out what the loss divides by, which replays nothing.
-    assert left == [0]
-    assert sum(isinstance(event, WindowReplayed) for event in heard) >= 10
+    assert replays() == 20
     assert moved(flat(ours.model), before, flat(alone.model)) <= within
+    # What ran in vain is not counted, nor what was run to find out what the loss divides by.
+    counted = [[entry.get("num_tokens") for entry in made.state.log_history] for made in (ours, alone)]
+    assert counted[0] == counted[1]
 
 
 def test_a_trainer_that_makes_its_own_samples_is_refused(tmp_path):

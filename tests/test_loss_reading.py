@@ -202,6 +202,32 @@ def test_the_gradient_is_the_whole_batchs_or_the_loss_is_refused(name, share):
     assert ran or share < 0.1 or name in FLOORS
 
 
+ONE_AT_ONCE = ("masked mean", "two terms", "class weights, ignored", "smoothing, ignored", "a penalty")
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        *((name, 1) for name in ONE_AT_ONCE),
+        *((name, 2) for name in (*ONE_AT_ONCE, "clamped", "one added", "a factor in Python", "a tiny floor")),
+    ],
+)
+def test_few_samples_at_once_show_what_more_of_them_would(name, most):
+    torch.manual_seed(0)
+    model, loss, window = Net(), LOSSES[name], samples(0.5, count=20)
+    optimizer, objective = Kept(model.parameters(), lr=0.0), Objective(model, step=loss)
+    made = Accumulator(model, optimizer, plan(most, 20), objective=objective, precision="fp32")
+    found = torch.autograd.grad(loss(model, window), list(model.parameters()), allow_unused=True)
+    pairs = zip(found, model.parameters())
+    whole = torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs])
+    objective.settle([window], most)
+    pieces = tree.split(window, [most] * (20 // most))
+    made.open(pieces)
+    made.run(pieces)
+    made.finish()
+    assert float((optimizer.gradient - whole).norm()) <= 1e-10 * float(whole.norm())
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_a_loss_that_is_no_mean_is_not_taken_for_one(name):
     torch.manual_seed(0)

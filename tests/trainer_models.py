@@ -2,9 +2,10 @@
 
 import os
 
-import pytest
 import torch
 from torch.utils.data import Dataset
+
+from tests.versions import tested
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
@@ -53,7 +54,7 @@ def padded(batch):
 
 def model(name):
     """In float64, without dropout."""
-    transformers = pytest.importorskip("transformers")
+    transformers = tested("transformers")
     torch.manual_seed(0)
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     config = {

@@ -21,8 +21,7 @@ from autoaccum.data.base import Source
 from autoaccum.data.piece import Piece
 from autoaccum.data.sample_lengths import cut
 from autoaccum.data.windows import Window
-from autoaccum.errors import CheckpointError, PlanError
-from autoaccum.integrations.denominators import counted_in_batch
+from autoaccum.errors import CheckpointError, PlanError, SetupError
 from autoaccum.integrations.wanted import Wanted
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
@@ -37,7 +36,7 @@ from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.record import StepRecord
 
-__all__ = ["Attachment", "Trained"]
+__all__ = ["Attachment", "Trained", "scale_rates"]
 
 SCHEMA = 1
 
@@ -57,6 +56,8 @@ class Trained:
         runs_in: one line on the precision, for the plan.
         code: what decides the step's memory beside the model: the trainer's class and settings.
         preserved: a context in which the trainer forgets what its step noted meanwhile.
+        noted: what its step noted so far, which `restore()` goes back to when a pass runs again; None: it forgets by
+            itself.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Trained:
     runs_in: str
     code: str
     preserved: Callable[[], Any]
+    noted: Callable[[], Any] | None = None
 
 
 class Attachment:
@@ -83,7 +85,17 @@ class Attachment:
     """
 
     def __init__(self, keywords: Mapping[str, Any]) -> None:
+        """Checks the keywords; nothing runs.
+
+        Raises:
+            SetupError, PlanError: an unknown keyword or value, no target, or one that leaves a rank without samples.
+        """
         self.asked = Wanted.of(keywords)
+        if self.target_batch < here().size:
+            raise SetupError(
+                f"target_batch={self.target_batch} is less than the {here().size} ranks, of which each needs a sample "
+                "in every step: raise it, or use fewer processes"
+            )
         self.probe: ProbeReport | None = None
         self.verify: VerifyReport | None = None
         self.shares: Plan | None = None
@@ -132,7 +144,9 @@ class Attachment:
             self._accumulator.precision.scaler = trained.scaler
         if made.by_length:
             self._accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
-        self._safe = SafeWindow(self._accumulator, [parts.model], parts.device, self.events, asked.regrow_after)
+        self._safe = SafeWindow(
+            self._accumulator, [parts.model], parts.device, self.events, asked.regrow_after, noted=trained.noted
+        )
         if self.kept is not None:
             self._safe.replays.load_state_dict(self.kept["replays"], made)
         self.shares = made
@@ -153,7 +167,7 @@ class Attachment:
         fixed = () if kept is None else tuple(deciding("plan"))  # by the plan that goes on, which need not be said
         return {
             **{name: getattr(asked, name) for name in passed if name not in fixed},
-            "reduction": "auto" if asked.reduction == "auto" else counted_in_batch(asked.reduction),
+            "reduction": _in_batch(asked.reduction),
             "step": _Step(trained), "optimizer": trained.optimizer, "device": trained.device, "precision": "fp32",
             "plan": plan, "check": asked.check if kept is None else False,
             "tail": "drop" if trained.drops and plan is None else "step",
@@ -258,11 +272,26 @@ class Attachment:
             self.end()
 
 
+def scale_rates(factor: float, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    """The trainer's rates are its own; where `lr_batch` says what they were tuned at, they are scaled once."""
+    for group in optimizer.param_groups:
+        for name in group.keys() & {"lr", "initial_lr"}:
+            group[name] *= factor
+    for scheduler in schedulers:
+        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the first log reads
+
+
+def _in_batch(reduction: Any) -> Any:
+    """A declared count counts in the trainer's batch."""
+    return (lambda piece: reduction(piece.batch)) if callable(reduction) else reduction
+
+
 class _Step:
     """The trainer's step on a piece; what its code and settings are is in an attribute, for the cache's key."""
 
     def __init__(self, trained: Trained) -> None:
-        self.code, self._step = trained.code, trained.step
+        self.code, self._step, self._autoaccum_noted = trained.code, trained.step, trained.noted
 
     def __call__(self, model: nn.Module, piece: Piece) -> torch.Tensor:
         return self._step(model, piece.batch)

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport
+from autoaccum.data.base import Source
 from autoaccum.data.piece import Piece
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counts import holds_indices
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.window.determinism import Determinism
 
-__all__ = ["Subject", "examine"]
+__all__ = ["Subject", "examine", "looked_at"]
+
+_MOST_STEPS, _MOST_SAMPLES = 16, 4  # micro-batches that a check runs, and samples of one
 
 # Relative errors that rounding may make, by the coarsest format computed in. A fault in a denominator makes 1e-2.
 _ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
@@ -62,6 +65,13 @@ class Subject:
     preserved: Callable[[], AbstractContextManager[Any]]
     blame: str
     mend: str
+
+
+def looked_at(source: Source, asked: int, batch: int | None) -> tuple[int, Sequence[Any]]:
+    """(micro-batches of the check, its samples): of a trainer that accumulates `asked` of `batch` samples."""
+    steps = min(asked, _MOST_STEPS)
+    few = steps * min(max(batch or 2, 2), _MOST_SAMPLES)
+    return steps, source.trial(few if source.length is None else min(few, source.length)).samples if steps > 1 else []
 
 
 def examine(subject: Subject) -> VerifyReport:

@@ -11,10 +11,11 @@ from autoaccum.data.base import Source
 from autoaccum.data.mapped import MapSource
 from autoaccum.data.piece import Piece
 from autoaccum.data.stream import SampleSource
+from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment
-from autoaccum.ranks import Ranks
+from autoaccum.ranks import Ranks, here
 
-__all__ = ["Held", "Pieces", "Samples", "Shares", "source_of"]
+__all__ = ["Held", "Pieces", "Samples", "Shares", "refuse_dealt_streams", "source_of"]
 
 
 class Samples:
@@ -76,6 +77,15 @@ class Shares(BatchSampler):
             assert plan is not None
             start, stop = plan.share(len(batch))
             yield batch[start:stop]
+
+
+def refuse_dealt_streams(dataset: Any) -> None:
+    """Refuses, on several ranks, a stream: with a SetupError."""
+    if isinstance(dataset, IterableDataset) and here().size > 1:
+        raise SetupError(
+            f"an IterableDataset on {here().size} ranks would give each the same samples: give a dataset with indices, "
+            "or one process"
+        )
 
 
 def source_of(loader: Any) -> Source:

@@ -28,12 +28,12 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from autoaccum.errors import SetupError
-from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.attachment import Attachment, Trained, scale_rates
 from autoaccum.integrations.heldback import Samples, source_of
 from autoaccum.integrations.lightning_loader import Windows
 from autoaccum.integrations.lightning_verify import verify
 from autoaccum.integrations.logged import Logged
-from autoaccum.integrations.wanted import Wanted
+from autoaccum.integrations.wanted import Wanted, refuse_late
 from autoaccum.ranks import here
 
 __all__ = ["TargetBatch", "attach", "verify"]
@@ -45,10 +45,7 @@ def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
     Raises:
         SetupError: it has one already, or is training.
     """
-    if any(isinstance(callback, TargetBatch) for callback in trainer.callbacks):
-        raise SetupError("this trainer is attached already: it has a TargetBatch among its callbacks")
-    if trainer.training:
-        raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.fit()")
+    refuse_late(any(isinstance(each, TargetBatch) for each in trainer.callbacks), trainer.training, "trainer.fit()")
     made = dict(keywords)
     trainer.callbacks.insert(0, TargetBatch(made.pop("target_batch"), **made))
     return trainer
@@ -82,11 +79,6 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
             return
         _refuse(trainer, pl_module)
         self.attachment = Attachment(self._keywords)
-        if self.attachment.target_batch < here().size:
-            raise SetupError(
-                f"target_batch={self.attachment.target_batch} is less than the {here().size} ranks, of which each "
-                "needs a sample in every step: raise it, or use fewer devices"
-            )
         trainer.accumulate_grad_batches = 1
         loop = trainer.fit_loop
         progress = loop.epoch_loop.batch_progress
@@ -119,10 +111,7 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
         )
         epoch_loop.automatic_optimization = windowed
         if made.lr_scale != 1 and trainer.global_step == 0:
-            for config in trainer.lr_scheduler_configs:
-                config.scheduler.base_lrs = [rate * made.lr_scale for rate in config.scheduler.base_lrs]
-            for group in optimizer.param_groups:
-                group["lr"] *= made.lr_scale
+            scale_rates(made.lr_scale, optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing of ours stays on the module."""

@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from autoaccum.data.mapped import rebuilt
 from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment
-from autoaccum.integrations.heldback import Held, Shares
+from autoaccum.integrations.heldback import Held, Shares, refuse_dealt_streams
 from autoaccum.ranks import here
 
 __all__ = ["Windows"]
@@ -36,11 +36,8 @@ class Windows:
             )
         target, held = self._attachment.target_batch, Held(loader.collate_fn)
         ranks = here().size
+        refuse_dealt_streams(loader.dataset)
         if isinstance(loader.dataset, IterableDataset):
-            if ranks > 1:
-                raise SetupError(
-                    f"an IterableDataset on {ranks} ranks gives each the same samples: give a dataset with indices"
-                )
             return rebuilt(
                 loader, loader.dataset, batch_size=target, drop_last=loader.drop_last, collate_fn=held,
                 generator=loader.generator,

@@ -18,12 +18,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import SetupError
-from autoaccum.integrations.examination import Subject, examine
+from autoaccum.integrations.examination import Subject, examine, looked_at
 from autoaccum.integrations.heldback import Held, source_of
 
 __all__ = ["verify"]
-
-MOST_STEPS = 16  # micro-batches that a check runs
 
 
 def verify(trainer: Any, given: Any = None) -> VerifyReport:
@@ -41,11 +39,8 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
         raise SetupError("manual optimization accumulates by the module's own code: verify(module, data, step=...)")
     loader = _loader(module, data)
     asked = trainer.accumulate_grad_batches
-    steps = min(asked, MOST_STEPS)
-    size = min(max(loader.batch_size or 2, 2), 4)
-    held = DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn))
-    source = source_of(held)
-    few = steps * size if source.length is None else min(steps * size, source.length)
+    source = source_of(DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn)))
+    steps, samples = looked_at(source, asked, loader.batch_size)
 
     def fit(batches: Any, accumulated: int) -> None:
         _fit(trainer, module, batches, accumulated)
@@ -58,7 +53,7 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
             asked=asked,
             model=_Inside(module),
             device=next(module.parameters()).device,
-            samples=source.trial(few).samples if steps > 1 else [],
+            samples=samples,
             collate=source._collated,
             plain=lambda batch: fit([batch], 1),
             own=lambda batches, last: fit(batches, steps),
@@ -66,7 +61,7 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
             blame="the mean of each micro-batch is added up undivided",
             mend=(
                 "Trainer(callbacks=[autoaccum.integrations.lightning.TargetBatch("
-                f"{(loader.batch_size or size) * asked})]) gives it the batch's own, whatever the micro-batch"
+                f"{(loader.batch_size or 2) * asked})]) gives it the batch's own, whatever the micro-batch"
             ),
         )
     )

@@ -1,4 +1,4 @@
-"""What a trainer notes on itself while its step runs: plain values, put back after a probe."""
+"""What a trainer notes on itself while its step runs: plain values, put back after a probe or a pass that failed."""
 
 import copy
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ class Noted:
         held = vars(self._owner)
         for name in [name for name in held if name not in self._names]:
             del held[name]
-        held.update(self._kept)
+        held.update(copy.deepcopy(self._kept))  # a window may run more than twice
 
 
 def _is_plain(value: Any) -> bool:
@@ -31,4 +31,6 @@ def _is_plain(value: Any) -> bool:
         return isinstance(value, dict) and all(map(_is_plain, value.values()))
     if isinstance(value, (list, set, tuple)):
         return len(value) <= 1000 and all(map(_is_plain, value))
-    return isinstance(value, _PLAIN) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.is_leaf
+    return isinstance(value, _PLAIN)

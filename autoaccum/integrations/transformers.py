@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.checks import plain
-from autoaccum.errors import CheckpointError, SetupError
+from autoaccum.errors import CheckpointError
 from autoaccum.files import write_json
-from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.attachment import Attachment, Trained, scale_rates
 from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
 from autoaccum.integrations.transformers_step import OwnStep
 from autoaccum.integrations.transformers_verify import verify
@@ -56,14 +56,9 @@ class _Attached:
         self._trainer, self._step = trainer, OwnStep(trainer)
         self._train, self._loader = trainer.train, trainer.get_train_dataloader
         self._resumed: str | None = None
-        ranks, args = here(), trainer.args
-        if self.attachment.target_batch < ranks.size:
-            raise SetupError(
-                f"target_batch={self.attachment.target_batch} is less than the {ranks.size} ranks, of which each needs "
-                "a sample in every step: raise it, or start fewer processes"
-            )
+        args = trainer.args
         args.gradient_accumulation_steps = 1
-        args.per_device_train_batch_size = -(-self.attachment.target_batch // ranks.size)
+        args.per_device_train_batch_size = -(-self.attachment.target_batch // here().size)
         trainer._train_batch_size = self.attachment.target_batch
         trainer.train, trainer.training_step = self.train, self.training_step
         trainer.get_train_dataloader = self.get_train_dataloader
@@ -123,7 +118,6 @@ class _Attached:
         model = _inner(trainer.model_wrapped)
         scaler = trainer.accelerator.scaler
         precision = trainer.accelerator.mixed_precision  # part of the model's forward, and so of the cache's key
-        before = [float(group["lr"]) for group in trainer.optimizer.param_groups]
         made = attachment.begin(
             Trained(
                 model=model,
@@ -136,22 +130,13 @@ class _Attached:
                 runs_in=f"{precision if precision != 'no' else 'the model as it is'}: the trainer's own",
                 code=self._step.code,
                 preserved=self._step.preserved,
+                noted=self._step.noted,
             ),
             total_steps=state.max_steps,
             step=state.global_step,
         )
         if made.lr_scale != 1 and state.global_step == 0:
-            self._scale(made.lr_scale, before)
-
-    def _scale(self, factor: float, rates: list[float]) -> None:
-        """The trainer's rates are its own; where `lr_batch` says what they were tuned at, they are scaled once."""
-        scheduler = self._trainer.lr_scheduler
-        scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
-        scheduler._last_lr = [rate * factor for rate in scheduler.get_last_lr()]  # what the first log reads
-        for group, rate in zip(self._trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * factor
-            if "initial_lr" in group:
-                group["initial_lr"] *= factor
+            scale_rates(made.lr_scale, trainer.optimizer, [trainer.lr_scheduler])
 
     def training_step(self, model: Any, window: "Samples", num_items_in_batch: Any = None) -> Tensor:
         """The window's loss; its gradient stands in `.grad`."""

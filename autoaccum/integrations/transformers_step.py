@@ -49,10 +49,14 @@ class OwnStep:
         (loss,) = caught
         return loss
 
+    def noted(self) -> Noted:
+        """What the trainer's step noted on the trainer so far (metrics, token counts)."""
+        return Noted(self._trainer)
+
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """What the trainer's step notes on the trainer (metrics, token counts) is as before afterwards."""
-        kept = Noted(self._trainer)
+        """What the trainer's step notes on the trainer is as before afterwards."""
+        kept = self.noted()
         try:
             yield
         finally:

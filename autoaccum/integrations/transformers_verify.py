@@ -5,14 +5,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from autoaccum.checking.verify import VerifyReport
-from autoaccum.integrations.examination import Subject, examine
+from autoaccum.integrations.examination import Subject, examine, looked_at
 from autoaccum.integrations.heldback import Held, Pieces, source_of
 from autoaccum.integrations.transformers_step import OwnStep
 from autoaccum.integrations.unserved import refuse_own_batches
 
 __all__ = ["verify"]
-
-MOST_STEPS = 16  # micro-batches that a check runs
 
 
 def verify(trainer: Any) -> VerifyReport:
@@ -24,8 +22,6 @@ def verify(trainer: Any) -> VerifyReport:
     refuse_own_batches(trainer)
     args, model = trainer.args, trainer.model
     step = OwnStep(trainer)
-    steps = min(args.gradient_accumulation_steps, MOST_STEPS)
-    size = min(max(args.per_device_train_batch_size, 2), 4)
     held = trainer.data_collator
     trainer.data_collator = Held(held)
     try:
@@ -33,8 +29,7 @@ def verify(trainer: Any) -> VerifyReport:
     finally:
         trainer.data_collator = held
     collate = Pieces(loader.collate_fn)
-    source = source_of(loader)
-    few = steps * size if source.length is None else min(steps * size, source.length)
+    steps, samples = looked_at(source_of(loader), args.gradient_accumulation_steps, args.per_device_train_batch_size)
 
     @contextmanager
     def accumulating(number: int) -> Iterator[None]:
@@ -64,7 +59,6 @@ def verify(trainer: Any) -> VerifyReport:
                 parameter.grad /= scaler.get_scale()
 
     inner = getattr(model, "get_base_model", lambda: model)()
-    samples = source.trial(few).samples if steps > 1 else []
     return examine(
         Subject(
             name="Trainer",

@@ -3,10 +3,10 @@
 from typing import Any
 
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from autoaccum.errors import SetupError
-from autoaccum.ranks import here
+from autoaccum.integrations.heldback import refuse_dealt_streams
+from autoaccum.integrations.wanted import refuse_late
 
 __all__ = ["NAME", "refuse", "refuse_own_batches"]
 
@@ -20,10 +20,7 @@ def refuse(trainer: Any) -> None:
         SetupError: with the reason, and what to do instead.
     """
     args = trainer.args
-    if NAME in vars(trainer):
-        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
-    if trainer.is_in_train:
-        raise SetupError("training has begun: call attach(trainer, target_batch=...) before trainer.train()")
+    refuse_late(NAME in vars(trainer), trainer.is_in_train, "trainer.train()")
     refuse_own_batches(trainer)
     if args.auto_find_batch_size:
         raise SetupError(
@@ -47,12 +44,7 @@ def refuse(trainer: Any) -> None:
                 f"{name} has sparse gradients, and the Trainer takes the norm of all gradients, which torch cannot of "
                 "sparse ones: make it with sparse=False"
             )
-    ranks = here().size
-    if isinstance(trainer.train_dataset, IterableDataset) and ranks > 1:
-        raise SetupError(
-            f"an IterableDataset on {ranks} ranks is dealt by Accelerate, which repeats samples: give a dataset with "
-            "indices, or one process"
-        )
+    refuse_dealt_streams(trainer.train_dataset)
 
 
 def refuse_own_batches(trainer: Any) -> None:

@@ -5,11 +5,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from autoaccum.checks import check_counts, one_of
-from autoaccum.errors import SetupError
+from autoaccum.errors import SetupError, shown
 from autoaccum.planning.given_plan import given_plan, target_of
 from autoaccum.training.events import Listener
 
-__all__ = ["Wanted"]
+__all__ = ["Wanted", "refuse_late"]
+
+
+def refuse_late(attached: bool, training: bool, begins: str) -> None:
+    """Refuses a trainer that is attached, or that trains already, as `begins` makes it do; with a SetupError."""
+    if attached:
+        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
+    if training:
+        raise SetupError(f"training has begun: call attach(trainer, target_batch=...) before {begins}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ class Wanted:
         wanted = cls(**keywords)
         given = None if wanted.plan is None else given_plan(wanted.plan, wanted.target_batch)
         check_counts(max_batch=wanted.max_batch, micro_batch=wanted.micro_batch, regrow_after=wanted.regrow_after)
+        if not callable(wanted.reduction) and wanted.reduction not in ("auto", "sample_mean", "sum"):
+            raise SetupError(
+                f"reduction={shown(wanted.reduction)} cannot be declared for a trainer's step: give 'auto', "
+                "'sample_mean', 'sum' or f(batch) -> float"
+            )
         one_of("check", wanted.check, (True, False, "warn"))
         one_of("prefer", wanted.prefer, ("fewest", "fastest"))
         one_of("on_nonfinite", wanted.on_nonfinite, ("raise", "skip"))

@@ -65,10 +65,10 @@ def ragged(samples: int) -> tuple[int, int]:
 
 
 def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Seen], bool]:
-    """Runs single samples, two unequal parts, and all, which come last; what cannot be cut is run whole.
+    """Runs single samples, groups of `most`, and the last of these in two unequal parts; what cannot be cut runs whole.
 
-    `most` samples are chosen of the `batches`, which lie on the host. Beside what was seen stands whether the value of
-    all stays the same with other random numbers.
+    Up to eight samples are chosen of the `batches`, which lie on the host; at most `most` run at once. Beside what was
+    seen stands whether the value of the last group stays the same with other random numbers.
     """
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
@@ -76,18 +76,21 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
         whole, parts = (tuple(range(max(sizes))), largest), list[tuple[Rows, Any]]()
     else:
         singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
-        chosen = [singles[row] for row in unlike(singles, most)]
+        chosen = [singles[row] for row in unlike(singles, SAMPLES, sort=most < SAMPLES)]
         rows = tuple(range(len(chosen)))
-        cuts = [rows] + [(row,) for row in rows if len(rows) > 1]
-        if len(rows) > 2:
-            first, _ = ragged(len(rows))
-            cuts += [rows[:first], rows[first:]]
-        whole, *parts = [(rows, tree.join([chosen[row] for row in rows])) for rows in cuts]
+        size = min(most, len(rows))
+        groups = [rows[end - size : end] for end in (*range(size, len(rows), size), len(rows))]
+        *cuts, last = dict.fromkeys([*((row,) for row in rows), *groups])
+        if size > 2:
+            first, _ = ragged(size)
+            cuts += [last[:first], last[first:]]
+        *parts, whole = [(rows, tree.join([chosen[row] for row in rows])) for rows in (*cuts, last)]
+    other = next((rows for rows, _ in reversed(parts) if len(rows) < len(whole[0])), None)  # shows what grows
     all_of_them = _run(evaluate, *whole, graph=True)
     seen = []
     for rows, batch in parts:
         try:
-            seen.append(_run(evaluate, rows, batch, graph=rows == parts[-1][0]))
+            seen.append(_run(evaluate, rows, batch, graph=rows == other))
         except RAISED as error:  # BatchNorm, say, takes no single sample: such a set shows nothing
             if out_of_memory(error) is not Verdict.NO:
                 raise
@@ -102,9 +105,12 @@ def _alike(singles: Sequence[Any]) -> list[Any]:
     return [single for single, own in zip(singles, shapes) if own == common]
 
 
-def unlike(singles: Sequence[Any], most: int) -> list[int]:
-    """Places of samples unlike in what may count: of each flag, mask or label those with the most and the least."""
-    if len(singles) <= most:
+def unlike(singles: Sequence[Any], most: int, *, sort: bool = False) -> list[int]:
+    """Places of samples unlike in what may count: of each flag, mask or label those with the most and the least.
+
+    In order; with `sort`, those with the most of what differs least among them (a flag) last.
+    """
+    if len(singles) <= most and not sort:
         return list(range(len(singles)))
     columns: dict[str, list[float]] = {}
     for single in singles:
@@ -113,14 +119,16 @@ def unlike(singles: Sequence[Any], most: int) -> list[int]:
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
                     columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))
-    orders = []
+    orders, marked = [], list[float]()
     for marks in sorted(columns.values(), key=lambda marks: len(set(marks))):
         if len(set(marks)) > 1:
+            marked = marked or marks
             order = sorted(range(len(singles)), key=marks.__getitem__)
             orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], *order[-3:-2]])
     picked = dict.fromkeys(row for ranks in itertools.zip_longest(*orders) for row in ranks if row is not None)
     picked.update(dict.fromkeys(range(len(singles))))
-    return sorted(itertools.islice(picked, most))
+    chosen = sorted(itertools.islice(picked, most))
+    return sorted(chosen, key=marked.__getitem__) if sort and marked else chosen
 
 
 def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, graph: bool) -> Seen:

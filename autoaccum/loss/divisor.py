@@ -98,8 +98,11 @@ class Divisor:
             return max(divisor - self.offset, 0.0)
         amounts = [(rule, rule.of(batch)) for rule in self.rules]
         given = [rule for rule, amount in amounts if near(amount, divisor)]
+        under = [rule for rule, amount in amounts if amount < divisor and rule not in given]
         at_floor = not self.floor or near(divisor, self.floor)
-        self.rules = given or [rule for rule, amount in amounts if amount < divisor and at_floor]
+        if given and under and self.floor and at_floor:  # where nothing counts, the term is 0
+            given = given if float(value.detach()) else []
+        self.rules = given or (under if at_floor else [])
         if given:
             return divisor
         below = self.foretold(batch)

@@ -157,13 +157,18 @@ class Objective:
         known = [each for batch in batches if (each := self.counted(batch)) is not None]
         self.prepared = known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
 
+    @property
+    def _owners(self) -> list[Any]:
+        """What may have a state of its own, beside the model."""
+        return [owner for owner in (self.loss, self.step) if owner is not None]
+
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         if is_sharded(self.model):
             raise LossError("a sharded model cannot read denominators ahead: declare reduction={name: f(batch)}")
         device = device_of(self.model)
         known = []
-        with Snapshot(self.model, device=device, parameters=False), torch.enable_grad():
+        with Snapshot(self.model, *self._owners, device=device, parameters=False), torch.enable_grad():
             for batch in batches:
                 on_phase("batch")
                 terms = self.terms(tree.move(batch, device), on_host=batch)
@@ -224,10 +229,9 @@ class Objective:
         A step's Means are read as the means that they are with `means`; else they raise OwnMeans.
         """
         model, device = _inner(self.model), device_of(_inner(self.model))
-        owners = [owner for owner in (self.loss, self.step) if owner is not None]
 
         def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
-            with Snapshot(model, *owners, device=device, parameters=False), torch.enable_grad():
+            with Snapshot(model, *self._owners, device=device, parameters=False), torch.enable_grad():
                 if begin is not None:
                     begin(rows)
                 else:

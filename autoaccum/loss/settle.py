@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autoaccum.loss.asking import SAMPLES, Evaluate, Seen, SeenTerm, look
+from autoaccum.loss.asking import SAMPLES, Evaluate, Rows, Seen, SeenTerm, look
 from autoaccum.loss.counts import Count, countable
 from autoaccum.loss.divisor import TINY, TRUSTED, Divisor, near
 from autoaccum.loss.graph import WAYS
@@ -64,7 +64,7 @@ def settle(
         most: samples that may run at once.
         declared: counts that stand for what somebody declared, held against the divisors before all others.
     """
-    seen, still = look(evaluate, batches, min(most, SAMPLES))
+    seen, still = look(evaluate, batches, most)
     counts = [*declared, *countable(seen[-1].batch, targets(seen[-1].batch))]
     amounts = {count: [count.of(each.batch) for each in seen] for count in counts}
     plain, deep, joined = (_settled(seen, way, amounts, still) for way in WAYS)
@@ -88,7 +88,7 @@ def _settled(seen: Sequence[Seen], way: str, amounts: Amounts, still: bool) -> R
     terms = [each.ways[way] for each in seen]
     names = [[term.name for term in each] for each in terms]
     if any(each != names[-1] for each in names):
-        return Unread("its terms differ between parts of a batch")
+        return Unread("its terms differ between parts of a batch") if _grow(seen) else None
     divisors: list[Divisor] = []
     for column in zip(*terms):
         divisor = _divisor(column, seen, amounts)
@@ -117,22 +117,39 @@ def _divisor(column: Sequence[SeenTerm], seen: Sequence[Seen], amounts: Amounts)
     if any(term.divisor is None for term in column):
         made.kind = "penalty"
         ends = f"it ends in {last.name} of something that is no plain sum or mean"
-        return Unread(ends) if grows or len(seen) == 1 else made
+        return Unread(ends) if grows or not _grow(seen) else made
     made.scaled = max(factors) - min(factors) > _CLOSE * max(factors)
     found = [_over(term, made.scaled) for term in column]
     made.hides_floor = all(found) and (made.scaled or any(term.divided for term in column))
     made.amount = found[-1]
     if not any(found):
         return None
-    if len(seen) == 1:
-        # One set shows no growth. What a reduction itself counts are samples, or elements of them.
-        made.kind = "constant" if last.name in _SUMS else "count"
-        return None if made.hides_floor else made
+    if not _grow(seen):
+        return _alone(made, column, found, amounts)
     if max(found) - min(found) > _CLOSE * max(found):
         return _count(made, found, seen, amounts)
     made.kind = "constant" if grows else "penalty"
     may_change = grows and seen[-1].took and (made.hides_floor or factors != {1.0})  # a floor that is never left here
     return None if may_change else made
+
+
+def _alone(made: Divisor, column: Sequence[SeenTerm], found: Sequence[float], amounts: Amounts) -> Divisor | None:
+    """One that was seen of single samples, or of one set.
+
+    What a reduction itself counts are samples, or elements of them; of another divisor a rule has to say it.
+    """
+    divided = made.scaled or any(term.divided for term in column)
+    if made.reduction in _SUMS and not divided:
+        same = len(column) > 1 and len({term.value for term in column}) == 1
+        made.kind = "penalty" if same else "constant"
+        return made
+    made.rules = _rules(made, found, amounts, _EXACT)
+    return made if made.rules or not divided else None
+
+
+def _grow(seen: Sequence[Seen]) -> bool:
+    """Whether some sets have more samples than others, without which nothing shows what grows with them."""
+    return len({len(each.rows) for each in seen}) > 1
 
 
 def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts: Amounts) -> Divisor | Unread | None:
@@ -154,7 +171,8 @@ def _count(made: Divisor, found: Sequence[float], seen: Sequence[Seen], amounts:
         if least < TINY * max(found) and _total(counted, seen, 0.0, close):
             made.floor = least
             return made
-    if len({round(each / found[-1], 6) for each in found}) == 2:
+    most = max(found)
+    if len({round(each / most, 6) for each in found}) == 2:
         return None  # one of the two may be a floor, and the other tells too little
     sizes = ", ".join(str(len(each.rows)) for each in seen[-3:])
     return Unread(
@@ -170,35 +188,39 @@ def _adds_up(
 
     With `alone` single samples may show nothing; without it some must.
     """
-    sums = {each.rows: (value or 0.0) * own if own else 0.0 for each, value, own in zip(seen, values, found)}
-    singles = [sums.get((row,), math.nan) for row in seen[-1].rows]
-    if alone and any(math.isnan(single) for single in singles):
-        return all(math.isfinite(total) for total in sums.values())
-    off = [abs(math.fsum(singles[row] for row in rows) - total) for rows, total in sums.items() if len(rows) > 1]
-    return all(each <= rounding * math.fsum(map(abs, singles)) for each in off)
+    differences = _differences(
+        {each.rows: (value or 0.0) * own if own else 0.0 for each, value, own in zip(seen, values, found)}
+    )
+    if alone and any(math.isnan(off) for off, _ in differences):
+        return all(math.isfinite((value or 0.0) * own) for value, own in zip(values, found) if own)
+    return all(off <= rounding * scale for off, scale in differences)
+
+
+def _differences(sums: Mapping[Rows, float]) -> list[tuple[float, float]]:
+    """Of each set of several samples: (what it is off the sum over its samples, the sum of their magnitudes)."""
+    singles = {rows: [sums.get((row,), math.nan) for row in rows] for rows in sums if len(rows) > 1}
+    return [(abs(math.fsum(own) - sums[rows]), math.fsum(map(abs, own))) for rows, own in singles.items()]
 
 
 def _total(found: Sequence[float], seen: Sequence[Seen], offset: float, close: float) -> bool:
     """Whether the divisors add up, but for a number in each."""
-    whole = seen[-1].rows
     divisors = {each.rows: divisor - offset for each, divisor in zip(seen, found)}
-    near_by = close * abs(found[-1])
-    singles = [divisors.get((row,)) for row in whole]
-    parts = [rows for rows in divisors if len(rows) > 1]
-    if None in singles:  # no single samples: the parts are all there is
-        first = [rows for rows in parts if len(rows) < len(whole)]
+    near_by = close * max(found)
+    differences = _differences(divisors)
+    if any(math.isnan(off) for off, _ in differences):  # no single samples: the parts are all there is
+        first = [rows for rows in divisors if set(rows) < set(seen[-1].rows)]
         return not offset and len(first) == 2 and abs(sum(divisors[rows] for rows in first) - found[-1]) <= near_by
-    return all(abs(math.fsum(singles[row] or 0.0 for row in rows) - divisors[rows]) <= near_by for rows in parts)
+    return all(off <= near_by for off, _ in differences)
 
 
 def _offset(found: Sequence[float], seen: Sequence[Seen]) -> float:
     """The number beside a count, as single samples and all of them show it: n times in those, once in these."""
-    singles = [divisor for each, divisor in zip(seen, found) if len(each.rows) == 1]
+    singles = {each.rows[0]: divisor for each, divisor in zip(seen, found) if len(each.rows) == 1}
     whole = seen[-1].rows
-    if len(singles) < len(whole) or len(whole) < 3:
+    if len(singles) < 3 or len(whole) < 2 or not singles.keys() >= set(whole) or max(found) in singles.values():
         return 0.0
-    offset = (math.fsum(singles) - found[-1]) / (len(whole) - 1)
-    least = min(singles)  # where nothing counts it stands alone, and exactly
+    offset = (math.fsum(singles[row] for row in whole) - found[-1]) / (len(whole) - 1)
+    least = min(singles.values())  # where nothing counts it stands alone, and exactly
     return least if abs(offset - least) <= 1e-3 * least else offset if offset <= least else 0.0
 
 
@@ -206,7 +228,8 @@ def _rules(made: Divisor, found: Sequence[float], amounts: Amounts, close: float
     """The counts of the batch that give every divisor, but for a floor, which is noted."""
     rules = []
     for count, own in amounts.items():
-        scale = found[-1] / own[-1] if own[-1] > 0 else 0.0
+        amount, divisor = max(zip(own, found))
+        scale = divisor / amount if amount > 0 else 0.0
         if scale < 1 - _CLOSE or abs(scale - round(scale)) > close * scale:
             continue  # weights that happen to be equal in these samples
         given = [scale * each for each in own]
@@ -229,9 +252,9 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: boo
     values = [each.value for each in seen]
     fitting = dict[tuple[float, ...], list[Count]]()
     for count, own in (*amounts.items(), (_NOTHING, [1.0] * len(seen))):
-        shows = len(seen) > 1 and any(value * amount for value, amount in zip(values, own) if amount)
+        shows = _grow(seen) and any(value * amount for value, amount in zip(values, own) if amount)
         if shows and _adds_up(seen, values, own, seen[-1].rounding):
-            fitting.setdefault(tuple(round(amount / (own[-1] or 1.0), 9) for amount in own), []).append(count)
+            fitting.setdefault(tuple(round(amount / (max(own) or 1.0), 9) for amount in own), []).append(count)
     if len(fitting) == 1:
         ((rule, *others),) = fitting.values()
         divisor = Divisor("", "constant" if rule is _NOTHING else "count", rules=[rule], confirmed=TRUSTED)
@@ -240,4 +263,4 @@ def _by_values(seen: Sequence[Seen], amounts: Amounts, plain: Unread, still: boo
         return Reading(divisors=[divisor], unread=plain.why, untried=alike)
     if fitting:
         return None
-    return replace(plain, wrong=still and len(seen) > 1 and math.isfinite(values[-1]))
+    return replace(plain, wrong=still and _grow(seen) and math.isfinite(values[-1]))

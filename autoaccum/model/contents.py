@@ -55,6 +55,9 @@ class Contents:
         self._waiting: list[tuple[Any, str, int]] = [(hooks, "torch", 0) for hooks in _GLOBAL_HOOKS]
         for root in roots:
             owner = root.__self__ if isinstance(root, types.MethodType) else root
+            noted = getattr(owner, "_autoaccum_noted", None)
+            if noted is not None:  # by a trainer's step, on the trainer
+                self._kept.append(noted())
             if not isinstance(owner, nn.Module):
                 self._open(owner, _package(owner), 0)
             self._waiting.append((owner, _package(owner), 0))

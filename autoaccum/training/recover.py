@@ -46,9 +46,11 @@ class OptimizerOutOfMemoryError(AutoaccumError, torch.cuda.OutOfMemoryError):
 class WindowStart:
     """The buffers and random generators as they are when a window begins."""
 
-    def __init__(self, modules: Sequence[nn.Module], device: torch.device) -> None:
-        """Reserves room for one copy of the modules' buffers; `mark` fills it."""
-        self._device = device
+    def __init__(
+        self, modules: Sequence[nn.Module], device: torch.device, noted: Callable[[], Any] | None = None
+    ) -> None:
+        """Reserves room for one copy of the modules' buffers; `mark` fills it. `noted`: as SafeWindow has it."""
+        self._device, self._noted = device, noted
         # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
         layers = [layer for module in modules for layer in module.modules()]
         self._owners = [layer._buffers for layer in layers]
@@ -70,12 +72,15 @@ class WindowStart:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
         self._random = RandomState(self._device, quick=True)
+        self._notes = None if self._noted is None else self._noted()
 
     def restore(self) -> None:
         """Puts the state of `mark` back."""
         self.restore_buffers()
         if self._random is not None:
             self._random.restore()
+            if self._notes is not None:
+                self._notes.restore()
 
     def restore_buffers(self) -> None:
         """Puts the buffers back; the generators go on."""
@@ -109,6 +114,7 @@ class SafeWindow:
         indices: Callable[[Window], Sequence[Any] | None] = lambda window: None,
         wants_checkpoint: Callable[[], bool] = lambda: False,
         verified: int | None = None,
+        noted: Callable[[], Any] | None = None,
     ) -> None:
         """Keeps references only.
 
@@ -120,10 +126,11 @@ class SafeWindow:
             indices: the dataset's indices of a window's samples, where they have some.
             wants_checkpoint: asked on the first rank, whose answer holds for all.
             verified: a micro-batch that the probe ran; None: none was.
+            noted: what a trainer's step has noted beside its loss; goes back with `restore()`. None: it notes nothing.
         """
         self._objective, self._indices, self._wants_checkpoint = objective, indices, wants_checkpoint
         self._accumulator, self._device, self._events = accumulator, device, events
-        self._start = WindowStart(modules, device.torch_device)
+        self._start = WindowStart(modules, device.torch_device, noted)
         self.replays = Replays(regrow_after, verified)
         self._strained = 0  # windows in a row in which the allocator had to empty its cache
         self._easing = False
