@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
 from autoaccum.errors import CheckpointError, SetupError
-from tests.versions import tested
+from tests.versions import peer
 
-accelerate = tested("accelerate")
+accelerate = peer("accelerate")
 
 torch.manual_seed(0)
 X, Y = torch.randn(70, 6, dtype=torch.float64), torch.randint(0, 5, (70,))

@@ -12,7 +12,7 @@ import autoaccum
 from autoaccum.errors import LossError, SetupError
 from autoaccum.integrations.deepspeed import EngineAccumulator
 from tests import deepspeed_ranks
-from tests.versions import tested
+from tests.versions import peer
 
 ROOT = Path(__file__).parents[1]
 SINGLE = 1e-6  # an engine keeps its weights in float32
@@ -21,7 +21,7 @@ SINGLE = 1e-6  # an engine keeps its weights in float32
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """What both ranks found, by ZeRO's stage."""
-    tested("deepspeed")
+    peer("deepspeed")
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
                    "PYTHONPATH": str(ROOT)}  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.versions import tested
+from tests.versions import peer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
@@ -81,8 +81,8 @@ torch.save([flat(net), [event.name for event in heard], steps], FOLDER + "/" + s
 
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 def test_a_killed_training_goes_on_from_the_trainers_own_checkpoint(name, tmp_path):
-    tested(name)
-    tested("transformers")
+    peer(name)
+    peer("transformers")
 
     def run(how, folder, code=0):
         folder.mkdir(exist_ok=True)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import autoaccum
 from autoaccum.errors import LossError, PlanError, SetupError
 from autoaccum.training.events import TrialRan, WindowReplayed
-from tests.versions import as_newest, tested
+from tests.versions import as_newest, peer
 
-pl = tested("lightning").pytorch
+pl = peer("lightning").pytorch
 
 from autoaccum.integrations.lightning import TargetBatch  # noqa: E402
 

@@ -11,7 +11,7 @@ import torch
 
 from tests import trainers_ranks
 from tests.trainer_models import by_hand, flat, moved
-from tests.versions import tested
+from tests.versions import peer
 
 ROOT = Path(__file__).parents[1]
 EXACT = 1e-10
@@ -26,7 +26,7 @@ pytestmark = [
 def found(tmp_path_factory):
     """What both ranks found, by trainer: torchrun is started once for all that are installed."""
     names = [name for name in trainers_ranks.TRAINERS if importlib.util.find_spec(name)]
-    tested("transformers")
+    peer("transformers")
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
@@ -51,14 +51,14 @@ def compare(found, weights, losses, replays):
 
 @pytest.mark.parametrize("name", ["transformers", "lightning"])
 def test_update_steps_and_losses_are_those_of_the_trainer_alone_at_the_whole_batch(name, found, tmp_path):
-    tested(name)
+    peer(name)
     one = {"ranks": 1} if name == "lightning" else {}
     alone, losses, _ = trainers_ranks.TRAINERS[name](tmp_path, batch=trainers_ranks.TARGET, accumulated=1, **one)
     compare(found[name], flat(alone), losses, replays=1)
 
 
 def test_the_update_in_a_loop_of_ones_own_is_the_whole_batchs(found):
-    tested("accelerate")
+    peer("accelerate")
     weights, losses = by_hand(trainers_ranks.net(), trainers_ranks.text(), 8, epochs=2, clip=0.5)
     compare(found["accelerate"], weights, losses, replays=0)
 

@@ -10,9 +10,9 @@ import autoaccum
 from autoaccum.errors import CheckpointError, DataError, LossError, PlanError, SetupError
 from autoaccum.training.events import Noted, TrialRan, WindowReplayed
 from tests.trainer_models import by_hand, flat, model, moved, padded, samples
-from tests.versions import as_newest, tested
+from tests.versions import as_newest, peer
 
-transformers = tested("transformers")
+transformers = peer("transformers")
 
 from transformers.trainer_pt_utils import IterableDatasetShard  # noqa: E402
 
@@ -86,7 +86,7 @@ def test_the_update_is_the_whole_batchs(name, labels, within, tmp_path):
 
 def adapted(name):
     """The model with LoRA adapters."""
-    peft = tested("peft")
+    peft = peer("peft")
     layers = {"Bert": ["query", "value"], "Robe": ["query", "value"], "T5Fo": ["q", "v"], "GPT2": ["c_attn"],
               "Llam": ["q_proj", "v_proj"]}[name[:4]]  # fmt: skip
     torch.manual_seed(0)

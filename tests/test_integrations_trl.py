@@ -7,9 +7,9 @@ import autoaccum
 from autoaccum.errors import SetupError
 from autoaccum.training.events import WindowReplayed
 from tests.trainer_models import TINY, flat, moved
-from tests.versions import tested
+from tests.versions import peer
 
-trl, peft, transformers = tested("trl"), tested("peft"), tested("transformers")
+trl, peft, transformers = peer("trl"), peer("peft"), peer("transformers")
 datasets = pytest.importorskip("datasets")
 
 EXACT, SINGLE = 1e-10, 1e-6  # TRL takes the logarithms of SFT and DPO in float32

@@ -5,7 +5,7 @@ import os
 import torch
 from torch.utils.data import Dataset
 
-from tests.versions import tested
+from tests.versions import peer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "1")
@@ -54,7 +54,7 @@ def padded(batch):
 
 def model(name):
     """In float64, without dropout."""
-    transformers = tested("transformers")
+    transformers = peer("transformers")
     torch.manual_seed(0)
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
     config = {

@@ -28,7 +28,7 @@ TESTED = {
 }
 
 
-def tested(name: str) -> Any:
+def peer(name: str) -> Any:
     """The trainer's package, whose import skips a test or a file where it is not installed.
 
     Raises:

@@ -29,8 +29,8 @@ was not measured: the trainer is not installed here, or the case is about autoac
 class TableWriter:
     """A pytest plugin that gathers the figures of all tests and writes them at the end."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, *, merge: bool = False) -> None:
+        self._folder, self._merge = folder, merge
         self.figures: list[Figure] = []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -40,6 +40,12 @@ class TableWriter:
     def pytest_sessionfinish(self, session: Any) -> None:
         if self._folder is None or hasattr(session.config, "workerinput"):
             return
+        if self._merge:
+            before = json.loads((self._folder / "table.json").read_text(encoding="utf-8"))["figures"]
+            new = {_cell(figure): figure for figure in self.figures}
+            known = {_cell(figure) for figure in before}
+            self.figures = [new.get(_cell(figure), figure) for figure in before]
+            self.figures += [figure for cell, figure in new.items() if cell not in known]
         self.figures.sort(key=lambda figure: figure["row"])
         versions = _versions()
         data = {"schema": 1, "versions": versions, "figures": self.figures}
@@ -92,6 +98,10 @@ def markdown(figures: list[Figure], versions: dict[str, str]) -> str:
         last = row
         lines.append(f"| {head} | {label} | {' | '.join(line.get(name, '') for name in names)} |")
     return "\n".join(lines) + "\n" + _NOTES
+
+
+def _cell(figure: Figure) -> tuple[Any, ...]:
+    return tuple(figure[name] for name in ("row", "title", "label", "trainer"))
 
 
 def _versions() -> dict[str, str]:
