@@ -57,7 +57,7 @@ class Contents:
             owner = root.__self__ if isinstance(root, types.MethodType) else root
             noted = getattr(owner, "_autoaccum_noted", None)
             if noted is not None:  # by a trainer's step, on the trainer
-                self._kept.append(noted())
+                self._put_back.append(noted().restore)
             if not isinstance(owner, nn.Module):
                 self._open(owner, _package(owner), 0)
             self._waiting.append((owner, _package(owner), 0))
