@@ -6,6 +6,7 @@ The four things drawn differ in shape as well as in colour, so that the chart re
 
 from collections.abc import Sequence
 
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.text import Text
@@ -74,7 +75,7 @@ class MemoryChart:
             yield line
         yield Text(f"{'':{margin}} └{'─' * columns}", style="dim", no_wrap=True)
         yield Text(f"{'':{margin}}  {self._batches(columns)}", style="dim", no_wrap=True)
-        yield Padding(self._legend(options.max_width - margin - 2), (0, 0, 0, margin + 2))
+        yield Padding(self._legend(), (0, 0, 0, margin + 2))
 
     def _row(self, size: float, rows: int = _ROWS) -> int:
         return min(max(int((1 - size / self.top) * rows), 0), rows - 1)
@@ -123,7 +124,7 @@ class MemoryChart:
                 line[start : start + len(text)] = text
         return "".join(line).rstrip() + " batch"
 
-    def _legend(self, width: int) -> Text:
+    def _legend(self) -> Columns:
         """What each sign stands for, an entry never broken over two lines."""
         entries = {"curve": "forecast"}
         if self.measured:
@@ -132,12 +133,11 @@ class MemoryChart:
             entries["chosen"] = f"micro-batch {self.chosen}"
         if self.budget is not None:
             entries["budget"] = f"budget {format_bytes(self.budget)}{', far above' if self.line is None else ''}"
-        lines = [Text()]
-        for kind, words in entries.items():
-            sign, style = _SIGNS[kind]
-            wide = sign * 2 if kind in ("curve", "budget") else sign
-            entry = Text(wide, style=style).append(f" {words}", style="not bold default")
-            if lines[-1].cell_len and lines[-1].cell_len + 3 + entry.cell_len > width:
-                lines.append(Text())
-            lines[-1].append("   " if lines[-1].cell_len else "").append_text(entry)
-        return Text("\n").join(lines)
+        signs = {kind: sign * 2 if kind in ("curve", "budget") else sign for kind, (sign, _) in _SIGNS.items()}
+        return Columns(
+            [
+                Text(signs[kind], style=_SIGNS[kind][1]).append(f" {words}", style="not bold default")
+                for kind, words in entries.items()
+            ],
+            padding=(0, 3),
+        )
