@@ -1,6 +1,8 @@
 """A model held still: each sample gets the same, whatever micro-batch it comes in."""
 
+import gc
 import random
+import warnings
 
 import pytest
 import torch
@@ -260,3 +262,13 @@ def test_a_model_that_was_compiled_and_run_before_runs_eagerly():
     whole, parts, _ = still(model, inputs, ROWS)
     assert torch.equal(whole, model.eval()(inputs))
     assert torch.allclose(parts[0], whole[ROWS[0]])
+
+
+def test_what_it_kept_is_gone_afterwards(recwarn):
+    warnings.simplefilter("always", ResourceWarning)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with Determinism(model, samples=4, device=torch.device("cpu")) as fixed:
+        fixed.begin(range(4))
+    del fixed
+    gc.collect()
+    assert not [each for each in recwarn if each.category is ResourceWarning]

@@ -53,9 +53,18 @@ class Target:
                 "where NAME is a function that returns a dict of fit's arguments"
             )
         if not where.endswith(".py") and os.sep not in where:
+            if not all(part.isidentifier() for part in where.split(".")):
+                raise SetupError(
+                    f"{shown(text)}: {shown(where)} is no module's name, such as package.train: for a file write its "
+                    "path, such as train.py:build"
+                )
             return cls(text, os.getcwd(), None, where, name, dict(overrides or {}))
-        path = Path(where).resolve()
-        if not path.is_file():
+        try:
+            path = Path(where).resolve()
+            is_file = path.is_file()
+        except (OSError, ValueError) as error:  # too long, or with a character that no path has
+            raise SetupError(f"{shown(text)} does not name a file: {error}") from error
+        if not is_file:
             beside = sorted(file.name for file in path.parent.glob("*.py"))
             hint = _nearest(path.name, beside, ": give its path from the current folder, or from /")
             raise SetupError(f"{shown(text)}: there is no file {str(path)!r}{hint}")

@@ -180,7 +180,7 @@ def race(
     answer = found.answers[best.saver]
     table = tuple(_row(saver, found.answers[saver], limit, [pair for pair in made if pair.saver == saver], share)
                   for saver, limit in found.limits())  # fmt: skip
-    rates = next(tuple(row["throughput"]) for row in table if row["saver"] == best.saver)
+    rates = next(tuple(map(tuple, row["throughput"])) for row in table if row["saver"] == best.saver)
     taken = Answer(best.size, answer.limit, answer.proof, answer.forecast)
     return Raced(found.benches[best.saver], taken, best, rates, (*table, *found.left_out))
 
@@ -228,7 +228,7 @@ def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], sha
         "micro_batch": size,
         "peak_bytes": None if found.forecast is None else int(found.forecast.reserved(size)),
         "window_seconds": made[0].window if made and made[0].seconds else None,
-        "throughput": [(pair.size, share / pair.window) for pair in timed],
+        "throughput": [[pair.size, share / pair.window] for pair in timed],  # lists, as JSON has them
         "same_result": True,
     }
 

@@ -65,6 +65,7 @@ class Determinism:
         with ExitStack() as stack:
             self._switch(stack)
             self._start = Snapshot(*self._roots, device=self._device, parameters=False)
+            stack.callback(self._start.close)
             stack.callback(self._restart)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 # Modes make compiled code skip itself, which fullgraph=True takes for an error.
