@@ -170,6 +170,5 @@ def test_where_blocks_are_kept_a_size_is_timed_with_those_of_a_window_before_it(
         return list(ran_by_turn)
 
     monkeypatch.setattr(Bench, "time", counted)
-    first, *others = windows(keeps=True)
-    assert first == 2, "once, before the first of those that are timed in turn"
-    assert {*others, *windows(keeps=False)} == {1}
+    assert windows(keeps=True)[0] == 2, "once more, before the first of those that are timed in turn"
+    assert set(windows(keeps=False)) == {1}
