@@ -13,6 +13,7 @@ from autoaccum.planning.plan_fields import PlanFields
 __all__ = ["SCHEMA", "read_file", "read_values", "write_file"]
 
 SCHEMA = 1
+_LONGEST_PATH = 1000  # characters that a message repeats
 
 
 def read_values(data: Any) -> dict[str, Any]:
@@ -46,9 +47,9 @@ def read_file(path: Path) -> Any:
         return read_json(path)
     except OSError as error:
         why = error.strerror or str(error)
-        raise PlanError(f"the plan {path} cannot be read: {why}; give a file saved by Plan.save") from error
+        raise PlanError(f"the plan {_named(path)} cannot be read: {why}; give a file saved by Plan.save") from error
     except ValueError as error:  # not UTF-8, not JSON, out of bounds, or of another checksum
-        raise PlanError(f"the plan {path} is damaged: {error}; make it anew and save it again") from error
+        raise PlanError(f"the plan {_named(path)} is damaged: {error}; make it anew and save it again") from error
 
 
 def write_file(path: Path, values: Mapping[str, Any]) -> None:
@@ -60,3 +61,9 @@ def write_file(path: Path, values: Mapping[str, Any]) -> None:
         raise PlanError(
             f"the plan cannot be saved at {shown(str(path))}: {why}; choose a folder that exists and is writable"
         ) from error
+
+
+def _named(path: Path) -> str:
+    """The path whole, as people look for it; the beginning of what is too long to be one."""
+    text = str(path)
+    return text if len(text) < _LONGEST_PATH and text.isprintable() else shown(text)

@@ -1,5 +1,6 @@
 """What `fit` gives back: the model, and what is known of its training."""
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,20 @@ class LengthSummary:
     def padding_unsorted(self) -> float:
         """The share that padding would be in micro-batches of one size, in the order the samples came."""
         return 1.0 - self.tokens / self.unsorted
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        counts = Counter(self.micro_batches)
+        usual = statistics.median_low(list(counts.elements()))
+        low, high = min(counts), max(counts)
+        spread = f"{low} in every window" if low == high else f"{low} to {high} a window, {usual} in the middle"
+        return [
+            f"tokens: {self.tokens_per_second:,.0f} a second, padding not counted; {self.tokens:,} in "
+            f"{sum(self.micro_batches.values())} windows",
+            f"padding: {self.padding:.1%} of what ran; in micro-batches of one size it would have been "
+            f"{self.padding_unsorted:.1%}, and {self.unsorted / self.padded:.2f} times as much would have run",
+            f"micro-batches: {spread}",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -48,7 +48,7 @@ from autoaccum.training.events import (
     TrainingStarted,
     WindowSkipped,
 )
-from autoaccum.training.fit_result import FitResult, length_summary
+from autoaccum.training.fit_result import FitResult, LengthSummary, length_summary
 from autoaccum.training.history import History
 from autoaccum.training.parts import Boundary, TrainingParts
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
@@ -187,6 +187,9 @@ class TrainingLoop:
             self._save()
             # Whoever failed since the last window is heard by all.
             self._accumulator.ranks.tally("the end of the training")
+            lengths = self._lengths()
+            for line in [] if lengths is None else lengths.lines():
+                self.events.tell(Noted(line))
             scale = self._accumulator.noise_scale.value
             if scale is not None:
                 self.events.tell(Noted(advice(scale, self.plan, self.optimizer)))
@@ -221,9 +224,11 @@ class TrainingLoop:
             pass
         return FitResult(
             self.model, self.plan, self.probe, self.verify, self.history, self.evaluations,
-            None if self.folder is None else self.folder.unsaved, self._stopped,
-            length_summary(self.history) if self.plan.by_length else None,
+            None if self.folder is None else self.folder.unsaved, self._stopped, self._lengths(),
         )  # fmt: skip
+
+    def _lengths(self) -> LengthSummary | None:
+        return length_summary(self.history) if self.plan.by_length else None
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """The loss and the metrics over `data`, or over the validation data; the model is not trained.
