@@ -20,9 +20,9 @@ TEST = ("-m", "pytest", "-q", "--tb=short")
 
 # (name, seconds, what python is given). Parts of tests.gpu.models print JSON lines, which are the rows.
 PARTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("device and allocator", 90,
+    ("device and allocator", 100,
      (*TEST, "tests/gpu/test_device.py", "tests/gpu/test_savers.py", "tests/gpu/test_waits.py",
-      "tests/gpu/test_allocator.py")),
+      "tests/gpu/test_ahead.py", "tests/gpu/test_allocator.py")),
     ("models under 24 GiB", 200, ("-m", "tests.gpu.models", "probe")),
     ("algorithms", 60, ("-m", "tests.gpu.models", "algorithms")),
     ("whole card", 40, ("-m", "tests.gpu.models", "whole")),
