@@ -76,6 +76,69 @@ ASKED_FOR = {
 }
 
 
+def written(change):
+    """A model's comparison that first does something to its logits, and leaves what that returns."""
+
+    def compare(x, y):
+        change(x)
+        return F.cross_entropy(x.view(-1, CLASSES), y.view(-1))
+
+    return compare
+
+
+def halves_in_views(x, y):
+    flat = x.view(-1, CLASSES)[2:][:9]
+    x.div_(2)
+    flat[..., 1] = 3
+    return F.cross_entropy(x.view(-1, CLASSES), y.view(-1)) + F.cross_entropy(flat, y.view(-1)[2:11])
+
+
+def divides_a_name(x, y):
+    flat = x.view(-1, CLASSES)
+    x /= 3
+    return F.cross_entropy(flat, y.view(-1))
+
+
+def writes_to_a_copy(x, y):
+    chosen = x[y > 50]
+    chosen.mul_(2)
+    return F.cross_entropy(chosen, y[y > 50]) + F.cross_entropy(x.view(-1, CLASSES), y.view(-1))
+
+
+def without_gradients(x):
+    with torch.no_grad():
+        x[..., 3] = -4.0
+
+
+WRITTEN = {
+    "an item": written(lambda x: x.__setitem__((..., 7), -5.0)),
+    "divided": written(lambda x: x.div_(3.0)),
+    "a view": written(lambda x: x.view(-1, CLASSES).mul_(0.5)),
+    "a slice": written(lambda x: x[:, :-1].clamp_(max=0.1)),
+    "filled": written(lambda x: x.masked_fill_(torch.arange(CLASSES) > 2090, -9.0)),
+    "past the graph": written(lambda x: x.data.__setitem__((..., 2), 1.0)),
+    "a hook on its gradient": written(lambda x: x.register_hook(lambda gradient: 2 * gradient)),
+    "a hook on a view's": lambda x, y: (
+        (flat := x.view(-1, CLASSES)).register_hook(lambda gradient: 2 * gradient) and F.cross_entropy(flat, y.view(-1))
+    ),
+    "without gradients": written(without_gradients),
+    "views of views": halves_in_views,
+    "by an operator": divides_a_name,
+    "a copy": writes_to_a_copy,
+}
+CALLED = {
+    "by name": lambda x, y: F.cross_entropy(input=torch.reshape(input=x, shape=(-1, CLASSES)), target=y.view(-1)),
+    "view by name": lambda x, y: F.cross_entropy(x.view(size=(-1, CLASSES)), y.view(-1)),
+    "flatten by name": lambda x, y: F.cross_entropy(torch.flatten(input=x, end_dim=1), y.view(-1)),
+    "as another tensor": lambda x, y: F.cross_entropy(x.to(torch.ones(1).double()).view(-1, CLASSES), y.view(-1)),
+    "in a layout": lambda x, y: F.cross_entropy(
+        x.double(memory_format=torch.preserve_format).view(-1, CLASSES), y.view(-1)
+    ),
+    "an array's mask": lambda x, y: F.cross_entropy(x[(y > 50).numpy()], y[y > 50]),
+    "an array's mask of classes": lambda x, y: x[(torch.arange(x.numel()) % 7 == 0).view(x.shape).numpy()].pow(2).sum(),
+}
+
+
 def gradients(model, batch):
     model.zero_grad()
     loss = model(**batch)["loss"]
@@ -115,6 +178,17 @@ def test_formats_are_the_plain_models(bf16):
             found.append((out["logits"].dtype, out["loss"].dtype, [(p.grad is None) for p in model.parameters()]))
             torch.testing.assert_close(out["loss"], model(**batch)["loss"], rtol=2e-2, atol=0, check_dtype=False)
         assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", [*WRITTEN, *CALLED])
+def test_logits_that_are_written_to_or_met_in_odd_ways_are_the_plain_models(kind):
+    batch = {"tokens": tokens(), "labels": tokens().flip(1)}
+    model = make({**WRITTEN, **CALLED}[kind])
+    expected = gradients(model, batch)
+    with installed("chunked_loss", model, CPU):
+        found = gradients(model, batch)
+    assert (found[0] - expected[0]).abs() <= 1e-12 * expected[0].abs()
+    assert (found[1] - expected[1]).norm() <= 1e-12 * expected[1].norm()
 
 
 def test_what_is_known_without_the_logits_asks_for_none(computed):

@@ -3,8 +3,8 @@
 The head is a linear layer over many classes. What its forward returns knows the hidden states and the layer, and holds
 no memory. It lets itself be reshaped, cut along its rows and cast; where it meets `cross_entropy`, the loss is computed
 in chunks (chunked_loss.py). Whatever else is done with it is done with the logits themselves, computed there and then:
-the result is the same, and nothing is saved. So a model's own code, a trainer's and a user's loss are served alike, and
-none of them is touched.
+the result is the same, and nothing is saved. Once something writes to the logits or hangs a hook on them, they are all
+that counts. So a model's own code, a trainer's and a user's loss are served alike, and none of them is touched.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,16 +78,26 @@ class Logits(Tensor):
         hidden: (…, width), with its graph.
         weight, bias: the layer's.
         computed: the format that the layer computes in; `dtype` is what that was cast to since.
+        whole, part: the Logits whose memory these are in, None where they have their own; what makes these of those.
+        fixed: whether `made` may hold what no hidden state says.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     computed: torch.dtype
-    made: Tensor | None
+    made: Tensor | None = None
+    whole: "Logits | None" = None
+    part: Callable[[Tensor], Tensor]
+    fixed = False
 
     def themselves(self) -> Tensor:
         """The logits, computed once."""
+        if self.whole is not None and self.whole.is_fixed and not self.fixed:
+            with torch.enable_grad():
+                self.made, self.fixed = self.part(self.whole.themselves()), True
+        if self.made is not None and self.fixed:
+            return self.made
         if self.made is None or (torch.is_grad_enabled() and not self.made.requires_grad):
             with torch.autocast(self.hidden.device.type, enabled=False):
                 bias = None if self.bias is None else self.bias.to(self.computed)
@@ -97,7 +107,23 @@ class Logits(Tensor):
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Logits":
         """The logits of other rows of the hidden states."""
-        return _put_off(change(self.hidden), self.weight, self.bias, self.computed, self.dtype)
+        rows = _put_off(change(self.hidden), self.weight, self.bias, self.computed, self.dtype)
+        if rows.hidden.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr():
+            rows.whole, rows.part = self, change
+        return rows
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether these, or any that they are part of, were written to: then nothing is put off any more."""
+        return self.fixed or (self.whole is not None and self.whole.is_fixed)
+
+    def make(self) -> None:
+        """Computes the logits, and those that they are part of: somebody is about to write to them, or hook them."""
+        if self.whole is not None:
+            self.whole.make()
+        with torch.enable_grad():
+            self.themselves()
+        self.fixed = True
 
     def cast(self, format_: torch.dtype) -> "Logits":
         """The logits in another format."""
@@ -110,11 +136,14 @@ class Logits(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _FACTS:
                 return func(*args, **kwargs)
-            put_off = _PUT_OFF.get(func)
-            if put_off is not None and isinstance(args[0], Logits):
-                result = put_off(*args, **kwargs)
+            first = args[0] if args and isinstance(args[0], Logits) else None
+            if first is not None and func in _PUT_OFF and not first.is_fixed:
+                result = _PUT_OFF[func](*args, **kwargs)
                 if result is not None:
                     return result
+            for each in (first, kwargs.get("out")):
+                if isinstance(each, Logits) and (each is not first or _changes(func)):
+                    each.make()
         return func(*_computed(args), **_computed(kwargs))
 
     @classmethod
@@ -137,7 +166,6 @@ class _PutOff(torch.autograd.Function):
         ctx.computed, ctx.has_bias = computed, bias is not None
         shape = (*hidden.shape[:-1], weight.shape[0])
         logits: Logits = Tensor._make_wrapper_subclass(Logits, shape, dtype=format_, device=hidden.device)
-        logits.made = None
         return logits
 
     @staticmethod
@@ -149,6 +177,19 @@ class _PutOff(torch.autograd.Function):
         for_weight = rows.t() @ hidden.reshape(-1, hidden.shape[-1]).to(ctx.computed)
         for_bias = rows.sum(0) if ctx.has_bias else None
         return gradient @ weight.to(ctx.computed), for_weight, for_bias, None, None
+
+
+_CHANGES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ipow__",
+            "register_hook", "retain_grad"}  # fmt: skip
+
+
+def _changes(function: Any) -> bool:
+    """Whether one of torch's functions writes to its first argument, hangs something on it, or gives `.data` to."""
+    name = getattr(function, "__name__", "")
+    return name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or function == _DATA
+
+
+_DATA = vars(torch._C.TensorBase)["data"].__get__
 
 
 def _computed(arguments: Any) -> Any:
@@ -176,7 +217,8 @@ def _cross_entropy(
     return loss.to(logits.dtype) if half and not under_autocast else loss
 
 
-def _reshape(logits: Logits, *shape: Any) -> Logits | None:
+def _reshape(logits: Logits, *shape: Any, **named: Any) -> Logits | None:
+    shape = shape or tuple(named.values())
     sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
     if not all(isinstance(size, int) for size in sizes) or not sizes or sizes[-1] != logits.shape[-1]:
         return None
@@ -191,7 +233,7 @@ def _flatten(logits: Logits, start_dim: int = 0, end_dim: int = -1) -> Logits | 
 def _index(logits: Logits, index: Any) -> Logits | None:
     """Where the classes are all left in their place."""
     parts = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(part, list) for part in parts):
+    if not all(part is None or part is Ellipsis or isinstance(part, (int, slice, Tensor)) for part in parts):
         return None
     taken = sum(_dimensions(part) for part in parts)
     rest = parts[-1] is Ellipsis or (isinstance(parts[-1], slice) and parts[-1] == slice(None))
@@ -212,7 +254,7 @@ def _to(logits: Logits, *args: Any, **kwargs: Any) -> Logits | None:
         return None
     if isinstance(args[0], torch.dtype):
         return logits.cast(args[0]) if args[0].is_floating_point else None
-    return logits if torch.device(args[0]) == logits.device else None
+    return logits if isinstance(args[0], (str, torch.device)) and torch.device(args[0]) == logits.device else None
 
 
 _PUT_OFF: dict[Any, Callable[..., Any]] = {
@@ -224,8 +266,8 @@ _PUT_OFF: dict[Any, Callable[..., Any]] = {
     torch.flatten: _flatten,
     Tensor.__getitem__: _index,
     Tensor.to: _to,
-    Tensor.float: lambda logits: logits.cast(torch.float32),
-    Tensor.double: lambda logits: logits.cast(torch.float64),
+    Tensor.float: lambda logits, **how: logits.cast(torch.float32),
+    Tensor.double: lambda logits, **how: logits.cast(torch.float64),
     Tensor.contiguous: lambda logits, **how: logits,
 }
 _FACTS = frozenset(
