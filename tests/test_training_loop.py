@@ -183,15 +183,15 @@ def test_an_epoch_without_a_window_says_so():
 # --- losses that are not finite --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_a_loss_that_is_not_finite_names_step_and_samples(batch_norm):
+@pytest.mark.parametrize(("batch_norm", "micro_batch"), [(False, 8), (True, 8), (True, 16)])
+def test_a_loss_that_is_not_finite_names_step_and_samples(batch_norm, micro_batch):
     x = X.clone()
     x[33, 2] = float("inf")
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8) if batch_norm else nn.LayerNorm(8), nn.Linear(8, 3))
     with pytest.raises(LossError, match=r"the loss of step \d+ is nan.*window \d of epoch 0.* 33") as caught:
-        prepared(model=model, data=(x, Y)).run()
-    if not batch_norm:  # which runs no single sample, so that the whole micro-batch is named
-        assert "it comes from sample 33 of the data" in str(caught.value)
+        prepared(model=model, data=(x, Y), micro_batch=micro_batch).run()
+    assert "it comes from sample 33 of the data" in str(caught.value)
+    assert all(layer.training for layer in model)
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
 
 

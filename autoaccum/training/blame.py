@@ -1,10 +1,13 @@
 """Which samples made a loss that is not finite: asked when the training ends of it, so it may take a few forwards."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
+from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError
 from autoaccum.loss.objective import Objective
@@ -18,11 +21,12 @@ _NAMED = 8
 def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumulator) -> list[int]:
     """The places in the window of samples whose own loss is not finite; where they cannot run alone, their neighbours'.
 
-    Runs the model in training mode: what that changes is the caller's to put back.
+    Runs the model in training mode, but for BatchNorm, in which one bad sample spoils all others: it goes by its running
+    statistics. What else that changes is the caller's to put back.
     """
     found: list[int] = []
     start = 0
-    with torch.no_grad(), accumulator.precision.autocast():
+    with torch.no_grad(), accumulator.precision.autocast(), _apart(accumulator.model):
         for batch in batches:
             size = tree.batch_size(batch)
             if not _finite(batch, objective, accumulator):
@@ -31,10 +35,22 @@ def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumula
     return found
 
 
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    layers = [layer for layer in model.modules() if has_running_statistics(layer) and layer.training]
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
 def _within(batch: Any, size: int, objective: Objective, accumulator: Accumulator) -> Iterator[int]:
     try:
         singles = [_finite(single, objective, accumulator) for single in tree.split(batch, [1] * size)]
-    except (AutoaccumError, RuntimeError, ValueError):  # BatchNorm, say, takes no single sample
+    except (AutoaccumError, RuntimeError, ValueError):  # a layer of the user's, say, that takes no single sample
         singles = [False] * size
     yield from (place for place, finite in enumerate(singles) if not finite)
 
