@@ -483,3 +483,37 @@ def test_kills_without_a_rung_are_not_held_against_it():
     report = autoaccum.probe(**deadly(), **ASKED, memory="64MiB", ladder="auto", isolate=deadly)
     assert report.ladder == report.plan.ladder == "selective_checkpointing"  # the first that runs its blocks otherwise
     assert report.micro_batch == 8
+
+
+class Writer(nn.Module):
+    """A block that writes to buffers in three ways, and whose output depends on what they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+        self.plain = nn.Linear(6, 6)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("average", torch.ones(6))
+        self.register_buffer("mask", torch.ones(6))
+
+    def forward(self, x):
+        out = torch.tanh(self.plain(self.spectral(x))) * (self.average * self.mask).clone() / (1 + self.calls)
+        self.calls = self.calls + 1
+        self.average.data.lerp_(out.detach().mean(0), 0.1)
+        return x + out
+
+
+@pytest.mark.parametrize("rung", ["checkpointing", "checkpointing/2", "selective_checkpointing"])
+def test_a_block_that_writes_to_its_buffers_does_so_once_and_runs_again_on_what_it_found(rung):
+    torch.manual_seed(0)
+    model = nn.Sequential(Writer(), Writer(), Writer()).double()
+    plain = copy.deepcopy(model)
+    for _ in range(3):
+        x = torch.randn(4, 6, dtype=torch.float64)
+        plain(x).square().mean().backward()
+        with installed(rung, model, CPU):
+            model(x).square().mean().backward()
+    for (name, expected), (_, found) in zip(plain.named_parameters(), model.named_parameters()):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=1e-14, msg=name)
+    for (name, expected), (_, found) in zip(plain.named_buffers(), model.named_buffers()):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, msg=name)

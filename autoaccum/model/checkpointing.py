@@ -3,6 +3,8 @@
 Choices made here:
 
 - Random generators are put back for a block's second run, and BatchNorm's statistics count its first (norm_layer.py).
+- Other buffers that a block writes to (a codebook, a power iteration, a counter) are in its second run what they were
+  before the first, and afterwards what the first left. Which these are shows when a block first runs.
 - Repeated blocks are the children of one class that a ModuleList or a Sequential has two or more of, the outermost
   such. A Transformers model checkpoints by its own switch, which knows that its caches must not be filled twice.
 - Every n-th block alone can be checkpointed: the others keep what they keep, and do not run again.
@@ -14,11 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.model.forward import StandIn
 
 __all__ = ["Checkpointed", "How", "all_blocks", "checkpointed", "repeated_blocks", "why_not"]
@@ -90,7 +94,53 @@ class Checkpointed(StandIn):
         """The block's forward, of which nothing is kept where it will run again."""
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
-        return self._run(self.forward, *args, **kwargs)
+        compiling = torch.compiler.is_compiling()
+        return self._run(self.forward if compiling else _Twice(self.module, self.forward), *args, **kwargs)
+
+
+class _Twice:
+    """A block's forward, whose second run finds the block's buffers as the first found them, and changes none."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._module, self._forward = module, forward
+        self._before: list[tuple[dict[str, Any], str, Tensor]] | None = None  # where each is held, and what it was
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._before is None:
+            return self._first(*args, **kwargs)
+        after = [(held, name, held[name]) for held, name, _ in self._before]
+        for held, name, buffer in self._before:
+            held[name] = buffer.clone()  # the first run's own may be saved for the backward pass
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            for held, name, buffer in after:
+                held[name] = buffer
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        known = _WRITTEN.get(self._module)
+        kept = {
+            (path, name): (part._buffers, name, buffer.clone())
+            for path, part in (self._module.named_modules() if known is None or known else ())
+            if not has_running_statistics(part)
+            for name, buffer in part._buffers.items()
+            if buffer is not None and (known is None or (path, name) in known)
+        }
+        self._before = list(kept.values())
+        result = self._forward(*args, **kwargs)
+        if known is None:
+            self._before = [each for each in self._before if not _holds(*each)]
+            _WRITTEN[self._module] = frozenset(key for key, each in kept.items() if not _holds(*each))
+        return result
+
+
+def _holds(held: dict[str, Any], name: str, before: Tensor) -> bool:
+    now = held[name]
+    return now is not None and torch.equal(now, before)
+
+
+_WRITTEN: WeakKeyDictionary[nn.Module, frozenset[tuple[str, str]]] = WeakKeyDictionary()
+"""The buffers that a block was seen to write to, by the path of their module in it and their name."""
 
 
 @contextmanager
