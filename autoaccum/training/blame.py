@@ -21,8 +21,8 @@ _NAMED = 8
 def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumulator) -> list[int]:
     """The places in the window of samples whose own loss is not finite; where they cannot run alone, their neighbours'.
 
-    Runs the model in training mode, but for BatchNorm, in which one bad sample spoils all others: it goes by its running
-    statistics. What else that changes is the caller's to put back.
+    Runs the model in training mode, but for BatchNorm, where one bad sample would spoil the others: it goes by its
+    running statistics. What that changes is the caller's to put back.
     """
     found: list[int] = []
     start = 0
