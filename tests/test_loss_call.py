@@ -104,6 +104,8 @@ def test_a_loss_must_be_a_scalar_tensor_with_a_graph():
         scalar(parameter * 1, "f")
     with pytest.raises(LossError, match=r"f returned a loss of 3 without a graph.*detach"):
         scalar(parameter.sum().detach(), "f")
+    with pytest.raises(LossError, match=r"f returned a complex loss.*real"):
+        scalar(parameter.sum() * 1j, "f")
 
 
 def test_a_graph_is_asked_for_only_where_gradients_are_enabled():

@@ -120,7 +120,7 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
     """`loss`, which `source` returned, as a tensor of shape (); with `graph` it needs one where gradients are enabled.
 
     Raises:
-        LossError: not a tensor, not one element, or without a graph.
+        LossError: not a tensor, not one real element, or without a graph.
     """
     if not isinstance(loss, Tensor):
         what = f"the number {shown(loss)}" if isinstance(loss, (int, float)) else f"a {type(loss).__name__}"
@@ -133,6 +133,8 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
             f"{source} returned a loss of shape {tuple(loss.shape)}, and a gradient needs a scalar: average it "
             "(loss.mean(), or reduction='mean'), or pick the scalar out with step=f(model, batch)"
         )
+    if loss.is_complex():
+        raise LossError(f"{source} returned a complex loss, and a gradient needs a real one: take its .abs() or .real")
     if graph and not loss.requires_grad and torch.is_grad_enabled():
         raise LossError(
             f"{source} returned a loss of {loss.item():.6g} without a graph, so nothing can be learned from it: take "
