@@ -135,6 +135,7 @@ def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
     assert_same(layer, state(whole), 1e-12)
 
 
+@pytest.mark.slow
 @since("2.5", "a layer of a compiled graph used twice")
 def test_a_layer_used_twice_in_a_compiled_graph_counts_twice():
     torch.compiler.reset()

@@ -47,7 +47,7 @@ def assert_statistics(pool, wholes):
 CALLS = st.lists(st.tuples(st.integers(0, 1), st.integers(2, 9)), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(calls=CALLS, seed=st.integers(0, 10**6))
 def test_calls_in_any_order_and_of_any_sizes_pool_to_the_whole(calls, seed):
     calls = [(0, 2), (1, 3), *calls]
@@ -60,7 +60,7 @@ def test_calls_in_any_order_and_of_any_sizes_pool_to_the_whole(calls, seed):
     assert_statistics(pool, wholes)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shares=st.lists(CALLS, min_size=2, max_size=4), seed=st.integers(0, 10**6))
 def test_pools_of_several_ranks_add_up_to_the_whole(shares, seed):
     """The two sums over ranks, done here by hand; a rank may have seen only one of the layers."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
@@ -86,6 +86,7 @@ def test_moving_and_mapping_keep_the_structure(make):
     assert all(tensor.device.type == "meta" for _, tensor in tree.tensors(tree.move(batch, "meta")))
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 20).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1, max_size=6))))
 def test_splitting_loses_and_repeats_no_sample(case):
     _, sizes = case

@@ -15,11 +15,12 @@ from tests.ranks_started import started
 from tests.shards_work import Case, Net, grouped, sgd, sharded, windows
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
-SHARDS = hasattr(getattr(fsdp, "FSDPModule", None), "reset_iter_state")
+SHARDS = pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "reset_iter_state"), reason="this torch's FSDP cannot be replayed"
+)
 
 # The tail of one sample leaves rank 1 without any, who then runs a pass that counts nothing.
 CASE = Case(limits=(3, 2), count=31)
-WAYS = ("replicated", "sharded", "sharded, summed at the window's end", "by hand")
 
 
 def plans():
@@ -48,26 +49,22 @@ def measured(model, made, pieces, *, late=False, by_hand=False):
     return found
 
 
-def work(rank, folder):
+def whole(rank, folder):
     with grouped(rank, 2, folder):
         made = plans()[rank]
         found = {
             "replicated": measured(Net(), made, windows(CASE, made)),
             "by hand": measured(Net(), made, windows(CASE, made), by_hand=True),
         }
-        if SHARDS:
-            found["sharded"] = measured(sharded(Net()), made, windows(CASE, made))
-            found["sharded, summed at the window's end"] = measured(
-                sharded(Net()), made, windows(CASE, made), late=True
-            )
         torch.save(found, f"{folder}/{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("noise")
-    started(work, 2, folder)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def in_shards(rank, folder):
+    with grouped(rank, 2, folder):
+        made = plans()[rank]
+        late = measured(sharded(Net()), made, windows(CASE, made), late=True)
+        found = {"sharded": measured(sharded(Net()), made, windows(CASE, made)), "sharded, summed at the end": late}
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +73,20 @@ def alone():
     return measured(Net(), plan(3, CASE.target, optimizer="sgd"), pieces)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_ranks_measure_what_one_process_does_in_the_same_micro_batches(found, alone, way):
-    if way.startswith("sharded") and not SHARDS:
-        pytest.skip("this torch's FSDP cannot be replayed")
+@pytest.mark.parametrize(
+    ("work", "ways"),
+    [
+        (whole, ("replicated", "by hand")),
+        pytest.param(in_shards, ("sharded", "sharded, summed at the end"), marks=[pytest.mark.slow, SHARDS]),
+    ],
+    ids=["whole", "sharded"],
+)
+def test_two_ranks_measure_what_one_process_does_in_the_same_micro_batches(tmp_path, alone, work, ways):
+    started(work, 2, tmp_path)
     assert len(alone) == 4
-    for each in found:
-        for got, want in zip(each[way], alone, strict=True):
-            assert got["weight"] == want["weight"] > 0
-            assert got["noise"] == pytest.approx(want["noise"], rel=1e-10)
-            assert got["signal"] == pytest.approx(want["signal"], rel=1e-10)
+    for each in (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)):
+        for way in ways:
+            for got, want in zip(each[way], alone, strict=True):
+                assert got["weight"] == want["weight"] > 0, way
+                assert got["noise"] == pytest.approx(want["noise"], rel=1e-10), way
+                assert got["signal"] == pytest.approx(want["signal"], rel=1e-10), way
