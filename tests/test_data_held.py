@@ -10,7 +10,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler
 
 from autoaccum.data.held import held, restore, state_of
 from autoaccum.data.source import open_source
-from autoaccum.data.windows import indices_of, windows
+from autoaccum.data.windows import windows
 from autoaccum.errors import CheckpointError
 from autoaccum.planning.plan import plan
 
@@ -151,14 +151,10 @@ def test_an_epoch_that_was_left_or_resumed_goes_on_as_if_it_had_not_been(name, k
     assert read(resumed, 2) == expected[2]
 
 
-def test_naming_a_windows_samples_leaves_the_samplers_generator_alone():
-    source, other = (open_source(LOADERS["lazy sampler"]("numpy")) for _ in range(2))
-    reading = windows(source, lambda: plan(3, 4), 0)
-    want = windows(other, lambda: plan(3, 4), 0)
-    for index, (window, same) in enumerate(zip(reading, want)):
-        assert [b.tolist() for b in window.batches] == [b.tolist() for b in same.batches]
-        named = indices_of(window, source, plan(3, 4))
-        assert list(named) == [int(row[0]) for batch in window.batches for row in batch], index
+@pytest.mark.parametrize("name", ["lazy sampler", "list"])
+def test_a_window_names_its_samples_by_their_indices(name):
+    for window in windows(open_source(LOADERS[name]("numpy")), lambda: plan(3, 4), 0):
+        assert list(window.indices) == [int(row[0]) for batch in window.batches for row in batch]
 
 
 @every_kind

@@ -13,7 +13,7 @@ Choices made here:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -35,11 +35,15 @@ __all__ = ["Read", "Source"]
 
 
 class Read(NamedTuple):
-    """A window as a source reads it: samples over all ranks, and this rank's micro-batches."""
+    """A window as a source reads it: samples over all ranks, and this rank's micro-batches.
+
+    `indices` are those of this rank's samples in the dataset, as they stand in the micro-batches, where they have some.
+    """
 
     total: int
     batches: list[Any]
     padding: Padding | None = None
+    indices: Any = None
 
 
 class Source(ABC):
@@ -174,13 +178,6 @@ class Source(ABC):
     @abstractmethod
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; those before it are passed over."""
-
-    def indices(self, epoch: int, cutter: Cutter, index: int) -> Sequence[Any] | None:
-        """The dataset's indices of one window of the epoch in progress, this rank's part; for saying what is wrong.
-
-        None where samples have none, and on several ranks, where the others would have to be asked.
-        """
-        return None
 
     # --- samples looked at ---
 

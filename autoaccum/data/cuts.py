@@ -33,14 +33,11 @@ class Cut:
 class Cutter:
     """Cuts windows by whatever `plan()` says at the time.
 
-    With `drop_last` a short last window is dropped, whatever the plan says. With `batch` samples at the epoch's end
-    that are short of a batch of so many are left out, whatever the windows are: such a cutter begins at the epoch's
-    beginning.
+    With `drop_last` a short last window is dropped, whatever the plan says.
     """
 
-    def __init__(self, plan: Callable[[], Plan], drop_last: bool, batch: int = 1) -> None:
-        self._ask, self._drop_last, self._batch = plan, drop_last, batch
-        self._before = 0
+    def __init__(self, plan: Callable[[], Plan], drop_last: bool) -> None:
+        self._ask, self._drop_last = plan, drop_last
         self._known: Plan | None = None
         self._cuts: dict[int, Cut] = {}
         self._refresh()
@@ -56,12 +53,9 @@ class Cutter:
         A tail that is too small to be cut (see `planning.split.Windows`) is part of the window before it.
         """
         self._refresh()
-        ahead, ended = look(self._needed + self._batch - 1)
-        if self._batch > 1:  # up to the end of the last batch that is seen to be full
-            ahead -= (self._before + ahead) % self._batch
+        ahead, ended = look(self._needed)
         total = self._windows.next(ahead, ended=ended)
         assert total is not None  # as much was looked for as the answer needs
-        self._before += total
         return total
 
     def cut(self, total: int) -> Cut:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch.utils.data._utils.collate import collate as torchs_collate
 
+from autoaccum.data.base import Read
 from autoaccum.data.draws import mix
-from autoaccum.data.sample_lengths import ByLength, Padding, cut
+from autoaccum.data.sample_lengths import ByLength, cut
 from autoaccum.errors import DataError, TracebackText
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.random_state import seed_everything
@@ -59,23 +60,19 @@ class Fetcher:
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._collate = dataset, collate
 
-    def fetch(self, ask: Ask) -> tuple[list[Any], Padding | None]:
+    def fetch(self, ask: Ask) -> Read:
         """The micro-batch, or those of a window's part that is cut by length, with their padding.
 
         A DataError where the dataset or the collate function failed; or a sample is too long.
         """
         samples = self._asked_for(ask)
-        pieces, padding = [list(range(len(samples)))], None
-        if ask.by_length is not None:
-            pieces, padding = cut(samples, ask.by_length, self.collated, ask.indices)
-        batches = []
-        for places in pieces:
+        pieces, padding = cut(samples, [len(samples)], ask.by_length, self.collated, ask.indices)
+        batches, names = [], [[ask.indices[place] for place in places] for places in pieces]
+        for places, own in zip(pieces, names):
             if ask.base is not None:  # a collate function may draw too, as for masked words
                 seed_everything(mix(ask.base, ask.position + places[0], 1), cpu_only=True)
-            batches.append(
-                self.collated([samples[place] for place in places], [ask.indices[place] for place in places])
-            )
-        return batches, padding
+            batches.append(self.collated([samples[place] for place in places], own))
+        return Read(len(samples), batches, padding, [index for own in names for index in own])
 
     def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
         """The samples, each after its seed is set, where there are seeds; a DataError names the index that failed."""

@@ -20,10 +20,10 @@ from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.orders import (
     Order,
-    SamplerOrder,
     length_of,
     permutation,
     possible_indices,
+    sampled,
     shared_order,
     undistributed,
 )
@@ -53,26 +53,13 @@ class IndexedSource(Source):
     def read(self, epoch: int, cutter: Cutter, start: int) -> Iterator[Read]:
         """The epoch's windows from the one numbered `start`; of those before it only indices are read."""
         order, base = self._order(epoch, again=start > 0)
-        position = 0
         for _ in range(start):
-            total = cutter.total(order.look)
-            order.take(total)
-            position += total
-        return self._windows(order, cutter, base, position)
-
-    def indices(self, epoch: int, cutter: Cutter, index: int) -> Sequence[Any] | None:
-        """The dataset's indices of one window: the epoch's order is read again, without a trace."""
-        if self.ranks.size > 1:
-            return None
-        with self._untouched():
-            order, _ = self._order(epoch, again=True)
-            for _ in range(index):
-                order.take(cutter.total(order.look))
-            return order.take(cutter.total(order.look))
+            order.take(cutter.total(order.look))
+        return self._windows(order, cutter, base)
 
     @abstractmethod
-    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
-        """The windows of what is left of `order`, `position` samples into the epoch."""
+    def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
+        """The windows of what is left of `order`."""
 
     def _candidates(self) -> Sequence[Any]:
         """Indices that an epoch may show."""
@@ -89,7 +76,7 @@ class IndexedSource(Source):
                 return permutation(self._rows or 0, base), base
             if callable(getattr(sampler, "set_epoch", None)):
                 sampler.set_epoch(epoch)
-            make = partial(SamplerOrder, sampler, base, follow_global=self._seed is None)
+            make = partial(sampled, sampler, base, follow_global=self._seed is None)
             return (make() if self.ranks.size == 1 else shared_order(make, self.length, self.ranks)), base
 
     def _base_generator(self) -> torch.Generator | None:
@@ -118,11 +105,12 @@ class TensorSource(IndexedSource):
         chosen = [number % count if size > count else number * count // size for number in range(size)]
         return self._gather(torch.tensor([candidates[number] for number in chosen], dtype=torch.int64))
 
-    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+    def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
         while total := cutter.total(order.look):
             cut = cutter.cut(total)
             rows = order.rows(total)[cut.start : cut.stop]
-            yield Read(total, tree.split(self._gather(rows), cut.sizes) if cut.sizes else [])
+            batches = tree.split(self._gather(rows), cut.sizes) if cut.sizes else []
+            yield Read(total, batches, indices=rows)
 
     def _gather(self, rows: Tensor) -> Any:
         try:

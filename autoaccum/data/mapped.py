@@ -26,7 +26,7 @@ from autoaccum.data.draws import mix
 from autoaccum.data.fetch import Ask, Failure, Fetcher, WorkerDataset
 from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
-from autoaccum.data.sample_lengths import ByLength, Padding
+from autoaccum.data.sample_lengths import ByLength
 from autoaccum.data.trial_samples import Pool, spread
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
@@ -57,10 +57,10 @@ class MapSource(IndexedSource):
         candidates = self._candidates()
         return self._fetcher.samples([candidates[0], candidates[-1]])
 
-    def _windows(self, order: Order, cutter: Cutter, base: int, position: int) -> Iterator[Read]:
+    def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
         assert self._pool is not None
         self._pool.close()
-        schedule = _Schedule(order, cutter, position, self.by_length)
+        schedule = _Schedule(order, cutter, self.by_length)
         if self._workers is not None:
             return self._workers.windows(schedule, base)
         return self._in_this_process(schedule)
@@ -107,19 +107,18 @@ class _Entry(NamedTuple):
             yield Ask(self.indices[start : start + size], self.position + start, base, self.by_length)
             start += size
 
-    def read(self, fetched: list[tuple[list[Any], Padding | None]]) -> Read:
+    def read(self, fetched: list[Read]) -> Read:
         """The window, from what its asks gave."""
-        batches = [batch for part, _ in fetched for batch in part]
-        return Read(self.cut.total, batches, fetched[0][1] if fetched else None)
+        batches = [batch for part in fetched for batch in part.batches]
+        indices = [index for part in fetched for index in part.indices or ()]
+        return Read(self.cut.total, batches, fetched[0].padding if fetched else None, indices)
 
 
 class _Schedule:
     """The windows of an epoch, one after another, cut by the plan of the moment."""
 
-    def __init__(
-        self, order: Order, cutter: Cutter, position: int, by_length: Callable[[Plan], ByLength | None]
-    ) -> None:
-        self._order, self._cutter, self._position, self._by_length = order, cutter, position, by_length
+    def __init__(self, order: Order, cutter: Cutter, by_length: Callable[[Plan], ByLength | None]) -> None:
+        self._order, self._cutter, self._by_length = order, cutter, by_length
         self._due: deque[_Entry] = deque()
         self._unasked: deque[_Entry] = deque()
 
@@ -128,10 +127,8 @@ class _Schedule:
         total = self._cutter.total(self._order.look)
         if not total:
             return None
-        by_length = self._by_length(self._cutter.plan)
-        entry = _Entry(self._cutter.cut(total), self._order.take(total), self._position, by_length)
-        self._position += total
-        return entry
+        position, by_length = self._order.taken, self._by_length(self._cutter.plan)
+        return _Entry(self._cutter.cut(total), self._order.take(total), position, by_length)
 
     # For workers, which fetch windows ahead of the one that is due.
 

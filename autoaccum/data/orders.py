@@ -1,4 +1,4 @@
-"""In which order an epoch shows the samples of a dataset.
+"""In which order an epoch shows samples: of a dataset by their indices, of a stream as it gives them.
 
 Choices made here:
 
@@ -14,9 +14,8 @@ Choices made here:
 import copy
 import operator
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,21 +26,27 @@ from autoaccum.data.draws import Lane
 from autoaccum.errors import DataError
 from autoaccum.ranks import Ranks
 
-__all__ = ["Order", "SamplerOrder", "length_of", "permutation", "possible_indices", "shared_order", "undistributed"]
-
-# Indices that the first rank reads of a sampler without a length: 128 MiB.
-_MOST_SHARED = 2**24
+__all__ = [
+    "Order",
+    "Reader",
+    "length_of",
+    "permutation",
+    "possible_indices",
+    "sampled",
+    "shared_order",
+    "undistributed",
+]
 
 
 class Known:
     """Indices that are all known, taken one window after another: a range, or a tensor."""
 
     def __init__(self, indices: range | Tensor) -> None:
-        self._indices, self._position = indices, 0
+        self._indices, self.taken = indices, 0
 
     def look(self, count: int) -> tuple[int, bool]:
         """All that are left, which is known without looking."""
-        return len(self._indices) - self._position, True
+        return len(self._indices) - self.taken, True
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` indices."""
@@ -54,8 +59,8 @@ class Known:
         return taken if isinstance(taken, Tensor) else torch.arange(taken.start, taken.stop)
 
     def _next(self, count: int) -> range | Tensor:
-        start, self._position = self._position, self._position + count
-        return self._indices[start : self._position]
+        start, self.taken = self.taken, self.taken + count
+        return self._indices[start : self.taken]
 
 
 def permutation(length: int, seed: int | None) -> Known:
@@ -65,52 +70,118 @@ def permutation(length: int, seed: int | None) -> Known:
     return Known(torch.randperm(length, generator=torch.Generator().manual_seed(seed)))
 
 
-class SamplerOrder:
-    """What a sampler of the user's, any iterable of indices, says, read no further than is looked for.
+class Reader:
+    """Items that can only be read on, no further than is looked for: a sampler's indices, samples, ready batches.
 
-    The epoch's `base` seeds the sampler's lane. With `follow_global` one of torch's own samplers draws its start from
-    torch's global generator, as in a loop by hand; others draw from the lane.
+    Args:
+        items: iterated when the first one is wanted.
+        starting, going_on: what reading draws from, the first time and from then on.
+        counted: an item as it is kept, and how many samples it is.
+        called: what is read, in an error.
+
+    Attributes:
+        drawn: items that were read and not yet taken.
+        ahead, taken: samples in them, and samples that were taken.
+        epoch, index: of a stream, the epoch that is being read, None before one is, and the windows taken of it.
     """
 
-    def __init__(self, sampler: Any, base: int, *, follow_global: bool) -> None:
-        native = type(sampler).__module__.startswith("torch.utils.data.")
-        self._lane: Lane | None = Lane(base)
-        self._ended = False
-        self._read: deque[Any] = deque()
-        with nullcontext() if native and follow_global else self._lane:
-            self._indices = iter(sampler)
-            self._read.extend(islice(self._indices, 1))
-        if native:
-            self._lane = None
+    def __init__(
+        self,
+        items: Iterable[Any],
+        starting: AbstractContextManager[None],
+        going_on: AbstractContextManager[None],
+        counted: Callable[[Any], tuple[Any, int]] = lambda item: (item, 1),
+        called: str = "data",
+    ) -> None:
+        self._items, self._contexts, self._counted, self._called = items, (starting, going_on), counted, called
+        self._iterator: Iterator[Any] | None = None
+        self._count = 0
+        self._ended = self._broken_off = False
+        self.drawn: deque[Any] = deque()
+        self.ahead = self.taken = self.index = 0
+        self.epoch: int | None = None
 
     def look(self, count: int) -> tuple[int, bool]:
-        """How many indices lie ahead, read up to `count`, and whether there will be no more."""
-        missing = count - len(self._read)
-        if missing > 0 and not self._ended:
-            with self._lane or nullcontext():
-                self._read.extend(islice(self._indices, missing))
-            self._ended = len(self._read) < count
-        return len(self._read), self._ended
+        """How many samples lie ahead, drawn up to `count`, and whether there will be no more."""
+        if self.ahead < count and not self._ended:
+            with self._contexts[self._iterator is not None]:
+                while self.ahead < count and not self._ended:
+                    self._draw()
+        return self.ahead, self._ended
 
-    def take(self, count: int) -> Sequence[Any]:
-        """The next `count` indices."""
-        self.look(count)
-        return [self._read.popleft() for _ in range(count)]
+    def take(self, count: int) -> list[Any]:
+        """The next `count` items, where each is one sample."""
+        self.ahead, self.taken = self.ahead - count, self.taken + count
+        return [self.drawn.popleft() for _ in range(count)]
 
     def rows(self, count: int) -> Tensor:
         """The next `count` indices as int64."""
         return torch.tensor(self.take(count), dtype=torch.int64)
 
+    def put_back(self, items: Sequence[Any], samples: int) -> None:
+        """Adds items at the front, in their order."""
+        self.drawn.extendleft(reversed(items))
+        self.ahead, self.taken = self.ahead + samples, self.taken - samples
 
-Order = Known | SamplerOrder
+    def _draw(self) -> None:
+        try:
+            if self._iterator is None:
+                self._iterator = iter(self._items)
+            broken_off, self._broken_off = self._broken_off, True
+            item = next(self._iterator)
+            self._broken_off = False
+        except StopIteration:
+            if broken_off:  # a generator that an exception has gone through has ended, wherever it was
+                raise DataError(
+                    f"the {self._called} was broken off while it was being read, after {self._count} items, and cannot "
+                    "be read on: give data that can be read again, or an iterator of its own"
+                ) from None
+            self._ended, self._iterator = True, None
+            return
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the {self._called} could not be read on after {self._count} items: {type(error).__name__}: {error}; "
+                "repair it, or let it pass over what it cannot read"
+            ) from error
+        self._count += 1
+        item, samples = self._counted(item)
+        if samples:
+            self.drawn.append(item)
+            self.ahead += samples
 
 
-def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ranks) -> Order:
-    """The order of rank 0, which `make` gives there, on every rank, for the whole epoch of `length` samples, if known.
+def sampled(sampler: Any, base: int, *, follow_global: bool) -> Reader:
+    """What a sampler of the user's, any iterable of indices, says.
 
-    A DataError where the sampler has no end or gives something other than integers (on rank 0; the others raise as
+    The epoch's `base` seeds the sampler's lane. With `follow_global` one of torch's own samplers draws its start from
+    torch's global generator, as in a loop by hand; others draw from the lane.
+    """
+    native = type(sampler).__module__.startswith("torch.utils.data.")
+    lane = Lane(base)
+    order = Reader(
+        sampler, nullcontext() if native and follow_global else lane, nullcontext() if native else lane,
+        called="sampler",
+    )  # fmt: skip
+    order.look(1)  # it starts now, where the epoch begins
+    return order
+
+
+Order = Known | Reader
+
+
+def shared_order(make: Callable[[], Reader], length: int | None, ranks: Ranks) -> Order:
+    """The order of rank 0, which `make` gives there, on every rank, for the whole epoch of `length` samples.
+
+    A DataError where the sampler has no length, or gives something other than integers (on rank 0; the others raise as
     well).
     """
+    if length is None:
+        raise DataError(
+            "a sampler without a length: on several ranks the first one reads an epoch's order as a whole, so give the "
+            "sampler a __len__"
+        )
     indices = torch.empty(0, dtype=torch.int64)
     if ranks.rank == 0:
         try:
@@ -124,17 +195,10 @@ def shared_order(make: Callable[[], SamplerOrder], length: int | None, ranks: Ra
     return Known(ranks.broadcast("the order of an epoch", indices))
 
 
-def _whole(order: SamplerOrder, length: int | None) -> Tensor:
-    most = _MOST_SHARED if length is None else length
-    ahead, ended = order.look(most + (length is None))
-    if length is None and not ended:
-        raise DataError(
-            f"a sampler without a length gave more than {_MOST_SHARED} indices: on several ranks the first one reads "
-            "an epoch's order as a whole, so give the sampler a __len__"
-        )
-    indices = order.take(min(ahead, most))
+def _whole(order: Reader, length: int) -> Tensor:
+    indices = order.take(min(order.look(length)[0], length))
     try:
-        return torch.tensor([operator.index(index) for index in indices], dtype=torch.int64)
+        return torch.tensor(list(map(operator.index, indices)), dtype=torch.int64)
     except TypeError as error:
         raise DataError(
             f"the sampler gives indices such as {indices[0]!r}: on several ranks they must be integers, so let the "

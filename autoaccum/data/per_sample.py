@@ -3,7 +3,7 @@
 Three RGB images in a list beside three labels look like three inputs of three samples. One batch does not tell, and no
 batch is read by itself where others of the source can be: between two batches of different sizes, what grew holds one
 item a sample, and a list that stayed as long as it was holds parts. What was settled is written into the batch, by the
-lists' own types (`structure.SampleList` and the like), so that whoever cuts it later reads it so.
+lists' own type (`structure.Marked`), so that whoever cuts it later reads it so.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.piece import Piece
-from autoaccum.data.structure import Reading, alike, children, is_list, known_as, rebuild, steps
+from autoaccum.data.structure import Reading, alike, children, is_list, marked, rebuild, steps
 from autoaccum.errors import DataError
 
 __all__ = ["ListReader"]
@@ -98,13 +98,13 @@ class ListReader:
             return node
         own = self._per_sample.get(path) if is_list(node) else None
         if own:
-            return known_as(node, samples=True)
-        marked = [self._marked(child, path + step, samples) for step, child in zip(steps(node), inside)]
-        if any(new is not old for new, old in zip(marked, inside)):
-            node = rebuild(node, marked)
+            return marked(node, samples=True)
+        below = [self._marked(child, path + step, samples) for step, child in zip(steps(node), inside)]
+        if any(new is not old for new, old in zip(below, inside)):
+            node = rebuild(node, below)
         # Longer or shorter than the samples, it cannot be mistaken, and stays of its own type.
         mistaken = own is False and len(node) == samples and alike(node)
-        return known_as(node, samples=False) if mistaken else node
+        return marked(node, samples=False) if mistaken else node
 
 
 _ASK = (
@@ -148,16 +148,6 @@ def _ambiguous(batch: Any, items: Any) -> bool:
     """Whether the items could be samples, and parts of as many samples too."""
     if items is batch and isinstance(items[0], Tensor):
         return False  # inputs and targets
-    tensors = [[tensor for _, tensor in tree.tensors(item)] for item in items]
-    if not alike(items) or not all(found and all(tensor.dim() for tensor in found) for found in tensors):
-        return False
-    known = known_as(items, samples=False)
-    as_parts = _replaced(batch, items, known)
-    return Reading(as_parts, len(items)).fits and all(tensor.size(0) == len(items) for _, tensor in tree.tensors(known))
-
-
-def _replaced(node: Any, old: Any, new: Any) -> Any:
-    if node is old:
-        return new
-    inside = children(node)
-    return node if inside is None else rebuild(node, [_replaced(child, old, new) for child in inside])
+    held = [[tensor for _, tensor in tree.tensors(item)] for item in items]
+    rows = {tensor.size(0) if tensor.dim() else None for tensors in held for tensor in tensors}
+    return all(held) and rows == {len(items)} and alike(items) and Reading(batch, len(items), parts=items).fits

@@ -30,14 +30,6 @@ class Piece:
         """The samples at `places`, in that order, collated anew."""
         return Piece([self.samples[place] for place in places], self._collate)
 
-    def split(self, sizes: Sequence[int]) -> "list[Piece]":
-        """Pieces of `sizes` samples, in order."""
-        pieces, start = [], 0
-        for size in sizes:
-            pieces.append(self.take(range(start, start + size)))
-            start += size
-        return pieces
-
     def joined(self, others: "Sequence[Piece]") -> "Piece":
         """These samples and those of `others`, collated as one batch."""
         return Piece([sample for piece in (self, *others) for sample in piece.samples], self._collate)

@@ -23,8 +23,8 @@ from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.fetch import Fetcher
 from autoaccum.data.mapped import rebuilt, samples_from
-from autoaccum.data.orders import length_of, possible_indices, undistributed
-from autoaccum.data.stream import Reader, StreamSource, reads_once
+from autoaccum.data.orders import Reader, length_of, possible_indices, undistributed
+from autoaccum.data.stream import StreamSource, reads_once
 from autoaccum.data.trial_samples import KEPT_BYTES, Pool, largest_first, spread
 from autoaccum.errors import DataError, shown
 

@@ -76,13 +76,20 @@ class Padding(NamedTuple):
 
 
 def cut(
-    samples: Sequence[Any], by_length: ByLength, collate: Collate, names: Sequence[Any] | None = None
-) -> tuple[list[list[int]], Padding]:
-    """The places of a window's samples on this rank in each micro-batch, and what that costs in padding.
+    samples: Sequence[Any],
+    sizes: Sequence[int],
+    by_length: ByLength | None,
+    collate: Collate,
+    names: Sequence[Any] | None = None,
+) -> tuple[Sequence[Sequence[int]], Padding | None]:
+    """The places of a window's samples on this rank in each micro-batch: of `sizes` in their order, or by length.
 
-    `names` are the samples' indices in the dataset, where they have some. A DataError where a sample is too long to be
-    run even alone, a PlanError where they cannot be cut with the plan's minimum.
+    By length also what that costs in padding. `names` are the samples' indices in the dataset, where they have some. A
+    DataError where a sample is too long to be run even alone, a PlanError where they cannot be cut with the plan's
+    minimum.
     """
+    if by_length is None:
+        return tree.spans(sizes), None
     rule = by_length.rule
     with preserved():
         lengths = [by_length.ruler.of(collate([tree.copied(sample)])) for sample in samples]
@@ -93,15 +100,8 @@ def cut(
         raise by_length.too_long(which, longest)
     pieces = rule.split(lengths)
     padded = sum(len(piece) * lengths[piece[0]] for piece in pieces)
-    return pieces, Padding(sum(lengths), padded, _unsorted(lengths, rule.even))
-
-
-def _unsorted(lengths: Sequence[int], limit: int) -> int:
-    padded = start = 0
-    for size in even_split(len(lengths), max(limit, 1)):
-        padded += size * max(lengths[start : start + size])
-        start += size
-    return padded
+    unsorted = tree.spans(even_split(len(lengths), max(rule.even, 1)))
+    return pieces, Padding(sum(lengths), padded, sum(len(s) * max(lengths[s.start : s.stop]) for s in unsorted))
 
 
 def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, list[int], str | None]:

@@ -85,7 +85,7 @@ def open_source(
         raise _unknown(data)
     data = _with_tensors(data)
     if _gives_batches(data):
-        return BatchSource(_ready_loader(data), **common)
+        return BatchSource(DataLoader(_Items(data), batch_size=None), **common)
     if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return MapSource(data, _collate_samples if type(data) is list else default_collate, shuffle=shuffle, **common)
     if isinstance(data, Iterable):
@@ -198,11 +198,6 @@ class _Items(IterableDataset[Any]):
         return iter(self._data)
 
 
-def _ready_loader(data: Any) -> DataLoader[Any]:
-    """A DataLoader that passes on the batches `data` yields; arrays become tensors."""
-    return DataLoader(_Items(data), batch_size=None)
-
-
 def _collate_samples(samples: list[Any]) -> Any:
     """The samples of a plain list or iterable as torch batches them; a DataError where they may be ready batches."""
     if _may_be_batch(samples[0]):
@@ -220,12 +215,9 @@ def _may_be_batch(item: Any) -> bool:
     """Whether all tensors of an item have as many rows, as those of a batch have."""
     tensors = [tensor for _, tensor in tree.tensors(item)]
     dimensions = {tensor.dim() for tensor in tensors}
-    if len(tensors) < 2 or 0 in dimensions or dimensions in ({1}, {_ALWAYS_SAMPLES}) or _has_number(item):
+    values = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
+    has_number = any(isinstance(value, (int, float)) for value in values)
+    if len(tensors) < 2 or 0 in dimensions or dimensions in ({1}, {_ALWAYS_SAMPLES}) or has_number:
         return False
     rows = {tensor.size(0) for tensor in tensors}
     return len(rows) == 1 and rows != {1}
-
-
-def _has_number(item: Any) -> bool:
-    values = item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else ()
-    return any(isinstance(value, (int, float)) for value in values)

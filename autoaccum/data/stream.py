@@ -13,10 +13,9 @@ Choices made here:
 """
 
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from itertools import accumulate, count, islice
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -28,81 +27,12 @@ from autoaccum.data.draws import Lane, mix, preserved
 from autoaccum.data.fetch import Fetcher
 from autoaccum.data.held import held
 from autoaccum.data.mapped import as_is, pinned, rebuilt
+from autoaccum.data.orders import Reader
 from autoaccum.data.sample_lengths import cut
 from autoaccum.data.trial_samples import Pool
 from autoaccum.errors import DataError
 
-__all__ = ["Reader", "SampleSource", "StreamSource", "reads_once"]
-
-
-class Reader:
-    """One epoch's reading: what was drawn and not yet taken, and what comes after it.
-
-    Args:
-        items: iterated when the first one is wanted.
-        lane: what reading draws from.
-        read: an item as it is kept, and how many samples it is.
-        in_workers: others read; the lane is needed only to set them going.
-
-    Attributes:
-        drawn: items that were read and not yet taken.
-        ahead: samples in them.
-        epoch, index: the epoch that is being read, None before one is, and the windows taken of it.
-    """
-
-    def __init__(
-        self, items: Iterable[Any], lane: Lane, read: Callable[[Any], tuple[Any, int]], *, in_workers: bool = False
-    ) -> None:
-        self._items, self._lane, self._read, self._in_workers = items, lane, read, in_workers
-        self._iterator: Iterator[Any] | None = None
-        self._count = 0
-        self._ended = self._broken_off = False
-        self.drawn: deque[Any] = deque()
-        self.ahead = 0
-        self.epoch: int | None = None
-        self.index = 0
-
-    def look(self, count: int) -> tuple[int, bool]:
-        """Draws until `count` samples lie ahead."""
-        if self.ahead < count and not self._ended:
-            started = self._iterator is not None
-            with nullcontext() if started and self._in_workers else self._lane:
-                while self.ahead < count and not self._ended:
-                    self._draw()
-        return self.ahead, self._ended
-
-    def _draw(self) -> None:
-        try:
-            if self._iterator is None:
-                self._iterator = iter(self._items)
-            broken_off, self._broken_off = self._broken_off, True
-            item = next(self._iterator)
-            self._broken_off = False
-        except StopIteration:
-            if broken_off:  # a generator that an exception has gone through has ended, wherever it was
-                raise DataError(
-                    f"the data was broken off while it was being read, after {self._count} items, and cannot be read "
-                    "on: give data that can be read again, or an iterator of its own"
-                ) from None
-            self._ended, self._iterator = True, None
-            return
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"the data could not be read on after {self._count} items: {type(error).__name__}: {error}; repair it, "
-                "or let it pass over what it cannot read"
-            ) from error
-        self._count += 1
-        item, samples = self._read(item)
-        if samples:
-            self.drawn.append(item)
-            self.ahead += samples
-
-    def put_back(self, items: Sequence[Any], samples: int) -> None:
-        """Adds items at the front, in their order."""
-        self.drawn.extendleft(reversed(items))
-        self.ahead += samples
+__all__ = ["SampleSource", "StreamSource", "reads_once"]
 
 
 class StreamSource(Source):
@@ -149,9 +79,9 @@ class StreamSource(Source):
         if not self.one_shot:
             self._reader = None  # it stands where it stands; what it drew since that state is to be drawn again
 
-    @abstractmethod
     def _take(self, reader: Reader, samples: int) -> list[Any]:
-        """The next `samples` samples, out of the reader."""
+        """Items that hold so many samples."""
+        return reader.take(samples)
 
     @abstractmethod
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
@@ -177,7 +107,9 @@ class StreamSource(Source):
                 owner.set_epoch(epoch)
         with self._beginning(again=start > 0):
             base = self._begin(epoch, again=start > 0)
-        self._reader = reader = Reader(self._items, Lane(base), self._counted, in_workers=self._in_workers)
+        lane = Lane(base)
+        # Where workers read, the lane is needed only to set them going.
+        self._reader = reader = Reader(self._items, lane, nullcontext() if self._in_workers else lane, self._counted)
         reader.epoch = epoch
         return reader
 
@@ -185,7 +117,8 @@ class StreamSource(Source):
         """The reader of data that can be read only once. A trial may open it, so its lane cannot wait for the epoch."""
         if self._reader is None:
             seed = torch.initial_seed() if self._seed is None else self._seed
-            self._reader = Reader(self._items, Lane(mix(seed)), self._counted)
+            lane = Lane(mix(seed))
+            self._reader = Reader(self._items, lane, lane, self._counted)
         return self._reader
 
     def _drawn_ahead(self, start: int) -> Iterator[Any]:
@@ -242,19 +175,10 @@ class SampleSource(StreamSource):
     def _counted(self, item: Any) -> tuple[Any, int]:
         return item, 1
 
-    def _take(self, reader: Reader, samples: int) -> list[Any]:
-        reader.ahead -= samples
-        return [reader.drawn.popleft() for _ in range(samples)]
-
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
-        share, by_length = cutter.cut(total), self.by_length(cutter.plan)
+        share = cutter.cut(total)
         samples = drawn[share.start : share.stop]
-        padding = None
-        if by_length is None:
-            stops = list(accumulate(share.sizes))
-            pieces = [list(range(stop - size, stop)) for size, stop in zip(share.sizes, stops)]
-        else:
-            pieces, padding = cut(samples, by_length, self._collated)
+        pieces, padding = cut(samples, share.sizes, self.by_length(cutter.plan), self._collated)
         batches = [self._collated([samples[place] for place in places]) for places in pieces]
         return Read(total, list(map(pinned, batches)) if self._pin else batches, padding)
 

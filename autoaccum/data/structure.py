@@ -13,7 +13,7 @@ Choices made here:
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from enum import Enum
 from numbers import Number
 from typing import Any
@@ -26,11 +26,8 @@ from autoaccum.data.piece import Piece
 from autoaccum.errors import DataError
 
 __all__ = [
-    "PartList",
-    "PartTuple",
+    "Marked",
     "Reading",
-    "SampleList",
-    "SampleTuple",
     "alike",
     "children",
     "disagreement",
@@ -38,10 +35,10 @@ __all__ = [
     "is_list",
     "join_graphs",
     "kind_of",
-    "known_as",
     "labelled",
     "leaves",
     "lists",
+    "marked",
     "plain",
     "rebuild",
     "steps",
@@ -50,39 +47,32 @@ __all__ = [
 ]
 
 
-class SampleList(list[Any]):
-    """A list that is known to hold one item a sample."""
+class Marked(list[Any]):
+    """A list or tuple of which is known what it holds.
 
+    Attributes:
+        kind: list or tuple, as it was.
+        samples: it holds one item a sample; else parts of one batch, however many samples that has.
+    """
 
-class SampleTuple(tuple[Any, ...]):
-    """A tuple that is known to hold one item a sample."""
+    def __init__(self, items: Iterable[Any], kind: type, *, samples: bool) -> None:
+        super().__init__(items)
+        self.kind, self.samples = kind, samples
 
-
-class PartList(list[Any]):
-    """A list that is known to hold parts of one batch, however many samples that has."""
-
-
-class PartTuple(tuple[Any, ...]):
-    """A tuple that is known to hold parts of one batch, however many samples that has."""
-
-
-_SAMPLES, _PARTS = (SampleList, SampleTuple), (PartList, PartTuple)
-_PLAIN: dict[type, type] = {SampleList: list, PartList: list, SampleTuple: tuple, PartTuple: tuple}
+    def _make(self, items: Iterable[Any]) -> "Marked":
+        """Another one that holds other items, as named tuples have it."""
+        return Marked(items, self.kind, samples=self.samples)
 
 
 def kind_of(node: Any) -> type:
     """The node's type, without a mark."""
-    return _PLAIN.get(type(node), type(node))
+    return node.kind if isinstance(node, Marked) else type(node)
 
 
-def known_as(items: Any, *, samples: bool) -> Any:
-    """The list or tuple, marked as one that holds samples, or parts; one of a user's own class stays as it is."""
+def marked(items: Any, *, samples: bool) -> Any:
+    """The list or tuple, as one that holds samples, or parts; one of a user's own class stays as it is."""
     kind = kind_of(items)
-    if kind is list:
-        return SampleList(items) if samples else PartList(items)
-    if kind is tuple:
-        return SampleTuple(items) if samples else PartTuple(items)
-    return items
+    return Marked(items, kind, samples=samples) if kind in (list, tuple) else items
 
 
 def plain(node: Any) -> Any:
@@ -91,8 +81,8 @@ def plain(node: Any) -> Any:
     if not inside:
         return node
     below = [plain(child) for child in inside]
-    if type(node) in _PLAIN:
-        return kind_of(node)(below)
+    if isinstance(node, Marked):
+        return node.kind(below)
     return rebuild(node, below) if any(new is not old for new, old in zip(below, inside)) else node
 
 
@@ -106,7 +96,7 @@ def graphs_in(node: Any) -> int | None:
 def take(leaf: Any, rows: Sequence[int]) -> Any:
     """The items at `rows` of what is cut and is no tensor: a list, a batch of graphs, another library's array."""
     if is_list(leaf):
-        return type(leaf)(leaf[row] for row in rows)
+        return rebuild(leaf, [leaf[row] for row in rows])
     if graphs_in(leaf) is None:
         return leaf[list(rows)]
     graphs = leaf.to_data_list()
@@ -159,7 +149,7 @@ def rebuild(node: Any, inside: list[Any]) -> Any:
     if isinstance(node, Mapping):
         return kind(dict(zip(node, inside)))
     if isinstance(node, (list, tuple)):
-        return kind._make(inside) if hasattr(kind, "_make") else kind(inside)
+        return getattr(node, "_make", kind)(inside)
     new = copy.copy(node)
     for field, child in zip(dataclasses.fields(node), inside):
         object.__setattr__(new, field.name, child)  # a frozen dataclass allows no other way
@@ -189,10 +179,13 @@ _SHARED = (str, bytes, Number, Enum, type, type(None), torch.Size, torch.dtype, 
 
 
 class Reading:
-    """A batch read as `size` samples: which of its leaves are cut, and which go to every part."""
+    """A batch read as `size` samples: which of its leaves are cut, and which go to every part.
 
-    def __init__(self, batch: Any, size: int) -> None:
-        self.batch, self.size = batch, size
+    `parts` is a list in it that is read as one of parts.
+    """
+
+    def __init__(self, batch: Any, size: int, parts: Any = None) -> None:
+        self.batch, self.size, self._parts = batch, size, parts
         # Where one list of tensors must hold one item a sample, others of that length do too: the images beside boxes.
         self._sampled = False
         self._sampled = any(self.listed(items) and _has_tensors(items) for items in lists(batch))
@@ -218,9 +211,9 @@ class Reading:
 
     def listed(self, node: Any) -> bool:
         """Whether `node` is a list with one item a sample."""
-        if isinstance(node, (*_SAMPLES, *_PARTS)):
-            return isinstance(node, _SAMPLES) and len(node) == self.size
-        if not is_list(node) or not node or len(node) != self.size or not alike(node):
+        if isinstance(node, Marked):
+            return node.samples and len(node) == self.size
+        if node is self._parts or not is_list(node) or not node or len(node) != self.size or not alike(node):
             return False
         if node is self.batch and isinstance(node[0], Tensor):
             return False  # at the top these are inputs and targets, and if they disagree, that is an error

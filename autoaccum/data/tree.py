@@ -13,9 +13,8 @@ from torch import Tensor
 
 from autoaccum.data.piece import Piece
 from autoaccum.data.structure import (
+    Marked,
     Reading,
-    SampleList,
-    SampleTuple,
     alike,
     children,
     disagreement,
@@ -43,6 +42,7 @@ __all__ = [
     "move",
     "nbytes",
     "repeat",
+    "spans",
     "split",
     "take_rows",
     "tensors",
@@ -93,7 +93,7 @@ def _told_size(batch: Any) -> int | None:
     """Samples of a batch that says itself how many it holds: a piece, a batch of graphs, or by a list that is known."""
     if isinstance(batch, Piece):
         return len(batch.samples)
-    known = next((items for items in lists(batch) if isinstance(items, (SampleList, SampleTuple))), None)
+    known = next((items for items in lists(batch) if isinstance(items, Marked) and items.samples), None)
     return graphs_in(batch) if known is None else len(known)
 
 
@@ -115,19 +115,23 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     if flat and len(sizes) == 1:
         return [batch]
     if isinstance(batch, Piece):
-        return batch.split(sizes)
-    stops = list(accumulate(sizes))
+        return [batch.take(span) for span in spans(sizes)]
 
     def cut(leaf: Any) -> list[Any]:
         if isinstance(leaf, Tensor) and leaf.layout is torch.strided and not leaf.is_nested:
             return list(torch.split_with_sizes(leaf, list(sizes)))
-        return [_rows(leaf, range(stop - size, stop)) for size, stop in zip(sizes, stops)]
+        return [_rows(leaf, span) for span in spans(sizes)]
 
     if isinstance(batch, Tensor) and flat:
         return cut(batch)
     if flat:
         return [rebuild(batch, list(parts)) for parts in zip(*map(cut, children(batch) or ()))]
     return Reading(batch, total).checked().parts(batch, cut, len(sizes))
+
+
+def spans(sizes: Sequence[int]) -> list[range]:
+    """The places of the samples of each of several parts, which follow one another."""
+    return [range(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
 
 
 def repeat(batch: Any, size: int) -> Any:
@@ -225,7 +229,7 @@ def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
         return _concatenate(nodes, path) if first.dim() else first
     full = all(is_list(node) and len(node) == reading.size for reading, node in zip(readings, nodes))
     if full and any(reading.listed(node) for reading, node in zip(readings, nodes)):
-        return type(first)(item for node in nodes for item in node)
+        return rebuild(first, [item for node in nodes for item in node])
     if graphs_in(first) is not None:
         return join_graphs(type(first), [graph for node in nodes for graph in node.to_data_list()])
     if children(first) is None:

@@ -42,11 +42,17 @@ class Pool:
         self._reader: Iterator[Any] | None = None
 
     def choose(self, size: int) -> tuple[list[Any], str | None]:
-        """`size` samples, distinct as far as there are so many, and a line on how their sizes vary."""
+        """`size` samples, the largest first, distinct as far as there are so many; and a line on how their sizes vary.
+
+        Raises:
+            DataError: there are none.
+        """
         samples, _ = self._looked_at(size)
-        chosen = _pick(samples, size)
+        if not samples:
+            raise DataError("the data is empty: it gave no samples, and training needs at least one")
+        ordered, varies = largest_first(samples, list(map(_weight, samples)), "samples")
         self._let_go()
-        return chosen
+        return [tree.copied(ordered[number % len(ordered)]) for number in range(size)], varies
 
     def look(self) -> list[Any]:
         """The samples looked at, where they differ in size; else none."""
@@ -72,24 +78,9 @@ class Pool:
         return self._kept[:count]
 
     def _let_go(self) -> None:
-        """Keeps no more than the bound; what is let go is read again when it is asked for."""
-        room = KEPT_BYTES
-        for number, sample in enumerate(self._kept):
-            room -= _weight(sample)
-            if room < 0:
-                del self._kept[number:]
-                self._reader = None
-                return
-
-
-def _pick(samples: Sequence[Any], size: int) -> tuple[list[Any], str | None]:
-    """`size` of the samples, the largest first where they differ, repeated where they are fewer; and how they
-    differ.
-    """
-    if not samples:
-        raise DataError("the data is empty: it gave no samples, and training needs at least one")
-    samples, varies = largest_first(samples, list(map(_weight, samples)), "samples")
-    return [tree.copied(samples[number % len(samples)]) for number in range(size)], varies
+        """Keeps nothing above the bound; what is let go is read again when it is asked for."""
+        if sum(map(_weight, self._kept)) > KEPT_BYTES:
+            self.close()
 
 
 def largest_first(items: Sequence[Any], sizes: Sequence[int], what: str) -> tuple[Sequence[Any], str | None]:

@@ -4,7 +4,7 @@ Each rank reads the same windows and gets its part of each. The plan is asked at
 memory runs out; a window that was handed out stays as it is, and can be trained on again in smaller pieces.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 
-__all__ = ["Window", "evaluation_windows", "indices_of", "windows"]
+__all__ = ["Window", "evaluation_windows", "windows"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Window:
         samples, total: in all of them, and over all ranks.
         epoch, index: the epoch it belongs to, and its number in that.
         padding: what its micro-batches are padded to, where it was cut by length.
+        indices: of its samples in the dataset, in the order of the micro-batches; None where they have none.
     """
 
     batches: list[Any]
@@ -37,16 +38,12 @@ class Window:
     epoch: int
     index: int
     padding: Padding | None = None
+    indices: Any = None
 
 
 def evaluation_windows(source: Source, plan: Callable[[], Plan]) -> Iterator[Window]:
-    """The windows of all samples that the loader itself would show, whatever the plan cuts them into; raises as
-    `windows`.
-
-    A loader with `drop_last` leaves out what is short of its own batch, not what is short of a window.
-    """
-    batch = source.loader_batch if source.drop_last and source.loader_batch is not None else 1
-    return _cut(source, Cutter(plan, drop_last=False, batch=batch), 0, 0)
+    """The windows of all samples, those too that a loader with `drop_last` would leave out; raises as `windows`."""
+    return _cut(source, Cutter(plan, drop_last=False), 0, 0)
 
 
 def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0) -> Iterator[Window]:
@@ -72,11 +69,12 @@ def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Win
             f"the plan is for rank {planned[0]} of {planned[1]}, and rank {here[0]} of {here[1]} reads the data: make "
             f"the plan with rank={here[0]} and world_size={here[1]}"
         )
-    for index, (total, batches, padding) in enumerate(source.read(epoch, cutter, start), start):
+    for index, (total, batches, padding, indices) in enumerate(source.read(epoch, cutter, start), start):
         marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
         batches.clear()  # the window alone holds them: whoever has trained on it lets them go
         sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some
-        yield Window(marked, sizes, sum(sizes), total, epoch, index, padding)
+        named = indices if indices is not None and len(indices) == sum(sizes) else None
+        yield Window(marked, sizes, sum(sizes), total, epoch, index, padding, named)
 
 
 def _holds_none(batch: Any) -> bool:
@@ -87,8 +85,3 @@ def _holds_none(batch: Any) -> bool:
         return tree.batch_size(batch) == 0
     tensors = [tensor for _, tensor in tree.tensors(batch)]
     return all(tensor.dim() and not tensor.size(0) for tensor in tensors) if tensors else children(batch) == []
-
-
-def indices_of(window: Window, source: Source, plan: Plan) -> Sequence[Any] | None:
-    """The dataset's indices of a window of the epoch in progress, to name them; None where there are none."""
-    return source.indices(window.epoch, Cutter(lambda: plan, source.drop_last), window.index)
