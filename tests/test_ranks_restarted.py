@@ -58,5 +58,5 @@ def test_a_restart_goes_on_where_the_last_checkpoint_was(tmp_path, resume):
         assert 4 <= started < step == 10
         for name, value in state(alone.model).items():
             torch.testing.assert_close(ended[name], value, rtol=1e-10, atol=1e-12)
-    runs = json.loads((tmp_path / "run/environment.json").read_text())["runs"]
-    assert [run["resumed_at"] > 0 for run in runs] == [False, True]
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert [line["resumed_at"] > 0 for line in lines if line["event"] == "start"] == [False, True]

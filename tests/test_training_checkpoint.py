@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.errors import CheckpointError, DataError, SetupError
-from autoaccum.training.checkpoint import Checkpoints, Entry
+from autoaccum.training.checkpoint import ABOUT, STATE, Checkpoints, Entry
 from autoaccum.training.events import TrainingWarning
 from autoaccum.training.locks import FolderLock
 from tests.torture import kills
@@ -89,8 +90,8 @@ def finished(folder, **keywords):
     return came_to(loop)
 
 
-def names(folder, suffix=".pt"):
-    return sorted(path.name for path in Path(folder).glob(f"step-*{suffix}"))
+def names(folder):
+    return sorted(entry.name for entry in Checkpoints(folder).entries())
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
@@ -137,8 +138,7 @@ def test_every_kind_of_data_goes_on_from_an_older_checkpoint_too(tmp_path, name)
 
     train(tmp_path, stop=8)
     newest = names(tmp_path)[-1]
-    for suffix in (".pt", ".json"):
-        (tmp_path / newest).with_suffix(suffix).unlink()
+    shutil.rmtree(tmp_path / newest)
 
     assert_same(train(tmp_path), train(None))
 
@@ -436,40 +436,48 @@ def flip(path):
 
 
 def no_json(path):
-    path.with_suffix(".json").write_text("{")
+    (path.parent / ABOUT).write_text("{")
 
 
-def never_finished(path):
-    path.with_suffix(".json").unlink()
+def no_about(path):
+    (path.parent / ABOUT).unlink()
 
 
-DAMAGES = [cut_off, flip, no_json, never_finished, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
+DAMAGES = [cut_off, flip, no_json, no_about, lambda path: path.unlink(), lambda path: path.write_bytes(b"")]
 
 
-@pytest.mark.parametrize("damage", DAMAGES, ids=["cut off", "flipped", "json", "unfinished", "gone", "empty"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=["cut off", "flipped", "json", "no json", "gone", "empty"])
 def test_the_checkpoint_before_a_damaged_one_is_used_loudly(tmp_path, damage):
     run_until(8, tmp_path, checkpoint_every=2)
     newest, before = names(tmp_path)[-1], names(tmp_path)[-2]
-    damage(tmp_path / newest)
+    damage(tmp_path / newest / STATE)
     heard = []
 
-    with pytest.warns(TrainingWarning, match=rf"{newest.removesuffix('.pt')}"):
+    with pytest.warns(TrainingWarning, match=newest):
         loop = prepared(tmp_path, checkpoint_every=2, callbacks=[heard.append])
     assert loop.step == int(before[5:13])
     assert any(newest in event.text for event in heard if event.name == "note")
     loop.run()
     assert_same(came_to(loop), undisturbed())
-    assert newest not in names(tmp_path) or (tmp_path / newest).with_suffix(".json").exists()
+    assert (tmp_path / f"{newest}.damaged").is_dir()
 
 
 def test_where_all_are_damaged_auto_begins_anew_loudly_and_true_refuses(tmp_path):
     run_until(6, tmp_path)
     for name in names(tmp_path):
-        flip(tmp_path / name)
+        flip(tmp_path / name / STATE)
     with pytest.warns(TrainingWarning, match="damaged"), pytest.raises(CheckpointError, match="no checkpoint"):
         prepared(tmp_path, resume=True)
     with pytest.warns(TrainingWarning, match="damaged .*, and the training starts anew"):
         assert_same(finished(tmp_path), undisturbed())
+
+
+def vouch(path):
+    """Puts the right checksum of a checkpoint's state into its about.json."""
+    about = json.loads((path / ABOUT).read_text())
+    contents = (path / STATE).read_bytes()
+    about["files"][STATE] = [len(contents), hashlib.sha256(contents).hexdigest()]
+    (path / ABOUT).write_text(json.dumps(about))
 
 
 class Evil:
@@ -486,11 +494,9 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, vouched):
     path = folder / names(folder)[-1]
     evil = Evil()
     evil.path = tmp_path / "it ran"
-    torch.save({"state": evil}, path)
+    torch.save({"state": evil}, path / STATE)
     if vouched:  # whoever wrote it also wrote the checksum
-        about = json.loads(path.with_suffix(".json").read_text())
-        about |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        path.with_suffix(".json").write_text(json.dumps(about))
+        vouch(path)
 
     with pytest.raises(CheckpointError, match="has code in it, and nothing of it was run"):
         prepared(folder)
@@ -506,9 +512,9 @@ def test_the_last_three_are_kept_and_the_best(tmp_path):
     loop._evaluator.evaluate = lambda: {"loss": next(losses)}
     loop.run()
 
-    assert names(tmp_path) == [f"step-{5 * n:08}-epoch-{n}-window-0.pt" for n in (2, 4, 5, 6)]
+    assert names(tmp_path) == [f"step-{5 * n:08}-epoch-{n}-window-0" for n in (2, 4, 5, 6)]
     assert Checkpoints(tmp_path).best() == Entry(10, 2, 0)
-    assert names(tmp_path, ".json") == [name.replace(".pt", ".json") for name in names(tmp_path)]
+    assert {path.name for name in names(tmp_path) for path in (tmp_path / name).iterdir()} == {STATE, ABOUT}
     assert [path.name for path in tmp_path.glob(".*")] == [".run.lock"]
 
 
@@ -531,8 +537,7 @@ def test_a_checkpoint_is_told_of_when_it_is_on_the_disk(tmp_path):
 
     def listen(event):
         if event.name == "checkpoint":
-            assert Path(event.path).exists()
-            assert Path(event.path).with_suffix(".json").exists()
+            assert {path.name for path in Path(event.path).iterdir()} == {STATE, ABOUT}
             told.append(event.step)
 
     prepared(tmp_path, checkpoint_every=5, callbacks=[listen], max_steps=13).run()
@@ -575,8 +580,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path, monkeypatc
         for step in (10, 15)
     ]
     assert_same(came_to(loop), undisturbed())
-    assert names(tmp_path) == ["step-00000005-epoch-0-window-5.pt", "step-00000020-epoch-3-window-5.pt",
-                               "step-00000020-epoch-4-window-0.pt"]  # fmt: skip
+    assert names(tmp_path) == ["step-00000005-epoch-0-window-5", "step-00000020-epoch-3-window-5",
+                               "step-00000020-epoch-4-window-0"]  # fmt: skip
     assert "2 of 5 saves" in loop.run().unsaved
 
 
@@ -600,7 +605,7 @@ def test_a_failed_save_leaves_the_one_before_as_it_was(tmp_path, monkeypatch):
         store.settle()
     store.close()
     monkeypatch.undo()
-    assert names(tmp_path) == ["step-00000001-epoch-0-window-1.pt"]
+    assert names(tmp_path) == ["step-00000001-epoch-0-window-1"]
     assert not list(tmp_path.glob(".*.tmp"))
     assert Checkpoints(tmp_path).newest(pytest.fail) == (Entry(1, 0, 1), {"value": 1})
 
@@ -612,19 +617,17 @@ def test_the_folder_has_the_runs_record_and_each_step_once(tmp_path):
     heard = []
     run_until(8, tmp_path, checkpoint_every=3)
     for name in names(tmp_path)[-1:]:
-        (tmp_path / name).with_suffix(".json").unlink()  # the last one is lost, and two steps with it
+        (tmp_path / name / ABOUT).unlink()  # the last one is lost, and two steps with it
     with pytest.warns(TrainingWarning):
         loop = prepared(tmp_path, checkpoint_every=3, callbacks=[heard.append])
     loop.run()
 
     assert autoaccum.Plan.load(tmp_path / "plan.json") == loop.plan
     assert json.loads((tmp_path / "report.json").read_text()) is None
-    runs = json.loads((tmp_path / "environment.json").read_text())["runs"]
-    assert [run["resumed_at"] for run in runs] == [0, 6]
-    assert runs[0]["torch"] == torch.__version__
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["record"]["step"] for line in lines if line["event"] == "step"] == list(range(1, 21))
     assert [line["event"] for line in lines if line["event"] in ("start", "end")] == ["start", "start", "end"]
+    assert [line["resumed_at"] for line in lines if line["event"] == "start"] == [0, 6]
     assert any(f"record is in {tmp_path}" in event.text for event in heard if event.name == "note")
 
 
@@ -753,9 +756,7 @@ def test_the_folder_is_its_holders_whatever_its_process_id_is(tmp_path):
 def test_a_training_set_aside_never_takes_a_number_that_is_there(tmp_path):
     for _ in range(3):
         finished(tmp_path, resume=False)
-    for path in (tmp_path / "earlier-1").iterdir():
-        path.unlink()
-    (tmp_path / "earlier-1").rmdir()
+    shutil.rmtree(tmp_path / "earlier-1")
     loop = prepared(tmp_path, resume=False, seed=4)
     loop.run()
     assert {path.name for path in tmp_path.glob("earlier-*")} == {"earlier-2", "earlier-3"}
@@ -765,7 +766,8 @@ def test_a_training_set_aside_never_takes_a_number_that_is_there(tmp_path):
 
 def test_where_the_folder_cannot_be_readied_nothing_is_saved_until_it_can(tmp_path, monkeypatch):
     finished(tmp_path, max_steps=3)
-    old = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".run.lock"}
+    contents = lambda path: path.read_bytes() if path.is_file() else sorted(map(Path.read_bytes, path.iterdir()))  # noqa: E731
+    old = {path.name: contents(path) for path in tmp_path.iterdir() if path.name != ".run.lock"}
     real = Path.rename
 
     def rename(path, target):
@@ -779,8 +781,8 @@ def test_where_the_folder_cannot_be_readied_nothing_is_saved_until_it_can(tmp_pa
     with pytest.warns(TrainingWarning, match="nothing of it is saved there until that is mended"):  # noqa: PT031
         for record in loop:
             if record.step == 5:
-                assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name in old} == old
-                assert names(tmp_path) == [name for name in old if name.endswith(".pt")]
+                assert {path.name: contents(path) for path in tmp_path.iterdir() if path.name in old} == old
+                assert names(tmp_path) == [name for name in old if name.startswith("step-")]
                 refused.clear()
     assert {path.name for path in (tmp_path / "earlier-1").iterdir()} == set(old)
     assert "3 of 12 saves" in loop.run().unsaved
@@ -789,21 +791,23 @@ def test_where_the_folder_cannot_be_readied_nothing_is_saved_until_it_can(tmp_pa
 
 def test_files_of_the_users_own_are_left_alone(tmp_path):
     run_until(6, tmp_path)
-    theirs = [".notes.tmp", ".step-00000003.pt.tmp", "step-7.pt", "step-7-epoch-1-window-2.pt", "step-best.json"]
+    theirs = [".notes.tmp", ".step-00000003.tmp", "step-7", "step-7-epoch-1-window-2", "step-00000004-epoch-0-window-4"]
     for name in theirs:
         (tmp_path / name).write_text(name)
-    orphan = tmp_path / "step-00000004-epoch-0-window-4.pt"
-    orphan.write_text("copied here without its .json")
-    ours = tmp_path / f".{orphan.name}.{'0' * 32}.tmp"
-    ours.write_text("half")
+    copied = tmp_path / "step-00000003-epoch-0-window-3"
+    copied.mkdir()
+    (copied / "notes").write_text("copied here without its about.json")
+    half = tmp_path / f".step-00000004-epoch-0-window-4.{'0' * 32}.tmp"
+    half.mkdir()
+    (half / STATE).write_text("half")
     with pytest.warns(TrainingWarning, match=r"step-00000004.* was being written"):
         prepared(tmp_path).run()
     assert [(tmp_path / name).read_text() for name in theirs] == theirs
-    assert orphan.with_name(f"{orphan.name}.damaged").read_text() == "copied here without its .json"
-    assert not ours.exists()
+    assert (tmp_path / f"{copied.name}.damaged" / "notes").read_text() == "copied here without its about.json"
+    assert not half.exists()
 
 
-@pytest.mark.parametrize("name", [".run.lock", "metrics.jsonl", ".step-00000002-epoch-0-window-2.pt.tmp"])
+@pytest.mark.parametrize("name", [".run.lock", "metrics.jsonl", ".step-00000002-epoch-0-window-2.tmp"])
 def test_links_in_the_folder_are_not_written_through(tmp_path, name):
     theirs, folder = tmp_path / "theirs", tmp_path / "run"
     theirs.write_text("kept\n" * 100)
@@ -828,13 +832,14 @@ def test_what_is_there_to_go_on_from_is_its_owners_alone(tmp_path):
         prepared(tmp_path, max_steps=2).run()
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     public = {name for name, mode in modes.items() if mode == 0o644}
     assert public == {"plan.json", "report.json", "metrics.jsonl"}
     assert {mode for name, mode in modes.items() if name not in public} == {0o600}
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.glob("step-*")] == [0o700]
 
 
-# --- a .json of any shape, and right checksums of wrong contents ----------------------------------------------------
+# --- an about.json of any shape, and right checksums of wrong contents --------------------------------------------
 
 SHAPES = [
     "null", "[]", "3", '"text"', "{}", "[" * 100_000, '{"bytes": 1e999}', '{"bytes": true}', '{"bytes": [1]}',
@@ -846,33 +851,33 @@ SHAPES = [
 def test_a_json_of_any_shape_falls_back_to_the_checkpoint_before(tmp_path, text):
     run_until(6, tmp_path, checkpoint_every=2)
     newest = tmp_path / names(tmp_path)[-1]
-    newest.with_suffix(".json").write_text(text)
+    (newest / ABOUT).write_text(text)
     with pytest.warns(TrainingWarning, match=rf"{newest.name} is damaged"):
         loop = prepared(tmp_path, checkpoint_every=2)
     assert loop.step == 4
     for record in loop:
         if record.step == 5:  # and one beside a training that runs does not end it
-            (tmp_path / names(tmp_path)[0]).with_suffix(".json").write_text(text)
+            (tmp_path / names(tmp_path)[0] / ABOUT).write_text(text)
     assert_same(came_to(loop), undisturbed())
     assert loop.run().unsaved is None
 
 
-@pytest.mark.parametrize("wrong", [{"step": 5}, {"epoch": -1}, {"bytes": -1}, {"sha256": "0"}, {"loss": "small"}])
+@pytest.mark.parametrize(
+    "wrong", [{"step": 5}, {"epoch": -1}, {"files": {}}, {"files": {STATE: [1]}}, {"loss": "small"}]
+)
 def test_a_json_that_says_something_else_than_its_name_or_file_is_damaged(tmp_path, wrong):
     run_until(6, tmp_path, checkpoint_every=2)
-    path = (tmp_path / names(tmp_path)[-1]).with_suffix(".json")
+    path = tmp_path / names(tmp_path)[-1] / ABOUT
     path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
-    with pytest.warns(TrainingWarning, match="its .json cannot be used"):
+    with pytest.warns(TrainingWarning, match="its about.json cannot be used"):
         assert prepared(tmp_path, checkpoint_every=2).step == 4
 
 
 def vouched_for(folder, state):
     """Makes the newest checkpoint hold `state`, under the right checksum."""
     path = folder / names(folder)[-1]
-    torch.save(state, path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    about |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    path.with_suffix(".json").write_text(json.dumps(about))
+    torch.save(state, path / STATE)
+    vouch(path)
 
 
 MISSING = object()
@@ -880,16 +885,21 @@ WRONG = [
     ("metrics", MISSING), ("metrics", "0"), ("metrics", -1), ("schema", MISSING), ("identity", MISSING),
     ("identity", 3), ("identity", []), ("modules", MISSING), ("modules", []), ("modules.model", 3),
     ("modules.model.state", []), ("modules.model.versions", 3),
-    ("optimizer", MISSING), ("optimizer", []), ("optimizer.param_groups", 3), ("optimizer.param_groups", []),
-    ("optimizer.state", None), ("noise_scale", {}), ("noise_scale", None), ("scaler", MISSING), ("scheduler", MISSING),
-    ("scheduler", 3), ("validation_batch", -2), ("validation_batch", "5"), ("ranks", MISSING), ("ranks", []),
+    *((f"turns.each.0.{name}", value) for name, value in (
+        ("optimizer", MISSING), ("optimizer", []), ("optimizer.param_groups", 3), ("optimizer.param_groups", []),
+        ("optimizer.state", None), ("noise_scale", {}), ("noise_scale", None), ("scaler", MISSING),
+        ("scheduler", MISSING), ("scheduler", 3), ("name", MISSING), ("name", "other"), ("step", "6"), ("step", -6),
+        ("step", True),
+    )),
+    ("turns", MISSING), ("turns.each", 3), ("turns.each", []), ("turns.each", [3]), ("turns.windows", -1),
+    ("validation_batch", -2), ("validation_batch", "5"), ("ranks", MISSING), ("ranks", []),
     ("ranks", [3]), ("ranks", [{}]), ("ranks", [{"random": {}, "data": []}]), ("ranks", [{"random": 3, "data": []}]),
-    ("progress", MISSING), ("progress", []), ("progress.step", "6"), ("progress.step", -6), ("progress.step", True),
+    ("progress", MISSING), ("progress", []),
     ("progress.epoch", 1.5), ("progress.window", 10**400), ("progress.evaluation_due", 1), ("plan", MISSING),
-    ("plan", []), ("plan.lr_scale", 0), ("plan.limits", []), ("replays", MISSING), ("replays.before", 3),
-    ("replays.undisturbed", -1), ("replays.grew", None), ("probe", MISSING), ("probe", 3), ("probe", {}),
-    ("verify", {"x": 1}), ("history", MISSING), ("history", {}), ("history.absent", torch.zeros(3)),
-    ("history.absent", torch.zeros(2, 2, dtype=torch.int64)), ("history.texts", []), ("evaluations", None),
+    ("plan", []), ("plan.lr_scale", 0), ("plan.limits", []), ("turns.replays", MISSING), ("turns.replays.before", 3),
+    ("turns.replays.undisturbed", -1), ("turns.replays.grew", None), ("probe", MISSING), ("probe", 3), ("probe", {}),
+    ("verify", {"x": 1}), ("history", MISSING), ("history", {}), ("history.numbers", {}),
+    ("history.numbers.step", torch.zeros(3)), ("history.texts", []), ("evaluations", None),
     ("evaluations", [3]), ("evaluations", [{}]),
 ]  # fmt: skip
 
@@ -897,6 +907,8 @@ WRONG = [
 def changed(state, where, value):
     """A copy with the value at the dotted path changed, or gone."""
     name, _, rest = where.partition(".")
+    if isinstance(state, list):
+        return [changed(state[int(name)], rest, value), *state[1:]]
     if rest:
         return {**state, name: changed(state[name], rest, value)}
     return {key: each for key, each in {**state, name: value}.items() if each is not MISSING}
@@ -904,7 +916,7 @@ def changed(state, where, value):
 
 def test_a_right_checksum_of_a_wrong_structure_is_a_checkpoint_error_that_says_where(tmp_path):
     run_until(6, tmp_path)
-    state = torch.load(tmp_path / names(tmp_path)[-1], weights_only=True)
+    state = torch.load(tmp_path / names(tmp_path)[-1] / STATE, weights_only=True)
     for whole in (None, [], 3, "text", {}):
         vouched_for(tmp_path, whole)
         with pytest.raises(CheckpointError):

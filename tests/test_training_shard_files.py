@@ -16,6 +16,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.errors import CheckpointError
+from autoaccum.training.checkpoint import ABOUT
 from tests.ranks_started import started
 from tests.shards_saved import Interruption, came_to, prepared
 from tests.shards_work import Net, grouped, sharded, tokens
@@ -65,8 +66,8 @@ def by_hand(loop):
     return came_to(other)
 
 
-def newest(folder, suffix):
-    return max(Path(folder).glob(f"step-*{suffix}"))
+def newest(folder):
+    return max(Path(folder).glob("step-*"))
 
 
 def damaged(rank, folder):
@@ -74,7 +75,7 @@ def damaged(rank, folder):
     torch.distributed.barrier()
     if rank == 0:
         shutil.copytree(f"{folder}/run", f"{folder}/damaged")
-        path = next(newest(f"{folder}/damaged", ".shards").glob("__1_*"))
+        path = next(newest(f"{folder}/damaged").glob("__1_*"))
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
@@ -91,15 +92,15 @@ class Evil:
 
 
 def code(rank, folder):
-    """What is said where the shards' index has code in it, and a .json vouches for it."""
+    """What is said where the shards' index has code in it, and the about.json vouches for it."""
     place = f"{folder}/code"
     torch.distributed.barrier()
     if rank == 0:
         shutil.copytree(f"{folder}/run", place)
-        index, about = newest(place, ".shards") / ".metadata", newest(place, ".json")
+        index, about = newest(place) / ".metadata", newest(place) / ABOUT
         index.write_bytes(pickle.dumps(Evil(f"{folder}/evil")))
         values = json.loads(about.read_text())
-        values["shards"][".metadata"] = [len(index.read_bytes()), hashlib.sha256(index.read_bytes()).hexdigest()]
+        values["files"][".metadata"] = [len(index.read_bytes()), hashlib.sha256(index.read_bytes()).hexdigest()]
         about.write_text(json.dumps(values))
     torch.distributed.barrier()
     with pytest.raises(CheckpointError) as caught:
@@ -169,7 +170,7 @@ def test_a_sharded_training_that_was_broken_off_goes_on_to_the_same_end_bit_for_
 
 def test_the_checkpoint_before_one_with_a_damaged_shard_is_used_loudly(found):
     assert [each["damaged"] for each in found] == [2, 2]
-    assert any("__1_0.distcp in its .shards is another" in text for text in found[0]["heard"])
+    assert any("its __1_0.distcp has another checksum" in text for text in found[0]["heard"])
 
 
 def test_code_in_the_shards_index_is_refused_on_all_ranks_and_not_run(found):
@@ -217,6 +218,7 @@ def ended(loop):
         loop.run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "replicated"])
 def test_other_numbers_of_ranks_go_on_with_the_same_windows(moves, kind):
     undisturbed, between, end = ([each[kind] for each in stage] for stage in moves)

@@ -10,7 +10,6 @@ from torch import nn
 from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError
-from autoaccum.loss.objective import Objective
 from autoaccum.window.accumulate import Accumulator
 
 __all__ = ["culprits", "listed", "named"]
@@ -18,7 +17,7 @@ __all__ = ["culprits", "listed", "named"]
 _NAMED = 8
 
 
-def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumulator) -> list[int]:
+def culprits(batches: Sequence[Any], accumulator: Accumulator) -> list[int]:
     """The places in the window of samples whose own loss is not finite; where they cannot run alone, their neighbours'.
 
     Runs the model in training mode, but for BatchNorm, where one bad sample would spoil the others: it goes by its
@@ -29,8 +28,16 @@ def culprits(batches: Sequence[Any], objective: Objective, accumulator: Accumula
     with torch.no_grad(), accumulator.precision.autocast(), _apart(accumulator.model):
         for batch in batches:
             size = tree.batch_size(batch)
-            if not _finite(batch, objective, accumulator):
-                found += [start + place for place in _within(batch, size, objective, accumulator)]
+            if not _finite(batch, accumulator):
+                try:
+                    singles = [_finite(single, accumulator) for single in tree.split(batch, [1] * size)]
+                except (
+                    AutoaccumError,
+                    RuntimeError,
+                    ValueError,
+                ):  # a layer of the user's, say, that takes no single sample
+                    singles = [False] * size
+                found += [start + place for place, finite in enumerate(singles) if not finite]
             start += size
     return found
 
@@ -47,21 +54,14 @@ def _apart(model: nn.Module) -> Iterator[None]:
             layer.train()
 
 
-def _within(batch: Any, size: int, objective: Objective, accumulator: Accumulator) -> Iterator[int]:
-    try:
-        singles = [_finite(single, objective, accumulator) for single in tree.split(batch, [1] * size)]
-    except (AutoaccumError, RuntimeError, ValueError):  # a layer of the user's, say, that takes no single sample
-        singles = [False] * size
-    yield from (place for place, finite in enumerate(singles) if not finite)
-
-
-def _finite(batch: Any, objective: Objective, accumulator: Accumulator) -> bool:
-    terms = objective.terms(tree.move(batch, accumulator.device))
+def _finite(batch: Any, accumulator: Accumulator) -> bool:
+    assert accumulator.objective is not None
+    terms = accumulator.objective.terms(tree.move(batch, accumulator.device))
     # A mean over nothing is not a number either, and does not count.
     return all(bool(torch.isfinite(term.value)) for term in terms.values() if float(term.denominator))
 
 
-def named(places: Sequence[int], size: int, indices: Sequence[Any] | None) -> str:
+def named(places: Sequence[int], size: int, indices: Any) -> str:
     """The samples to blame in words: by their indices in the data, else by their places in the window of `size`."""
     if not places:
         return f"no sample alone gives it; the window has {listed(range(size), indices)}"
@@ -70,9 +70,10 @@ def named(places: Sequence[int], size: int, indices: Sequence[Any] | None) -> st
     return f"it comes from {listed(places, indices)}"
 
 
-def listed(places: Sequence[int], indices: Sequence[Any] | None) -> str:
+def listed(places: Sequence[int], indices: Any) -> str:
     """The first few samples at these places of a window, and how many more."""
-    shown = ", ".join(str(place if indices is None else indices[place]) for place in places[:_NAMED])
+    names = range(max(places, default=0) + 1) if indices is None else indices
+    shown = ", ".join(f"{names[place]}" for place in places[:_NAMED])
     more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
     where = "the window" if indices is None else "the data"
     return f"sample{'s' if len(places) > 1 else ''} {shown}{more} of {where}"

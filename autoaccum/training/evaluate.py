@@ -108,7 +108,9 @@ class Evaluator:
         # A rank without a batch knows neither: the others tell it.
         samples, *flags = map(int, self.ranks.tally("evaluate", [samples, *(name in added_up for name in names)]))
         if not samples:
-            raise DataError(_nothing(source, called))
+            raise DataError(
+                f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
+            )
         self._expect_all(samples, source, called)
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
         totals = self.ranks.tally("evaluate", [float(value) for pair in pairs for value in pair])
@@ -135,12 +137,10 @@ class Evaluator:
 
     def _expect_all(self, samples: int, source: Source, called: str) -> None:
         """That the ranks together saw each sample once, else a DataError."""
-        left_out = source.length % source.loader_batch if source.length and source.drop_last and source.loader_batch \
-            else 0  # fmt: skip
-        if self.ranks.size > 1 and source.length is not None and samples != source.length - left_out:
+        if self.ranks.size > 1 and source.length is not None and samples != source.length:
             raise DataError(
-                f"{called} has {source.length - left_out} samples, and the {self.ranks.size} ranks saw {samples} of it "
-                "in all: give every rank the whole of it, in one order, since each takes its own part of that"
+                f"{called} has {source.length} samples, and the {self.ranks.size} ranks saw {samples} of it in all: "
+                "give every rank the whole of it, in one order, since each takes its own part of that"
             )
 
     def _windows(self, source: Source) -> Iterator[Window]:
@@ -232,7 +232,7 @@ def _sees_all(metric: Any) -> bool:
 def _updated(name: str, metric: Any, outputs: Any, targets: Any) -> None:
     try:
         metric.update(outputs, targets)
-    except Exception as error:
+    except Exception as error:  # want of memory too: run again in smaller pieces, it would count some outputs twice
         raise DataError(f"the metric {name!r} raised {type(error).__name__} in update(outputs, targets)") from error
 
 
@@ -290,15 +290,6 @@ def _checked(name: str, value: Any) -> Mean:
             "targets) and compute(), as torchmetrics are"
         )
     return value
-
-
-def _nothing(source: Source, called: str) -> str:
-    if source.drop_last:
-        return (
-            f"{called} gives no samples: its DataLoader has drop_last=True, and fewer samples than a batch of "
-            f"{source.loader_batch}; set drop_last=False"
-        )
-    return f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
 
 
 def _term(name: str) -> str:

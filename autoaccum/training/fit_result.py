@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from autoaccum.checking.verify import VerifyReport
+from autoaccum.checks import plain
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
@@ -66,10 +67,9 @@ class LengthSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        sums = {name: getattr(self, name) for name in ("tokens", "padded", "unsorted", "seconds")}
         rates = {name: getattr(self, name) for name in ("tokens_per_second", "padding", "padding_unsorted")}
         counts = {str(count): windows for count, windows in sorted(self.micro_batches.items())}
-        return {**sums, **rates, "micro_batches": counts}
+        return {**vars(self), **rates, "micro_batches": counts}
 
 
 def length_summary(history: Iterable[StepRecord]) -> LengthSummary | None:
@@ -116,13 +116,6 @@ class FitResult(Drawn):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the model."""
-        return {
-            "plan": self.plan.to_dict(),
-            "probe": self.probe.to_dict() if self.probe is not None else None,
-            "verify": self.verify.to_dict() if self.verify is not None else None,
-            "history": [record.to_dict() for record in self.history],
-            "evaluations": self.evaluations,
-            "unsaved": self.unsaved,
-            "stopped": self.stopped,
-            "lengths": self.lengths.to_dict() if self.lengths is not None else None,
-        }
+        values = {**vars(self), "history": list(self.history)}
+        del values["model"]
+        return dict(plain(values))

@@ -19,7 +19,7 @@ from autoaccum.checks import typed
 from autoaccum.data.draws import mix
 from autoaccum.data.mapped import dead_worker, is_dead_worker
 from autoaccum.data.source import Source, open_source
-from autoaccum.data.windows import Window, indices_of, windows
+from autoaccum.data.windows import Window, windows
 from autoaccum.errors import (
     CheckpointError,
     DataError,
@@ -136,17 +136,12 @@ class TrainingLoop:
         self._at_work = False  # a record is being made: what iterates is not merely left
 
     def _turn(self, phase: Phase | None, accumulator: Accumulator, regrow_after: int | None) -> Turn:
-        if accumulator.plan.by_length:
-            accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
-        source = self._source  # not through the loop, which would then hold itself, and a loader's workers with it
         safe = SafeWindow(
             accumulator,
             list(self._parts.modules.values()),
             self._device,
             self.events,
             regrow_after,
-            objective=accumulator.objective,
-            indices=lambda window: indices_of(window, source, accumulator.plan),
             wants_checkpoint=(lambda: False) if self.folder is None else self.folder.overdue,
             verified=None if self.probe is None or self._device.reserved() is None else self.probe.micro_batch,
         )
@@ -254,7 +249,7 @@ class TrainingLoop:
             seed_everything(mix(self._seed, rank) if rank else self._seed)  # no two ranks drop out alike
         if self.folder is not None:
             self.state_dict()  # what cannot be saved is refused now, and not when an hour's work is to be saved
-            self.folder.begin(self.plan, self.probe, self._device)
+            self.folder.begin(self.plan, self.probe)
         budget = self._budget.bytes if self._budget is not None else None
         self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 
@@ -378,16 +373,13 @@ class TrainingLoop:
         return {
             **self._parts.state_dict(self._boundary),
             "progress": {
-                "step": self.step,
-                "skipped": self._accumulator.skipped_windows,
                 "epoch": self.epoch,
                 "window": self._window_index,
                 "epoch_began_at": self._epoch_began_at,
                 "evaluation_due": self._evaluation_due,
             },
             "plan": self.plan.to_dict(),
-            "replays": self._turns.all[0].safe.replays.state_dict(),
-            "phases": self._turns.state_dict(),
+            "turns": self._turns.state_dict(),
             "probe": None if self.probe is None else self.probe.to_dict(),
             "verify": None if self.verify is None else self.verify.to_dict(),
             "history": self.history.state_dict(),
@@ -404,22 +396,17 @@ class TrainingLoop:
             progress = dict(state["progress"])
             due = typed(progress.pop("evaluation_due"), bool)
             counts = typed(progress, dict[str, int])
+            kept = plan_for(self.plan.rank, state["plan"])
+        state = self._parts.checked(state)
         self._boundary = self._parts.load_state_dict(state, self.events)
-        self._accumulator.step, self._accumulator.skipped_windows = counts["step"], counts["skipped"]
+        # Of another number of ranks the plan is this loop's own, which was made for as many as there are.
+        self._turns.load_state_dict(state["turns"], kept if kept.world_size == self.plan.world_size else None)
         self.epoch, self._window_index = counts["epoch"], counts["window"]
         self._epoch_began_at, self._evaluation_due = counts["epoch_began_at"], due
-        with loading("plan"):
-            kept = plan_for(self.plan.rank, state["plan"])
-            if kept.world_size == self.plan.world_size:  # else this loop's own was made for as many ranks as there are
-                self._accumulator.plan = kept
-        with loading("replays"):
-            self._turns.all[0].safe.replays.load_state_dict(state["replays"], self.plan)
-        with loading("phases"):
-            self._turns.load_state_dict(state.get("phases"))
         with loading("history"):
             self.history.load_state_dict(state["history"])
             self.evaluations[:] = [{**results, "loss": float(results["loss"])} for results in state["evaluations"]]
-        self._left = self._stopped = self._turns.all[0].safe.broken = None
+        self._left = self._stopped = None
 
     def _save(self, loss: float | None = None) -> None:
         """A checkpoint of this moment, unless there is one; `loss` is what validation has just found."""

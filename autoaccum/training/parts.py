@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import typed
@@ -28,16 +28,15 @@ from autoaccum.training.shard_files import check_alike, with_shards
 from autoaccum.training.smaller import plan_for
 from autoaccum.training.state import (
     SCHEMA,
-    accumulator_state,
     check_same,
     gathered,
-    load_accumulator,
     load_module,
     loading,
     module_state,
     plain,
 )
 from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.agreement import described
 
 __all__ = ["Boundary", "TrainingParts", "kept_answers"]
 
@@ -111,7 +110,7 @@ class TrainingParts:
         return Boundary(self._device, self._source, self._validation, quick=quick)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this training from others, beside the modules themselves."""
+        """What tells this training from others; of its modules the names, dtypes and shapes of what they hold."""
         data = {f"data {name}": value for name, value in self._source.fingerprint().items()}
         return {
             "target_batch": self._accumulator.plan.target_batch,
@@ -120,6 +119,11 @@ class TrainingParts:
             "schedule": schedule_name(self._accumulator.scheduler),
             **({} if self._accumulator.sharded is None else {"sharded": True}),
             **self._settings,
+            **{
+                f"{owner}'s {name!r}": described(value) if isinstance(value, Tensor) else "there"
+                for owner, module in self.modules.items()
+                for name, value in module.state_dict().items()
+            },
         }
 
     def state_dict(self, boundary: Boundary | None) -> dict[str, Any]:
@@ -137,23 +141,26 @@ class TrainingParts:
             "device": self._device.type,
             "identity": plain(self.identity(), "the training's identity"),
             "modules": {name: module_state(module, f"the {name}") for name, module in self.modules.items()},
-            **accumulator_state(accumulator),
             "validation_batch": None if self._evaluator is None else self._evaluator.micro_batch,
             "ranks": gathered(here.state_dict(), accumulator.ranks, "a checkpoint"),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], events: Events) -> Boundary:
-        """Puts back all but the generators and the data, which are returned for when the first window is due.
+    def checked(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A state of this training, its shards read; nothing is changed.
 
-        A CheckpointError where it is of another training; nothing was changed.
+        Raises:
+            CheckpointError: it is of another one.
         """
         accumulator = self._accumulator
-        identity = plain(self.identity(), "the training's identity")
         with loading("identity"):
-            check_same(state, identity, self.modules)
+            check_same(state, plain(self.identity(), "the training's identity"))
             if "shards" in state:
-                state = with_shards(state, self.modules, accumulator.optimizer, state["shards"], accumulator.ranks)
-        rank, size = accumulator.ranks.rank, accumulator.ranks.size
+                return with_shards(state, self.modules, accumulator.optimizer, state["shards"], accumulator.ranks)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], events: Events) -> Boundary:
+        """Puts the modules back; the generators and the data are returned for when the first window is due."""
+        rank, size = self._accumulator.ranks.rank, self._accumulator.ranks.size
         with loading("ranks"):
             validation_batch, ranks = typed(state["validation_batch"], int | None), state["ranks"]
             own = ranks[rank if rank < len(ranks) else 0]
@@ -162,7 +169,6 @@ class TrainingParts:
         for name, module in self.modules.items():
             with loading(name):
                 load_module(module, state["modules"][name])
-        load_accumulator(accumulator, state)
         if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
         if device != self._device.type:

@@ -18,79 +18,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, DataError, LossError
-from autoaccum.loss.objective import Objective
 from autoaccum.memory.budget import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
-from autoaccum.random_state import RandomState
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, Noted, WindowReplayed
-from autoaccum.training.smaller import PERSISTENT, Replays, cut_in_half, cut_smaller, with_floor
+from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.record import StepRecord
+from autoaccum.window.window_start import WindowStart
 
-__all__ = ["OptimizerOutOfMemoryError", "SafeWindow", "WindowStart"]
+__all__ = ["OptimizerOutOfMemoryError", "SafeWindow"]
 
 
 class OptimizerOutOfMemoryError(AutoaccumError, torch.cuda.OutOfMemoryError):
     """Memory ran out inside the optimizer's step, so that its state and the weights may be half updated."""
-
-
-class WindowStart:
-    """The buffers and random generators as they are when a window begins."""
-
-    def __init__(
-        self, modules: Sequence[nn.Module], device: torch.device, noted: Callable[[], Any] | None = None
-    ) -> None:
-        """Reserves room for one copy of the modules' buffers; `mark` fills it. `noted`: as SafeWindow has it."""
-        self._device, self._noted = device, noted
-        # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
-        layers = [layer for module in modules for layer in module.modules()]
-        self._owners = [layer._buffers for layer in layers]
-        # TorchScript's are views of the layer in C++, in which no other object can be put.
-        self._rebound = [layer._buffers for layer in layers if not isinstance(layer, torch.jit.ScriptModule)]
-        self._entries: list[dict[str, Tensor | None]] = []
-        self._buffers: list[Tensor] = []
-        self._saved: list[Tensor] = []
-        self._random: RandomState | None = None
-
-    def mark(self) -> None:
-        """Keeps the state of this moment."""
-        buffers = [buffer for owner in self._owners for buffer in owner.values() if buffer is not None]
-        if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
-            self._buffers = buffers
-            self._saved = [buffer.detach().clone() for buffer in buffers]
-            self._entries = [dict(owner) for owner in self._rebound]
-        elif buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(self._saved, buffers)
-        self._random = RandomState(self._device, quick=True)
-        self._notes = None if self._noted is None else self._noted()
-
-    def restore(self) -> None:
-        """Puts the state of `mark` back."""
-        self.restore_buffers()
-        if self._random is not None:
-            self._random.restore()
-            if self._notes is not None:
-                self._notes.restore()
-
-    def restore_buffers(self) -> None:
-        """Puts the buffers back; the generators go on."""
-        if self._buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(self._buffers, self._saved)
-        # `self.seen = self.seen + 1` puts another tensor in a buffer's place.
-        for owner, entries in zip(self._rebound, self._entries):
-            owner.clear()
-            owner.update(entries)
 
 
 class SafeWindow:
@@ -110,8 +59,6 @@ class SafeWindow:
         device: Device,
         events: Events,
         regrow_after: int | None,
-        objective: Objective | None = None,
-        indices: Callable[[Window], Sequence[Any] | None] = lambda window: None,
         wants_checkpoint: Callable[[], bool] = lambda: False,
         verified: int | None = None,
         noted: Callable[[], Any] | None = None,
@@ -122,18 +69,14 @@ class SafeWindow:
             accumulator, device, events: run the window, and hear of replays.
             modules: whose buffers return to the window's start.
             regrow_after: undisturbed windows after which larger micro-batches are tried again.
-            objective: asked which samples gave a loss that is not finite; None: nobody is.
-            indices: the dataset's indices of a window's samples, where they have some.
             wants_checkpoint: asked on the first rank, whose answer holds for all.
             verified: a micro-batch that the probe ran; None: none was.
             noted: what a trainer's step has noted beside its loss; goes back with `restore()`. None: it notes nothing.
         """
-        self._objective, self._indices, self._wants_checkpoint = objective, indices, wants_checkpoint
+        self._wants_checkpoint = wants_checkpoint
         self._accumulator, self._device, self._events = accumulator, device, events
         self._start = WindowStart(modules, device.torch_device, noted)
         self.replays = Replays(regrow_after, verified)
-        self._strained = 0  # windows in a row in which the allocator had to empty its cache
-        self._easing = False
         self._kept = False  # each rank that ran out had kept freed blocks, and has given them back since
         self.inside = False
         self.broken: str | None = None
@@ -150,7 +93,6 @@ class SafeWindow:
         self._accumulator.epoch = window.epoch
         self.inside = True
         self._start.mark()
-        retries = self._device.retries()
         versions = _versions(window)
         try:
             self._run(window, versions)
@@ -159,25 +101,12 @@ class SafeWindow:
             raise
         record = self._finish(window)
         self.inside = False
-        self._strained = self._strained + 1 if self._device.retries() > retries else 0
-        if self._easing:
-            self._ease()
         grown = self.replays.grow(self._accumulator.plan)
         if grown is not None:
             self._accumulator.plan = grown
             text = f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again"
             self._events.tell(Noted(text))
         return record
-
-    def _ease(self) -> None:
-        """Somewhat smaller micro-batches, since a rank's allocator has retried window after window."""
-        accumulator = self._accumulator
-        strained = self._strained > PERSISTENT
-        plan = self.replays.ease(accumulator.plan, strained, accumulator.ranks, accumulator.step + 1)
-        if plan is not accumulator.plan:
-            accumulator.plan = plan
-            self._events.tell(Noted(plan.reasons["limit"]))
-        self._strained, self._easing = 0, False
 
     def _run(self, window: Window, versions: Sequence[int]) -> None:
         """Forward and backward of all pieces, until memory is enough on all ranks; a DataError where the model wrote
@@ -220,8 +149,8 @@ class SafeWindow:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
         short = ran_out and not self._device.keeps  # else its holes may have been what was missing
-        votes = self._accumulator.vote([ran_out, too_small, wants, self._strained >= PERSISTENT, short])
-        ran_out, too_small, self.overdue, self._easing, short = map(bool, votes)
+        votes = self._accumulator.vote([ran_out, too_small, wants, short])
+        ran_out, too_small, self.overdue, short = map(bool, votes)
         self._kept = ran_out and not short
         return ran_out, too_small
 
@@ -285,7 +214,7 @@ class SafeWindow:
             raise
         if not math.isfinite(record.loss):
             self._start.restore_buffers()  # left out, and running statistics must not keep what was not finite
-            samples = listed(range(window.samples), self._indices(window))
+            samples = listed(range(window.samples), window.indices)
             record = replace(record, skipped=f"{record.skipped}; the window has {samples}")
         return record
 
@@ -304,12 +233,12 @@ class SafeWindow:
 
     def _blame(self, window: Window) -> str:
         places: list[int] = []
-        if self._objective is not None and self._accumulator.sharded is None:  # whose ranks meet in each forward
+        if self._accumulator.sharded is None:  # whose ranks meet in each forward
             try:
-                places = culprits(window.batches, self._objective, self._accumulator)
+                places = culprits(window.batches, self._accumulator)
             finally:
                 self._start.restore()
-        return named(places, window.samples, self._indices(window))
+        return named(places, window.samples, window.indices)
 
     def _back(self) -> None:
         """To the window's start."""

@@ -1,10 +1,9 @@
 """A run's folder: when checkpoints are saved to it and found in it, and the record of the run beside them.
 
-    plan.json          the plan as it is now
-    report.json        what the probe found; null where it did not run
-    environment.json   versions and device, each time the run was started
-    metrics.jsonl      every event, a line each; steps that a resumed run takes again are dropped
-    step-*.pt, .json   the checkpoints
+    plan.json       the plan as it is now
+    report.json     what the probe found; null where it did not run
+    metrics.jsonl   every event, a line each; steps that a resumed run takes again are dropped
+    step-*/         the checkpoints
 
 - Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
   have passed since the last: an epoch may take days. The first rank's clock decides that for all.
@@ -20,9 +19,7 @@ import io
 import json
 import math
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,12 +32,11 @@ from torch import Tensor
 from autoaccum.checks import check_kind, typed
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
-from autoaccum.files import partial_path, read_json, write_json
-from autoaccum.memory.budget import Device
+from autoaccum.files import partial_path, write_json
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, told
-from autoaccum.training.checkpoint import Checkpoints, Entry, Failure
+from autoaccum.training.checkpoint import STATE, Checkpoints, Entry, Failure
 from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
 from autoaccum.training.locks import FolderLock
 from autoaccum.training.shard_files import without_shards, write_shards
@@ -111,8 +107,10 @@ class RunFolder:
         state: dict[str, Any] = {}
         try:
             self._seen = set(self.checkpoints.entries())
-            looks = self.writes and (resume is not False or self._is_of_this_job())
-            found = self.checkpoints.newest(self._events.warn) if looks else None
+            # With resume=False only what was saved since torchrun began: its first start set all else aside.
+            since = psutil.Process(os.getppid()).create_time() if resume is False else 0.0
+            old = any(self.checkpoints.path(entry).stat().st_mtime < since for entry in self._seen)
+            found = self.checkpoints.newest(self._events.warn) if self.writes and not old else None
             if self.writes and found is None and resume is True:
                 raise CheckpointError(
                     f"resume=True, and there is no checkpoint in {str(self.folder)!r} to go on from: give the folder "
@@ -128,25 +126,17 @@ class RunFolder:
         self._resumed = self._saved = Entry(*place)
         path = self.checkpoints.last = self.checkpoints.path(self._resumed)
         if self._ranks.size > 1:  # sent, since a folder on another machine may be another folder
-            sent = self._ranks.send("resuming", path.read_bytes() if self.writes else b"")
+            sent = self._ranks.send("resuming", (path / STATE).read_bytes() if self.writes else b"")
             state = torch.load(io.BytesIO(sent), map_location="cpu", weights_only=True)
         else:
             state = found[1] if found is not None else {}
         with loading("place in metrics.jsonl"):
             self._cut = typed(state["metrics"], int)
-        return {**state, "shards": self.checkpoints.shards(self._resumed)}
-
-    def _is_of_this_job(self) -> bool:
-        """Whether what is in the folder was begun by the torchrun that has restarted this process."""
-        runs, own = _runs_in(self.folder / "environment.json"), _job()
-        job = runs[-1].get("job") if runs and isinstance(runs[-1], dict) else None
-        if own is None or not isinstance(job, list) or len(job) != len(own) or not isinstance(job[2], int):
-            return False
-        return job[:2] == own[:2] and abs(job[2] - own[2]) <= 2  # seconds: the boot's time is read anew each time
+        return {**state, "shards": path}
 
     # --- saving ---
 
-    def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
+    def begin(self, plan: Plan, probe: ProbeReport | None) -> None:
         """Keeps other trainings out of the folder. The first time, readies it and begins the record.
 
         A CheckpointError where another training writes there, or has done so since this one was prepared or left.
@@ -154,7 +144,7 @@ class RunFolder:
         if not self.writes:
             return
         if self._metrics is None:
-            self._to_begin = lambda: self._make_ready(plan, probe, device)
+            self._to_begin = lambda: self._make_ready(plan, probe)
         try:
             self._enter()
         except Failure as error:
@@ -181,7 +171,7 @@ class RunFolder:
         if self._to_begin is not None:
             self._to_begin()
 
-    def _make_ready(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
+    def _make_ready(self, plan: Plan, probe: ProbeReport | None) -> None:
         aside = self.checkpoints.begin(self._resumed)
         metrics = JsonlSink(self.folder / "metrics.jsonl", follow=False)
         metrics.cut(self._cut)
@@ -190,7 +180,6 @@ class RunFolder:
         report = self.folder / "report.json"
         if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
             write_json(report, None if probe is None else probe.to_dict())
-        self._tell_environment(device)
         self._record_plan(plan)
         self._metrics, self._to_begin = metrics, None
         self._events.add(metrics)
@@ -243,11 +232,11 @@ class RunFolder:
             self._record_plan(plan)
 
     def _write_shards(self, entry: Entry, shards: Mapping[str, Tensor]) -> Path:
-        """The folder to which all ranks have written their shards, under a half-written name; all ranks call this.
+        """The checkpoint's folder, of a half-written name, with the shards of all ranks; all ranks call this.
 
         A CheckpointError on all of them where one of them could not; nothing of it is left.
         """
-        folder, why = partial_path(self.checkpoints.shards(entry)), ""
+        folder, why = partial_path(self.checkpoints.path(entry)), ""
         if self.writes:
             try:
                 self._enter()
@@ -295,43 +284,6 @@ class RunFolder:
         self._tried = max(self._tried, self._failed)
         self._why = " ".join(str(error).split()) or type(error).__name__
         self._events.warn(f"{what} could not be saved to {str(self.folder)!r}: {self._why}. {then}")
-
-    def _tell_environment(self, device: Device) -> None:
-        from autoaccum import __version__
-
-        path = self.folder / "environment.json"
-        runs = _runs_in(path) if self._resumed is not None else []
-        runs.append(
-            {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "resumed_at": 0 if self._resumed is None else self._resumed.step,
-                "autoaccum": __version__,
-                "torch": torch.__version__,
-                "cuda": torch.version.cuda,
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "device": device.name,
-                "device_bytes": device.total(),
-                "ranks": self._ranks.size,
-                "job": _job(),
-                "command": sys.argv,
-            }
-        )
-        write_json(path, {"schema": 1, "runs": runs}, private=True)  # a command may have a password in it
-
-
-def _job() -> list[Any] | None:
-    """The torchrun that started this process, which starts it again after a failure: its run's id, process, start."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if name is None else [name, os.getppid(), int(psutil.Process(os.getppid()).create_time())]
-
-
-def _runs_in(path: Path) -> list[Any]:
-    """The entries of earlier starts; none where the file is gone or damaged, which is no reason to stop."""
-    try:
-        return list(read_json(path)["runs"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return []
 
 
 def open_run(

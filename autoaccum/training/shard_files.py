@@ -117,7 +117,7 @@ def with_shards(
         CheckpointError: it cannot be read, or there is code in it.
     """
     own = {name: module.state_dict() for name, module in modules.items()}
-    numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
+    numbers = [number for group in state["turns"]["each"][0]["optimizer"]["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     of_number = dict(zip(numbers, parameters, strict=True))
     targets: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ def with_shards(
     def put(path: Place, value: Tensor) -> Tensor:
         if not value.is_meta:
             return value
-        made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[2]], value)
+        made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[-2]], value)
         targets[_key(path)] = made
         return targets[_key(path)]
 

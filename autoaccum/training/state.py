@@ -38,7 +38,8 @@ __all__ = [
     "scheduler_state",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
+_NAMED = 8  # differences, in an error
 
 torch.serialization.add_safe_globals([complex, codecs.encode])  # torch 2.4 refuses complex numbers and bytes
 _AS_THEY_ARE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -137,9 +138,11 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 
 def accumulator_state(accumulator: Accumulator) -> dict[str, Any]:
-    """What one optimizer's windows go on from beside the modules: it, its scaler and schedule, and the noise scale."""
+    """What one optimizer's windows go on from beside the modules: it, its scaler, schedule, noise scale and counts."""
     scheduler = accumulator.scheduler
     return {
+        "step": accumulator.step,
+        "skipped": accumulator.skipped_windows,
         "optimizer": plain(accumulator.optimizer.state_dict(), "the optimizer"),
         "noise_scale": accumulator.noise_scale.state_dict(),
         "scaler": plain(accumulator.precision.scaler.state_dict(), "the scaler"),
@@ -161,6 +164,8 @@ def load_accumulator(accumulator: Accumulator, saved: Mapping[str, Any]) -> None
         scheduler = typed(saved["scheduler"], dict | None)
         if scheduler is not None and accumulator.scheduler is not None:
             accumulator.scheduler.load_state_dict(scheduler)
+    with loading("progress"):
+        accumulator.step, accumulator.skipped_windows = typed(saved["step"], int), typed(saved["skipped"], int)
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
@@ -188,11 +193,10 @@ def gathered(own: Mapping[str, Any], ranks: Ranks, what: str) -> list[dict[str, 
 # --- is it the same training? ----------------------------------------------------------------------------------------
 
 
-def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """That a state belongs to this training; a CheckpointError names all that differs, both values each time.
+def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """That a state belongs to this training; a CheckpointError names what differs, both values each time.
 
-    `identity` is what this training is, as `saved["identity"]` says what the other was: a value under each name. Of the
-    modules the parameters' and buffers' names, shapes and dtypes are compared.
+    `identity` is what this training is, as `saved["identity"]` says what the other was: a value under each name.
     """
     if saved.get("schema") != SCHEMA:
         raise CheckpointError(
@@ -200,38 +204,12 @@ def check_same(saved: Mapping[str, Any], identity: Mapping[str, Any], modules: M
             "go on with the version that wrote it, or start anew with resume=False"
         )
     was = saved["identity"]
-    different = [
-        f"{name}: {was.get(name)} in the checkpoint, {value} here" for name, value in identity.items()
-        if was.get(name) != value
-    ]  # fmt: skip
-    for name, module in modules.items():
-        if name not in saved["modules"]:
-            different.append(f"{name}: none in the checkpoint, {type(module).__name__} here")
-        else:
-            different += _differences(name, saved["modules"][name]["state"], module.state_dict())
-    different += [f"{name}: in the checkpoint, none here" for name in saved["modules"] if name not in modules]
+    names = dict.fromkeys([*identity, *was])
+    pairs = [(name, was.get(name, "none"), identity.get(name, "none")) for name in names]
+    different = [f"{name}: {then} in the checkpoint, {now} here" for name, then, now in pairs if then != now]
     if different:
+        more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
         raise CheckpointError(
-            f"the checkpoint is of another training. {'; '.join(different)}. Give the same as then, another folder, or "
-            "resume=False to start anew"
+            f"the checkpoint is of another training. {'; '.join(different[:_NAMED])}{more}. Give the same as then, "
+            "another folder, or resume=False to start anew"
         )
-
-
-def _differences(owner: str, was: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Tensors that differ in name, shape or dtype; the first three, and how many more."""
-    found = []
-    for name in dict.fromkeys([*was, *own]):
-        then, now = _described(was, name), _described(own, name)
-        if then != now:
-            found.append(f"{owner}'s {name!r}: {then} in the checkpoint, {now} here")
-    more = [f"and {len(found) - 3} more of {owner}'s"] if len(found) > 3 else []
-    return found[:3] + more
-
-
-def _described(state: Mapping[str, Any], name: str) -> str:
-    if name not in state:
-        return "none"
-    value = state[name]
-    if not isinstance(value, Tensor):
-        return "there"
-    return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}"

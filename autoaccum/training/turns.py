@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from autoaccum.checks import typed
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
 from autoaccum.training.recover import SafeWindow
-from autoaccum.training.state import accumulator_state, load_accumulator
+from autoaccum.training.state import accumulator_state, load_accumulator, loading
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.phase import Phase
 from autoaccum.window.record import StepRecord
@@ -18,16 +19,25 @@ from autoaccum.window.record import StepRecord
 __all__ = ["Turn", "Turns"]
 
 
+@dataclass(frozen=True, eq=False)
 class Turn:
     """One optimizer's part of each window: its phase, if there are some, and what runs and guards its windows."""
 
-    def __init__(self, phase: Phase | None, accumulator: Accumulator, safe: SafeWindow) -> None:
-        """Keeps references only."""
-        self.phase, self.accumulator, self.safe = phase, accumulator, safe
+    phase: Phase | None
+    accumulator: Accumulator
+    safe: SafeWindow
 
     def alone(self) -> AbstractContextManager[None]:
         """All but this phase's parameters are frozen inside."""
         return nullcontext() if self.phase is None else self.phase.alone(self.accumulator.model)
+
+    @property
+    def name(self) -> str:
+        """What tells it from other phases, in a checkpoint."""
+        phase = self.phase
+        return (
+            "" if phase is None else f"{phase.name}, every {phase.every}, {optimizer_name(self.accumulator.optimizer)}"
+        )
 
     def is_due(self, windows: int) -> bool:
         """Whether it runs after so many windows."""
@@ -95,41 +105,35 @@ class Turns:
                 reason = like.reasons.get("limit", "as another phase's")
                 turn.accumulator.plan = sized.with_limit(max(like.limits), reason)
 
-    # What a checkpoint keeps of the phases after the first, whose state is the training's own.
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {
+            "windows": self.windows,
+            "replays": self.all[0].safe.replays.state_dict(),
+            "each": [{"name": turn.name, **accumulator_state(turn.accumulator)} for turn in self.all],
+        }
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Plain values and tensors; None where there is but one turn."""
-        if len(self.all) == 1:
-            return None
-        later = [
-            {"name": _name(turn), "step": turn.accumulator.step, "skipped": turn.accumulator.skipped_windows}
-            | accumulator_state(turn.accumulator)
-            for turn in self.all[1:]
-        ]
-        return {"windows": self.windows, "later": later}
+    def load_state_dict(self, state: Mapping[str, Any], plan: Plan | None) -> None:
+        """Goes on from there, by the `plan` that it had, if that still holds.
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Goes on from there; a CheckpointError where it is of other phases."""
-        later = [] if state is None else state["later"]
-        names = [_name(turn) for turn in self.all[1:]]
-        if [each["name"] for each in later] != names:
+        Raises:
+            CheckpointError: it is of other phases.
+        """
+        with loading("phases"):
+            windows, each = typed(state["windows"], int), [typed(saved, dict) for saved in typed(state["each"], tuple)]
+            names, own = [saved["name"] for saved in each], [turn.name for turn in self.all]
+        if names != own:
             raise CheckpointError(
-                f"the checkpoint has the later phases {[each['name'] for each in later]}, and this training {names}: "
-                "give the same phases as then, another folder, or resume=False to start anew"
+                f"the checkpoint has the phases {names}, and this training {own}: give the same phases as then, "
+                "another folder, or resume=False to start anew"
             )
-        self._at = 0
-        if state is None:
-            return
-        self.windows = state["windows"]
-        for turn, saved in zip(self.all[1:], later):
-            accumulator = turn.accumulator
-            load_accumulator(accumulator, saved)
-            accumulator.step, accumulator.skipped_windows = saved["step"], saved["skipped"]
+        self._at, self.windows = 0, windows
+        for turn, saved in zip(self.all, each):
+            load_accumulator(turn.accumulator, saved)
             turn.safe.broken = None
-        self._resize(self.all[0].accumulator.plan)
-
-
-def _name(turn: Turn) -> str:
-    phase = turn.phase
-    assert phase is not None
-    return f"{phase.name}, every {phase.every}, {optimizer_name(turn.accumulator.optimizer)}"
+        first = self.all[0]
+        if plan is not None:
+            first.accumulator.plan = plan
+        with loading("replays"):
+            first.safe.replays.load_state_dict(state["replays"], first.accumulator.plan)
+        self._resize(first.accumulator.plan)

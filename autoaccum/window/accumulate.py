@@ -12,7 +12,7 @@ training loop calls the parts, since it may have to run a window again.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
-from autoaccum.interrupts import interruptible, uninterrupted
+from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.call import scalar
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
@@ -36,22 +36,17 @@ from autoaccum.model.optimizer import (
     check_optimizer,
     check_ranks,
     check_schedule,
-    optimizer_parameters,
 )
-from autoaccum.model.precision import Precision, SideBuffers, clip_by_norm, prepared_by, scaled_step
-from autoaccum.model.shards import local, refuse_for_shards
-from autoaccum.model.sparse_gradients import SparseGradients
+from autoaccum.model.precision import Precision, clip_by_norm, prepared_by, scaled_step
+from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.ahead import Ahead
-from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.passes import Passes, call, ignore
+from autoaccum.window.passes import Passes, ignore
 from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
-from autoaccum.window.sharded import ShardedPasses, norm_over_ranks, sharded_passes
-from autoaccum.window.two_passes import TwoPasses
+from autoaccum.window.sharded import ShardedPasses, norm_over_ranks
 from autoaccum.window.window_sums import WindowSums
 
 __all__ = ["Accumulator", "ignore"]
@@ -118,50 +113,28 @@ class Accumulator(Passes):
         one_of("accumulate", accumulate, ("fp32", "native"))
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_schedule(scheduler)
-        self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
-        self.objective, self._steps = objective, steps
-        self._clip_norm = None if clip_norm is None else float(clip_norm)
-        self._log_grad_norm, self._on_nonfinite = log_grad_norm, on_nonfinite
-        # Where it runs, and with whom.
         self._memory = open_device(device if device is not None else next(model.parameters()).device)
-        self.device = self._memory.torch_device
-        self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
-        self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
-        self.ranks = ranks if ranks is not None else here(self.device, group)
-        check_ranks(plan.rank, plan.world_size, self.ranks)
-        self.sharded = sharded_passes(model, self.ranks, self.device)
-        # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
-        self._call: Callable[..., Any] = interruptible if self.sharded is None else call
-        # What lasts from window to window.
-        batch_norm = batch_norm or plan.batch_norm
+        device, batch_norm = self._memory.torch_device, batch_norm or plan.batch_norm
+        ranks = ranks if ranks is not None else here(device, group)
+        check_ranks(plan.rank, plan.world_size, ranks)
+        super().__init__(
+            model, optimizer, objective, Precision(precision, device, model, getattr(accelerator, "scaler", None)),
+            device, ranks, sums_wide=accumulate == "fp32",
+            statistics=PooledStatistics(model, batch_norm, plan.accumulation_steps),
+            clip_norm=None if clip_norm is None else float(clip_norm), log_grad_norm=log_grad_norm,
+        )  # fmt: skip
+        self.plan, self.scheduler, self._steps, self._on_nonfinite = plan, scheduler, steps, on_nonfinite
+        if plan.by_length:
+            self.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
         self.last: StepRecord | None = None
-        self.epoch, self.step, self.skipped_windows = 0, 0, 0
+        self.epoch = self.skipped_windows = 0
         self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
-        self.on_phase: Callable[[str], None] = ignore
-        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
-        self._side = SideBuffers(self._parameters if accumulate == "fp32" else [])
-        self._sparse = SparseGradients(model, self._parameters)
-        self._statistics = PooledStatistics(model, batch_norm, plan.accumulation_steps)
-        self._resting = [layer for _, layer in self._statistics.layers]
-        self._ahead = Ahead(self.device)
-        self._lists = ListReader()
-        self._looked_at_backward = False
         self.rank_sum = RankSum(self.ranks, self._parameters, self._side, self.sharded)
+        self._lists = ListReader()
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
                           "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
-        # Of the open window; None between two.
-        self._sums: WindowSums | None = None
-        self._ended: tuple[float, float] | None = None  # its loss and correction, once the ranks have voted
-        self.noise_scale = NoiseScale(model, self._parameters)
-        if self.precision.scaler.is_enabled():
-            self.noise_scale.why_not = "gradients are scaled before they can be compared"
-        self._two_passes: TwoPasses | None = None
-        coupled = objective is not None and objective.coupled is not None
-        refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
-        if objective is not None and coupled:
-            self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
-            self._two_passes = TwoPasses(model, objective, self.precision, self.device, self.ranks)
+        self._ended: tuple[float, float] | None = None  # the open window's loss and correction, once the ranks voted
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -318,6 +291,7 @@ class Accumulator(Passes):
         if self._steps or skipped is not None:  # else whoever steps takes the gradient first
             self._zero()
         self._close()
+        self.stepping = False
         seconds = time.perf_counter() - sums.started
         self.last = StepRecord(
             step=self.step,
@@ -401,14 +375,10 @@ class Accumulator(Passes):
         self.noise_scale.close()
         self._statistics.discard()
         self.rank_sum.drop()
-        # `stepping` stays: where a step broke off, weights may be half updated, and whoever catches the error asks.
-        self._sums = self._ended = None
-        if self.sharded is not None:
-            self.sharded.end()
+        self._close()  # `stepping` stays: where a step broke off, weights may be half updated, and somebody asks
 
     def _close(self) -> None:
         self._sums = self._ended = None
-        self.stepping = False
         if self.sharded is not None:
             self.sharded.end()
 

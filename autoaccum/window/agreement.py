@@ -11,7 +11,7 @@ from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks
 
-__all__ = ["agree_on_copies", "agree_on_windows", "model_facts", "optimizer_facts", "setting_facts"]
+__all__ = ["agree_on_copies", "agree_on_windows", "described", "model_facts", "optimizer_facts", "setting_facts"]
 
 _BUILD_ALIKE = (
     "Build model, optimizer and plan alike on every rank; DistributedDataParallel around the model gives all ranks the "
@@ -39,8 +39,8 @@ def model_facts(*modules: Any) -> dict[str, Any]:
     for module in (module for module in modules if isinstance(module, nn.Module)):
         for name, parameter in module.named_parameters():
             trained = "trained" if parameter.requires_grad else "frozen"
-            facts[f"the parameter {name!r}"] = f"{_described(parameter)}, {trained}"
-        facts |= {f"the buffer {name!r}": _described(buffer) for name, buffer in module.named_buffers()}
+            facts[f"the parameter {name!r}"] = f"{described(parameter)}, {trained}"
+        facts |= {f"the buffer {name!r}": described(buffer) for name, buffer in module.named_buffers()}
     return facts
 
 
@@ -59,7 +59,7 @@ def agree_on_windows(
     if ranks.size > 1:
         facts = setting_facts(target_batch=plan.target_batch, limits=plan.limits, minimum=plan.minimum,
                               gradient_sync=plan.gradient_sync, **settings)  # fmt: skip
-        facts |= model_facts(model) | _weight_facts(model) | optimizer_facts(optimizer)
+        facts |= model_facts(model) | _checksums(_values(model)) | optimizer_facts(optimizer)
         ranks.agree("the first window", facts, _BUILD_ALIKE)
         unseen = ranks.any("what the loss divides by", len(loss) == 1)  # a rank whose samples showed nothing asks later
         ranks.agree("what the loss divides by", {"the loss": loss.get("terms")} if unseen else loss, _DECLARE)
@@ -72,15 +72,14 @@ def agree_on_copies(sharing: Sequence[Ranks], model: Any, settings: Mapping[str,
         SetupError: theirs differ, and in what; on all ranks.
     """
     if sharing and isinstance(model, nn.Module):
-        weights = ((f"the values of {name!r}", local(parameter)) for name, parameter in model.named_parameters())
+        weights = ((name, local(parameter)) for name, parameter in _values(model))
         facts = setting_facts(**settings) | model_facts(model) | _checksums(weights)
         for ranks in sharing:
             ranks.agree("ranks with the same samples", facts, _COPIES)
 
 
-def _weight_facts(model: nn.Module) -> dict[str, Any]:
-    """A checksum of each parameter's value, exact and the same on every device."""
-    return _checksums((f"the values of {name!r}", parameter) for name, parameter in model.named_parameters())
+def _values(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return ((f"the values of {name!r}", parameter) for name, parameter in model.named_parameters())
 
 
 def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
@@ -106,7 +105,7 @@ def _said(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return value.tolist() if value.numel() <= 8 else _described(value)
+        return value.tolist() if value.numel() <= 8 else described(value)
     if isinstance(value, Mapping):
         return {str(name): _said(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -114,7 +113,8 @@ def _said(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
-def _described(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """Its dtype and shape, in words."""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 

@@ -13,7 +13,6 @@ Choices made here:
   another's counters, caches, codebooks or power iterations.
 """
 
-import random
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from autoaccum.data import tree
 from autoaccum.loss.objective import Objective
 from autoaccum.model.given_model import layer_class
 from autoaccum.model.snapshot import Snapshot
+from autoaccum.random_state import seed_everything
 from autoaccum.window.engine import run_engine
 from autoaccum.window.sample_noise import SampleNoise
 
@@ -96,11 +96,7 @@ class Determinism:
         self._restart()
         self._noise.rows = list(rows)
         if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            numpy = sys.modules.get("numpy")
-            if numpy is not None and hasattr(numpy, "random"):
-                numpy.random.seed(seed)
+            seed_everything(seed)
 
     def _restart(self) -> None:
         self._start.restore()

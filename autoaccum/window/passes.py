@@ -18,14 +18,16 @@ from autoaccum.errors import SetupError
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
-from autoaccum.model.optimizer import FirstBackward
+from autoaccum.model.optimizer import FirstBackward, optimizer_parameters
 from autoaccum.model.precision import Precision, SideBuffers
+from autoaccum.model.shards import refuse_for_shards
 from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
 from autoaccum.model.step_in_backward import StepInBackward
+from autoaccum.ranks import Ranks
 from autoaccum.window.ahead import Ahead
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.sharded import ShardedPasses
+from autoaccum.window.sharded import sharded_passes
 from autoaccum.window.two_passes import TwoPasses
 from autoaccum.window.window_sums import Parts, WindowSums
 
@@ -47,32 +49,53 @@ class Passes:
         stepping: a step has begun whose window has not ended: weights may be half updated.
     """
 
-    model: nn.Module
-    optimizer: Optimizer
-    objective: Objective | None
-    device: torch.device
-    precision: Precision
-    noise_scale: NoiseScale
-    sharded: ShardedPasses | None
-    on_phase: Callable[[str], None]
-    step: int
     rehearses = False
     rehearsed_samples = 0
     at_once = False
     in_backward: StepInBackward | None = None
     stepping = False
-    _sums: WindowSums | None
-    _side: SideBuffers
-    _sparse: SparseGradients
-    _statistics: PooledStatistics
-    _resting: list[nn.Module]
-    _two_passes: TwoPasses | None
-    _looked_at_backward: bool
-    _ahead: Ahead
-    _on_host: bool
-    _call: Callable[..., Any]
-    _clip_norm: float | None
-    _log_grad_norm: bool
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        objective: Objective | None,
+        precision: Precision,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        sums_wide: bool,
+        statistics: PooledStatistics,
+        clip_norm: float | None,
+        log_grad_norm: bool,
+    ) -> None:
+        """Puts the parts together; `sums_wide`: 16-bit gradients are summed in fp32."""
+        self.model, self.optimizer, self.objective, self.precision = model, optimizer, objective, precision
+        self.device, self.ranks = device, ranks
+        self._clip_norm, self._log_grad_norm = clip_norm, log_grad_norm
+        self.step = 0
+        self.on_phase: Callable[[str], None] = ignore
+        self.sharded = sharded_passes(model, ranks, device)
+        # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
+        self._call: Callable[..., Any] = interruptible if self.sharded is None else call
+        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
+        self._side = SideBuffers(self._parameters if sums_wide else [])
+        self._sparse = SparseGradients(model, self._parameters)
+        self._statistics = statistics
+        self._resting = [layer for _, layer in statistics.layers]
+        self._ahead = Ahead(device)
+        self._on_host = device.type == "cpu"  # where batches lie already: walking them would be all the cost
+        self._looked_at_backward = False
+        self._sums: WindowSums | None = None  # of the open window
+        self.noise_scale = NoiseScale(model, self._parameters)
+        if precision.scaler.is_enabled():
+            self.noise_scale.why_not = "gradients are scaled before they can be compared"
+        self._two_passes: TwoPasses | None = None
+        coupled = objective is not None and objective.coupled is not None
+        refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
+        if objective is not None and coupled:
+            self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
+            self._two_passes = TwoPasses(model, objective, precision, device, ranks)
 
     def step_inside(self, inside: StepInBackward | None) -> None:
         """From here on `inside`, where there is one, steps windows of one micro-batch in their backward pass.

@@ -9,6 +9,7 @@ Choices:
   becomes dense, as it would in a single process.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -70,31 +71,25 @@ class RankSum:
 
     def level(self, what: str) -> None:
         """Brings all ranks' gradients to one layout, and allocates what their sum needs: then they vote once more."""
-        size, rank = self._ranks.size, self._ranks.rank
         self._flight = Flight()
-        table = torch.zeros(len(self._parameters), 3 + size, dtype=torch.int64, device=self._parameters[0].device)
-        rows = []
-        for parameter in self._parameters:
-            gradient = self._side.gradient(parameter) if self._has(parameter) else None
-            kind, row = _kind(gradient), [0] * (3 + size)
-            row[0], row[1], row[2] = int(kind == 0), int(kind > 0), max(kind, 0)
-            row[3 + rank] = gradient._nnz() if gradient is not None and gradient.is_sparse else 0
-            rows.append(row)
-        table.copy_(torch.tensor(rows))
-        self._ranks.sum(f"{what}, over which gradients there are", [table])
-        self._allocate(table.tolist())
+        held = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
+        own = [(_kind(each), each._nnz() if each is not None and each.is_sparse else 0) for each in held]
+        answers = self._ranks.collect(f"{what}, over which gradients there are", json.dumps(own).encode())
+        self._allocate(list(zip(*map(json.loads, answers), strict=True)))
         self.layout = 0
 
-    def _allocate(self, table: Sequence[Sequence[int]]) -> None:
+    def _allocate(self, held: Sequence[Sequence[tuple[int, int]]]) -> None:
+        """By what each rank has of each parameter's gradient: its kind, and its rows where it is sparse."""
         dense: list[Tensor] = []
-        for parameter, (full, sparse, dimensions, *rows) in zip(self._parameters, table, strict=True):
-            if not full and not sparse:  # what no rank used keeps none, as it would on one rank
+        for parameter, each in zip(self._parameters, held, strict=True):
+            kinds, rows = zip(*each, strict=True)
+            if max(kinds) < 0:  # what no rank used keeps none, as it would on one rank
                 continue
             if self._is_summed(parameter):
                 self._unused = [other for other in self._unused if other is not parameter]
                 continue
             gradient = self._side.gradient(parameter)
-            if full:
+            if 0 in kinds:
                 if gradient is None:
                     gradient = torch.zeros_like(parameter, dtype=self._side.dtype(parameter))
                 elif gradient.is_sparse:
@@ -103,7 +98,7 @@ class RankSum:
                 dense.append(gradient)
                 continue
             if gradient is None:  # sparse where all others are: optimizers for sparse gradients take no dense ones
-                gradient = untouched_rows(parameter, 0, self._side.dtype(parameter), dimensions // sparse)
+                gradient = untouched_rows(parameter, 0, self._side.dtype(parameter), max(kinds))
                 self._side.put(parameter, gradient)
             self._gather(parameter, gradient.coalesce(), rows)
         flight = self._ranks.ready(dense)

@@ -25,6 +25,7 @@ from autoaccum.model.precision import Precision
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
 from autoaccum.window.gathered import Everyone, gathered
+from autoaccum.window.window_start import WindowStart
 
 __all__ = ["LossOutOfMemoryError", "TwoPasses"]
 
@@ -80,7 +81,8 @@ class TwoPasses:
             NothingFitsError: the loss itself ran out of memory, which smaller micro-batches do not help.
         """
         sizes = [tree.batch_size(batch) for batch in batches]
-        start = _Start(self._model, self._device)
+        start = WindowStart([self._model], self._device)
+        start.mark()
         own = Representations(self._shared, max(sum(sizes), self.rehearsed))
         whole: Any = None
         failure: Exception | None = None
@@ -183,26 +185,6 @@ class TwoPasses:
         self._precision.forget_casts()
         with self._precision.outside():
             torch.autograd.backward(tensors, gradients)
-
-
-class _Start:
-    """The model's buffers and all random generators before the first pass."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._owners = [module._buffers for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-        self._entries = [dict(owner) for owner in self._owners]
-        self._saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-        self._random = RandomState(device)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts them back."""
-        for owner, entries in zip(self._owners, self._entries):
-            owner.clear()
-            owner.update(entries)
-        for buffer, saved in self._saved:
-            buffer.copy_(saved)
-        self._random.restore()
 
 
 def _compare(path: str, again: Tensor, first: Tensor) -> None:

@@ -65,7 +65,7 @@ def _trial(wanted: str, place: Path, chance: random.Random, result: Result) -> N
         if any(status is not None and os.WIFSIGNALED(status) for status in statuses):
             killed += 1
             result.in_a_save += any(folder.glob(".*.tmp"))
-            result.before_the_first += not any(folder.glob("step-*.json"))
+            result.before_the_first += not any(folder.glob("step-*"))
         else:
             shutil.rmtree(folder)  # it came to its end before that: begin again, so that something is left to kill
     result.trials += 1
