@@ -1,6 +1,5 @@
 """The public functions: signatures, what each keyword means, and a few of a Session's steps."""
 
-import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -87,19 +86,7 @@ def probe(
         return report if target_batch is None else replace(report, plan=session.plan())
 
 
-def _on_all_ranks(function: Callable[P, R]) -> Callable[P, R]:
-    """An error on one rank ends the function on all."""
-
-    @functools.wraps(function)
-    def called(*arguments: P.args, **keywords: P.kwargs) -> R:
-        with ends_all(group=ranks_given(keywords.get("group"), keywords.get("device_mesh"))):
-            return function(*arguments, **keywords)
-
-    return called
-
-
 @uninterrupted
-@_on_all_ranks
 def prepare(
     model: nn.Module,
     data: Any,
@@ -237,7 +224,9 @@ def prepare(
         DeviceError: no such device.
         CheckpointError: what is in the folder is of another training, or has code in it.
     """
-    return Session(model, data, _settings(locals())).loop()
+    settings = _settings(locals())
+    with ends_all(group=ranks_given(group, device_mesh)):  # an error on one rank ends it on all
+        return Session(model, data, settings).loop()
 
 
 def _as(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -62,11 +62,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         process = multiprocessing.get_context("spawn").Process(target=train, args=(folder,))
         process.start()
-        while process.is_alive() and len(list(Path(folder).glob("step-*.json"))) < 2:
+        while process.is_alive() and len(list(Path(folder).glob("step-*"))) < 2:
             time.sleep(0.01)
         process.kill()
         process.join()
-        saved = sorted(path.stem for path in Path(folder).glob("step-*.json"))
+        saved = sorted(path.name for path in Path(folder).glob("step-*"))
         print(f"killed; on the disk are {', '.join(saved)}")
 
         resumed = autoaccum.fit(**setup(), checkpoint=folder, checkpoint_every=5)

@@ -22,7 +22,7 @@ from autoaccum.data.piece import Piece
 from autoaccum.data.sample_lengths import cut
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError, PlanError, SetupError
-from autoaccum.integrations.wanted import Wanted
+from autoaccum.integrations.trainers import wanted
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 from autoaccum.probing.report import ProbeReport
@@ -90,7 +90,7 @@ class Attachment:
         Raises:
             SetupError, PlanError: an unknown keyword or value, no target, or one that leaves a rank without samples.
         """
-        self.asked = Wanted.of(keywords)
+        self.asked = wanted(keywords)
         if self.target_batch < here().size:
             raise SetupError(
                 f"target_batch={self.target_batch} is less than the {here().size} ranks, of which each needs a sample "
@@ -109,8 +109,7 @@ class Attachment:
     @property
     def target_batch(self) -> int:
         """Samples of one optimizer step, over all ranks."""
-        assert self.asked.target_batch is not None
-        return self.asked.target_batch
+        return int(self.asked.target_batch)
 
     @property
     def plan(self) -> Plan | None:
@@ -142,8 +141,6 @@ class Attachment:
         )  # fmt: skip
         if trained.scaler is not None:
             self._accumulator.precision.scaler = trained.scaler
-        if made.by_length:
-            self._accumulator.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
         self._safe = SafeWindow(
             self._accumulator, [parts.model], parts.device, self.events, asked.regrow_after, noted=trained.noted
         )
@@ -160,14 +157,15 @@ class Attachment:
 
     def _settings(self, trained: Trained, kept: Plan | None) -> dict[str, Any]:
         """A session's, by what `attach` was asked for, what the trainer has, and a checkpoint's plan."""
-        asked = self.asked
+        asked, count = self.asked, self.asked.reduction
         passed = ("target_batch", "memory", "micro_batch", "lr_batch", "lr_rule", "accumulate", "batch_norm", "prefer",
                   "multiple_of", "max_batch", "cache", "ladder", "on_nonfinite")  # fmt: skip
         plan = asked.plan if kept is None else kept
         fixed = () if kept is None else tuple(deciding("plan"))  # by the plan that goes on, which need not be said
         return {
-            **{name: getattr(asked, name) for name in passed if name not in fixed},
-            "reduction": _in_batch(asked.reduction),
+            **asked.some(*(name for name in passed if name not in fixed)),
+            # A declared count counts in the trainer's batch.
+            "reduction": (lambda piece: count(piece.batch)) if callable(count) else count,
             "step": _Step(trained), "optimizer": trained.optimizer, "device": trained.device, "precision": "fp32",
             "plan": plan, "check": asked.check if kept is None else False,
             "tail": "drop" if trained.drops and plan is None else "step",
@@ -210,19 +208,15 @@ class Attachment:
         collate: Callable[[list[Any]], Any] = source._collated  # names what cannot be collated
         if not samples:
             return []
+        number, by_length = len(samples), None
         if self._by_length is not None and plan.length_rule is not None:
-            places, _ = cut(samples, self._by_length._replace(rule=plan.length_rule), collate)
-            return [collate([samples[place] for place in piece]) for piece in places]
-        number = len(samples)
+            by_length = self._by_length._replace(rule=plan.length_rule)
         # A tail of 7 in micro-batches of exactly 2 cannot be: one of them takes 3.
         least = -(-number // max(number // plan.minimum, 1))
         limit = max(plan.limits[plan.rank], least)
         sizes = even_split(number, limit, minimum=plan.minimum, multiple_of=plan.multiple_of)
-        pieces, start = [], 0
-        for size in sizes:
-            pieces.append(collate(list(samples[start : start + size])))
-            start += size
-        return pieces
+        places, _ = cut(samples, sizes, by_length, collate)
+        return [collate([samples[place] for place in piece]) for piece in places]
 
     def state_dict(self) -> dict[str, Any]:
         """What to keep beside a checkpoint of the trainer's: plain values, for JSON."""
@@ -280,11 +274,6 @@ def scale_rates(factor: float, optimizer: Optimizer, schedulers: Sequence[Any]) 
     for scheduler in schedulers:
         scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the first log reads
-
-
-def _in_batch(reduction: Any) -> Any:
-    """A declared count counts in the trainer's batch."""
-    return (lambda piece: reduction(piece.batch)) if callable(reduction) else reduction
 
 
 class _Step:

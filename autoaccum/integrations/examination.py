@@ -19,6 +19,7 @@ from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.base import Source
 from autoaccum.data.piece import Piece
+from autoaccum.loss.asking import rounding
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counts import holds_indices
 from autoaccum.model.snapshot import Snapshot
@@ -28,8 +29,6 @@ __all__ = ["Subject", "examine", "looked_at"]
 
 _MOST_STEPS, _MOST_SAMPLES = 16, 4  # micro-batches that a check runs, and samples of one
 
-# Relative errors that rounding may make, by the coarsest format computed in. A fault in a denominator makes 1e-2.
-_ROUNDING = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 3e-2}
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
 
 
@@ -46,7 +45,8 @@ class Subject:
         samples: as Pieces of one sample each.
         collate: makes a Piece of samples.
         plain: backward of the plain mean loss of one batch.
-        own: the trainer's own forwards and backwards of these batches, as one window; `last` where an epoch ends.
+        own: the trainer's own forwards and backwards of so many batches, as one window; the second argument makes each
+            when it is its turn, and again before its forward where it was fetched ahead.
         preserved: a context after which the trainer is as before.
         blame: why micro-batches are added up undivided, in the trainer's own terms.
         mend: the line that would mend it.
@@ -61,7 +61,7 @@ class Subject:
     samples: Sequence[Any]
     collate: Callable[[list[Any]], Piece]
     plain: Callable[[Any], None]
-    own: Callable[[Sequence[Any], bool], None]
+    own: Callable[[int, Callable[[int], Any]], None]
     preserved: Callable[[], AbstractContextManager[Any]]
     blame: str
     mend: str
@@ -119,16 +119,15 @@ class _Examination:
                 "randomness that cannot be switched off",
                 Cause.RANDOM,
             )
-        rounding = max((_ROUNDING.get(dtype, 3e-2) for dtype in self._fixed.formats), default=_ROUNDING[torch.float32])
-        tolerance = max(rounding, 10 * noise)
-        full = self._own(groups, last=False)
+        tolerance = max(rounding(self._fixed.formats, subject.device), 10 * noise)
+        full = self._own(groups)
         error, ratio = self._error(full, reference), _product(full, reference) / norm**2
         if error > tolerance:
             return self._failed(groups, full, reference, error, ratio, tolerance)
         tail = groups[: max(subject.steps // 2, 1)]
         tail = [*tail[:-1], tail[-1][: max(len(tail[-1]) - 1, 1)]]
         shorter = self._alone(list(chain(*tail)))
-        end = self._own(tail, last=True)
+        end = self._own(tail)
         off, short = self._error(end, shorter), _product(end, shorter) / _norm(shorter) ** 2
         if off > tolerance:
             return self._failed(tail, end, shorter, off, short, tolerance, tail=True)
@@ -203,21 +202,17 @@ class _Examination:
         return self._error(fitted, reference) > max(near, 1e-3)
 
     def _alone(self, places: list[int]) -> list[Tensor]:
-        return self._run(lambda: self._plain(places))
+        return self._run(lambda: self._subject.plain(self._turn(places)))
 
-    def _plain(self, places: list[int]) -> None:
-        self._fixed.begin(places)
-        self._subject.plain(self._batch(places))
-
-    def _own(self, groups: list[list[int]], last: bool) -> list[Tensor]:
+    def _own(self, groups: list[list[int]]) -> list[Tensor]:
         self._fixed.begin(list(chain(*groups)))
-        return self._run(lambda: self._subject.own(_Turns(self, groups), last))
+        return self._run(lambda: self._subject.own(len(groups), lambda place: self._turn(groups[place])))
 
     def _batch(self, places: list[int]) -> Any:
         return self._subject.collate([self._subject.samples[place] for place in places]).batch
 
-    def turn(self, places: list[int]) -> Any:
-        """The batch of a micro-batch whose turn it is."""
+    def _turn(self, places: list[int]) -> Any:
+        """The batch of a micro-batch whose turn it is, for which the model is put back to its start."""
         self._fixed.begin(places)
         return self._batch(places)
 
@@ -237,19 +232,6 @@ class _Examination:
         batch = self._batch([place])
         labels = targets_in(batch, apart=isinstance(batch, (tuple, list)))
         return float((labels >= 0).sum()) if holds_indices(labels) else 0.0
-
-
-class _Turns(Sequence[Any]):
-    """The micro-batches of a window, each made when it is taken, with the model put back to its start for it."""
-
-    def __init__(self, examination: _Examination, groups: list[list[int]]) -> None:
-        self._examination, self._groups = examination, groups
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def __getitem__(self, place: Any) -> Any:
-        return self._examination.turn(self._groups[place])
 
 
 def _norm(gradient: list[Tensor]) -> float:

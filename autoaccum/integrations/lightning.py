@@ -33,7 +33,7 @@ from autoaccum.integrations.heldback import Samples, source_of
 from autoaccum.integrations.lightning_loader import Windows
 from autoaccum.integrations.lightning_verify import verify
 from autoaccum.integrations.logged import Logged
-from autoaccum.integrations.wanted import Wanted, refuse_late
+from autoaccum.integrations.trainers import refuse_late, wanted
 from autoaccum.ranks import here
 
 __all__ = ["TargetBatch", "attach", "verify"]
@@ -70,7 +70,7 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
             SetupError, PlanError: an unknown keyword or value, or no target.
         """
         self._keywords = {**keywords, "target_batch": target_batch}
-        Wanted.of(self._keywords)
+        wanted(self._keywords)
         self.attachment: Attachment | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

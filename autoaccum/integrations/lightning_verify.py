@@ -7,7 +7,7 @@ module run as in any fit; its loggers, callbacks and checkpoints are left out.
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,6 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
     source = source_of(DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn)))
     steps, samples = looked_at(source, asked, loader.batch_size)
 
-    def fit(batches: Any, accumulated: int) -> None:
-        _fit(trainer, module, batches, accumulated)
-
     return examine(
         Subject(
             name="Lightning Trainer",
@@ -55,8 +52,8 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
             device=next(module.parameters()).device,
             samples=samples,
             collate=source._collated,
-            plain=lambda batch: fit([batch], 1),
-            own=lambda batches, last: fit(batches, steps),
+            plain=lambda batch: _fit(trainer, module, 1, lambda _: batch, 1),
+            own=lambda count, turn: _fit(trainer, module, count, turn, steps),
             preserved=lambda: _unattached(module),
             blame="the mean of each micro-batch is added up undivided",
             mend=(
@@ -89,12 +86,12 @@ def _loader(module: Any, data: Any) -> DataLoader[Any]:
     return loader
 
 
-def _fit(trainer: Any, module: Any, batches: Sequence[Any], accumulated: int) -> None:
-    """Lightning's own loop over these batches, up to the step, whose optimizer changes nothing."""
+def _fit(trainer: Any, module: Any, count: int, turn: Callable[[int], Any], accumulated: int) -> None:
+    """Lightning's own loop over so many batches, up to the step, whose optimizer changes nothing."""
 
     class Turn(Callback):  # type: ignore[misc]
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            batches[batch_idx]  # puts the module back to its start for this micro-batch; the next was fetched before
+            turn(batch_idx)  # puts the module back to its start for this micro-batch; the next was fetched before
 
     def optimizer() -> Any:
         return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
@@ -113,7 +110,7 @@ def _fit(trainer: Any, module: Any, batches: Sequence[Any], accumulated: int) ->
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
-            again.fit(module, _InTurn(batches))
+            again.fit(module, _InTurn(count, turn))
     finally:
         chatty.setLevel(level)
         del vars(module)["configure_optimizers"], vars(module)["configure_gradient_clipping"]
@@ -133,16 +130,16 @@ class _Inside(nn.Module):
 
 
 class _InTurn:
-    """A loader of these batches; Lightning takes a list for several loaders."""
+    """A loader of batches that are made in turn; Lightning takes a list for several loaders."""
 
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+    def __init__(self, count: int, turn: Callable[[int], Any]) -> None:
+        self._count, self._turn = count, turn
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return self._count
 
     def __iter__(self) -> Iterator[Any]:
-        return (self._batches[place] for place in range(len(self._batches)))
+        return map(self._turn, range(self._count))
 
 
 @contextmanager

@@ -1,15 +1,19 @@
 """`attach` and `verify`, for whichever trainer they are given: known by where its class is from, loaded on use."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from autoaccum.checking.verify import VerifyReport
-from autoaccum.errors import SetupError
+from autoaccum.checks import check_counts, one_of
+from autoaccum.errors import SetupError, shown
+from autoaccum.planning.given_plan import given_plan, target_of
 from autoaccum.planning.plan import Plan
+from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import Listener
 
-__all__ = ["attach", "is_trainer", "verify"]
+__all__ = ["attach", "is_trainer", "refuse_late", "verify", "wanted"]
 
 T = TypeVar("T")
 
@@ -102,3 +106,37 @@ def _integration(trainer: Any, doing: str) -> Any:
         f"{doing}() got a {kind.__module__}.{kind.__qualname__}: it takes a Transformers Trainer or a Lightning Trainer"
         "; with a loop of your own use autoaccum.Accumulator, and without a loop autoaccum.fit"
     )
+
+
+def refuse_late(attached: bool, training: bool, begins: str) -> None:
+    """Refuses a trainer that is attached, or that trains already, as `begins` makes it do; with a SetupError."""
+    if attached:
+        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
+    if training:
+        raise SetupError(f"training has begun: call attach(trainer, target_batch=...) before {begins}")
+
+
+def wanted(keywords: Mapping[str, Any]) -> Settings:
+    """The keywords of `attach`, checked before anything is touched; the others as they are where they are not given.
+
+    Raises:
+        SetupError: an unknown keyword or value.
+        PlanError: no target, or one that is no whole number above 0.
+    """
+    names = [name for name in inspect.signature(attach).parameters if name != "trainer"]
+    for name in keywords:
+        if name not in names:
+            raise SetupError(f"attach() does not take {name!r}: it takes {', '.join(names)}; the rest is the trainer's")
+    asked = Settings(keywords)
+    given = None if asked.plan is None else given_plan(asked.plan, asked.target_batch)
+    check_counts(**asked.some("max_batch", "micro_batch", "regrow_after"))
+    if not callable(asked.reduction) and asked.reduction not in ("auto", "sample_mean", "sum"):
+        raise SetupError(
+            f"reduction={shown(asked.reduction)} cannot be declared for a trainer's step: give 'auto', "
+            "'sample_mean', 'sum' or f(batch) -> float"
+        )
+    one_of("check", asked.check, (True, False, "warn"))
+    for name in ("prefer", "on_nonfinite"):
+        one_of(name, asked[name], SETTINGS[name].choices)
+    asked["target_batch"], asked["plan"] = target_of(given, asked.target_batch), given
+    return asked

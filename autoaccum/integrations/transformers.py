@@ -11,7 +11,6 @@ Choices made here:
   are summed once a window, so the model runs without its DistributedDataParallel.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.checks import plain
 from autoaccum.errors import CheckpointError
-from autoaccum.files import write_json
+from autoaccum.files import read_json, write_json
 from autoaccum.integrations.attachment import Attachment, Trained, scale_rates
 from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
-from autoaccum.integrations.transformers_step import OwnStep
+from autoaccum.integrations.transformers_step import NAME, OwnStep, refuse
 from autoaccum.integrations.transformers_verify import verify
-from autoaccum.integrations.unserved import NAME, refuse
 from autoaccum.ranks import here
 
 __all__ = ["attach", "verify"]
@@ -164,6 +162,6 @@ def _inner(model: Any) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it to probe anew") from error

@@ -1,20 +1,53 @@
-"""The loss of one batch as a Transformers Trainer's own step makes it."""
+"""The loss of one batch as a Transformers Trainer's own step makes it; and what Trainers cannot be asked for it.
 
+What a trainer notes on itself while its step runs (plain values) is put back after a probe or a pass that failed.
+"""
+
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoaccum.errors import SetupError
-from autoaccum.integrations.noted import Noted
+from autoaccum.integrations.heldback import refuse_dealt_streams
+from autoaccum.integrations.trainers import refuse_late
 from autoaccum.ranks import here
 
-__all__ = ["OwnStep"]
+__all__ = ["NAME", "OwnStep", "refuse", "refuse_own_batches"]
 
+NAME = "_autoaccum"  # of what stands on a trainer that is attached
+
+_PLAIN = (int, float, bool, str, type(None))
 # Keeps training_step from dividing the loss by its accumulation steps, which are 1: in the loss's graph that looks like
 # a division of the user's. Transformers 5.19 and later read the first, 4.50 the second.
 _UNDIVIDED = {"loss_is_scaled_for_ga": True, "model_accepts_loss_kwargs": True}
+
+
+class Noted:
+    """The plain attributes of an object, and its containers of nothing but plain values."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner, self._names = owner, set(vars(owner))
+        self._kept = {name: copy.deepcopy(value) for name, value in vars(owner).items() if _is_plain(value)}
+
+    def restore(self) -> None:
+        """Sets them back; what came since goes."""
+        held = vars(self._owner)
+        for name in [name for name in held if name not in self._names]:
+            del held[name]
+        held.update(copy.deepcopy(self._kept))  # a window may run more than twice
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return isinstance(value, dict) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, set, tuple)):
+        return len(value) <= 1000 and all(map(_is_plain, value))
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_leaf
+    return isinstance(value, _PLAIN)
 
 
 class OwnStep:
@@ -75,3 +108,62 @@ def _standing(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
         for name in attributes:
             del held[name]
         held.update(before)
+
+
+# --- Trainers whose windows cannot be made ours, and why
+
+
+def refuse(trainer: Any) -> None:
+    """Refuses, before anything is touched, a trainer whose windows cannot be made ours.
+
+    Raises:
+        SetupError: with the reason, and what to do instead.
+    """
+    args = trainer.args
+    refuse_late(NAME in vars(trainer), trainer.is_in_train, "trainer.train()")
+    refuse_own_batches(trainer)
+    if args.auto_find_batch_size:
+        raise SetupError(
+            "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to False"
+        )
+    if args.n_gpu > 1:
+        raise SetupError(
+            f"one process for {args.n_gpu} GPUs is DataParallel, which splits each batch by itself: start the script "
+            "with torchrun, one process for each GPU, or show it one with CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise SetupError(
+            'train_sampling_strategy="batch_rebalance" makes its own batches: leave it out; windows are cut by length'
+        )
+    for name, on in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if on:
+            raise SetupError(f"{name} shards what attach() has to add up: train without it, or with its own settings")
+    for name, layer in () if trainer.model is None else trainer.model.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise SetupError(
+                f"{name} has sparse gradients, and the Trainer takes the norm of all gradients, which torch cannot of "
+                "sparse ones: make it with sparse=False"
+            )
+    refuse_dealt_streams(trainer.train_dataset)
+
+
+def refuse_own_batches(trainer: Any) -> None:
+    """Refuses a trainer that makes its own batches.
+
+    Raises:
+        SetupError: the class that does is named.
+    """
+    kind = type(trainer)
+    for method in (
+        "get_train_dataloader",
+        "_get_dataloader",
+        "_prepare_inputs",
+        "get_batch_samples",
+        "_inner_training_loop",
+    ):
+        where = next((base for base in kind.__mro__ if method in vars(base)), None)
+        if where is not None and not where.__module__.startswith("transformers."):
+            raise SetupError(
+                f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "
+                "calls of training_step: attach() cannot cut them; train with its own settings"
+            )

@@ -1,14 +1,13 @@
 """`autoaccum.verify(trainer)`: what a Transformers Trainer's own accumulation does to the gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.integrations.examination import Subject, examine, looked_at
 from autoaccum.integrations.heldback import Held, Pieces, source_of
-from autoaccum.integrations.transformers_step import OwnStep
-from autoaccum.integrations.unserved import refuse_own_batches
+from autoaccum.integrations.transformers_step import OwnStep, refuse_own_batches
 
 __all__ = ["verify"]
 
@@ -45,14 +44,13 @@ def verify(trainer: Any) -> VerifyReport:
             loss = step.loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def own(batches: Any, last: bool) -> None:
+    def own(count: int, turn: Callable[[int], Any]) -> None:
         # What the trainer's loop does for one optimizer step.
-        whole = [batches[place] for place in range(len(batches))]
-        drawn, items = trainer.get_batch_samples(iter(whole), len(whole), args.device)
+        drawn, items = trainer.get_batch_samples(map(turn, range(count)), count, args.device)
         trainer.current_gradient_accumulation_steps = len(drawn)
         with accumulating(steps):
             for place in range(len(drawn)):
-                trainer.training_step(model, batches[place], items)
+                trainer.training_step(model, turn(place), items)
         scaler = trainer.accelerator.scaler
         for parameter in model.parameters() if scaler is not None else ():
             if parameter.grad is not None:
