@@ -40,27 +40,22 @@ class Cutter:
         self._ask, self._drop_last = plan, drop_last
         self._known: Plan | None = None
         self._cuts: dict[int, Cut] = {}
-        self._refresh()
-
-    @property
-    def plan(self) -> Plan:
-        """The plan as it is now."""
-        return self._refresh()
 
     def total(self, look: Look) -> int:
         """Samples of the next window over all ranks; 0 where the epoch is over.
 
         A tail that is too small to be cut (see `planning.split.Windows`) is part of the window before it.
         """
-        self._refresh()
-        ahead, ended = look(self._needed)
-        total = self._windows.next(ahead, ended=ended)
+        plan = self.plan
+        windows = plan.windows._replace(tail="drop") if self._drop_last else plan.windows
+        ahead, ended = look(plan.target_batch + windows.look_ahead)
+        total = windows.next(ahead, ended=ended)
         assert total is not None  # as much was looked for as the answer needs
         return total
 
     def cut(self, total: int) -> Cut:
         """This rank's part of a window of `total` samples; a PlanError where the plan cannot cut it."""
-        plan = self._refresh()
+        plan = self.plan
         if total not in self._cuts:
             self._cuts[total] = Cut(total, *plan.share(total), plan.split(total))
         return self._cuts[total]
@@ -70,7 +65,7 @@ class Cutter:
 
         One that is below the plan's minimum joins its neighbour; a DataError where it can be neither cut nor joined.
         """
-        plan = self._refresh()
+        plan = self.plan
         limit = plan.limits[plan.rank]
         pieces = []
         for portion in _joined(portions, plan.minimum):
@@ -91,12 +86,12 @@ class Cutter:
             pieces += tree.split(portion, sizes)
         return pieces
 
-    def _refresh(self) -> Plan:
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is now."""
         plan = self._ask()
         if plan is not self._known:
             self._known, self._cuts = plan, {}
-            self._windows = plan.windows._replace(tail="drop") if self._drop_last else plan.windows
-            self._needed = plan.target_batch + self._windows.look_ahead
         return plan
 
 

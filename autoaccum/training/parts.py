@@ -4,7 +4,7 @@ Modules, optimizer, scaler and scheduler are alike on all ranks. The random gene
 each rank's own, and are gathered.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,10 +44,10 @@ __all__ = ["Boundary", "TrainingParts", "kept_answers"]
 class Boundary:
     """What this rank's next window will draw from: the generators and the data's state, between two windows."""
 
-    def __init__(self, device: torch.device, source: Source, validation: Source | None, *, quick: bool) -> None:
+    def __init__(self, device: torch.device, sources: Sequence[Source], *, quick: bool) -> None:
         """Captures; `quick` as in random_state.py."""
         self._random = RandomState(device, quick=quick)
-        self._sources = [source] if validation is None else [source, validation]
+        self._sources = sources
         self._data = [each.state_dict() for each in self._sources]
 
     def restore(self) -> None:
@@ -64,7 +64,7 @@ class Boundary:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], device: torch.device, source: Source, validation: Source | None, new: int = 0
+        cls, state: Mapping[str, Any], device: torch.device, sources: Sequence[Source], new: int = 0
     ) -> "Boundary":
         """The moment that gave `state`, of these sources; for the rank `new`, where that is above 0, as it was on rank
         0 but for the generators.
@@ -78,8 +78,7 @@ class Boundary:
                 seed_everything(mix(int(torch.randint(2**62, ())), new))
                 made._random = RandomState(device)
                 here.restore()
-        made._sources = [source] if validation is None else [source, validation]
-        made._data = state["data"]
+        made._sources, made._data = sources, state["data"]
         return made
 
 
@@ -104,10 +103,12 @@ class TrainingParts:
             self.modules["loss"] = loss
         self._accumulator, self._source, self._device = accumulator, source, device.torch_device
         self._evaluator, self._settings = evaluator, settings
+        validation = None if evaluator is None else evaluator.source
+        self._sources = [source] if validation is None else [source, validation]
 
     def boundary(self, *, quick: bool = False) -> Boundary:
         """This moment, between two windows."""
-        return Boundary(self._device, self._source, self._validation, quick=quick)
+        return Boundary(self._device, self._sources, quick=quick)
 
     def identity(self) -> dict[str, Any]:
         """What tells this training from others; of its modules the names, dtypes and shapes of what they hold."""
@@ -183,12 +184,7 @@ class TrainingParts:
                 "the same samples, each rank's share of them is cut anew, and what the model draws is drawn anew"
             )
             events.tell(Noted(text))
-        validation = self._validation if len(kept["data"]) > 1 else None
-        return Boundary.from_state(kept, self._device, self._source, validation, new=rank if rank >= len(ranks) else 0)
-
-    @property
-    def _validation(self) -> Source | None:
-        return self._evaluator.source if self._evaluator is not None else None
+        return Boundary.from_state(kept, self._device, self._sources, new=rank if rank >= len(ranks) else 0)
 
 
 def kept_answers(

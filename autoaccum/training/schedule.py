@@ -82,7 +82,7 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
     A schedule counts from the rates that stood when it was made. One that was made before the plan scaled them would
     take them back after the first step.
     """
-    before = [{name: _figure(group.get(name)) for name in _RATES} for group in optimizer.param_groups]
+    before = _rates(optimizer)
     peaks = [rates["lr"] if rates["initial_lr"] is None else rates["initial_lr"] for rates in before]
     made = schedule(optimizer)
     if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
@@ -90,7 +90,6 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
             f"schedule= gave {shown(made)}, which is no schedule: return something with step(), state_dict() and "
             "load_state_dict(), such as torch.optim.lr_scheduler.LambdaLR(optimizer, ...)"
         )
-    after = [{name: _figure(group.get(name)) for name in _RATES} for group in optimizer.param_groups]
     parts = list(_parts(made))
     for part in parts:
         other = getattr(part, "optimizer", optimizer)
@@ -106,7 +105,7 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
             continue
         own, peak = found
         # What builds a schedule writes the rates it counts from; but a CyclicLR does not, beside an older schedule's.
-        if before == after and not isinstance(part, CyclicLR):
+        if before == _rates(optimizer) and not isinstance(part, CyclicLR):
             raise SetupError(
                 f"schedule= gave a {type(part).__name__} that was built before the plan's rate was set: it counts from "
                 f"{number(own)}, and the plan's rate is {number(peak)}, which would hold for the first step only: "
@@ -144,8 +143,10 @@ def _climbs_to(scheduler: Any, peaks: list[float | None]) -> bool:
     return isinstance(scheduler, CyclicLR) and _differing(scheduler.max_lrs, peaks) is None
 
 
-def _figure(rate: Any) -> float | None:
-    return None if rate is None else float(rate)  # a tensor's: schedules write into it
+def _rates(optimizer: Optimizer) -> list[dict[str, float | None]]:
+    """Each group's, copied: where a rate is a tensor, schedules write into it."""
+    groups = optimizer.param_groups
+    return [{name: None if group.get(name) is None else float(group[name]) for name in _RATES} for group in groups]
 
 
 def _differing(rates: Any, peaks: list[float | None]) -> tuple[float, float] | None:

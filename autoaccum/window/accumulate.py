@@ -129,7 +129,7 @@ class Accumulator(Passes):
         self.last: StepRecord | None = None
         self.epoch = self.skipped_windows = 0
         self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
-        self.rank_sum = RankSum(self.ranks, self._parameters, self._side, self.sharded)
+        self.rank_sum = RankSum(self.ranks, self.parameters, self._side, self.sharded)
         self._lists = ListReader()
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
@@ -208,7 +208,7 @@ class Accumulator(Passes):
                 "the window before is still open: something holds its generator, which the loop over it was left by; "
                 "let the generator go (del, or its close()) before the next window"
             )
-        check_no_gradient(self._parameters)  # whatever was left there would be taken for this window's
+        check_no_gradient(self.parameters)  # whatever was left there would be taken for this window's
         self._memory.reset_peak()
         if self.sharded is not None:
             self._begin_sharded(self.sharded, batches)
@@ -224,7 +224,7 @@ class Accumulator(Passes):
         self._sums = sums
         self._ahead.open(batches, rehearses=self.rehearses)
         self._statistics.begin(len(batches))
-        watched = None if self.sharded is None else [self.sharded.whole(each) for each in self._parameters]
+        watched = None if self.sharded is None else [self.sharded.whole(each) for each in self.parameters]
         self.noise_scale.open(sum(sums.micro_batches), watched)
         return sums
 
@@ -250,7 +250,7 @@ class Accumulator(Passes):
         floors = [] if self.objective is None else self.objective.reading.floors
         loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *floors, *flags])
         if self.ranks.size > 1:
-            self.noise_scale.over_ranks(answers.pop(0), answers.pop(0))
+            self.noise_scale.over_ranks = answers.pop(0), int(answers.pop(0))
         if self.objective is not None:
             self.objective.reading.agree_on_floors(answers[: len(floors)])
             del answers[: len(floors)]
@@ -384,7 +384,7 @@ class Accumulator(Passes):
 
     def _zero(self) -> None:
         self._side.clear()
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
 
     # --- what others ask of it
@@ -403,11 +403,6 @@ class Accumulator(Passes):
     def optimizers(self) -> list[Optimizer]:
         """The one that is stepped, and those beside it."""
         return [self.optimizer, *self.beside]
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """All that a window gives gradients to: the model's parameters and the optimizer's, each once."""
-        return self._parameters
 
     def state_dict(self) -> dict[str, Any]:
         """The counts of a loop of one's own, for its checkpoints: plain values, without model, optimizer and schedule.
@@ -453,7 +448,7 @@ class Accumulator(Passes):
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter's gradient of the window, what lies on this rank."""
-        found = ((parameter, self._side.gradient(parameter)) for parameter in self._parameters)
+        found = ((parameter, self._side.gradient(parameter)) for parameter in self.parameters)
         return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
 
 

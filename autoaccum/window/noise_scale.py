@@ -37,7 +37,8 @@ SMOOTHING = 0.9
 class NoiseScale:
     """Measures every tenth window, after the first two hundred every fiftieth, and smooths.
 
-    `why_not` says why nothing is measured; None where it is.
+    `why_not` says why nothing is measured; None where it is. `over_ranks` is `so_far` of all ranks together, once they
+    have voted.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -50,7 +51,7 @@ class NoiseScale:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
-        self._over_ranks: tuple[float, int] | None = None  # `so_far` of all ranks together
+        self.over_ranks: tuple[float, int] | None = None
         self._pending: tuple[Figures, list[float], int, int] | None = None  # measured, and on its way
         self._windows = 0
         self._weight = 0.0
@@ -105,10 +106,6 @@ class NoiseScale:
         squares = Figures(torch.stack([square for _, square in self._micro])).read()
         return [sum(square / share for square, (share, _) in zip(squares, self._micro)), float(len(squares))]
 
-    def over_ranks(self, spread: float, count: float) -> None:
-        """What `so_far` is over all ranks."""
-        self._over_ranks = spread, int(count)
-
     def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
         """The window of so many samples ended, with these gradients over all ranks, before clipping; or their norm
         alone.
@@ -116,7 +113,7 @@ class NoiseScale:
         `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        spread, count = self._over_ranks or (None, len(self._micro))
+        spread, count = self.over_ranks or (None, len(self._micro))
         if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
             whole = torch.stack(norms).square().sum()
             micro = self._micro if spread is None else [(1.0, whole.new_tensor(spread))]
@@ -147,7 +144,7 @@ class NoiseScale:
         """Takes the hooks off; what was seen of an unfinished window is forgotten."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._micro, self._norms, self._over_ranks = [], [], [], None
+        self._handles, self._micro, self._norms, self.over_ranks = [], [], [], None
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""

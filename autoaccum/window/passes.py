@@ -20,14 +20,14 @@ from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward, optimizer_parameters
 from autoaccum.model.precision import Precision, SideBuffers
-from autoaccum.model.shards import refuse_for_shards
+from autoaccum.model.shards import is_sharded, refuse_for_shards
 from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
 from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.ranks import Ranks
 from autoaccum.window.ahead import Ahead
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
-from autoaccum.window.sharded import sharded_passes
+from autoaccum.window.sharded import ShardedPasses
 from autoaccum.window.two_passes import TwoPasses
 from autoaccum.window.window_sums import Parts, WindowSums
 
@@ -38,6 +38,7 @@ class Passes:
     """What an Accumulator does between a window's opening and its end.
 
     Attributes:
+        parameters: all that a window gives gradients to: the model's and the optimizer's, each once.
         sharded: runs the passes of a model whose ranks meet in each of them; None for others.
         on_phase: told the name of each phase as it begins, for a trace of its memory.
         rehearses: set where only the memory of a step matters: no window is left out for its loss.
@@ -75,19 +76,19 @@ class Passes:
         self._clip_norm, self._log_grad_norm = clip_norm, log_grad_norm
         self.step = 0
         self.on_phase: Callable[[str], None] = ignore
-        self.sharded = sharded_passes(model, ranks, device)
+        self.sharded = ShardedPasses(model, ranks, device) if is_sharded(model) else None
         # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
         self._call: Callable[..., Any] = interruptible if self.sharded is None else call
-        self._parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
-        self._side = SideBuffers(self._parameters if sums_wide else [])
-        self._sparse = SparseGradients(model, self._parameters)
+        self.parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
+        self._side = SideBuffers(self.parameters if sums_wide else [])
+        self._sparse = SparseGradients(model, self.parameters)
         self._statistics = statistics
         self._resting = [layer for _, layer in statistics.layers]
         self._ahead = Ahead(device)
         self._on_host = device.type == "cpu"  # where batches lie already: walking them would be all the cost
         self._looked_at_backward = False
         self._sums: WindowSums | None = None  # of the open window
-        self.noise_scale = NoiseScale(model, self._parameters)
+        self.noise_scale = NoiseScale(model, self.parameters)
         if precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are scaled before they can be compared"
         self._two_passes: TwoPasses | None = None

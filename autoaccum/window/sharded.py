@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.model.precision import global_norm
-from autoaccum.model.shards import Shards, is_sharded
+from autoaccum.model.shards import Shards
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import LostRankError, Ranks, digest, told
 
-__all__ = ["ShardedPasses", "norm_over_ranks", "sharded_passes"]
+__all__ = ["ShardedPasses", "norm_over_ranks"]
 
 _ATTEMPTS = 3  # at finishing a pass that failed
 
@@ -42,11 +42,6 @@ _UNDIVIDED = {
     "all_reduce_grads": True,
     "reshard_after_backward": True,  # so that every pass issues the same
 }
-
-
-def sharded_passes(model: nn.Module, ranks: Ranks, device: torch.device) -> "ShardedPasses | None":
-    """What runs the windows of a model that `fully_shard` has sharded; None for others."""
-    return ShardedPasses(model, ranks, device) if is_sharded(model) else None
 
 
 class ShardedPasses:
