@@ -106,7 +106,7 @@ class Session:
         if given is not None:
             self._given = for_ranks(given, ranks.rank, ranks.size)
         self.events = events or Events([*listeners, *display(asked.progress, ranks)])
-        self.parts = assemble(model, data, asked, ranks, what=what, stays=self._in_child, note=self._note)
+        self.parts = assemble(model, data, asked, ranks, what=what, stays=self._in_child, note=self.events.note)
         self.report: ProbeReport | None = None
         self._found_by: str | None = None
         self._plan: Plan | None = None
@@ -134,9 +134,6 @@ class Session:
                     raise SetupError(f"along some dimension of device_mesh= ranks have the same samples, and {why}")
         agree_on_copies(others, model, {"target_batch": asked.target_batch, "seed": asked.seed})
 
-    def _note(self, text: str) -> None:
-        self.events.tell(Noted(text))
-
     def probe(self, target: int | None = None, *, runs: bool = True) -> ProbeReport:
         """What fits, found on real steps that leave no trace; `target` in the place of the settings' target batch.
 
@@ -154,7 +151,7 @@ class Session:
             parts, asked.some("accumulate", "clip_norm", "batch_norm", "on_nonfinite"), asked.ladder, asked.cache,
             self._isolation,
             ran=lambda trial: self.events.tell(TrialRan(trial.to_dict())),
-            note=self._note,
+            note=self.events.note,
         )  # fmt: skip
         question = Question(share, runs=runs, **asked.some("memory", "max_batch", "multiple_of", "prefer"))
         report = prober.report(question, target)
@@ -205,14 +202,14 @@ class Session:
             if why is None or given.ladder == parts.asked_precision:
                 parts.take(given.ladder)
             else:
-                self._note(f"the plan is for a model under {given.ladder}, which is left out here: {why}")
+                self.events.note(f"the plan is for a model under {given.ladder}, which is left out here: {why}")
         if self._kept is None and self._trains:
             given = beside_own_rate(given, parts.optimizer)
         for name in deciding("plan"):
             value = asked[name]
             if value != SETTINGS[name].default and value != getattr(given, name, None):
                 has = f"{name}={getattr(given, name)!r}" if hasattr(given, name) else "its sizes"
-                self._note(
+                self.events.note(
                     f"{name}={shown(value)} is set aside: the plan has {has}, and make another plan to change it"
                 )
         return given
@@ -247,7 +244,7 @@ class Session:
                 'reduction="token_mean", or reduction=f(batch)'
             )
         elif not report.ok or not report.verifiable:
-            self._note(report.text)
+            self.events.note(report.text)
         return report
 
     def _tell_of_padding(self) -> None:

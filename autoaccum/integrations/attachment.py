@@ -29,7 +29,7 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import here
 from autoaccum.session import Session, display
 from autoaccum.settings import deciding
-from autoaccum.training.events import Events, Noted, TrainingStarted
+from autoaccum.training.events import Events, TrainingStarted
 from autoaccum.training.recover import SafeWindow
 from autoaccum.training.smaller import plan_for
 from autoaccum.window.accumulate import Accumulator
@@ -183,9 +183,7 @@ class Attachment:
             )
         if made.world_size != ranks.size:
             self.kept = None
-            self.events.tell(
-                Noted(f"the checkpoint is of {made.world_size} ranks, and there are {ranks.size}: probing anew")
-            )
+            self.events.note(f"the checkpoint is of {made.world_size} ranks, and there are {ranks.size}: probing anew")
             return None
         return made
 
@@ -248,7 +246,7 @@ class Attachment:
         if self.shares is not None:
             scale = self._accumulator.noise_scale.value
             if scale is not None:
-                self.events.tell(Noted(advice(scale, self._accumulator.plan, self._accumulator.optimizer)))
+                self.events.note(advice(scale, self._accumulator.plan, self._accumulator.optimizer))
             self._accumulator.discard()
         self._stack.close()
         self.events.close()

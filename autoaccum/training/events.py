@@ -178,6 +178,10 @@ class Events:
             except StopTraining as asked:
                 self.stop = str(asked) or "a listener asked for it"
 
+    def note(self, text: str) -> None:
+        """Tells a person something, in one line."""
+        self.tell(Noted(text))
+
     def warn(self, text: str, event: Event | None = None) -> None:
         """Says loudly what the training survived: as an event, a note if no other is given, and as a Python warning."""
         self.tell(Noted(text) if event is None else event)

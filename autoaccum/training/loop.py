@@ -42,7 +42,6 @@ from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import (
     EpochEnded,
     Events,
-    Noted,
     StepTaken,
     TrainingEnded,
     TrainingStarted,
@@ -184,10 +183,10 @@ class TrainingLoop:
             self._accumulator.ranks.tally("the end of the training")
             lengths = self._lengths()
             for line in [] if lengths is None else lengths.lines():
-                self.events.tell(Noted(line))
+                self.events.note(line)
             scale = self._accumulator.noise_scale.value
             if scale is not None:
-                self.events.tell(Noted(advice(scale, self.plan, self.optimizer)))
+                self.events.note(advice(scale, self.plan, self.optimizer))
             self.events.tell(TrainingEnded(self.step, time.perf_counter() - began))
         except Exception as error:
             self._accumulator.ranks.fail()  # the other ranks stop as well, instead of waiting for this one

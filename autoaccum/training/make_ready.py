@@ -6,7 +6,7 @@ from autoaccum.data.trial_samples import looked_at
 from autoaccum.model.rates import apply_plan, scheduled
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.settings import Settings
-from autoaccum.training.events import Events, Noted
+from autoaccum.training.events import Events
 from autoaccum.training.schedule import build_schedule
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.assembly import Assembly
@@ -45,7 +45,7 @@ def ready_to_train(
     apply_plan(made, turn.optimizer)
     schedule = build_schedule(
         own.schedule, turn.optimizer, warmup_steps=own.warmup_steps, total_steps=total,
-        tell=events.warn if made.lr_scale != 1 else lambda text: events.tell(Noted(text)),
+        tell=events.warn if made.lr_scale != 1 else events.note,
     )  # fmt: skip
     accumulator = Accumulator(
         turn.model, turn.optimizer, made, objective=turn.objective, scheduler=scheduled(turn.optimizer, schedule),

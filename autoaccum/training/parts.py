@@ -22,7 +22,7 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.ranks import Ranks
 from autoaccum.training.evaluate import Evaluator
-from autoaccum.training.events import Events, Noted
+from autoaccum.training.events import Events
 from autoaccum.training.schedule import schedule_name
 from autoaccum.training.shard_files import check_alike, with_shards
 from autoaccum.training.smaller import plan_for
@@ -173,17 +173,15 @@ class TrainingParts:
         if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
         if device != self._device.type:
-            text = (
+            events.note(
                 f"the checkpoint is from {device}, and the training goes on on {self._device.type}: the same "
                 "samples in the same windows, but other rounding, and what the model draws there is drawn anew"
             )
-            events.tell(Noted(text))
         if len(ranks) != size:
-            text = (
+            events.note(
                 f"the checkpoint is of {len(ranks)} rank{'s' * (len(ranks) > 1)}, and {size} train now: windows hold "
                 "the same samples, each rank's share of them is cut anew, and what the model draws is drawn anew"
             )
-            events.tell(Noted(text))
         return Boundary.from_state(kept, self._device, self._sources, new=rank if rank >= len(ranks) else 0)
 
 

@@ -29,7 +29,7 @@ from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
-from autoaccum.training.events import Events, Noted, WindowReplayed
+from autoaccum.training.events import Events, WindowReplayed
 from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.record import StepRecord
@@ -104,8 +104,7 @@ class SafeWindow:
         grown = self.replays.grow(self._accumulator.plan)
         if grown is not None:
             self._accumulator.plan = grown
-            text = f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again"
-            self._events.tell(Noted(text))
+            self._events.note(f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again")
         return record
 
     def _run(self, window: Window, versions: Sequence[int]) -> None:

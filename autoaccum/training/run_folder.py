@@ -37,7 +37,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, told
 from autoaccum.training.checkpoint import STATE, Checkpoints, Entry, Failure
-from autoaccum.training.events import CheckpointSaved, Events, JsonlSink, Noted
+from autoaccum.training.events import CheckpointSaved, Events, JsonlSink
 from autoaccum.training.locks import FolderLock
 from autoaccum.training.shard_files import without_shards, write_shards
 from autoaccum.training.state import loading
@@ -176,7 +176,7 @@ class RunFolder:
         metrics = JsonlSink(self.folder / "metrics.jsonl", follow=False)
         metrics.cut(self._cut)
         if aside is not None:
-            self._events.tell(Noted(f"an earlier training was in {self.folder}, and is in {aside} now"))
+            self._events.note(f"an earlier training was in {self.folder}, and is in {aside} now")
         report = self.folder / "report.json"
         if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
             write_json(report, None if probe is None else probe.to_dict())
@@ -189,7 +189,7 @@ class RunFolder:
                 f", and the training goes on from {self.checkpoints.path(self._resumed)}, with the plan and the "
                 f"learning rate it had: micro-batches of {plan.micro_batch}"
             )
-        self._events.tell(Noted(text))
+        self._events.note(text)
 
     def due(self, step: int) -> bool:
         """Whether so many steps have passed since the last checkpoint; the same on all ranks."""

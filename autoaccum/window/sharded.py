@@ -16,6 +16,7 @@ import gc
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,19 +118,16 @@ class ShardedPasses:
                 self._whole[id(shard)] = whole
                 hook: Any = whole.register_post_accumulate_grad_hook if whole.requires_grad else None
                 if hook is not None:
-                    self._hooks.append(hook(self._noting(id(shard))))
+                    self._hooks.append(hook(partial(self._note, id(shard))))
         ours = {**_UNDIVIDED, "_all_gather_comm": self.collectives.gather,
                 "_reduce_scatter_comm": self.collectives.scatter}  # fmt: skip
         for group in self._shards.groups:
             self._before.append({name: getattr(group, name) for name in ours})
             vars(group).update(ours)
 
-    def _noting(self, shard: int) -> Callable[[Tensor], None]:
-        def note(parameter: Tensor) -> None:
-            if not self.collectives.muted:
-                self._used.add(shard)
-
-        return note
+    def _note(self, shard: int, parameter: Tensor) -> None:
+        if not self.collectives.muted:
+            self._used.add(shard)
 
     def end(self) -> None:
         """Gives FSDP what it had."""
@@ -224,7 +222,9 @@ class ShardedPasses:
                 raise
             except Exception as error:
                 if not left:
-                    raise _stuck(error) from error
+                    text = "failed in a pass in which the others wait for it, and could not finish it even with"
+                    why = f"{type(error).__name__}: {error}"
+                    raise told(AutoaccumError(f"this rank {text} a single sample: {why}")) from error
                 _forget(error)
                 again = True
             else:
@@ -283,12 +283,3 @@ def _forget(error: BaseException) -> None:
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
-
-
-def _stuck(error: Exception) -> AutoaccumError:
-    return told(
-        AutoaccumError(
-            f"this rank failed in a pass in which the others wait for it, and could not finish it even with a single "
-            f"sample: {type(error).__name__}: {error}"
-        )
-    )
