@@ -2,6 +2,7 @@
 
 import importlib
 import multiprocessing
+import os
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,15 @@ def pytest_collection_finish(session):
     """Imports all that tests need, and sets it aside from the collection of garbage; only a large run is worth that."""
     if len(session.items) > 300:
         importlib.import_module("tests.warmed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nobody_waits_for_the_disk():
+    """What a process has written outlives it without this; only a power cut would tell, which no test makes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", lambda handle: None)
+    yield
+    patch.undo()
 
 
 @pytest.fixture
