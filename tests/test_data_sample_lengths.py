@@ -176,11 +176,11 @@ def test_padding_is_counted():
 
 
 def test_workers_cut_as_this_process_does():
-    here, there = read(loader()), read(loader(num_workers=2))
+    here, there, given = read(loader()), read(loader(num_workers=2)), sentences()
     assert same(here, there)
     for window in [*here, *there]:  # sorted, and still named by their own indices
         own = [row for batch in window.batches for row in rows(batch)]
-        assert own == [tuple(sentences()[index].tolist()) for index in window.indices]
+        assert own == [tuple(given[index].tolist()) for index in window.indices]
 
 
 def test_a_stream_is_cut_too():

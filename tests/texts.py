@@ -1,5 +1,6 @@
 """Real text of mixed length, and a small language model over its bytes, for tests of windows that are cut by length."""
 
+import functools
 import re
 
 import sklearn.datasets
@@ -11,12 +12,17 @@ from torch.utils.data import DataLoader
 PLACES = 4096
 
 
-def sentences(count=96, longest=160):
-    """Sentences of scikit-learn's data set descriptions as bytes, in an order of their own."""
+@functools.cache
+def everything():
     text = " ".join(" ".join(getattr(sklearn.datasets, f"load_{name}")().DESCR.split()) for name in ("iris", "wine"))
     found = sorted({sentence for sentence in re.split(r"(?<=[.:;,)]) ", text) if len(sentence) > 3})
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
-    return [torch.tensor(list(found[at].encode()[:longest])) for at in order[:count]]
+    return [found[at].encode() for at in order]
+
+
+def sentences(count=96, longest=160):
+    """Sentences of scikit-learn's data set descriptions as bytes, in an order of their own."""
+    return [torch.tensor(list(sentence[:longest])) for sentence in everything()[:count]]
 
 
 def pad(samples):
