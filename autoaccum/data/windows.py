@@ -16,7 +16,7 @@ from autoaccum.data.structure import children
 from autoaccum.errors import DataError
 from autoaccum.planning.plan import Plan
 
-__all__ = ["Window", "evaluation_windows", "windows"]
+__all__ = ["Window", "windows"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,14 @@ class Window:
     indices: Any = None
 
 
-def evaluation_windows(source: Source, plan: Callable[[], Plan]) -> Iterator[Window]:
-    """The windows of all samples, those too that a loader with `drop_last` would leave out; raises as `windows`."""
-    return _cut(source, Cutter(plan, drop_last=False), 0, 0)
-
-
-def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0) -> Iterator[Window]:
-    """The windows of one epoch, to train on.
+def windows(
+    source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0, whole: bool = False
+) -> Iterator[Window]:
+    """The windows of one epoch.
 
     Each has the plan's target over all ranks, but the last, which is short, or takes in a tail that is too small to be
-    cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say.
+    cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say;
+    `whole`: a loader's is not asked, since all samples are to be seen.
 
     The first `start` windows are passed over, for going on in the middle of an epoch; where samples have indices,
     nothing is fetched for them.
@@ -59,10 +57,7 @@ def windows(source: Source, plan: Callable[[], Plan], epoch: int, *, start: int 
         DataError: the data is empty, cannot be read, or could be read only once; or the plan is for other ranks.
         PlanError: the plan cannot cut a window.
     """
-    return _cut(source, Cutter(plan, source.drop_last), epoch, start)
-
-
-def _cut(source: Source, cutter: Cutter, epoch: int, start: int) -> Iterator[Window]:
+    cutter = Cutter(plan, source.drop_last and not whole)
     planned, here = (cutter.plan.rank, cutter.plan.world_size), (source.ranks.rank, source.ranks.size)
     if planned != here:  # samples would be lost or seen twice
         raise DataError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoaccum.data import tree
 from autoaccum.data.alike import data_facts
 from autoaccum.data.source import Source
-from autoaccum.data.windows import Window, evaluation_windows
+from autoaccum.data.windows import Window, windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError, shown
 from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Sum
@@ -147,7 +147,7 @@ class Evaluator:
         # All ranks cut alike, by the sizes of all: a window that is cut otherwise on another rank loses samples.
         sizes = self.ranks.gather("evaluate", self.micro_batch)
         cut = plan(sizes, sum(sizes), world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
-        return evaluation_windows(source, lambda: cut)
+        return windows(source, lambda: cut, 0, whole=True)
 
     def _results(self, batches: list[Any]) -> list[dict[str, Mean]]:
         """The means of a window's batches; where memory runs out on a rank, it cuts what it has left in half."""

@@ -77,13 +77,9 @@ def length_summary(history: Iterable[StepRecord]) -> LengthSummary | None:
     records = [record for record in history if record.tokens is not None and record.micro_batches]
     if not records:
         return None
-    return LengthSummary(
-        sum(record.tokens or 0 for record in records),
-        sum(record.padded_tokens or 0 for record in records),
-        sum(record.unsorted_tokens or 0 for record in records),
-        sum(record.seconds for record in records),
-        dict(Counter(record.micro_batches for record in records)),
-    )
+    summed = ("tokens", "padded_tokens", "unsorted_tokens", "seconds")
+    sums = [sum(getattr(record, name) for record in records) for name in summed]
+    return LengthSummary(*sums, dict(Counter(record.micro_batches for record in records)))
 
 
 @dataclass(frozen=True)
