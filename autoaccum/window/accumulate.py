@@ -250,7 +250,7 @@ class Accumulator(Passes):
         floors = [] if self.objective is None else self.objective.reading.floors
         loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *floors, *flags])
         if self.ranks.size > 1:
-            self.noise_scale.over_ranks = answers.pop(0), int(answers.pop(0))
+            self.noise_scale.over_ranks = answers.pop(0), answers.pop(0)
         if self.objective is not None:
             self.objective.reading.agree_on_floors(answers[: len(floors)])
             del answers[: len(floors)]

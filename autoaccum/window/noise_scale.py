@@ -25,7 +25,6 @@ from torch.optim import Optimizer
 from autoaccum.model.given_model import layer_class
 from autoaccum.planning.learning_rate import one_micro_batch
 from autoaccum.planning.plan import Plan
-from autoaccum.window.figures import Figures
 
 __all__ = ["NoiseScale", "advice"]
 
@@ -51,8 +50,7 @@ class NoiseScale:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
-        self.over_ranks: tuple[float, int] | None = None
-        self._pending: tuple[Figures, list[float], int, int] | None = None  # measured, and on its way
+        self.over_ranks: Sequence[float] | None = None
         self._windows = 0
         self._weight = 0.0
         self._noise = self._signal = 0.0
@@ -77,7 +75,6 @@ class NoiseScale:
         ones.
         """
         self.close()
-        self._settle()
         if self.why_not is not None or micro_batches < 2:
             return
         self._windows += 1
@@ -103,7 +100,8 @@ class NoiseScale:
         """[Σ (n_j/N) |g_j|², how many] of this rank's micro-batches in the open window; waits for them."""
         if not self._micro:
             return [0.0, 0.0]
-        squares = Figures(torch.stack([square for _, square in self._micro])).read()
+        squares = torch.stack([square for _, square in self._micro]).tolist()
+        # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
         return [sum(square / share for square, (share, _) in zip(squares, self._micro)), float(len(squares))]
 
     def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
@@ -113,26 +111,13 @@ class NoiseScale:
         `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        spread, count = self.over_ranks or (None, len(self._micro))
+        spread, count = self.over_ranks or self.so_far()
         if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
-            whole = torch.stack(norms).square().sum()
-            micro = self._micro if spread is None else [(1.0, whole.new_tensor(spread))]
-            shares = [share / correction**2 for share, _ in micro]
-            self._pending = Figures(torch.stack([whole, *(square for _, square in micro)])), shares, count, samples
-            if _at_hand(whole):
-                self._settle()
+            # A device is waited for: once in so many windows, that costs less than to keep figures on their way.
+            whole = float(torch.stack(norms).square().sum())
+            noise = samples * (spread * correction**2 - whole) / (count - 1)
+            self._smooth(noise, whole - noise / samples)
         self.close()
-
-    def _settle(self) -> None:
-        """Takes in what the last window measured. On a device it is there a window later, when nobody waits for it."""
-        if self._pending is None:
-            return
-        (figures, shares, count, samples), self._pending = self._pending, None
-        whole, *squares = figures.read()
-        # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
-        spread = sum(square / share for share, square in zip(shares, squares, strict=True)) - whole
-        noise = samples * spread / (count - 1)
-        self._smooth(noise, whole - noise / samples)
 
     def _smooth(self, noise: float, signal: float) -> None:
         # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
@@ -148,19 +133,12 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""
-        self._settle()
         return {"windows": self._windows, "weight": self._weight, "noise": self._noise, "signal": self._signal}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on from `state_dict`."""
-        self._pending = None
         self._windows = int(state["windows"])
         self._weight, self._noise, self._signal = state["weight"], state["noise"], state["signal"]
-
-
-def _at_hand(value: Tensor) -> bool:
-    """Whether nobody has to wait for a value."""
-    return value.device.type == "cpu"
 
 
 def _norm(gradient: Tensor) -> Tensor:
