@@ -329,6 +329,11 @@ def test_the_error_names_every_rung_with_its_peak_and_leaves_nothing_behind():
     assert "save_on_cpu, checkpointing+save_on_cpu, optimizer_on_host: frees nothing here" in text
     assert "step_in_backward: does not fit, at 4" in text
     assert text.endswith('ladder="auto" takes checkpointing, the cheapest that fits')
+    rows = {row["saver"]: row for row in caught.value.savers}
+    assert (rows["checkpointing"]["limit"], rows["checkpointing"]["micro_batch"]) == (1, 1)
+    assert rows["checkpointing"]["window_seconds"] > 0
+    assert rows["bf16"]["limit"] is None
+    assert not rows["bf16"]["same_result"]
     assert bare(given["model"])
     assert all(torch.equal(value, before[name]) for name, value in given["model"].state_dict().items())
     assert torch.equal(torch.get_rng_state(), generator)

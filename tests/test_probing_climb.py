@@ -31,6 +31,15 @@ def test_the_text_names_each_rung_with_its_peak_and_the_cheapest_that_fits():
     assert text.endswith('ladder="auto" takes middle, the cheapest that fits')
 
 
+def test_what_a_whole_probe_showed_is_in_the_text_and_in_the_row():
+    probed = {"limit": 14, "micro_batch": 8, "peak_bytes": 4 * MIB, "window_seconds": 0.5, "saver": None}
+    tried = Tried("dear", 3 * MIB, fits=True, probed=probed)
+    assert tried.text == "fits, at 3.0 MiB, and 14 samples at once"
+    assert tried.row == {**probed, "saver": "dear", "same_result": True, "obstacle": "fits"}
+    unsaid = Tried("dear", 3 * MIB, fits=True, probed={**probed, "peak_bytes": None})
+    assert unsaid.row["peak_bytes"] == 3 * MIB
+
+
 def test_rungs_with_the_same_answer_share_a_clause_and_none_that_fits_is_said():
     text = told([SHOWN["gone"], SHOWN["gone too"]])
     assert "gone, gone too: ran out of memory" in text

@@ -278,24 +278,28 @@ def _trials(trials: Sequence[Mapping[str, Any]], out_of_memory: int) -> Renderab
 
 
 def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> RenderableType:
-    """A row for each memory saver: what fits and was timed under it, or what stands against it."""
-    peaks, seconds = ([row.get(name) for row in rows] for name in ("peak_bytes", "window_seconds"))
-    rates = [", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()) for row in rows]
-    rates = [f"{rate}; taken" if rate and row["saver"] == taken else rate for rate, row in zip(rates, rows)]
+    """A row for each memory saver that ran, and below them in words why others did not."""
+    ran = [row for row in rows if row.get("limit") or row.get("peak_bytes")]
+    rates = [", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()) for row in ran]
+    ends = ["taken" if row["saver"] == taken and rate else row.get("obstacle") for rate, row in zip(rates, ran)]
+    results = ["" if row["same_result"] else "another result" for row in ran]
+    peaks, seconds = ([row.get(name) for row in ran] for name in ("peak_bytes", "window_seconds"))
     cells: dict[str, Sequence[str | Text]] = {
-        "saver": [Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else "") for row in rows],
-        "fits": [str(row["limit"] or "") for row in rows],
-        "batch": [str(row.get("micro_batch", "")) for row in rows],
+        "saver": [Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else "") for row in ran],
+        "fits": [str(row["limit"] or "") for row in ran],
+        "batch": [str(row.get("micro_batch", "")) for row in ran],
         "peak": ["" if peak is None else format_bytes(peak) for peak in peaks],
         "window": ["" if each is None else f"{each:.2f} s" for each in seconds],
-        "result": ["" if row["same_result"] else "another" for row in rows],
-        "samples/s" if any(rates) else "": [
-            rate or str(row.get("obstacle") or "") for rate, row in zip(rates, rows, strict=True)
-        ],
+        "samples/s" if any(rates) else "": ["; ".join(filter(None, said)) for said in zip(rates, ends, results)],
     }
     shown = {name: values for name, values in cells.items() if any(values)}
-    same = "" if "result" in shown else ", each with the plain step's result"
-    return Group(Text(f"Memory savers{same}", style="bold"), columns(shown, "samples/s", ""))
+    same = "" if any(results) else ", each with the plain step's result"
+    left: dict[str, list[str]] = {}
+    for row in rows:
+        if row not in ran:
+            left.setdefault(str(row["obstacle"]), []).append(str(row["saver"]))
+    lines = [Text(f"{', '.join(savers)}: {why}") for why, savers in left.items()]
+    return Group(Text(f"Memory savers{same}", style="bold"), columns(shown, "samples/s", ""), *lines)
 
 
 def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:

@@ -1,10 +1,11 @@
 """Up the ladder, rung by rung, where not even the smallest micro-batch fits; and what was found, in words.
 
-A rung is not judged by a forecast: its smallest step is run, which is the very question, and shows its peak.
+A rung is not judged by a forecast: its smallest step is run, which is the very question, and shows its peak. Where
+nothing is to be taken, and a person has to choose, those that fit are probed whole: how many samples, and how soon.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from autoaccum.errors import ProbeError
@@ -19,14 +20,21 @@ NOT_BORNE = (ProbeError, RuntimeError, TypeError, ValueError, LookupError, Attri
 
 @dataclass(frozen=True)
 class Tried:
-    """What one rung showed: the peak of the smallest micro-batch (None where it did not come to its end), and whether
-    it is within the budget; or an obstacle, why the rung was not run or could not be.
+    """What one rung showed.
+
+    Attributes:
+        rung: its name.
+        peak_bytes: of the smallest micro-batch; None where it did not come to its end.
+        fits: whether that is within the budget.
+        obstacle: why the rung was not run or could not be; None where it was.
+        probed: where it was probed whole: limit, micro_batch and what else a row of a report's `savers` says.
     """
 
     rung: str
     peak_bytes: int | None = None
     fits: bool = False
     obstacle: str | None = None
+    probed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -35,14 +43,17 @@ class Tried:
             return self.obstacle
         if self.peak_bytes is None:
             return "ran out of memory"
-        return f"{'fits' if self.fits else 'does not fit'}, at {format_bytes(self.peak_bytes)}"
+        limit = self.probed.get("limit", 0)
+        more = f", and {limit} samples at once" if limit > 1 else ""
+        return f"{'fits' if self.fits else 'does not fit'}, at {format_bytes(self.peak_bytes)}{more}"
 
     @property
     def row(self) -> dict[str, Any]:
         """As a row of a report's `savers`; `obstacle` says why it is not taken, where it does not fit."""
         why = None if self.fits else "does not fit" if self.peak_bytes else self.text
         return {
-            "saver": self.rung, "limit": None, "peak_bytes": self.peak_bytes, "same_result": self.rung not in CHANGES,
+            "limit": None, **self.probed, "peak_bytes": self.probed.get("peak_bytes") or self.peak_bytes,
+            "saver": self.rung, "same_result": self.rung not in CHANGES,
             "obstacle": why or ("fits; by name only" if self.rung in BY_NAME else "fits"),
         }  # fmt: skip
 

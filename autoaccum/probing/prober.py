@@ -176,7 +176,7 @@ class Prober:
         return replace(report, savers=(*(each.row for each in tried[:-1]), {**tried[-1].row, **fits}))
 
     def _under(self, rung: str, question: Question) -> Tried:
-        """The smallest step under a rung."""
+        """The smallest step under a rung; a whole probe of one that fits, where none is taken by itself."""
         parts = self.parts
         why = parts.obstacle(rung)
         if why is not None:
@@ -194,13 +194,15 @@ class Prober:
         here.parts.take(rung)
         try:
             here._once(replace(question, share=None, max_batch=most, prefer="fewest"))
+            smallest = max(trial.peak_bytes or 0 for trial in trials if trial.fits)
+            probed = {} if self.ladder == "auto" else _probed(here._once(replace(question, prefer="fastest")))
         except NothingFitsError:
             return Tried(rung, max((trial.peak_bytes or 0 for trial in trials), default=0) or None)
         except StateNotRestoredError:
             raise
         except NOT_BORNE as error:
             return Tried(rung, obstacle=cannot_run(error))
-        return Tried(rung, max(trial.peak_bytes or 0 for trial in trials if trial.fits), fits=True)
+        return Tried(rung, smallest, fits=True, probed=probed)
 
     def _once(self, question: Question) -> ProbeReport:
         """One probe of the model as it runs now."""
@@ -250,6 +252,13 @@ class Prober:
         answer = answer_of_children(isolation.work, (isolation.factory, asked), heard, self.ran)
         lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
         return ProbeReport.from_dict(answer["report"], lines)
+
+
+def _probed(report: ProbeReport) -> dict[str, Any]:
+    """The row of a probe by prefer="fastest", which times sizes; samples of mixed length are not timed."""
+    if report.savers:
+        return report.savers[0]
+    return {"limit": report.limit or report.micro_batch, "micro_batch": report.micro_batch}
 
 
 def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:
