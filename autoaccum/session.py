@@ -238,7 +238,7 @@ class Session:
         if failed and self.settings.check != "warn":
             other = "the accumulated gradient is not the large batch's on another rank"
             raise LossError(f'{other if report.ok else report.text}; check="warn" trains all the same')
-        if parts.objective.unseen is not None and report.ok and accumulates:
+        if parts.objective.reading.unseen is not None and report.ok and accumulates:
             self.events.warn(
                 f"{report.text}\nif the loss is a mean over anything but samples, such as tokens, declare it: "
                 'reduction="token_mean", or reduction=f(batch)'

@@ -233,7 +233,7 @@ def test_a_loss_that_is_no_mean_is_not_taken_for_one(name):
     torch.manual_seed(0)
     objective = Objective(Net(), step=COUPLED[name])
     objective.settle([samples(0.3)])
-    assert objective.uncountable is not None
+    assert objective.reading.is_no_mean
 
 
 @pytest.mark.parametrize("declared", ["sample_mean", "sum", lambda batch: float(batch["w"].sum())])
@@ -255,9 +255,13 @@ def test_a_declaration_may_be_a_multiple_of_what_the_graph_says(declared):
 
 def test_ranks_are_told_what_each_term_was_read_to_be():
     objective = Objective(Net(), step=LOSSES["two terms"])
-    assert objective.facts == {"terms": "loss"}
+    assert objective.reading.facts == {"terms": "loss"}
     objective.settle([samples(0.3)])
-    assert objective.facts == {"terms": "term 1, term 2", "term 1 of the loss": "count", "term 2 of the loss": "count"}
+    assert objective.reading.facts == {
+        "terms": "term 1, term 2",
+        "term 1 of the loss": "count",
+        "term 2 of the loss": "count",
+    }
     assert "each micro-batch runs forward once more" in objective.reason
 
 
@@ -280,7 +284,7 @@ def test_a_loss_whose_graph_is_hidden_is_learnt_from_its_values(name):
     objective = Objective(model, step=lambda m, b: Hidden.apply(LOSSES[name](m, b)))
     assert error(objective, data, lambda: LOSSES[name](model, data), SIZES) <= 1e-10
     assert "as its values over parts of a batch show" in objective.reason
-    assert objective.unseen is None
+    assert objective.reading.unseen is None
 
 
 @pytest.mark.parametrize("form", ["loss", "step"])

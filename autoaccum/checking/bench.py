@@ -23,7 +23,6 @@ from autoaccum.loss.asking import RAISED, rounding, unlike
 from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.reading import Reading
-from autoaccum.loss.settle import Unread
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.optimizer import optimizer_parameters, trained_parameters
 from autoaccum.model.shards import is_sharded, local
@@ -194,7 +193,7 @@ class Bench:
             raise PartFailed(f"{found} at {sizes}", raised=False)
         return found
 
-    def read(self) -> Reading | Unread | None:
+    def read(self) -> Reading | None:
         """What the loss of these samples divides by, whatever was declared."""
         return self.objective.look([self._batch], self.samples, self.fixed.begin, means=True)
 
@@ -301,7 +300,7 @@ def _arranged(objective: Objective, batch: Any, samples: int) -> Any:
 
 def _weight(objective: Objective, sample: Any) -> tuple[float, ...]:
     """What may count in a sample: its denominators as declared, its labels, its masks."""
-    declared = objective.counted(sample) or {}
+    declared = objective.reading.count(sample) or {}
     labels = objective.targets(sample)
     tokens = float((labels >= 0).sum()) if holds_indices(labels) else 0.0  # whatever negative number marks the others
     masks = [

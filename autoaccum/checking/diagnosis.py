@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from autoaccum.loss.divisor import DECLARE, near
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.reading import Reading
-from autoaccum.loss.settle import Unread
 
 __all__ = ["Cause", "Diagnosis", "declaration", "diagnose", "no_mean"]
 
@@ -36,9 +35,7 @@ class Diagnosis(NamedTuple):
     text: str
 
 
-def diagnose(
-    objective: Objective, found: Reading | Unread | None, parts: Sequence[Any], *, added_up: bool
-) -> Diagnosis:
+def diagnose(objective: Objective, found: Reading | None, parts: Sequence[Any], *, added_up: bool) -> Diagnosis:
     """The likely cause, and what to declare.
 
     Args:
@@ -47,10 +44,10 @@ def diagnose(
         parts: the micro-batches whose accumulated gradient was wrong.
         added_up: whether that was the plain sum of their own gradients.
     """
-    if isinstance(found, Unread):
-        return no_mean(found.why)
+    if found is not None and not found.divisors:
+        return no_mean(found.unseen or "")
     if found is not None and len(found.divisors) > 1:
-        words = dict.fromkeys(divisor.words for divisor in found.divisors)
+        words = dict.fromkeys(divisor.words for divisor in found.divisors.values())
         return Diagnosis(
             Cause.SEVERAL,
             f"several denominators: of the loss's terms one {'; one '.join(words)}, and all are weighted alike.\n"
@@ -79,9 +76,9 @@ def _begun(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
 
 
-def declaration(found: Reading | Unread | None) -> tuple[str, str]:
+def declaration(found: Reading | None) -> tuple[str, str]:
     """(what the loss is a mean over; what to do about it), in words; ("nothing", …) of a sum."""
-    divisor = found.divisors[0] if isinstance(found, Reading) and len(found.divisors) == 1 else None
+    divisor = next(iter(found.divisors.values())) if found is not None and len(found.divisors) == 1 else None
     if divisor is not None and divisor.kind != "count":
         return "nothing", "declare reduction='sum'"
     if divisor is None or not divisor.rules:
@@ -102,10 +99,10 @@ def no_mean(why: str) -> Diagnosis:
 
 def _weighed_right(objective: Objective, found: Reading | None, parts: Sequence[Any]) -> bool:
     """Whether the parts weigh as the loss divides, as far as that can be counted: then no denominator is at fault."""
-    weights = [sum((objective.counted(part) or {}).values()) for part in parts]
+    weights = [sum((objective.reading.count(part) or {}).values()) for part in parts]
     if found is None:
         return False
-    divisor = found.divisors[0]
+    (divisor,) = found.divisors.values()
     if not divisor.rules:  # nothing says what it comes to in a part
         return near(divisor.amount, sum(weights), 1e-4)
     amounts = [divisor.foretold(part) for part in parts]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
-from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose
+from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose, no_mean
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
 from autoaccum.display.shown import Drawn
@@ -137,10 +137,10 @@ class _Examination:
 
     def report(self) -> VerifyReport:
         """Says what the windows show, unless the loss's values over other samples showed that it is no mean."""
-        found, wrong = self._report(), self._bench.objective.uncountable
+        found, reading = self._report(), self._bench.objective.reading
         alike = found.verifiable or not self._shown  # by chance
-        if found.ok and wrong is not None and alike and not self._bench.partial:
-            diagnosis = diagnose(self._bench.objective, wrong, [], added_up=False)
+        if found.ok and reading.is_no_mean and alike and not self._bench.partial:
+            diagnosis = no_mean(reading.unseen or "")
             text = f"{self._split}: these need not differ, and the loss does over others.\nLikely cause: "
             return VerifyReport(False, True, None, None, diagnosis.cause, None, text + diagnosis.text)
         return found
@@ -272,10 +272,9 @@ class _Examination:
                     "\nthe loss compares no samples: it is a mean over them, so that the second forward is for "
                     'nothing: take the declaration away (reduction="sample_mean")'
                 )
-        if bench.objective.unseen is not None:
-            text += (
-                f"\nwhat the loss divides by was not seen, and these samples need not show it: {bench.objective.unseen}"
-            )
+        unseen = bench.objective.reading.unseen
+        if unseen is not None:
+            text += f"\nwhat the loss divides by was not seen, and these samples need not show it: {unseen}"
         return VerifyReport(True, True, split.error, split.ratio, None, None, text)
 
     def _failed(self, split: Difference, diagnosis: Diagnosis) -> VerifyReport:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.structure import Reading
-from autoaccum.loss.graph import WAYS, Values, part_of, read
+from autoaccum.loss.graph import WAYS, Term, Values, part_of, read
 from autoaccum.memory.oom import Verdict, out_of_memory
 
 __all__ = ["RAISED", "SAMPLES", "Evaluate", "Rows", "Seen", "SeenTerm", "device_of", "look", "ragged",
@@ -73,29 +73,27 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
     if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
-        whole, parts = (tuple(range(max(sizes))), largest), list[tuple[Rows, Any]]()
+        sets = {tuple(range(max(sizes))): largest}
     else:
         singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
         chosen = [singles[row] for row in unlike(singles, SAMPLES, sort=most < SAMPLES)]
-        rows = tuple(range(len(chosen)))
-        size = min(most, len(rows))
+        rows, size = tuple(range(len(chosen))), min(most, len(chosen))
         groups = [rows[end - size : end] for end in (*range(size, len(rows), size), len(rows))]
-        *cuts, last = dict.fromkeys([*((row,) for row in rows), *groups])
-        if size > 2:
-            first, _ = ragged(size)
-            cuts += [last[:first], last[first:]]
-        *parts, whole = [(rows, tree.join([chosen[row] for row in rows])) for rows in (*cuts, last)]
-    other = next((rows for rows, _ in reversed(parts) if len(rows) < len(whole[0])), None)  # shows what grows
-    all_of_them = _run(evaluate, *whole, graph=True)
+        parts = [groups[-1][: ragged(size)[0]], groups[-1][ragged(size)[0] :]] if size > 2 else []
+        cuts = dict.fromkeys([*((row,) for row in rows), *groups[:-1], *parts, groups[-1]])
+        sets = {own: tree.join([chosen[row] for row in own]) for own in cuts}
+    whole = max(sets, key=lambda own: (len(own), own))
+    other = next((own for own in reversed(sets) if len(own) < len(whole)), None)  # shows what grows with the samples
+    last = _run(evaluate, whole, sets[whole], graph=True)
     seen = []
-    for rows, batch in parts:
+    for own, batch in sets.items():
         try:
-            seen.append(_run(evaluate, rows, batch, graph=rows == other))
+            seen += [_run(evaluate, own, batch, graph=own == other)] if own != whole else []
         except RAISED as error:  # BatchNorm, say, takes no single sample: such a set shows nothing
             if out_of_memory(error) is not Verdict.NO:
                 raise
-    again = float(evaluate(*whole, 1).detach())
-    return [*seen, all_of_them], again == all_of_them.value or math.isnan(all_of_them.value)
+    again = float(evaluate(whole, sets[whole], 1).detach())
+    return [*seen, last], again == last.value or math.isnan(last.value)
 
 
 def _alike(singles: Sequence[Any]) -> list[Any]:
@@ -119,59 +117,37 @@ def unlike(singles: Sequence[Any], most: int, *, sort: bool = False) -> list[int
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
                     columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))
-    orders, marked = [], list[float]()
-    for marks in sorted(columns.values(), key=lambda marks: len(set(marks))):
-        if len(set(marks)) > 1:
-            marked = marked or marks
-            order = sorted(range(len(singles)), key=marks.__getitem__)
-            orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], *order[-3:-2]])
-    picked = dict.fromkeys(row for ranks in itertools.zip_longest(*orders) for row in ranks if row is not None)
-    picked.update(dict.fromkeys(range(len(singles))))
-    chosen = sorted(itertools.islice(picked, most))
-    return sorted(chosen, key=marked.__getitem__) if sort and marked else chosen
+    differing = [marks for marks in sorted(columns.values(), key=lambda marks: len(set(marks))) if len(set(marks)) > 1]
+    orders = []
+    for marks in differing:
+        order = sorted(range(len(singles)), key=marks.__getitem__)
+        orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], *order[-3:-2]])
+    ranked = (row for ranks in itertools.zip_longest(*orders) for row in ranks if row is not None)
+    chosen = sorted(list(dict.fromkeys([*ranked, *range(len(singles))]))[:most])
+    return sorted(chosen, key=differing[0].__getitem__) if sort and differing else chosen
 
 
 def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, graph: bool) -> Seen:
     """`graph`: the formats and shapes in it are looked at as well."""
-    with _Watched() as values:
+    with Values() as values:
         loss = evaluate(rows, batch, 0)
-    ways = {
-        way: [
-            SeenTerm(
-                term.name,
-                None if term.divisor is None else abs(float(term.divisor)),
-                abs(float(term.factor)),
-                term.divided,
-                None if (value := part_of(term, values.by_node)) is None else float(value),
-                _shapes(term.node) if graph else None,
-            )
-            for term in read(loss, way)
-        ]
-        for way in WAYS
-    }
+
+    def seen(term: Term) -> SeenTerm:
+        divisor, value = term.divisor, part_of(term, values.by_node)
+        return SeenTerm(
+            term.name,
+            None if divisor is None else abs(float(divisor)),
+            abs(float(term.factor)),
+            term.divided,
+            None if value is None else float(value),
+            frozenset((node.name(), _shapes(node)) for node in _nodes(term.node)) if graph else None,
+        )
+
+    ways = {way: [seen(term) for term in read(loss, way)] for way in WAYS}
     nodes = _nodes(loss.grad_fn) if graph else ()
     formats = {data.dtype for node in nodes for data in getattr(node, "_input_metadata", ())}
     return Seen(rows, batch, float(loss.detach()), ways, values.took, rounding(formats, loss.device) if graph else 0.0)
 
-
-class _Watched(Values):
-    """Notes as well whether numbers were taken out of tensors."""
-
-    took = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        if getattr(func, "__name__", "") in _TAKE or (
-            isinstance(result, Tensor)
-            and result.requires_grad
-            and result.numel() == 1
-            and any(isinstance(each, Tensor) and each.numel() == 1 and not each.requires_grad for each in args)
-        ):
-            self.took = True
-        return result
-
-
-_TAKE = ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__")
 
 # Ten times and more what right losses and gradients differ by when their samples are split. A fault in a denominator
 # makes 1e-2 and more.
@@ -191,19 +167,14 @@ def _nodes(node: Any) -> set[Any]:
     """The graph from a node on."""
     met, waiting = {node}, [node]
     while waiting:
-        for below, _ in waiting.pop().next_functions:
-            if below is not None and below not in met:
-                met.add(below)
-                waiting.append(below)
+        below = {each for each, _ in waiting.pop().next_functions if each is not None} - met
+        met |= below
+        waiting += below
     return met
 
 
-def _shapes(node: Any) -> frozenset[Any]:
-    """The shapes in the graph from a node on."""
-    return frozenset(
-        (each.name(), tuple(tuple(data.shape) for data in getattr(each, "_input_metadata", ())))
-        for each in _nodes(node)
-    )
+def _shapes(node: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(data.shape) for data in getattr(node, "_input_metadata", ()))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -35,23 +35,17 @@ def arrange(batch: Any, *, apart: bool) -> Call:
     `apart` keeps the targets from the model, as there is a `loss`; a DataError where it is unclear which they are.
     """
     batch = plain(batch)
-    if isinstance(batch, (tuple, list)):
-        if not apart:
-            return Call(tuple(batch), {}, None)
-        if len(batch) < 2:
-            raise DataError(
-                f"the batch is a {type(batch).__name__} of {len(batch)}, and a loss needs inputs and a target: "
-                f"make each sample (input, target), {STEP}"
-            )
-        return Call(tuple(batch[:-1]), {}, batch[-1])
     if isinstance(batch, Mapping):
         return _arrange_mapping(batch, apart)
-    if apart:
-        raise DataError(
-            f"the batch is one {type(batch).__name__}, and a loss needs a target beside it: make each sample "
-            f"(input, target), {STEP}"
-        )
-    return Call((batch,), {}, None)
+    several = isinstance(batch, (tuple, list))
+    if not apart:
+        return Call(tuple(batch) if several else (batch,), {}, None)
+    if several and len(batch) > 1:
+        return Call(tuple(batch[:-1]), {}, batch[-1])
+    what = f"a {type(batch).__name__} of {len(batch)}" if several else f"one {type(batch).__name__}"
+    raise DataError(
+        f"the batch is {what}, and a loss needs a target beside the inputs: make each sample (input, target), {STEP}"
+    )
 
 
 def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
@@ -96,6 +90,7 @@ def returned_loss(outputs: Any) -> Any:
     """The loss in what a model returned: itself, `["loss"]`, `.loss`, or the first of a tuple; else a LossError."""
     if isinstance(outputs, (Tensor, int, float)):
         return outputs
+    holds = f"a {type(outputs).__name__} whose loss is None"
     if isinstance(outputs, Mapping) and "loss" in outputs:
         loss = outputs["loss"]
     elif hasattr(outputs, "loss"):
@@ -103,15 +98,13 @@ def returned_loss(outputs: Any) -> Any:
     elif isinstance(outputs, (tuple, list)) and len(outputs):
         loss = outputs[0]
     else:
+        loss = None
         keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
-        raise LossError(
-            f"the model returned a {type(outputs).__name__}{keys}, which holds no loss: return a scalar, or something "
-            'with .loss or ["loss"]; or pass loss=f(outputs, targets) or step=f(model, batch)'
-        )
+        holds = f"a {type(outputs).__name__}{keys}, which holds no loss"
     if loss is None:
         raise LossError(
-            f"the model returned a {type(outputs).__name__} whose loss is None: give it labels in the batch, "
-            "or pass loss=f(outputs, targets) or step=f(model, batch)"
+            f"the model returned {holds}: give it labels in the batch, or return a scalar, or something with .loss or "
+            '["loss"]; or pass loss=f(outputs, targets) or step=f(model, batch)'
         )
     return loss
 

@@ -16,7 +16,7 @@ from autoaccum.errors import DataError, LossError, shown
 
 __all__ = [
     "CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
-    "samples", "tokens",
+    "labels_counted", "samples", "tokens",
 ]  # fmt: skip
 
 IGNORED = -100  # torch's default ignore_index, which Transformers keeps
@@ -62,8 +62,10 @@ class ClassWeights:
         self._version = -1
         self._host = torch.empty(0)
 
-    def total(self, targets: Tensor, weights: Tensor, ignore_index: int = IGNORED) -> float:
-        """Σ weights[t] over the `targets` t, class indices of any shape, other than `ignore_index`."""
+    def total(self, targets: Tensor, weights: Tensor | None, ignore_index: int) -> float:
+        """Σ weights[t] over the `targets` t, class indices of any shape, other than `ignore_index`; None: each 1."""
+        if weights is None:
+            return tokens(targets, ignore_index)
         version = -1 if weights.is_inference() else weights._version
         if self._source is not weights or self._version != version:
             # A copy to the host waits for the device: done again only where the weights were changed.
@@ -75,14 +77,11 @@ class ClassWeights:
 
 def as_denominator(value: Any, source: str) -> float:
     """`value`, which `source` gave, as a denominator: finite, 0 or above; a LossError for anything else."""
-    meaning = "a denominator is what the mean loss was divided by"
-    if isinstance(value, bool):
-        raise LossError(f"{source} gave {value}, a bool: {meaning}")
-    number = as_number(value, source, meaning)
-    if not (math.isfinite(number) and number >= 0):
+    number = as_number(value, source, "a denominator is what the mean loss was divided by")
+    if isinstance(value, bool) or not (math.isfinite(number) and number >= 0):
         raise LossError(
-            f"{source} gave {number:g}: a denominator is finite and not negative, and 0 only where nothing in the "
-            "batch counts"
+            f"{source} gave {shown(value)}, a {type(value).__name__}: a denominator is finite and not negative, and 0 "
+            "only where nothing in the batch counts"
         )
     return number
 
@@ -115,17 +114,16 @@ def countable(batch: Any, targets: Any) -> Iterator[Count]:
     `targets`: those of its tensors that are compared with the outputs; None where that is not clear.
     """
     yield Count("the samples", "reduction='sample_mean'", samples)
-    leaves = list(Reading(batch, tree.batch_size(batch)).leaves())
-    paths = {id(leaf): path for path, leaf in leaves}
-    if isinstance(targets, Tensor) and id(targets) in paths:
-        yield from _labels(targets, paths[id(targets)])
-    for path, leaf in leaves:
+    leaves = Reading(batch, tree.batch_size(batch)).leaves()
+    for path, leaf in sorted(leaves, key=lambda each: each[1] is not targets):
         if not isinstance(leaf, Tensor):
             yield from _rows(path, leaf)
         elif not leaf.is_nested:
-            if leaf.dim() > 1:
-                declare = f"reduction=lambda batch: batch{path}.numel()"
-                yield Count(f"the elements of batch{path}", declare, _elements(path))
+            if leaf is targets:
+                yield from _labels(path, leaf)
+            elif leaf.dim() > 1:
+                code = f"batch{path}.numel()"
+                yield Count(code, f"reduction=lambda batch: {code}", _elements(path))
             if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex():
                 yield from _marks(path, leaf)
 
@@ -138,29 +136,45 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """The columns of labels that a head may count: it shifts the others away."""
 
-_CUT_WORDS = ("", " from the second on", " up to the last but one", " from the third on")
+
+def labels_counted(cut: str, ignore_index: int) -> str:
+    """In words: the labels that count."""
+    return f"the labels{cut} other than {ignore_index}"
 
 
-def _labels(labels: Tensor, path: str) -> Iterator[Count]:
+def _labels(path: str, labels: Tensor) -> Iterator[Count]:
     """Labels: those that are not ignored, by whatever number, nor shifted away; or all of them."""
     if holds_indices(labels):
         for index in sorted(_PADDING, key=lambda index: not bool((labels == index).any())):  # what occurs, first
-            for cut, words in zip(CUTS, _CUT_WORDS) if labels.dim() == 2 else [("", "")]:
-                usual = "reduction='token_mean'" if index == IGNORED and not cut else None
-                yield _written(f"the labels{words} other than {index}", path, cut, "!=", index, usual)
+            for cut in CUTS if labels.dim() == 2 else [""]:
+                count = _marked(path, cut, "!=", index)._replace(name=labels_counted(cut, index))
+                usual = index == IGNORED and not cut
+                yield count._replace(declare="reduction='token_mean'") if usual else count
     yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))
 
 
 def _marks(path: str, leaf: Tensor) -> Iterator[Count]:
     """The sum of a mask, of lengths or of weights; what in it is not 0."""
     negative = bool((leaf < 0).any())
-    for cut in ("", "[:, 1:]") if leaf.dim() == 2 else ("",):
-        if not negative:
-            yield _written(f"the sum of batch{path}{cut}", path, cut)
-    yield _written(f"what in batch{path} is not 0", path, "", "!=")
-    yield _written(f"what in batch{path} is 0", path, "", "==")
-    if negative:
-        yield _written(f"what in batch{path} is above 0", path, "", ">")
+    if not negative:
+        yield from (_marked(path, cut) for cut in (["", "[:, 1:]"] if leaf.dim() == 2 else [""]))
+    yield from (_marked(path, "", sign) for sign in (["!=", "==", ">"] if negative else ["!=", "=="]))
+
+
+_COMPARED: dict[str, Callable[[Tensor, int], Tensor]] = {"!=": torch.ne, "==": torch.eq, ">": torch.gt}
+
+
+def _marked(path: str, cut: str, sign: str = "", number: int = 0) -> Count:
+    """A count as one would write it in a lambda: cut a leaf, compare it with a number or not, and sum."""
+    code = f"(batch{path}{cut} {sign} {number}).sum()" if sign else f"batch{path}{cut}.sum()"
+
+    def of(batch: Any) -> float:
+        leaf = CUTS[cut](_at(batch, path))
+        if sign:
+            leaf = _COMPARED[sign](leaf, number)
+        return float(leaf.sum() if leaf.dtype.is_floating_point and leaf.dtype.itemsize > 4 else leaf.double().sum())
+
+    return Count(code, f"reduction=lambda batch: {code}", of)
 
 
 def _rows(path: str, items: Any) -> Iterator[Count]:
@@ -182,19 +196,3 @@ def _at(batch: Any, path: str) -> Any:
 
 def _elements(path: str) -> Callable[[Any], float]:
     return lambda batch: float(_at(batch, path).numel())
-
-
-_COMPARED: dict[str, Callable[[Tensor, int], Tensor]] = {"!=": torch.ne, "==": torch.eq, ">": torch.gt}
-
-
-def _written(name: str, path: str, cut: str, sign: str = "", number: int = 0, declare: str | None = None) -> Count:
-    """A count as one would write it in a lambda: cut a leaf, compare it with a number or not, and sum."""
-
-    def of(batch: Any) -> float:
-        leaf = CUTS[cut](_at(batch, path))
-        if sign:
-            leaf = _COMPARED[sign](leaf, number)
-        return float(leaf.sum() if leaf.dtype.is_floating_point and leaf.dtype.itemsize > 4 else leaf.double().sum())
-
-    code = f"(batch{path}{cut} {sign} {number})" if sign else f"batch{path}{cut}"
-    return Count(name, declare or f"reduction=lambda batch: {code}.sum()", of)

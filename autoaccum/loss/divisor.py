@@ -1,13 +1,16 @@
-"""What a divisor read off a loss's graph is, once settled: a count, a constant or a penalty."""
+"""What one term of a loss is divided by: a count, a constant or a penalty; and what counts it in a batch."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from autoaccum.errors import LossError
-from autoaccum.loss.counts import Count
-from autoaccum.loss.graph import Number, Term
+from autoaccum.loss.counts import Count, samples
+from autoaccum.loss.graph import Term, read, weigh
+from autoaccum.loss.mean import Mean, Sum
 
 __all__ = ["DECLARE", "TINY", "TRUSTED", "Divisor", "near"]
 
@@ -16,6 +19,7 @@ TRUSTED = 24  # micro-batches in which rules gave what was read, before they are
 DECLARE = (
     "return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch), the number of what counts"
 )
+_WAITS = 4  # micro-batches in which a divisor that lies on a device is waited for
 _WORDS = {
     "NllLoss": "the total weight of its targets",
     "NllLoss2D": "the total weight of its targets",
@@ -30,66 +34,84 @@ def near(one: float, other: float, close: float = 1e-6) -> bool:
 
 @dataclass
 class Divisor:
-    """What one term's divisor is.
+    """What one term is divided by.
 
     Attributes:
-        reduction: the node's name.
-        kind: "count", "constant" or "penalty".
+        kind: "count", which adds up over the samples; "constant", of a term that is itself a sum over them; "penalty",
+            of one that is a function of the parameters.
+        rules: counts of the batch that gave every divisor so far; those that give another one later are struck off.
+        confirmed: micro-batches in which they gave what was read.
+        reduction: the name of the node that it was read at.
         amount: what a constant is.
         offset: what is added to the count.
         floor: what it never falls below.
         scaled: whether the term's factor changes with the samples, and belongs to the divisor.
         hides_floor: whether a divisor may be a floor rather than a count: somebody divided beside the reduction, and
             none was 0 yet.
-        rules: counts of the batch that gave every divisor so far; those that give another one later are struck off.
-        confirmed: micro-batches in which they gave what was read.
     """
 
-    reduction: str
     kind: str = "count"
+    rules: list[Count] = field(default_factory=list)
+    confirmed: int = 0
+    reduction: str = ""
     amount: float = 0.0
     offset: float = 0.0
     floor: float = 0.0
     scaled: bool = False
     hides_floor: bool = False
-    rules: list[Count] = field(default_factory=list)
-    confirmed: int = 0
+    _first: tuple[float, float] | None = None  # (divisor read, denominator declared) that the others are held against
+    _waited: int = 0
 
-    def of(self, term: Term) -> Number:
-        """The divisor of a term of this kind, above 0; a LossError where it cannot be read this time."""
-        own, factor = term.divisor, term.factor
+    @property
+    def trusted(self) -> bool:
+        """Whether the batch says it: the rules have been right often enough to be asked instead of the graph."""
+        return self.kind != "count" or (bool(self.rules) and self.confirmed >= TRUSTED)
+
+    def foretold(self, batch: Any) -> float | None:
+        """The denominator of a batch, before the model runs; None for a count without rules, or whose rules differ."""
+        if not self.rules and self.kind != "count":
+            return samples(batch)
+        amounts = [rule.of(batch) for rule in self.rules]
+        return amounts[0] if amounts and all(near(amount, amounts[0]) for amount in amounts) else None
+
+    def whole(self, total: float) -> float:
+        """What the loss of all samples is divided by, of the sum of its parts' counts."""
+        return max(total + self.offset, self.floor) if self.kind == "count" else total
+
+    def mean(self, term: Term, value: Tensor, batch: Any, *, rehearses: bool) -> Mean:
+        """A term that was read, of this value over `batch`.
+
+        In a rehearsal no rule is held against what was read: a training ceases to after a few windows, and what
+        counting takes in the first traces alone is no growth with their samples.
+
+        Raises:
+            LossError: its divisor cannot be read this time, or told to be a count.
+        """
+        if self.kind == "penalty":
+            return Mean.of(value, samples(batch))
+        own: Any = term.divisor  # a Number
         if own is None:
             raise LossError(
                 f"the loss of this micro-batch ends in {term.name}, which was a plain sum or mean before: {DECLARE}"
             )
-        if self.scaled and (isinstance(factor, Tensor) or factor):
-            own = own / factor
-        return own.abs() if isinstance(own, Tensor) else abs(own)
+        if self.scaled and (isinstance(term.factor, Tensor) or term.factor):
+            own = own / term.factor
+        own = abs(own)
+        if isinstance(own, Tensor) and self.kind == "count" and value.requires_grad and not self.hides_floor:
+            weigh(term, own.sign())  # keeps the 0 / 0 of a batch in which nothing counts out of the gradient
+            return Mean.of(value, own - self.offset, own)
+        if self.kind == "constant":
+            if not isinstance(own, Tensor) and not near(own, self.amount):
+                raise LossError(
+                    f"the loss divides by {own:g} in this micro-batch, and by {self.amount:g} for all samples tried, "
+                    f"which seemed a constant: {DECLARE}"
+                )
+            return Sum(value, samples(batch))
+        own = float(own)
+        return Mean.of(value, max(own - self.offset, 0.0) if rehearses else self._count(own, batch, value), own)
 
-    @property
-    def trusted(self) -> bool:
-        """Whether the rules have been right often enough to be asked instead of the graph."""
-        return self.kind != "count" or (bool(self.rules) and self.confirmed >= TRUSTED)
-
-    def foretold(self, batch: object) -> float | None:
-        """The count of a batch by the rules, before the model runs; None where there are none, or they differ."""
-        amounts = [rule.of(batch) for rule in self.rules]
-        return amounts[0] if amounts and all(near(amount, amounts[0]) for amount in amounts) else None
-
-    def check(self, divisor: Number) -> None:
-        """Refuses a constant that is another one this time: it was a floor, or samples happened to count alike."""
-        if not isinstance(divisor, Tensor) and not near(divisor, self.amount):
-            raise LossError(
-                f"the loss divides by {divisor:g} in this micro-batch, and by {self.amount:g} for all samples tried, "
-                f"which seemed a constant: {DECLARE}"
-            )
-
-    def count(self, divisor: float, batch: object, value: Tensor) -> float:
-        """What a batch adds to the window's divisor, given its own, and the term's value.
-
-        Raises:
-            LossError: that cannot be told, as it may be a floor.
-        """
+    def _count(self, divisor: float, batch: Any, value: Tensor) -> float:
+        """What a batch adds to the window's divisor, given its own, and the term's value."""
         self.confirmed += 1
         self.hides_floor = self.hides_floor and divisor > 0
         if not self.hides_floor:
@@ -118,9 +140,32 @@ class Divisor:
             f"clamp(min=1){''.join(f'; {rule.name} would be {own:g}' for rule, own in amounts[:1])}: {DECLARE}"
         )
 
-    def whole(self, total: float) -> float:
-        """What the loss of all samples is divided by, of the sum of its parts' counts."""
-        return max(total + self.offset, self.floor) if self.kind == "count" else total
+    def compare(self, loss: Tensor, denominator: float, how: str) -> None:
+        """Holds a denominator that was declared, 1 for a sum, against the graph, where it has one term and is readable.
+
+        One may be a multiple of the other (elements and samples), the same each time. A LossError for anything else,
+        which says `how` it is known: it would weigh micro-batches otherwise than the loss does.
+        """
+        terms = read(loss) if denominator and loss.requires_grad and not loss.is_meta else ()
+        if len(terms) != 1 or terms[0].divisor is None:
+            return
+        divisor, factor = terms[0].divisor, terms[0].factor
+        if isinstance(divisor, Tensor) or isinstance(factor, Tensor):
+            self._waited += 1
+            if self._waited > _WAITS:
+                return
+        own = abs(float(divisor) / (float(factor) or 1.0))
+        if not own or not math.isfinite(own):
+            return
+        self._first = self._first or (own, denominator)
+        first, declared = self._first
+        close = 1e-2 if loss.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        if not near(own * declared, first * denominator, close) and not near(own, first, close):
+            raise LossError(
+                f"the loss {self.words}, {how}, which gives {declared:g} and {denominator:g} in two micro-batches, and "
+                f"its graph says that it divides by {first:g} and {own:g} there: let both count the same, leave "
+                f'reduction="auto", which reads it, or {DECLARE}'
+            )
 
     @property
     def words(self) -> str:

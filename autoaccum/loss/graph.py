@@ -17,6 +17,7 @@ stays there.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ WAYS = ("plain", "deep", "joined")
 _BEYOND = 2**63  # nodes keep negative dimensions as what is left when they are taken from 2**64
 
 
+@dataclass(slots=True, eq=False)
 class Term:
     """Where the reading stands in a graph; at a reduction, one summand of the loss.
 
@@ -46,17 +48,15 @@ class Term:
         tied: the edge above a product with parameters, which needs the term's share as well.
     """
 
-    __slots__ = ("divided", "divisor", "factor", "node", "over", "parent", "place", "tied", "top")
-
-    def __init__(
-        self, node: Any, parent: Any = None, place: int = 0, over: Number = 1.0, factor: Number = 1.0,
-        divided: bool = False,
-    ) -> None:  # fmt: skip
-        self.node, self.parent, self.place = node, parent, place
-        self.over, self.factor, self.divided = over, factor, divided
-        self.divisor: Number | None = None
-        self.top = node
-        self.tied: tuple[Any, int] | None = None
+    node: Any
+    parent: Any = None
+    place: int = 0
+    over: Number = 1.0
+    factor: Number = 1.0
+    divided: bool = False
+    divisor: Number | None = None
+    top: Any = None
+    tied: tuple[Any, int] | None = None
 
     def down(self, place: int, below: Any) -> None:
         """Goes on to `below`, one of the node's inputs."""
@@ -115,17 +115,26 @@ class Values(TorchFunctionMode):
 
     Attributes:
         by_node: each by the node of the graph that made it.
+        took: whether numbers were taken out of tensors: what is divided by may then be any function of them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.by_node: dict[Any, Tensor] = {}
+        self.took = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.numel() == 1 and result.grad_fn is not None:
             self.by_node[result.grad_fn] = result.detach()
+            with_number = (isinstance(each, Tensor) and each.numel() == 1 and not each.requires_grad for each in args)
+            self.took = self.took or any(with_number)
+        elif getattr(func, "__name__", "") in _TAKE:
+            self.took = True
         return result
+
+
+_TAKE = ("item", "tolist", "numpy", "__int__", "__float__", "__bool__", "__index__")
 
 
 def apportioned(loss: Tensor, terms: Sequence[Term], values: Mapping[Any, Tensor]) -> list[Tensor]:

@@ -6,16 +6,16 @@ error, as it was raised.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, DataError, SetupError
 from autoaccum.loss.call import STEP, Call
+from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.torch_losses import TorchLoss
 
 __all__ = ["check_classes", "explain_loss", "explain_model", "explained"]
@@ -24,6 +24,7 @@ _DTYPES = re.compile(r"dtype|scalar type|input type|can't be cast|not implemente
 _SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|dimension", re.IGNORECASE)
 
 Meant = tuple[type[AutoaccumError], str]
+Leaves = list[tuple[str, Tensor]]  # the tensors in a call's arguments, each with its place in the batch
 Result = TypeVar("Result")
 
 
@@ -44,12 +45,16 @@ def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool
 
     `apart`: the targets were kept from the model, since there is a `loss`.
     """
+    leaves = [(f"batch{path}", leaf) for path, leaf in tree.tensors(call.args if call.args else call.kwargs)]
     if isinstance(error, TypeError) and misfit(model.forward, *call.args, **call.kwargs):
-        return _wrong_call(model, call, apart)
+        given = f"the keywords {', '.join(call.kwargs)}" if call.kwargs else f"{len(call.args)} of the batch's parts"
+        names = ", ".join(inspect.signature(model.forward).parameters)
+        remedy = _LOSS_BESIDE if apart else _LOSS_FORGOTTEN
+        return SetupError, f"{type(model).__name__}.forward({names}) cannot be called with {given}; {remedy}, {STEP}"
     if isinstance(error, IndexError) and "index out of range" in str(error):
-        return _outside_embedding(model, call)
+        return _outside_embedding(model, leaves)
     if isinstance(error, (RuntimeError, TypeError)) and _DTYPES.search(str(error)):
-        return _other_dtype(model, call)
+        return _other_dtype(model, leaves)
     return None
 
 
@@ -92,20 +97,14 @@ def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> N
             raise SetupError(found)
 
 
-def _wrong_call(model: nn.Module, call: Call, apart: bool) -> Meant:
-    given = f"the keywords {', '.join(call.kwargs)}" if call.kwargs else f"{len(call.args)} of the batch's parts"
-    names = ", ".join(inspect.signature(model.forward).parameters)
-    if apart:
-        remedy = (
-            "with loss= the target is kept from the model: where the model computes its own loss from it, leave loss= "
-            "out; else make the batch's other parts fit its arguments"
-        )
-    else:
-        remedy = (
-            "without loss= the model gets the whole batch and returns its loss: where the batch's last part is the "
-            "target, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss()"
-        )
-    return SetupError, f"{type(model).__name__}.forward({names}) cannot be called with {given}; {remedy}, {STEP}"
+_LOSS_BESIDE = (
+    "with loss= the target is kept from the model: where the model computes its own loss from it, leave loss= out; "
+    "else make the batch's other parts fit its arguments"
+)
+_LOSS_FORGOTTEN = (
+    "without loss= the model gets the whole batch and returns its loss: where the batch's last part is the target, "
+    "pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss()"
+)
 
 
 def _no_tensor(name: str, outputs: Any) -> Meant:
@@ -122,11 +121,9 @@ def _no_tensor(name: str, outputs: Any) -> Meant:
 
 def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> str | None:
     """In words, which label is none of the classes; None where all are."""
-    if torch_loss is None or not torch_loss.of_logits:
+    if torch_loss is None or not torch_loss.of_logits or not holds_indices(targets):
         return None
-    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.dim() == 0:
-        return None
-    if targets.is_floating_point() or targets.dim() >= max(outputs.dim(), 2):
+    if not isinstance(outputs, Tensor) or outputs.dim() == 0 or targets.dim() >= max(outputs.dim(), 2):
         return None
     classes = outputs.shape[min(1, outputs.dim() - 1)]
     wrong = targets[((targets < 0) | (targets >= classes)) & (targets != torch_loss.ignore_index)]
@@ -139,36 +136,35 @@ def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -
     )
 
 
-def _outside_embedding(model: nn.Module, call: Call) -> Meant | None:
-    rows = {module.num_embeddings for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
-    for place, leaf in _leaves(call):
-        if rows and not leaf.is_floating_point() and leaf.dtype != torch.bool and leaf.numel():
-            low, high = int(leaf.min()), int(leaf.max())
-            if low < 0 or high >= min(rows):
-                return DataError, (
-                    f"{place} holds the index {low if low < 0 else high}, and the model's embeddings have "
-                    f"{' or '.join(map(str, sorted(rows)[:4]))} rows, counted from 0: make the embedding as large as "
-                    "the vocabulary, or look at the data"
-                )
+def _outside_embedding(model: nn.Module, leaves: Leaves) -> Meant | None:
+    """An index that none of the model's embeddings has."""
+    rows = sorted(
+        {each.num_embeddings for each in model.modules() if isinstance(each, (nn.Embedding, nn.EmbeddingBag))}
+    )
+    for place, leaf in leaves:
+        if not rows or not holds_indices(leaf) or not leaf.numel():
+            continue
+        low, high = int(leaf.min()), int(leaf.max())
+        if low < 0 or high >= rows[0]:
+            return DataError, (
+                f"{place} holds the index {low if low < 0 else high}, and the model's embeddings have "
+                f"{' or '.join(map(str, rows[:4]))} rows, counted from 0: make the embedding as large as the "
+                "vocabulary, or look at the data"
+            )
     return None
 
 
-def _other_dtype(model: nn.Module, call: Call) -> Meant | None:
+def _other_dtype(model: nn.Module, leaves: Leaves) -> Meant | None:
+    """Data in another number format than the parameters."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    others = [(place, leaf) for place, leaf in _leaves(call) if leaf.dtype != own and not leaf.is_complex()]
+    others = [(place, leaf) for place, leaf in leaves if leaf.dtype != own and not leaf.is_complex()]
     if own is None or not others:
         return None
     # Whole numbers are right for many models; a float of another format is right for none.
-    place, leaf = next((each for each in others if each[1].is_floating_point()), others[0])
+    place, leaf = max(others, key=lambda other: other[1].is_floating_point())
     floats = leaf.is_floating_point()
     also = f", or the model, model.to({leaf.dtype})" if floats else ""
     return DataError, (
         f"{place} is {leaf.dtype}{'' if floats else ', whole numbers'}, and the model's parameters are {own}: convert "
         f"the data, such as x.to({own}){also}"
     )
-
-
-def _leaves(call: Call) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a call's arguments, each with its place in the batch."""
-    for path, leaf in tree.tensors(call.args if call.args else call.kwargs):
-        yield f"batch{path}", leaf

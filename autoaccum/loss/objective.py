@@ -9,27 +9,29 @@ mean of its elements, as `.mean()` by hand would give; with a declared denominat
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from autoaccum.data import tree
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
 from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
-from autoaccum.loss.counts import holds_indices
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
+from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
-from autoaccum.loss.mean import Mean, Sum
+from autoaccum.loss.mean import Mean
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model, explained
-from autoaccum.loss.reading import Compared, Reading
-from autoaccum.loss.reduction import Reduction, name_of
+from autoaccum.loss.reading import Reading
+from autoaccum.loss.reduction import declared, name_of
 from autoaccum.loss.returned import OwnMeans, declared_terms, own_means, summed
-from autoaccum.loss.settle import Unread, settle
+from autoaccum.loss.settle import settle
+from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.memory.oom import Verdict, out_of_memory
+from autoaccum.model.given_model import unwrapped
 from autoaccum.model.shards import is_sharded
 from autoaccum.model.snapshot import Snapshot
 
@@ -46,8 +48,7 @@ class Objective:
         shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
         compares: whether what is declared is held against the graph; not where a gradient check finds a fault's cause.
         prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
-        reading: how the loss is read off its graph; settles nothing where it is not.
-        names: the terms whose denominators are known before a window runs, the same on every rank.
+        reading: what its terms are divided by, as far as that is known.
     """
 
     def __init__(
@@ -61,21 +62,17 @@ class Objective:
         """Checks the settings, which are `fit`'s, and runs nothing; a SetupError where they contradict each other."""
         self.coupled = coupled_of(loss, step, reduction)
         self.shared = Shared()
+        self._torch = TorchLoss.recognise(loss)
         # By itself, as in validation, a batch's loss is one over its own samples, and weighs as many.
-        self._reduction = Reduction(loss, step, reduction if self.coupled is None else "sample_mean")
+        self.reading = declared(loss, step, reduction if self.coupled is None else "sample_mean", self._torch)
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
         self.prepared: list[dict[str, float]] | None = None
         self.compares = self.coupled is None
-        self.names = tuple(self._reduction.terms)
-        self.reading = Reading()
-        self._reads = self._reduction.reads  # what the loss divides by is read off its graph
-        self._returns_means = False
         self._asked = False  # some samples were, to find out what the loss divides by
-        self._against_graph = {name: Compared() for name in self.names}
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
-        self._source = "the model" if loss is None else f"loss={name_of(loss)}"
+        self._source = "the step" if step is not None else "the model" if loss is None else f"loss={name_of(loss)}"
 
     # What is known of the loss.
 
@@ -87,31 +84,12 @@ class Objective:
                 "compares the samples of a window, so it is computed once over all of them and divided by nothing: "
                 "each micro-batch runs forward twice; validation compares the samples of one micro-batch"
             )
-        if self._returns_means:
-            return "divides by what the step's Means say"
-        return self.reading.reason if self._reads else self._reduction.reason
+        return self.reading.reason
 
     @property
-    def facts(self) -> dict[str, str]:
-        """The terms, and what was read of each: alike on all ranks that have seen it."""
-        facts = {"terms": ", ".join(self.names)}
-        if self._reduction.unread is not None:
-            facts["the loss"] = f"cannot be read: {self._reduction.unread.why}"
-        return facts | {f"{name} of the loss": each.kind for name, each in zip(self.names, self.reading.divisors)}
-
-    @property
-    def unseen(self) -> str | None:
-        """Why it cannot be seen what the loss divides by, in words; None where it was declared or seen."""
-        if self._reads and not self.reading.divisors:
-            return "nothing counts in the samples that were tried, or too little"
-        found = self._reduction.unread
-        return self.reading.untried if found is None else found.why
-
-    @property
-    def uncountable(self) -> Unread | None:
-        """The loss as its graph, and its values over parts of a batch, show that no accumulation of it can be right."""
-        found = self._reduction.unread
-        return found if found is not None and found.wrong else None
+    def names(self) -> tuple[str, ...]:
+        """The terms of the loss."""
+        return tuple(self.reading.divisors)
 
     def targets(self, batch: Any) -> Any:
         """The batch's targets, where it is clear which they are; else None."""
@@ -125,20 +103,12 @@ class Objective:
         A DataError where the batch does not hold what is counted, a LossError where a declared f(batch) gave no number.
         """
         self.settle([batch])
-        return self.counted(batch)
-
-    def counted(self, batch: Any) -> dict[str, float] | None:
-        """`denominators`, as far as they are known without running the loss on any sample."""
-        if self._returns_means:
-            return None
-        return self.reading.count(batch) if self._reads else self._reduction.count(batch)
+        return self.reading.count(batch)
 
     def may_count(self, batch: Any) -> bool:
         """Whether anything in `batch` counts, as far as that is known before its step."""
-        if self._reads and not self.reading.divisors:
-            return any(self._reduction.count(batch).values())
-        known = self.counted(batch)
-        return any(known.values()) if known is not None else not self._reads or self.reading.may_count(batch)
+        known = self.reading.count(batch)
+        return any(known.values()) if known is not None else self.reading.may_count(batch)
 
     def prepare(
         self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
@@ -150,11 +120,10 @@ class Objective:
         a "batch" of which `on_phase` is told. With `rehearses` only the memory that the window takes matters.
         """
         self.settle(batches, rehearses=rehearses)
-        late = self._returns_means or (self._reads and not self.reading.adds_up)
-        if late and len(self.names) == 1:
+        if self.reading.late and len(self.names) == 1:
             self.prepared = None
             return
-        known = [each for batch in batches if (each := self.counted(batch)) is not None]
+        known = [each for batch in batches if (each := self.reading.count(batch)) is not None]
         self.prepared = known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
 
     @property
@@ -196,39 +165,35 @@ class Objective:
             begin: makes the model a function of its samples alone, before it runs on those at some places.
             rehearses: only the memory that a step takes matters: few samples serve, and settle only a step's Means.
         """
-        reduction = self._reduction
-        self.reading.rehearses = rehearses
-        asks = not self.reading.divisors if self._reads else reduction.wants_cut
+        reading = self.reading
+        reading.rehearses = rehearses
         # Trials are alike: what one rehearsal does not show, none does.
-        if not batches or not asks or (rehearses and self._asked):
+        if not batches or reading.is_settled or (rehearses and self._asked):
             return
-        if reduction.wants_cut and not holds_indices(self.targets(batches[0])):
-            return
+        if reading.cuts:
+            reading.count(batches[0])  # refuses what are no labels
         self._asked = True
         try:
             found = self.look(batches, most, begin)
         except OwnMeans as returned:
-            reduction.wants_cut = False
-            if self._reads:
-                self._reads, self._returns_means, self.names = False, True, returned.names
+            means = Reading(
+                {name: Divisor() for name in returned.names}, "means", "divides by what the step's Means say"
+            )
+            self.reading = means if reading.source == "unsettled" else replace(reading, cuts=())
             return
-        if rehearses:
-            return
-        if not self._reads:
-            reduction.take_cut(found)
-        elif isinstance(found, Unread):
-            self._reads, reduction.unread = False, found
-        elif found is not None:
-            self.reading, self.names = found, found.names
+        if not rehearses:
+            self.reading = reading.settled(found)
 
     def look(
         self, batches: Sequence[Any], most: int, begin: Callable[[Rows], None] | None = None, *, means: bool = False
-    ) -> Reading | Unread | None:
+    ) -> Reading | None:
         """What the loss divides by, whatever was declared, as `settle.settle` finds it.
 
         A step's Means are read as the means that they are with `means`; else they raise OwnMeans.
         """
-        model, device = _inner(self.model), device_of(_inner(self.model))
+        model = unwrapped(self.model)
+        model = getattr(model, "_orig_mod", model)  # without what communicates or compiles
+        device = device_of(model)
 
         def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
             with Snapshot(model, *self._owners, device=device, parameters=False), torch.enable_grad():
@@ -236,13 +201,13 @@ class Objective:
                     begin(rows)
                 else:
                     torch.rand(number)
-                result, source, _, _ = self._run(model, tree.move(small, device))
-                return scalar(result if self.step is None else summed(result, means=means), source)
+                result, _, _ = self._run(model, tree.move(small, device))
+                return scalar(result if self.step is None else summed(result, means=means), self._source)
 
         most = min(most, max(map(tree.batch_size, batches)))
         while True:
             try:
-                return settle(evaluate, batches, self.targets, most, self._reduction.cuts())
+                return settle(evaluate, batches, self.targets, most, self.reading.cuts)
             except Exception as error:
                 if most == 1 or out_of_memory(error) is not Verdict.SURELY:
                     raise
@@ -272,37 +237,33 @@ class Objective:
             DataError: the batch does not fit the model's call or the loss's.
         """
         if denominators is None and on_host is None:
-            denominators = self.denominators(batch)
-        several = len(self.names) > 1  # which only the graph tells apart
-        reads = self._reads and (denominators is None or several or torch.is_grad_enabled())
+            self.settle([batch])
+        reading, several = self.reading, len(self.names) > 1  # which only the graph tells apart
+        on_host_too = batch if on_host is None else on_host
+        if denominators is None and (on_host is None or not reading.late):
+            denominators = reading.count(on_host_too)
+        reads = reading.source in ("graph", "unsettled") and (
+            denominators is None or several or torch.is_grad_enabled()
+        )
         values = Values() if reads and several else None
         with values or contextlib.nullcontext():
-            result, source, outputs, targets = self._run(self.model, batch, graph=reads)
-        if reads:
-            loss = scalar(result if self.step is None else summed(result), source, graph=graph)
-            seen = {} if values is None else values.by_node
-            terms = self.reading.terms(loss, batch if on_host is None else on_host, denominators, seen)
-            return terms, outputs, targets
-        if denominators is None:
+            result, outputs, targets = self._run(self.model, batch, graph=reads)
+        if not reads and denominators is None:
             return own_means(result, self.names, graph), outputs, targets
-        if self.step is None:
-            result = {"loss": result}
+        if reading.source in ("declared", "means"):
+            returned = {"loss": result} if self.step is None else declared_terms(result, self.names)
         else:
-            result = declared_terms(result, denominators, self._reduction.adds_up, graph)
-        terms = {name: self._term(value, denominators[name], name, source, graph) for name, value in result.items()}
+            returned = {"loss": result if self.step is None else summed(result)}
+        if reads:
+            loss = scalar(returned["loss"], self._source, graph=graph)
+            seen = {} if values is None else values.by_node
+            return reading.read(loss, on_host_too, denominators, seen), outputs, targets
+        assert denominators is not None
+        terms = {
+            name: reading.counted(name, value, denominators[name], self._source, graph=graph, compares=self.compares)
+            for name, value in returned.items()
+        }
         return terms, outputs, targets
-
-    def _term(self, loss: Any, denominator: float, name: str, source: str, graph: bool) -> Mean:
-        if isinstance(loss, Mean):
-            return loss
-        loss, reduction = scalar(loss, source, graph=graph and denominator > 0), self._reduction
-        adds_up = reduction.adds_up(name) or [each.kind for each in self.reading.divisors] == ["constant"]
-        if self.compares and not reduction.reads and not reduction.takes_sums:
-            amount = float(denominator > 0) if adds_up else denominator
-            self._against_graph[name].check(loss, amount, lambda: reduction.words(name))
-        if adds_up:
-            return Sum(loss, denominator)
-        return Mean(loss, denominator) if reduction.takes_sums else Mean.of(loss, denominator)
 
     def forward(self, batch: Any) -> None:
         """Runs the model as `terms` would, a `step` included, and drops what comes: to see whether it runs."""
@@ -311,12 +272,12 @@ class Objective:
         else:
             self._outputs(self.model, arrange(batch, apart=self.loss is not None))
 
-    def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, str, Any, Any]:
-        """(loss, who returned it, outputs, targets). `graph`: the loss gets one although gradients are off."""
+    def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, Any, Any]:
+        """(loss, outputs, targets). `graph`: the loss gets one although gradients are off."""
         off = graph and not torch.is_grad_enabled()
         if self.step is not None:
             with torch.set_grad_enabled(torch.is_grad_enabled() or off):
-                return self.step(model, plain(batch)), "the step", None, None
+                return self.step(model, plain(batch)), None, None
         call = arrange(batch, apart=self.loss is not None)
         with torch.set_grad_enabled(torch.is_grad_enabled() or (off and self.loss is None)):
             outputs = self._outputs(model, call)
@@ -328,10 +289,10 @@ class Objective:
                     "are its outputs, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss(); a model "
                     "that returns its loss returns one number, so average it (loss.mean())"
                 )
-            return loss, self._source, outputs, call.targets
+            return loss, outputs, call.targets
         with torch.set_grad_enabled(torch.is_grad_enabled() or off):
             loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
-        return loss, self._source, outputs, call.targets
+        return loss, outputs, call.targets
 
     def _outputs(self, model: nn.Module, call: Call) -> Any:
         """What the model returns for this call; what it raises is explained where it can be."""
@@ -342,7 +303,7 @@ class Objective:
 
     def _compared(self, outputs: Any, targets: Any) -> Any:
         """What the loss gives for outputs and targets; what it raises is explained where it can be."""
-        function, torch_loss = self.loss, self._reduction.torch
+        function, torch_loss = self.loss, self._torch
         assert function is not None
         arguments = (outputs, targets) if torch_loss is None else torch_loss.arguments(outputs, targets)
         if not self._classes_checked:
@@ -353,7 +314,7 @@ class Objective:
             lambda error: explain_loss(error, name_of(function), outputs, targets, torch_loss),
         )
         if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
-            return loss.sum() if self._reduction.takes_sums else loss.mean()
+            return loss.sum() if self.reading.gives_sums else loss.mean()
         return loss
 
 
@@ -361,11 +322,3 @@ def _leaf(tensor: Tensor) -> Tensor:
     """The tensor as the start of a graph of its own."""
     detached = tensor.detach()
     return detached.requires_grad_() if detached.is_floating_point() or detached.is_complex() else detached
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model without wrappers that communicate or compile: it is asked a few questions on its own."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner

@@ -1,11 +1,10 @@
-"""What a loss is divided by where the settings say it: declared, or as torch's own loss does; each term, in words.
+"""What a loss is divided by where the settings say it: declared, or as torch's own loss does.
 
-Of any other loss the divisor is read off its graph (reading.py); where that cannot be, labels or samples are counted,
-and verification tells whether that was right. A declared reduction says what the loss's mean runs over, whatever the
-loss is. Settings that contradict each other are refused here, before anything runs.
+A declared reduction says what the loss's mean runs over, whatever the loss is. Settings that contradict each other are
+refused here, before anything runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,127 +20,119 @@ from autoaccum.loss.counts import (
     as_denominator,
     elements,
     holds_indices,
+    labels_counted,
     samples,
     tokens,
 )
+from autoaccum.loss.divisor import TRUSTED, Divisor
 from autoaccum.loss.reading import Reading
-from autoaccum.loss.settle import Unread
 from autoaccum.loss.torch_losses import TorchLoss
 
-__all__ = ["Reduction", "name_of"]
+__all__ = ["declared", "name_of"]
 
 _NAMED = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
 
 
-class Reduction:
-    """What each term is divided by.
+def declared(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None) -> Reading:
+    """What each term is divided by, as far as the settings say it: the same on every rank.
 
-    Attributes:
-        terms: what was declared of each, by name; the same on every rank.
-        reads: nobody declared what the loss divides by, and it is none of torch's: its graph says it.
-        torch: the loss as one of torch's, or None.
-        unread: why the graph cannot be read, where that was tried.
-        wants_cut: a mean over labels was declared, and it was not seen which columns of them count.
+    A loss that nobody declared, and that is none of torch's, is left to be read; its labels or samples are a guess.
+
+    Raises:
+        SetupError: the settings are unknown, or contradict each other.
     """
+    _check_callables(loss, step)
+    _check_declared(reduction, step)
+    for name, given, arguments in (("loss", loss, ("outputs", "targets")), ("step", step, ("model", "batch"))):
+        if given is not None and (name == "step" or torch_loss is None):
+            check_call(name, given, arguments)
+    counts = _Counts(loss, step, torch_loss)
+    if isinstance(reduction, str) and reduction == "auto":
+        if torch_loss is None:
+            why = "nothing counts in the samples that were tried, or too little"
+            how = "divides by what its graph says, read at each micro-batch"
+            return Reading({"loss": Divisor(rules=[counts.guess])}, "unsettled", how, unseen=why)
+        kind = "constant" if torch_loss.reduction == "sum" else "count"
+        own = Divisor(kind, [Count(torch_loss.divides_by, "", counts.of_torch)], TRUSTED)
+        return Reading({"loss": own}, "declared", f"as {torch_loss.name} does")
+    if torch_loss is not None and reduction == "sum" and torch_loss.reduction in ("mean", "batchmean"):
+        raise SetupError(
+            f"reduction='sum' and a loss that averages ({torch_loss.name}) contradict each other: give the loss "
+            "reduction='sum', or leave reduction='auto'"
+        )
+    terms = reduction if isinstance(reduction, Mapping) else {"loss": reduction}
+    if "weighted_mean" in terms.values() and counts.class_weights is None:
+        raise SetupError(
+            "reduction='weighted_mean' sums class weights, and the loss has none: pass a loss such as "
+            "nn.CrossEntropyLoss(weight=...), or declare reduction=f(batch)"
+        )
+    labels = torch_loss is None and reduction in ("token_mean", "weighted_mean")
+    return Reading(
+        {name: counts.divisor(how) for name, how in terms.items()},
+        "declared",
+        f"as declared by reduction={shown(reduction)}" if isinstance(reduction, str) else "as declared",
+        gives_sums=torch_loss is not None and torch_loss.reduction in ("sum", "none"),
+        cuts=[counts.labels(reduction, cut) for cut in CUTS] if labels else (),
+    )
 
-    def __init__(self, loss: Any, step: Any, declared: Any) -> None:
-        """Checks the settings; a SetupError where they are unknown, or contradict each other."""
-        _check_callables(loss, step)
-        _check_declared(declared, step)
-        self._loss, self._step, self._declared = loss, step, declared
-        self.torch = TorchLoss.recognise(loss)
-        if loss is not None and self.torch is None:
-            check_call("loss", loss, ("outputs", "targets"))
-        if step is not None:
-            check_call("step", step, ("model", "batch"))
-        self.terms: Mapping[str, Any] = declared if isinstance(declared, Mapping) else {"loss": declared}
-        self.unread: Unread | None = None
-        self._cut, self._weights = "", ClassWeights()
-        named = declared if isinstance(declared, str) and self.torch is None else ""
-        self.reads, self.wants_cut = named == "auto", named in ("token_mean", "weighted_mean")
-        if self.torch is not None and declared == "sum" and self.torch.reduction in ("mean", "batchmean"):
-            raise SetupError(
-                f"reduction='sum' and a loss that averages ({self.torch.name}) contradict each other: give the loss "
-                "reduction='sum', or leave reduction='auto'"
-            )
-        if "weighted_mean" in self.terms.values() and self._class_weights is None:
-            raise SetupError(
-                "reduction='weighted_mean' sums class weights, and the loss has none: pass a loss such as "
-                "nn.CrossEntropyLoss(weight=...), or declare reduction=f(batch)"
-            )
 
-    def adds_up(self, name: str) -> bool:
-        """Whether the term is a sum, which is never divided."""
-        how = self.terms.get(name, "auto")
-        return bool(how == "sum" or (how == "auto" and self.torch is not None and self.torch.reduction == "sum"))
+class _Counts:
+    """What a declared reduction counts in a batch; the settings of the loss are read at each count."""
 
-    @property
-    def takes_sums(self) -> bool:
-        """Whether what the loss gives is a numerator already: a sum or single elements, with a declared denominator."""
-        return self.torch is not None and self._declared != "auto" and self.torch.reduction in ("sum", "none")
+    def __init__(self, loss: Any, step: Any, torch_loss: TorchLoss | None) -> None:
+        self._loss, self._step, self._torch, self._weights = loss, step, torch_loss, ClassWeights()
 
-    def cuts(self) -> list[Count]:
-        """What a declared mean over labels may mean: all columns of them, or less those that the head shifts away."""
-        how = self._declared
-        return [
-            Count(cut, how, lambda batch, cut=cut: self._labels(batch, how, cut))  # type: ignore[misc]
-            for cut in (CUTS if self.wants_cut else ())
-        ]
-
-    def take_cut(self, found: Reading | Unread | None) -> None:
-        """Takes the columns which a declared mean over labels was seen to leave out."""
-        self.wants_cut = found is None
-        rules = found.divisors[0].rules if isinstance(found, Reading) and len(found.divisors) == 1 else []
-        self._cut = next((rule.name for rule in rules if rule.name in CUTS), "")
-
-    @property
-    def ignore_index(self) -> int:
-        """The index that the loss says it ignores."""
-        return self.torch.ignore_index if self.torch is not None else int(getattr(self._loss, "ignore_index", IGNORED))
-
-    # Counting.
-
-    def count(self, batch: Any) -> dict[str, float]:
-        """The denominator of each term's mean over `batch`.
-
-        Raises:
-            DataError: the batch does not hold what is counted.
-            LossError: a declared f(batch) gave no denominator.
-        """
-        return {name: self._count(how, batch) for name, how in self.terms.items()}
-
-    def _count(self, how: Any, batch: Any) -> float:
+    def divisor(self, how: Any) -> Divisor:
+        """Of one term, as it was declared."""
+        if isinstance(how, str) and how == "sum":
+            return Divisor("constant")
         if callable(how):
-            return as_denominator(how(batch), f"reduction={name_of(how)}")
-        if how == "element_mean":
-            return elements(self._targets(batch, how))
-        if how in ("token_mean", "weighted_mean"):
-            return self._labels(batch, how, self._cut)
-        return self._undeclared(batch) if how == "auto" else samples(batch)
+            name = name_of(how)
+            of: Callable[[Any], float] = lambda batch: as_denominator(how(batch), f"reduction={name}")  # noqa: E731
+            return Divisor(rules=[Count(f"{name}(batch)", "", of)], confirmed=TRUSTED)
+        if how == "sample_mean":
+            count = Count("the samples", how, samples)
+        elif how == "element_mean":
+            count = Count("the elements of the targets", how, lambda batch: elements(self._targets(batch, how)))
+        else:
+            count = self.labels(how, "")
+        return Divisor(rules=[count], confirmed=TRUSTED)
 
-    def _undeclared(self, batch: Any) -> float:
-        """As torch's own loss divides; of one that could not be read by its labels or samples."""
-        if self.torch is not None:
-            return self.torch.denominator(arrange(batch, apart=True).targets, lambda: samples(batch))
-        labels = targets_in(batch, apart=False) if self._loss is None else None
-        if not isinstance(labels, Tensor):
-            return samples(batch)
-        return tokens(labels) if holds_indices(labels) else elements(labels)
+    def labels(self, how: str, cut: str) -> Count:
+        """Of the labels that count, or their class weights; without those that a head shifts away."""
+        name = labels_counted(cut, self._ignore_index)
 
-    def _labels(self, batch: Any, how: str, cut: str) -> float:
-        """The labels that count, or their class weights."""
-        targets = self._targets(batch, how)
-        if not holds_indices(targets):
-            kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
-            raise DataError(
-                f"reduction={shown(how)} counts targets that are integers, and these are {kind}: "
-                "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
-            )
-        counted = CUTS[cut](targets) if targets.dim() == 2 else targets
-        if how == "token_mean":
-            return tokens(counted, self.ignore_index)
-        assert self._class_weights is not None
-        return self._weights.total(counted, self._class_weights, self.ignore_index)
+        def of(batch: Any) -> float:
+            targets = self._targets(batch, how)
+            if not holds_indices(targets):
+                kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+                raise DataError(
+                    f"reduction={shown(how)} counts targets that are integers, and these are {kind}: "
+                    "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
+                )
+            counted = CUTS[cut](targets) if targets.dim() == 2 else targets
+            weights = self.class_weights if how == "weighted_mean" else None
+            return self._weights.total(counted, weights, self._ignore_index)
+
+        return Count(name if how == "token_mean" else f"the class weights of {name}", how, of)
+
+    def of_torch(self, batch: Any) -> float:
+        """As torch's own loss divides."""
+        assert self._torch is not None
+        return self._torch.denominator(arrange(batch, apart=True).targets, lambda: samples(batch))
+
+    @property
+    def guess(self) -> Count:
+        """Of a loss that cannot be read: the labels of a model that computes its own, else the samples."""
+
+        def of(batch: Any) -> float:
+            labels = targets_in(batch, apart=False) if self._loss is None else None
+            if not isinstance(labels, Tensor):
+                return samples(batch)
+            return tokens(labels) if holds_indices(labels) else elements(labels)
+
+        name = "the labels that count" if self._loss is None and self._step is None else "the samples"
+        return Count(name, "", of)
 
     def _targets(self, batch: Any, how: str) -> Any:
         targets = targets_in(batch, apart=self._loss is not None or self._step is not None)
@@ -153,41 +144,14 @@ class Reduction:
         return targets
 
     @property
-    def _class_weights(self) -> Tensor | None:
-        weights = self.torch.weights if self.torch is not None else getattr(self._loss, "weight", None)
-        return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
-
-    # Words.
+    def _ignore_index(self) -> int:
+        return self._torch.ignore_index if self._torch else int(getattr(self._loss, "ignore_index", IGNORED))
 
     @property
-    def reason(self) -> str:
-        """One line: the denominator, and why it is that."""
-        if isinstance(self._declared, Mapping):
-            return "; ".join(f"{name} {self.words(name)}" for name in self.terms)
-        return self.words("loss")
-
-    def words(self, name: str) -> str:
-        """What one of the terms is divided by, and why it is that."""
-        how, unread = self.terms[name], self.unread
-        if callable(how):
-            return f"divides by {name_of(how)}(batch), as declared"
-        if how == "sum":
-            return "adds up, as declared by reduction='sum'"
-        if how != "auto":
-            labels = f"the labels other than {self.ignore_index}" + (f" in batch{self._cut}" if self._cut else "")
-            by = {
-                "sample_mean": "the samples",
-                "token_mean": labels,
-                "weighted_mean": f"the class weights of {labels}",
-                "element_mean": "the elements of the targets",
-            }[how]
-            return f"divides by {by}, as declared by reduction={shown(how)}"
-        if unread is None:
-            assert self.torch is not None  # else the loss is read, and has words of its own
-            does = "adds up" if self.torch.reduction == "sum" else f"divides by {self.torch.divides_by}"
-            return f"{does}, as {self.torch.name} does"
-        by = "the labels that count" if self._loss is None and self._step is None else "the samples"
-        return f"divides by {by}, assumed since {unread.why}: reduction= declares another denominator"
+    def class_weights(self) -> Tensor | None:
+        """The loss's own."""
+        weights = self._torch.weights if self._torch is not None else getattr(self._loss, "weight", None)
+        return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
 
 
 def name_of(f: Any) -> str:
@@ -213,7 +177,7 @@ def _check_callables(loss: Any, step: Any) -> None:
 
 def _check_declared(declared: Any, step: Any) -> None:
     several = isinstance(declared, Mapping)
-    named = _NAMED[1:] if several else _NAMED  # a dict that leaves a term to be read declares nothing of it
+    named = _NAMED[2:] if several else _NAMED  # a dict that leaves a term to be read declares nothing of it
     choices = f"choose {', '.join(map(repr, named))}, or declare f(batch) -> float"
     if several and step is None:
         raise SetupError(

@@ -1,27 +1,26 @@
 """What a step returned, as the terms of its loss: a tensor, a Mean, or a dict of them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from autoaccum.errors import LossError
 from autoaccum.loss.call import scalar
-from autoaccum.loss.divisor import near
 from autoaccum.loss.mean import Mean
 
 __all__ = ["OwnMeans", "declared_terms", "own_means", "summed"]
 
 
-class OwnMeans(Exception):
-    """A step returned Means: nothing has to be read.
+class OwnMeans(LossError):
+    """A step returned Means, of which nothing has to be read; an error where it returned tensors before.
 
     Attributes:
         names: of its terms.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        super().__init__()
+        super().__init__("the step returned a Mean, and a tensor before: return a Mean each time, or never")
         self.names = names
 
 
@@ -48,44 +47,21 @@ def summed(result: Any, *, means: bool = False) -> Any:
     return sum(scalar(value, f"the step's term {name!r}") for name, value in terms.items())
 
 
-def declared_terms(
-    result: Any, denominators: Mapping[str, float], adds_up: Callable[[str], bool], graph: bool
-) -> dict[str, Any]:
-    """The terms whose denominators were known before the step ran: a Mean checked against them, or what was returned.
-
-    Where something counts, `graph` asks for one.
-
-    Raises:
-        LossError: other terms than declared; a Mean that says another denominator, or whose term is a sum.
-    """
-    terms = _named(_terms_in(result, tuple(denominators)), tuple(denominators))
-    if set(terms) != set(denominators):
+def declared_terms(result: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What a step returned of each term that was declared; a LossError where it returned others."""
+    terms = _named(_terms_in(result, names), names)
+    if set(terms) != set(names):
         raise LossError(
             f"the step returned the terms {', '.join(map(repr, terms))}, and reduction declares "
-            f"{', '.join(map(repr, denominators))}: declare each term, as reduction={_remedy(terms)}"
+            f"{', '.join(map(repr, names))}: declare each term, as reduction={_remedy(terms)}"
         )
-    found = {name: terms[name] for name in denominators}
-    for name, mean in found.items():
-        if not isinstance(mean, Mean):
-            continue
-        own, denominator = mean.denominator, denominators[name]
-        if isinstance(own, float) and not near(own, denominator):
-            raise LossError(
-                f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
-                f"{denominator:g} for the same batch: let both count the same, or declare none"
-            )
-        if adds_up(name):
-            raise LossError(
-                f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the sum"
-            )
-        found[name] = Mean(scalar(mean.numerator, "the step's Mean", graph=graph and denominator > 0), denominator)
-    return found
+    return {name: terms[name] for name in names}
 
 
-def own_means(result: Any, names: tuple[str, ...], graph: bool) -> dict[str, Mean]:
+def own_means(result: Any, names: Sequence[str], graph: bool) -> dict[str, Mean]:
     """What a step returned that owns its denominators, under the `names` it had before; a LossError for others."""
     terms = _named(_terms_in(result), names)
-    if tuple(terms) != names or not all(isinstance(value, Mean) for value in terms.values()):
+    if list(terms) != list(names) or not all(isinstance(value, Mean) for value in terms.values()):
         raise LossError(
             f"the step returned {_kinds(terms)}, and a Mean for each of {', '.join(map(repr, names))} before: return "
             "the same terms each time, with a denominator of 0 where nothing counts"
@@ -97,9 +73,9 @@ def own_means(result: Any, names: tuple[str, ...], graph: bool) -> dict[str, Mea
     return dict(terms)
 
 
-def _named(terms: Mapping[Any, Any], names: tuple[str, ...]) -> Mapping[Any, Any]:
+def _named(terms: Mapping[Any, Any], names: Sequence[str]) -> Mapping[Any, Any]:
     """One term goes by whatever name."""
-    return {"loss": next(iter(terms.values()))} if len(terms) == 1 and names == ("loss",) else terms
+    return {"loss": next(iter(terms.values()))} if len(terms) == 1 and list(names) == ["loss"] else terms
 
 
 def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:

@@ -215,7 +215,7 @@ class Accumulator(Passes):
         if self.objective is not None:
             self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
         if self._settings:
-            loss = {} if self.objective is None else self.objective.facts
+            loss = {} if self.objective is None else self.objective.reading.facts
             agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, loss)
             self._settings = {}
         sums = WindowSums(batches, self.objective, self.ranks, f"step {self.step + 1}")
