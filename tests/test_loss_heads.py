@@ -314,7 +314,7 @@ def test_a_model_that_gives_its_loss_in_training_only_is_read():
 
     objective = Objective(Training(shifted))
     objective.settle([batch(labels())])
-    assert "the labels[:, 1:] other than -100" in objective.reason
+    assert "the targets[:, 1:] other than -100" in objective.reason
 
 
 def test_a_model_that_returns_no_scalar_is_refused():

@@ -124,5 +124,5 @@ def test_an_opaque_loss_whose_samples_count_alike_is_said_to_be_untried_before_i
         warnings.simplefilter("always")
         autoaccum.fit(nn.Linear(6, 4).double(), data, max_steps=1, progress=False, cache=False, **settings)
     text = " ".join(str(each.message) for each in said)
-    assert ("the labels other than -100 were as many in each sample tried" in text) is not unequal
+    assert ("the targets other than -100 were as many in each sample tried" in text) is not unequal
     assert ('declare it: reduction="token_mean"' in text) is not unequal

@@ -93,7 +93,7 @@ class Segments(nn.Module):
 def test_the_reason_names_the_label_that_is_left_out(settings):
     data = {"x": torch.randn(24, 6), "labels": torch.tensor([0, 1, 2, 255] * 6)}
     loop = autoaccum.prepare(Segments(), data, target_batch=8, device="cpu", cache=False, **settings)
-    assert "labels other than 255" in loop.plan.reasons["denominator"]
+    assert "targets other than 255" in loop.plan.reasons["denominator"]
 
 
 def test_an_epoch_shorter_than_the_target_is_run_and_told_as_it_is():

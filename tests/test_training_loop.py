@@ -445,7 +445,7 @@ def test_the_check_looks_at_samples_from_all_over_the_data():
 @pytest.mark.parametrize("loss", [tokens_loss, opaque_loss])
 def test_what_a_loss_divides_by_is_found_in_samples_from_all_over_the_data(loss):
     loop = of_tokens(tokens(even=False), micro_batch=4, loss=loss)
-    assert "the labels other than -100" in loop.plan.reasons["denominator"]
+    assert "the targets other than -100" in loop.plan.reasons["denominator"]
     assert loop.verify.ok
 
 

@@ -16,7 +16,7 @@ from autoaccum.errors import DataError, LossError, shown
 
 __all__ = [
     "CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
-    "labels_counted", "samples", "tokens",
+    "ignored_by", "other_than", "samples", "tokens",
 ]  # fmt: skip
 
 IGNORED = -100  # torch's default ignore_index, which Transformers keeps
@@ -137,9 +137,15 @@ CUTS: dict[str, Callable[[Tensor], Tensor]] = {
 """The columns of labels that a head may count: it shifts the others away."""
 
 
-def labels_counted(cut: str, ignore_index: int) -> str:
-    """In words: the labels that count."""
-    return f"the labels{cut} other than {ignore_index}"
+def other_than(ignore_index: int, cut: str = "") -> str:
+    """In words: the targets that count."""
+    return f"the targets{cut} other than {ignore_index}"
+
+
+def ignored_by(loss: Any) -> int:
+    """The class index that a loss says it ignores."""
+    index = getattr(loss, "ignore_index", None)
+    return IGNORED if index is None else int(index)
 
 
 def _labels(path: str, labels: Tensor) -> Iterator[Count]:
@@ -147,7 +153,7 @@ def _labels(path: str, labels: Tensor) -> Iterator[Count]:
     if holds_indices(labels):
         for index in sorted(_PADDING, key=lambda index: not bool((labels == index).any())):  # what occurs, first
             for cut in CUTS if labels.dim() == 2 else [""]:
-                count = _marked(path, cut, "!=", index)._replace(name=labels_counted(cut, index))
+                count = _marked(path, cut, "!=", index)._replace(name=other_than(index, cut))
                 usual = index == IGNORED and not cut
                 yield count._replace(declare="reduction='token_mean'") if usual else count
     yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))

@@ -30,8 +30,6 @@ Number = float | Tensor  # a tensor of shape () where it lies on a device
 
 WAYS = ("plain", "deep", "joined")
 
-_BEYOND = 2**63  # nodes keep negative dimensions as what is left when they are taken from 2**64
-
 
 @dataclass(slots=True, eq=False)
 class Term:
@@ -58,13 +56,14 @@ class Term:
     top: Any = None
     tied: tuple[Any, int] | None = None
 
-    def down(self, place: int, below: Any) -> None:
-        """Goes on to `below`, one of the node's inputs."""
+    def down(self, place: int, below: Any) -> "Term":
+        """Itself, gone on to `below`, one of the node's inputs."""
         self.parent, self.place, self.node = self.node, place, below
+        return self
 
-    def branch(self, place: int, below: Any, factor: Number) -> "Term":
-        """Another one, at `below`, one of the node's inputs."""
-        return Term(below, self.node, place, self.over, factor, self.divided)
+    def copy(self) -> "Term":
+        """Another one that stands where this one does, on its way."""
+        return Term(self.node, self.parent, self.place, self.over, self.factor, self.divided)
 
     def ends(self, divisor: Number | None) -> "Term":
         """Itself, at its end."""
@@ -80,10 +79,7 @@ class Term:
 
 def read(loss: Tensor, way: str = "plain") -> list[Term]:
     """The terms of a scalar loss, one element with its graph; in the order in which the graph has them."""
-    found: list[Term] = []
-    if loss.grad_fn is not None:
-        _walk(Term(loss.grad_fn), way, found)
-    return found
+    return [] if loss.grad_fn is None else _walk(Term(loss.grad_fn), way)
 
 
 def weigh(term: Term, share: Number) -> None:
@@ -176,71 +172,37 @@ _LISTS = frozenset(("StackBackward0", "CatBackward0"))
 _OVER_SOME = frozenset(("MeanBackward1", "SumBackward1"))
 
 
-def _walk(at: Term, way: str, found: list[Term]) -> None:
+def _walk(at: Term, way: str) -> list[Term]:
     """Down to each term's end."""
     while True:
         name = at.node.name()
         if name in _REDUCTIONS:
-            if _reduced(at, name, way, found):
-                return
-            continue
-        inputs = [(place, below) for place, (below, _) in enumerate(at.node.next_functions) if below is not None]
+            return _reduced(at, name, way)
+        inputs = [(place, node) for place, (node, _) in enumerate(at.node.next_functions) if node is not None]
         if len(inputs) == 1:
-            ((place, below),) = inputs
-            if not _passed(at, name, place):
-                break
-            at.down(place, below)
+            if not _passed(at, name, *inputs[0]):
+                return [at.ends(None)]
         elif inputs and name in _SUMS:
             if way == "joined":
-                found.append(at.ends(at.over))
-                return
-            for place, below in inputs[1:]:
-                _walk(at.branch(place, below, _signed(at, name, place)), way, found)
-            place, below = inputs[0]
-            at.factor = _signed(at, name, place)
-            at.down(place, below)
+                return [at.ends(at.over)]
+            found = []
+            for place, node in inputs[1:]:
+                side = at.copy()
+                _passed(side, name, place, node)
+                found += _walk(side, way)
+            _passed(at, name, *inputs[0])
+            return _walk(at, way) + found
         else:
-            term = _tied(at, inputs, way) if name in _PRODUCTS or name in _QUOTIENTS else None
-            if term is None:
-                break
-            found.append(term)
-            return
-    found.append(at.ends(None))
+            return [(_tied(at, inputs, way) if name in _PRODUCTS or name in _QUOTIENTS else None) or at.ends(None)]
 
 
-def _reduced(at: Term, name: str, way: str, found: list[Term]) -> bool:
-    """Notes the term that ends in a reduction, or those of a list; False where another reduction below is its end."""
-    own = _REDUCTIONS[name](at.node)
-    if own is None:
-        found.append(at.ends(None))
-        return True
-    inner: Any = at.node.next_functions[0][0] if name in _PLAIN else None
-    within = "" if inner is None else inner.name()
-    if way != "joined" and within in _LISTS and _elements(at.node) == len(inner.next_functions):
-        at.over = at.over * own
-        at.down(0, inner)
-        for place, (below, _) in enumerate(inner.next_functions):
-            if below is not None:
-                _walk(at.branch(place, below, at.factor), way, found)
-        return True
-    if way == "deep" and ((within in _OVER_SOME and 0 in _dimensions(inner)) or _by_one_number(inner, within)):
-        at.over = at.over * own
-        at.down(0, inner)
-        return False
-    found.append(at.ends(at.over * own))
-    return True
-
-
-def _by_one_number(node: Any, name: str) -> bool:
-    """Whether a node divides all that it is given by one and the same number."""
-    return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
-
-
-def _passed(at: Term, name: str, place: int) -> bool:
-    """Takes along what a node of one input multiplies with or divides by; False where it does something else."""
+def _passed(at: Term, name: str, place: int, below: Any) -> bool:
+    """Goes on to an input, with what it is multiplied with or divided by; False where the node does something else."""
     node = at.node
     if name in _SUMS:
-        at.factor = _signed(at, name, place)
+        if place != (name[0] == "R"):  # rsub is other - alpha × self
+            alpha = getattr(node, "_saved_alpha", 1)
+            at.factor = at.factor * (alpha if name[0] == "A" else -alpha)
     elif name in _PRODUCTS:
         at.factor = at.factor * _number(node._saved_self if place else node._saved_other)
     elif name in _QUOTIENTS and place == 0:
@@ -249,33 +211,53 @@ def _passed(at: Term, name: str, place: int) -> bool:
         at.factor = -at.factor
     elif name == "WhereBackward0":
         at.over = at.over * _number(node._saved_condition if place == 0 else ~node._saved_condition)
-    else:
-        return name in _SAME
+    elif name not in _SAME:
+        return False
+    at.parent, at.place, at.node = node, place, below
     return True
+
+
+def _reduced(at: Term, name: str, way: str) -> list[Term]:
+    """The term that ends in a reduction, or in another one below it; or the terms of a list."""
+    own = _REDUCTIONS[name](at.node)
+    if own is None:
+        return [at.ends(None)]
+    inner: Any = at.node.next_functions[0][0] if name in _PLAIN else None
+    within = "" if inner is None else inner.name()
+    is_list = way != "joined" and within in _LISTS and _elements(at.node) == len(inner.next_functions)
+    if is_list or (
+        way == "deep" and ((within in _OVER_SOME and _over_samples(inner)) or _by_one_number(inner, within))
+    ):
+        at.over = at.over * own
+        at.down(0, inner)
+        if not is_list:
+            return _walk(at, way)
+        items = [(place, node) for place, (node, _) in enumerate(inner.next_functions) if node is not None]
+        return [end for place, node in items for end in _walk(at.copy().down(place, node), way)]
+    return [at.ends(at.over * own)]
+
+
+def _by_one_number(node: Any, name: str) -> bool:
+    """Whether a node divides all that it is given by one and the same number."""
+    return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
+
+
+def _over_samples(node: Any) -> bool:
+    """Whether a sum or a mean over some dimensions goes over dimension 0; nodes keep negative ones less than 2**64."""
+    dimensions = node._saved_dim
+    return not dimensions or any(dim in (0, 2**64 - len(node._saved_self_sym_sizes)) for dim in dimensions)
 
 
 def _tied(at: Term, inputs: list[tuple[int, Any]], way: str) -> Term | None:
     """The one term under a product, where all else in it is made of parameters; None where two terms are multiplied."""
-    known: list[Term] = []
-    for place, below in inputs:
-        side: list[Term] = []
-        _walk(at.branch(place, below, at.factor), way, side)
-        if any(term.divisor is not None for term in side):
-            known += side
+    sides = [_walk(at.copy().down(place, node), way) for place, node in inputs]
+    known = [term for side in sides if any(each.divisor is not None for each in side) for term in side]
     if len(known) != 1:
         return None
     (term,) = known
     term.tied = None if at.parent is None else (at.parent, at.place)
     term.top, term.over, term.factor = at.node, at.over, at.factor
     return term
-
-
-def _signed(at: Term, name: str, place: int) -> Number:
-    """The factor of one side of a sum or a difference."""
-    if place == (name[0] == "R"):  # rsub is other - alpha × self
-        return at.factor
-    alpha = getattr(at.node, "_saved_alpha", 1)
-    return at.factor * (alpha if name[0] == "A" else -alpha)
 
 
 def _number(value: Any) -> Number:
@@ -292,20 +274,9 @@ def _elements(node: Any) -> int:
     return math.prod(int(size) for size in node._saved_self_sym_sizes)
 
 
-def _dimensions(node: Any) -> list[int]:
-    """The dimensions that a sum or a mean goes over, from 0."""
-    number = len(node._saved_self_sym_sizes)
-    kept = node._saved_dim or range(number)
-    return [(dim - 2 * _BEYOND if dim >= _BEYOND else dim) % max(number, 1) for dim in kept]
-
-
-def _of_dimensions(node: Any) -> int:
-    sizes = node._saved_self_sym_sizes
-    return math.prod(int(sizes[dim]) for dim in _dimensions(node)) if sizes else 1
-
-
-def _one(node: Any) -> Number:
-    return 1.0
+def _averaged(node: Any) -> float:
+    """Numbers behind each of a mean's."""
+    return float(_elements(node) // math.prod(node._input_metadata[0].shape))
 
 
 def _averages(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
@@ -317,9 +288,8 @@ _PLAIN = frozenset(["MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackwa
 _BY_ELEMENT = ["MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits",
                "SoftMarginLoss"]  # fmt: skip
 _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
-    "MeanBackward0": lambda node: int(node._saved_self_sym_numel),
-    "MeanBackward1": _of_dimensions,
-    **dict.fromkeys(["SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"], _one),
+    **dict.fromkeys(["MeanBackward0", "MeanBackward1"], _averaged),
+    **dict.fromkeys(["SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"], lambda node: 1.0),
     **dict.fromkeys(
         ["NllLossBackward0", "NllLoss2DBackward0"], _averages(lambda node: _number(node._saved_total_weight))
     ),

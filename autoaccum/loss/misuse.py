@@ -15,7 +15,7 @@ from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, DataError, SetupError
 from autoaccum.loss.call import STEP, Call
-from autoaccum.loss.counts import holds_indices
+from autoaccum.loss.counts import holds_indices, ignored_by
 from autoaccum.loss.torch_losses import TorchLoss
 
 __all__ = ["check_classes", "explain_loss", "explain_model", "explained"]
@@ -126,13 +126,14 @@ def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -
     if not isinstance(outputs, Tensor) or outputs.dim() == 0 or targets.dim() >= max(outputs.dim(), 2):
         return None
     classes = outputs.shape[min(1, outputs.dim() - 1)]
-    wrong = targets[((targets < 0) | (targets >= classes)) & (targets != torch_loss.ignore_index)]
+    ignored = ignored_by(torch_loss.settings)
+    wrong = targets[((targets < 0) | (targets >= classes)) & (targets != ignored)]
     if not wrong.numel():
         return None
     return (
         f"a label is {int(wrong[0])}, and the model's output has {classes} classes, counted from 0 to {classes - 1}: "
         "give the model as many outputs as there are classes, count labels from 0, or mark what is not to count by "
-        f"ignore_index={torch_loss.ignore_index}"
+        f"ignore_index={ignored}"
     )
 
 

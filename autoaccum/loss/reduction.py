@@ -14,13 +14,13 @@ from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.call import TARGET_KEYS, arrange, targets_in
 from autoaccum.loss.counts import (
     CUTS,
-    IGNORED,
     ClassWeights,
     Count,
     as_denominator,
     elements,
     holds_indices,
-    labels_counted,
+    ignored_by,
+    other_than,
     samples,
     tokens,
 )
@@ -41,20 +41,15 @@ def declared(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None)
     Raises:
         SetupError: the settings are unknown, or contradict each other.
     """
-    _check_callables(loss, step)
-    _check_declared(reduction, step)
-    for name, given, arguments in (("loss", loss, ("outputs", "targets")), ("step", step, ("model", "batch"))):
-        if given is not None and (name == "step" or torch_loss is None):
-            check_call(name, given, arguments)
+    _check(loss, step, reduction, torch_loss)
     counts = _Counts(loss, step, torch_loss)
-    if isinstance(reduction, str) and reduction == "auto":
-        if torch_loss is None:
-            why = "nothing counts in the samples that were tried, or too little"
-            how = "divides by what its graph says, read at each micro-batch"
-            return Reading({"loss": Divisor(rules=[counts.guess])}, "unsettled", how, unseen=why)
-        kind = "constant" if torch_loss.reduction == "sum" else "count"
-        own = Divisor(kind, [Count(torch_loss.divides_by, "", counts.of_torch)], TRUSTED)
-        return Reading({"loss": own}, "declared", f"as {torch_loss.name} does")
+    how, auto = "as declared", isinstance(reduction, str) and reduction == "auto"
+    if auto and torch_loss is None:
+        why = "nothing counts in the samples that were tried, or too little"
+        how = "divides by what its graph says, read at each micro-batch"
+        return Reading({"loss": Divisor(rules=[counts.guess])}, "unsettled", how, unseen=why)
+    if isinstance(reduction, str):
+        how = f"as {torch_loss.name} does" if auto and torch_loss else f"as declared by reduction={shown(reduction)}"
     if torch_loss is not None and reduction == "sum" and torch_loss.reduction in ("mean", "batchmean"):
         raise SetupError(
             f"reduction='sum' and a loss that averages ({torch_loss.name}) contradict each other: give the loss "
@@ -66,60 +61,66 @@ def declared(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None)
             "reduction='weighted_mean' sums class weights, and the loss has none: pass a loss such as "
             "nn.CrossEntropyLoss(weight=...), or declare reduction=f(batch)"
         )
-    labels = torch_loss is None and reduction in ("token_mean", "weighted_mean")
+    finds_out = torch_loss is None and reduction in ("token_mean", "weighted_mean")
     return Reading(
         {name: counts.divisor(how) for name, how in terms.items()},
         "declared",
-        f"as declared by reduction={shown(reduction)}" if isinstance(reduction, str) else "as declared",
-        gives_sums=torch_loss is not None and torch_loss.reduction in ("sum", "none"),
-        cuts=[counts.labels(reduction, cut) for cut in CUTS] if labels else (),
+        how,
+        gives_sums=not auto and torch_loss is not None and torch_loss.reduction in ("sum", "none"),
+        cuts=[counts.labels(reduction, cut) for cut in CUTS] if finds_out else (),
     )
 
 
 class _Counts:
-    """What a declared reduction counts in a batch; the settings of the loss are read at each count."""
+    """What a reduction counts in a batch; the settings of the loss are read at each count."""
 
     def __init__(self, loss: Any, step: Any, torch_loss: TorchLoss | None) -> None:
         self._loss, self._step, self._torch, self._weights = loss, step, torch_loss, ClassWeights()
+        self._settings = loss if torch_loss is None else torch_loss.settings
 
     def divisor(self, how: Any) -> Divisor:
-        """Of one term, as it was declared."""
-        if isinstance(how, str) and how == "sum":
-            return Divisor("constant")
+        """Of one term, as it was declared, or torch's own loss has it."""
         if callable(how):
             name = name_of(how)
             of: Callable[[Any], float] = lambda batch: as_denominator(how(batch), f"reduction={name}")  # noqa: E731
             return Divisor(rules=[Count(f"{name}(batch)", "", of)], confirmed=TRUSTED)
-        if how == "sample_mean":
+        if how == "sum":
+            return Divisor("constant")
+        own = self._torch if how == "auto" else None
+        kind, over = "count", _OVER.get(how, "classes")
+        if own is not None:
+            kind, over = "constant" if own.reduction == "sum" else "count", own.over
+        if over == "classes":
+            count = self.labels(how)
+        elif over == "samples":
             count = Count("the samples", how, samples)
-        elif how == "element_mean":
+        elif over == "elements":
             count = Count("the elements of the targets", how, lambda batch: elements(self._targets(batch, how)))
         else:
-            count = self.labels(how, "")
-        return Divisor(rules=[count], confirmed=TRUSTED)
+            count = Count("the samples", how, lambda batch: _rows(self._targets(batch, how), -1))
+        return Divisor(kind, [count], TRUSTED)
 
-    def labels(self, how: str, cut: str) -> Count:
+    def labels(self, how: str, cut: str = "") -> Count:
         """Of the labels that count, or their class weights; without those that a head shifts away."""
-        name = labels_counted(cut, self._ignore_index)
+        name = other_than(ignored_by(self._settings), cut)
+        weighted = how == "weighted_mean" or (how == "auto" and self.class_weights is not None)
 
         def of(batch: Any) -> float:
             targets = self._targets(batch, how)
+            if how == "auto" and isinstance(targets, Tensor) and targets.dim() > 1 and not holds_indices(targets):
+                # Class probabilities, (samples, classes, ...): torch divides by samples × places, even with weights.
+                return _rows(targets, 1)
             if not holds_indices(targets):
-                kind = f"{targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+                kind = f"of {targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
                 raise DataError(
-                    f"reduction={shown(how)} counts targets that are integers, and these are {kind}: "
-                    "use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
+                    f"the targets are {kind}, and {'the loss' if how == 'auto' else f'reduction={how!r}'} counts class "
+                    "indices, which are integers (targets.long()), or class probabilities of shape (samples, classes, "
+                    "...): for others use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
                 )
             counted = CUTS[cut](targets) if targets.dim() == 2 else targets
-            weights = self.class_weights if how == "weighted_mean" else None
-            return self._weights.total(counted, weights, self._ignore_index)
+            return self._weights.total(counted, self.class_weights if weighted else None, ignored_by(self._settings))
 
-        return Count(name if how == "token_mean" else f"the class weights of {name}", how, of)
-
-    def of_torch(self, batch: Any) -> float:
-        """As torch's own loss divides."""
-        assert self._torch is not None
-        return self._torch.denominator(arrange(batch, apart=True).targets, lambda: samples(batch))
+        return Count(f"the class weights of {name}" if weighted else name, how, of)
 
     @property
     def guess(self) -> Count:
@@ -135,7 +136,9 @@ class _Counts:
         return Count(name, "", of)
 
     def _targets(self, batch: Any, how: str) -> Any:
-        targets = targets_in(batch, apart=self._loss is not None or self._step is not None)
+        if self._loss is not None:
+            return arrange(batch, apart=True).targets
+        targets = targets_in(batch, apart=self._step is not None)
         if targets is None:
             raise DataError(
                 f"reduction={shown(how)} counts the batch's targets, and a {type(batch).__name__} does not say which "
@@ -144,14 +147,19 @@ class _Counts:
         return targets
 
     @property
-    def _ignore_index(self) -> int:
-        return self._torch.ignore_index if self._torch else int(getattr(self._loss, "ignore_index", IGNORED))
-
-    @property
     def class_weights(self) -> Tensor | None:
-        """The loss's own."""
-        weights = self._torch.weights if self._torch is not None else getattr(self._loss, "weight", None)
+        """The loss's own, where its mean has them."""
+        averages = self._torch is None or self._torch.over_classes
+        weights = getattr(self._settings, "weight", None) if averages else None
         return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
+
+
+_OVER = {"sample_mean": "samples", "element_mean": "elements"}
+
+
+def _rows(targets: Any, dimension: int) -> float:
+    """Elements, less those along one dimension."""
+    return elements(targets) / int(targets.shape[dimension])
 
 
 def name_of(f: Any) -> str:
@@ -159,34 +167,30 @@ def name_of(f: Any) -> str:
     return getattr(f, "__qualname__", None) or type(f).__name__
 
 
-def _check_callables(loss: Any, step: Any) -> None:
+def _check(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None) -> None:
+    """Refuses what cannot be called, or declares nothing."""
     if loss is not None and step is not None:
         raise SetupError(
             "loss and step are both given: step=f(model, batch) calls the model and computes the loss itself, so pass "
             "one of them"
         )
-    for name, given, example in (
-        ("loss", loss, "torch.nn.functional.cross_entropy or nn.CrossEntropyLoss()"),
-        ("step", step, "f(model, batch) -> Tensor"),
+    for name, given, example, arguments in (
+        ("loss", loss, "torch.nn.functional.cross_entropy or nn.CrossEntropyLoss()", ("outputs", "targets")),
+        ("step", step, "f(model, batch) -> Tensor", ("model", "batch")),
     ):
         if given is not None and not callable(given):
             raise SetupError(f"{name}={shown(given)} is a {type(given).__name__}, not a function: pass {example}")
         if isinstance(given, type):
             raise SetupError(f"{name}={given.__name__} is a class: pass an instance, {given.__name__}()")
-
-
-def _check_declared(declared: Any, step: Any) -> None:
-    several = isinstance(declared, Mapping)
+        if given is not None and (given is step or torch_loss is None):
+            check_call(name, given, arguments)
+    several = isinstance(reduction, Mapping)
     named = _NAMED[2:] if several else _NAMED  # a dict that leaves a term to be read declares nothing of it
     choices = f"choose {', '.join(map(repr, named))}, or declare f(batch) -> float"
-    if several and step is None:
-        raise SetupError(
-            f"reduction is a dict of {len(declared)} terms, and only a step returns several: pass step=f(model, batch) "
-            f"-> dict[str, Mean]; without one, {choices}"
-        )
-    if several and not declared:
-        raise SetupError("reduction={} names no term: give {name: f(batch)} for each that the step returns")
-    for name, how in declared.items() if several else [("", declared)]:
+    if several and (step is None or not reduction):
+        what = "names no term" if step is not None else "only a step returns several: pass step=f(model, batch)"
+        raise SetupError(f"reduction={shown(reduction)} is a dict of terms, and {what}; for one loss {choices}")
+    for name, how in reduction.items() if several else [("", reduction)]:
         known = how in named if isinstance(how, str) else callable(how) and not isinstance(how, nn.Module)
         if not known or not isinstance(name, str):
             what = f"[{name!r}]={shown(how)} declares nothing" if several else f"={shown(how)} is not known"

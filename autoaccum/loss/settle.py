@@ -112,7 +112,7 @@ def _adds_up(amounts: Mapping[Rows, float], close: float, scale: float = 0.0) ->
     found = None
     for rows, own in amounts.items():
         singles = [(row,) for row in rows]
-        parts = singles
+        parts: list[Rows] = [*singles]
         if not amounts.keys() >= set(singles):
             parts = [each for each in amounts if len(each) > 1 and set(each) < set(rows)]
         if len(rows) > 1 and sum(map(len, parts)) == len(rows):

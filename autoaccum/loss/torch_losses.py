@@ -6,16 +6,14 @@ each of torch's losses, that ragged micro-batches so weighted give the whole bat
 """
 
 import functools
-from collections.abc import Callable
 from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
-from autoaccum.errors import DataError, SetupError, shown
-from autoaccum.loss.counts import IGNORED, ClassWeights, elements, holds_indices
+from autoaccum.errors import SetupError, shown
 
 __all__ = ["TorchLoss"]
 
@@ -32,11 +30,14 @@ _OVER = {
 
 
 class TorchLoss:
-    """One of torch's losses as the user passed it."""
+    """One of torch's losses as the user passed it.
+
+    Attributes:
+        settings: what has them as attributes, as they stand now.
+    """
 
     def __init__(self, kind: str, name: str, settings: Any) -> None:
-        self._kind, self._name, self._settings = kind, name, settings
-        self._over, self._weights = _OVER[kind], ClassWeights()
+        self._kind, self._name, self._over, self.settings = kind, name, _OVER[kind], settings
 
     @classmethod
     def recognise(cls, loss: Any) -> "TorchLoss | None":
@@ -66,17 +67,18 @@ class TorchLoss:
     @property
     def reduction(self) -> str:
         """One of "mean", "sum", "none" and "batchmean", as it stands now."""
-        return str(getattr(self._settings, "reduction", "mean"))
+        return str(getattr(self.settings, "reduction", "mean"))
 
     @property
-    def ignore_index(self) -> int:
-        """The class index that is not counted."""
-        index = getattr(self._settings, "ignore_index", None)
-        return IGNORED if index is None else int(index)
+    def over(self) -> str:
+        """What its mean runs over: one of "classes", "elements", "rows" and "samples", as its settings stand now."""
+        if self.reduction == "none" and self.over_classes:
+            return "elements"  # ignored targets are zeros among them
+        return "samples" if self.reduction == "batchmean" else self._over
 
     @property
     def over_classes(self) -> bool:
-        """Whether it is a mean over targets that are classes."""
+        """Whether it takes targets that are classes."""
         return self._over == "classes"
 
     @property
@@ -85,26 +87,9 @@ class TorchLoss:
         return self.over_classes and self._kind != "linearcrossentropy"
 
     @property
-    def weights(self) -> Tensor | None:
-        """The class weights, of a loss whose mean they enter."""
-        weights = getattr(self._settings, "weight", None) if self.over_classes else None
-        return weights if isinstance(weights, Tensor) else None
-
-    @property
     def name(self) -> str:
         """The name in torch, with the reduction where it is not the mean."""
         return self._name if self.reduction == "mean" else f"{self._name}(reduction={shown(self.reduction)})"
-
-    @property
-    def divides_by(self) -> str:
-        """In words, what its mean is divided by."""
-        if self.reduction == "none":
-            return "the elements of the loss"
-        if self.over_classes:
-            counted = f"the targets other than {self.ignore_index}"
-            return counted if self.weights is None else f"the class weights of {counted}"
-        by_element = self._over == "elements" and self.reduction != "batchmean"
-        return "the elements of the targets" if by_element else "the samples"
 
     def arguments(self, outputs: Any, targets: Any) -> tuple[Any, ...]:
         """The loss's own arguments, made of what the model returned and the targets.
@@ -121,29 +106,6 @@ class TorchLoss:
             return (*_apart(outputs), targets)
         inputs_only = self._kind.startswith("triplet") and isinstance(outputs, (tuple, list))
         return tuple(outputs) if inputs_only else (outputs, targets)
-
-    def denominator(self, targets: Any, samples: Callable[[], float]) -> float:
-        """What this loss's mean over a batch with these targets, and so many samples, was divided by.
-
-        Raises:
-            DataError: the targets are no tensor, and the mean runs over their elements.
-        """
-        if self._over == "samples" or self.reduction == "batchmean":
-            return samples()
-        count = elements(targets)
-        if not self.over_classes:
-            return count / int(targets.shape[-1]) if self._over == "rows" else count
-        if not holds_indices(targets):
-            # Class probabilities, shaped (samples, classes, ...): torch divides by samples × places, even with weights.
-            if targets.dim() < 2:
-                raise DataError(
-                    f"the targets are {targets.dtype} of shape {tuple(targets.shape)}: {self.name} takes class indices "
-                    "as integers (targets.long()), or class probabilities of shape (samples, classes, ...)"
-                )
-            return count / int(targets.shape[1])
-        if self.reduction == "none":
-            return count  # ignored targets are zeros in the mean of the elements
-        return self._weights.total(targets, self.weights, self.ignore_index)
 
 
 def _apart(value: Any) -> tuple[Any, ...]:
