@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError
+from autoaccum.loss.counts import ignored_by
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.torch_losses import TorchLoss
@@ -279,7 +280,7 @@ def test_functions_partials_and_compiled_modules_are_recognised_as_what_they_are
         torch.compile(module),
         module,
     ]
-    assert [TorchLoss.recognise(loss).ignore_index for loss in found] == [-100, 2, 2, 2]
+    assert [ignored_by(TorchLoss.recognise(loss).settings) for loss in found] == [-100, 2, 2, 2]
     for loss in (lambda o, y: 0, functools.partial(functional.cross_entropy, X), SimpleNamespace(), print):
         assert TorchLoss.recognise(loss) is None
 
@@ -298,6 +299,9 @@ def test_settings_are_read_at_each_call_class_weights_too():
     assert objective.denominators(batch) == {"loss": pytest.approx(5.2)}
     loss.ignore_index = 2
     assert objective.denominators(batch) == {"loss": pytest.approx(0.2)}
+    loss.reduction = "sum"
+    with pytest.raises(SetupError, match="reduction='sum' now, and had 'mean'"):
+        objective.denominators(batch)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_loss_beside_terms_that_may_be_in_it_is_refused_with_the_dict_to_write
 
 def test_terms_other_than_declared_are_refused_with_both_lists():
     objective = Objective(Net(C), step=lambda m, b: {"a": m(b).sum()}, reduction={"a": "sum", "b": "sum"})
-    with pytest.raises(LossError, match=r"the terms 'a', and reduction declares 'a', 'b'"):
+    with pytest.raises(LossError, match=r"the terms 'a', and 'a', 'b' are declared"):
         objective.terms(X)
 
 

@@ -168,7 +168,7 @@ class Bench:
             record = accumulator.finish()
             found = self._taken.gradient
             if found is not None:
-                finite = all(math.isfinite(float(_flat(g, p).norm())) for g, p in zip(found, self._parameters))
+                finite = all(math.isfinite(float(flat.norm())) for flat in self._flat(found))
                 return found if not self._ranks.any(_WHERE, not finite) else "the gradient is not finite"
             if not math.isfinite(record.loss):
                 return f"the loss is {record.loss}"
@@ -217,45 +217,42 @@ class Bench:
 
     def difference(self, gradient: Gradient, reference: Gradient) -> Difference:
         """Compares, a parameter at a time, where `gradient` lies."""
-        names = {id(p): name for module in reversed(self._modules) for name, p in module.named_parameters()}
         rows = []
-        for index, parameter in enumerate(self._parameters):
-            own = _flat(gradient[index] if gradient else None, parameter)
-            expected = _flat(reference[index] if reference else None, parameter).to(own.device)
+        for own, other in zip(self._flat(gradient), self._flat(reference), strict=True):
+            expected = other.to(own.device)
             product = float((own * expected).sum())  # in pairs, which torch.dot does not
             rows.append((float((own - expected).norm()) ** 2, product, float(expected.norm()) ** 2))
-        squares = product = whole = 0.0
-        largest, worst = -1.0, ""
-        for parameter, (off, along, size) in zip(self._parameters, self._over_ranks(rows), strict=True):
-            if not off <= largest:  # NaN is worst of all
-                largest, worst = off, names[id(parameter)]
-            squares, product, whole = squares + off, product + along, whole + size
-        if whole == 0:
-            return Difference(math.inf if squares else 0.0, math.nan, worst, 0.0)
-        return Difference(math.sqrt(squares / whole), product / whole, worst, math.sqrt(whole))
-
-    def _over_ranks(self, rows: list[tuple[float, float, float]]) -> list[list[float]]:
-        """The sums over the ranks of each parameter's three, where it is sharded; else this rank's own."""
         table = torch.tensor(rows, dtype=torch.float64)
-        if self._ranks.size > 1:
+        if self._ranks.size > 1:  # what is not sharded is the same on every rank
             alike = [local(parameter) is parameter for parameter in self._parameters]
             table /= torch.tensor([self._ranks.size if each else 1.0 for each in alike], dtype=torch.float64)[:, None]
             table = table.to(self._device)
             self._ranks.sum(_WHERE, [table])
-        found: list[list[float]] = table.tolist()
-        return found
+        squares, product, whole = (math.fsum(column) for column in table.T.tolist())
+        names = {id(p): name for module in reversed(self._modules) for name, p in module.named_parameters()}
+        worst = names[id(self._parameters[int(table[:, 0].argmax())])]  # NaN is worst of all
+        if whole == 0:
+            return Difference(math.inf if squares else 0.0, math.nan, worst, 0.0)
+        return Difference(math.sqrt(squares / whole), product / whole, worst, math.sqrt(whole))
 
     def sampled(self, gradient: Gradient) -> Tensor:
         """A vector on the host, in double precision: of each parameter evenly spaced elements, at most 16384."""
-        chosen = []
-        for index, parameter in enumerate(self._parameters):
-            flat = _flat(gradient[index] if gradient else None, parameter)
-            chosen.append(flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double())
-        own = torch.cat(chosen)
+        flats = self._flat(gradient)
+        own = torch.cat([flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double() for flat in flats])
         if self._ranks.size == 1:
             return own
         messages = self._ranks.collect(_WHERE, bytes_of(own))
         return torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.float64)
+
+    def _flat(self, gradient: Gradient) -> Iterator[Tensor]:
+        """Each parameter's: one dimension, dense, real, 32 bits or more; zeros where there is no gradient."""
+        for parameter, found in zip(self._parameters, gradient or [None] * len(self._parameters), strict=True):
+            flat = torch.zeros_like(local(parameter)) if found is None else found.detach()
+            if flat.layout is not torch.strided:
+                flat = flat.to_dense()
+            if flat.is_complex():
+                flat = torch.view_as_real(flat)
+            yield flat.reshape(-1) if flat.dtype == torch.float64 else flat.reshape(-1).float()
 
     @property
     def rounding(self) -> float:
@@ -274,18 +271,6 @@ class _Taken(Optimizer):
         """Changes no parameter."""
         gradients = [parameter.grad for parameter in optimizer_parameters(self)]
         self.gradient = [None if gradient is None else local(gradient) for gradient in gradients]
-
-
-def _flat(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
-    """One dimension, dense, real, 32 bits or more; zeros where there is no gradient."""
-    if gradient is None:
-        gradient = torch.zeros_like(local(parameter))
-    gradient = gradient.detach()
-    if gradient.layout is not torch.strided:
-        gradient = gradient.to_dense()
-    if gradient.is_complex():
-        gradient = torch.view_as_real(gradient)
-    return gradient.reshape(-1) if gradient.dtype == torch.float64 else gradient.reshape(-1).float()
 
 
 def _arranged(objective: Objective, batch: Any, samples: int) -> Any:

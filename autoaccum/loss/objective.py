@@ -27,7 +27,7 @@ from autoaccum.loss.mean import Mean
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model, explained
 from autoaccum.loss.reading import Reading
 from autoaccum.loss.reduction import declared, name_of
-from autoaccum.loss.returned import OwnMeans, declared_terms, own_means, summed
+from autoaccum.loss.returned import OwnMeans, named_terms, summed
 from autoaccum.loss.settle import settle
 from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.memory.oom import Verdict, out_of_memory
@@ -237,30 +237,29 @@ class Objective:
             DataError: the batch does not fit the model's call or the loss's.
         """
         if denominators is None and on_host is None:
-            self.settle([batch])
+            denominators = self.denominators(batch)
+        counted = batch if on_host is None else on_host
         reading, several = self.reading, len(self.names) > 1  # which only the graph tells apart
-        on_host_too = batch if on_host is None else on_host
-        if denominators is None and (on_host is None or not reading.late):
-            denominators = reading.count(on_host_too)
         reads = reading.source in ("graph", "unsettled") and (
             denominators is None or several or torch.is_grad_enabled()
         )
+        if denominators is None and not reads:
+            denominators = reading.count(counted)
         values = Values() if reads and several else None
         with values or contextlib.nullcontext():
             result, outputs, targets = self._run(self.model, batch, graph=reads)
-        if not reads and denominators is None:
-            return own_means(result, self.names, graph), outputs, targets
-        if reading.source in ("declared", "means"):
-            returned = {"loss": result} if self.step is None else declared_terms(result, self.names)
+        if self.step is None:
+            returned = {"loss": result}
         else:
-            returned = {"loss": result if self.step is None else summed(result)}
+            named = reading.source in ("declared", "means")
+            returned = named_terms(result, self.names) if named else {"loss": summed(result)}
         if reads:
             loss = scalar(returned["loss"], self._source, graph=graph)
             seen = {} if values is None else values.by_node
-            return reading.read(loss, on_host_too, denominators, seen), outputs, targets
-        assert denominators is not None
+            return reading.read(loss, counted, denominators, seen), outputs, targets
+        known = denominators or dict.fromkeys(returned)  # a step's Means say their own
         terms = {
-            name: reading.counted(name, value, denominators[name], self._source, graph=graph, compares=self.compares)
+            name: reading.counted(name, value, known[name], self._source, graph=graph, checks=self.compares)
             for name, value in returned.items()
         }
         return terms, outputs, targets

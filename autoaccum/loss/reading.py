@@ -74,7 +74,7 @@ class Reading:
         """The terms, and what was seen of each: alike on all ranks that have seen it."""
         facts = {"terms": ", ".join(self.divisors)}
         if self.source in ("values", "assumed"):
-            facts["the loss"] = f"is no mean that its graph says: {self.how}"
+            facts["the loss"] = f"is not read off its graph: {self.source}"
         if self.source != "unsettled":
             facts |= {f"{name} of the loss": divisor.kind for name, divisor in self.divisors.items()}
         return facts
@@ -103,8 +103,8 @@ class Reading:
     @property
     def late(self) -> bool:
         """Whether its denominators are only known once the loss ran."""
-        counts = any(divisor.kind == "count" for divisor in self.divisors.values())
-        return self.source in ("means", "unsettled") or (self.source == "graph" and counts)
+        # Of all that nobody declared: one rank may have seen what another has not.
+        return self.source != "declared" and any(divisor.kind == "count" for divisor in self.divisors.values())
 
     def count(self, batch: Any) -> dict[str, float] | None:
         """The denominators of a batch, best on the host, by rules that have proved right; None where there are none."""
@@ -154,26 +154,26 @@ class Reading:
     # After it ran.
 
     def counted(
-        self, name: str, value: Any, denominator: float, source: str, *, graph: bool = True, compares: bool = True
+        self, name: str, value: Any, denominator: float | None, source: str, *, graph: bool = True, checks: bool = False
     ) -> Mean:
-        """A term whose denominator was known before the loss ran.
+        """A term whose denominator was known before the loss ran, or which says its own.
 
         Args:
             name: the term's.
             value: what `source` returned of it: a scalar, or a Mean.
-            denominator: its own.
+            denominator: its own; None: the Mean says it.
             source: in words.
             graph: whether it must have a graph where something counts.
-            compares: whether a declared denominator is held against the graph.
+            checks: whether a declared denominator is held against the graph.
 
         Raises:
             LossError: no scalar, or without a graph; a Mean with another denominator, or of a term that is a sum.
         """
-        divisor, graph = self.divisors[name], graph and denominator > 0
+        divisor = self.divisors[name]
         adds_up = divisor.kind == "constant"
         if isinstance(value, Mean):
             own = value.denominator
-            if isinstance(own, float) and not near(own, denominator):
+            if denominator is not None and isinstance(own, float) and not near(own, denominator):
                 raise LossError(
                     f"the step's Mean for {name!r} says it was divided by {own:g}, and its declared reduction gives "
                     f"{denominator:g} for the same batch: let both count the same, or declare none"
@@ -183,9 +183,17 @@ class Reading:
                     f"the step returned a Mean for {name!r}, and reduction='sum' says that it is added up: return the "
                     "sum"
                 )
-            return Mean(scalar(value.numerator, "the step's Mean", graph=graph), denominator)
-        loss = scalar(value, source, graph=graph)
-        if compares and self.source == "declared" and not self.gives_sums:
+            # A tensor on a device is not waited for; where it is 0 there may be no graph either.
+            counts = isinstance(own, Tensor) or own > 0 if denominator is None else denominator > 0
+            numerator = scalar(value.numerator, "the step's Mean", graph=graph and counts)
+            return value if denominator is None else Mean(numerator, denominator)
+        if denominator is None:
+            raise LossError(
+                f"the step returned a {type(value).__name__} for {name!r}, and a Mean before: return a Mean each time, "
+                "with a denominator of 0 where nothing counts"
+            )
+        loss = scalar(value, source, graph=graph and denominator > 0)
+        if checks and self.source == "declared" and not self.gives_sums:
             divisor.compare(loss, float(denominator > 0) if adds_up else denominator, self.how)
         if adds_up:
             return Sum(loss, denominator)

@@ -98,7 +98,7 @@ class _Counts:
             count = Count("the elements of the targets", how, lambda batch: elements(self._targets(batch, how)))
         else:
             count = Count("the samples", how, lambda batch: _rows(self._targets(batch, how), -1))
-        return Divisor(kind, [count], TRUSTED)
+        return Divisor(kind, [count if own is None else _as_long_as(own, count)], TRUSTED)
 
     def labels(self, how: str, cut: str = "") -> Count:
         """Of the labels that count, or their class weights; without those that a head shifts away."""
@@ -155,6 +155,21 @@ class _Counts:
 
 
 _OVER = {"sample_mean": "samples", "element_mean": "elements"}
+
+
+def _as_long_as(torch_loss: TorchLoss, count: Count) -> Count:
+    """The count, which a reduction that the loss is given later does not have."""
+    reduction = torch_loss.reduction
+
+    def of(batch: Any) -> float:
+        if torch_loss.reduction != reduction:
+            raise SetupError(
+                f"the loss has reduction={shown(torch_loss.reduction)} now, and had {shown(reduction)} when its "
+                "training was set up: set it before"
+            )
+        return count.of(batch)
+
+    return count._replace(of=of)
 
 
 def _rows(targets: Any, dimension: int) -> float:

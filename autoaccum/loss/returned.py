@@ -9,7 +9,7 @@ from autoaccum.errors import LossError
 from autoaccum.loss.call import scalar
 from autoaccum.loss.mean import Mean
 
-__all__ = ["OwnMeans", "declared_terms", "own_means", "summed"]
+__all__ = ["OwnMeans", "named_terms", "summed"]
 
 
 class OwnMeans(LossError):
@@ -40,42 +40,31 @@ def summed(result: Any, *, means: bool = False) -> Any:
     if len(terms) == 1:
         return next(iter(terms.values()))
     if any(owned) or "loss" in terms or not terms:
+        kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in terms.items())
         raise LossError(
-            f"the step returned {_kinds(terms)}: return the one loss, and detach what is only to be looked at "
+            f"the step returned {{{kinds}}}: return the one loss, and detach what is only to be looked at "
             f"(.detach()); or a Mean for each term; or declare each term's denominator, as reduction={_remedy(terms)}"
         )
     return sum(scalar(value, f"the step's term {name!r}") for name, value in terms.items())
 
 
-def declared_terms(result: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What a step returned of each term that was declared; a LossError where it returned others."""
-    terms = _named(_terms_in(result, names), names)
+def named_terms(result: Any, names: Sequence[str]) -> dict[str, Any]:
+    """What a step returned of each term that is known by name; one term goes by whatever name.
+
+    Raises:
+        LossError: it returned others.
+    """
+    terms = _terms_in(result, names)
+    if len(terms) == 1 and list(names) == ["loss"]:
+        return {"loss": next(iter(terms.values()))}
     if set(terms) != set(names):
+        found, known = (", ".join(map(repr, each)) for each in (terms, names))
         raise LossError(
-            f"the step returned the terms {', '.join(map(repr, terms))}, and reduction declares "
-            f"{', '.join(map(repr, names))}: declare each term, as reduction={_remedy(terms)}"
+            f"the step returned the terms {found}, and {known} are declared, or were returned before: return the same "
+            f"terms each time, with a denominator of 0 where nothing counts, or declare each, as "
+            f"reduction={_remedy(terms)}"
         )
     return {name: terms[name] for name in names}
-
-
-def own_means(result: Any, names: Sequence[str], graph: bool) -> dict[str, Mean]:
-    """What a step returned that owns its denominators, under the `names` it had before; a LossError for others."""
-    terms = _named(_terms_in(result), names)
-    if list(terms) != list(names) or not all(isinstance(value, Mean) for value in terms.values()):
-        raise LossError(
-            f"the step returned {_kinds(terms)}, and a Mean for each of {', '.join(map(repr, names))} before: return "
-            "the same terms each time, with a denominator of 0 where nothing counts"
-        )
-    for value in terms.values():
-        # A tensor on a device is not waited for; where it is 0 there may be no graph either.
-        counts = isinstance(value.denominator, Tensor) or value.denominator > 0
-        scalar(value.numerator, "the step's Mean", graph=graph and counts)
-    return dict(terms)
-
-
-def _named(terms: Mapping[Any, Any], names: Sequence[str]) -> Mapping[Any, Any]:
-    """One term goes by whatever name."""
-    return {"loss": next(iter(terms.values()))} if len(terms) == 1 and list(names) == ["loss"] else terms
 
 
 def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:
@@ -94,10 +83,6 @@ def _terms_in(result: Any, declared: Sequence[str] = ()) -> Mapping[Any, Any]:
         if name == "loss" or name in declared or isinstance(value, Mean)
         or (isinstance(value, Tensor) and value.requires_grad and (value.numel() == 1 or "loss" in str(name)))
     }  # fmt: skip
-
-
-def _kinds(terms: Mapping[Any, Any]) -> str:
-    return "{" + ", ".join(f"{name!r}: {type(value).__name__}" for name, value in terms.items()) + "}"
 
 
 def _remedy(terms: Iterable[Any]) -> str:
