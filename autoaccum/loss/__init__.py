@@ -1,11 +1,9 @@
-"""A batch becomes a loss, and what that loss was divided by. `objective.py` is what the rooms above call.
+"""A batch becomes a loss, and each term of it is scaled by its share of what the window's terms divide by.
 
-What a loss divides by stands in its graph: `graph.py` reads it; `asking.py` runs the loss on a few samples, `settle.py`
-decides what the numbers read there mean, `divisor.py` is what one is, and `reading.py` reads on at each micro-batch;
-`mean.py` weighs the terms.
-
-Where somebody declared it, torch's own loss says it beforehand (`torch_losses.py`), or the graph cannot be read,
-`reduction.py` counts it in the batch (`counts.py`). `returned.py` takes what a step returned apart, `coupled.py` has
-losses that are no means, `call.py` makes the model's call of a batch, and `misuse.py` says what was meant where it
-raised.
+`objective.py` is what the rooms above call. What a term divides by is a `Divisor` (a count, a constant or a penalty,
+and what counts it in a batch); a `Reading` holds those of one loss and says how they are known: declared, or as torch's
+own loss has it (`reduction.py`, `torch_losses.py`); read off the graph (`graph.py`) or shown by values over parts of a
+batch, which a few samples settle (`asking.py`, `settle.py`); or the step returns it (`returned.py`). `counts.py` counts
+in a batch, `mean.py` weighs the terms, `coupled.py` has losses that are no means, `call.py` makes the model's call of a
+batch, and `misuse.py` says what was meant where it raised.
 """

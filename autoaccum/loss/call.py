@@ -16,7 +16,7 @@ from autoaccum.data.ready import TARGET_KEYS
 from autoaccum.data.structure import plain
 from autoaccum.errors import DataError, LossError, shown
 
-__all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "returned_loss", "scalar", "targets_in"]
+__all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "name_of", "returned_loss", "scalar", "targets_in"]
 
 STEP = "or own the call with step=f(model, batch)"
 
@@ -68,6 +68,11 @@ def _arrange_mapping(batch: Mapping[Any, Any], apart: bool) -> Call:
     if not rest:
         raise DataError(f"the batch has nothing but {found[0]!r}, so nothing is left for the model: add its inputs")
     return Call((), rest, batch[found[0]])
+
+
+def name_of(function: Any) -> str:
+    """A callable's name, for messages."""
+    return getattr(function, "__qualname__", None) or type(function).__name__
 
 
 def targets_in(batch: Any, *, apart: bool) -> Any:
@@ -124,7 +129,8 @@ def scalar(loss: Any, source: str, *, graph: bool = True) -> Tensor:
     if loss.numel() != 1:
         raise LossError(
             f"{source} returned a loss of shape {tuple(loss.shape)}, and a gradient needs a scalar: average it "
-            "(loss.mean(), or reduction='mean'), or pick the scalar out with step=f(model, batch)"
+            "(loss.mean(), or reduction='mean'); where these are a model's outputs, pass loss=f(outputs, targets), as "
+            "loss=torch.nn.CrossEntropyLoss(); or pick the scalar out with step=f(model, batch)"
         )
     if loss.is_complex():
         raise LossError(f"{source} returned a complex loss, and a gradient needs a real one: take its .abs() or .real")

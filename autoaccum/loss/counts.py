@@ -88,16 +88,13 @@ def as_denominator(value: Any, source: str) -> float:
 
 def as_number(value: Any, source: str, meaning: str) -> float:
     """`value`, which `source` gave, as one number; a tensor of one element is read. A LossError for anything else."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    why = meaning
-    if not isinstance(value, (str, complex, Tensor)) and hasattr(value, "__float__"):
-        try:
+    try:
+        if not isinstance(value, str):
             return float(value)
-        except (OverflowError, TypeError, ValueError) as error:
-            why = str(error)
+    except (OverflowError, RuntimeError, TypeError, ValueError):
+        pass
     kind = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
-    raise LossError(f"{source} gave {shown(value)}, a {kind}, and not one number: {why}")
+    raise LossError(f"{source} gave {shown(value)}, a {kind}, and not one number: {meaning}")
 
 
 class Count(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError, shown
-from autoaccum.loss.call import arrange
+from autoaccum.loss.call import arrange, name_of
 
 __all__ = ["Coupled", "CoupledLoss", "Representations", "Shared", "coupled_of"]
 
@@ -76,7 +76,7 @@ class Coupled:
         return batch
 
     def __repr__(self) -> str:
-        return f"Coupled({_name(self.encode)}, {_name(self.loss)})"
+        return f"Coupled({name_of(self.encode)}, {name_of(self.loss)})"
 
 
 class CoupledLoss(Coupled):
@@ -111,8 +111,7 @@ def coupled_of(loss: Any, step: Any, reduction: Any) -> Coupled | None:
         if reduction not in ("auto", "coupled"):
             raise SetupError(
                 f"reduction={shown(reduction)} beside a Coupled step, whose loss is computed once over the whole "
-                "window and "
-                "divided by nothing: leave reduction away"
+                "window and divided by nothing: leave reduction away"
             )
         return step
     if not (isinstance(reduction, str) and reduction == "coupled"):
@@ -247,7 +246,3 @@ class Representations:
                 "value for the micro-batch before: what has no samples along dimension 0 is shared by the whole "
                 "window, so return one row a sample, or what does not depend on the batch, such as a temperature"
             )
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", None) or type(function).__name__

@@ -275,8 +275,10 @@ def _elements(node: Any) -> int:
 
 
 def _averaged(node: Any) -> float:
-    """Numbers behind each of a mean's."""
-    return float(_elements(node) // math.prod(node._input_metadata[0].shape))
+    """Numbers behind each of a mean's over some dimensions; nodes keep negative ones taken from 2**64."""
+    sizes = node._saved_self_sym_sizes
+    dimensions = node._saved_dim or range(len(sizes))
+    return float(math.prod(sizes[dim - 2**64 if dim >= 2**63 else dim] for dim in dimensions)) if sizes else 1.0
 
 
 def _averages(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
@@ -288,7 +290,8 @@ _PLAIN = frozenset(["MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackwa
 _BY_ELEMENT = ["MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits",
                "SoftMarginLoss"]  # fmt: skip
 _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
-    **dict.fromkeys(["MeanBackward0", "MeanBackward1"], _averaged),
+    "MeanBackward0": lambda node: int(node._saved_self_sym_numel),
+    "MeanBackward1": _averaged,
     **dict.fromkeys(["SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"], lambda node: 1.0),
     **dict.fromkeys(
         ["NllLossBackward0", "NllLoss2DBackward0"], _averages(lambda node: _number(node._saved_total_weight))

@@ -1,8 +1,5 @@
 """What is minimised: how a batch becomes a loss, and what that loss was divided by.
 
-The denominators of a batch come from one of three: what was declared, or torch's own loss says (reduction.py), known
-before the model runs; the loss's graph, read when it ran (reading.py); a step's Means (returned.py).
-
 A loss with reduction="sum" is a term that is added up and never divided. One with reduction="none" is taken as the
 mean of its elements, as `.mean()` by hand would give; with a declared denominator, as their sum over that.
 """
@@ -19,14 +16,14 @@ from autoaccum.data import tree
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError
 from autoaccum.loss.asking import SAMPLES, Rows, device_of
-from autoaccum.loss.call import Call, arrange, returned_loss, scalar, targets_in
+from autoaccum.loss.call import Call, arrange, name_of, returned_loss, scalar, targets_in
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.misuse import check_classes, explain_loss, explain_model, explained
 from autoaccum.loss.reading import Reading
-from autoaccum.loss.reduction import declared, name_of
+from autoaccum.loss.reduction import declared
 from autoaccum.loss.returned import OwnMeans, named_terms, summed
 from autoaccum.loss.settle import settle
 from autoaccum.loss.torch_losses import TorchLoss
@@ -274,22 +271,14 @@ class Objective:
     def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, Any, Any]:
         """(loss, outputs, targets). `graph`: the loss gets one although gradients are off."""
         off = graph and not torch.is_grad_enabled()
-        if self.step is not None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() or off):
+        with torch.enable_grad() if off and self.loss is None else contextlib.nullcontext():
+            if self.step is not None:
                 return self.step(model, plain(batch)), None, None
-        call = arrange(batch, apart=self.loss is not None)
-        with torch.set_grad_enabled(torch.is_grad_enabled() or (off and self.loss is None)):
+            call = arrange(batch, apart=self.loss is not None)
             outputs = self._outputs(model, call)
         if self.loss is None:
-            loss = returned_loss(outputs)
-            if loss is outputs and isinstance(loss, Tensor) and loss.numel() != 1:
-                raise LossError(
-                    f"the model returned a tensor of shape {tuple(loss.shape)} where its loss was expected: if these "
-                    "are its outputs, pass loss=f(outputs, targets), such as loss=torch.nn.CrossEntropyLoss(); a model "
-                    "that returns its loss returns one number, so average it (loss.mean())"
-                )
-            return loss, outputs, call.targets
-        with torch.set_grad_enabled(torch.is_grad_enabled() or off):
+            return returned_loss(outputs), outputs, call.targets
+        with torch.enable_grad() if off else contextlib.nullcontext():
             loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
         return loss, outputs, call.targets
 

@@ -129,7 +129,7 @@ class Reading:
 
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""
-        return self.divisors[name].whole(total) if name in self.divisors else total
+        return self.divisors[name].whole(total)
 
     @property
     def floors(self) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from autoaccum.checks import check_call
 from autoaccum.errors import DataError, SetupError, shown
-from autoaccum.loss.call import TARGET_KEYS, arrange, targets_in
+from autoaccum.loss.call import TARGET_KEYS, arrange, name_of, targets_in
 from autoaccum.loss.counts import (
     CUTS,
     ClassWeights,
@@ -28,7 +28,7 @@ from autoaccum.loss.divisor import TRUSTED, Divisor
 from autoaccum.loss.reading import Reading
 from autoaccum.loss.torch_losses import TorchLoss
 
-__all__ = ["declared", "name_of"]
+__all__ = ["declared"]
 
 _NAMED = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
 
@@ -175,11 +175,6 @@ def _as_long_as(torch_loss: TorchLoss, count: Count) -> Count:
 def _rows(targets: Any, dimension: int) -> float:
     """Elements, less those along one dimension."""
     return elements(targets) / int(targets.shape[dimension])
-
-
-def name_of(f: Any) -> str:
-    """A callable's name, for messages."""
-    return getattr(f, "__qualname__", None) or type(f).__name__
 
 
 def _check(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None) -> None:
