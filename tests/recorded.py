@@ -32,7 +32,7 @@ def as_json(trace: Trace) -> dict[str, Any]:
     def number(name: str) -> int:
         return names.setdefault(name, len(names))
 
-    groups = [[number(g.operator), g.net, g.inside, g.phase, number(g.innermost)] for g in trace.groups]
+    groups = [[number(g.operator), g.phase, number(g.innermost)] for g in trace.groups]
     events = [[e.bytes, e.block, e.group, e.stream] for e in trace.events]
     phases = [[p.name, p.first_group] for p in trace.phases]
     return {
@@ -43,14 +43,12 @@ def as_json(trace: Trace) -> dict[str, Any]:
 
 
 def from_json(told: dict[str, Any]) -> Trace:
-    """The trace that `as_json` wrote; times are the numbers of the events."""
+    """The trace that `as_json` wrote."""
     names = told["names"]
     return Trace(
-        groups=tuple(Group(names[name], net, inside, phase, names[innermost])
-                     for name, net, inside, phase, innermost in told["groups"]),
-        events=Events(Event(size, block, group, at, stream)
-                      for at, (size, block, group, stream) in enumerate(told["events"])),
-        phases=tuple(Phase(name, 0, first) for name, first in told["phases"]),
+        groups=tuple(Group(names[name], phase, names[innermost]) for name, phase, innermost in told["groups"]),
+        events=Events(Event(*each) for each in told["events"]),
+        phases=tuple(Phase(*each) for each in told["phases"]),
         peak=told["peak"],
         caching=True,
         segments=tuple(Segment(stream, small, tuple((size, used) for size, used in blocks), grows)

@@ -45,7 +45,7 @@ class Report:
     plan: Plan | None = None
 
     def to_dict(self):
-        return {"micro_batch": 86, "limit": 112, "limit_proof": "forecast", "budget_bytes": 2**30, "device": "cpu",
+        return {"micro_batch": 86, "limit": 112, "limit_reason": "", "budget_bytes": 2**30, "device": "cpu",
                 "budget_reason": "asked", "trials": [TRIAL], "out_of_memory_count": 0, "residual": math.nan,
                 "parts": {}, "curve": [], "timeline": None}  # fmt: skip
 

@@ -365,7 +365,7 @@ def test_fitted_requests_are_played_through_the_allocator():
     forecast = Forecast.fit([_caching(n) for n in (2, 4)], [(2,), (4,)])
     # At 40: 1.6 MB and 12 MB in one segment of 20 MiB; then 20 MB, for which 1.6 MB and the segment's end are apart.
     outcome = forecast.simulate(40)
-    assert (outcome.reserved, outcome.retries) == (40 * MIB, 0)
+    assert (outcome.peak_reserved, outcome.retries) == (40 * MIB, 0)
     assert forecast.reserved(40) == 40 * MIB
     assert forecast.peak(40) == 32_000_000
     with pytest.raises(SimulatedOutOfMemory):
@@ -380,7 +380,7 @@ def test_freed_requests_are_served_again():
 
     forecast = Forecast.fit([trace(n) for n in (2, 4)], [(2,), (4,)])
     assert forecast.reserved(30) == 30 * MIB
-    assert forecast.simulate(30).allocated == rounded(30 * 10**6)
+    assert forecast.simulate(30).peak_allocated == rounded(30 * 10**6)
 
 
 def test_the_largest_batch_under_a_reserved_limit_needs_no_retry():

@@ -427,7 +427,6 @@ def test_planning_imports_no_torch():
         ({"micro_batches": [8] * 3}, r"micro_batches is \(8, 8, 8\), and its target and limits make it \(8, 8, 8, 8\)"),
         ({"layer_momentum": 7.0}, "bn_momentum=7.0 is not a momentum"),
         ({"bn_momentum": 0.5}, "bn_momentum is 0.5, and its target and limits make it 0.025"),
-        ({"optimizer_overrides": {"betas": [0.9, 0.99]}}, "optimizer_overrides are"),
         ({"reasons": None}, "reasons is None, not an object"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,7 +133,18 @@ def key(model=None, optimizer=None, batch=None, loss=None, settings=None, device
     model = model or Net()
     optimizer = (optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)))(model.parameters())
     batch = (torch.randn(2, 4), torch.zeros(2)) if batch is None else batch
-    return training_key(model, optimizer, batch, loss or nn.MSELoss(), settings or {"precision": "fp32"}, device)
+    return training_key(
+        parts(model, optimizer, batch, loss or nn.MSELoss(), device), settings or {"accumulate": "fp32"}
+    )
+
+
+def parts(model, optimizer, batch, loss, device="cpu"):
+    """As much of an Assembly as a key looks at."""
+    return SimpleNamespace(
+        model=model, optimizer=optimizer, source=SimpleNamespace(trial=lambda n: batch),
+        objective=SimpleNamespace(loss=loss, step=None), precision=SimpleNamespace(name="fp32"),
+        device=SimpleNamespace(type=device, name=device, total=lambda: 2**30),
+    )  # fmt: skip
 
 
 def test_the_key_ignores_numbers_and_the_batch_size():
@@ -162,7 +174,7 @@ def test_the_key_changes_with_all_that_decides_the_memory():
         key(batch=(torch.randn(2, 5), torch.zeros(2))),
         key(loss=nn.L1Loss()),
         key(loss=lambda a, b: (a - b).sum()),
-        key(settings={"precision": "bf16"}),
+        key(settings={"accumulate": "native"}),
         key(device="cuda"),
     ]
     assert len({key(), *others}) == len(others) + 1
@@ -195,7 +207,7 @@ def test_the_key_knows_losses_that_are_no_functions_by_what_they_are_and_not_whe
 def test_the_key_does_without_a_loss_where_the_model_returns_it():
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert training_key(model, optimizer, torch.randn(2, 4), None, {}, "cpu") != key(model=model)
+    assert training_key(parts(model, optimizer, torch.randn(2, 4), None), {}) != key(model=model)
 
 
 class Doubled:

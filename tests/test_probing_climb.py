@@ -1,6 +1,6 @@
-"""Up the ladder, purely: which rungs are looked at, which is taken, and what is said of them."""
+"""What is said of the ladder's rungs."""
 
-from autoaccum.probing.climb import Tried, climb, told
+from autoaccum.probing.climb import Tried, told
 
 MIB = 2**20
 SHOWN = {
@@ -11,18 +11,6 @@ SHOWN = {
     "gone": Tried("gone"),
     "gone too": Tried("gone too"),
 }
-
-
-def test_the_first_rung_that_fits_is_taken_and_none_after_it_is_looked_at():
-    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda tried: tried.fits)
-    assert taken == "middle"
-    assert [each.rung for each in tried] == ["cheap", "middle"]
-
-
-def test_where_none_is_to_be_taken_all_are_looked_at():
-    tried, taken = climb(["cheap", "middle", "dear"], SHOWN.__getitem__, lambda tried: False)
-    assert taken is None
-    assert [each.rung for each in tried] == ["cheap", "middle", "dear"]
 
 
 def test_the_text_names_each_rung_with_its_peak_and_the_cheapest_that_fits():

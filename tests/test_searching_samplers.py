@@ -108,4 +108,4 @@ def test_a_random_search_is_random_from_its_first_trial_on(tmp_path):
 @pytest.mark.parametrize("wrong", ["best", "random", "cmaes", ["tpe"], 3, optuna.samplers.RandomSampler])
 def test_what_is_no_sampler_is_refused(wrong):
     with pytest.raises(SetupError, match=r"leave it out for TPE, or give a sampler of Optuna's"):
-        check_sampler(wrong, shared=False, trusted=False)
+        check_sampler(wrong, None, trusted=False)

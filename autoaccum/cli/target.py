@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from autoaccum.checks import misfit
 from autoaccum.errors import SetupError, shown
 from autoaccum.settings import check_arguments
 
@@ -114,17 +115,12 @@ class Target:
         return found  # type: ignore[no-any-return]  # callable, as was just seen
 
     def _check_call(self, function: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-        try:
-            signature = inspect.signature(function)
-        except ValueError:  # a builtin without one: calling it will tell
-            return
-        try:
-            signature.bind(*args, **keywords)
-        except TypeError as error:
+        error = misfit(function, *args, **keywords)
+        if error is not None:
             wanted = f"the arguments {', '.join([*map(repr, args), *keywords])}" if args or keywords else "no arguments"
             raise SetupError(
-                f"{shown(self.text)} is called with {wanted}, but is {function.__name__}{signature}: {error}; give the "
-                "parameters defaults, or write a function around it"
+                f"{shown(self.text)} is called with {wanted}, but is {function.__name__}{inspect.signature(function)}: "
+                f"{error}; give the parameters defaults, or write a function around it"
             ) from error
 
     def _module(self) -> ModuleType:

@@ -89,7 +89,7 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     peak = max((trial.get("peak_bytes") or 0 for trial in on_curve(trials) if trial["batch"] == micro), default=0)
     if peak:
         rows.append(("peak", format_bytes(peak), f"measured at {micro}{of_budget(peak, budget)}"))
-    rows.append(("limit", report.get("limit") or "not looked for", _proof(report, curve)))
+    rows.append(("limit", report.get("limit") or "not looked for", report["limit_reason"]))
     if budget:
         reason = str(report.get("budget_reason") or "").removeprefix(format_bytes(budget)).lstrip(",: ")
         rows.append(("budget", format_bytes(budget), reason))
@@ -321,26 +321,6 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         table.add_row(name, format_bytes(size), Bar(size / most), whys[name])
     return Group(Text("Memory by part", style="bold"), indented(table))
-
-
-def _proof(report: Mapping[str, Any], curve: Sequence[tuple[int, int]]) -> str:
-    limit, trials = report.get("limit"), report.get("trials") or ()
-    fit_all = all(trial["outcome"] == "fits" for trial in trials)
-    if limit is None:
-        return "the target needs no larger size" if fit_all else "it is not known which larger sizes fit"
-    for trial in trials:
-        if trial["batch"] == limit + 1 and trial["outcome"] == "over budget":
-            return f"a step at {limit + 1} took {format_bytes(trial['reserved_bytes'] or trial['peak_bytes'])}"
-    over = dict(curve).get(limit + 1)
-    unproved = "larger ones did not fit where the forecast let them"
-    if fit_all:
-        unproved = "the little more that may fit was not worth a step near the limit"
-    return {
-        "forecast": f"at {limit + 1} the forecast is {'over the budget' if over is None else format_bytes(over)}",
-        "out of memory": "the next larger size ran out of memory",
-        "cap": "nothing larger was allowed or looked for; memory has room for more",
-        None: f"the largest that was run: {unproved}",
-    }[report.get("limit_proof")]
 
 
 def _samples(plan: Mapping[str, Any]) -> int:

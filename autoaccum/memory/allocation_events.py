@@ -17,7 +17,6 @@ class Event(NamedTuple):
     bytes: int
     block: int
     group: int
-    time_ns: int
     stream: int = 0
 
 

@@ -25,11 +25,11 @@ import torch
 from autoaccum.memory.alignment import MOST_UNMATCHED, Cell, ForecastFailed, align
 from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
 from autoaccum.memory.fitting import basis, columns, determined, fit, volume
-from autoaccum.memory.playback import Playback, Reservation
+from autoaccum.memory.playback import Playback
 from autoaccum.memory.replay import Column, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
-__all__ = ["Forecast", "ForecastFailed", "Reservation"]
+__all__ = ["Forecast", "ForecastFailed"]
 
 # With more than this share of its bytes unmatched a forecast stands on stretches instead of operators: it is
 # believed only where it met a held-out trace this closely.
@@ -167,8 +167,8 @@ class Forecast:
 
     def simulate(
         self, batch: int, length: int | None = None, *, limit: int | None = None, expandable: bool | None = None
-    ) -> Reservation:
-        """A training's first two windows at this size, played through the caching allocator from an emptied cache.
+    ) -> CachingAllocator:
+        """The caching allocator after a training's first two windows at this size, from an emptied cache.
 
         `limit` is the most it may reserve, in bytes, else SimulatedOutOfMemory; `expandable` whether its segments grow
         in place, None: as it is set up. A ForecastFailed where it does not cache, or has a setting that is not
@@ -181,7 +181,8 @@ class Forecast:
         point = self._point(batch, length)
         setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
         allocator = CachingAllocator(self._last.segments, limit=limit, **setup._asdict())
-        return self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
+        self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
+        return allocator
 
     @property
     def simulated(self) -> bool:
@@ -203,7 +204,7 @@ class Forecast:
         if self.reserve is not None:
             return round(self.peak(batch, length) * self.reserve)
         if (batch, length) not in self._reserved:
-            self._reserved[batch, length] = self.simulate(batch, length).reserved + self._background
+            self._reserved[batch, length] = self.simulate(batch, length).peak_reserved + self._background
         return self._reserved[batch, length]
 
     @property

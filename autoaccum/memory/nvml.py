@@ -35,8 +35,6 @@ class GpuProcess:
 class GpuInfo:
     """What the driver says of one GPU; `total` and `free` in bytes."""
 
-    name: str
-    uuid: str
     total: int
     free: int
     driver: str
@@ -65,25 +63,23 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
 
 
 def _ask(nvml: Any, uuid: str) -> GpuInfo:
-    handle, full = _handle(nvml, uuid)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    handle = _handle(nvml, uuid)
+    memory, driver = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlSystemGetDriverVersion()
     return GpuInfo(
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        uuid=full,
         total=int(memory.total),
         free=int(memory.free),
-        driver=_text(nvml.nvmlSystemGetDriverVersion()),
+        driver=driver.decode() if isinstance(driver, bytes) else driver,
         processes=tuple(_processes(nvml, handle)),
     )
 
 
-def _handle(nvml: Any, uuid: str) -> tuple[Any, str]:
+def _handle(nvml: Any, uuid: str) -> Any:
     """PyTorch gives a bare UUID, NVML wants to know whether it is a whole GPU's or a slice's."""
     bare = uuid.removeprefix("GPU-").removeprefix("MIG-")
     try:
-        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bare}"), f"GPU-{bare}"
+        return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{bare}")
     except (nvml.NVMLError_NotFound, nvml.NVMLError_InvalidArgument):
-        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare}"), f"MIG-{bare}"
+        return nvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare}")
 
 
 def _processes(nvml: Any, handle: Any) -> Iterator[GpuProcess]:
@@ -114,7 +110,3 @@ def _process_name(pid: int) -> str | None:
         return psutil.Process(pid).name()
     except psutil.Error:
         return None
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from autoaccum.memory.alignment import Cell
@@ -23,19 +22,10 @@ from autoaccum.memory.fitting import Size, volume
 from autoaccum.memory.replay import Column, matrix
 from autoaccum.memory.trace import Trace
 
-__all__ = ["Playback", "Reservation"]
+__all__ = ["Playback"]
 
 WINDOWS = 2
 _FREE, _TAKE, _KEEP = range(3)
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """What the simulated allocator took: peaks in bytes, and how often it had to empty its cache."""
-
-    reserved: int
-    allocated: int
-    retries: int
 
 
 class Playback:
@@ -66,7 +56,7 @@ class Playback:
         self._script = _script(trace)
         self._kept = [each.bytes for each in trace.kept]
 
-    def play(self, allocator: CachingAllocator, sizes: Sequence[int]) -> Reservation:
+    def play(self, allocator: CachingAllocator, sizes: Sequence[int]) -> None:
         """Two windows from the cache emptied, of blocks of these `sizes` in bytes; the allocator holds what is there at
         first.
 
@@ -90,7 +80,6 @@ class Playback:
                         free(block)
                 elif window == 0:
                     allocate(self._kept[at])
-        return Reservation(allocator.peak_reserved, allocator.peak_allocated, allocator.retries)
 
 
 class _Born(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["dense_parts", "resident_bytes", "resident_parts"]
+__all__ = ["dense_parts", "lies_on", "resident_bytes", "resident_parts"]
 
 
 def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
@@ -76,7 +76,7 @@ def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tup
     total = 0
     for tensor in tensors:
         for dense in dense_parts(tensor):
-            if dense.device.type == "meta" or not _on(dense.device, device):
+            if dense.device.type == "meta" or not lies_on(dense.device, device):
                 continue
             storage = dense.untyped_storage()
             key = (dense.device, storage.data_ptr())
@@ -104,7 +104,8 @@ def _whole(tensor: Tensor) -> list[Tensor]:
     return [tensor]
 
 
-def _on(device: torch.device, wanted: torch.device | None) -> bool:
+def lies_on(device: torch.device, wanted: torch.device | None) -> bool:
+    """Whether a device is the one wanted: None is any, and so is any index where that has none."""
     if wanted is None:
         return True
     return device.type == wanted.type and (wanted.index is None or device.type == "cpu" or device.index == wanted.index)

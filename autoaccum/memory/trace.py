@@ -15,12 +15,12 @@ Choices:
   stop (1 ms the first time), and 5 to 10 µs for each operator and each event, two thirds of it in torch when the
   profiler stops.
 - Events of one operator call that follow each other are one group: the innermost operator, since kernels
-  may allocate more often at larger sizes, which a group's net and inside figures survive.
+  may allocate more often at larger sizes, while what a group leaves behind and holds at most follows them.
 - On CUDA the profiler tells the operator, but the size of the block that was handed out; the allocator's
   own history tells what was requested. The two are joined by address and order (history.py).
 - Freed, but allocated before the recording: on the CPU torch reports such frees only for memory that an
-  earlier recording happened to see, so they say nothing and are left out of all figures
-  (`freed_before` keeps their sum). On CUDA the history reports all of them: they count.
+  earlier recording happened to see, so they say nothing and are left out. On CUDA the history reports all of
+  them: they count.
 - Other threads: the CPU profiler follows the calling thread (and autograd's), so a DataLoader's threads
   are not in the trace. CUDA's history is of the device: what others did is `background`, one figure.
 - Phases begin at the marks; forward and backward need none, since what autograd's engine calls is known.
@@ -36,7 +36,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_profiler, _profiler_enabled
@@ -45,7 +45,9 @@ from torch.autograd.profiler import profile, record_function
 from autoaccum.errors import ProbeError
 from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
+from autoaccum.memory.budget import Device
 from autoaccum.memory.cuda_history import NO_OPERATOR, History, RawEvent
+from autoaccum.memory.resident import lies_on
 from autoaccum.memory.watch import small_stacks
 
 __all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
@@ -66,34 +68,22 @@ _FACTORIES = frozenset(
 )
 
 
-class Where(Protocol):
-    """What `record` needs of a memory.budget.Device."""
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device."""
-
-
 class Group(NamedTuple):
-    """What one operator call allocated and freed, in bytes.
+    """One operator call that allocated or freed.
 
-    `net` is what it left behind (negative: it freed older memory), `inside` the most it held at any
-    moment, above its start (at least 0). `innermost` is the operator that allocated, `operator` the one
-    to show: the nearest caller that is more than a tensor factory. `phase` indexes Trace.phases.
+    `innermost` is the operator that did so, `operator` the one to show: the nearest caller that is more than a tensor
+    factory. `phase` indexes Trace.phases.
     """
 
     operator: str
-    net: int
-    inside: int
     phase: int = 0
     innermost: str = ""
 
 
 class Phase(NamedTuple):
-    """A part of the window: its name, when it began, and its first group."""
+    """A part of the window: its name, and its first group."""
 
     name: str
-    time_ns: int
     first_group: int
 
 
@@ -111,7 +101,7 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened inside one `record`. Sizes are bytes, times are nanoseconds of the profiler's clock.
+    """What happened inside one `record`. Sizes are bytes.
 
     Attributes:
         groups: by operator call, in time order.
@@ -120,7 +110,6 @@ class Trace:
             of the caller's own, is followed by "backward" where autograd's engine takes over, and by "forward"
             where it has ended.
         peak: the most in use above the start; at least 0.
-        freed_before: bytes freed that were allocated before the recording (0 or more).
         background: the most that other threads held at once (CUDA).
         requested: False where block sizes had to stand for requested sizes (CUDA, history not to be had).
         complete: False where the body raised.
@@ -134,7 +123,6 @@ class Trace:
     events: Events
     phases: tuple[Phase, ...]
     peak: int
-    freed_before: int = 0
     background: int = 0
     requested: bool = True
     complete: bool = True
@@ -173,7 +161,7 @@ class Recording:
 
 
 @contextmanager
-def record(device: Where) -> Iterator[Recording]:
+def record(device: Device) -> Iterator[Recording]:
     """Records the allocations on `device` of what runs inside, in this thread and in autograd's.
 
     Nothing is kept of the tensors. An error inside leaves `recording.trace` with what happened until then (`complete`
@@ -231,53 +219,48 @@ class _Builder:
 
     def __init__(self, marks: Sequence[tuple[int, str]]) -> None:
         self._marks = list(reversed(marks))  # those not reached yet, the next one last
-        self._phases = [Phase("forward", 0, 0)]
+        self._phases = [Phase("forward", 0)]
         self._whole = False  # whether the marked phase is taken as it is
         self._groups: list[Group] = []
         self._events = Events()
         self._open: tuple[int, int] | None = None  # call and phase of the last group
         self._live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
-        self._blocks = self._level = self._peak = self._freed_before = 0
+        self._blocks = self._level = self._peak = 0
 
     def take(self, raw: RawEvent, earlier: bool) -> None:
         known = self._live.pop(raw.address, None)
-        if raw.bytes < 0 and known is None:
-            self._freed_before -= raw.bytes
-            if not earlier:
-                return
+        if raw.bytes < 0 and known is None and not earlier:
+            return
         self._reach(raw.time_ns)
         if raw.call >= 0 and not self._whole and raw.backward != (self._phases[-1].name == "backward"):
-            self._phases.append(Phase("backward" if raw.backward else "forward", raw.time_ns, len(self._groups)))
+            self._phases.append(Phase("backward" if raw.backward else "forward", len(self._groups)))
         if self._open != (raw.call, len(self._phases)):
             self._open = (raw.call, len(self._phases))
-            self._groups.append(Group(raw.operator, 0, 0, len(self._phases) - 1, raw.innermost))
+            self._groups.append(Group(raw.operator, len(self._phases) - 1, raw.innermost))
         if known is not None:
-            self._add(-known[1], known[0], raw)
+            self._add(-known[1], known[0], raw.stream)
         if raw.bytes > 0:
             self._live[raw.address] = (self._blocks, raw.bytes)
-            self._add(raw.bytes, self._blocks, raw)
+            self._add(raw.bytes, self._blocks, raw.stream)
             self._blocks += 1
         elif known is None:
-            self._add(raw.bytes, -1, raw)
+            self._add(raw.bytes, -1, raw.stream)
 
     def trace(self, **extra: Any) -> Trace:
         self._reach(2**63)
-        return Trace(tuple(self._groups), self._events, tuple(self._phases), self._peak, self._freed_before, **extra)
+        return Trace(tuple(self._groups), self._events, tuple(self._phases), self._peak, **extra)
 
     def _reach(self, time_ns: int) -> None:
         """Begin the phases marked up to this time."""
         while self._marks and self._marks[-1][0] <= time_ns:
-            when, name = self._marks.pop()
-            self._phases.append(Phase(name, when, len(self._groups)))
+            _, name = self._marks.pop()
+            self._phases.append(Phase(name, len(self._groups)))
             self._whole = name in _WHOLE
 
-    def _add(self, size: int, block: int, raw: RawEvent) -> None:
-        group = self._groups[-1]
-        net = group.net + size
-        self._groups[-1] = group._replace(net=net, inside=max(group.inside, net))
+    def _add(self, size: int, block: int, stream: int) -> None:
         self._level += size
         self._peak = max(self._peak, self._level)
-        self._events.append(Event(size, block, len(self._groups) - 1, raw.time_ns, raw.stream))
+        self._events.append(Event(size, block, len(self._groups) - 1, stream))
 
 
 def _start() -> None:
@@ -308,7 +291,7 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
         name = sys.intern(event.name)  # each event brings a text of its own
         if name == "[memory]":
             fields = event.extra_fields
-            if _same(fields.device, where):
+            if lies_on(fields.device, where):
                 size, address, when = fields.alloc_size, fields.ptr, event.start_time_ns
                 found.append(RawEvent(when, size, address, call, innermost, operator, backward))
             continue
@@ -325,7 +308,3 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
             pending.extend((child, calls, name, shown, inside) for child in reversed(children))
     found.sort(key=lambda raw: raw.time_ns)
     return found, marks
-
-
-def _same(device: torch.device, where: torch.device) -> bool:
-    return device.type == where.type and (where.index is None or where.type == "cpu" or device.index == where.index)

@@ -236,21 +236,13 @@ def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
     return f"{', '.join(settings)} ({source})"
 
 
-def check_decided(
-    rule: str, factor: float, target_batch: int, lr_batch: int | None, overrides: Mapping[str, Any]
-) -> None:
-    """Refuses settings that were read, perhaps edited by hand, and are not what the rule makes of the two batches."""
+def check_decided(rule: str, factor: float, target_batch: int, lr_batch: int | None) -> None:
+    """Refuses a factor that was read, perhaps edited by hand, and is not what the rule makes of the two batches."""
     if lr_batch is not None and lr_batch < 1:
         raise PlanError(f"this plan's lr_batch is {lr_batch}: it must be 1 or more")
     wanted = lr_factor(rule, target_batch, lr_batch)
     if not math.isclose(factor, wanted, rel_tol=1e-9):
         raise PlanError(f"this plan's lr_scale is {factor}, and its rule {rule!r} makes it {wanted}: make it anew")
-    betas, eps = overrides.get("betas", (0.0, 0.0)), overrides.get("eps", 0.0)
-    names = {"betas", "eps"} if lr_batch is not None and rule == "adam-sde" else set()
-    if set(overrides) != names or not isinstance(betas, tuple) or isinstance(eps, tuple):
-        raise PlanError(f"this plan's optimizer_overrides are {dict(overrides)!r:.80}: make it anew")
-    if not all(0 <= beta < 1 for beta in betas) or eps < 0:
-        raise PlanError(f"this plan's betas={betas} and eps={eps} are out of range: make it anew")
 
 
 def _warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:

@@ -273,9 +273,7 @@ def _check(found: Plan) -> None:
     check_room(found.by_length)
     if (found.lr or 0.0) < 0:  # 0 is the rate of an optimizer whose loop warms up by hand
         raise PlanError(f"this plan's lr is {found.lr}: make it anew")
-    learning_rate.check_decided(
-        found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch, found.optimizer_overrides
-    )
+    learning_rate.check_decided(found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch)
     made = _arranged(found)
     for name in ("micro_batches", "micro_batch", "accumulation_steps", "bn_momentum"):
         was, own = getattr(found, name), getattr(made, name)

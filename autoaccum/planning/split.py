@@ -17,7 +17,6 @@ Choices made here:
 
 import operator
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
@@ -265,11 +264,15 @@ class Windows(NamedTuple):
 
     @property
     def look_ahead(self) -> int:
-        """Samples to know of beyond a window before it is cut off a stream: one more than any tail that would join it.
+        """Samples to know of beyond a window before it is cut off a stream: more than any tail that would join it.
 
         0 where every tail stands for itself, as always with a minimum of 1; otherwise `minimum` as a rule.
         """
-        return _look_ahead(self)
+        room = self.most - self.minimum
+        if self.tail == "drop" or room <= 0:  # with one size only, what cannot be cut alone cannot with others
+            return 0
+        # Tails that cannot be cut lie between the ranges k * minimum .. k * limit; from this k on the ranges touch.
+        return min(-(-(self.minimum - 1) // room) * self.minimum, self.target)
 
     def sizes(self, length: int) -> Iterator[int]:
         """The windows of `length` samples in order: `target` each, then what `next` makes of the rest."""
@@ -300,18 +303,3 @@ class Windows(NamedTuple):
 
     def _largest(self, samples: int) -> int:
         return samples if self._can(samples) else (-(-samples // self.most) - 1) * self.most
-
-
-@lru_cache(maxsize=64)  # asked at every window, always the same
-def _look_ahead(windows: Windows) -> int:
-    target, minimum, limit = windows.target, windows.minimum, windows.most
-    if windows.tail == "drop" or limit <= minimum:  # with one size only, what cannot be cut alone cannot with others
-        return 0
-    # Between the ranges k * minimum .. k * limit are gaps that cannot be cut; from some k on the ranges touch.
-    touching = -(-(limit - 1) // (limit - minimum))
-    for k in range(min(touching, (target - 1) // limit), -1, -1):
-        low, high = k * limit + 1, min((k + 1) * minimum - 1, target - 1)
-        joined = windows._largest(target + high)
-        if low <= high and joined >= target + low:
-            return joined - target + 1
-    return 0

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from autoaccum.checks import typed
 from autoaccum.data import tree
@@ -26,6 +25,7 @@ from autoaccum.memory.fitting import basis
 from autoaccum.memory.forecast import Forecast
 from autoaccum.probing.journal import cache_folder
 from autoaccum.probing.outcome import Trial
+from autoaccum.window.assembly import Assembly
 
 __all__ = ["Cache", "Lines", "training_key"]
 
@@ -86,35 +86,17 @@ class Lines:
 
 
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
-    """Those of the functions that may be the highest at some batch, and length, of 1 and above.
-
-    Of lines a + b·n exactly those that are somewhere; over lengths those that no other tops in each coefficient.
-    """
-    distinct = sorted(set(lines), key=lambda line: (line[1], line[0]))
+    """Those of the functions that no other tops in each coefficient: at sizes of 1 and above one of them is highest."""
+    distinct = sorted(set(lines), key=lambda line: (line[1], line[0]), reverse=True)
     if len(distinct[0]) > 2:
         rows = torch.tensor(distinct, dtype=torch.float64, device="cpu")
         topped = (rows[:, None] <= rows).all(2).sum(1) > 1  # by another one: each is as high as itself
         return tuple(line for line, below in zip(distinct, topped.tolist()) if not below)
-    kept: list[tuple[float, ...]] = []
-    for a, b in distinct:
-        if kept and kept[-1][1] == b:
-            kept.pop()
-        while kept and _hidden(kept, (a, b)):
-            kept.pop()
-        kept.append((a, b))
-    return tuple(kept)
-
-
-def _hidden(kept: list[tuple[float, ...]], new: tuple[float, float]) -> bool:
-    """Whether the last line kept is nowhere the highest, between the one before it (or n = 1) and the new one."""
-    a, b = kept[-1]
-    crossing = (a - new[0]) / (new[1] - b)  # from here on the new one is higher
-    if crossing <= 1:
-        return True
-    if len(kept) == 1:
-        return False
-    before_a, before_b = kept[-2]
-    return crossing <= (before_a - a) / (b - before_b)
+    kept: list[tuple[float, ...]] = []  # the steepest first
+    for line in distinct:
+        if not kept or line[0] > kept[-1][0]:
+            kept.append(line)
+    return tuple(reversed(kept))
 
 
 class Cache:
@@ -148,24 +130,23 @@ class Cache:
             warnings.warn(f"the answer cannot be kept in {self._path} ({error}): going on without", stacklevel=2)
 
 
-def training_key(
-    model: nn.Module, optimizer: Optimizer, batch: Any, loss: Any, settings: dict[str, Any], device: str
-) -> str:
+def training_key(parts: Assembly, settings: Mapping[str, Any]) -> str:
     """A name for all that decides a step's memory: equal keys mean equal forecasts.
 
-    Of model, optimizer and loss the structure and the code count, not the numbers; of the small `batch` the shapes
-    beside the batch dimension and the dtypes. `settings` are plain values, `device` is its name and capacity.
+    Of model, optimizer and loss the structure and the code count, not the numbers; of a small batch the shapes beside
+    the batch dimension and the dtypes; of the device its name and capacity. `settings` are plain values.
     """
+    device, optimizer, loss = parts.device, parts.optimizer, parts.objective.loss or parts.objective.step
     facts = [
         torch.__version__,
         str(torch.get_num_threads()),
-        device,
-        json.dumps(settings, sort_keys=True, default=str),
-        *_structure(model),
+        f"{device.type} {device.name} {device.total()}",
+        json.dumps({"precision": parts.precision.name, **settings}, sort_keys=True, default=str),
+        *_structure(parts.model),
         *(_structure(loss) if isinstance(loss, nn.Module) else [_code(loss)]),
         f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         *(json.dumps(_plain(group), sort_keys=True, default=str) for group in optimizer.param_groups),
-        *(f"{path} {tensor.dtype} {tuple(tensor.shape[1:])}" for path, tensor in tree.tensors(batch)),
+        *(f"{path} {tensor.dtype} {tuple(tensor.shape[1:])}" for path, tensor in tree.tensors(parts.source.trial(2))),
     ]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
 

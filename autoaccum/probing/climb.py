@@ -4,7 +4,7 @@ A rung is not judged by a forecast: its smallest step is run, which is the very 
 nothing is to be taken, and a person has to choose, those that fit are probed whole: how many samples, and how soon.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from autoaccum.errors import ProbeError
 from autoaccum.model.memory_savers import BY_NAME, CHANGES
 from autoaccum.units import format_bytes
 
-__all__ = ["NOT_BORNE", "Tried", "cannot_run", "climb", "told"]
+__all__ = ["NOT_BORNE", "Tried", "cannot_run", "told"]
 
 # What a model's own code raises that does not bear a saver, such as a cache that is filled a second time.
 NOT_BORNE = (ProbeError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -61,21 +61,6 @@ class Tried:
 def cannot_run(error: BaseException) -> str:
     """Why a saver could not be run, in one clause."""
     return f"cannot be run, {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
-
-
-def climb(
-    rungs: Iterable[str], attempt: Callable[[str], Tried], enough: Callable[[Tried], bool]
-) -> tuple[list[Tried], str | None]:
-    """(what each rung showed, the one that is taken: None where none is).
-
-    `attempt` runs the smallest micro-batch under a rung; `enough` says of what it showed whether the rung is taken.
-    """
-    tried = []
-    for rung in rungs:
-        tried.append(attempt(rung))
-        if enough(tried[-1]):
-            return tried, rung
-    return tried, None
 
 
 def told(tried: Iterable[Tried]) -> str:

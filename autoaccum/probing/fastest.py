@@ -11,20 +11,21 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoaccum.errors import StateNotRestoredError
-from autoaccum.memory.forecast import Forecast
 from autoaccum.model.memory_savers import BY_NAME, CHANGES, RUNGS
 from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import can_split, largest_size
+from autoaccum.probing.answered import report_of
 from autoaccum.probing.climb import NOT_BORNE, cannot_run
 from autoaccum.probing.find_size import Answer
+from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
 from autoaccum.window.assembly import Assembly
 
-__all__ = ["Alternatives", "Pair", "Raced", "chosen", "pairs", "race"]
+__all__ = ["Alternatives", "Pair", "chosen", "pairs", "race"]
 
 MOST_WINDOWS, LEAST_SECONDS = 2.0, 0.25
 NOISE = 0.02  # relative: within it the first of the pairs is as good
@@ -74,25 +75,6 @@ class Pair:
     def window(self) -> float:
         """Seconds of a window: the least, since what else runs on the machine only adds."""
         return min(self.seconds)
-
-
-@dataclass(frozen=True)
-class Raced:
-    """What was found.
-
-    Attributes:
-        bench, answer: of the saver that is taken.
-        pair: what is taken.
-        throughput: (size, samples per second) under that saver.
-        table: a row for each saver: its name, what fits at most, the size looked at with its forecast peak and the time
-            of a window, (size, samples per second) of all that was timed, whether the result is the plain step's.
-    """
-
-    bench: Bench
-    answer: Answer
-    pair: Pair
-    throughput: tuple[tuple[int, float], ...]
-    table: tuple[dict[str, Any], ...]
 
 
 def pairs(share: int, limits: Sequence[tuple[str | None, int]], *, floor: int = 1, multiple_of: int = 1) -> list[Pair]:
@@ -149,152 +131,131 @@ def to_gain(made: Sequence[Pair]) -> float | None:
 
 
 def race(
-    bench: Bench, answer: Answer, alternatives: Alternatives, *, share: int | None, floor: int, reach: int,
-    multiple_of: int,
-) -> Raced:  # fmt: skip
-    """Times the pairs that are worth it, and takes the soonest.
+    bench: Bench, answer: Answer, alternatives: Alternatives, *, share: int | None, reach: int, multiple_of: int
+) -> ProbeReport:
+    """The report of the pair that makes a window soonest, of those that were worth timing.
 
     Args:
-        bench: on which the step as it is was probed.
-        answer: what that found.
+        bench, answer: on which the step as it is was probed, and what that found.
         alternatives: savers that may be taken.
         share: samples of a window; None: as many as fit as it is.
-        floor, reach: the smallest micro-batch, and how far a limit is looked for.
+        reach: how far a limit is looked for.
         multiple_of: preferred multiples.
     """
-    share = share or answer.micro_batch
-    found = _Found(bench, answer, alternatives, share, floor, reach)
-    made: list[Pair] = []
-    computing, repeating = _apart(alternatives.savers)
-    for savers in (computing, repeating):
-        gain = to_gain(made) if made else None
-        if savers is repeating and (share <= answer.micro_batch or (gain is not None and gain < WORTH_IT)):
-            break
-        found.add(savers)
-        known = {(pair.saver, pair.size) for pair in made}
-        wanted = pairs(share, found.limits(), floor=floor, multiple_of=multiple_of)
-        made += [pair for pair in wanted if (pair.saver, pair.size) not in known]
-        _time(made, found, alternatives)
-        bench.device.expect(bench.allowed, None)  # whatever runs next is measured, with nothing kept
-    best = chosen(made)
-    answer = found.answers[best.saver]
-    table = tuple(_row(saver, found.answers[saver], limit, [pair for pair in made if pair.saver == saver], share)
-                  for saver, limit in found.limits())  # fmt: skip
-    rates = next(tuple(map(tuple, row["throughput"])) for row in table if row["saver"] == best.saver)
-    taken = Answer(best.size, answer.limit, answer.proof, answer.forecast)
-    return Raced(found.benches[best.saver], taken, best, rates, (*table, *found.left_out))
+    return _Race(bench, answer, alternatives, share or answer.micro_batch, reach, multiple_of).report()
 
 
-def _apart(savers: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Savers that compute nothing twice, which may gain at any size; and those that do."""
-    return [each for each in savers if each == "chunked_loss"], [each for each in savers if each != "chunked_loss"]
-
-
-class _Found:
-    """What fits under each saver looked at so far."""
+class _Race:
+    """The savers looked at so far, what fits under each, and the pairs that were timed."""
 
     def __init__(
-        self, bench: Bench, answer: Answer, alternatives: Alternatives, share: int, floor: int, reach: int
-    ) -> None:  # fmt: skip
-        self.benches: dict[str | None, Bench] = {None: bench}
-        self.answers: dict[str | None, Answer] = {None: answer}
-        self.left_out: list[dict[str, Any]] = []
-        self._alternatives, self._share, self._floor, self._reach = alternatives, share, floor, reach
+        self, bench: Bench, answer: Answer, alternatives: Alternatives, share: int, reach: int, multiple_of: int
+    ) -> None:
+        self._benches: dict[str | None, Bench] = {None: bench}
+        self._answers: dict[str | None, Answer] = {None: answer}
+        self._alternatives, self._share, self._reach, self._multiple_of = alternatives, share, reach, multiple_of
+        self._left_out: list[dict[str, Any]] = []
+        self._made: list[Pair] = []
 
-    def add(self, savers: Sequence[str]) -> None:
-        """Looks at more of them."""
-        for saver in savers:
-            with self._alternatives.under(saver):
-                shown = _forecast(self.benches, saver, self.answers[None], self._floor, self._reach)
-            if isinstance(shown, Answer):
-                self.answers[saver] = shown
+    def report(self) -> ProbeReport:
+        bench, answer = self._benches[None], self._answers[None]
+        for repeats in (False, True):  # savers that compute nothing twice may gain at any size, the others by size
+            gain = to_gain(self._made) if self._made else None
+            if repeats and (self._share <= answer.micro_batch or (gain is not None and gain < WORTH_IT)):
+                break
+            for saver in self._alternatives.savers:
+                if repeats == (saver != "chunked_loss"):
+                    self._look(saver)
+            known = {(pair.saver, pair.size) for pair in self._made}
+            wanted = pairs(self._share, self._limits(), floor=bench.floor, multiple_of=self._multiple_of)
+            self._made += [pair for pair in wanted if (pair.saver, pair.size) not in known]
+            self._time()
+            bench.device.expect(bench.allowed, None)  # whatever runs next is measured, with nothing kept
+        best = chosen(self._made)
+        answer = self._answers[best.saver]
+        table = {saver: self._row(saver, limit) for saver, limit in self._limits()}
+        found = report_of(self._benches[best.saver], replace(answer, micro_batch=best.size))
+        rates = tuple(map(tuple, table[best.saver]["throughput"]))
+        return replace(found, throughput=rates, savers=(*table.values(), *self._left_out), ladder=best.saver)
+
+    def _look(self, saver: str) -> None:
+        """What fits under a saver, by two small traces; else why that cannot be told."""
+        plain = self._benches[None]
+        bench = self._benches[saver] = plain.alike()
+        first = max(2, bench.floor, self._answers[None].micro_batch // 32)
+        why = "there are too few samples for two traces"
+        if 2 * first <= self._reach:
+            try:
+                with self._alternatives.under(saver):
+                    fits = all(bench.run(size, "trace").fits for size in (first, 2 * first))
+            except StateNotRestoredError:
+                raise
+            except NOT_BORNE as error:
+                why = cannot_run(error)
             else:
-                self.left_out.append({"saver": saver, "limit": None, "obstacle": shown, "same_result": True})
+                forecast = bench.forecast() if fits else None
+                why = "its traces do not line up" if fits else f"{first} to {2 * first} samples do not fit"
+                if forecast is not None:
+                    low = largest(lambda size: forecast.reserved(size) <= bench.room, self._reach, 2 * first)
+                    self._answers[saver] = Answer(low, low, "forecast" if low < self._reach else "cap", forecast)
+                    return
+            bench.recover()  # outside the except block, where nothing holds what the failed step held
+        self._left_out.append({"saver": saver, "limit": None, "obstacle": why, "same_result": True})
 
-    def limits(self) -> list[tuple[str | None, int]]:
+    def _limits(self) -> list[tuple[str | None, int]]:
         """(saver, the most samples of a window that fit), the step as it is first."""
-        plain, *rest = self.answers.items()
+        plain, *rest = self._answers.items()
         return [(None, plain[1].micro_batch)] + [
             (saver, min(found.limit or found.micro_batch, self._share)) for saver, found in rest
         ]
 
+    def _row(self, saver: str | None, limit: int) -> dict[str, Any]:
+        """A saver's row of a report's `savers`."""
+        found, made = self._answers[saver], [pair for pair in self._made if pair.saver == saver]
+        size = made[0].size if made else limit
+        return {
+            "saver": saver,
+            "limit": found.limit or found.micro_batch,
+            "micro_batch": size,
+            "peak_bytes": self._peak(saver, size),
+            "window_seconds": made[0].window if made and made[0].seconds else None,
+            # Lists, as JSON has them.
+            "throughput": [[pair.size, self._share / pair.window] for pair in made if pair.seconds],
+            "same_result": True,
+        }
 
-def _row(saver: str | None, found: Answer, limit: int, made: Sequence[Pair], share: int) -> dict[str, Any]:
-    size = made[0].size if made else limit
-    timed = [pair for pair in made if pair.seconds]
-    return {
-        "saver": saver,
-        "limit": found.limit or found.micro_batch,
-        "micro_batch": size,
-        "peak_bytes": None if found.forecast is None else int(found.forecast.reserved(size)),
-        "window_seconds": made[0].window if made and made[0].seconds else None,
-        "throughput": [[pair.size, share / pair.window] for pair in timed],  # lists, as JSON has them
-        "same_result": True,
-    }
+    def _peak(self, saver: str | None, size: int) -> int | None:
+        forecast = self._answers[saver].forecast
+        return None if forecast is None else int(forecast.reserved(size))
 
-
-def _forecast(
-    benches: dict[str | None, Bench], saver: str, plain: Answer, floor: int, reach: int
-) -> Answer | str:  # fmt: skip
-    """What fits under a saver by two small traces; why that cannot be told."""
-    bench = benches[saver] = benches[None].alike()
-    first = max(2, floor, plain.micro_batch // 32)
-    sizes = [size for size in (first, 2 * first) if size <= reach]
-    if len(sizes) < 2:
-        return "there are too few samples for two traces"
-    try:
-        fits = all(bench.run(size, "trace").fits for size in sizes)
-    except StateNotRestoredError:
-        raise
-    except NOT_BORNE as error:
-        why = cannot_run(error)
-    else:
-        forecast = bench.forecast() if fits else None
-        why = "its traces do not line up" if fits else f"{first} to {2 * first} samples do not fit"
-        if forecast is not None:
-            return _reaching(bench, forecast, sizes[-1], reach)
-    bench.recover()  # outside the except block, where nothing holds what the failed step held
-    return why
-
-
-def _reaching(bench: Bench, forecast: Forecast, low: int, reach: int) -> Answer:
-    """The largest size up to `reach` whose peak is forecast to fit, where `low` does."""
-    low = largest(lambda size: forecast.reserved(size) <= bench.room, reach, low)
-    return Answer(low, low, "forecast" if low < reach else "cap", forecast)
-
-
-def _time(made: list[Pair], found: _Found, alternatives: Alternatives) -> None:
-    """Runs each saver's largest size once, as a trial; then times what is left in turn, for as long as is allowed."""
-    rough: dict[str | None, float] = {}
-    spent = 0.0
-    for pair in _largest(made):
-        bench = found.benches[pair.saver]
-        trial = next((t for t in reversed(bench.trials) if t.batch == pair.size and t.fits and t.seconds), None)
-        if trial is None:
-            with alternatives.under(pair.saver):
-                trial = bench.run(pair.size, "verify")
-            spent += trial.seconds
-        if trial.fits:
-            rough[pair.saver] = pair.count * trial.seconds
-    window = min(rough.values(), default=0.0)
-    running = [pair for pair in made if pair.saver is None or rough.get(pair.saver, math.inf) <= window * HOPELESS]
-    for turn in range(MOST_ROUNDS):
-        timed = [pair.window for pair in running if pair.seconds]
-        window = min(timed, default=window)
-        running = [pair for pair in running if not pair.seconds or pair.window <= window * (1 + CLOSE)]
-        for pair in running:
-            if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
-                return
-            forecast = found.answers[pair.saver].forecast
-            with alternatives.under(pair.saver):
-                peak = None if forecast is None else forecast.reserved(pair.size)
-                began = time.perf_counter()
-                micro, end = found.benches[pair.saver].time(pair.size, peak=peak)
-                spent += time.perf_counter() - began
-            pair.seconds.append(pair.count * micro + end)
-            timed.append(pair.window)
-
-
-def _largest(made: Sequence[Pair]) -> list[Pair]:
-    """The first pair of each saver."""
-    return [pair for number, pair in enumerate(made) if all(pair.saver != other.saver for other in made[:number])]
+    def _time(self) -> None:
+        """Runs each saver's largest size once, as a trial; then times what is left in turn, as long as is allowed."""
+        rough: dict[str | None, float] = {}
+        spent = 0.0
+        firsts: dict[str | None, Pair] = {}
+        for pair in self._made:
+            firsts.setdefault(pair.saver, pair)
+        for saver, pair in firsts.items():
+            bench = self._benches[saver]
+            trial = next((t for t in reversed(bench.trials) if t.batch == pair.size and t.fits and t.seconds), None)
+            if trial is None:
+                with self._alternatives.under(saver):
+                    trial = bench.run(pair.size, "verify")
+                spent += trial.seconds
+            if trial.fits:
+                rough[saver] = pair.count * trial.seconds
+        window = min(rough.values(), default=0.0)
+        running = [p for p in self._made if p.saver is None or rough.get(p.saver, math.inf) <= window * HOPELESS]
+        for turn in range(MOST_ROUNDS):
+            timed = [pair.window for pair in running if pair.seconds]
+            window = min(timed, default=window)
+            running = [pair for pair in running if not pair.seconds or pair.window <= window * (1 + CLOSE)]
+            for pair in running:
+                if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
+                    return
+                with self._alternatives.under(pair.saver):
+                    peak, began = self._peak(pair.saver, pair.size), time.perf_counter()
+                    micro, end = self._benches[pair.saver].time(pair.size, peak=peak)
+                    spent += time.perf_counter() - began
+                pair.seconds.append(pair.count * micro + end)
+                timed.append(pair.window)

@@ -93,7 +93,7 @@ def find_by_length(
     traced = _traced(bench, chosen, floor, most)
     if traced is None:
         return None
-    forecast = bench.forecast_over_lengths()
+    forecast = bench.forecast(over_lengths=True)
     return None if forecast is None else _Check(bench, forecast, lengths, floor, most, traced).run()
 
 

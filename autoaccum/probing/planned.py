@@ -17,7 +17,6 @@ from autoaccum.planning.length_rule import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
 from autoaccum.probing.floor import smallest_micro_batch
-from autoaccum.probing.outcome import OVER_BUDGET
 from autoaccum.probing.report import ProbeReport
 from autoaccum.window.assembly import Assembly
 from autoaccum.window.determinism import settle_loss
@@ -109,18 +108,8 @@ def _reasons(parts: Assembly, report: ProbeReport | None) -> dict[str, str]:
     if report.gradient_sync is not None:
         reasons["gradient_sync"] = report.gradient_sync
     if report.limit is not None:
-        proof = {
-            "forecast": f"{report.limit + 1} is forecast to overrun the budget",
-            "out of memory": f"{report.limit + 1} ran out of memory",
-            "cap": "nothing larger was looked for",
-            None: "the largest that was run: larger ones did not fit where the forecast let them",
-        }
-        if all(trial.fits for trial in report.trials):
-            proof[None] = "the largest that was run: the little more that may fit was not worth a step near the limit"
-        if any(trial.batch == report.limit + 1 and trial.outcome == OVER_BUDGET for trial in report.trials):
-            proof["forecast"] = f"a step at {report.limit + 1} went over the budget"
         which = "of the longest samples seen fit" if report.by_length else "samples fit"
-        reasons["limit"] = f"{report.limit} {which} at once; {proof[report.limit_proof]}"
+        reasons["limit"] = f"{report.limit} {which} at once; {report.limit_reason}"
     return reasons
 
 

@@ -194,13 +194,10 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
     else:
         answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
+    report = report_of(bench, answer)
     if question.prefer == "fastest":
-        raced = race(bench, answer, question.alternatives, share=question.share, floor=floor, reach=reach,
-                     multiple_of=question.multiple_of)  # fmt: skip
-        report = report_of(raced.bench, raced.answer)
-        report = replace(report, throughput=raced.throughput, savers=raced.table, ladder=raced.pair.saver)
-    else:
-        report = report_of(bench, answer)
+        report = race(bench, answer, question.alternatives, share=question.share, reach=reach,
+                      multiple_of=question.multiple_of)  # fmt: skip
     return replace(report, notes=(*report.notes, *notes))
 
 

@@ -18,7 +18,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.planning.split import counts, even_split, shares
 from autoaccum.probing.cache import Cache, Lines, training_key
-from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, climb, told
+from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, told
 from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
 from autoaccum.probing.journal import Journal, journal_path
@@ -151,13 +151,14 @@ class Prober:
         if report is not None and not stuck:
             parts.take(report.ladder)  # prefer="fastest" may have found one
             return report
-        tried, taken = climb(
-            RUNGS,
-            lambda rung: self._under(rung, question),
-            lambda tried: (
-                takes and tried.rung not in BY_NAME and not parts.ranks.any("a rung of the ladder", not tried.fits)
-            ),
-        )
+        tried: list[Tried] = []
+        taken = None
+        for rung in RUNGS:
+            tried.append(self._under(rung, question))
+            enough = takes and rung not in BY_NAME
+            if enough and not parts.ranks.any("a rung of the ladder", not tried[-1].fits):
+                taken = rung
+                break
         if taken is None and refusal is None:
             raise NothingFitsError(
                 "not even the smallest micro-batch fits on another rank, under any rung of the ladder: the error that "
@@ -208,13 +209,9 @@ class Prober:
         """One probe of the model as it runs now."""
         if isinstance(self.isolation, Isolation):
             return interruptible(self._in_child, self.isolation, question)
-        parts, device, precision = self.parts, self.parts.device, self.parts.precision.name
+        parts = self.parts
         beside = {"beside": [optimizer_name(optimizer) for optimizer in parts.beside]} if parts.beside else {}
-        key = training_key(
-            parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
-            {"precision": precision, **self._run_so(), **self.accumulation, **beside},
-            f"{device.torch_device} {device.name} {device.total()}",
-        )  # fmt: skip
+        key = training_key(parts, {**self._run_so(), **self.accumulation, **beside})
         cache = self.cache and not is_sharded(parts.model)  # whose ranks would go apart by what each has seen before
         # A child's teaches the next one, whatever becomes of the answer.
         journal = Journal(journal_path(key) if cache or self.isolation else None, key)
@@ -224,7 +221,7 @@ class Prober:
         accumulator.beside = parts.beside
         with _PROBING, parts.running(alone=True), journal.probing(clears=self.isolation is None):
             report = run_probe(
-                accumulator, parts.source, device, question,
+                accumulator, parts.source, parts.device, question,
                 journal=journal, cache=Cache(key) if cache else None, listener=self.ran,
             )  # fmt: skip
         return replace(report, ladder=parts.ladder or report.ladder)

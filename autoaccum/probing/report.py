@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from autoaccum.checks import plain
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
-from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, Trial
+from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
+from autoaccum.units import format_bytes
 
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
@@ -95,6 +96,28 @@ class ProbeReport(Drawn):
         """Trials that ran out of memory or were killed for it."""
         return sum(trial.outcome in (OUT_OF_MEMORY, KILLED) for trial in self.trials)
 
+    @property
+    def limit_reason(self) -> str:
+        """What shows that no more than `limit` fits, in words."""
+        more, all_fit = (self.limit or 0) + 1, all(trial.fits for trial in self.trials)
+        if self.limit is None:
+            return "the target needs no larger size" if all_fit else "it is not known which larger sizes fit"
+        if self.limit_proof == "forecast":
+            over = (trial for trial in self.trials if (trial.batch, trial.outcome) == (more, OVER_BUDGET))
+            took = max((trial.reserved_bytes or trial.peak_bytes or 0 for trial in over), default=0)
+            if took:
+                return f"a step at {more} took {format_bytes(took)}"
+            forecast = "over the budget" if self.forecaster is None else format_bytes(self.forecaster.reserved(more))
+            return f"at {more} the forecast is {forecast}"
+        unproved = "larger ones did not fit where the forecast let them"
+        if all_fit:
+            unproved = "the little more that may fit was not worth a step near the limit"
+        return {
+            "out of memory": f"{more} ran out of memory",
+            "cap": "nothing larger was allowed or looked for; memory has room for more",
+            None: f"the largest that was run: {unproved}",
+        }[self.limit_proof]
+
     def forecast(self, batch: int, length: int | None = None) -> ForecastBytes:
         """The peak in bytes at `batch` samples (of `length`, where it was traced over lengths), run or not.
 
@@ -126,7 +149,7 @@ class ProbeReport(Drawn):
         apart = ("plan", "timeline", "forecaster")
         kept = {field.name: plain(getattr(self, field.name)) for field in fields(self) if field.name not in apart}
         drawn = {"curve": self._curve(), "timeline": self._timeline()}
-        return {**kept, "out_of_memory_count": self.out_of_memory_count, **drawn}
+        return {**kept, "limit_reason": self.limit_reason, "out_of_memory_count": self.out_of_memory_count, **drawn}
 
     def _values(self) -> dict[str, Any]:
         return {**(self.plan.to_dict() if self.plan is not None else {}), **self.to_dict()}

@@ -178,15 +178,9 @@ class Bench:
         limit = self.allowed.bytes
         return self._process.within(limit) if self._process.counted else peak <= limit
 
-    def forecast(self) -> Forecast | None:
-        """From all traces so far of the largest samples looked at; None where they do not line up."""
-        return self._forecast(1)
-
-    def forecast_over_lengths(self) -> Forecast | None:
-        """From all traces so far of chosen lengths; None where they do not line up."""
-        return self._forecast(2)
-
-    def _forecast(self, dimensions: int) -> Forecast | None:
+    def forecast(self, *, over_lengths: bool = False) -> Forecast | None:
+        """From all traces so far, of the largest samples looked at or of chosen lengths; None where they do not fit."""
+        dimensions = 2 if over_lengths else 1
         shapes = sorted(shape for shape in self.traces if len(shape) == dimensions)
         try:
             fitted = Forecast.fit(

@@ -1,4 +1,8 @@
-"""A search as every one of its workers gets it, and the study that belongs to it."""
+"""A search as each of its workers gets it: what all trials have in common, and the worker's part of the machine.
+
+Trials are compared at the same number of samples seen, whatever their batch. So a budget is counted in samples: given
+as such, or what the setup's own epochs come to. A budget in seconds compares at equal time instead.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.samplers import make_pruner
 from autoaccum.searching.space import Space
-from autoaccum.searching.storage import open_storage, place_of
-from autoaccum.searching.study import open_study
-from autoaccum.searching.terms import Terms
+from autoaccum.searching.storage import place_of
 
-__all__ = ["Job"]
+__all__ = ["TRAIN_LOSS", "Job"]
+
+TRAIN_LOSS = "train_loss"
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,12 @@ class Job:
     """A search; can be pickled where the setup can.
 
     Attributes:
-        recipe, space, terms: what is called, what is drawn, and what all trials have in common.
+        recipe, space: what is called, and what is drawn.
+        metric, direction: the evaluation's name that is searched on, or "train_loss"; "minimize" or "maximize".
+        amount, unit: what a whole trial takes, in "samples" or "ms".
+        given: whether the budget was given, instead of following from the setup.
+        ceiling: the largest target batch, up to which the probe looks.
+        lr_batch: the batch that learning rates are for, where the setup does not say.
         n_trials, storage, study_name, sampler, pruner: as `search` got them.
         folder: of the run.
         first: the setup's own values of what is searched: the first trial has them.
@@ -30,13 +38,19 @@ class Job:
 
     recipe: Recipe
     space: Space
-    terms: Terms
+    metric: str
+    direction: str
+    amount: int
+    unit: str
+    given: bool
+    ceiling: int
+    lr_batch: int | None
     n_trials: int
     storage: Any
     study_name: str
-    folder: Path
     sampler: Any
     pruner: Any
+    folder: Path
     first: Mapping[str, Any] = field(default_factory=dict)
     workers: int = 1
     threads: int = 1
@@ -48,9 +62,11 @@ class Job:
         """Where the study is, for messages."""
         return place_of(self.storage, self.folder)
 
-    def open(self, *, resume: bool = True) -> Any:
-        """The study, with its pruner."""
-        storage = open_storage(self.storage, self.folder)
-        study = open_study(storage, self.study_name, self.space, self.terms, shown=self.place, resume=resume)
-        study.pruner = make_pruner(self.pruner, self.terms.amount)
-        return study
+    def comparable(self) -> dict[str, Any]:
+        """What two searches must agree in for their values to be comparable."""
+        names = ("direction", "metric", "amount", "unit")
+        return {
+            "space": self.space.describe(),
+            "seed": self.recipe.seed,
+            **{name: getattr(self, name) for name in names},
+        }

@@ -5,7 +5,6 @@ formats, the device. Learning rates, schedules and target batches are not in it,
 The answers lie in the run's folder, where all workers find them, and one worker probes at a time.
 """
 
-import hashlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,10 @@ class Limits:
 
     def key(self, session: Session) -> str:
         """A name for all that decides how many samples fit."""
-        parts, asked = session.parts, session.settings
-        device = f"{parts.device.torch_device.type} {parts.device.name} {parts.device.total()}"
+        asked = session.settings
         settings = {name: asked[name] for name in deciding("memory") if asked[name] != SETTINGS[name].default}
-        training = training_key(
-            parts.model, parts.optimizer, parts.source.trial(2), parts.objective.loss or parts.objective.step,
-            {**settings, "precision": parts.precision.name}, device,
-        )  # fmt: skip
-        return hashlib.sha256(f"{training} {parts.ranks.size}".encode()).hexdigest()[:24]
+        settings.pop("precision", None)  # the one that was decided on counts
+        return training_key(session.parts, {**settings, "ranks": session.parts.ranks.size})
 
     def report(self, key: str, session: Session) -> ProbeReport:
         """The probe's report, whose `micro_batch` is the most samples that trials may run at once.

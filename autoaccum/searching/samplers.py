@@ -25,21 +25,21 @@ CONSTRAINT = "autoaccum.constraint"  # the trial attribute that stands for a con
 EARLY, BEST = 1 / 9, 4
 
 
-def check_sampler(sampler: Any, *, shared: bool, trusted: bool) -> None:
-    """Refuses what is no sampler, and one that would run what others have written into the study.
+def check_sampler(sampler: Any, storage: Any, *, trusted: bool) -> None:
+    """Refuses what is no sampler, and one that would run what stands in a study as code.
 
-    `shared`: whether others can write to the storage; `trusted`: whether the user trusts them with this account.
+    `trusted`: whether the user trusts all who can write to the storage with this account.
     """
-    samplers, inner = load_optuna().samplers, sampler
-    while inner is not None and not isinstance(inner, samplers.CmaEsSampler):
+    optuna, inner = load_optuna(), sampler
+    while inner is not None and not isinstance(inner, optuna.samplers.CmaEsSampler):
         inner = getattr(inner, "_base_sampler", None)
-    if inner is not None and shared and not trusted:
+    if inner is not None and not trusted and not isinstance(storage, optuna.storages.InMemoryStorage):
         raise SetupError(
-            f"sampler={type(sampler).__name__}() unpickles what stands in the study, and others can write to this "
-            "storage: what they put there would run as your own code. Use another sampler, or a journal file of your "
-            "own; where you trust everybody who can write there, say trust_storage=True (--trust-storage)"
+            f"sampler={type(sampler).__name__}() unpickles what stands in the study: what anybody has put there would "
+            "run as your own code. Use another sampler, or where you trust everybody who can write to the storage, "
+            "your own journal file too, say trust_storage=True (--trust-storage)"
         )
-    if sampler not in (None, "tpe") and not isinstance(sampler, samplers.BaseSampler):
+    if sampler not in (None, "tpe") and not isinstance(sampler, optuna.samplers.BaseSampler):
         raise SetupError(
             f"sampler={shown(sampler)}: leave it out for TPE, or give a sampler of Optuna's, such as "
             "optuna.samplers.RandomSampler(seed=0)"

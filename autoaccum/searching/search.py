@@ -17,8 +17,8 @@ from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.samplers import check_sampler, make_pruner
 from autoaccum.searching.search_result import SearchResult, result_of, rows_of
 from autoaccum.searching.space import read_space
-from autoaccum.searching.storage import dashboard_line, is_shared, telling_of
-from autoaccum.searching.study import Ledger
+from autoaccum.searching.storage import dashboard_line, telling_of
+from autoaccum.searching.study import Ledger, open_study
 from autoaccum.searching.study_trial import GivenUp, Trainer
 from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
 from autoaccum.searching.worker import Worker, tell
@@ -77,8 +77,8 @@ def search(
         resume: go on with a study that is there; False refuses it.
         seed: of the search and of every trial. None: 0, and the setup's own for its trials where it gives one.
         folder: where weights, limits and best.json lie; None: autoaccum-search/<study_name> here.
-        trust_storage: a sampler that unpickles what stands in the study (Optuna's CmaEsSampler) may do so on a storage
-            that others can write to, whose code would then run here.
+        trust_storage: a sampler that unpickles what stands in the study (Optuna's CmaEsSampler) may do so: whoever can
+            write to the storage can then have code run here.
         progress: tell about trials on stderr; None: on a terminal.
 
     Raises:
@@ -90,16 +90,17 @@ def search(
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
     load_optuna()
-    for name, value, least, wanted in (
-        ("n_trials", n_trials, 1, "above 0, such as 30"),
-        ("seed", seed, 0, "of 0 or more"),
-    ):
-        if not (value is None and name == "seed") and (type(value) is not int or value < least):
-            raise SetupError(f"{name}={shown(value)}: give a whole number {wanted}")
+    for name, value, fits, wanted in (
+        ("n_trials", n_trials, type(n_trials) is int and n_trials >= 1, "a whole number above 0, such as 30"),
+        ("seed", seed, seed is None or (type(seed) is int and seed >= 0), "a whole number of 0 or more"),
+        ("study_name", study_name, study_name is None or (isinstance(study_name, str) and study_name.strip()),
+         'a text, such as "digits", or leave it out'),
+    ):  # fmt: skip
+        if not fits:
+            raise SetupError(f"{name}={shown(value)}: give {wanted}")
     one_of("direction", direction, ("minimize", "maximize"))
-    if study_name is not None and not (isinstance(study_name, str) and study_name.strip()):
-        raise SetupError(f'study_name={shown(study_name)}: give a text, such as "digits", or leave it out')
     check_switches(trust_storage=trust_storage)
+    check_sampler(sampler, storage, trusted=trust_storage)
     join()
     recipe = Recipe(setup, seed or 0, insists=seed is not None)
     targets = check_targets(target_batch)
@@ -119,14 +120,14 @@ def search(
     arguments = sample_arguments(recipe, read)
     read = default_space(arguments, targets) if read is None else read
     recipe.check_names(read.parts)
-    terms = settle(recipe, read, arguments, targets, metric=metric, direction=direction, budget=budget)
-    own = read.within({**recipe.defaults(), **arguments})
+    terms = settle(recipe, read, arguments, targets, metric, budget)
+    first = read.within({**recipe.defaults(), **arguments})
     del arguments
-    make_pruner(pruner, terms.amount)
+    make_pruner(pruner, terms["amount"])
     name = study_name or recipe.slug()
     place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
-    check_sampler(sampler, shared=is_shared(storage, place), trusted=trust_storage)
-    job = Job(recipe, read, terms, n_trials, storage, name, place, sampler, pruner, own)
+    job = Job(recipe, read, direction=direction, n_trials=n_trials, storage=storage, study_name=name, sampler=sampler,
+              pruner=pruner, folder=place, first=first, **terms)  # fmt: skip
     if here().rank > 0:
         return _train_along(job)
     result = None
@@ -153,24 +154,23 @@ def _check_shared(storage: Any, workers: Any) -> None:
 
 def _made(place: Path) -> Path:
     """The folder of the search, absolute; a SetupError where it cannot be made or written to."""
-    why = "written to"
     try:
         place.mkdir(parents=True, exist_ok=True)
+        why = "" if os.access(place, os.W_OK | os.X_OK) else "written to"
     except OSError as error:
         why = f"made ({error.strerror})"
-    else:
-        if os.access(place, os.W_OK | os.X_OK):
-            return place.absolute()
-    raise SetupError(
-        f"the search's folder {str(place)!r} cannot be {why}: give another one (folder=), or start from a folder that "
-        "can be written to"
-    )
+    if why:
+        raise SetupError(
+            f"the search's folder {str(place)!r} cannot be {why}: give another one (folder=), or start from a folder "
+            "that can be written to"
+        )
+    return place.absolute()
 
 
 def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool | None) -> SearchResult:
     """The search as the process that was asked for it runs it."""
     with hushed():
-        study, dashboard = job.open(resume=resume), dashboard_line(job.storage, job.folder)
+        study, dashboard = open_study(job, resume=resume), dashboard_line(job.storage, job.folder)
         told = None
         if sys.stderr.isatty() if progress is None else progress:
             from autoaccum.display.layout import open_console
@@ -186,7 +186,7 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
             if told is not None:
                 told.show()
     with telling_of(job.place, opening=True):
-        result = result_of(study, job.folder, job.terms, dashboard)
+        result = result_of(study, job, dashboard)
     result.save(job.folder / "best.json")
     return result
 

@@ -20,10 +20,10 @@ from autoaccum.planning.plan import Plan
 from autoaccum.planning.stored import write_file
 from autoaccum.searching import weights
 from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.job import Job
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
 from autoaccum.searching.study_trial import FIT
-from autoaccum.searching.terms import Terms
 
 __all__ = ["SearchResult", "best_arguments", "result_of", "rows_of"]
 
@@ -215,7 +215,7 @@ def _state(name: str, outcome: str) -> str:
     return name.lower()
 
 
-def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> SearchResult:
+def result_of(study: Any, job: Job, dashboard: str | None) -> SearchResult:
     """The result of a study in which at least one trial came to its end.
 
     Raises:
@@ -226,8 +226,8 @@ def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> 
     if best is None:
         raise _no_best(study, rows)
     facts: Mapping[str, Any] = best.user_attrs[TRAINING]
-    arguments, file = dict(facts["fit"]), weights.path_of(folder, best)
-    if terms.unit == "ms":  # the steps that its time was enough for
+    arguments, file = dict(facts["fit"]), weights.path_of(job.folder, best)
+    if job.unit == "ms":  # the steps that its time was enough for
         arguments["max_steps"] = facts["steps"]
         arguments.pop("epochs", None)
     return SearchResult(
@@ -236,13 +236,13 @@ def result_of(study: Any, folder: Path, terms: Terms, dashboard: str | None) -> 
         best_plan=Plan.from_dict(facts["plan"]),
         trials=rows,
         study=study,
-        metric=terms.metric,
-        direction=terms.direction,
-        unit=terms.unit,
+        metric=job.metric,
+        direction=job.direction,
+        unit=job.unit,
         best_number=best.number,
         weights=file if file is not None and file.exists() else None,
         arguments=arguments,
-        seed=terms.seed,
+        seed=job.recipe.seed,
         threads=int(facts["threads"]),
         dashboard=dashboard,
     )

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import shlex
-import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.interrupts import uninterrupted
 from autoaccum.searching.extra import load_optuna
 
-__all__ = ["dashboard_line", "is_shared", "open_storage", "place_of", "telling_of"]
+__all__ = ["dashboard_line", "open_storage", "place_of", "telling_of"]
 
 RACES = 10  # tries to open a database that others open for the first time
 CONNECT = 10  # seconds to wait for a server
@@ -167,25 +166,6 @@ def _proxy(text: str, address: str) -> Any:
             f"optuna.storages.run_grpc_proxy_server(storage, host={host!r}, port={port})"
         ) from error
     return proxy
-
-
-def is_shared(storage: Any, folder: Path) -> bool:
-    """Whether anybody but this user may write to a study there: a server's, or a file that its permissions open."""
-    if isinstance(storage, load_optuna().storages.BaseStorage):
-        return not isinstance(storage, load_optuna().storages.InMemoryStorage)
-    scheme, colon, rest = str(folder / "journal.log" if storage is None else storage).partition("://")
-    path = Path(rest.removeprefix("/").partition("?")[0] if colon else scheme).absolute()
-    return bool(colon and not scheme.startswith("sqlite")) or any(map(_others_write, (path, path.parent)))
-
-
-def _others_write(path: Path) -> bool:
-    if not hasattr(os, "getuid") or not path.exists():  # permissions are not told so there, or this search makes it
-        return False
-    found = path.stat()
-    # In a sticky folder, such as /tmp, nobody replaces another's file.
-    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-    opened = found.st_mode & (stat.S_IWOTH | stat.S_IWGRP) and not sticky
-    return bool(opened) or found.st_uid not in (0, os.getuid())
 
 
 def dashboard_line(storage: Any, folder: Path) -> str | None:

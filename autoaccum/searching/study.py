@@ -23,9 +23,9 @@ from autoaccum.errors import SetupError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.probing.journal import Owner
 from autoaccum.searching.extra import load_optuna
-from autoaccum.searching.space import Space
-from autoaccum.searching.storage import telling_of
-from autoaccum.searching.terms import Terms
+from autoaccum.searching.job import Job
+from autoaccum.searching.samplers import make_pruner
+from autoaccum.searching.storage import open_storage, telling_of
 
 __all__ = ["BEAT", "ERROR", "OUTCOME", "OWNER", "RETRY", "TRAINING", "Ledger", "end", "open_study", "signed", "sweep"]
 
@@ -41,40 +41,41 @@ _RUN_HERE = set[float]()  # the trials that this process runs, by when they bega
 
 
 @uninterrupted
-def open_study(storage: Any, name: str, space: Space, terms: Terms, *, shown: str, resume: bool) -> Any:
-    """The study of this name, new or gone on with.
+def open_study(job: Job, *, resume: bool = True) -> Any:
+    """The search's study, new or gone on with, with its pruner.
 
     A SetupError where it is there and `resume` is False, or where it is a search of another direction, space, metric,
     budget or seed; both are named.
     """
-    optuna = load_optuna()
-    ours = {"space": space.describe(), **terms.comparable()}
-    with telling_of(shown, opening=True):
+    optuna, ours = load_optuna(), job.comparable()
+    storage = open_storage(job.storage, job.folder)
+    who = f"the study {job.study_name!r}"
+    with telling_of(job.place, opening=True):
         try:
             study = optuna.create_study(
-                storage=storage, study_name=name, direction=terms.direction, load_if_exists=resume
+                storage=storage, study_name=job.study_name, direction=job.direction, load_if_exists=resume
             )
         except optuna.exceptions.DuplicatedStudyError as error:
             raise SetupError(
-                f"the study {name!r} is already in {shown}: leave out resume=False to go on with it, or give another "
-                "study_name"
+                f"{who} is already in {job.place}: leave out resume=False to go on with it, or give another study_name"
             ) from error
         theirs = study.user_attrs.get(_TERMS)
         ledger = Ledger(study)
         if theirs is None and ledger.trials:
             raise SetupError(
-                f"the study {name!r} in {shown} has trials that are not from autoaccum.search: give another study_name"
+                f"{who} in {job.place} has trials that are not from autoaccum.search: give another study_name"
             )
         there = {"direction": study.direction.name.lower()}
-        if ledger.taken or there["direction"] != terms.direction:
+        if ledger.taken or there["direction"] != job.direction:
             for key, value in {**(theirs or {}), **there}.items():
                 if value != ours.get(key):
                     raise SetupError(
-                        f"the study {name!r} in {shown} has {key} {value!r}, and this search {ours.get(key)!r}: their "
-                        "values cannot be compared; give the same, or another study_name"
+                        f"{who} in {job.place} has {key} {value!r}, and this search {ours.get(key)!r}: their values "
+                        "cannot be compared; give the same, or another study_name"
                     )
         else:  # nothing was tried yet: what was wrong with the first call may have been mended
             study.set_user_attr(_TERMS, ours)
+    study.pruner = make_pruner(job.pruner, job.amount)
     return study
 
 
@@ -155,12 +156,12 @@ def signed(trial: Any) -> Iterator[None]:
 
 def sweep(study: Any) -> list[int]:
     """Fails the running trials whose process is gone, queues what is to run again, and says which it failed."""
-    swept = [trial.number for trial in Ledger(study).of("running") if _is_abandoned(trial)]
-    for number in swept:
-        end(study, number, "FAIL")
+    swept = [trial for trial in Ledger(study).of("running") if _is_abandoned(trial)]
+    for trial in swept:
+        end(study, trial, "FAIL")
     for trial in Ledger(study).to_repeat():
         study.enqueue_trial(_drawn(trial), user_attrs={RETRY: {"of": trial.number, "kills": _kills(trial)}})
-    return swept
+    return [trial.number for trial in swept]
 
 
 def _is_abandoned(trial: Any) -> bool:
@@ -178,12 +179,14 @@ def _is_abandoned(trial: Any) -> bool:
 
 
 @uninterrupted
-def end(study: Any, number: int, state: str, value: float | None = None) -> None:
-    """Ends a running trial with a state; one that another process has ended stays as it is."""
+def end(study: Any, trial: Any, state: str, *, outcome: str | None = None, value: float | None = None) -> None:
+    """Ends a running trial with a state, and says why; one that another process has ended stays as it is."""
     try:
-        study.tell(number, value, state=load_optuna().trial.TrialState[state])
+        if outcome is not None:
+            trial.set_user_attr(OUTCOME, outcome)
+        study.tell(trial.number, value, state=load_optuna().trial.TrialState[state])
     except (ValueError, RuntimeError):
         # It had ended; or this has ended it, and a sampler that has run out of settings wants to stop Optuna's loop.
-        trial = next(trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
-        if not trial.state.is_finished():
+        found = next(other for other in study.get_trials(deepcopy=False) if other.number == trial.number)
+        if not found.state.is_finished():
             raise

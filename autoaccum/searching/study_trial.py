@@ -7,8 +7,7 @@ in mid-epoch as well, with the random generators put back: the training is the s
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +23,15 @@ from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import ends_all
-from autoaccum.searching.job import Job
+from autoaccum.searching.job import TRAIN_LOSS, Job
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.terms import TRAIN_LOSS, check_metric, check_target, steps_for
+from autoaccum.searching.terms import check_metric, check_target, steps_for
 from autoaccum.session import Session
 from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import EpochEnded, Event
 from autoaccum.training.loop import TrainingLoop
 from autoaccum.units import format_bytes
+from autoaccum.window.record import StepRecord
 
 __all__ = ["FIT", "GivenUp", "Refused", "Trainer"]
 
@@ -53,7 +53,7 @@ class Trainer:
 
     def __init__(self, job: Job, folder: Path) -> None:
         """What was found to fit lies in `folder`."""
-        self._job, self._terms, self._limits = job, job.terms, Limits(folder, job.terms.ceiling)
+        self._job, self._limits = job, Limits(folder, job.ceiling)
         self._checked: set[str] = set()  # memory keys whose gradient was checked: the same model need not be again
 
     def train(
@@ -72,10 +72,10 @@ class Trainer:
         session = self._session(params)
         asked, key = session.settings, self._limits.key(session)
         made, memory = self._planned(session, key)
-        if self._terms.unit == "ms":
+        if self._job.unit == "ms":
             asked["epochs"], asked["max_steps"] = 10**9, None
-        elif self._terms.given:
-            asked["max_steps"] = steps_for(made, self._terms.amount, session.parts.source.length)
+        elif self._job.given:
+            asked["max_steps"] = steps_for(made, self._job.amount, session.parts.source.length)
         facts = _facts(made, asked, memory)
         began(facts)
         if key in self._checked:
@@ -94,11 +94,11 @@ class Trainer:
         job.recipe.check_names(params)
         given = {name: value for name, value in job.recipe.build(params).items() if value is not None}
         try:
-            check_metric(given, job.terms.metric)
+            check_metric(given, job.metric)
             check_target(given.get("target_batch"))
         except SetupError as error:
             raise Refused(str(error)) from error
-        own = {"device": job.device, "memory": job.memory, "seed": job.terms.seed, "lr_batch": job.terms.lr_batch}
+        own = {"device": job.device, "memory": job.memory, "seed": job.recipe.seed, "lr_batch": job.lr_batch}
         with ends_all():
             return Session(given.pop("model"), given.pop("data"), {**own, **given, "progress": False})
 
@@ -129,34 +129,29 @@ class _Watch:
     """Runs a training, counts what it has taken, and reports when it is time."""
 
     def __init__(self, job: Job, session: Session, report: Callable[[float, int], bool]) -> None:
-        self._terms, self._parts, self._report = job.terms, session.parts, report
+        self._job, self._parts, self._report = job, session.parts, report
         self.samples = self._in_epoch = self._reported = 0  # the last in ninths
         self._seconds = 0.0
-        self._losses: deque[tuple[int, float]] = deque()  # of the last ninth of the training
+        self._history: Sequence[StepRecord] = ()
 
     @property
     def _amount(self) -> int:
-        return self.samples if self._terms.unit == "samples" else round(1000 * self._seconds)
+        return self.samples if self._job.unit == "samples" else round(1000 * self._seconds)
 
     def _ninths(self) -> int:
         """Of the budget, so far."""
-        return self._amount * NINTHS // self._terms.amount
-
-    def _take(self, samples: int, loss: float, seconds: float) -> None:
-        self.samples += samples
-        self._in_epoch += samples
-        self._seconds += seconds
-        self._losses.append((samples, loss))
-        kept = sum(count for count, _ in self._losses)
-        while len(self._losses) > 1 and (kept - self._losses[0][0]) * NINTHS >= self.samples:
-            kept -= self._losses.popleft()[0]
+        return self._amount * NINTHS // self._job.amount
 
     def value(self, evaluation: Mapping[str, float] | None) -> float:
         """The metric, from an evaluation or from the last ninth of the training's losses."""
-        metric = self._terms.metric
+        metric = self._job.metric
         if metric == TRAIN_LOSS:
-            total = sum(count for count, _ in self._losses)
-            return sum(count * loss for count, loss in self._losses) / total if total else math.nan
+            total, weighed = 0, 0.0
+            for record in reversed(self._history):
+                total, weighed = total + record.samples, weighed + record.samples * record.loss
+                if total * NINTHS >= self.samples:
+                    break
+            return weighed / total if total else math.nan
         if evaluation is None or metric not in evaluation:
             there = ", ".join(evaluation) if evaluation else "nothing"
             raise Refused(
@@ -168,7 +163,7 @@ class _Watch:
     def tell(self, value: float, *, last: bool = False) -> None:
         """Reports, and ends the training where the pruner says so: one rank is asked, and all are told."""
         if not math.isfinite(value):  # a bad value and no failure: the sampler learns from it
-            raise GivenUp(f"diverged: {self._terms.metric} is {value} after {self.samples} samples")
+            raise GivenUp(f"diverged: {self._job.metric} is {value} after {self.samples} samples")
         self._reported = self._ninths()
         stop = self._report(value, self._amount)
         if self._parts.ranks.any("a report of the search", stop) and not last:
@@ -183,10 +178,11 @@ class _Watch:
 
     def run(self, loop: TrainingLoop) -> Mapping[str, float] | None:
         """Trains, and gives the last evaluation."""
-        parts, terms, length = self._parts, self._terms, self._parts.source.length
+        parts, job, length = self._parts, self._job, self._parts.source.length
         epoch = None if length is None else sum(size * count for size, count in loop.plan.windows.runs(length))
+        self._history = loop.history
         # Whether epochs' ends, where the loop evaluates anyway, come often enough.
-        short = terms.unit == "samples" and epoch is not None and epoch * NINTHS <= terms.amount
+        short = job.unit == "samples" and epoch is not None and epoch * NINTHS <= job.amount
         with closing(iter(loop)) as windows:  # type: ignore[type-var]
             while True:
                 try:
@@ -195,8 +191,10 @@ class _Watch:
                     raise GivenUp(f"diverged: {error}") from error
                 if record is None:
                     return loop.evaluations[-1] if loop.evaluations else None
-                self._take(record.samples, record.loss, record.seconds)
-                if terms.unit == "ms" and parts.ranks.any("the budget of a study trial", self._amount >= terms.amount):
+                self.samples += record.samples
+                self._in_epoch += record.samples
+                self._seconds += record.seconds
+                if job.unit == "ms" and parts.ranks.any("the budget of a study trial", self._amount >= job.amount):
                     return self._evaluated(loop)
                 at_end, now = epoch is not None and self._in_epoch >= epoch, self._ninths()
                 if not short and not at_end and now < NINTHS and any(self._reported < rung <= now for rung in RUNGS):
@@ -208,7 +206,7 @@ class _Watch:
                     self.tell(self.value(evaluation))
 
     def _evaluated(self, loop: TrainingLoop) -> Mapping[str, float] | None:
-        return loop.evaluate() if self._terms.metric != TRAIN_LOSS else None
+        return loop.evaluate() if self._job.metric != TRAIN_LOSS else None
 
 
 def _facts(made: Plan, asked: Settings, memory: int | None) -> dict[str, Any]:

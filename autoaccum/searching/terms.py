@@ -1,12 +1,7 @@
-"""What all trials of a search have in common, settled before the first: metric, budget, seed, sizes.
-
-Trials are compared at the same number of samples seen, whatever their batch. So a budget is counted in samples: given
-as such, or what the setup's own epochs come to. A budget in seconds compares at equal time instead.
-"""
+"""What all trials of a search have in common, read off one call of the setup before the first trial."""
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -17,13 +12,12 @@ from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.job import TRAIN_LOSS
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space, read_space
 
 __all__ = [
     "ERRORS_BELIEVED",
-    "TRAIN_LOSS",
-    "Terms",
     "check_metric",
     "check_target",
     "check_targets",
@@ -34,39 +28,9 @@ __all__ = [
     "steps_for",
 ]
 
-TRAIN_LOSS = "train_loss"
 ERRORS_BELIEVED = 5  # a setup that fails so often before anything else is not tried on
 _TIMES = {"s": 1, "sec": 1, "min": 60, "h": 3600}
 _AROUND = 10.0  # the learning rate is looked for this many times above and below the one given
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What all trials have in common.
-
-    Attributes:
-        metric: the evaluation's name that is searched on, or "train_loss".
-        direction: "minimize" or "maximize".
-        amount: what a whole trial takes, in `unit`s.
-        unit: "samples" or "ms".
-        given: whether the budget was given, instead of following from the setup.
-        seed: of every trial's weights and data order.
-        ceiling: the largest target batch, up to which the probe looks.
-        lr_batch: the batch that learning rates are for, where the setup does not say.
-    """
-
-    metric: str
-    direction: str
-    amount: int
-    unit: str
-    given: bool
-    seed: int
-    ceiling: int
-    lr_batch: int | None
-
-    def comparable(self) -> dict[str, Any]:
-        """What two searches must agree in for their values to be comparable."""
-        return {name: getattr(self, name) for name in ("direction", "metric", "amount", "unit", "seed")}
 
 
 def check_targets(targets: Any) -> tuple[int, ...]:
@@ -126,10 +90,9 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
 
 
 def settle(
-    recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], *, metric: str,
-    direction: str, budget: Any,
-) -> Terms:  # fmt: skip
-    """The terms, from one call of the setup; a SetupError where nothing reports the metric, or says the budget."""
+    recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], metric: str, budget: Any
+) -> dict[str, Any]:
+    """A Job's metric, budget and sizes; a SetupError where nothing reports the metric, or says the budget."""
     check_metric(arguments, metric)
     for name in {"epochs", "max_steps"} & space.parts.keys():
         raise SetupError(
@@ -145,16 +108,14 @@ def settle(
             "the budget in samples"
         )
     says_rate = arguments.get("lr_batch") is not None or source.loader_batch is not None
-    return Terms(
-        metric=metric if arguments.get("val_data") is not None else TRAIN_LOSS,
-        direction=direction,
-        amount=amount,
-        unit=unit,
-        given=budget is not None or arguments.get("max_steps") is not None,
-        seed=recipe.seed,
-        ceiling=ceiling,
-        lr_batch=None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
-    )
+    return {
+        "metric": metric if arguments.get("val_data") is not None else TRAIN_LOSS,
+        "amount": amount,
+        "unit": unit,
+        "given": budget is not None or arguments.get("max_steps") is not None,
+        "ceiling": ceiling,
+        "lr_batch": None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
+    }
 
 
 def check_target(target: Any) -> int:

@@ -23,7 +23,7 @@ from autoaccum.searching.extra import load_optuna
 from autoaccum.searching.job import Job
 from autoaccum.searching.samplers import ask, mark_infeasible, sampler_of
 from autoaccum.searching.storage import telling_of
-from autoaccum.searching.study import BEAT, ERROR, OUTCOME, TRAINING, Ledger, end, signed, sweep
+from autoaccum.searching.study import BEAT, ERROR, TRAINING, Ledger, end, signed, sweep
 from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
 from autoaccum.searching.terms import ERRORS_BELIEVED
 from autoaccum.training.locks import FolderLock
@@ -52,7 +52,7 @@ class Worker:
         """`heard` is called whenever something in the study has changed by this worker."""
         self._job, self._study, self._heard = job, study, heard
         self._lock, self._trainer = FolderLock(job.folder, "claim"), Trainer(job, job.folder)
-        self._sampler = sampler_of(job.sampler, seed=job.terms.seed, n_trials=job.n_trials, first=job.first)
+        self._sampler = sampler_of(job.sampler, seed=job.recipe.seed, n_trials=job.n_trials, first=job.first)
         self._outer = sys.exc_info()[1]  # of whoever called the search: no error of a trial
 
     @uninterrupted
@@ -81,7 +81,7 @@ class Worker:
                     if Ledger(study).may_run(trial, n_trials):
                         self._run(trial)
                     else:
-                        self._end(trial, "FAIL", "void")
+                        end(study, trial, "FAIL", outcome="void")
                 weights.clean(self._job.folder, study)
                 return True
         finally:
@@ -94,27 +94,22 @@ class Worker:
     def _run(self, trial: Any) -> None:
         """Trains a trial that was claimed, and writes down how it ended."""
         try:
-            end(self._study, trial.number, "COMPLETE", self._trained(trial))
+            end(self._study, trial, "COMPLETE", value=self._trained(trial))
         except GivenUp as early:
             if str(early).startswith("does not fit"):
                 mark_infeasible(trial)
-            self._end(trial, "PRUNED", str(early))
+            end(self._study, trial, "PRUNED", outcome=str(early))
         except Refused:
-            self._end(trial, "FAIL", "void")
+            end(self._study, trial, "FAIL", outcome="void")
             raise
         except (Exception, KeyboardInterrupt) as error:
             if (interruption := interruption_in(error, outer=self._outer)) is not None:
-                self._end(trial, "FAIL", "interrupted")
+                end(self._study, trial, "FAIL", outcome="interrupted")
                 raise interruption from None
             text = "".join(traceback.format_exception(error))
             short = " ".join(str(error).split())
             trial.set_user_attr(ERROR, {"type": type(error).__name__, "message": short, "traceback": text[-8000:]})
-            self._end(trial, "FAIL", "error")
-
-    def _end(self, trial: Any, state: str, outcome: str) -> None:
-        with contextlib.suppress(load_optuna().exceptions.UpdateFinishedTrialError):
-            trial.set_user_attr(OUTCOME, outcome)
-            end(self._study, trial.number, state)
+            end(self._study, trial, "FAIL", outcome="error")
 
     def _trained(self, trial: Any) -> float:
         """Draws the parameters, lets others claim, and trains: the value."""
@@ -130,7 +125,7 @@ class Worker:
                 report=lambda value, amount: self._report(trial, value, amount),
             )  # fmt: skip
             trial.set_user_attr(TRAINING, facts)
-            best, sign = weights.best_trial(self._study), 1 if job.terms.direction == "minimize" else -1
+            best, sign = weights.best_trial(self._study), 1 if job.direction == "minimize" else -1
             if best is None or sign * value < sign * best.value:
                 weights.save_weights(model, job.folder, trial)
         return value
@@ -147,7 +142,7 @@ class Worker:
         trial.report(value, amount)
         check_interrupt()
         self._heard()
-        return amount < self._job.terms.amount and bool(trial.should_prune())
+        return amount < self._job.amount and bool(trial.should_prune())
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from autoaccum.memory.device import open_device
 from autoaccum.probing.child_process import Child, Killed, before_ending_with_the_parent, check_sendable, stop
 from autoaccum.searching.extra import hushed
 from autoaccum.searching.job import Job
+from autoaccum.searching.study import open_study
 from autoaccum.searching.worker import Worker
 
 __all__ = ["places", "run_pool"]
@@ -108,7 +109,7 @@ def _work(send: Callable[[str, Any], None], job: Job) -> None:
         torch.cuda.set_device(job.device)
     try:
         with hushed():
-            Worker(job, job.open(), heard=_leave_where_asked_to).run()
+            Worker(job, open_study(job), heard=_leave_where_asked_to).run()
     except AutoaccumError:
         raise
     except Exception as error:

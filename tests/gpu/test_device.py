@@ -101,7 +101,6 @@ def test_nvml_finds_this_gpu_by_its_uuid_and_this_process_on_it(gpu):
     info, why = gpu_info(str(torch.cuda.get_device_properties(gpu.torch_device).uuid))
     if info is None:
         pytest.skip(f"NVML: {why}")
-    assert info.name == gpu.name
     assert info.total == pytest.approx(gpu.total(), rel=0.05)
     if pids_are_ours():
         assert os.getpid() in [process.pid for process in info.processes]
