@@ -302,5 +302,5 @@ def test_figures_stay_whole_in_a_narrow_terminal_and_bars_give_way(width):
     for figure in ("227.0 MiB", "454.0 MiB", "optimizer state", *(f"{t['seconds']:.2f} s" for t in report["trials"])):
         assert figure in shown, figure
     assert all(len(line) <= width for line in shown.splitlines())
-    bars = [line.count("▪") for line in shown.splitlines() if "454.0 MiB" in line]
+    bars = [line.count("█") for line in shown.splitlines() if "454.0 MiB" in line]
     assert bars == [20] if width == 80 else bars[0] < 20

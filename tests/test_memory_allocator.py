@@ -139,7 +139,7 @@ def test_a_segment_partly_in_use_cannot_be_given_back():
 
 
 def test_an_expandable_segment_grows_in_place_by_pages():
-    allocator = CachingAllocator(expandable=True)
+    allocator = CachingAllocator(setup=Setup(expandable=True))
     blocks = [allocator.allocate(15 * MIB) for _ in range(2)]
     assert allocator.reserved == 40 * MIB  # 15 of 20; 5 + 10 of the next 20
     assert blocks[1].address == blocks[0].address + 15 * MIB
@@ -155,20 +155,20 @@ def test_an_expandable_segment_grows_in_place_by_pages():
 
 
 def test_an_expandable_segment_splits_large_blocks_to_512_bytes():
-    allocator = CachingAllocator(expandable=True)
+    allocator = CachingAllocator(setup=Setup(expandable=True))
     allocator.allocate(20 * MIB - 512)
     assert (allocator.reserved, allocator.allocated) == (20 * MIB, 20 * MIB - 512)
 
 
 def test_small_expandable_pages_are_2_mib():
-    allocator = CachingAllocator(expandable=True)
+    allocator = CachingAllocator(setup=Setup(expandable=True))
     for _ in range(3):
         allocator.allocate(MIB)
     assert allocator.reserved == 4 * MIB
 
 
 def test_releasing_an_expandable_segment_unmaps_whole_pages_only():
-    allocator = CachingAllocator(expandable=True)
+    allocator = CachingAllocator(setup=Setup(expandable=True))
     first, second, third = (allocator.allocate(30 * MIB) for _ in range(3))
     assert allocator.reserved == 100 * MIB
     allocator.free(second)  # 30..60 of the range: only the page 40..60 lies inside
@@ -183,7 +183,7 @@ def test_releasing_an_expandable_segment_unmaps_whole_pages_only():
 
 
 def test_where_blocks_can_grow_the_one_that_could_grow_least_is_taken():
-    allocator = CachingAllocator(expandable=True)
+    allocator = CachingAllocator(setup=Setup(expandable=True))
     hole, _, _ = (allocator.allocate(size * MIB) for size in (12, 4, 2))
     allocator.free(hole)
     # Free: 12 MiB before used ones, and 2 MiB at the end that could grow without bound.
@@ -201,7 +201,7 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
     allocator.allocate(MIB)
     allocator.allocate(11 * MIB)
     assert (allocator.reserved, allocator.allocated) == (22 * MIB, 22 * MIB)
-    grown = CachingAllocator((Segment(0, False, ((20 * MIB, True),), expandable=True),), expandable=True)
+    grown = CachingAllocator((Segment(0, False, ((20 * MIB, True),), expandable=True),), setup=Setup(expandable=True))
     grown.allocate(5 * MIB)
     assert grown.reserved == 40 * MIB
 
@@ -257,7 +257,7 @@ def test_divisions_go_by_the_size_of_the_request():
 
 
 def test_a_block_from_the_largest_size_to_be_split_on_serves_requests_of_about_its_size_alone():
-    allocator = CachingAllocator(max_split=64 * MIB)
+    allocator = CachingAllocator(setup=Setup(max_split=64 * MIB))
     allocator.free(allocator.allocate(100 * MIB))
     assert allocator.allocate(10 * MIB).size == 10 * MIB  # not out of the 100 MiB
     assert allocator.reserved == 110 * MIB
@@ -269,7 +269,7 @@ def test_a_block_from_the_largest_size_to_be_split_on_serves_requests_of_about_i
 
 
 def test_at_the_limit_blocks_that_are_not_split_go_back_first():
-    allocator = CachingAllocator(limit=150 * MIB, max_split=64 * MIB)
+    allocator = CachingAllocator(limit=150 * MIB, setup=Setup(max_split=64 * MIB))
     kept = allocator.allocate(30 * MIB)
     allocator.free(allocator.allocate(100 * MIB))
     allocator.free(kept)
@@ -296,7 +296,7 @@ def _play(allocator: CachingAllocator, steps: list[tuple[int, int, int]]) -> lis
 @settings(max_examples=60, deadline=None)
 @given(actions, st.booleans())
 def test_blocks_never_overlap_and_all_memory_is_accounted_for(steps, expandable):
-    allocator = CachingAllocator(expandable=expandable)
+    allocator = CachingAllocator(setup=Setup(expandable=expandable))
     live = _play(allocator, steps)
     spans = sorted((block.address, block.address + block.size) for block, _ in live)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
@@ -313,13 +313,13 @@ def test_blocks_never_overlap_and_all_memory_is_accounted_for(steps, expandable)
 @settings(max_examples=60, deadline=None)
 @given(actions, st.booleans(), st.integers(20, 200))
 def test_the_limit_is_never_passed_and_only_raises_where_it_must(steps, expandable, limit_mib):
-    allocator = CachingAllocator(limit=limit_mib * MIB, expandable=expandable)
+    allocator = CachingAllocator(limit=limit_mib * MIB, setup=Setup(expandable=expandable))
     try:
         _play(allocator, steps)
     except SimulatedOutOfMemory:
         assert allocator.retries > 0
     else:
-        unlimited = CachingAllocator(expandable=expandable)
+        unlimited = CachingAllocator(setup=Setup(expandable=expandable))
         _play(unlimited, steps)
         assert allocator.retries > 0 or allocator.peak_reserved == unlimited.peak_reserved
     # An expandable segment's last page may begin under the limit, since torch counts a request as one of its class.

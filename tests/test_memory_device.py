@@ -210,7 +210,7 @@ def gpu(monkeypatch):
 
     def make(others=(), spills=False, **figures):
         api = FakeCuda(**figures)
-        info = GpuInfo("NVIDIA A10", "GPU-ffc", 24 * GIB, 19 * GIB, "580.65", tuple(others))
+        info = GpuInfo(24 * GIB, 19 * GIB, "580.65", tuple(others))
         answer = (None, others) if isinstance(others, str) else (info, "")
         monkeypatch.setattr(accelerators, "gpu_info", lambda uuid, nvml: answer)
         monkeypatch.setattr(accelerators, "pids_are_ours", lambda: True)

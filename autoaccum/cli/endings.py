@@ -54,14 +54,14 @@ def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return ""
-    theirs = [frame for frame in frames if not _is_a_librarys(frame.filename)]
+    theirs = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<") and not os.path.realpath(frame.filename).startswith(_not_the_users())
+    ]
     frame = (theirs or list(frames))[-1]
     path = os.path.relpath(frame.filename)
     return f" ({frame.filename if path.startswith(os.pardir) else path}, line {frame.lineno}, in {frame.name})"
-
-
-def _is_a_librarys(filename: str) -> bool:
-    return filename.startswith("<") or os.path.realpath(filename).startswith(_not_the_users())
 
 
 @functools.cache

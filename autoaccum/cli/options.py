@@ -57,16 +57,13 @@ def _picture(value: Path) -> Path:
     return value
 
 
-def _truth(ctx: click.Context, param: click.Parameter, value: str | None) -> bool | str | None:
-    """A Switch's word as fit takes it: True, False or the word itself."""
-    return None if value is None else {"yes": True, "no": False}.get(value, value)
-
-
 class Switch(click.Option):
     """`--check`, `--no-check`, and with a word of its own `--check=warn`."""
 
     def __init__(self, declarations: list[str], *, word: str, **keywords: Any) -> None:
-        super().__init__(declarations, type=click.Choice(["yes", word, "no"]), callback=_truth, **keywords)
+        truth = {"yes": True, "no": False}  # as fit takes it: True, False or the word itself
+        callback = lambda ctx, param, value: truth.get(value, value)  # noqa: E731
+        super().__init__(declarations, type=click.Choice(["yes", word, "no"]), callback=callback, **keywords)
         self.on, self.off = declarations[0], f"--no-{declarations[0][2:]}"
         self.word = word
 

@@ -69,8 +69,8 @@ def what_fits(build: Callable[[], dict[str, Any]], shard: str) -> "tuple[ProbeRe
         SetupError: no way can be gone, and why.
         click.UsageError: there are more ranks than devices.
     """
-    from autoaccum.errors import NothingFitsError, SetupError
-    from autoaccum.ranks import here, join
+    from autoaccum.errors import AutoaccumError, NothingFitsError, SetupError
+    from autoaccum.ranks import here, join, told
 
     join()
     ranks = here()
@@ -82,7 +82,9 @@ def what_fits(build: Callable[[], dict[str, Any]], shard: str) -> "tuple[ProbeRe
         everyone = [json.loads(each) for each in ranks.collect("what fits how", json.dumps(look.facts()).encode())]
         if look.error is not None:
             raise look.error
-        _stop_with(everyone, ranks)
+        failed = [rank for rank, each in enumerate(everyone) if each["failed"]]
+        if failed:
+            raise told(AutoaccumError(f"rank {failed[0]} failed, so rank {ranks.rank} stops as well"))
         rows.append(_row(way, everyone, look))
         worst = max(worst, *(each["code"] for each in everyone))
         if taken is None and rows[-1]["fits"]:
@@ -188,16 +190,6 @@ def _expect_devices(device: Any, ranks: "Ranks") -> None:
             f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs: give --nproc at most that, or --device "
             "cpu to look at it in host memory"
         )
-
-
-def _stop_with(everyone: list[dict[str, Any]], ranks: "Ranks") -> None:
-    """Where another rank failed for a reason of its own."""
-    from autoaccum.errors import AutoaccumError
-    from autoaccum.ranks import told
-
-    failed = [rank for rank, each in enumerate(everyone) if each["failed"]]
-    if failed:
-        raise told(AutoaccumError(f"rank {failed[0]} failed, so rank {ranks.rank} stops as well"))
 
 
 def _row(way: str, everyone: list[dict[str, Any]], look: _Look) -> dict[str, Any]:

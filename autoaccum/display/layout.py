@@ -4,14 +4,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.measure import Measurement
+from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
-    "Bar",
     "Row",
     "columns",
     "facts",
@@ -24,7 +22,6 @@ __all__ = [
     "outcome_style",
 ]
 
-_BAR = 20  # cells of a full bar
 _NARROWEST = 40  # columns: with fewer, values would be cut off
 Row = tuple[str, object, str]  # what it is, its value, why
 
@@ -39,8 +36,8 @@ def on_curve(trials: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 _PLAIN = str.maketrans({
     "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≤": "<=", "≥": ">=", "·": ".", "…": "...", "’": "'",
     "κ": "kappa", "β": "beta", "ε": "epsilon", "σ": "sigma", "Σ": "sum ", "′": "'", "√": "sqrt ", "²": "^2", "µ": "u",
-    "▪": "#", "╌": "-", "○": "o", "◆": "#", "└": "+", "─": "-", "│": "|", "┤": "+",
-    **{chr(dots): "*" for dots in range(0x2801, 0x2900)},
+    "╌": "-", "○": "o", "◆": "#", "└": "+", "─": "-", "│": "|", "┤": "+",
+    **dict.fromkeys("█▉▊▋▌▍▎▏", "#"), **{chr(dots): "*" for dots in range(0x2801, 0x2900)},
 })  # fmt: skip
 
 
@@ -114,20 +111,6 @@ def columns(cells: Mapping[str, Sequence[str | Text]], *words: str) -> Renderabl
     for row in zip(*cells.values(), strict=True):
         table.add_row(*row)
     return indented(table)
-
-
-class Bar:
-    """A bar for a share from 0 to 1; where there is little room, it gives way to what has words and figures."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(0, _BAR)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        cells = round(min(_BAR, options.max_width) * self.share)
-        yield Text("▪" * cells, style="cyan")
 
 
 def of_budget(peak: int, budget: int | None) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import (
-    Bar,
     Row,
     columns,
     facts,
@@ -316,10 +316,10 @@ def _parts(parts: Mapping[str, Any], micro: int) -> RenderableType:
     widest = max((len(format_bytes(size)) for size in sizes.values()), default=0)
     table.add_column(style="dim", no_wrap=True, min_width=max(map(len, sizes), default=0))
     table.add_column(justify="right", style="bold", no_wrap=True, min_width=widest)
-    table.add_column()
+    table.add_column(max_width=20)  # gives way where there is little room
     table.add_column(overflow="fold")
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
-        table.add_row(name, format_bytes(size), Bar(size / most), whys[name])
+        table.add_row(name, format_bytes(size), Bar(most, 0, size, color="cyan"), whys[name])
     return Group(Text("Memory by part", style="bold"), indented(table))
 
 

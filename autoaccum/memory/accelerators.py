@@ -24,7 +24,7 @@ import torch
 from autoaccum.errors import DeviceError
 from autoaccum.memory.budget import Budget, Device, less, plus
 from autoaccum.memory.host import host_memory
-from autoaccum.memory.nvml import GpuInfo, GpuProcess, gpu_info, pids_are_ours
+from autoaccum.memory.nvml import GpuInfo, gpu_info, pids_are_ours
 from autoaccum.units import MIB, format_bytes, parse_bytes
 
 __all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice", "fraction"]
@@ -48,7 +48,8 @@ class AcceleratorDevice(Device):
                 f"PyTorch {torch.__version__} cannot tell how much memory {torch_device} has: "
                 'install a newer PyTorch, or train with device="cpu"'
             )
-        self.name = self._name()
+        named = self._function("get_device_name")
+        self.name = str(named(torch_device)) if named else str(torch_device)
 
     def _function(self, *names: str) -> Any:
         for module in (self._api, getattr(torch, "accelerator", None)):
@@ -56,10 +57,6 @@ class AcceleratorDevice(Device):
                 if hasattr(module, name):
                     return getattr(module, name)
         return None
-
-    def _name(self) -> str:
-        named = self._function("get_device_name")
-        return str(named(self.torch_device)) if named else str(self.torch_device)
 
     def _count(self, figure: str) -> int:
         nested = getattr(self._api, "memory_stats_as_nested_dict", None)
@@ -255,7 +252,10 @@ class CudaDevice(AcceleratorDevice):
         others = [process for process in info.processes if not (ours and process.pid == os.getpid())]
         if not others:
             return "no other process uses it"
-        known = ", ".join(_holder(process) for process in others[:3])
+        sizes = ("unknown size" if each.bytes is None else format_bytes(each.bytes) for each in others)
+        known = ", ".join(
+            f"{each.pid} {each.name or ''}".strip() + f": {size}" for each, size in zip(others[:3], sizes)
+        )
         whose = "other " if ours else ""
         return f"{len(others)} {whose}process{'es' if len(others) > 1 else ''} on it ({known})"
 
@@ -273,9 +273,7 @@ class CudaDevice(AcceleratorDevice):
         if info is None:
             return {**row, "free": self.free(), "processes": [], "driver": None, "note": f"without NVML: {why}"}
         free, note = info.free, ""
-        if (
-            abs(info.total - self.total()) > SAME_DEVICE * self.total()
-        ):  # a slice of a GPU, where NVML tells of all of it
+        if abs(info.total - self.total()) > SAME_DEVICE * self.total():  # a slice of a GPU, and NVML tells of all of it
             free, note = self.free(), "free memory by CUDA: NVML tells that of the whole GPU"
         processes = [{"pid": p.pid, "name": p.name, "bytes": p.bytes} for p in info.processes]
         return {**row, "free": free, "processes": processes, "driver": info.driver, "note": note}
@@ -339,11 +337,6 @@ def fraction(size: int, total: int) -> float:
     Half a byte more than size / total: the truncation could otherwise cost the last byte, and with it a segment.
     """
     return min(1.0, (size + 0.5) / total)
-
-
-def _holder(process: GpuProcess) -> str:
-    size = "unknown size" if process.bytes is None else format_bytes(process.bytes)
-    return f"{process.pid} {process.name}: {size}" if process.name else f"{process.pid}: {size}"
 
 
 def _spills() -> bool:

@@ -71,8 +71,9 @@ def _align(traces: Sequence[Trace], items: _Items, *, shortest: int) -> tuple[li
     In fewer than `shortest` agreeing items between two stretches no agreement is seen.
     """
     cells: list[Cell] = []
+    starts = [[*(phase.first_group for phase in trace.phases), len(trace.groups)] for trace in traces]
     for phase in range(len(traces[0].phases)):
-        bounds = [_bounds(trace, phase) for trace in traces]
+        bounds = [(start[phase], start[phase + 1]) for start in starts]
         keys = [
             [(group.innermost, group.operator) for group in trace.groups[start:stop]]
             for trace, (start, stop) in zip(traces, bounds)
@@ -80,11 +81,6 @@ def _align(traces: Sequence[Trace], items: _Items, *, shortest: int) -> tuple[li
         cells += _cells([start for start, _ in bounds], keys, items, shortest)
     spans = ([cell.spans[at] for cell in cells if not cell.matched] for at in range(len(traces)))
     return cells, max(map(_unmatched, traces, spans))
-
-
-def _bounds(trace: Trace, phase: int) -> tuple[int, int]:
-    last = phase + 1 == len(trace.phases)
-    return trace.phases[phase].first_group, len(trace.groups) if last else trace.phases[phase + 1].first_group
 
 
 def _cells(starts: list[int], keys: list[list[_Key]], items: _Items, shortest: int) -> list[Cell]:

@@ -160,7 +160,7 @@ class CachingAllocator:
     """The allocator of one device. Sizes are bytes.
 
     It holds `segments` at the start, whose blocks in use stay so (nobody here can free them). `limit` is the most it
-    may reserve (what `set_per_process_memory_fraction` caps); None: no limit. The others are as in Setup. `reserved`,
+    may reserve (what `set_per_process_memory_fraction` caps); None: no limit. `reserved`,
     `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
     """
 
@@ -169,12 +169,10 @@ class CachingAllocator:
         segments: Sequence[Segment] = (),
         *,
         limit: int | None = None,
-        expandable: bool = False,
-        max_split: int | None = None,
-        divisions: Sequence[int] = (),
+        setup: Setup = Setup(),  # noqa: B008 - immutable
     ) -> None:
-        self.limit, self.expandable = limit, expandable
-        self._max_split, self._divisions = max_split, divisions
+        self.limit = limit
+        self.expandable, self._max_split, self._divisions = setup
         self.reserved = self.allocated = 0
         self.peak_reserved = self.peak_allocated = 0
         self.retries = 0

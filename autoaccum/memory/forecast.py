@@ -154,7 +154,9 @@ class Forecast:
         for name, value in zip(self._resident_names, before):
             held[names.index(name)] += value
         held[names.index("temporary")] += levels + before.sum() - held.sum(0)  # what coarse cells hold inside
-        kept = [start + int(levels[start:stop].argmax()) for start, stop in _stretches(len(levels), moments)]
+        count = min(len(levels), moments)
+        cuts = [len(levels) * at // count for at in range(count + 1)]
+        kept = [start + int(levels[start:stop].argmax()) for start, stop in pairwise(cuts)]
         phases = [0, *self._table.phases]
         begins: dict[int, int] = {}
         for moment, row in enumerate(kept):
@@ -180,7 +182,7 @@ class Forecast:
             raise ForecastFailed("the device's allocator keeps nothing of what is freed: reserved is what is requested")
         point = self._point(batch, length)
         setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
-        allocator = CachingAllocator(self._last.segments, limit=limit, **setup._asdict())
+        allocator = CachingAllocator(self._last.segments, limit=limit, setup=setup)
         self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
         return allocator
 
@@ -297,10 +299,3 @@ def _residual(table: Table, sizes: Sequence[tuple[int, ...]], *, at_peak: bool) 
         missed = (forecast.max() - measured.max()).abs() if at_peak else (forecast - measured).abs().max()
         return float(missed / measured.max().clamp(min=1))
     return None
-
-
-def _stretches(rows: int, most: int) -> list[tuple[int, int]]:
-    """`rows` cut into at most `most` stretches of about equal length."""
-    count = min(rows, most)
-    cuts = [rows * at // count for at in range(count + 1)]
-    return list(pairwise(cuts))

@@ -52,16 +52,13 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 
     `root` is where /proc and /sys are looked for; the machine's own figures always come from psutil.
     """
-    limits = [_machine(), *_cgroups(root), *_resource_limits(root)]
+    memory = psutil.virtual_memory()
+    reason = f"{format_bytes(memory.available)} of this machine's {format_bytes(memory.total)} is available"
+    machine = HostMemory(memory.total, memory.available, reason, "machine")
+    limits = [machine, *_cgroups(root), *_resource_limits(root)]
     least = min(limits, key=lambda limit: limit.available)
     total = min(limit.total for limit in limits)
     return HostMemory(total, max(0, least.available), least.reason, least.kind)
-
-
-def _machine() -> HostMemory:
-    memory = psutil.virtual_memory()
-    reason = f"{format_bytes(memory.available)} of this machine's {format_bytes(memory.total)} is available"
-    return HostMemory(memory.total, memory.available, reason, "machine")
 
 
 def _resource_limits(root: Path) -> Iterator[HostMemory]:

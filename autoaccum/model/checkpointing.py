@@ -71,7 +71,7 @@ def _kept_operators() -> list[Any]:
 def why_not(model: nn.Module, how: How) -> str | None:
     """Why the model's blocks cannot be checkpointed so, in a few words; None where they can."""
     blocks, switched = _found(model)
-    if any(_is_on(part) for part in switched):
+    if any(getattr(layer, _SWITCH[0], False) for part in switched for layer in part.modules()):
         return "the model's own checkpointing is on already"
     if not blocks and not switched:
         return "no repeated blocks were found: a ModuleList or Sequential with two or more children of one class"
@@ -208,17 +208,11 @@ def _has_switch(module: nn.Module) -> bool:
     return bool(supported) and any(hasattr(part, _SWITCH[0]) for part in module.modules())
 
 
-def _is_on(model: nn.Module) -> bool:
-    return any(getattr(part, _SWITCH[0], False) for part in model.modules())
-
-
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model with a switch that have one each, as from Transformers 4.53 on."""
-    return [part for part in model.modules() if hasattr(part, _SWITCH[0]) and _is_layer(part)]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+    named = "GradientCheckpointingLayer"
+    parts = (part for part in model.modules() if hasattr(part, _SWITCH[0]))
+    return [part for part in parts if any(kind.__name__ == named for kind in type(part).__mro__)]
 
 
 @contextmanager

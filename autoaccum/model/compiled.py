@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
@@ -113,33 +113,28 @@ class Compiled(StandIn):
         """The forward, which compiles when it is called."""
         made = self._compiled.get(self._budget)
         if made is None:
-            backend, options = self._backend, _options(self._backend)
+            # Inductor pads matrices to sizes that a GPU likes, and guards on the batch for it: a graph for each range.
+            backend, options = self._backend, {"shape_padding": False} if self._backend == "inductor" else None
             if self._budget is not None:
                 backend, options = compiler(backend, options, self._budget), None
             made = self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)
         return made
 
     def _count(self, before: "_Counts", size: int | None, seconds: float) -> None:
+        """Tells of what was compiled in a call, and of what was not."""
         now = _Counts()
-        if now.frames == before.frames:
-            return
-        more, first = now.graphs - before.graphs, self.graphs == 0
-        self.graphs += more
-        breaks = [reason for reason in now.breaks if reason not in before.breaks]
+        more, breaks = now.graphs - before.graphs, [reason for reason in now.breaks if reason not in before.breaks]
         without = bool(breaks) or now.refused > before.refused
-        took = f"in {seconds:.1f} s"
-        if not more:
-            text = f"no graph for a batch of {size}"
-        elif not first:
-            text = f"{_graphs(more)} more at a batch of {size}, {took}; {self.graphs} in all"
-        elif size == 1:
-            text = f"{_graphs(more)} for a single sample, {took}"
-        else:
-            text = f"{_graphs(more)}{'' if without else ' for all batch sizes'}, {took}"
+        if now.frames == before.frames or not (more or without):
+            return
+        self.graphs += more
+        text = f"{more} graph{'s' * (more != 1)} at a batch of {size}, in {seconds:.1f} s; {self.graphs} in all"
         if without:
-            text += f"; parts of the model run without it: {_one_line(breaks[0]) if breaks else _gave_up()}"
-        if more or without:
-            self._tell(f"torch.compile: {text}")
+            reason = (
+                _one_line(breaks[0]) if breaks else "torch has compiled them as often as torch._dynamo.config lets it"
+            )
+            text += f"; parts of the model run without it: {reason}"
+        self._tell(f"torch.compile: {text}")
 
 
 class _Counts:
@@ -154,17 +149,14 @@ class _Counts:
         self.breaks = list(counters["graph_break"])
 
 
-def _options(backend: Any) -> dict[str, Any] | None:
-    """Inductor pads matrices to sizes that a GPU likes, and guards on the batch to do so: a graph for each range."""
-    return {"shape_padding": False} if backend == "inductor" else None
-
-
 def _marked(arguments: Any) -> int | None:
     """Marks dimension 0 of every tensor as one that varies; the size of the first, None where there is no tensor."""
     from torch._dynamo import maybe_mark_dynamic
 
     first = None
-    for tensor in _tensors(arguments):
+    for _, tensor in tree.tensors(arguments):
+        if not tensor.dim() or isinstance(tensor, nn.Parameter):
+            continue
         size = tensor.shape[0]
         first = size if first is None else first
         if size > 1:
@@ -172,25 +164,7 @@ def _marked(arguments: Any) -> int | None:
     return first
 
 
-def _tensors(arguments: Any) -> Iterator[Tensor]:
-    for _, tensor in tree.tensors(arguments):
-        if tensor.dim() and not isinstance(tensor, nn.Parameter):
-            yield tensor
-
-
-def _graphs(count: int) -> str:
-    return f"{count} graph{'s' * (count != 1)}"
-
-
 def _one_line(reason: Any) -> str:
     kind = f"{type(reason).__name__}: " if isinstance(reason, BaseException) else ""
     lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
     return kind + " ".join(lines[:2])[:240]
-
-
-def _gave_up() -> str:
-    for name in ("recompile_limit", "cache_size_limit"):  # the second before torch 2.6
-        limit = getattr(torch._dynamo.config, name, None)
-        if limit:
-            return f"torch compiled them as often as it may ({name} {limit})"
-    return "torch gave up on them"

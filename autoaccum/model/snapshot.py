@@ -42,7 +42,8 @@ class Snapshot:
         tensors = [each for each in self._contents.tensors if parameters or not isinstance(each, nn.Parameter)]
         self._gradients = [(tensor, tensor.grad) for tensor in tensors if parameters and tensor.is_leaf]
         self._random = RandomState(device)
-        self._flags = _backend_flags()
+        cudnn = torch.backends.cudnn
+        self._flags = cudnn.benchmark, cudnn.deterministic, torch.is_grad_enabled(), torch.get_default_dtype()
         gradients = [gradient for _, gradient in self._gradients if gradient is not None]
         self._bytes = _StorageBytes([*tensors, *gradients])
 
@@ -73,29 +74,15 @@ class Snapshot:
         self._contents.restore()
         for tensor, gradient in self._gradients:
             tensor.grad = gradient
-        _set_backend_flags(self._flags)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, grad, default_dtype = self._flags
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(default_dtype)
         self._random.restore()
         self._bytes.restore()
 
     def close(self) -> None:
         """Frees the copy."""
         self._bytes.close()
-
-
-def _backend_flags() -> dict[str, Any]:
-    return {
-        "benchmark": torch.backends.cudnn.benchmark,
-        "deterministic": torch.backends.cudnn.deterministic,
-        "grad": torch.is_grad_enabled(),
-        "default_dtype": torch.get_default_dtype(),
-    }
-
-
-def _set_backend_flags(flags: dict[str, Any]) -> None:
-    torch.backends.cudnn.benchmark = flags["benchmark"]
-    torch.backends.cudnn.deterministic = flags["deterministic"]
-    torch.set_grad_enabled(flags["grad"])
-    torch.set_default_dtype(flags["default_dtype"])
 
 
 class _StorageBytes:

@@ -323,12 +323,9 @@ def _adam_settings(
 def _rate(value: Any) -> float:
     """`value` as a float above 0, else a PlanError."""
     try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        rate = float(value)
+        rate = math.nan if isinstance(value, (bool, str)) else float(value)
     except (OverflowError, RuntimeError, TypeError, ValueError):
-        kind = type(value).__name__
-        raise PlanError(f"lr={shown(value)} is a {kind}, and no float: give a number such as 1e-3") from None
-    if not (rate > 0 and math.isfinite(rate)):
-        raise PlanError(f"lr={rate} cannot be trained with: give a finite number above 0, such as 1e-3")
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise PlanError(f"lr={shown(value)} cannot be trained with: give a finite number above 0, such as 1e-3")
     return rate

@@ -33,6 +33,7 @@ __all__ = [
     "largest_size",
     "nearest_targets",
     "shares",
+    "usable_size",
     "whole",
 ]
 
@@ -103,6 +104,13 @@ def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int =
 def largest_size(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> int:
     """The first of `even_split`'s sizes, however many there are; 0 for no samples."""
     return _runs(samples, limit, minimum, multiple_of)[0][0] if samples else 0
+
+
+def usable_size(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> int:
+    """`largest_size`; where `samples` cannot be cut so, the most that fit: the plan will say which targets can be."""
+    if limit < minimum or not can_split(samples, limit, minimum):
+        return min(limit, samples)
+    return largest_size(samples, limit, minimum=minimum, multiple_of=multiple_of)
 
 
 def _runs(samples: int, limit: int, minimum: int, multiple_of: int) -> list[tuple[int, int]]:

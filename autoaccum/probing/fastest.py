@@ -17,7 +17,7 @@ from typing import Any
 from autoaccum.errors import StateNotRestoredError
 from autoaccum.model.memory_savers import BY_NAME, CHANGES, RUNGS
 from autoaccum.planning.bisection import largest
-from autoaccum.planning.split import can_split, largest_size
+from autoaccum.planning.split import usable_size
 from autoaccum.probing.answered import report_of
 from autoaccum.probing.climb import NOT_BORNE, cannot_run
 from autoaccum.probing.find_size import Answer
@@ -90,22 +90,18 @@ def pairs(share: int, limits: Sequence[tuple[str | None, int]], *, floor: int = 
     """
     made: list[Pair] = []
     for saver, limit in limits:
-        size = _size(share, limit, floor, multiple_of)
-        count = -(-share // size) if size else 0
-        if count and (saver in (None, "chunked_loss") or all(count < pair.count for pair in made)):
+        if limit < floor:
+            continue
+        size = usable_size(share, limit, minimum=floor, multiple_of=multiple_of)
+        count = -(-share // size)
+        if saver in (None, "chunked_loss") or all(count < pair.count for pair in made):
             made.append(Pair(saver, size, count))
     for first in [pair for pair in made if pair.saver in (None, "chunked_loss")]:
-        sizes = [_size(share, -(-share // (first.count * times)), floor, multiple_of) for times in (2, 4, 8)]
+        limits_below = [-(-share // (first.count * times)) for times in (2, 4, 8)]
+        sizes = [usable_size(share, most, minimum=floor, multiple_of=multiple_of) for most in limits_below]
         for size in sorted({size for size in sizes if max(floor, 2) <= size < first.size}, reverse=True):
             made.append(Pair(first.saver, size, -(-share // size)))
     return made
-
-
-def _size(share: int, limit: int, floor: int, multiple_of: int) -> int:
-    """The micro-batch where so many fit; 0 where the window cannot be cut so."""
-    if limit < floor or not can_split(share, limit, floor):
-        return min(limit, share) if limit >= floor else 0
-    return largest_size(share, limit, minimum=floor, multiple_of=multiple_of)
 
 
 def chosen(made: Sequence[Pair]) -> Pair:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
 from autoaccum.memory.forecast import Forecast
 from autoaccum.planning.bisection import largest
-from autoaccum.planning.split import counts, even_split, shares
+from autoaccum.planning.split import largest_size, shares
 from autoaccum.probing.bracket import highest_peak
 from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
 from autoaccum.probing.trial import Bench
@@ -62,11 +62,11 @@ def find_together(
         if min(limits) < floor:
             rank = limits.index(min(limits))
             raise NothingFitsError(f"a micro-batch of {floor} does not fit on rank {rank}")
-        size = min(max(_share(limits, window, floor, ranks.rank), floor), ceiling)
+        sizes, passes = (limits, 1) if window is None else _shared(window, limits, floor)
+        size = min(max(sizes[ranks.rank], floor), ceiling)
         if not runs or search.fits(size):
             found = Found(bench, Answer(size, search.limit, search.proof(), search.forecast))
-            several = runs and window is not None and _most_passes(window, limits, floor) > 1
-            return _summed_late(found, ranks, floor, ceiling, reach) if several else found
+            return _summed_late(found, ranks, floor, ceiling, reach) if runs and passes > 1 else found
         search.look()  # by the larger step as well
     raise ProbeError(
         f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; give memory= "
@@ -74,23 +74,14 @@ def find_together(
     )
 
 
-def _share(limits: Sequence[int], window: int | None, floor: int, rank: int) -> int:
-    """The largest micro-batch of one rank's share of a window."""
-    if window is None:
-        return limits[rank]
+def _shared(window: int, limits: Sequence[int], floor: int) -> tuple[Sequence[int], int]:
+    """(the largest micro-batch of each rank's share of a window, the most micro-batches on any rank)."""
     try:
-        share = shares(window, limits, minimum=floor)[rank]
-        return max(even_split(share, limits[rank], minimum=floor), default=0)
+        parts = shares(window, limits, minimum=floor)
     except PlanError:  # the plan will say which windows can be shared
-        return min(limits[rank], window)
-
-
-def _most_passes(window: int, limits: Sequence[int], floor: int) -> int:
-    """The most micro-batches of a window on any rank."""
-    try:
-        return max(counts(window, limits, minimum=floor))
-    except PlanError:  # the plan will say which windows can be shared
-        return 1
+        return [min(limit, window) for limit in limits], 1
+    sizes = [largest_size(part, limit, minimum=floor) for part, limit in zip(parts, limits)]
+    return sizes, max(-(-part // limit) for part, limit in zip(parts, limits))
 
 
 def _summed_late(found: Found, ranks: Ranks, floor: int, ceiling: int, reach: int) -> Found:

@@ -13,7 +13,7 @@ from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.model.given_model import TrainingMode
 from autoaccum.model.snapshot import Snapshot
-from autoaccum.planning.split import can_split, largest_size
+from autoaccum.planning.split import usable_size
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
 from autoaccum.probing.cache import Cache, Lines
 from autoaccum.probing.fastest import Alternatives, race
@@ -256,10 +256,4 @@ def _wanted(question: Question, floor: int) -> Callable[[int], int] | None:
     share = question.share
     if share is None:
         return None
-
-    def micro_batch(limit: int) -> int:
-        if limit < floor or not can_split(share, limit, floor):
-            return min(limit, share)  # the plan will say which targets can be cut
-        return largest_size(share, limit, minimum=floor, multiple_of=question.multiple_of)
-
-    return micro_batch
+    return lambda limit: usable_size(share, limit, minimum=floor, multiple_of=question.multiple_of)

@@ -84,7 +84,7 @@ def _sizes(seed: int, count: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_requests_reserve_what_torch_reserves(seed, setup):
-    simulated = _Following(segments_of(torch.cuda.memory_snapshot(), 0), **setup._asdict())
+    simulated = _Following(segments_of(torch.cuda.memory_snapshot(), 0), setup=setup)
     live = []
     for size, choice in _sizes(seed, 400):
         while len(live) > 20 or (live and choice % 5 < 2):
@@ -104,7 +104,7 @@ def test_random_requests_reserve_what_torch_reserves(seed, setup):
 def test_at_a_limit_the_simulation_retries_and_fails_where_torch_does(seed, setup):
     limit = torch.cuda.memory_reserved() + 201 * MIB  # between two segment sizes: rounding of the fraction is harmless
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
-    simulated = _Following(segments_of(torch.cuda.memory_snapshot(), 0), limit=limit, **setup._asdict())
+    simulated = _Following(segments_of(torch.cuda.memory_snapshot(), 0), limit=limit, setup=setup)
     retries = torch.cuda.memory_stats()["num_alloc_retries"]
     live = []
     try:
@@ -202,7 +202,7 @@ def test_a_trace_has_the_requested_bytes_and_plays_to_the_reserved_ones(architec
     assert trace.setup == setup
     assert trace.peak == measured["requested"]
     assert trace.background == 0
-    played = CachingAllocator(trace.segments, **setup._asdict())
+    played = CachingAllocator(trace.segments, setup=setup)
     blocks = {}
     for event in trace.events:
         if event.bytes > 0:
