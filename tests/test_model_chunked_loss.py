@@ -127,8 +127,8 @@ def test_a_second_derivative_is_refused_by_name():
     ("change", "text"),
     [
         ({"hidden": torch.zeros(3, WIDE, dtype=torch.int64)}, "hidden is torch.int64"),
-        ({"weight": torch.zeros(CLASSES, 3)}, r"\(50, 3\), and hidden is 8 wide"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"shape \(4,\): give class indices of the shape \(3,\)"),
+        ({"weight": torch.zeros(CLASSES, 3)}, r"weight has the shape \(50, 3\): give \(50, 8\)"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, r"labels has the shape \(4,\): give \(3,\)"),
         ({"labels": torch.zeros(3)}, "labels are torch.float32"),
         ({"bias": torch.zeros(3)}, r"bias has the shape \(3,\): give \(50,\)"),
         ({"class_weights": torch.zeros(3)}, "class_weights has the shape"),

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import autoaccum
 from autoaccum.errors import NothingFitsError, PlanError, SetupError
 from autoaccum.model.activation_budget import BUDGETS
-from autoaccum.model.checkpointing import repeated_blocks
+from autoaccum.model.checkpointing import all_blocks
 from autoaccum.model.compiled import Compiled
 from autoaccum.model.host_saving import SavedOnHost
 from autoaccum.model.memory_savers import BY_NAME, RUNGS, installed, obstacle
@@ -209,7 +209,7 @@ def test_blocks_are_the_outermost_repeated_children_that_hold_more_than_one_laye
         "cells": nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(2)]),
     })  # fmt: skip
     stages, cells = model["stages"], model["cells"]
-    assert repeated_blocks(model) == [*inner, *stages[1][:2], *cells]
+    assert list(all_blocks(model).values()) == [*inner, *stages[1][:2], *cells]
 
 
 def kept(model, rung):
@@ -260,7 +260,7 @@ def test_experts_inside_a_block_are_part_of_it():
             self.experts = nn.ModuleList(Block() for _ in range(3))
 
     layers = nn.ModuleList(Mixture() for _ in range(2))
-    assert repeated_blocks(layers) == list(layers)
+    assert list(all_blocks(layers).values()) == list(layers)
 
 
 @pytest.mark.parametrize("rung", ["checkpointing", "checkpointing/2", "selective_checkpointing"])

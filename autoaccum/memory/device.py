@@ -14,7 +14,7 @@ from autoaccum.errors import DeviceError, shown
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
 from autoaccum.memory.budget import Budget, Device, asked_bytes, less, named, plus
 from autoaccum.memory.host import host_memory
-from autoaccum.memory.watch import give_blocks_back, keep_blocks
+from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes
 
 __all__ = ["CpuDevice", "devices", "open_device"]
@@ -71,10 +71,8 @@ class CpuDevice(Device):
         """Where the process itself is limited, malloc keeps freed blocks if there is room for their holes."""
         if budget.kind == "data segment":
             kept, self.keeps = self.keeps, peak is not None and peak * _HOLES <= budget.bytes
-            if not self.keeps:
-                give_blocks_back()
-            elif not kept:  # what is there already stays
-                keep_blocks()
+            if not (self.keeps and kept):  # what is there already stays
+                give_blocks_back(but_keep=self.keeps)
 
     def release(self, *, young: bool = False) -> None:
         """Collects garbage; what malloc kept is given back, now that there is no room for it."""
@@ -142,17 +140,15 @@ def _open(torch_device: torch.device) -> Device:
 
 def _there() -> list[torch.device]:
     """Every device that can be trained on here, best first; never empty, for the CPU is always there."""
-    found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if _cuda() else []
+    found = (
+        [torch.device("cuda", index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     other = _accelerator()
     if other == "mps":
         found.append(torch.device("mps"))
     elif other is not None:
         found.extend(torch.device(other, index) for index in range(getattr(torch, other).device_count()))
     return [*found, torch.device("cpu")]
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()
 
 
 def _accelerator() -> str | None:
@@ -180,7 +176,7 @@ def _listed(there: list[torch.device]) -> str:
 
 
 def _why_not(kind: str) -> str:
-    if kind != "cuda" or _cuda():
+    if kind != "cuda" or torch.cuda.is_available():
         return ""
     if torch.version.cuda is None and torch.version.hip is None:
         return ": this PyTorch is built without CUDA"

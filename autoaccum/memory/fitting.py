@@ -42,7 +42,7 @@ def determined(sizes: Sequence[Size], count: int) -> bool:
     """Whether the sizes tell the coefficients of the first `count` functions."""
     if count == 2 or len(sizes) < count:
         return count == 2 and len({size[0] for size in sizes}) > 1
-    design = torch.stack([basis(size, count) for size in sizes])
+    design = _design(sizes, count)
     return int(torch.linalg.matrix_rank(design / design.abs().amax(0))) == count
 
 
@@ -79,7 +79,7 @@ def _least_squares(figures: torch.Tensor, sizes: Sequence[Size], count: int) -> 
     The latter by the hat matrix, e / (1 - h), over the traces that can be left out; nan where none can.
     """
     weights = _weights(sizes, count)
-    design = torch.stack([basis(size, 6)[:count] for size in sizes])
+    design = _design(sizes, count)
     fitted = figures @ weights
     spare = 1.0 - (design * weights).sum(1)
     can = spare > 1e-6
@@ -87,9 +87,13 @@ def _least_squares(figures: torch.Tensor, sizes: Sequence[Size], count: int) -> 
     return fitted, torch.full_like(figures[:, 0], torch.nan) if missed is None else missed
 
 
+def _design(sizes: Sequence[Size], count: int) -> torch.Tensor:
+    return torch.stack([basis(size, 6 if count > 2 else 2)[:count] for size in sizes])
+
+
 def _weights(sizes: Sequence[Size], count: int) -> torch.Tensor:
     """(sizes × columns): figures at the sizes times this are the coefficients of the first `count` functions."""
-    design = torch.stack([basis(size, 6)[:count] for size in sizes])
+    design = _design(sizes, count)
     scale = design.abs().amax(0)
     identity = torch.eye(len(sizes), dtype=torch.float64, device="cpu")
     solved: torch.Tensor = torch.linalg.lstsq(design / scale, identity, driver="gelsd").solution

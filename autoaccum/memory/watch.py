@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-__all__ = ["ProcessGrowth", "give_blocks_back", "heap_advice", "keep_blocks", "small_stacks"]
+__all__ = ["ProcessGrowth", "give_blocks_back", "heap_advice", "small_stacks"]
 
 STACK_BYTES = 256 * 1024
 LIBRARY_STACK_BYTES = 1024 * 1024
@@ -96,30 +96,21 @@ def _status() -> dict[str, int]:
     return {name.rstrip(":"): int(kilobytes) * 1024 for name, kilobytes, _ in fields}
 
 
-def give_blocks_back() -> None:
+def give_blocks_back(*, but_keep: bool = False) -> None:
     """Has glibc's malloc map large blocks one by one, and unmap them when they are freed, from here on.
 
     By default it keeps them in a heap, whose holes count under a limit on the process although only what happens to fit
     them can use them: half of the limit was lost so, and after one failed allocation nothing would fit any more. Where
     the environment says how malloc shall do, that stands.
+
+    `but_keep`: keeps them for the next micro-batch, since fresh pages cost up to half of a step's time. On three models
+    the heap took 1.5 to 1.8 times what blocks take that are given back.
     """
-    _tell_malloc(_GIVING_BACK)
-
-
-def _tell_malloc(settings: tuple[tuple[int, int], ...]) -> None:
     if _may_be_told():
         libc = ctypes.CDLL(None)
-        for setting, value in settings:
+        for setting, value in _KEEPING if but_keep else _GIVING_BACK:
             libc.mallopt(ctypes.c_int(setting), ctypes.c_int(value))
         libc.malloc_trim(0)
-
-
-def keep_blocks() -> None:
-    """Has malloc keep freed blocks for the next micro-batch from here on: fresh pages cost up to half of a step's time.
-
-    Their heap has holes: on three models it took 1.5 to 1.8 times what blocks take that are given back.
-    """
-    _tell_malloc(_KEEPING)
 
 
 def heap_advice() -> str | None:

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.model.forward import StandIn
 
-__all__ = ["Checkpointed", "How", "all_blocks", "checkpointed", "repeated_blocks", "why_not"]
+__all__ = ["Checkpointed", "How", "all_blocks", "checkpointed", "why_not"]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -153,11 +153,6 @@ def checkpointed(model: nn.Module, how: How = How()) -> Iterator[None]:  # noqa:
         for block in blocks[how.every - 1 :: how.every]:
             stack.enter_context(Checkpointed(block, how))
         yield
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks that are checkpointed, in the model's order; those of models with a switch of their own left out."""
-    return _found(model)[0]
 
 
 def all_blocks(model: nn.Module) -> dict[str, nn.Module]:

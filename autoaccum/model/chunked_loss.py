@@ -270,24 +270,23 @@ def _check(
     Raises:
         LossError: names it.
     """
-    width = hidden.shape[-1] if hidden.dim() else 0
-    rows, classes = tuple(hidden.shape[:-1]), weight.shape[:1]
-    checks: list[tuple[bool, str]] = [
-        (hidden.is_floating_point() and hidden.dim() > 0,
-         f"hidden is {hidden.dtype} of shape {tuple(hidden.shape)}: give floating-point (..., width)"),
-        (weight.dim() == 2 and weight.shape[-1] == width,
-         f"weight has the shape {tuple(weight.shape)}, and hidden is {width} wide: give the layer's weight, "
-         f"(classes, {width})"),
-        (labels.shape == rows and not labels.is_floating_point() and labels.dtype != torch.bool,
-         f"labels are {labels.dtype} of shape {tuple(labels.shape)}: give class indices of the shape {rows}, one for "
-         "each row of hidden"),
-        (0.0 <= smoothing <= 1.0, f"label_smoothing={shown(smoothing)}: give a number from 0 to 1"),
-        (chunk is None or chunk >= 1, f"chunk={shown(chunk)}: give 1 row or more, or leave it out"),
-    ]  # fmt: skip
-    for name, each in (("bias", bias), ("class_weights", class_weights)):
-        if each is not None:
-            text = f"{name} has the shape {tuple(each.shape)}: give ({weight.shape[0]},), one for each class"
-            checks.append((each.shape == classes, text))
-    for fits, text in checks:
-        if not fits:
-            raise LossError(f"chunked_cross_entropy: {text}")
+    width, rows, classes = hidden.shape[-1] if hidden.dim() else 0, tuple(hidden.shape[:-1]), len(weight)
+    shapes = {
+        "weight": (weight, (classes, width)), "labels": (labels, rows),
+        "bias": (bias, (classes,)), "class_weights": (class_weights, (classes,)),
+    }  # fmt: skip
+    wrong = [
+        f"{name} has the shape {tuple(each.shape)}: give {wanted}, beside hidden of {tuple(hidden.shape)}"
+        for name, (each, wanted) in shapes.items()
+        if each is not None and tuple(each.shape) != wanted
+    ]
+    if not hidden.is_floating_point() or not hidden.dim():
+        wrong.insert(0, f"hidden is {hidden.dtype} of shape {tuple(hidden.shape)}: give floating-point (..., width)")
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        wrong.append(f"labels are {labels.dtype}: give class indices, one for each row of hidden")
+    if not 0.0 <= smoothing <= 1.0:
+        wrong.append(f"label_smoothing={shown(smoothing)}: give a number from 0 to 1")
+    if chunk is not None and chunk < 1:
+        wrong.append(f"chunk={shown(chunk)}: give 1 row or more, or leave it out")
+    if wrong:
+        raise LossError(f"chunked_cross_entropy: {wrong[0]}")

@@ -101,7 +101,12 @@ def run_probe(
             if accumulator.sharded is not None:
                 accumulator.sharded.collectives.apart = True  # what gloo allocates is none of the step's
             floor = smallest_micro_batch(objective, source, device.torch_device, accumulator.precision)
-            _check_ceiling(question.max_batch, floor)
+            if question.max_batch is not None and question.max_batch < floor:
+                raise PlanError(
+                    f"max_batch={question.max_batch} is less than the {floor} samples that a micro-batch of this model "
+                    f"needs, since BatchNorm needs two values a channel: give max_batch={floor} or more, or a layer "
+                    "without that minimum (GroupNorm for BatchNorm)"
+                )
             # A loss that compares samples is computed over the whole window's, whatever micro-batch is tried.
             accumulator.rehearsed_samples = (question.share or 0) * here().size
             allowed = _less_the_window(budget, source, device, question)
@@ -125,15 +130,6 @@ def run_probe(
         "the command line how many fit there"
     )
     return replace(report, notes=(*report.notes, beyond))
-
-
-def _check_ceiling(most: int | None, floor: int) -> None:
-    if most is not None and most < floor:
-        raise PlanError(
-            f"max_batch={most} is less than the {floor} samples that a micro-batch of this model needs, since "
-            f"BatchNorm needs two values a channel: give max_batch={floor} or more, or the model a layer without that "
-            "minimum (GroupNorm for BatchNorm)"
-        )
 
 
 def _less_the_window(budget: Budget, source: Source, device: Device, question: Question) -> Budget:

@@ -362,18 +362,14 @@ class Bench:
         if self.ranks is not None and self.ranks.any("a trial", ran_out is not None):
             raise ran_out or RanOutElsewhere("memory ran out on another rank")
 
-    def _counts(self, batch: Any) -> bool:
-        """Whether a target in the batch counts, as far as that is known before its step."""
-        objective = self.accumulator.objective
-        return objective is None or objective.may_count(batch)
-
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
         """The batch, or another of samples of which some have a target that counts: it would have no gradient."""
-        if self._counts(batch):
+        objective = self.accumulator.objective
+        if objective is None or objective.may_count(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)
         for piece in tree.split(self.source.trial(sum(sizes), length), sizes):
-            if self._counts(piece):
+            if objective.may_count(piece):
                 return tree.map_tensors(torch.clone, piece)  # a view would hold all of them
         raise DataError(
             f"every target of the {sum(sizes)} samples looked at is ignored, so that a trial step has no gradient: "
