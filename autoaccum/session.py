@@ -7,7 +7,7 @@ gradients, and `loop` makes the training; each does one thing, once, and calls w
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,7 +18,6 @@ from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
 from autoaccum.errors import LossError, SetupError, shown
-from autoaccum.memory.forecast import Forecast
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS
 from autoaccum.planning.given_plan import (
@@ -31,7 +30,7 @@ from autoaccum.planning.given_plan import (
     total_steps,
 )
 from autoaccum.planning.plan import Plan
-from autoaccum.probing.cache import Lines
+from autoaccum.probing.answered import stored
 from autoaccum.probing.isolate import InChild, Isolation, Send, isolation
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.planned import planned
@@ -353,11 +352,7 @@ def _probe_in_child(
     }
     session = Session(arguments.pop("model"), arguments.pop("data"), arguments, what="a probe in a child")
     report = session.probe()
-    lines = report.forecaster
-    if isinstance(lines, Forecast):
-        lines = Lines.of(lines, report.trials)
-    report = replace(report, trials=(*(Trial(**trial) for trial in killed), *report.trials))
-    return {"report": report.to_dict(), "lines": asdict(lines) if isinstance(lines, Lines) else None}
+    return stored(replace(report, trials=(*(Trial(**trial) for trial in killed), *report.trials)))
 
 
 def _heard(event: Event, send: Send) -> None:

@@ -1,7 +1,8 @@
 """What a probe has found, as its report: figures, and in words what a person should know beside them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from autoaccum.memory.forecast import Forecast
 from autoaccum.memory.resident import resident_parts
@@ -16,12 +17,25 @@ from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
 from autoaccum.units import format_bytes
 
-__all__ = ["nothing_fits", "report_of", "report_over_lengths", "with_expandable_segments"]
+__all__ = ["nothing_fits", "report_of", "report_over_lengths", "restored", "stored", "with_expandable_segments"]
 
 # A setting of the allocator is named where so many times as much would fit: less is not worth another run.
 WORTH_TELLING = 1.02
 
 FROM_CACHE = "the forecast is from an earlier run of the same training; a small step and the answer were run again"
+
+
+def stored(report: ProbeReport) -> dict[str, Any]:
+    """A report and its forecast as plain values, of which `restored` makes it again."""
+    lines = report.forecaster
+    if isinstance(lines, Forecast):
+        lines = Lines.of(lines, report.trials)
+    return {"report": report.to_dict(), "lines": None if lines is None else asdict(lines)}
+
+
+def restored(values: Mapping[str, Any]) -> ProbeReport:
+    """The report that `stored` took apart."""
+    return ProbeReport.from_dict(values["report"], values["lines"] and Lines.from_dict(values["lines"]))
 
 
 def report_of(bench: Bench, answer: Answer) -> ProbeReport:

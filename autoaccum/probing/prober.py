@@ -17,7 +17,8 @@ from autoaccum.model.shards import is_sharded, refuse_beside_shards
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.planning.split import counts, even_split, shares
-from autoaccum.probing.cache import Cache, Lines, training_key
+from autoaccum.probing.answered import restored
+from autoaccum.probing.cache import Cache, training_key
 from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, told
 from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
@@ -246,9 +247,7 @@ class Prober:
             else:
                 self.note(value)
 
-        answer = answer_of_children(isolation.work, (isolation.factory, asked), heard, self.ran)
-        lines = Lines.from_dict(answer["lines"]) if answer["lines"] else None
-        return ProbeReport.from_dict(answer["report"], lines)
+        return restored(answer_of_children(isolation.work, (isolation.factory, asked), heard, self.ran))
 
 
 def _probed(report: ProbeReport) -> dict[str, Any]:

@@ -38,7 +38,6 @@ from autoaccum.probing.process import ProcessNeeds
 from autoaccum.ranks import Ranks
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
-from autoaccum.window.record import StepRecord
 
 __all__ = ["Bench"]
 
@@ -249,9 +248,7 @@ class Bench:
                 self.device.synchronize()
                 ended = time.perf_counter()
 
-        self.accumulator.on_phase = reached
-        self._window(batch, micro_batches)
-        self.accumulator.on_phase = ignore
+        self._window(batch, micro_batches, reached)
         self.device.synchronize()
         done = time.perf_counter()
         self.journal.end(size, FITS)
@@ -316,20 +313,14 @@ class Bench:
         frees, and the second runs in the cache that this leaves. Elsewhere one, with the gradients there already: it
         peaks as high.
         """
-        accumulator = self.accumulator
         # Gradients that are reduced in a pass lie together, as no zeros put there beforehand would.
-        several = self.caches or accumulator.sharded is not None
-        pieces = [batch] * (self._micro_batches if several else 1)
-        accumulator.open(pieces)
+        several = self.caches or self.accumulator.sharded is not None
+        pieces = self._opened(batch, self._micro_batches if several else 1)
         held = self._held(batch)
         with self._process.growth, record(self.device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
-            self.gradients.allocate(tree.batch_size(batch), len(pieces))
-            accumulator.on_phase = recording.mark
-            self._pass(pieces)
-            self._stepped(accumulator.finish())
-        accumulator.on_phase = ignore
+            self._run(pieces, recording.mark)
         return recording.trace, held
 
     @property
@@ -337,16 +328,29 @@ class Bench:
         """As many as show what a window of several takes; one where a training has no windows of several."""
         return 2 if self.accumulator.in_backward is None else 1
 
-    def _window(self, batch: Any, micro_batches: int = 1) -> None:
-        accumulator = self.accumulator
-        size = tree.batch_size(batch)
+    def _window(self, batch: Any, micro_batches: int = 1, phase: Callable[[str], None] = ignore) -> None:
+        self._run(self._opened(batch, micro_batches), phase)
+
+    def _opened(self, batch: Any, micro_batches: int) -> list[Any]:
         pieces = [batch] * micro_batches
-        accumulator.open(pieces)
-        self.gradients.allocate(size, micro_batches)
+        self.accumulator.open(pieces)
+        return pieces
+
+    def _run(self, pieces: list[Any], phase: Callable[[str], None]) -> None:
+        """An opened window to its end, with the gradients that the rest of it would leave; `phase` is told of each."""
+        size = tree.batch_size(pieces[0])
+        self.gradients.allocate(size, len(pieces))
+        self.accumulator.on_phase = phase
         self._pass(pieces)
         if not self.gradients.known:
             self.gradients.look(size)
-        self._stepped(accumulator.finish())
+        left_out = self.accumulator.finish().skipped
+        self.accumulator.on_phase = ignore
+        if left_out is not None:
+            raise ProbeError(
+                f"a trial step was left out, and its memory cannot be known: {left_out}; give micro_batch= a size, or "
+                "another precision="
+            )
 
     def _pass(self, pieces: list[Any]) -> None:
         """Runs the micro-batches. Of a sharded model all ranks raise where memory ran out on one of them."""
@@ -376,13 +380,6 @@ class Bench:
             "look at the labels, or give worst_case= a batch whose targets count"
         )
 
-    def _stepped(self, record: StepRecord) -> None:
-        if record.skipped is not None:
-            raise ProbeError(
-                f"a trial step was left out, and its memory cannot be known: {record.skipped}; give micro_batch= a "
-                "size, or another precision="
-            )
-
     def _held(self, batch: Any) -> dict[str, int]:
         """Bytes in use before a step, by part; on an accelerator also what else of this process lies there."""
         accumulator = self.accumulator
@@ -401,12 +398,9 @@ class Bench:
             ) from error
         if verdict is Verdict.PERHAPS:
             # Libraries report faults of other kinds in the same words: believe them only near the budget.
-            fitted = max(
-                (t for t in self.trials if t.fits and t.peak_bytes is not None), key=lambda t: t.batch, default=None
-            )
-            near = fitted is not None and (fitted.peak_bytes or 0) * size / fitted.batch >= 0.5 * self.budget
-            tight = self._process.near(self.allowed.bytes)
-            return tight or (near and fitted is not None and fitted.batch < size)
+            batch, peak = max(((t.batch, t.peak_bytes or 0) for t in self.trials if t.fits), default=(size, 0))
+            near = batch < size and peak * size / batch >= 0.5 * self.budget
+            return near or self._process.near(self.allowed.bytes)
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
     def recover(self) -> None:

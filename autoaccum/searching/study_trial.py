@@ -122,7 +122,7 @@ class Trainer:
             made = session.plan()
         except PlanError as error:
             raise GivenUp(f"does not fit: {error}") from error
-        return made, None if found is None else self._limits.memory(key, made.micro_batch)
+        return made, None if found is None else found.expected(made)
 
 
 class _Watch:
