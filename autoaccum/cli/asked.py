@@ -119,7 +119,7 @@ class Asked:
             from autoaccum.probing.elsewhere import elsewhere
 
             on_cpu = report.device_type == "cpu"
-            values["elsewhere"] = [elsewhere(report, card, on_cpu=on_cpu).to_dict() for card in self.cards]
+            values["elsewhere"] = [elsewhere(report, card, on_cpu=on_cpu) for card in self.cards]
         return values, done
 
 

@@ -7,7 +7,6 @@ other workspaces, and a caching allocator reserves more than is asked for.
 
 import difflib
 import re
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError
@@ -15,7 +14,7 @@ from autoaccum.planning.bisection import largest
 from autoaccum.probing.report import ProbeReport
 from autoaccum.units import GIB, MIB, parse_bytes
 
-__all__ = ["CARDS", "Elsewhere", "elsewhere", "known_card"]
+__all__ = ["CARDS", "elsewhere", "known_card"]
 
 CONTEXT_BYTES = GIB // 2
 # What a driver keeps of the memory that it reports: 24,564 MiB of an RTX 4090 are 24,207 to CUDA, of a T4's 15,360 some
@@ -43,25 +42,11 @@ CARDS = {
 }
 
 
-@dataclass(frozen=True)
-class Elsewhere:
-    """What is forecast to fit on a card: `budget_bytes` is its memory less what a driver keeps and a context takes,
-    `limit` the largest micro-batch whose forecast fits (0 where none does), `note` how the card may differ.
-    """
+def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> dict[str, Any]:
+    """What would fit on `card`, by the report's forecast, as plain values.
 
-    card: str
-    memory_bytes: int
-    budget_bytes: int
-    limit: int
-    note: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-
-def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
-    """What would fit on `card`, by the report's forecast.
+    `budget_bytes` is its memory less what a driver keeps and a context takes, `limit` the largest micro-batch whose
+    forecast fits (0 where none does), `note` how the card may differ.
 
     Args:
         report: of a probe that made a forecast, else a ProbeError.
@@ -76,7 +61,7 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> Elsewhere:
     note = "forecast, not run there: the allocator of a card reserves up to a tenth more than is asked for"
     if on_cpu:
         note += "; it is of CPU kernels, whose workspaces and attention differ from a GPU's: probe again on the card"
-    return Elsewhere(name, memory, budget, limit, note)
+    return {"card": name, "memory_bytes": memory, "budget_bytes": budget, "limit": limit, "note": note}
 
 
 def known_card(card: str) -> str:

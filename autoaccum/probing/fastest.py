@@ -10,12 +10,11 @@ a second where these are short.
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoaccum.errors import StateNotRestoredError
-from autoaccum.model.memory_savers import BY_NAME, CHANGES, RUNGS
 from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import usable_size
 from autoaccum.probing.answered import report_of
@@ -23,9 +22,8 @@ from autoaccum.probing.climb import NOT_BORNE, cannot_run
 from autoaccum.probing.find_size import Answer
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
-from autoaccum.window.assembly import Assembly
 
-__all__ = ["Alternatives", "Pair", "chosen", "pairs", "race"]
+__all__ = ["Pair", "chosen", "pairs", "race"]
 
 MOST_WINDOWS, LEAST_SECONDS = 2.0, 0.25
 NOISE = 0.02  # relative: within it the first of the pairs is as good
@@ -34,25 +32,7 @@ HOPELESS = 1.3  # times the best trial's time: a saver that takes more is not ti
 CLOSE = 0.15  # relative: after each round only pairs so near the best are timed again
 MOST_ROUNDS = 7
 
-
-@dataclass(frozen=True)
-class Alternatives:
-    """The savers that may be taken.
-
-    Attributes:
-        savers: cheapest first, each with the plain step's result.
-        under: what the model runs under one inside.
-    """
-
-    savers: tuple[str, ...] = ()
-    under: Callable[[str | None], AbstractContextManager[Any]] = lambda saver: nullcontext()
-
-    @classmethod
-    def of(cls, parts: Assembly) -> "Alternatives":
-        """Those that a training can run under, but for what is only taken where it is named."""
-        exact = (rung for rung in RUNGS if rung not in CHANGES | BY_NAME)
-        savers = tuple(rung for rung in exact if parts.obstacle(rung) is None)
-        return cls(savers, parts.under)
+Under = Callable[[str | None], AbstractContextManager[Any]]
 
 
 @dataclass
@@ -127,29 +107,32 @@ def to_gain(made: Sequence[Pair]) -> float | None:
 
 
 def race(
-    bench: Bench, answer: Answer, alternatives: Alternatives, *, share: int | None, reach: int, multiple_of: int
-) -> ProbeReport:
+    bench: Bench, answer: Answer, savers: Sequence[str], under: Under, *, share: int | None, reach: int,
+    multiple_of: int,
+) -> ProbeReport:  # fmt: skip
     """The report of the pair that makes a window soonest, of those that were worth timing.
 
     Args:
         bench, answer: on which the step as it is was probed, and what that found.
-        alternatives: savers that may be taken.
+        savers, under: that may be taken, cheapest first; what the model runs under one inside.
         share: samples of a window; None: as many as fit as it is.
         reach: how far a limit is looked for.
         multiple_of: preferred multiples.
     """
-    return _Race(bench, answer, alternatives, share or answer.micro_batch, reach, multiple_of).report()
+    return _Race(bench, answer, savers, under, share or answer.micro_batch, reach, multiple_of).report()
 
 
 class _Race:
     """The savers looked at so far, what fits under each, and the pairs that were timed."""
 
     def __init__(
-        self, bench: Bench, answer: Answer, alternatives: Alternatives, share: int, reach: int, multiple_of: int
-    ) -> None:
+        self, bench: Bench, answer: Answer, savers: Sequence[str], under: Under, share: int, reach: int,
+        multiple_of: int,
+    ) -> None:  # fmt: skip
         self._benches: dict[str | None, Bench] = {None: bench}
         self._answers: dict[str | None, Answer] = {None: answer}
-        self._alternatives, self._share, self._reach, self._multiple_of = alternatives, share, reach, multiple_of
+        self._savers, self._under = savers, under
+        self._share, self._reach, self._multiple_of = share, reach, multiple_of
         self._left_out: list[dict[str, Any]] = []
         self._made: list[Pair] = []
 
@@ -159,7 +142,7 @@ class _Race:
             gain = to_gain(self._made) if self._made else None
             if repeats and (self._share <= answer.micro_batch or (gain is not None and gain < WORTH_IT)):
                 break
-            for saver in self._alternatives.savers:
+            for saver in self._savers:
                 if repeats == (saver != "chunked_loss"):
                     self._look(saver)
             known = {(pair.saver, pair.size) for pair in self._made}
@@ -182,7 +165,7 @@ class _Race:
         why = "there are too few samples for two traces"
         if 2 * first <= self._reach:
             try:
-                with self._alternatives.under(saver):
+                with self._under(saver):
                     fits = all(bench.run(size, "trace").fits for size in (first, 2 * first))
             except StateNotRestoredError:
                 raise
@@ -235,7 +218,7 @@ class _Race:
             bench = self._benches[saver]
             trial = next((t for t in reversed(bench.trials) if t.batch == pair.size and t.fits and t.seconds), None)
             if trial is None:
-                with self._alternatives.under(saver):
+                with self._under(saver):
                     trial = bench.run(pair.size, "verify")
                 spent += trial.seconds
             if trial.fits:
@@ -249,7 +232,7 @@ class _Race:
             for pair in running:
                 if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
                     return
-                with self._alternatives.under(pair.saver):
+                with self._under(pair.saver):
                     peak, began = self._peak(pair.saver, pair.size), time.perf_counter()
                     micro, end = self._benches[pair.saver].time(pair.size, peak=peak)
                     spent += time.perf_counter() - began

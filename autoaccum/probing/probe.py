@@ -1,7 +1,9 @@
 """The probe on a real model: snapshot, floor, trials, report; everything put back."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autoaccum.data import tree
 from autoaccum.data.source import Source
@@ -16,7 +18,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import usable_size
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
 from autoaccum.probing.cache import Cache, Lines
-from autoaccum.probing.fastest import Alternatives, race
+from autoaccum.probing.fastest import race
 from autoaccum.probing.find_size import Answer, find
 from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
@@ -47,7 +49,7 @@ class Question:
         share: samples of one optimizer step on this rank; None: the largest micro-batch is looked for.
         memory: the budget as the user wrote it; None: what is free.
         max_batch, multiple_of, prefer: as in `prepare`.
-        alternatives: memory savers that prefer="fastest" may take.
+        savers, under: memory savers that prefer="fastest" may take, cheapest first; the model runs under one inside.
         window: samples of one optimizer step over all ranks, where a target says how many.
         runs: False: of a sharded model, the answer is forecast only.
     """
@@ -57,7 +59,8 @@ class Question:
     max_batch: int | None = None
     multiple_of: int = 1
     prefer: str = "fewest"
-    alternatives: Alternatives = Alternatives()  # noqa: RUF009 - immutable
+    savers: tuple[str, ...] = ()
+    under: Callable[[str | None], AbstractContextManager[Any]] = nullcontext
     window: int | None = None
     runs: bool = True
 
@@ -180,9 +183,7 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
     asked = question if bench.ranks is None else replace(question, share=question.window)  # shares may be unequal
     ceiling, reach = _ceilings(asked, bench.source, floor)
     if bench.ranks is not None:
-        found = find_together(bench, bench.ranks, floor, ceiling, reach, question.window, question.runs)
-        report = replace(report_of(found.bench, found.answer), gradient_sync=found.sync)
-        return report if found.bench is bench else replace(report, trials=(*bench.trials, *report.trials))
+        return find_together(bench, ceiling, reach, question.window, runs=question.runs)
     notes: tuple[str, ...] = ()
     killed, wanted = bench.journal.least_killed(), _wanted(question, floor)
     if ceiling < killed:
@@ -192,7 +193,7 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
     report = report_of(bench, answer)
     if question.prefer == "fastest":
-        report = race(bench, answer, question.alternatives, share=question.share, reach=reach,
+        report = race(bench, answer, question.savers, question.under, share=question.share, reach=reach,
                       multiple_of=question.multiple_of)  # fmt: skip
     return replace(report, notes=(*report.notes, *notes))
 

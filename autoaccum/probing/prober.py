@@ -11,7 +11,7 @@ import torch
 from autoaccum.errors import NothingFitsError, PlanError, StateNotRestoredError
 from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
-from autoaccum.model.memory_savers import BY_NAME, RUNGS
+from autoaccum.model.memory_savers import BY_NAME, CHANGES, RUNGS
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.model.shards import is_sharded, refuse_beside_shards
 from autoaccum.model.snapshot import Snapshot
@@ -20,7 +20,6 @@ from autoaccum.planning.split import counts, even_split, shares
 from autoaccum.probing.answered import restored
 from autoaccum.probing.cache import Cache, training_key
 from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, told
-from autoaccum.probing.fastest import Alternatives
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
 from autoaccum.probing.journal import Journal, journal_path
 from autoaccum.probing.outcome import Trial
@@ -138,7 +137,8 @@ class Prober:
         refusal, report = None, None
         alone = parts.ranks.size == 1 and parts.phase is None  # else all would have to take the same one
         if question.prefer == "fastest" and self.ladder is not False and parts.ladder is None and alone:
-            question = replace(question, alternatives=Alternatives.of(parts))
+            exact = (rung for rung in RUNGS if rung not in CHANGES | BY_NAME and parts.obstacle(rung) is None)
+            question = replace(question, savers=tuple(exact), under=parts.under)
         try:
             report = self._once(question)
         except NothingFitsError as error:
@@ -238,7 +238,7 @@ class Prober:
             "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(parts.device.torch_device),
             "precision": parts.asked_precision, "cache": self.cache, **self._run_so(), **self.accumulation,
             # The child looks at this rung only, since it may be killed on any; or times what may be taken beside none.
-            "ladder": parts.ladder or (None if question.alternatives.savers else False),
+            "ladder": parts.ladder or (None if question.savers else False),
         }  # fmt: skip
 
         def heard(kind: str, value: Any) -> None:
