@@ -114,7 +114,8 @@ class Compiled(StandIn):
         made = self._compiled.get(self._budget)
         if made is None:
             # Inductor pads matrices to sizes that a GPU likes, and guards on the batch for it: a graph for each range.
-            backend, options = self._backend, {"shape_padding": False} if self._backend == "inductor" else None
+            backend = self._backend
+            options: dict[str, Any] | None = {"shape_padding": False} if backend == "inductor" else None
             if self._budget is not None:
                 backend, options = compiler(backend, options, self._budget), None
             made = self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)

@@ -240,7 +240,7 @@ def result_of(study: Any, job: Job, dashboard: str | None) -> SearchResult:
         direction=job.direction,
         unit=job.unit,
         best_number=best.number,
-        weights=file if file is not None and file.exists() else None,
+        weights=file if file.exists() else None,
         arguments=arguments,
         seed=job.recipe.seed,
         threads=int(facts["threads"]),
