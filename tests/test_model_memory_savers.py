@@ -20,9 +20,8 @@ from torch.nn import functional as F
 
 import autoaccum
 from autoaccum.errors import NothingFitsError, PlanError, SetupError
-from autoaccum.model.activation_budget import BUDGETS
 from autoaccum.model.checkpointing import all_blocks
-from autoaccum.model.compiled import Compiled
+from autoaccum.model.compiled import BUDGETS, Compiled
 from autoaccum.model.host_saving import SavedOnHost
 from autoaccum.model.memory_savers import BY_NAME, RUNGS, installed, obstacle
 from autoaccum.planning.plan import Plan

@@ -32,6 +32,11 @@ __all__ = ["AcceleratorDevice", "CudaDevice", "MpsDevice", "fraction"]
 HEADROOM = 256 * MIB
 SAME_DEVICE = 0.1  # what a driver keeps for itself is less of a device's memory
 IMPOSSIBLE = 2**50
+_FIGURES = {
+    "peak": ("requested_bytes.all.peak", "allocated_bytes.all.peak"), "reserved_peak": ("reserved_bytes.all.peak",),
+    "allocated": ("requested_bytes.all.current", "allocated_bytes.all.current"),
+    "reserved": ("reserved_bytes.all.current",), "retries": ("num_alloc_retries",),
+}  # fmt: skip
 _ALLOWED = re.compile(r"([\d.]+ [KMG]iB) allowed")
 
 
@@ -119,29 +124,9 @@ class AcceleratorDevice(Device):
         if reset:
             reset(self.torch_device)
 
-    def peak(self) -> int | None:
-        """The most bytes in tensors since `reset_peak`, as they were asked for: blocks may be larger."""
-        return self._requested("peak")
-
-    def reserved_peak(self) -> int | None:
-        """The most bytes the allocator held since `reset_peak`."""
-        return self._count("reserved_bytes.all.peak")
-
-    def retries(self) -> int:
-        """How often, in this process, the allocator found no memory and tried again without its cache."""
-        return self._count("num_alloc_retries")
-
-    def allocated(self) -> int | None:
-        """Bytes in tensors now, as they were asked for."""
-        return self._requested("current")
-
-    def _requested(self, when: str) -> int:
-        # Not every backend's allocator keeps the first.
-        return self._count(f"requested_bytes.all.{when}") or self._count(f"allocated_bytes.all.{when}")
-
-    def reserved(self) -> int | None:
-        """Bytes the allocator holds now."""
-        return self._count("reserved_bytes.all.current")
+    def _figure(self, name: str) -> int | None:
+        # Bytes in tensors are those asked for, blocks may be larger; not every backend's allocator keeps the first.
+        return next((found for figure in _FIGURES[name] if (found := self._count(figure))), 0)
 
     def headroom(self) -> int:
         """Kept free of what others leave: for kernels and communication buffers, which the allocator does not hold."""
@@ -149,11 +134,6 @@ class AcceleratorDevice(Device):
 
     def drop_cache(self) -> None:
         """Returns the allocator's cache to the device; libraries' workspaces stay."""
-        self._function("empty_cache")()
-
-    def release(self, *, young: bool = False) -> None:
-        """Collects garbage, then returns the allocator's cache to the device."""
-        super().release(young=young)
         self._function("empty_cache")()
 
     def synchronize(self) -> None:
@@ -309,21 +289,12 @@ class MpsDevice(Device):
         reason = f"{format_bytes(free)} of Metal's recommended {format_bytes(self.total())} is free{plus(own)}"
         return Budget(size, f"{format_bytes(size)}: {reason}{less(headroom)}", False, "torch")
 
-    def allocated(self) -> int | None:
-        """Bytes in tensors now."""
-        return int(self._api.current_allocated_memory())
-
-    def reserved(self) -> int | None:
-        """Bytes that Metal's driver has given this process now."""
-        return int(self._api.driver_allocated_memory())
+    def _figure(self, name: str) -> int | None:
+        told = {"allocated": self._api.current_allocated_memory, "reserved": self._api.driver_allocated_memory}
+        return int(told[name]()) if name in told else None
 
     def drop_cache(self) -> None:
         """Returns the allocator's cache to the device."""
-        self._api.empty_cache()
-
-    def release(self, *, young: bool = False) -> None:
-        """Collects garbage, then returns the allocator's cache to the device."""
-        super().release(young=young)
         self._api.empty_cache()
 
     def synchronize(self) -> None:

@@ -116,22 +116,26 @@ class Device(ABC):
 
     def peak(self) -> int | None:
         """The most that PyTorch had allocated since `reset_peak`; None where the backend does not count."""
-        return None
+        return self._figure("peak")
 
     def reserved_peak(self) -> int | None:
         """The most that PyTorch's allocator had reserved since `reset_peak`; None where it does not count."""
-        return None
+        return self._figure("reserved_peak")
 
     def retries(self) -> int:
         """How often, in this process, the allocator found no memory and tried again without its cache."""
-        return 0
+        return self._figure("retries") or 0
 
     def allocated(self) -> int | None:
         """What PyTorch has allocated now; None where the backend does not count."""
-        return None
+        return self._figure("allocated")
 
     def reserved(self) -> int | None:
         """What PyTorch's allocator holds now, its cache too; None where the backend does not count."""
+        return self._figure("reserved")
+
+    def _figure(self, name: str) -> int | None:
+        """What the backend counts under the name of one of the methods above."""
         return None
 
     def beside(self) -> int | None:
@@ -152,6 +156,7 @@ class Device(ABC):
         the time.
         """
         gc.collect(1 if young else 2)
+        self.drop_cache()
 
     def synchronize(self) -> None:  # noqa: B027 - the CPU has always done what it was given
         """Waits until the device has done all that it was given."""

@@ -9,6 +9,9 @@ Choices made here:
 - torch has no graph for one sample and for more: size 1 is always a graph of its own. It is compiled only where all
   micro-batches are of one sample; elsewhere a single sample that is left over runs as it is.
 - What cannot be compiled runs as it is, and that is said, with the reason.
+- Within an activation budget (torch._functorch.config.activation_memory_budget, from 0, keep the inputs, to 1) a part
+  of what would be kept for the backward pass is computed again. What a step then takes is not what the budget says,
+  and can be more than without: all that is computed again may be there at once. It is traced, as any step.
 - Graphs are counted by torch's own counters, around each call.
 """
 
@@ -23,12 +26,13 @@ from torch import nn
 
 from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
-from autoaccum.model.activation_budget import compiler
 from autoaccum.model.forward import StandIn
 
-__all__ = ["BACKEND", "Compiled", "compiled"]
+__all__ = ["BACKEND", "BUDGETS", "Compiled", "compiled"]
 
 BACKEND = "inductor"
+BUDGETS = {"activation_memory_budget/0.5": 0.5, "activation_memory_budget/0.2": 0.2}
+"""The activation budgets by the memory saver's name."""
 
 
 def compiled(model: nn.Module, tell: Callable[[str], None]) -> "Compiled | None":
@@ -117,7 +121,7 @@ class Compiled(StandIn):
             backend = self._backend
             options: dict[str, Any] | None = {"shape_padding": False} if backend == "inductor" else None
             if self._budget is not None:
-                backend, options = compiler(backend, options, self._budget), None
+                backend, options = _within(backend, options, self._budget), None
             made = self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)
         return made
 
@@ -136,6 +140,20 @@ class Compiled(StandIn):
             )
             text += f"; parts of the model run without it: {reason}"
         self._tell(f"torch.compile: {text}")
+
+
+def _within(backend: Any, options: dict[str, Any] | None, budget: float) -> Callable[[Any, Any], Any]:
+    """A backend that compiles as `backend` does, within a budget: what was compiled under another is not taken."""
+    from torch._functorch import config
+
+    inner = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+    patches = {"config_patches": options} if options else {}
+
+    def compile_within(graph: Any, inputs: Any) -> Any:
+        with config.patch(activation_memory_budget=budget):
+            return inner(graph, inputs, **patches)
+
+    return compile_within
 
 
 class _Counts:

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.model.activation_budget import BUDGETS
 from autoaccum.model.checkpointing import How, checkpointed, why_not
-from autoaccum.model.compiled import Compiled
+from autoaccum.model.compiled import BUDGETS, Compiled
 from autoaccum.model.host_saving import SavedOnHost
 from autoaccum.model.lazy_logits import LEAST_CLASSES, chunked, heads
 from autoaccum.model.optimizer_on_host import OptimizerOnHost

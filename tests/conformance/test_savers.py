@@ -6,8 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.model.activation_budget import BUDGETS
-from autoaccum.model.compiled import Compiled
+from autoaccum.model.compiled import BUDGETS, Compiled
 from autoaccum.model.memory_savers import CHANGES, RUNGS, installed
 from autoaccum.model.step_in_backward import StepInBackward
 from tests.conformance.models import IGNORED, seeded, tokens
