@@ -85,11 +85,17 @@ def what_fits(build: Callable[[], dict[str, Any]], shard: str) -> "tuple[ProbeRe
         failed = [rank for rank, each in enumerate(everyone) if each["failed"]]
         if failed:
             raise told(AutoaccumError(f"rank {failed[0]} failed, so rank {ranks.rank} stops as well"))
-        rows.append(_row(way, everyone, look))
-        worst = max(worst, *(each["code"] for each in everyone))
-        if taken is None and rows[-1]["fits"]:
-            assert look.report is not None
-            rows[-1]["taken"] = True
+        against = max(everyone, key=lambda each: each["code"])  # a rank that only heard of it has none
+        worst = max(worst, against["code"])
+        fits = all(each["why_not"] is None for each in everyone)
+        # The limits of all ranks, and what the smallest micro-batch takes on each.
+        rows.append({
+            "way": way, "fits": fits, "taken": fits and taken is None,
+            "limits": [each["limit"] for each in everyone] if fits else None, "smallest": everyone[0]["floor"],
+            "peak_bytes": [each["peak_bytes"] for each in everyone], "blocks": look.blocks,
+            "why_not": None if fits else against["why_not"],
+        })  # fmt: skip
+        if rows[-1]["taken"]:
             taken = _explained(look)
     if taken is not None:
         return taken, rows
@@ -190,17 +196,6 @@ def _expect_devices(device: Any, ranks: "Ranks") -> None:
             f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs: give --nproc at most that, or --device "
             "cpu to look at it in host memory"
         )
-
-
-def _row(way: str, everyone: list[dict[str, Any]], look: _Look) -> dict[str, Any]:
-    """What is told of a way: the limits of all ranks, and what the smallest micro-batch takes on each."""
-    against = max(everyone, key=lambda each: each["code"])  # a rank that only heard of it has none
-    fits = all(each["why_not"] is None for each in everyone)
-    return {
-        "way": way, "fits": fits, "taken": False, "limits": [each["limit"] for each in everyone] if fits else None,
-        "smallest": everyone[0]["floor"], "peak_bytes": [each["peak_bytes"] for each in everyone],
-        "blocks": look.blocks, "why_not": None if fits else against["why_not"],
-    }  # fmt: skip
 
 
 def _explained(look: _Look) -> "ProbeReport":

@@ -111,18 +111,14 @@ class MemoryChart:
 
     def _batches(self, columns: int) -> str:
         """The axis below: first and last batch at its ends, the chosen one between where there is room."""
-        line = [" "] * columns
-        ticks = [(self.first, 0.0), (self.last, 1.0)]
-        if self.chosen is not None and self.chosen not in (self.first, self.last):
-            ticks.append((self.chosen, 0.5))
-        for batch, share in ticks:
-            text = str(batch)
-            column = self._column(batch, columns)
-            start = min(max(column - int(share * (len(text) - 1)), 0), columns - len(text))
-            around = line[max(start - 1, 0) : start + len(text) + 1]
-            if all(sign == " " for sign in around):
-                line[start : start + len(text)] = text
-        return "".join(line).rstrip() + " batch"
+        first, last = str(self.first), str(self.last)
+        line = first + last.rjust(columns - len(first))
+        if self.chosen is not None:
+            text = str(self.chosen)
+            start = max(self._column(self.chosen, columns) - (len(text) - 1) // 2, 1)
+            if line[start - 1 : start + len(text) + 1].isspace():
+                line = line[:start] + text + line[start + len(text) :]
+        return f"{line.rstrip()} batch"
 
     def _legend(self) -> Columns:
         """What each sign stands for, an entry never broken over two lines."""
