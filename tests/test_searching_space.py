@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import SetupError
 from autoaccum.planning.plan import plan
+from autoaccum.searching.job import check_targets, read_budget, steps_for
 from autoaccum.searching.space import read_space, space_of_texts
-from autoaccum.searching.terms import check_targets, read_budget, steps_for
 
 
 def drawn(space, times=20):

@@ -1,21 +1,45 @@
-"""A search as each of its workers gets it: what all trials have in common, and the worker's part of the machine.
+"""A search as each of its workers gets it, settled from one call of the setup before the first trial.
 
 Trials are compared at the same number of samples seen, whatever their batch. So a budget is counted in samples: given
 as such, or what the setup's own epochs come to. A budget in seconds compares at equal time instead.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
+from autoaccum.data.source import Source, open_source
+from autoaccum.errors import AutoaccumError, SetupError, shown
+from autoaccum.model.optimizer import DEFAULT_LR
+from autoaccum.planning.plan import Plan
+from autoaccum.searching.extra import hushed, load_optuna
 from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.space import Space
+from autoaccum.searching.space import Space, read_space
 from autoaccum.searching.storage import place_of
 
-__all__ = ["TRAIN_LOSS", "Job"]
+__all__ = [
+    "ERRORS_BELIEVED",
+    "TRAIN_LOSS",
+    "Job",
+    "check_metric",
+    "check_target",
+    "check_targets",
+    "default_space",
+    "read_budget",
+    "sample_arguments",
+    "settle",
+    "steps_for",
+]
 
 TRAIN_LOSS = "train_loss"
+ERRORS_BELIEVED = 5  # a setup that fails so often before anything else is not tried on
+_TIMES = {"s": 1, "sec": 1, "min": 60, "h": 3600}
+_AROUND = 10.0  # the learning rate is looked for this many times above and below the one given
 
 
 @dataclass(frozen=True)
@@ -70,3 +94,142 @@ class Job:
             "seed": self.recipe.seed,
             **{name: getattr(self, name) for name in names},
         }
+
+
+def check_targets(targets: Any) -> tuple[int, ...]:
+    """The target batches to choose from, each once; a SetupError where one is not a whole number above 0."""
+    found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
+    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in found):
+        raise SetupError(
+            f"target_batch={shown(targets)}: give whole numbers above 0 to choose from, such as (64, 128, 256)"
+        )
+    return tuple(dict.fromkeys(map(int, found)))
+
+
+def read_budget(budget: Any) -> tuple[int, str]:
+    """The amount and its unit: samples, or milliseconds for a text such as "90s"; a SetupError for all else."""
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget, "samples"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|min|h)\s*", budget) if isinstance(budget, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise SetupError(
+            f'budget={shown(budget)}: give the samples that a trial trains on, such as 50_000, or a time such as "90s"'
+        )
+    return round(1000 * float(match[1]) * _TIMES[match[2]]), "ms"
+
+
+def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Space:
+    """The learning rate, over its logarithm around the one given, and the target batch."""
+    if isinstance(arguments.get("optimizer"), Optimizer):
+        raise SetupError(
+            "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
+            'factory under "optimizer", or give a space without "lr"'
+        )
+    rate = float(arguments.get("lr") or DEFAULT_LR)
+    return read_space({"lr": (rate / _AROUND, rate * _AROUND, "log"), "target_batch": list(targets)})
+
+
+def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
+    """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
+    if space is None or (space.function is None and not recipe.needs()):
+        return recipe.build({})
+    optuna = load_optuna()
+    with hushed():
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
+    for _ in range(ERRORS_BELIEVED):  # a few settings may fail, as a few trials may
+        params: dict[str, Any] = {}
+        try:
+            params = space.suggest(study.ask())
+            recipe.check_names(params)
+            return recipe.build(params)
+        except AutoaccumError:
+            raise
+        except Exception as error:
+            last = error
+    raise SetupError(
+        f"the setup {recipe.name} failed with all of the {ERRORS_BELIEVED} settings tried before the search, the last "
+        f"one ({params}) with {type(last).__name__}: {last}. Mend the setup, or narrow the space"
+    ) from last
+
+
+def settle(
+    recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], metric: str, budget: Any
+) -> dict[str, Any]:
+    """A Job's metric, budget and sizes; a SetupError where nothing reports the metric, or says the budget."""
+    check_metric(arguments, metric)
+    for name in {"epochs", "max_steps"} & space.parts.keys():
+        raise SetupError(
+            f"space has {name!r}, but trials are compared at the same number of samples: give budget= instead"
+        )
+    source = open_source(arguments["data"], shuffle=True, seed=recipe.seed)
+    own = arguments.get("target_batch")
+    ceiling = max(targets) if space.function is not None else space.largest("target_batch") or check_target(own)
+    amount, unit = (_amount(arguments, source), "samples") if budget is None else read_budget(budget)
+    if unit == "ms" and arguments.get("schedule", "constant") != "constant":
+        raise SetupError(
+            f"budget={shown(budget)} is a time, and schedule={arguments['schedule']!r} must know its last step: give "
+            "the budget in samples"
+        )
+    says_rate = arguments.get("lr_batch") is not None or source.loader_batch is not None
+    return {
+        "metric": metric if arguments.get("val_data") is not None else TRAIN_LOSS,
+        "amount": amount,
+        "unit": unit,
+        "given": budget is not None or arguments.get("max_steps") is not None,
+        "ceiling": ceiling,
+        "lr_batch": None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
+    }
+
+
+def check_target(target: Any) -> int:
+    """The target batch of a trial; a SetupError where there is none."""
+    if isinstance(target, bool) or not isinstance(target, int) or target < 1:
+        raise SetupError(
+            f"target_batch={shown(target)}, which every trial needs: search it (target_batch in space), give "
+            "target_batch= beside the space, or have the setup return one"
+        )
+    return target
+
+
+def check_metric(arguments: Mapping[str, Any], metric: str) -> None:
+    """Refuses, with a SetupError, a metric that nothing reports."""
+    if arguments.get("val_data") is None:
+        if metric not in ("loss", TRAIN_LOSS):
+            raise SetupError(
+                f"metric={shown(metric)} is measured on held-out data, and the setup returns no val_data: add it (and "
+                f'{{"metrics": {{{metric!r}: f}}}}), or search on metric="train_loss"'
+            )
+        return
+    names = ["loss", TRAIN_LOSS, *(arguments.get("metrics") or {})]
+    if metric not in names and arguments.get("step") is None:  # a step may return terms of any name
+        raise SetupError(
+            f"metric={shown(metric)} is not reported: there are {', '.join(names)}; add it to the setup's metrics"
+        )
+
+
+def _amount(arguments: Mapping[str, Any], source: Source) -> int:
+    """Samples of the setup's own training."""
+    steps, own = arguments.get("max_steps"), arguments.get("target_batch")
+    if steps is not None:
+        if own is None:
+            raise SetupError(
+                f"max_steps={steps} is another number of samples for every target batch: give budget= in samples, or "
+                "the target_batch that those steps are meant for"
+            )
+        return int(steps) * int(own)
+    if source.length is None:
+        raise SetupError("the data is a stream without a length: give budget= in samples, such as budget=50_000")
+    return source.length * int(arguments.get("epochs") or 1)
+
+
+def steps_for(made: Plan, amount: int, length: int | None) -> int:
+    """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
+    runs = [] if length is None else made.windows.runs(length)
+    if not runs:  # where data gives no window the loop says what is wrong
+        return -(-amount // made.target_batch)
+    whole, rest = divmod(amount, sum(size * count for size, count in runs))
+    steps = whole * sum(count for _, count in runs)
+    for size, count in runs:
+        taken = min(count, -(-max(rest, 0) // size))
+        steps, rest = steps + taken, rest - taken * size
+    return steps

@@ -12,7 +12,7 @@ from autoaccum.checks import check_switches, one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.ranks import here, join
 from autoaccum.searching.extra import hushed, load_optuna
-from autoaccum.searching.job import Job
+from autoaccum.searching.job import Job, check_targets, default_space, sample_arguments, settle
 from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.samplers import check_sampler, make_pruner
 from autoaccum.searching.search_result import SearchResult, result_of, rows_of
@@ -20,7 +20,6 @@ from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, telling_of
 from autoaccum.searching.study import Ledger, open_study
 from autoaccum.searching.study_trial import GivenUp, Trainer
-from autoaccum.searching.terms import check_targets, default_space, sample_arguments, settle
 from autoaccum.searching.worker import Worker, tell
 from autoaccum.searching.worker_pool import places, run_pool
 

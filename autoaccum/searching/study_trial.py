@@ -23,9 +23,8 @@ from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import ends_all
-from autoaccum.searching.job import TRAIN_LOSS, Job
+from autoaccum.searching.job import TRAIN_LOSS, Job, check_metric, check_target, steps_for
 from autoaccum.searching.limits import Limits
-from autoaccum.searching.terms import check_metric, check_target, steps_for
 from autoaccum.session import Session
 from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import EpochEnded, Event

@@ -20,12 +20,11 @@ from autoaccum.interrupts import check_interrupt, interruptible, interruption_in
 from autoaccum.ranks import here
 from autoaccum.searching import weights
 from autoaccum.searching.extra import load_optuna
-from autoaccum.searching.job import Job
+from autoaccum.searching.job import ERRORS_BELIEVED, Job
 from autoaccum.searching.samplers import ask, mark_infeasible, sampler_of
 from autoaccum.searching.storage import telling_of
 from autoaccum.searching.study import BEAT, ERROR, TRAINING, Ledger, end, signed, sweep
 from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
-from autoaccum.searching.terms import ERRORS_BELIEVED
 from autoaccum.training.locks import FolderLock
 
 __all__ = ["Worker", "check_errors", "tell"]
