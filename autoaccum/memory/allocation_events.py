@@ -47,9 +47,3 @@ class Events(Sequence[Event]):
         if isinstance(index, slice):
             return list(map(Event, *(column[index] for column in self._columns)))
         return Event(*(column[index] for column in self._columns))
-
-    def __eq__(self, other: object) -> bool:
-        return list(self) == list(other) if isinstance(other, (Events, list, tuple)) else NotImplemented
-
-    def __hash__(self) -> int:
-        return hash(tuple(self))

@@ -9,6 +9,7 @@ from autoaccum.memory.resident import resident_parts
 from autoaccum.model.optimizer import trained_parameters
 from autoaccum.model.shards import local
 from autoaccum.planning.bisection import largest
+from autoaccum.planning.length_rule import Room
 from autoaccum.probing.cache import Lines
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer
 from autoaccum.probing.length_search import LengthAnswer
@@ -73,9 +74,7 @@ def report_of(bench: Bench, answer: Answer) -> ProbeReport:
             notes.append(hint)
         if forecast.unaligned > 0.001:
             notes.append(f"{forecast.unaligned:.1%} of a step's allocations did not line up between the traces")
-    return replace(
-        _report(bench, answer.micro_batch, forecast, residual, notes), limit=answer.limit, limit_proof=answer.proof
-    )
+    return _report(bench, answer, residual, notes)
 
 
 def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int | None], prefer: str) -> ProbeReport:
@@ -98,28 +97,29 @@ def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int |
         )
     if prefer == "fastest":
         notes.append('prefer="fastest" is set aside, since sizes follow from the lengths in each window')
-    report = _report(bench, answer.micro_batch, forecast, answer.residual, notes)
     proof = "cap" if answer.micro_batch in most else "forecast"
-    return replace(report, limit=answer.micro_batch, limit_proof=proof, by_length=answer.room)
+    found = Answer(answer.micro_batch, answer.micro_batch, proof, forecast)
+    return _report(bench, found, answer.residual, notes, answer.room)
 
 
 def _report(
-    bench: Bench, micro_batch: int, forecast: Forecast | Lines | None, residual: float | None, notes: Sequence[str]
+    bench: Bench, answer: Answer, residual: float | None, notes: Sequence[str], by_length: Room = ()
 ) -> ProbeReport:
     return ProbeReport(
-        micro_batch=micro_batch,
-        limit=None,
-        limit_proof=None,
+        micro_batch=answer.micro_batch,
+        limit=answer.limit,
+        limit_proof=answer.proof,
         budget_bytes=bench.budget,
         budget_reason=bench.budget_reason,
         device=bench.device.name,
         trials=tuple(bench.trials),
         residual=residual,
-        parts=_parts(bench, micro_batch, forecast),
+        parts=_parts(bench, answer.micro_batch, answer.forecast),
         notes=tuple(notes),
         floor=bench.floor,
         device_type=bench.device.type,
-        forecaster=forecast,
+        by_length=by_length,
+        forecaster=answer.forecast,
     )
 
 
