@@ -301,7 +301,7 @@ def test_settings_are_read_at_each_call_class_weights_too():
     assert objective.denominators(batch) == {"loss": pytest.approx(0.2)}
     loss.reduction = "sum"
     with pytest.raises(SetupError, match="reduction='sum' now, and had 'mean'"):
-        objective.denominators(batch)
+        objective.terms(batch)
 
 
 @pytest.mark.parametrize(

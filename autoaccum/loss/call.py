@@ -95,21 +95,14 @@ def returned_loss(outputs: Any) -> Any:
     """The loss in what a model returned: itself, `["loss"]`, `.loss`, or the first of a tuple; else a LossError."""
     if isinstance(outputs, (Tensor, int, float)):
         return outputs
-    holds = f"a {type(outputs).__name__} whose loss is None"
-    if isinstance(outputs, Mapping) and "loss" in outputs:
-        loss = outputs["loss"]
-    elif hasattr(outputs, "loss"):
-        loss = outputs.loss
-    elif isinstance(outputs, (tuple, list)) and len(outputs):
-        loss = outputs[0]
-    else:
-        loss = None
-        keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
-        holds = f"a {type(outputs).__name__}{keys}, which holds no loss"
+    first = outputs[0] if isinstance(outputs, (tuple, list)) and len(outputs) else None
+    loss = outputs["loss"] if isinstance(outputs, Mapping) and "loss" in outputs else getattr(outputs, "loss", first)
     if loss is None:
+        keys = f" with the keys {', '.join(map(repr, outputs))}" if isinstance(outputs, Mapping) else ""
         raise LossError(
-            f"the model returned {holds}: give it labels in the batch, or return a scalar, or something with .loss or "
-            '["loss"]; or pass loss=f(outputs, targets) or step=f(model, batch)'
+            f"the model returned a {type(outputs).__name__}{keys}, which holds no loss, or whose loss is None: give it "
+            'labels in the batch, or return a scalar, or something with .loss or ["loss"]; or pass '
+            "loss=f(outputs, targets) or step=f(model, batch)"
         )
     return loss
 

@@ -150,9 +150,8 @@ def _labels(path: str, labels: Tensor) -> Iterator[Count]:
     if holds_indices(labels):
         for index in sorted(_PADDING, key=lambda index: not bool((labels == index).any())):  # what occurs, first
             for cut in CUTS if labels.dim() == 2 else [""]:
-                count = _marked(path, cut, "!=", index)._replace(name=other_than(index, cut))
-                usual = index == IGNORED and not cut
-                yield count._replace(declare="reduction='token_mean'") if usual else count
+                usual = "reduction='token_mean'" if index == IGNORED and not cut else ""
+                yield _marked(path, cut, "!=", index, other_than(index, cut), usual)
     yield Count("the elements of the targets", "reduction='element_mean'", _elements(path))
 
 
@@ -167,7 +166,7 @@ def _marks(path: str, leaf: Tensor) -> Iterator[Count]:
 _COMPARED: dict[str, Callable[[Tensor, int], Tensor]] = {"!=": torch.ne, "==": torch.eq, ">": torch.gt}
 
 
-def _marked(path: str, cut: str, sign: str = "", number: int = 0) -> Count:
+def _marked(path: str, cut: str, sign: str = "", number: int = 0, name: str = "", declare: str = "") -> Count:
     """A count as one would write it in a lambda: cut a leaf, compare it with a number or not, and sum."""
     code = f"(batch{path}{cut} {sign} {number}).sum()" if sign else f"batch{path}{cut}.sum()"
 
@@ -177,7 +176,7 @@ def _marked(path: str, cut: str, sign: str = "", number: int = 0) -> Count:
             leaf = _COMPARED[sign](leaf, number)
         return float(leaf.sum() if leaf.dtype.is_floating_point and leaf.dtype.itemsize > 4 else leaf.double().sum())
 
-    return Count(code, f"reduction=lambda batch: {code}", of)
+    return Count(name or code, declare or f"reduction=lambda batch: {code}", of)
 
 
 def _rows(path: str, items: Any) -> Iterator[Count]:

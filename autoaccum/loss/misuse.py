@@ -18,7 +18,7 @@ from autoaccum.loss.call import STEP, Call
 from autoaccum.loss.counts import holds_indices, ignored_by
 from autoaccum.loss.torch_losses import TorchLoss
 
-__all__ = ["check_classes", "explain_loss", "explain_model", "explained"]
+__all__ = ["explain_loss", "explain_model", "explained", "outside_classes"]
 
 _DTYPES = re.compile(r"dtype|scalar type|input type|can't be cast|not implemented for '", re.IGNORECASE)
 _SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|dimension", re.IGNORECASE)
@@ -60,7 +60,7 @@ def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool
 
 def explain_loss(error: Exception, name: str, outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> Meant | None:
     """What was meant where the loss of this name raised `error` for these; None where that is not known."""
-    if isinstance(error, (IndexError, RuntimeError)) and (found := _outside_classes(outputs, targets, torch_loss)):
+    if isinstance(error, (IndexError, RuntimeError)) and (found := outside_classes(outputs, targets, torch_loss)):
         return SetupError, found
     if not isinstance(error, (AttributeError, IndexError, RuntimeError, TypeError, ValueError)):
         return None
@@ -75,26 +75,12 @@ def explain_loss(error: Exception, name: str, outputs: Any, targets: Any, torch_
     if not told or not isinstance(targets, Tensor):
         return None
     takes = f"equal shapes, and targets.to({outputs.dtype})"
-    if torch_loss is not None and torch_loss.over_classes:
+    if torch_loss is not None and torch_loss.takes_classes:
         takes = "outputs (samples, classes, ...) and targets (samples, ...), which targets.long() makes classes"
     return DataError, (
         f"loss={name} was given outputs of shape {tuple(outputs.shape)} and {outputs.dtype}, and targets of shape "
         f"{tuple(targets.shape)} and {targets.dtype}, which do not go together: it takes {takes}"
     )
-
-
-def check_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> None:
-    """Refuses labels that are no classes of the model's, where they lie on an accelerator.
-
-    There torch ends the process's use of the device for such a label; on the CPU it raises, which is explained then.
-
-    Raises:
-        SetupError: naming the label.
-    """
-    if isinstance(targets, Tensor) and targets.device.type not in ("cpu", "meta"):
-        found = _outside_classes(outputs, targets, torch_loss)
-        if found is not None:
-            raise SetupError(found)
 
 
 _LOSS_BESIDE = (
@@ -119,7 +105,7 @@ def _no_tensor(name: str, outputs: Any) -> Meant:
     )
 
 
-def _outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> str | None:
+def outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> str | None:
     """In words, which label is none of the classes; None where all are."""
     if torch_loss is None or not torch_loss.of_logits or not holds_indices(targets):
         return None

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from autoaccum.data import tree
 from autoaccum.data.structure import plain
-from autoaccum.errors import LossError
+from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, name_of, returned_loss, scalar, targets_in
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean
-from autoaccum.loss.misuse import check_classes, explain_loss, explain_model, explained
+from autoaccum.loss.misuse import explain_loss, explain_model, explained, outside_classes
 from autoaccum.loss.reading import Reading
 from autoaccum.loss.reduction import declared
 from autoaccum.loss.returned import OwnMeans, named_terms, summed
@@ -294,9 +294,11 @@ class Objective:
         function, torch_loss = self.loss, self._torch
         assert function is not None
         arguments = (outputs, targets) if torch_loss is None else torch_loss.arguments(outputs, targets)
-        if not self._classes_checked:
-            self._classes_checked = True  # once: on an accelerator it is a wait for the device
-            check_classes(outputs, targets, torch_loss)
+        if not self._classes_checked and isinstance(targets, Tensor) and targets.device.type not in ("cpu", "meta"):
+            # Once, as it waits for the device, whose use by this process torch ends for a label that is no class.
+            self._classes_checked = True
+            if (wrong := outside_classes(outputs, targets, torch_loss)) is not None:
+                raise SetupError(wrong)
         loss = explained(
             lambda: function(*arguments),
             lambda error: explain_loss(error, name_of(function), outputs, targets, torch_loss),

@@ -98,7 +98,7 @@ class _Counts:
             count = Count("the elements of the targets", how, lambda batch: elements(self._targets(batch, how)))
         else:
             count = Count("the samples", how, lambda batch: _rows(self._targets(batch, how), -1))
-        return Divisor(kind, [count if own is None else _as_long_as(own, count)], TRUSTED)
+        return Divisor(kind, [count], TRUSTED)
 
     def labels(self, how: str, cut: str = "") -> Count:
         """Of the labels that count, or their class weights; without those that a head shifts away."""
@@ -149,27 +149,12 @@ class _Counts:
     @property
     def class_weights(self) -> Tensor | None:
         """The loss's own, where its mean has them."""
-        averages = self._torch is None or self._torch.over_classes
+        averages = self._torch is None or self._torch.takes_classes
         weights = getattr(self._settings, "weight", None) if averages else None
         return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
 
 
 _OVER = {"sample_mean": "samples", "element_mean": "elements"}
-
-
-def _as_long_as(torch_loss: TorchLoss, count: Count) -> Count:
-    """The count, which a reduction that the loss is given later does not have."""
-    reduction = torch_loss.reduction
-
-    def of(batch: Any) -> float:
-        if torch_loss.reduction != reduction:
-            raise SetupError(
-                f"the loss has reduction={shown(torch_loss.reduction)} now, and had {shown(reduction)} when its "
-                "training was set up: set it before"
-            )
-        return count.of(batch)
-
-    return count._replace(of=of)
 
 
 def _rows(targets: Any, dimension: int) -> float:

@@ -34,10 +34,22 @@ class TorchLoss:
 
     Attributes:
         settings: what has them as attributes, as they stand now.
+        reduction: one of "mean", "sum", "none" and "batchmean", which has to stay.
+        name: in torch, with the reduction where it is not the mean.
+        over: what its mean runs over: one of "classes", "elements", "rows" and "samples".
+        takes_classes: whether its targets are classes.
+        of_logits: whether it compares classes with outputs that have one figure a class, along dimension 1.
     """
 
     def __init__(self, kind: str, name: str, settings: Any) -> None:
-        self._kind, self._name, self._over, self.settings = kind, name, _OVER[kind], settings
+        self._kind, self.settings, over = kind, settings, _OVER[kind]
+        self.reduction = str(getattr(settings, "reduction", "mean"))
+        self.name = name if self.reduction == "mean" else f"{name}(reduction={shown(self.reduction)})"
+        self.takes_classes = over == "classes"
+        self.of_logits = self.takes_classes and kind != "linearcrossentropy"
+        if self.reduction == "none" and self.takes_classes:
+            over = "elements"  # ignored targets are zeros among them
+        self.over = "samples" if self.reduction == "batchmean" else over
 
     @classmethod
     def recognise(cls, loss: Any) -> "TorchLoss | None":
@@ -64,33 +76,6 @@ class TorchLoss:
         kind = owner.lower().replace("_", "").replace("binarycrossentropy", "bce").removesuffix("loss")
         return cls(kind, name, settings) if is_torchs and kind in _OVER else None
 
-    @property
-    def reduction(self) -> str:
-        """One of "mean", "sum", "none" and "batchmean", as it stands now."""
-        return str(getattr(self.settings, "reduction", "mean"))
-
-    @property
-    def over(self) -> str:
-        """What its mean runs over: one of "classes", "elements", "rows" and "samples", as its settings stand now."""
-        if self.reduction == "none" and self.over_classes:
-            return "elements"  # ignored targets are zeros among them
-        return "samples" if self.reduction == "batchmean" else self._over
-
-    @property
-    def over_classes(self) -> bool:
-        """Whether it takes targets that are classes."""
-        return self._over == "classes"
-
-    @property
-    def of_logits(self) -> bool:
-        """Whether it compares classes with outputs that have one figure a class, along dimension 1."""
-        return self.over_classes and self._kind != "linearcrossentropy"
-
-    @property
-    def name(self) -> str:
-        """The name in torch, with the reduction where it is not the mean."""
-        return self._name if self.reduction == "mean" else f"{self._name}(reduction={shown(self.reduction)})"
-
     def arguments(self, outputs: Any, targets: Any) -> tuple[Any, ...]:
         """The loss's own arguments, made of what the model returned and the targets.
 
@@ -98,7 +83,14 @@ class TorchLoss:
         GaussianNLL: outputs (mean, variance); CosineEmbedding, MarginRanking: outputs (x1, x2);
         Triplet: outputs (anchor, positive, negative), whatever the targets; CTC: targets (targets, input_lengths,
         target_lengths), or outputs (log_probs, input_lengths) with targets (targets, target_lengths).
+
+        Raises:
+            SetupError: the loss was given another reduction since its training was set up.
         """
+        now = str(getattr(self.settings, "reduction", "mean"))
+        if now != self.reduction:
+            had = f"had {self.reduction!r} when its training was set up"
+            raise SetupError(f"{self.name} has reduction={now!r} now, and {had}: set it before")
         if self._kind in ("ctc", "gaussiannll"):
             in_turn = zip_longest(_apart(outputs), _apart(targets))
             return tuple(each for pair in in_turn for each in pair if each is not None)
