@@ -118,7 +118,8 @@ class _Counts:
                     "...): for others use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
                 )
             counted = CUTS[cut](targets) if targets.dim() == 2 else targets
-            return self._weights.total(counted, self.class_weights if weighted else None, ignored_by(self._settings))
+            weights = None if how == "token_mean" else self.class_weights
+            return self._weights.total(counted, weights, ignored_by(self._settings))
 
         return Count(f"the class weights of {name}" if weighted else name, how, of)
 
