@@ -76,7 +76,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
         sets = {tuple(range(max(sizes))): largest}
     else:
         singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
-        chosen = [singles[row] for row in unlike(singles, SAMPLES, sort=most < SAMPLES)]
+        chosen = [singles[row] for row in unlike(singles, SAMPLES)]
         rows, size = tuple(range(len(chosen))), min(most, len(chosen))
         groups = [rows[end - size : end] for end in (*range(size, len(rows), size), len(rows))]
         parts = [groups[-1][: ragged(size)[0]], groups[-1][ragged(size)[0] :]] if size > 2 else []
@@ -103,13 +103,11 @@ def _alike(singles: Sequence[Any]) -> list[Any]:
     return [single for single, own in zip(singles, shapes) if own == common]
 
 
-def unlike(singles: Sequence[Any], most: int, *, sort: bool = False) -> list[int]:
+def unlike(singles: Sequence[Any], most: int) -> list[int]:
     """Places of samples unlike in what may count: of each flag, mask or label those with the most and the least.
 
-    In order; with `sort`, those with the most of what differs least among them (a flag) last.
+    Those with the most of what differs least among them (a flag) are last.
     """
-    if len(singles) <= most and not sort:
-        return list(range(len(singles)))
     columns: dict[str, list[float]] = {}
     for single in singles:
         for path, leaf in tree.tensors(single):
@@ -124,7 +122,7 @@ def unlike(singles: Sequence[Any], most: int, *, sort: bool = False) -> list[int
         orders.append([order[-1], order[0], order[-2], order[len(order) // 2], order[1], *order[-3:-2]])
     ranked = (row for ranks in itertools.zip_longest(*orders) for row in ranks if row is not None)
     chosen = sorted(list(dict.fromkeys([*ranked, *range(len(singles))]))[:most])
-    return sorted(chosen, key=differing[0].__getitem__) if sort and differing else chosen
+    return sorted(chosen, key=differing[0].__getitem__) if differing else chosen
 
 
 def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, graph: bool) -> Seen:
