@@ -84,9 +84,9 @@ def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
 @pytest.mark.parametrize(
     ("storage", "said"),
     [
-        ("nosuch://host/x", "'nosuch://' is not known"),
-        ("{folder}", "is a folder: give the path of a journal file"),
-        ("{folder}/none/study.log", "there is no folder"),
+        ("nosuch://host/x", r"cannot be used \(NoSuchModuleError: .*nosuch\).*a path for a journal file"),
+        ("{folder}", r"cannot be used \(IsADirectoryError: "),
+        ("{folder}/none/study.log", r"cannot be used \(FileNotFoundError: "),
         ("{folder}/some.db", "is an SQLite database: write sqlite:///"),
         ("{folder}/text.log", "is not a journal file"),
         ("grpc://localhost", "write grpc://host:port"),

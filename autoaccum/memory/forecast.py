@@ -71,6 +71,8 @@ class Forecast:
         self._levels = _levels(fit(self._table.deltas, sizes))
         self._resident_names = list(residents)
         self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
+        self._lines = self._levels + self._residents.sum(0)
+        self._lines[:, 0] += self._background
         self._reserved: dict[tuple[int, int | None], int] = {}
         self._playback = Playback(tabled, cells, sizes) if self._last.caching else None
         if self._playback is not None:
@@ -128,17 +130,14 @@ class Forecast:
 
     def peak(self, batch: int, length: int | None = None) -> int:
         """The most in use at once, in requested bytes, what was there before included."""
-        point = self._point(batch, length)
-        return round(float((self._residents @ point).sum() + (self._levels @ point).max())) + self._background
+        return round(float((self._lines @ self._point(batch, length)).max()))
 
     def lines(self) -> list[tuple[float, ...]]:
         """The functions whose maximum the peak is, in bytes, what was there before included: (a, b) of a + b·batch.
 
         Of a forecast over lengths the coefficients of 1, B, L, BL, L², BL².
         """
-        rows = self._levels + self._residents.sum(0)
-        rows[:, 0] += self._background
-        return [tuple(row) for row in rows.tolist()]
+        return [tuple(row) for row in self._lines.tolist()]
 
     def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
         """Memory over the window by part, for a plot.

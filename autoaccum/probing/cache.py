@@ -191,12 +191,6 @@ def _told(value: Any) -> Any:
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """What decides the memory of an optimizer's step: its flags, and whether numbers are zero (momentum)."""
     skipped = ("params", "lr", "initial_lr", "param_names")
-    return {
-        key: value
-        if isinstance(value, (bool, str, type(None)))
-        else bool(value)
-        if isinstance(value, (int, float))
-        else "other"
-        for key, value in group.items()
-        if key not in skipped
-    }
+    told = {key: bool(value) if type(value) in (int, float) else value for key, value in group.items()}
+    plain = (bool, str, type(None))
+    return {key: value if type(value) in plain else "other" for key, value in told.items() if key not in skipped}

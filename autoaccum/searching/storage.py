@@ -24,7 +24,6 @@ __all__ = ["dashboard_line", "open_storage", "place_of", "telling_of"]
 
 RACES = 10  # tries to open a database that others open for the first time
 CONNECT = 10  # seconds to wait for a server
-SCHEMES = ("sqlite", "postgresql", "mysql", "mariadb", "oracle", "mssql")
 PACKAGES = ("sqlalchemy", "sqlite3", "psycopg", "psycopg2", "grpc", "optuna", "alembic")
 FULL = {errno.ENOSPC, errno.EDQUOT}
 UNWRITABLE = {*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # of a journal, while the search runs
@@ -44,19 +43,14 @@ def open_storage(storage: Any, folder: Path) -> Any:
     """
     if isinstance(storage, load_optuna().storages.BaseStorage):
         return storage
-    shown_as, text = place_of(storage, folder), str(folder / "journal.log" if storage is None else storage)
+    text = str(folder / "journal.log" if storage is None else storage)
     scheme, colon, rest = text.partition("://")
-    with telling_of(shown_as, opening=True):
+    with telling_of(place_of(storage, folder), opening=True):
         if not colon:
             return _journal(Path(text).absolute())
         if scheme == "grpc":
             return _proxy(text, rest.rstrip("/"))
-        if scheme.split("+")[0] in SCHEMES:
-            return _database(text)
-    raise SetupError(
-        f"storage={shown(shown_as)}: {shown(scheme + colon)} is not known; write a path for a journal file, "
-        "sqlite:///study.db, postgresql://user@host/name or grpc://host:port"
-    )
+        return _database(text)
 
 
 @contextlib.contextmanager
@@ -88,15 +82,14 @@ def _trouble(place: str, error: Exception) -> str:
         return f"is locked by another process {raised}: end the process that holds it, or wait for it"
     if "disk is full" in cause or (isinstance(error, OSError) and error.errno in FULL):
         return f"cannot be written {raised}: free some space there; the same call then goes on"
-    return f"cannot be used {raised}: check that it is whole and can be reached, or give another storage"
+    return (
+        f"cannot be used {raised}: check that it is whole and can be reached, or give another: a path for a journal "
+        "file, sqlite:///study.db, postgresql://user@host/name or grpc://host:port"
+    )
 
 
 def _journal(path: Path) -> Any:
     """Optuna's storage over this file, which is made where it is not there."""
-    if path.is_dir():
-        raise SetupError(f"storage={str(path)!r} is a folder: give the path of a journal file in it")
-    if not path.parent.is_dir():
-        raise SetupError(f"storage={str(path)!r}: there is no folder {str(path.parent)!r}; make it first")
     journal = load_optuna().storages.journal
     lock = journal.JournalFileSymlinkLock(str(path))
     if path.exists():

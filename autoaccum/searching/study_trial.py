@@ -103,20 +103,20 @@ class Trainer:
 
     def _planned(self, session: Session, key: str) -> tuple[Plan, int | None]:
         """The plan by what fits, and the bytes that its micro-batches take."""
-        found, failure, asked = None, None, session.settings
+        found, asked = None, session.settings
         if asked.micro_batch is None:
+            failure = None
             try:
                 found = self._limits.report(key, session)
             except NothingFitsError as error:
                 failure = str(error)
             if session.parts.ranks.any("a study trial", failure is not None):  # all ranks leave together
                 raise GivenUp(f"does not fit: {failure or 'another rank has no room for a single sample'}")
-        if found is not None:
-            report, job = found, self._job
-            if job.memory is not None and asked.memory == job.memory:  # which nobody asked for
-                share = f"what is free, shared out over {job.workers} workers"
-                report = replace(report, budget_reason=f"{format_bytes(report.budget_bytes)}: {share}")
-            session.found(report, "the probe of this search")
+            assert found is not None
+            if self._job.memory is not None and asked.memory == self._job.memory:  # which nobody asked for
+                share = f"what is free, shared out over {self._job.workers} workers"
+                found = replace(found, budget_reason=f"{format_bytes(found.budget_bytes)}: {share}")
+            session.found(found, "the probe of this search")
         try:
             made = session.plan()
         except PlanError as error:
