@@ -28,10 +28,10 @@ def test_frozen_parameters_are_left_out_and_a_losss_own_are_taken_in():
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        ("adamv", "not in torch.optim: choose one of .*adamw"),
+        ("adamv", "name of one in torch.optim: .*adamw"),
         ("lbfgs", "needs a closure"),
         (torch.optim.LBFGS, "needs a closure"),
-        (3, "not an Optimizer, a factory"),
+        (3, "give an Optimizer, a factory"),
         (lambda p, lr: "sgd", "returned str"),
         ([1, 2], "optimizer= is a list of 2"),
     ],

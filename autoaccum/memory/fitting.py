@@ -29,7 +29,7 @@ def columns(sizes: Sequence[Size]) -> int:
     """How many basis functions the sizes call for: 2 (batch), or 6 (batch and length); a ForecastFailed of too few."""
     batches = {size[0] for size in sizes}
     lengths = {size[1] for size in sizes if len(size) > 1}
-    count = 6 if len(lengths) > 1 else 2
+    count = 6 if lengths else 2
     if not determined(sizes, count):
         raise ForecastFailed(
             f"{len(batches)} batch sizes and {len(lengths)} lengths do not determine the fit: it takes two batch "

@@ -62,7 +62,6 @@ class Forecast:
         self.reserve: float | None = None
         self.longest: int | None = None
         self._last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
-        self._lengths = {size[1] for size in sizes if len(size) > 1}
         self._count = columns(sizes)
         self._background = max(trace.background for trace in traces)
         tabled = [Column(trace) for trace in traces]
@@ -224,17 +223,11 @@ class Forecast:
         return played.retries == 0
 
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
-        if not self._lengths:
+        if self._count == 2:
             return basis((batch,), self._count)
-        if length is None:
-            length = next(iter(self._lengths)) if len(self._lengths) == 1 else self.longest
+        length = self.longest if length is None else length
         if length is None:
             raise ForecastFailed("the traces are of sequences: a forecast needs a length beside the batch size")
-        if len(self._lengths) == 1 and length not in self._lengths:
-            raise ForecastFailed(
-                f"all traces have length {next(iter(self._lengths))}: nothing is known of length {length}; "
-                "trace two batch sizes at three lengths"
-            )
         return basis((batch, length), self._count)
 
     def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -253,12 +246,8 @@ def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
     if not traces or len(traces) != len(sizes) or len({len(size) for size in sizes}) != 1:
         raise ForecastFailed(f"{len(traces)} traces and {len(sizes)} sizes: each trace needs one size, all of one kind")
     for trace, size in zip(traces, sizes):
-        if not trace.complete:
-            raise ForecastFailed(f"the trace at {size} was cut short by an error")
-        if not trace.events:
-            raise ForecastFailed(
-                f"nothing was recorded at {size}: this device's allocator does not report to the profiler"
-            )
+        if not trace.complete or not trace.events:
+            raise ForecastFailed(f"the trace at {size} was cut short by an error, or nothing was recorded")
 
 
 def _aligned(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> tuple[list[int], list[Cell], float]:

@@ -76,13 +76,10 @@ def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Paramet
     factory: Any = optimizer
     if isinstance(optimizer, str):
         factory = _NAMED.get(optimizer.lower())
-        if factory is None:
-            raise SetupError(
-                f"optimizer={shown(optimizer)} is not in torch.optim: choose one of {', '.join(sorted(_NAMED))}"
-            )
     if not callable(factory) or isinstance(factory, nn.Module):
         raise SetupError(
-            f"optimizer={shown(optimizer)} is not an Optimizer, a factory f(params, lr=lr) or a torch name"
+            f"optimizer={shown(optimizer)}: give an Optimizer, a factory f(params, lr=lr), or the name of one in "
+            f"torch.optim: {', '.join(sorted(_NAMED))}"
         )
     _refuse_closure(factory)
     try:
