@@ -209,23 +209,21 @@ def test_a_rank_with_a_limit_under_the_minimum_is_named():
 # --- windows
 
 
-@given(st.integers(0, 300), st.integers(1, 40), tails, minimums, st.none() | st.integers(1, 20))
-@example(257, 256, "step", 2, None)
+@given(st.integers(0, 300), st.integers(1, 40), tails, minimums, st.just(10**6) | st.integers(1, 20))
+@example(257, 256, "step", 2, 10**6)
 def test_every_window_but_the_last_is_the_target_and_nothing_cuttable_is_lost(length, target, tail, minimum, limit):
-    assume(limit is None or limit >= minimum)
-    bound = limit if limit is not None else 10**6
-    assume(can_split(target, bound, minimum))
+    assume(limit >= minimum and can_split(target, limit, minimum))
     sizes = list(Windows(target, tail=tail, minimum=minimum, limit=limit).sizes(length))
     lost = length - sum(sizes)
     assert all(size == target for size in sizes[:-1])
-    assert all(can_split(size, bound, minimum) for size in sizes)
+    assert all(can_split(size, limit, minimum) for size in sizes)
     if tail == "drop":
         assert sizes == [target] * (length // target)
     else:
         assert 0 <= lost < minimum
         # What is lost could not have joined the last window, nor been a window.
-        assert not lost or not can_split(lost, bound, minimum)
-        assert not lost or not sizes or not can_split(sizes[-1] + lost, bound, minimum)
+        assert not lost or not can_split(lost, limit, minimum)
+        assert not lost or not sizes or not can_split(sizes[-1] + lost, limit, minimum)
 
 
 def test_a_lone_sample_joins_the_window_before_it_where_a_layer_needs_two():
@@ -264,10 +262,12 @@ def cut_a_stream(length, chunk, target, **settings):
         held -= size
 
 
-@given(st.integers(0, 200), st.integers(1, 30), st.integers(1, 30), tails, minimums, st.none() | st.integers(1, 20))
-@example(9, 1, 4, "step", 2, None)
+@given(
+    st.integers(0, 200), st.integers(1, 30), st.integers(1, 30), tails, minimums, st.just(10**6) | st.integers(1, 20)
+)
+@example(9, 1, 4, "step", 2, 10**6)
 def test_a_stream_is_cut_into_the_windows_of_a_list_as_long(length, chunk, target, tail, minimum, limit):
-    assume(can_split(target, limit or 10**6, minimum) and (limit is None or limit >= minimum))
+    assume(limit >= minimum and can_split(target, limit, minimum))
     settings = {"tail": tail, "minimum": minimum, "limit": limit}
     windows, most = cut_a_stream(length, chunk, target, **settings)
     assert windows == list(Windows(target, **settings).sizes(length))

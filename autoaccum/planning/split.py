@@ -246,13 +246,13 @@ class Windows(NamedTuple):
         target: samples of a full window.
         tail: "step": a short last window is a window; "drop": it is not.
         minimum: the fewest samples in a micro-batch. A tail that cannot be cut because of it joins the window before.
-        limit: the most samples in a micro-batch, on the roomiest rank; None: a window fits however large.
+        limit: the most samples in a micro-batch, on the roomiest rank.
     """
 
     target: int
     tail: str = "step"
     minimum: int = 1
-    limit: int | None = None
+    limit: int = _LARGEST
 
     def next(self, ahead: int, *, ended: bool) -> int | None:
         """How many samples the next window takes, with `ahead` known to lie ahead, and no more to come where `ended`.
@@ -276,7 +276,7 @@ class Windows(NamedTuple):
 
         0 where every tail stands for itself, as always with a minimum of 1; otherwise `minimum` as a rule.
         """
-        room = self.most - self.minimum
+        room = self.limit - self.minimum
         if self.tail == "drop" or room <= 0:  # with one size only, what cannot be cut alone cannot with others
             return 0
         # Tails that cannot be cut lie between the ranges k * minimum .. k * limit; from this k on the ranges touch.
@@ -301,13 +301,8 @@ class Windows(NamedTuple):
         runs = [] if samples is None else self.runs(samples)
         return runs[0][0] if runs else self.target
 
-    @property
-    def most(self) -> int:
-        """The most samples in a micro-batch."""
-        return 2 * self.target + self.minimum if self.limit is None else self.limit  # more than any window can hold
-
     def _can(self, samples: int) -> bool:
-        return can_split(samples, self.most, self.minimum)
+        return can_split(samples, self.limit, self.minimum)
 
     def _largest(self, samples: int) -> int:
-        return samples if self._can(samples) else (-(-samples // self.most) - 1) * self.most
+        return samples if self._can(samples) else (-(-samples // self.limit) - 1) * self.limit
