@@ -47,6 +47,7 @@ from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses, norm_over_ranks
+from autoaccum.window.untouched import Untouched
 from autoaccum.window.window_sums import WindowSums
 
 __all__ = ["Accumulator", "ignore"]
@@ -131,6 +132,7 @@ class Accumulator(Passes):
         self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
         self.rank_sum = RankSum(self.ranks, self.parameters, self._side, self.sharded)
         self._lists = ListReader()
+        self._untouched = Untouched(optimizer)
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
                           "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
@@ -148,28 +150,31 @@ class Accumulator(Passes):
 
         Raises:
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
+            SetupError: the optimizer was stepped, or a gradient changed, in between.
         """
         pieces = micro_batches(batches, self.plan, self._lists)
         sums = self.open(pieces)
         finished = False
         try:
-            idle = max(sums.micro_batches) - len(pieces) if self.sharded is not None else 0
-            for number in range(idle):  # as many passes as on any other rank
-                assert self.sharded is not None
-                self.sharded.begin_pass(last=number == idle - 1 and not pieces)
-                with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
-                    yield plain(tree.move(self.sharded.sample, self.device))
-            for number, piece in enumerate(pieces):
-                if self.sharded is not None:
-                    self.sharded.begin_pass(last=number == len(pieces) - 1)
-                before = sums.done
-                with self.precision.autocast(), without_synchronisation(self.model):
-                    yield plain(self._ahead.take(piece))
-                if sums.done != before + 1:
-                    raise LossError(
-                        f"backward was called {sums.done - before} times for one micro-batch: "
-                        "call accumulator.backward(loss) exactly once for each"
-                    )
+            with self._untouched.inside():
+                idle = max(sums.micro_batches) - len(pieces) if self.sharded is not None else 0
+                for number in range(idle):  # as many passes as on any other rank
+                    assert self.sharded is not None
+                    self.sharded.begin_pass(last=number == idle - 1 and not pieces)
+                    with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
+                        yield plain(tree.move(self.sharded.sample, self.device))
+                for number, piece in enumerate(pieces):
+                    if self.sharded is not None:
+                        self.sharded.begin_pass(last=number == len(pieces) - 1)
+                    before = sums.done
+                    with self.precision.autocast(), without_synchronisation(self.model):
+                        yield plain(self._ahead.take(piece))
+                    self._untouched.check()
+                    if sums.done != before + 1:
+                        raise LossError(
+                            f"backward was called {sums.done - before} times for one micro-batch: "
+                            "call accumulator.backward(loss) exactly once for each"
+                        )
             self.finish()
             finished = True
         except Exception:
@@ -190,6 +195,7 @@ class Accumulator(Passes):
             LossError: not a scalar, or without a graph.
         """
         sums = self._running()
+        self._untouched.check()
         if self.sharded is not None and self.sharded.collectives.muted:
             self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
             return
@@ -197,6 +203,7 @@ class Accumulator(Passes):
             loss = scalar(loss, "the micro-batch")
             loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
         self._add({"loss": loss})
+        self._untouched.note()
 
     # --- a window in parts, for the training loop, which may have to run one again
 

@@ -1,0 +1,57 @@
+"""A loop of one's own that steps, zeroes or clips in the middle of a window, as it did before: seen, and refused.
+
+Each of these trains on something else than the window's gradient, and nothing else would tell.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from autoaccum.errors import SetupError
+from autoaccum.model.optimizer import optimizer_parameters
+
+__all__ = ["Untouched"]
+
+_OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
+
+
+class Untouched:
+    """Watches an optimizer, and one gradient that it will step with, while a window is open."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Registers nothing yet."""
+        self._optimizer = optimizer
+        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there."""
+        handle = self._optimizer.register_step_pre_hook(_refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._seen = None
+
+    def note(self) -> None:
+        """A backward pass of the accumulator's has ended."""
+        own = optimizer_parameters(self._optimizer)
+        first = next((parameter for parameter in own if parameter.grad is not None), None)
+        self._seen = None if first is None or first.grad is None else (first, first.grad, first.grad._version)
+
+    def check(self) -> None:
+        """A SetupError where the gradient is not what that pass left."""
+        if self._seen is not None:
+            parameter, gradient, version = self._seen
+            if parameter.grad is not gradient or gradient._version != version:
+                raise SetupError(
+                    "the gradients were changed between two backward passes of a window: leave out "
+                    f"optimizer.zero_grad() and clipping in it, since {_OURS}"
+                )
+
+
+def _refuse(optimizer: Any, args: Any, kwargs: Any) -> NoReturn:
+    raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")

@@ -1,0 +1,58 @@
+"""What a loop of one's own did at each batch before, left in it: refused instead of trained with."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autoaccum import Accumulator, plan
+from autoaccum.errors import SetupError
+
+LEFT_IN = {
+    "zeroed before": ("zero_grad", None),
+    "zeroed to zeros before": (lambda model, optimizer: optimizer.zero_grad(set_to_none=False), None),
+    "zeroed after": (None, "zero_grad"),
+    "clipped": (None, lambda model, optimizer: nn.utils.clip_grad_norm_(model.parameters(), 1e-3)),
+    "stepped": (None, "step"),
+}
+
+
+def act(what, model, optimizer):
+    if what is not None:
+        getattr(optimizer, what)() if isinstance(what, str) else what(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", LEFT_IN)
+def test_what_an_accumulator_does_at_the_end_is_refused_in_the_middle(kind):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before, after = LEFT_IN[kind]
+    kept = model.weight.detach().clone()
+    x, y = torch.randn(8, 6), torch.randint(3, (8,))
+    accumulator = Accumulator(model, optimizer, plan(3, 8))
+    window = accumulator.window((x, y))
+    with pytest.raises(SetupError, match=r"inside a window: leave it out|gradients were changed between two"):
+        for inputs, target in window:
+            act(before, model, optimizer)
+            accumulator.backward(F.cross_entropy(model(inputs), target))
+            act(after, model, optimizer)
+    window.close()
+    assert torch.equal(model.weight, kept)
+    assert not optimizer._optimizer_step_pre_hooks
+    optimizer.zero_grad()  # between two windows it harms nothing
+    for inputs, target in accumulator.window((x, y)):
+        accumulator.backward(F.cross_entropy(model(inputs), target))
+    assert not torch.equal(model.weight, kept)
+    optimizer.step()
+
+
+def test_gradients_of_parameters_that_another_optimizer_steps_are_not_looked_at():
+    judge, painter = nn.Linear(4, 1), nn.Linear(2, 4)
+    both = nn.Sequential(painter, judge)
+    judges = torch.optim.SGD(judge.parameters(), lr=0.1)
+    accumulator = Accumulator(both, torch.optim.SGD(painter.parameters(), lr=0.1), plan(2, 6))
+    for noise in accumulator.window(torch.randn(6, 2)):
+        judges.zero_grad()
+        accumulator.backward(both(noise).mean())
+    assert accumulator.step == 1
