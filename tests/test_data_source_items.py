@@ -235,6 +235,16 @@ def test_a_trial_has_as_many_samples_as_it_was_asked_for_though_some_are_dropped
         open_source(DataLoader(corrupt(set(range(40))), 4, collate_fn=whole_ones)).trial(4)
 
 
+def test_a_collate_function_that_joins_samples_to_one_row_is_refused():
+    texts = [torch.arange(1, 3 + index % 5) for index in range(12)]
+    joining = DataLoader(texts, 4, collate_fn=lambda samples: {"tokens": torch.cat(samples)[None]})
+    assert tree.batch_size(open_source(joining).trial(1)) == 1
+    with pytest.raises(DataError, match=r"joined 3 samples to one row.*pad samples.*attach"):
+        open_source(joining).trial(3)
+    alone = DataLoader(texts, 4, collate_fn=lambda samples: {"tokens": samples[0][None]})  # drops all but one
+    assert tree.batch_size(open_source(alone).trial(3)) == 3
+
+
 def test_a_collate_function_that_fails_with_nothing_left_is_told_so_and_not_about_padding():
     def stacking(samples):
         return torch.stack([sample[0] for sample in samples if sample is not None])

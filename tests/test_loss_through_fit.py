@@ -126,3 +126,23 @@ def test_an_opaque_loss_whose_samples_count_alike_is_said_to_be_untried_before_i
     text = " ".join(str(each.message) for each in said)
     assert ("the targets other than -100 were as many in each sample tried" in text) is not unequal
     assert ('declare it: reduction="token_mean"' in text) is not unequal
+
+
+def test_batches_with_sparse_tensors_train_as_the_whole_batch():
+    x, y = torch.eye(6).repeat(5, 1), torch.arange(30) % 4
+
+    def trained(micro_batch, data):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 4).double()
+
+        def step(model, batch):
+            return nn.functional.cross_entropy(torch.sparse.mm(batch[0], model.weight.T), batch[1])
+
+        autoaccum.fit(
+            model, data, step=step, target_batch=15, micro_batch=micro_batch, optimizer="sgd", shuffle=False,
+            cache=False, device="cpu",
+        )  # fmt: skip
+        return model.weight.detach()
+
+    data = x.double().to_sparse(), y
+    torch.testing.assert_close(trained(4, data), trained(15, data), rtol=1e-12, atol=0)

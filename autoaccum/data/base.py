@@ -186,7 +186,10 @@ class Source(ABC):
         assert self._pool is not None
         with self._untouched():
             samples, self.varies = self._pool.choose(size)
-            return self._collated(samples)
+            batch = self._collated(samples)
+            if size > 1 and batch is not None and tree.batch_size(batch) == 1:
+                _check_row(batch, self._collated(tree.copied(samples[:1])), size)
+            return batch
 
     def _samples_measured(self) -> list[tuple[int, Any]]:
         """Those that trials are made of, each after its length; none where they have no one length."""
@@ -232,6 +235,16 @@ class Source(ABC):
         if self.ranks.size > 1:
             base = int(self.ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
         return base
+
+
+def _check_row(batch: Any, largest: Any, size: int) -> None:
+    """Refuses one row that holds more than the `largest` of its samples: they were joined, and not dropped."""
+    if tree.nbytes(batch) > tree.nbytes(largest) > 0:
+        raise DataError(
+            f"the collate function joined {size} samples to one row, and a batch is cut and counted by its rows: pad "
+            "samples to one row each (windows are cut by length, so that little is padded); a Transformers Trainer "
+            "with autoaccum.attach() cuts samples before they are joined"
+        )
 
 
 def _filled(batch: Any, size: int) -> Any:

@@ -111,7 +111,7 @@ def unlike(singles: Sequence[Any], most: int) -> list[int]:
     columns: dict[str, list[float]] = {}
     for single in singles:
         for path, leaf in tree.tensors(single):
-            if 0 < leaf.dim() <= 2 and not leaf.is_complex() and not leaf.is_nested:
+            if 0 < leaf.dim() <= 2 and not leaf.is_complex() and not leaf.is_nested and leaf.layout == torch.strided:
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
                     columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))

@@ -121,7 +121,7 @@ def countable(batch: Any, targets: Any) -> Iterator[Count]:
             elif leaf.dim() > 1:
                 code = f"batch{path}.numel()"
                 yield Count(code, f"reduction=lambda batch: {code}", _elements(path))
-            if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex():
+            if 0 < leaf.dim() <= _MOST_DIMS and not leaf.is_complex() and leaf.layout == torch.strided:
                 yield from _marks(path, leaf)
 
 
