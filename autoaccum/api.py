@@ -271,7 +271,7 @@ def verify(
         SetupError, DataError, DeviceError: as `prepare`; or a trainer that cannot be looked at.
     """
     settings = _settings(locals())
-    if trainers.is_trainer(model):
+    if trainers.is_trainer(model) or (data is None and not isinstance(model, nn.Module)):
         return trainers.verify(model, data, settings)
     report = Session(model, data, settings, what="verify").check()
     assert report is not None

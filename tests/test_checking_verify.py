@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
+import autoaccum
 from autoaccum.checking import verify as verify_module
 from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport, verify_gradient
-from autoaccum.errors import DataError, LossError
+from autoaccum.errors import DataError, LossError, SetupError
 from autoaccum.loss.objective import Objective
 from autoaccum.window.window_sums import WindowSums
 from tests.verify_cases import (
@@ -519,3 +520,11 @@ def test_a_report_is_plain_values():
         "ok", "verifiable", "relative_error", "ratio", "cause", "worst_parameter", "text",
     ]  # fmt: skip
     assert verify_module.VERIFIED_SAMPLES == 8
+
+
+def test_what_is_neither_a_model_nor_a_known_trainer_is_named():
+    class Engine:
+        pass
+
+    with pytest.raises(SetupError, match=r"verify\(\) got a .*Engine: it takes a Transformers Trainer or a Lightning"):
+        autoaccum.verify(Engine())

@@ -110,6 +110,9 @@ def test_a_target_gets_the_fewest_even_micro_batches():
     assert len(sizes) == -(-256 // report.limit)
     assert any(trial.batch == report.micro_batch and trial.outcome == "fits" for trial in report.trials)
     assert report.forecast(report.limit) <= report.budget_bytes < report.forecast(report.limit + 1)
+    for wrong in ({"batch": -1}, {"batch": 1.5}, {"batch": 4, "length": 0}):
+        with pytest.raises(PlanError, match="give a whole number of 1 or more"):
+            report.forecast(**wrong)
     assert {"parameters", "buffers", "gradients", "optimizer_state", "per_sample"} <= report.parts.keys()
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoaccum.checks import plain
+from autoaccum.checks import check_counts, plain
 from autoaccum.display.shown import Drawn
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
@@ -126,9 +126,11 @@ class ProbeReport(Drawn):
 
         Raises:
             ProbeError: the probe had to measure instead: it has no forecast.
+            PlanError: a number that is no count.
         """
         from autoaccum.errors import ProbeError
 
+        check_counts(batch=batch or None, length=length)
         if self.forecaster is None:
             raise ProbeError(
                 "this report has no forecast: sizes were run until one did not fit, or the answer came from the cache "
