@@ -31,11 +31,7 @@ def culprits(batches: Sequence[Any], accumulator: Accumulator) -> list[int]:
             if not _finite(batch, accumulator):
                 try:
                     singles = [_finite(single, accumulator) for single in tree.split(batch, [1] * size)]
-                except (
-                    AutoaccumError,
-                    RuntimeError,
-                    ValueError,
-                ):  # a layer of the user's, say, that takes no single sample
+                except (AutoaccumError, RuntimeError, ValueError):  # a layer of the user's may take no single sample
                     singles = [False] * size
                 found += [start + place for place, finite in enumerate(singles) if not finite]
             start += size
