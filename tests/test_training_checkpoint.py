@@ -897,7 +897,7 @@ WRONG = [
     ("progress", MISSING), ("progress", []),
     ("progress.epoch", 1.5), ("progress.window", 10**400), ("progress.evaluation_due", 1), ("plan", MISSING),
     ("plan", []), ("plan.lr_scale", 0), ("plan.limits", []), ("turns.replays", MISSING), ("turns.replays.before", 3),
-    ("turns.replays.undisturbed", -1), ("turns.replays.grew", None), ("probe", MISSING), ("probe", 3), ("probe", {}),
+    ("turns.replays.undisturbed", -1), ("probe", MISSING), ("probe", 3), ("probe", {}),
     ("verify", {"x": 1}), ("history", MISSING), ("history", {}), ("history.numbers", {}),
     ("history.numbers.step", torch.zeros(3)), ("history.texts", []), ("evaluations", None),
     ("evaluations", [3]), ("evaluations", [{}]),

@@ -234,7 +234,7 @@ class Attachment:
             if state["schema"] != SCHEMA:
                 raise PlanError(f"schema {state['schema']!r} instead of {SCHEMA}")
             Plan.from_dict(state["plan"])
-            replays = {name: state["replays"][name] for name in ("before", "undisturbed", "patience", "asked", "grew")}
+            replays = {name: state["replays"][name] for name in ("before", "undisturbed")}
         except (PlanError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{where} is not what attach() keeps beside a checkpoint ({error}): delete it to probe anew"

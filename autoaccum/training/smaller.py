@@ -35,8 +35,7 @@ class Replays:
         self._verified = verified
         self.before: Plan | None = None
         self.undisturbed = 0
-        self._regrow_after = self._patience = regrow_after
-        self._grew = False
+        self._regrow_after = regrow_after
 
     def shrink(self, plan: Plan, largest: int, ran_out: bool, ranks: Ranks, step: int) -> tuple[Plan, int]:
         """The plan for going on, and the largest micro-batch of this rank's in the window that is replayed.
@@ -50,7 +49,7 @@ class Replays:
                 f"micro-batch: memory ran out in step {step} while gradients waited whole for the window's end; from "
                 "here on each micro-batch sums them over the ranks, which keeps them sharded"
             )
-            self.before, self.undisturbed, self._grew = self.before or plan, 0, False
+            self.before, self.undisturbed = self.before or plan, 0
             reasons = {**plan.reasons, "gradient_sync": text, "limit": text.partition(": ")[2]}
             return dataclasses.replace(plan, gradient_sync="micro-batch", reasons=reasons), max(largest, 1)
         now = plan.limits[plan.rank]
@@ -83,40 +82,28 @@ class Replays:
         smaller = _feasible(plan, limits, tops, text)
         if plan.by_length:
             smaller = dataclasses.replace(smaller, by_length=scaled(plan.by_length, 1, 2, plan.minimum))
-        if self._grew and self._patience is not None:
-            self._patience *= 2  # it was too soon: the next time is later
-        self.before, self.undisturbed, self._grew = self.before or plan, 0, False
+        self.before, self.undisturbed = self.before or plan, 0
         return smaller, smaller.limits[plan.rank] if ran_out else max(largest, 1)
 
     def grow(self, plan: Plan) -> Plan | None:
         """Counts a window that ran; after enough of them, the plan from before, which is tried under the same guard."""
         self.undisturbed += 1
-        if self._patience is None or self.undisturbed < self._patience:
+        if self._regrow_after is None or self.undisturbed < self._regrow_after:
             return None
-        before, self.before = self.before, None
-        self.undisturbed, self._grew = 0, before is not None
+        before, self.before, self.undisturbed = self.before, None, 0
         return before
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "before": None if self.before is None else self.before.to_dict(),
-            "undisturbed": self.undisturbed,
-            "patience": self._patience,
-            "asked": self._regrow_after,
-            "grew": self._grew,
-        }
+        before = None if self.before is None else self.before.to_dict()
+        return {"before": before, "undisturbed": self.undisturbed}
 
     def load_state_dict(self, state: Mapping[str, Any], plan: Plan) -> None:
-        """Goes on counting; another `regrow_after` than then begins anew. `plan` is this training's."""
-        before, patience = state["before"], typed(state["patience"], int | None)
-        undisturbed, grew = typed(state["undisturbed"], int), typed(state["grew"], bool)
-        self.before = None if before is None else plan_for(plan.rank, before)
-        if self.before is not None and self.before.world_size != plan.world_size:
-            self.before = None
-        self.undisturbed, self._grew = undisturbed, grew
-        if state["asked"] == self._regrow_after:
-            self._patience = patience
+        """Goes on counting; `plan` is this training's."""
+        before, undisturbed = state["before"], typed(state["undisturbed"], int)
+        kept = None if before is None else plan_for(plan.rank, before)
+        self.before = kept if kept is not None and kept.world_size == plan.world_size else None
+        self.undisturbed = undisturbed
 
 
 def with_floor(plan: Plan) -> Plan:
