@@ -97,7 +97,7 @@ def names(folder):
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 4, 5, 8, 19])
+@pytest.mark.parametrize("step", [4, 5, 19, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 8))])
 def test_a_training_that_was_interrupted_anywhere_goes_on_to_the_same_end_bit_for_bit(tmp_path, step):
     settings = {"val_data": (X[:10], Y[:10]), "schedule": "cosine", "warmup_steps": 3, "clip_norm": 1.0}
     run_until(step, tmp_path, checkpoint_every=1, **settings)
@@ -847,17 +847,21 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:12])
-def test_a_json_of_any_shape_falls_back_to_the_checkpoint_before(tmp_path, text):
-    run_until(6, tmp_path, checkpoint_every=2)
-    newest = tmp_path / names(tmp_path)[-1]
-    (newest / ABOUT).write_text(text)
-    with pytest.warns(TrainingWarning, match=rf"{newest.name} is damaged"):
-        loop = prepared(tmp_path, checkpoint_every=2)
-    assert loop.step == 4
+def test_an_about_json_of_any_shape_falls_back_to_the_checkpoint_before(tmp_path):
+    run_until(6, tmp_path / "run", checkpoint_every=2)
+    for number, text in enumerate(SHAPES):
+        folder = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        newest = names(folder)[-1]
+        (folder / newest / ABOUT).write_text(text)
+        with pytest.warns(TrainingWarning, match=rf"{newest} is damaged"):
+            assert prepared(folder, checkpoint_every=2).step == 4, text[:20]
+
+
+def test_an_about_json_that_is_damaged_beside_a_training_does_not_end_it(tmp_path):
+    loop = prepared(tmp_path, checkpoint_every=2)
     for record in loop:
-        if record.step == 5:  # and one beside a training that runs does not end it
-            (tmp_path / names(tmp_path)[0] / ABOUT).write_text(text)
+        if record.step == 5:
+            (tmp_path / names(tmp_path)[0] / ABOUT).write_text("null")
     assert_same(came_to(loop), undisturbed())
     assert loop.run().unsaved is None
 
