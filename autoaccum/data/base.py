@@ -7,7 +7,7 @@ Choices made here:
 - The state that makes an epoch repeatable is that of the generators it drew from, at its start. It is kept for the
   epoch in progress and goes into checkpoints; an epoch that is entered again in the middle (`start > 0`) begins from it
   and leaves the global generators as they are.
-- What the user's own objects draw from (see `held.py`) is of two kinds. What is asked again for the windows passed
+- What the user's own objects draw from (see `draws.py`) is of two kinds. What is asked again for the windows passed
   over, as a sampler is, begins again where the epoch began. What is not, as a dataset whose samples are not fetched
   again, goes on from where it is.
 """
@@ -21,8 +21,7 @@ import torch
 
 from autoaccum.data import tree
 from autoaccum.data.cuts import Cutter
-from autoaccum.data.draws import draw, mix, preserved
-from autoaccum.data.held import held, restore, state_of
+from autoaccum.data.draws import draw, held, mix, preserved, restore, state_of
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.sample_lengths import ByLength, Padding, Ruler, find_ruler
 from autoaccum.data.trial_samples import Pool

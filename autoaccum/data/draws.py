@@ -11,21 +11,38 @@ Choices made here:
 - Samples that workers fetch are seeded one by one from (base, position in the epoch): neither the number of
   micro-batches, nor of workers, nor a restart changes an augmentation. The position rather than the index, because a
   sampler with replacement may show an index twice in an epoch, and should see it augmented in two ways.
+
+What the user's samplers, datasets, transforms and collate functions draw from is found by a protocol, by which an epoch
+that is gone on with draws what it would have drawn:
+
+- A generator of torch's, Python's or numpy's is an attribute of such an object, as `.generator` is of a DataLoader.
+- What draws in another way, a dataset with indices or a collate function, has `state_dict()` and
+  `load_state_dict(state)`, in plain values and tensors. Samplers and streams begin their epochs anew, and have what
+  they draw from as an attribute.
+
+Objects are reached by the attributes that torch and torchvision nest them by (`_NESTED`, `_LISTED`), and by a method's
+own object. What a closure or a global variable holds is not seen, and draws on after a restart. The global generators
+are nobody's own, even where an attribute leads to one. They are looked for anew each time: a sampler may make itself
+another one for each epoch.
 """
 
-from collections.abc import Iterable
+import copy
+import random
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
-from autoaccum.data.held import restore, state_of
 from autoaccum.interrupts import uninterrupted
 from autoaccum.random_state import RandomState, numpy_random, seed_everything
 
-__all__ = ["Lane", "draw", "mix", "preserved"]
+__all__ = ["Lane", "draw", "held", "is_generator", "mix", "preserved", "restore", "state_of"]
 
 _MASK = 2**64 - 1
 _CPU = torch.device("cpu")  # a worker must not touch an accelerator
+_NESTED = frozenset(["dataset", "sampler", "batch_sampler", "collate_fn", "transform", "target_transform"])
+_LISTED = frozenset(["datasets", "transforms"])  # other lists are full of samples, as a rule
 
 
 def mix(*numbers: int) -> int:
@@ -85,3 +102,81 @@ class preserved:
         self._before.restore()
         for each, state in self._own:
             restore(each, state)
+
+
+# --- what the user's own objects draw from
+
+
+def held(owners: Mapping[str, Any], *, states: bool = False) -> dict[str, Any]:
+    """The generators that `owners` hold, each once, by the way to it; with `states` also objects that have a state."""
+    found: dict[str, Any] = {}
+    seen = set(map(id, _globals()))
+    waiting = list(owners.items())
+    for path, given in waiting:  # grows meanwhile
+        owner = getattr(given, "__self__", given)  # of a method
+        if id(owner) in seen or isinstance(owner, type):
+            continue
+        seen.add(id(owner))
+        if is_generator(owner) or (states and _has_state(owner)):
+            found[path] = owner
+        for name, value in list(getattr(owner, "__dict__", {}).items()):
+            if name in _LISTED and isinstance(value, (list, tuple)):
+                waiting += [(f"{path}.{name}[{place}]", each) for place, each in enumerate(value)]
+            elif name in _NESTED or is_generator(value):
+                waiting.append((f"{path}.{name}", value))
+    return found
+
+
+def state_of(owner: Any) -> dict[str, Any]:
+    """The state of what `held` found, as plain values and tensors."""
+    if isinstance(owner, torch.Generator):
+        return {"kind": "torch.Generator", "state": owner.get_state()}
+    if isinstance(owner, random.Random):
+        version, words, gauss = owner.getstate()
+        return {"kind": "random.Random", "version": version, "words": torch.tensor(words), "gauss": gauss}
+    if not is_generator(owner):
+        return {"kind": f"state of a {type(owner).__name__}", "state": copy.deepcopy(owner.state_dict())}
+    own = hasattr(owner, "bit_generator")  # a RandomState keeps more than its bit generator does
+    state = owner.bit_generator.state if own else owner.get_state(legacy=False)
+    return {"kind": f"numpy {type(owner).__name__} of {state['bit_generator']}", "state": _plain(state)}
+
+
+def restore(owner: Any, state: Mapping[str, Any]) -> None:
+    """Puts back what `state_of` gave for one of its kind."""
+    if isinstance(owner, random.Random):
+        owner.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
+    elif hasattr(owner, "bit_generator"):
+        owner.bit_generator.state = state["state"]
+    elif is_generator(owner):
+        owner.set_state(state["state"])
+    else:
+        owner.load_state_dict(copy.deepcopy(state["state"]))
+
+
+def is_generator(value: Any) -> bool:
+    """Whether `value` is a random generator whose state can be read and set: torch's, Python's or numpy's."""
+    if isinstance(value, torch.Generator):
+        return True
+    if isinstance(value, random.Random):
+        return type(value).getstate is random.Random.getstate  # SystemRandom and its like have no state
+    numpy = numpy_random()
+    return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState))
+
+
+def _has_state(owner: Any) -> bool:
+    """Whether it keeps a state of its own; a module's is its weights."""
+    methods = (getattr(owner, name, None) for name in ("state_dict", "load_state_dict"))
+    return all(map(callable, methods)) and not isinstance(owner, nn.Module)
+
+
+def _globals() -> list[Any]:
+    numpy = numpy_random()
+    own = [] if numpy is None else [numpy.mtrand._rand]
+    return [torch.default_generator, random.getstate.__self__, *own]  # type: ignore[attr-defined]
+
+
+def _plain(value: Any) -> Any:
+    """A state of numpy's with lists for its arrays, some of which torch's tensors could not hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if type(value).__module__ == "numpy" else value

@@ -23,9 +23,8 @@ from torch.utils.data import DataLoader
 
 from autoaccum.data.base import Read, Source
 from autoaccum.data.cuts import Cutter
-from autoaccum.data.draws import Lane, mix, preserved
+from autoaccum.data.draws import Lane, held, mix, preserved
 from autoaccum.data.fetch import Fetcher
-from autoaccum.data.held import held
 from autoaccum.data.mapped import as_is, pinned, rebuilt
 from autoaccum.data.orders import Reader
 from autoaccum.data.sample_lengths import cut

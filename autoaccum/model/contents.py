@@ -23,7 +23,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from autoaccum.data.held import is_generator, restore, state_of
+from autoaccum.data.draws import is_generator, restore, state_of
 from autoaccum.model.shards import local, reset_all
 
 __all__ = ["Contents"]

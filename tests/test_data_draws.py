@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Sampler, Subset, default_collate
 
-from autoaccum.data.held import held, restore, state_of
+from autoaccum.data.draws import held, restore, state_of
 from autoaccum.data.source import open_source
 from autoaccum.data.windows import windows
 from autoaccum.errors import CheckpointError
