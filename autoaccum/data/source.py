@@ -26,16 +26,18 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default
 from autoaccum.checks import check_call
 from autoaccum.data import tree
 from autoaccum.data.base import Source
+from autoaccum.data.draws import Lane
 from autoaccum.data.indexed import TensorSource
 from autoaccum.data.mapped import MapSource
 from autoaccum.data.ready import BatchSource, iterates_by_itself
 from autoaccum.data.stream import SampleSource
 from autoaccum.data.structure import children, leaves, rebuild
 from autoaccum.errors import DataError, shown
-from autoaccum.ranks import Ranks, here
+from autoaccum.ranks import Ranks, digest, here
 
-__all__ = ["Source", "open_source", "read_more_than_once"]
+__all__ = ["Source", "data_facts", "open_source", "read_more_than_once"]
 
+_SEEDS = (1, 2)  # of the two looks at the first samples
 _ALWAYS_SAMPLES = 3  # dimensions of all tensors of an item: images and what they are to become
 
 
@@ -221,3 +223,37 @@ def _may_be_batch(item: Any) -> bool:
         return False
     rows = {tensor.size(0) for tensor in tensors}
     return len(rows) == 1 and rows != {1}
+
+
+# --- whether all ranks were given the same data
+
+
+def data_facts(called: str, source: Source | None) -> dict[str, Any]:
+    """What every rank must have alike, as plain values by name; `called` is the data's keyword.
+
+    Samples are read twice, seeded alike on every rank, and only what is the same both times is compared: what a
+    dataset draws at random may differ.
+    """
+    if source is None:
+        return {called: "none"}
+    facts: dict[str, Any] = {called: "given"}
+    facts |= {f"{called}'s {name}": value for name, value in source.fingerprint().items()}
+    facts |= {f"{called}'s batch_size": source.loader_batch, f"{called}'s drop_last": source.drop_last}
+    looks = []
+    with source._untouched():
+        for seed in _SEEDS:
+            with Lane(seed):
+                looks.append([_told(leaf) for _, leaf in leaves(source.first())])
+    if len(looks[0]) == len(looks[1]):
+        same = [a for a, b in zip(*looks, strict=True) if a == b]
+        facts[f"{called}'s first samples"] = "; ".join(same[:4]) + f" (in all {digest(same):08x})"
+    return facts
+
+
+def _told(leaf: Any) -> str:
+    """What is compared of a leaf."""
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided and not leaf.is_nested:
+        return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)} {digest(leaf):08x}"
+    if callable(getattr(leaf, "tobytes", None)):  # an array, an image
+        return f"{type(leaf).__name__} {digest(leaf.tobytes()):08x}"
+    return repr(leaf)[:80] if isinstance(leaf, (int, float, str, bytes)) else type(leaf).__name__

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
-from autoaccum.data.alike import data_facts
-from autoaccum.data.source import Source
+from autoaccum.data.source import Source, data_facts
 from autoaccum.data.windows import Window, windows
 from autoaccum.errors import DataError, NothingFitsError, SetupError, shown
 from autoaccum.interrupts import interruptible, uninterrupted

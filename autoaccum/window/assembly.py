@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 
 from autoaccum.checks import check_seed, is_positive, one_of
 from autoaccum.data import tree
-from autoaccum.data.alike import data_facts
-from autoaccum.data.source import Source, open_source, read_more_than_once
+from autoaccum.data.source import Source, data_facts, open_source, read_more_than_once
 from autoaccum.errors import SetupError, shown
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.budget import Device
