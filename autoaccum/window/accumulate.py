@@ -130,7 +130,7 @@ class Accumulator(Passes):
         self.last: StepRecord | None = None
         self.epoch = self.skipped_windows = 0
         self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
-        self.rank_sum = RankSum(self.ranks, self.parameters, self._side, self.sharded)
+        self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
         self._lists = ListReader()
         self._untouched = Untouched(optimizer)
         # What ranks must have alike; compared at the first window, and empty from then on.
@@ -348,7 +348,7 @@ class Accumulator(Passes):
                 skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
                 if skipped is not None:
                     return norm, skipped
-        self._side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`
+        self.side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`
         if not self._steps:
             return norm, None
         self.stepping = True
@@ -390,7 +390,7 @@ class Accumulator(Passes):
             self.sharded.end()
 
     def _zero(self) -> None:
-        self._side.clear()
+        self.side.clear()
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -455,7 +455,7 @@ class Accumulator(Passes):
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter's gradient of the window, what lies on this rank."""
-        found = ((parameter, self._side.gradient(parameter)) for parameter in self.parameters)
+        found = ((parameter, self.side.gradient(parameter)) for parameter in self.parameters)
         return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
 
 

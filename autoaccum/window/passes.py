@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
@@ -21,7 +21,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward, optimizer_parameters
 from autoaccum.model.precision import Precision, SideBuffers
 from autoaccum.model.shards import is_sharded, refuse_for_shards
-from autoaccum.model.sparse_gradients import SparseGradients, untouched_rows
+from autoaccum.model.sparse_gradients import SparseGradients
 from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.ranks import Ranks
 from autoaccum.window.ahead import Ahead
@@ -39,6 +39,8 @@ class Passes:
 
     Attributes:
         parameters: all that a window gives gradients to: the model's and the optimizer's, each once.
+        side: the open window's gradient of each of them so far, in the format that it is summed in.
+        sparse: holds those whose gradients are sparse, as far as their layer says or one was seen.
         sharded: runs the passes of a model whose ranks meet in each of them; None for others.
         on_phase: told the name of each phase as it begins, for a trace of its memory.
         rehearses: set where only the memory of a step matters: no window is left out for its loss.
@@ -80,8 +82,8 @@ class Passes:
         # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
         self._call: Callable[..., Any] = interruptible if self.sharded is None else call
         self.parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
-        self._side = SideBuffers(self.parameters if sums_wide else [])
-        self._sparse = SparseGradients(model, self.parameters)
+        self.side = SideBuffers(self.parameters if sums_wide else [])
+        self.sparse = SparseGradients(model, self.parameters)
         self._statistics = statistics
         self._resting = [layer for _, layer in statistics.layers]
         self._ahead = Ahead(device)
@@ -153,28 +155,8 @@ class Passes:
         losses = [terms.loss] if isinstance(terms, Several) else [term.part(1.0)[0] for term in terms.values()]
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
-        self._side.collect()
+        self.side.collect()
         self.noise_scale.forget()
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The open window's gradient of `parameter` so far, in the format it is summed in."""
-        return self._side.gradient(parameter)
-
-    def gradient_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """The format that the window's gradient of `parameter` is summed in."""
-        return self._side.dtype(parameter)
-
-    def is_sparse(self, parameter: nn.Parameter) -> bool:
-        """Whether the gradients of `parameter` are sparse, as far as its layer says or one was seen."""
-        return parameter in self._sparse
-
-    def allocate_gradient(self, parameter: nn.Parameter, sparse_dimensions: int = 0, rows: int = 0) -> None:
-        """Gives `parameter` a gradient of zeros, as an earlier micro-batch would have left one; or a sparse one."""
-        dtype = self.gradient_dtype(parameter)
-        if sparse_dimensions:
-            self._side.put(parameter, untouched_rows(parameter, rows, dtype, sparse_dimensions))
-        else:
-            self._side.put(parameter, torch.zeros_like(parameter, dtype=dtype))
 
     @property
     def compares(self) -> bool:
@@ -186,13 +168,13 @@ class Passes:
         two_passes.rehearsed = self.rehearsed_samples
 
         def again() -> None:
-            self._side.collect()  # what the loss has of its own has its gradient now
+            self.side.collect()  # what the loss has of its own has its gradient now
             self._statistics.discard()
             self._statistics.begin(len(batches))
 
         def entered() -> None:
-            self._sparse.merge()
-            self._side.collect()
+            self.sparse.merge()
+            self.side.collect()
             sums.done += 1
 
         what = f"step {self.step + 1}"
@@ -220,8 +202,8 @@ class Passes:
             if first is not None:
                 first.check()
                 self._looked_at_backward = True
-            self._sparse.merge()
-            self._side.collect()  # into fp32 buffers, where the parameters have 16 bits
+            self.sparse.merge()
+            self.side.collect()  # into fp32 buffers, where the parameters have 16 bits
         elif self.sharded is not None:  # the other ranks are in the same pass, and wait for this one's gradients
             self._backward_of_nothing(terms)
         if self.noise_scale.watches:
