@@ -77,9 +77,9 @@ def length_summary(history: Iterable[StepRecord]) -> LengthSummary | None:
     records = [record for record in history if record.tokens is not None and record.micro_batches]
     if not records:
         return None
-    summed = ("tokens", "padded_tokens", "unsorted_tokens", "seconds")
-    sums = [sum(getattr(record, name) for record in records) for name in summed]
-    return LengthSummary(*sums, dict(Counter(record.micro_batches for record in records)))
+    fields = {"tokens": "tokens", "padded": "padded_tokens", "unsorted": "unsorted_tokens", "seconds": "seconds"}
+    sums: dict[str, Any] = {name: sum(getattr(record, of) for record in records) for name, of in fields.items()}
+    return LengthSummary(**sums, micro_batches=dict(Counter(record.micro_batches for record in records)))
 
 
 @dataclass(frozen=True)
