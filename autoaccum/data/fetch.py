@@ -13,7 +13,7 @@ from torch.utils.data._utils.collate import collate as torchs_collate
 from autoaccum.data.base import Read
 from autoaccum.data.draws import mix
 from autoaccum.data.sample_lengths import ByLength, cut
-from autoaccum.errors import DataError, TracebackText
+from autoaccum.errors import DataError
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.random_state import seed_everything
 
@@ -48,10 +48,6 @@ class Failure(NamedTuple):
     message: str
     traceback: str
     """Of its cause, as text: an error of the user's own class need not survive the way."""
-
-    def raise_here(self) -> None:
-        """Raises it in this process."""
-        raise DataError(self.message) from TracebackText(self.traceback)
 
 
 class Fetcher:

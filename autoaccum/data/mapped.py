@@ -28,7 +28,7 @@ from autoaccum.data.indexed import IndexedSource
 from autoaccum.data.orders import Order, length_of, possible_indices
 from autoaccum.data.sample_lengths import ByLength
 from autoaccum.data.trial_samples import Pool, spread
-from autoaccum.errors import DataError
+from autoaccum.errors import DataError, TracebackText
 from autoaccum.planning.plan import Plan
 
 __all__ = ["MapSource", "as_is", "dead_worker", "is_dead_worker", "pinned", "rebuilt", "samples_from"]
@@ -215,7 +215,7 @@ def _fetched(batches: Iterator[Any]) -> Any:
         raise dead_worker(error) from error
     if isinstance(batch, Failure):
         del batches
-        batch.raise_here()
+        raise DataError(batch.message) from TracebackText(batch.traceback)
     return batch
 
 

@@ -26,7 +26,7 @@ class Collectives:
 
     Attributes:
         done: collectives of the pass that the others have had from this rank.
-        place: collectives that the present attempt at the pass has come to.
+        place: collectives that the present attempt at the pass has come to; 0 begins it again, on this rank alone.
         muted: gradients enter the sums as zeros.
         apart: where tensors lie in host memory, they are sent from copies on a thread of its own, so that what gloo's
             own threads hold on to is no part of a step's memory. For measuring.
@@ -47,18 +47,9 @@ class Collectives:
         """A pass begins, on all ranks."""
         self.done = self.place = 0
 
-    def again(self) -> None:
-        """The pass that was broken off begins again, on this rank alone."""
-        self.place = 0
-
-    @property
-    def swallows(self) -> bool:
-        """Whether the next collective was issued by an earlier attempt."""
-        return self.alone or self.place < self.done
-
     def takes_turn(self, kind: str, tensor: Tensor) -> bool:
         """Whether the collective that has come up is issued."""
-        swallowed = self.swallows
+        swallowed = self.alone or self.place < self.done  # an earlier attempt has issued it
         self.place += 1
         if self.alone:
             self.sequence.append(f"{kind} {tensor.numel()} {tensor.dtype}")

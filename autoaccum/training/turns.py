@@ -39,10 +39,6 @@ class Turn:
             "" if phase is None else f"{phase.name}, every {phase.every}, {optimizer_name(self.accumulator.optimizer)}"
         )
 
-    def is_due(self, windows: int) -> bool:
-        """Whether it runs after so many windows."""
-        return self.phase is None or windows % self.phase.every == 0
-
 
 class Turns:
     """All optimizers' parts of each window, in order; all phases' `windows` over the same samples count as one."""
@@ -93,7 +89,9 @@ class Turns:
 
     def _skip(self) -> None:
         """To the next phase that is due."""
-        while self._at < len(self.all) and not self.all[self._at].is_due(self.windows):
+        for turn in self.all[self._at :]:
+            if turn.phase is None or self.windows % turn.phase.every == 0:
+                return
             self._at += 1
 
     def _resize(self, like: Plan) -> None:

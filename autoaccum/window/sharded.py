@@ -213,7 +213,7 @@ class ShardedPasses:
             if again:
                 gc.collect(1)
                 self._shards.reset()
-                self.collectives.again()
+                self.collectives.place = 0
                 self._all_reduce(not self.collectives.done)
             try:
                 with self.counting_nothing(resting):
