@@ -91,20 +91,18 @@ def _alike(columns: Sequence[Column], events: Sequence[Sequence[Event]], row: in
     if any(len(found) != len(events[0]) for found in events):
         return False
     for at, together in enumerate(zip(*events)):
-        first: int | None = None
+        origins = set[int]()
         for column, event in zip(columns, together):
             if event.bytes > 0:
-                origin = FOREVER
+                origins.add(FOREVER)
                 column.births[event.block] = row + at
             elif event.block >= 0:
-                origin = column.births[event.block]
+                origins.add(column.births[event.block])
                 column.deaths[event.block] = row + at
             else:
-                origin = -1
-            if first is None:
-                first = origin
-            elif origin != first:
-                return False
+                origins.add(-1)
+        if len(origins) > 1:
+            return False
     for column, found in zip(columns, events):
         for at, event in enumerate(found):
             if event.block < 0:

@@ -56,12 +56,8 @@ class LengthAnswer:
     residual: float
 
 
-def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int] | None:
-    """A quarter, a half and the whole of the longest of rising `lengths`, or what is nearest to these; None of
-    fewer.
-    """
-    if len(lengths) < 3:
-        return None
+def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int]:
+    """A quarter, a half and the whole of the longest of three or more rising `lengths`, or what is nearest to these."""
     longest = lengths[-1]
     shortest = max(longest // 4, lengths[0])
     low = min(lengths[:-2], key=lambda length: abs(length - shortest))
@@ -76,7 +72,7 @@ def find_by_length(
 
     Args:
         bench: runs the steps.
-        lengths: of the samples looked at, rising.
+        lengths: three or more, of the samples looked at, rising.
         floor, most: the smallest micro-batch that the model takes, and how many samples at once are wanted at most.
         known: a forecast from an earlier run of the same training; spares the small steps but one where it still holds.
 
@@ -84,8 +80,6 @@ def find_by_length(
         NothingFitsError: the floor does not fit at the longest length.
     """
     chosen = three_lengths(lengths)
-    if chosen is None:
-        return None
     if known is not None:
         trial = bench.run(_first(floor, most), "trace", chosen[0])
         if trial.peak_bytes and abs(known.peak(trial.batch, chosen[0]) / trial.peak_bytes - 1.0) <= SAME_PEAK:
