@@ -41,7 +41,7 @@ def apply_plan(made: Plan, optimizer: Optimizer) -> None:
 
 
 def scheduled(optimizer: Optimizer, scheduler: Any) -> Any:
-    """The scheduler, whose the rates that `apply_plan` wrote are from here on."""
+    """Notes that `scheduler` owns the rates that `apply_plan` wrote from here on; returns it."""
     vars(optimizer)[_NAME].scheduler = scheduler
     return scheduler
 

@@ -26,7 +26,6 @@ from autoaccum.errors import PlanError, shown
 __all__ = [
     "RULES",
     "Decision",
-    "check_decided",
     "choose_rule",
     "decide",
     "family",
@@ -234,15 +233,6 @@ def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
         settings.append(f"betas=({number(float(betas[0]))}, {number(float(betas[1]) ** kappa)})")
     source = f"β₂^κ, κ = {samples}/{target_batch}, Marek 2025" if len(settings) > 2 else f"κ = {samples}/{target_batch}"
     return f"{', '.join(settings)} ({source})"
-
-
-def check_decided(rule: str, factor: float, target_batch: int, lr_batch: int | None) -> None:
-    """Refuses a factor that was read, perhaps edited by hand, and is not what the rule makes of the two batches."""
-    if lr_batch is not None and lr_batch < 1:
-        raise PlanError(f"this plan's lr_batch is {lr_batch}: it must be 1 or more")
-    wanted = lr_factor(rule, target_batch, lr_batch)
-    if not math.isclose(factor, wanted, rel_tol=1e-9):
-        raise PlanError(f"this plan's lr_scale is {factor}, and its rule {rule!r} makes it {wanted}: make it anew")
 
 
 def _warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:

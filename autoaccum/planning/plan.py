@@ -264,8 +264,9 @@ def _check(found: Plan) -> None:
     split.whole("target_batch", found.target_batch, 1)
     _rank(found.rank, split.whole("world_size", found.world_size, 1, split.MOST))
     _limits(found.limits, found.world_size)
-    for name in ("minimum", "multiple_of") if found.samples is None else ("minimum", "multiple_of", "samples"):
-        split.whole(name, getattr(found, name), 1)
+    for name in ("minimum", "multiple_of", "samples", "lr_batch"):
+        if getattr(found, name) is not None:
+            split.whole(name, getattr(found, name), 1)
     _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
     _one_of("batch_norm", found.batch_norm, MODES)
     _one_of("tail", found.tail, split.TAILS)
@@ -273,12 +274,12 @@ def _check(found: Plan) -> None:
     check_room(found.by_length)
     if (found.lr or 0.0) < 0:  # 0 is the rate of an optimizer whose loop warms up by hand
         raise PlanError(f"this plan's lr is {found.lr}: make it anew")
-    learning_rate.check_decided(found.lr_rule, found.lr_scale, found.usual_window, found.lr_batch)
-    made = _arranged(found)
-    for name in ("micro_batches", "micro_batch", "accumulation_steps", "bn_momentum"):
+    factor = learning_rate.lr_factor(found.lr_rule, found.usual_window, found.lr_batch)
+    made = dataclasses.replace(_arranged(found), lr_scale=factor)
+    for name in ("micro_batches", "micro_batch", "accumulation_steps", "bn_momentum", "lr_scale"):
         was, own = getattr(found, name), getattr(made, name)
         if was != own and not (isinstance(was, float) and isinstance(own, float) and math.isclose(was, own)):
             raise PlanError(
-                f"this plan's {name} is {was!r:.80}, and its target and limits make it {own!r:.80}: change a plan with "
-                "Plan.with_limit, or make it anew"
+                f"this plan's {name} is {was!r:.80}, and its target, limits and rule make it {own!r:.80}: change a "
+                "plan with Plan.with_limit, or make it anew"
             )
