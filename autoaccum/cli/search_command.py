@@ -9,22 +9,12 @@ from autoaccum.cli.command import Answer, Command, first_rank, saved
 from autoaccum.cli.endings import NOT_SAVED
 from autoaccum.cli.options import COUNT, given, new_file, new_picture, read_by, takes_all, target_argument
 from autoaccum.cli.target import Target
-from autoaccum.errors import SetupError, shown
 
 __all__ = ["search"]
 
 # Options that are the search's; the others are fit's, and each trial's.
 OWN = ("metric", "direction", "budget", "sampler", "pruner", "workers", "storage", "study_name", "trust_storage",
        "seed", "progress")  # fmt: skip
-
-
-def _workers(value: str) -> int | str:
-    """A number of processes, or "gpus"."""
-    if value == "gpus":
-        return value
-    if not value.isdigit() or int(value) < 1:
-        raise SetupError(f'{shown(value)} is neither a number above 0 nor "gpus"')
-    return int(value)
 
 
 def _space(values: tuple[str, ...]) -> dict[str, Any]:
@@ -51,7 +41,7 @@ def _space(values: tuple[str, ...]) -> dict[str, Any]:
 @click.option(
     "--pruner", metavar="NAME", help="Ends weak trials early: once, none, or one of Optuna's, such as median."
 )
-@click.option("--workers", metavar="N", callback=read_by(_workers), help='Processes that train at once, or "gpus".')
+@click.option("--workers", metavar="N", help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
 @click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what others may have put in the study.")
@@ -81,8 +71,8 @@ def search(
     settings["progress"] = first_rank() if options["progress"] is None else options["progress"]
     for kind in {"sampler", "pruner"} & settings.keys():
         settings[kind] = _of_optuna(kind, settings[kind])
-    if settings.get("budget", "").isdigit():
-        settings["budget"] = int(settings["budget"])
+    for name in {"budget", "workers"} & settings.keys():  # numbers, or words of their own
+        settings[name] = int(settings[name]) if settings[name].isdigit() else settings[name]
     if target_batch and "target_batch" in (space or {}):
         raise click.UsageError("--space target_batch=... and --target-batch say the same: leave one out")
     setup = Target.parse(target, given({name: value for name, value in options.items() if name not in OWN}))
