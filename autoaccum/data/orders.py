@@ -104,6 +104,7 @@ class Reader:
     def look(self, count: int) -> tuple[int, bool]:
         """How many samples lie ahead, drawn up to `count`, and whether there will be no more."""
         if self.ahead < count and not self._ended:
+            # torch's own samplers and a loader's workers draw when they are set going, and not again.
             with self._contexts[self._iterator is not None]:
                 while self.ahead < count and not self._ended:
                     self._draw()

@@ -68,6 +68,7 @@ def windows(
         marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
         batches.clear()  # the window alone holds them: whoever has trained on it lets them go
         sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some
+        # Where a collate function has dropped some, nobody knows which are left.
         named = indices if indices is not None and len(indices) == sum(sizes) else None
         yield Window(marked, sizes, sum(sizes), total, epoch, index, padding, named)
 

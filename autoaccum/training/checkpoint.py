@@ -282,7 +282,7 @@ class Checkpoints:
             saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             versions = {"schema": SCHEMA, "torch": torch.__version__}
             values = {**versions, **asdict(entry), **about, "saved": saved, "files": _digests(temporary)}
-            write_json(temporary / ABOUT, values, private=True)
+            write_json(temporary / ABOUT, values, private=True)  # last: it vouches for what is on the disk by now
             _delete(self.path(entry))  # of the same moment in the run before: over a folder nothing is renamed
             os.replace(temporary, self.path(entry))
             sync_folder(self.folder)

@@ -130,7 +130,7 @@ class Turns:
             load_accumulator(turn.accumulator, saved)
             turn.safe.broken = None
         first = self.all[0]
-        if plan is not None:
+        if plan is not None:  # before the replays, which tell by it whether theirs is of as many ranks
             first.accumulator.plan = plan
         with loading("replays"):
             first.safe.replays.load_state_dict(state["replays"], first.accumulator.plan)

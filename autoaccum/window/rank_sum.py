@@ -74,6 +74,7 @@ class RankSum:
         self._flight = Flight()
         held = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
         own = [(_kind(each), each._nnz() if each is not None and each.is_sparse else 0) for each in held]
+        # As text: each rank has rows of its own number, and a collective's sizes must be known on all of them first.
         answers = self._ranks.collect(f"{what}, over which gradients there are", json.dumps(own).encode())
         self._allocate(list(zip(*map(json.loads, answers), strict=True)))
         self.layout = 0
