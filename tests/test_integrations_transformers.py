@@ -178,6 +178,8 @@ def test_its_shuffling_is_as_without(tmp_path):
                        train_sampling_strategy="random")  # fmt: skip
         (attach(made, micro_batch=3) if own else made).train()
         runs.append(flat(made.model))
+        micro_batches = 3 if own else 1  # what the probe and the check run is in no log
+        assert sum("own" in entry for entry in made.state.log_history) == micro_batches * made.state.global_step
     assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
 
 
@@ -250,6 +252,7 @@ def test_an_overridden_compute_loss_runs(tmp_path):
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = torch.nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.2)
+            self.log({"own": float(loss)})
             return (loss, outputs) if return_outputs else loss
 
     runs = []
@@ -430,6 +433,10 @@ class Generates(transformers.Trainer):
         (transformers.Trainer, {}, {"target_batch": 0}, PlanError, "target_batch=0"),
         (transformers.Trainer, {}, {"target_batch": None}, PlanError, "target_batch is missing"),
         (transformers.Trainer, {}, {"check": "maybe"}, SetupError, "check='maybe'"),
+        (transformers.Trainer, {}, {"memory": "1 parsec"}, SetupError, "'1 parsec' is not a memory size"),
+        (transformers.Trainer, {}, {"ladder": "stairs"}, SetupError, "ladder='stairs'"),
+        (transformers.Trainer, {}, {"batch_norm": "frozen"}, SetupError, "batch_norm='frozen'"),
+        (transformers.Trainer, {}, {"multiple_of": 0}, PlanError, "multiple_of=0"),
         (transformers.Trainer, {"auto_find_batch_size": True}, {}, SetupError, "auto_find_batch_size"),
         pytest.param(
             transformers.Trainer,

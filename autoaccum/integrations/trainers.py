@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from autoaccum.checking.verify import VerifyReport
-from autoaccum.checks import check_counts, one_of
+from autoaccum.checks import check_counts, check_switches, one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.planning.given_plan import given_plan, target_of
 from autoaccum.planning.plan import Plan
 from autoaccum.settings import SETTINGS, Settings
 from autoaccum.training.events import Listener
+from autoaccum.units import check_memory
 
 __all__ = ["attach", "is_trainer", "refuse_late", "verify", "wanted"]
 
@@ -129,14 +130,17 @@ def wanted(keywords: Mapping[str, Any]) -> Settings:
             raise SetupError(f"attach() does not take {name!r}: it takes {', '.join(names)}; the rest is the trainer's")
     asked = Settings(keywords)
     given = None if asked.plan is None else given_plan(asked.plan, asked.target_batch)
-    check_counts(**asked.some("max_batch", "micro_batch", "regrow_after"))
+    check_counts(**asked.some("max_batch", "micro_batch", "regrow_after", "multiple_of", "lr_batch"))
+    check_memory(asked.memory)
+    check_switches(cache=asked.cache)
     if not callable(asked.reduction) and asked.reduction not in ("auto", "sample_mean", "sum"):
         raise SetupError(
             f"reduction={shown(asked.reduction)} cannot be declared for a trainer's step: give 'auto', "
             "'sample_mean', 'sum' or f(batch) -> float"
         )
     one_of("check", asked.check, (True, False, "warn"))
-    for name in ("prefer", "on_nonfinite"):
+    one_of("ladder", asked.ladder, (None, False, *SETTINGS["ladder"].choices))
+    for name in ("prefer", "on_nonfinite", "accumulate", "batch_norm", "lr_rule"):
         one_of(name, asked[name], SETTINGS[name].choices)
     asked["target_batch"], asked["plan"] = target_of(given, asked.target_batch), given
     return asked

@@ -88,10 +88,11 @@ class OwnStep:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """What the trainer's step notes on the trainer is as before afterwards."""
+        """What the trainer's step notes on the trainer is as before afterwards, and what it logs goes nowhere."""
         kept = self.noted()
         try:
-            yield
+            with _standing(self._trainer, {"log": lambda *logs, **named: None}):
+                yield
         finally:
             kept.restore()
 
