@@ -112,7 +112,10 @@ class Session:
         self._verdict: VerifyReport | None = None
         self._folder, self._kept = open_run(asked.checkpoint, asked.checkpoint_every, asked.resume, ranks, self.events)
         if self._kept is not None:
-            self._given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
+            given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
+            if self._given is not None and self._given.limits != given.limits:
+                self.events.note("plan= is set aside: the training goes on with the plan of its checkpoint")
+            self._given = given
 
     def _share_samples(self, model: Any, data: Any) -> None:
         """Where a mesh has dimensions along which ranks have the same samples, sees that each can train a copy alone.
