@@ -81,6 +81,12 @@ def test_a_mean_over_all_boxes_is_seen_undeclared_and_can_be_declared():
     assert not verified(by_image=False, reduction="sample_mean").ok
 
 
+def test_samples_of_which_some_hold_more_tensors_than_others_are_tried_all_the_same():
+    some = [(image, target | {"corners": list(target["boxes"] - 0.5)}) for image, target in SAMPLES]
+    data = DataLoader(some, 3, collate_fn=unzipped)
+    assert autoaccum.verify(Detector(False).double(), data, step=summed, device="cpu").relative_error < 1e-10
+
+
 @pytest.mark.parametrize("micro_batch", [2, 3, 4])
 @pytest.mark.parametrize(("by_image", "reduction"), [(True, "sample_mean"), (False, rows)])
 def test_a_detector_trains_as_on_the_whole_batch(by_image, reduction, micro_batch):

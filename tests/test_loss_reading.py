@@ -236,6 +236,20 @@ def test_a_loss_that_is_no_mean_is_not_taken_for_one(name):
     assert objective.reading.is_no_mean
 
 
+def test_a_count_that_fits_the_samples_tried_by_chance_makes_no_floor_of_later_divisors():
+    def loss(m, b):
+        weights = 1 + (b["x"][:, 0] > 5).double()  # by itself a number that nothing in the batch counts
+        return (per(m, b) * weights).sum() / weights.sum().item()
+
+    torch.manual_seed(0)
+    model, data = Net(), samples(0.3, count=sum(SIZES))
+    objective = Objective(model, step=loss)
+    objective.settle([data])
+    assert "divides by the samples" in objective.reason
+    data["x"][::3, 0] += 10
+    assert error(objective, data, lambda: loss(model, data), SIZES) <= 1e-10
+
+
 @pytest.mark.parametrize("declared", ["sample_mean", "sum", lambda batch: float(batch["w"].sum())])
 def test_what_is_declared_is_held_against_the_graph_at_each_micro_batch(declared):
     objective = Objective(Net(), step=LOSSES["masked mean"], reduction=declared)

@@ -98,7 +98,9 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
 
 def _alike(singles: Sequence[Any]) -> list[Any]:
     """Those of the commonest shape, which can be joined: windows that are cut by length have pieces of several."""
-    shapes = [[tuple(leaf.shape[1:]) for _, leaf in tree.tensors(single)] for single in singles]
+    # Items of lists, one a sample, join as they are.
+    leaves = ([leaf for _, leaf in Reading(single, 1).leaves()] for single in singles)
+    shapes = [[tuple(leaf.shape[1:]) for leaf in own if isinstance(leaf, Tensor)] for own in leaves]
     common = max(shapes, key=shapes.count)
     return [single for single, own in zip(singles, shapes) if own == common]
 
@@ -115,7 +117,8 @@ def unlike(singles: Sequence[Any], most: int) -> list[int]:
                 columns.setdefault(path, []).append(float((leaf > 0).sum()))
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:  # the class 0 counts, -100 does not
                     columns.setdefault(f"{path} below 0", []).append(float((leaf < 0).sum()))
-    differing = [marks for marks in sorted(columns.values(), key=lambda marks: len(set(marks))) if len(set(marks)) > 1]
+    seen_in_all = [marks for marks in columns.values() if len(marks) == len(singles)]
+    differing = [marks for marks in sorted(seen_in_all, key=lambda marks: len(set(marks))) if len(set(marks)) > 1]
     orders = []
     for marks in differing:
         order = sorted(range(len(singles)), key=marks.__getitem__)

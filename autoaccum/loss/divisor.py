@@ -42,7 +42,7 @@ class Divisor:
         rules: counts of the batch that gave every divisor so far; those that give another one later are struck off.
         confirmed: micro-batches in which they gave what was read.
         reduction: the name of the node that it was read at.
-        amount: what a constant is.
+        amount: what a constant is; the least that a count beside other divisions was.
         offset: what is added to the count.
         floor: what it never falls below.
         scaled: whether the term's factor changes with the samples, and belongs to the divisor.
@@ -121,7 +121,9 @@ class Divisor:
         amounts = [(rule, rule.of(batch)) for rule in self.rules]
         given = [rule for rule, amount in amounts if near(amount, divisor)]
         under = [rule for rule, amount in amounts if amount < divisor and rule not in given]
-        at_floor = not self.floor or near(divisor, self.floor)
+        # A floor is never above what was divided by before: what gave less there happened to fit the samples tried.
+        at_floor = near(divisor, self.floor) if self.floor else divisor <= self.amount
+        self.amount = min(self.amount, divisor)
         if given and under and self.floor and at_floor:  # where nothing counts, the term is 0
             given = given if float(value.detach()) else []
         self.rules = given or (under if at_floor else [])

@@ -133,9 +133,9 @@ def _divisor(column: Sequence[SeenTerm], seen: Sequence[Seen], amounts: Amounts)
     made.scaled = max(factors) - min(factors) > _CLOSE * max(factors)
     found = [_over(term, made.scaled) for term in column]
     divided = made.scaled or any(term.divided for term in column)
-    made.amount, made.hides_floor = found[-1], divided and all(found)
     if not any(found):
         return None
+    made.amount, made.hides_floor = min(each for each in found if each), divided and all(found)
     if more and max(found) - min(found) > _CLOSE * max(found):
         return _count(made, found, seen, amounts)
     if more:
