@@ -83,7 +83,13 @@ def as_config(plan: PlanFields, name: str) -> str:
         raise PlanError(f"{shown(name)} is no trainer known here: choose one of {', '.join(map(repr, TRAINERS))}")
     template, kind, differs = TRAINERS[name]
     equal, rate = _equal(plan), "" if plan.lr is None else number(plan.lr)
-    notes = [_split_note(plan, equal), *_limits_note(plan), f"there {differs}"]
+    lost = {
+        "a replay in smaller pieces after running out of memory": True,
+        "windows cut by length": bool(plan.by_length),
+        "BatchNorm's pooled statistics": plan.batch_norm == "pooled" and plan.batch_norm_layers != 0,
+    }
+    not_there = f"not to be had there: {', '.join(what for what, is_so in lost.items() if is_so)}"
+    notes = [_split_note(plan, equal), not_there, f"there {differs}"]
     if rate and "{lr}" not in template:
         notes.append(f"the optimizer's learning rate: {rate}")
     if plan.optimizer_overrides:
@@ -133,12 +139,3 @@ def _split_note(plan: PlanFields, equal: _Equal) -> str:
     if equal.steps > 2 * nearest.steps:
         text += f", and a target of {nearest.total} would take {nearest.steps} × {nearest.size}"
     return text
-
-
-def _limits_note(plan: PlanFields) -> list[str]:
-    lost = ["a replay in smaller pieces after running out of memory"]
-    if plan.by_length:
-        lost.append("windows cut by length")
-    if plan.batch_norm == "pooled" and plan.batch_norm_layers != 0:
-        lost.append("BatchNorm's pooled statistics")
-    return [f"not to be had there: {', '.join(lost)}"]

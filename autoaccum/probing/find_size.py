@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autoaccum.probing.cache import Lines
     from autoaccum.probing.trial import Bench
 
-__all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "find"]
+__all__ = ["ERRATIC", "MOST_RUNS", "SAME_PEAK", "THIRD_TRACE", "Answer", "find"]
 
 # The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
 # step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
@@ -28,6 +28,10 @@ __all__ = ["SAME_PEAK", "THIRD_TRACE", "Answer", "find"]
 THIRD_TRACE, NEAR_TRACE, STEPPING_STONE = 4, 2, 0.85
 SAME_PEAK = 0.01  # relative difference up to which a small step counts as the one that was forecast
 MOST_TRACES, MOST_RUNS = 4, 12
+ERRATIC = (
+    f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; give memory= a "
+    "fixed budget, or micro_batch= a size"
+)
 CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
 # Nor is any by less than this: under a process's limit, where what libraries keep varies by as much, and on a device.
 NOT_WORTH_A_STEP, NOT_ON_A_DEVICE = 1.025, 1.01
@@ -106,10 +110,7 @@ class _Search:
             if self._forecast is None and self._bench.traces_all:
                 self._look_again()
         if self._bracket.low == 0:
-            raise ProbeError(
-                f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; "
-                "give memory= a fixed budget, or micro_batch= a size"
-            )
+            raise ProbeError(ERRATIC)
         return self._answer()
 
     # --- traces

@@ -13,7 +13,7 @@ from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import largest_size, shares
 from autoaccum.probing.answered import report_of
 from autoaccum.probing.bracket import highest_peak
-from autoaccum.probing.find_size import MOST_RUNS, THIRD_TRACE, Answer
+from autoaccum.probing.find_size import ERRATIC, MOST_RUNS, THIRD_TRACE, Answer
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
 
@@ -53,10 +53,7 @@ def find_together(bench: Bench, ceiling: int, reach: int, window: int | None, *,
                 return report_of(bench, search.answer(size))
             return _summed_late(search, size)
         search.look()  # by the larger step as well
-    raise ProbeError(
-        f"{MOST_RUNS} trials gave no size that can be relied on: memory in use changes from step to step; give memory= "
-        "a fixed budget, or micro_batch= a size"
-    )
+    raise ProbeError(ERRATIC)
 
 
 def _shared(window: int, limits: Sequence[int], floor: int) -> tuple[Sequence[int], int]:
