@@ -206,7 +206,7 @@ def prepare(
             there and back in every step) and "step_in_backward" (each gradient is stepped with and freed as it comes:
             a window is one micro-batch, and memory that runs out after its first step ends the training).
         regrow_after: undisturbed windows after which a micro-batch that was halved is tried again; None: never.
-        on_nonfinite: "raise" or "skip" windows whose loss is not finite.
+        on_nonfinite: "raise" or "skip" windows whose loss is not finite; "skip" also those with such a gradient.
         seed: of shuffling and of what is random in training.
         progress: draw a progress bar; None: on a terminal.
         sinks, callbacks: functions of an event.

@@ -166,7 +166,12 @@ SETTINGS: dict[str, Setting] = {
     ),
     "regrow_after": Setting(None, "count", "Windows after which to try larger micro-batches again.", metavar="N"),
     "on_nonfinite": Setting(
-        "raise", "word", "What to do at a loss that is not finite.", _PROBE, _MEMORY, ("raise", "skip")
+        "raise",
+        "word",
+        'What to do at a loss that is not finite; "skip" looks at gradients too.',
+        _PROBE,
+        _MEMORY,
+        ("raise", "skip"),
     ),
     "seed": Setting(None, "seed", "Seed of all random numbers.", ("probe", "search"), metavar="N"),
     "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("probe", "search"), ranks="own"),

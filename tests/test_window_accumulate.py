@@ -225,6 +225,18 @@ def test_a_loss_that_is_not_finite_takes_no_step(mode):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out_too():
+    model, (x, y) = net(), batch(8)
+    before = copy.deepcopy(model)
+    x[3] = 0  # the root of 0 has an infinite slope
+    accumulator = Accumulator(model, sgd(model), plan(4, 8), on_nonfinite="skip")
+    for x_, _ in accumulator.window((x, y)):
+        accumulator.backward(((model(x_) - model(torch.zeros_like(x_))) ** 2).sum(-1).sqrt().mean())
+    assert math.isfinite(accumulator.last.loss)
+    assert "gradient norm of step 1 is nan" in accumulator.last.skipped
+    assert error(model, before) == 0
+
+
 def test_batch_norm_is_pooled_and_committed_once():
     torch.manual_seed(0)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)).double()

@@ -335,7 +335,9 @@ class Accumulator(Passes):
             for gradient in gradients:
                 gradient.mul_(correction)
         norm, asked = None, self._clip_norm is not None or self._log_grad_norm
-        told = gradients
+        # A finite loss may have gradients that are not (a root of 0): to leave that window out, they are looked at.
+        looks = self._on_nonfinite == "skip" and not any(gradient.is_sparse for gradient in gradients)
+        asked, told = asked or looks, gradients
         if (self.sharded is not None and (asked or self.noise_scale.watches)) or (gradients and asked):
             measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
             told = gradients if self.sharded is None else [measured]
