@@ -156,7 +156,7 @@ class Accumulator(Passes):
         sums = self.open(pieces)
         finished = False
         try:
-            with self._untouched.inside():
+            with self._untouched.inside(lambda: self.stepping):
                 idle = max(sums.micro_batches) - len(pieces) if self.sharded is not None else 0
                 for number in range(idle):  # as many passes as on any other rank
                     assert self.sharded is not None

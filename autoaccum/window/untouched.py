@@ -3,9 +3,9 @@
 Each of these trains on something else than the window's gradient, and nothing else would tell.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,9 +27,17 @@ class Untouched:
         self._seen: tuple[nn.Parameter, Tensor, int] | None = None
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there."""
-        handle = self._optimizer.register_step_pre_hook(_refuse)
+    def inside(self, steps: Callable[[], bool]) -> Iterator[None]:
+        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there.
+
+        `steps`: whether the accumulator itself does, as in the backward pass under `step_in_backward`.
+        """
+
+        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not steps():
+                raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")
+
+        handle = self._optimizer.register_step_pre_hook(refuse)
         try:
             yield
         finally:
@@ -51,7 +59,3 @@ class Untouched:
                     "the gradients were changed between two backward passes of a window: leave out "
                     f"optimizer.zero_grad() and clipping in it, since {_OURS}"
                 )
-
-
-def _refuse(optimizer: Any, args: Any, kwargs: Any) -> NoReturn:
-    raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")
