@@ -397,6 +397,15 @@ def test_resume_true_wants_a_checkpoint_false_starts_anew_and_auto_takes_what_th
     assert prepared(tmp_path).step == 20
 
 
+def test_checkpoints_of_before_they_were_folders_are_told_of_and_left_alone(tmp_path):
+    old = tmp_path / "step-00000004-epoch-0-window-4.pt"
+    old.write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"step-00000004-epoch-0-window-4\.pt is a checkpoint of an earlier"):
+        prepared(tmp_path).run()
+    run_until(3, tmp_path, resume=False)
+    assert old.read_bytes() == b"x"
+
+
 def test_settings_that_need_a_folder_say_so_when_there_is_none(tmp_path):
     with pytest.raises(SetupError, match="checkpoint_every=5"):
         prepared(checkpoint_every=5)

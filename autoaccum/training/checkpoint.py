@@ -113,8 +113,15 @@ class Checkpoints:
     def newest(self, say: Callable[[str], None]) -> tuple[Entry, dict[str, Any]] | None:
         """The newest that is whole, and what it holds; None where there is none. `say` hears of each that is not.
 
-        A CheckpointError where one has code in it, or cannot be read for want of a permission.
+        A CheckpointError where one has code in it, cannot be read for want of a permission, or is from before
+        checkpoints were folders.
         """
+        older = [path for path in self.folder.glob("step-*.pt") if Entry.of(path.stem)]
+        if older and not self.entries():
+            raise CheckpointError(
+                f"{max(older)} is a checkpoint of an earlier development version, which this one does not read: give "
+                "another folder, or resume=False to start anew"
+            )
         for path in self._partial():
             if path.is_dir():
                 say(f"{path} was being written when the training ended, and is left out")
