@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from autoaccum.data import tree
 from autoaccum.errors import LossError
+from autoaccum.loss.graph import read
 from autoaccum.loss.mean import Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.planning.plan import plan
@@ -265,6 +266,18 @@ def test_a_declaration_may_be_a_multiple_of_what_the_graph_says(declared):
     objective = Objective(Net(), step=LOSSES["masked mean"], reduction=declared)
     for batch in tree.split(samples(0.3), [10] * 8):
         assert objective.terms(batch)["loss"].denominator == declared(batch)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loss_of_thousands_of_steps_is_read_in_the_order_they_have(first):
+    w = torch.ones(2, requires_grad=True)
+    loss = (w * 1).mean()
+    for step in range(2, 3001):
+        term = step * (w * 1).mean()
+        loss = loss + term if first else term - loss
+    factors = [term.factor for term in read(loss)]
+    assert [abs(factor) for factor in factors] == (list(range(1, 3001)) if first else list(range(3000, 0, -1)))
+    assert loss.item() == sum(factors)
 
 
 def test_ranks_are_told_what_each_term_was_read_to_be():

@@ -1,5 +1,7 @@
 """What a loss is divided by follows from the settings; settings and steps that cannot be are refused by name."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,7 @@ def test_each_named_reduction_counts_what_it_says():
     assert count("element_mean") == 6
     assert count("weighted_mean", nn.CrossEntropyLoss(weight=WEIGHT)) == pytest.approx(4.2)
     assert count(lambda b: len(b[0]) * 10) == 20
+    assert count("auto", functools.partial(nn.CrossEntropyLoss(weight=WEIGHT))) == pytest.approx(4.2)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -172,28 +172,30 @@ _LISTS = frozenset(("StackBackward0", "CatBackward0"))
 _OVER_SOME = frozenset(("MeanBackward1", "SumBackward1"))
 
 
-def _walk(at: Term, way: str) -> list[Term]:
+def _walk(start: Term, way: str) -> list[Term]:
     """Down to each term's end."""
-    while True:
+    found: list[Term] = []
+    waiting = [start]  # a list and no recursion: a loss may be added up over thousands of steps
+    while waiting:
+        at = waiting.pop()
         name = at.node.name()
         if name in _REDUCTIONS:
-            return _reduced(at, name, way)
+            found += _reduced(at, name, way)
+            continue
         inputs = [(place, node) for place, (node, _) in enumerate(at.node.next_functions) if node is not None]
-        if len(inputs) == 1:
-            if not _passed(at, name, *inputs[0]):
-                return [at.ends(None)]
-        elif inputs and name in _SUMS:
-            if way == "joined":
-                return [at.ends(at.over)]
-            found = []
-            for place, node in inputs[1:]:
-                side = at.copy()
+        if inputs and name in _SUMS and (way != "joined" or len(inputs) == 1):
+            sides = [at, *(at.copy() for _ in inputs[1:])]
+            for side, (place, node) in zip(sides, inputs):
                 _passed(side, name, place, node)
-                found += _walk(side, way)
-            _passed(at, name, *inputs[0])
-            return _walk(at, way) + found
+            waiting += reversed(sides)
+        elif len(inputs) == 1 and _passed(at, name, *inputs[0]):
+            waiting.append(at)
+        elif len(inputs) > 1 and name in _SUMS:
+            found.append(at.ends(at.over))
         else:
-            return [(_tied(at, inputs, way) if name in _PRODUCTS or name in _QUOTIENTS else None) or at.ends(None)]
+            tied = _tied(at, inputs, way) if len(inputs) > 1 and name in _PRODUCTS | _QUOTIENTS else None
+            found.append(tied or at.ends(None))
+    return found
 
 
 def _passed(at: Term, name: str, place: int, below: Any) -> bool:

@@ -70,6 +70,7 @@ class TorchLoss:
         name = getattr(loss, "__name__", "")
         owner, is_torchs = name, bool(name) and getattr(functional, name, None) is loss
         if isinstance(loss, nn.Module):
+            settings = loss
             defines = next(each for each in type(loss).__mro__ if "forward" in vars(each))
             owner, is_torchs = defines.__name__, defines.__module__ == nn.modules.loss.__name__
             name = type(loss).__name__
