@@ -619,6 +619,65 @@ def test_a_failed_save_leaves_the_one_before_as_it_was(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path).newest(pytest.fail) == (Entry(1, 0, 1), {"value": 1})
 
 
+ENDING = """
+import os, sys, time
+from pathlib import Path
+import torch
+from autoaccum.training.checkpoint import Checkpoints, Entry
+write = os.fsync
+os.fsync = lambda file: (time.sleep(0.5), write(file))
+Checkpoints(Path(sys.argv[1])).write(Entry(1, 0, 1), {"value": torch.ones(3)}, {})
+"""
+
+
+def test_a_checkpoint_that_is_being_finished_when_the_program_ends_is_finished(tmp_path):
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", ENDING, tmp_path], env={**os.environ, "PYTHONPATH": root}, check=False)
+    assert done.returncode == 0
+    entry, state = Checkpoints(tmp_path).newest(pytest.fail)
+    assert entry == Entry(1, 0, 1)
+    assert state["value"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_checkpoint_of_the_same_moment_is_there_until_the_new_one_is(tmp_path, monkeypatch):
+    store = Checkpoints(tmp_path)
+    for value in (1, 2):
+        store.write(Entry(1, 0, 1), {"value": value}, {})
+        store.settle()
+    assert store.newest(pytest.fail) == (Entry(1, 0, 1), {"value": 2})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    store.write(Entry(1, 0, 1), {"value": 3}, {})
+    with pytest.raises(OSError, match="Input/output"):
+        store.settle()
+    store.close()
+    assert store.newest(pytest.fail) == (Entry(1, 0, 1), {"value": 2})
+    assert [path.name for path in tmp_path.iterdir()] == [Entry(1, 0, 1).name]
+
+
+def test_a_checkpoint_half_cleared_away_is_no_checkpoint(tmp_path, monkeypatch):
+    """As where the program is killed in the middle of it."""
+    store = Checkpoints(tmp_path, keep=1)
+    store.write(Entry(1, 0, 1), {"value": 1}, {})
+    store.settle()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (path / ABOUT).unlink())
+    store.write(Entry(2, 0, 2), {"value": 2}, {})
+    store.settle()
+    store.close()
+    monkeypatch.undo()
+    assert store.entries() == [Entry(2, 0, 2)]
+    Checkpoints(tmp_path).begin(Entry(2, 0, 2))
+    assert [path.name for path in tmp_path.iterdir()] == [Entry(2, 0, 2).name]
+
+
+def test_what_a_file_server_puts_beside_a_checkpoints_files_is_no_damage(tmp_path):
+    store = Checkpoints(tmp_path)
+    store.write(Entry(1, 0, 1), {"value": 1}, {})
+    store.settle()
+    store.close()
+    (store.path(Entry(1, 0, 1)) / "@eaDir").mkdir()
+    assert store.newest(pytest.fail) == (Entry(1, 0, 1), {"value": 1})
+
+
 # --- the record -----------------------------------------------------------------------------------------------------
 
 

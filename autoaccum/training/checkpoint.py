@@ -20,7 +20,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,7 +124,7 @@ class Checkpoints:
             )
         for path in self._partial():
             if path.is_dir():
-                say(f"{path} was being written when the training ended, and is left out")
+                say(f"{path} was being written or cleared away when the training ended, and is left out")
         entries = self.entries()
         for entry in reversed(entries):
             try:
@@ -163,7 +163,8 @@ class Checkpoints:
             said = self._about(entry)["files"]
         except ValueError as error:
             return f"its {ABOUT} cannot be used: {error}"
-        found = _digests(self.path(entry))
+        with ThreadPoolExecutor(4) as several:
+            found = _digests(self.path(entry), several.map)
         for name, (size, digest) in said.items():
             if name not in found:
                 return f"its {name} is gone"
@@ -282,6 +283,8 @@ class Checkpoints:
             self._worker = None
 
     def _finish(self, entry: Entry, temporary: Path, about: dict[str, Any]) -> None:
+        path = self.path(entry)
+        replaced = partial_path(path)
         try:
             for each in temporary.iterdir():
                 with open_own(each, "r+b") as file:
@@ -290,12 +293,16 @@ class Checkpoints:
             versions = {"schema": SCHEMA, "torch": torch.__version__}
             values = {**versions, **asdict(entry), **about, "saved": saved, "files": _digests(temporary)}
             write_json(temporary / ABOUT, values, private=True)  # last: it vouches for what is on the disk by now
-            _delete(self.path(entry))  # of the same moment in the run before: over a folder nothing is renamed
-            os.replace(temporary, self.path(entry))
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(replaced)  # of the same moment in the run before: over a folder nothing is renamed
+            os.replace(temporary, path)
             sync_folder(self.folder)
         except OSError:
             _delete(temporary)
+            with contextlib.suppress(OSError):
+                replaced.rename(path)
             raise
+        _delete(replaced)
         self._clear(entry)
 
     def _clear(self, newest: Entry) -> None:
@@ -304,7 +311,8 @@ class Checkpoints:
         kept = {*entries[-self._keep :], self.best()}
         for entry in entries:
             if entry not in kept:
-                _delete(self.path(entry))
+                with contextlib.suppress(OSError):  # without its name first: what is half gone would look damaged
+                    _delete(self.path(entry).rename(partial_path(self.path(entry))))
 
     def best(self) -> Entry | None:
         """The one with the lowest validation loss; None where none has one."""
@@ -325,11 +333,13 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    """(bytes, SHA-256) of each file in a folder, by name."""
-    paths = sorted(path for path in folder.iterdir() if path.name != ABOUT)
-    with ThreadPoolExecutor(4) as several:
-        return {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, several.map(_digest, paths))}
+def _digests(folder: Path, each: Callable[..., Iterable[str]] = map) -> dict[str, list[Any]]:
+    """(bytes, SHA-256) of each file in a folder, by name.
+
+    `each`: map, or that of several threads, of which none can be begun any more while Python ends.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != ABOUT)
+    return {path.name: [path.stat().st_size, digest] for path, digest in zip(paths, each(_digest, paths))}
 
 
 def _delete(path: Path) -> None:

@@ -3,8 +3,8 @@
 Choices made here:
 
 - The folder is what that library writes, so that its own tools read the weights, and that another number of ranks
-  cuts the tensors anew. All else of a checkpoint stays in its `.pt`, with a tensor on the meta device in each one's
-  place, which says its shape and dtype.
+  cuts the tensors anew. All else of a checkpoint stays in its `state.pt`, with a tensor on the meta device in the place
+  of each, which says its shape and dtype.
 - The library's index is a pickle. It is read by an unpickler that knows an index's classes and nothing else; the
   tensors are read with `weights_only=True`.
 - Ranks that save meet in the library's own exchanges, which tell all of them where one has failed. To read, each opens
@@ -125,7 +125,8 @@ def with_shards(
     def put(path: Place, value: Tensor) -> Tensor:
         if not value.is_meta:
             return value
-        made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[-2]], value)
+        # ("modules", its name, "state", a name), or ("turns", "each", 0, "optimizer", "state", a number, ...).
+        made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[5]], value)
         targets[_key(path)] = made
         return targets[_key(path)]
 
