@@ -234,6 +234,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_left_out_too():
         accumulator.backward(((model(x_) - model(torch.zeros_like(x_))) ** 2).sum(-1).sqrt().mean())
     assert math.isfinite(accumulator.last.loss)
     assert "gradient norm of step 1 is nan" in accumulator.last.skipped
+    assert accumulator.last.grad_norm is None, "nobody asked for it"
     assert error(model, before) == 0
 
 

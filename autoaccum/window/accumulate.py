@@ -337,17 +337,18 @@ class Accumulator(Passes):
         norm, asked = None, self._clip_norm is not None or self._log_grad_norm
         # A finite loss may have gradients that are not (a root of 0): to leave that window out, they are looked at.
         looks = self._on_nonfinite == "skip" and not any(gradient.is_sparse for gradient in gradients)
-        asked, told = asked or looks, gradients
-        if (self.sharded is not None and (asked or self.noise_scale.watches)) or (gradients and asked):
+        looks, told = asked or looks, gradients
+        if (self.sharded is not None and (looks or self.noise_scale.watches)) or (gradients and looks):
             measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
             told = gradients if self.sharded is None else [measured]
         self.noise_scale.finish(told, self._running().total_samples, correction)
-        if asked and told:
+        if looks and told:
             if self._clip_norm is not None:
                 clip_by_norm(gradients, measured, self._clip_norm)
-            norm = float(measured)
-            if not math.isfinite(norm) and not scaler.is_enabled():  # a scaler sees to that itself
-                skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {norm}")
+            found = float(measured)
+            norm = found if asked else None
+            if not math.isfinite(found) and not scaler.is_enabled():  # a scaler sees to that itself
+                skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {found}")
                 if skipped is not None:
                     return norm, skipped
         self.side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError
-from autoaccum.model.optimizer import optimizer_parameters
 
 __all__ = ["Untouched"]
 
@@ -46,7 +45,7 @@ class Untouched:
 
     def note(self) -> None:
         """A backward pass of the accumulator's has ended."""
-        own = optimizer_parameters(self._optimizer)
+        own = (parameter for group in self._optimizer.param_groups for parameter in group["params"])  # not all of them
         first = next((parameter for parameter in own if parameter.grad is not None), None)
         self._seen = None if first is None or first.grad is None else (first, first.grad, first.grad._version)
 
