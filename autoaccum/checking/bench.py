@@ -173,7 +173,8 @@ class Bench:
             if not math.isfinite(record.loss):
                 return f"the loss is {record.loss}"
             if not accumulator.precision.scaler.is_enabled():
-                return []
+                norm = record.grad_norm
+                return [] if norm is None or math.isfinite(norm) else "the gradient is not finite"
         return "its fp16 gradients overflow at every loss scale"
 
     def part(self, pieces: Sequence[Sequence[int]]) -> Gradient:
