@@ -639,6 +639,30 @@ def test_a_checkpoint_that_is_being_finished_when_the_program_ends_is_finished(t
     assert state["value"].tolist() == [1.0, 1.0, 1.0]
 
 
+def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk_and_the_renaming_is_forced_there_too(
+    tmp_path, monkeypatch
+):
+    done, opened, real = [], {}, os.open
+
+    def opening(path, *rest):
+        handle = real(path, *rest)
+        opened[handle] = Path(path).name.split(".")[1 if Path(path).name.startswith(".") else 0]
+        return handle
+
+    replace = os.replace
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("fsync", opened[handle])))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(("name", Path(b).name)) or replace(a, b))
+    store, entry = Checkpoints(tmp_path / "run"), Entry(1, 0, 1)
+    store.write(entry, {"value": 1}, {})
+    store.settle()
+    store.close()
+    assert done == [
+        ("fsync", "state"), ("fsync", "about"), ("name", ABOUT), ("fsync", entry.name), ("name", entry.name),
+        ("fsync", "run"),
+    ]  # fmt: skip
+
+
 def test_a_checkpoint_of_the_same_moment_is_there_until_the_new_one_is(tmp_path, monkeypatch):
     store = Checkpoints(tmp_path)
     for value in (1, 2):

@@ -88,7 +88,7 @@ class BatchSource(StreamSource):
         return item, _checked_size(item)
 
     def _take(self, reader: Reader, samples: int) -> list[Any]:
-        reader.ahead -= samples
+        reader.ahead, reader.taken = reader.ahead - samples, reader.taken + samples
         return _taken(reader.drawn, samples)
 
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:

@@ -8,7 +8,7 @@ Choices made here:
 - BatchNorm normalises by its running statistics. In training it normalises by the micro-batch, which makes the
   gradient of a split batch another one, rightly; that difference would hide all others.
 - What is still drawn at random (noise of an autoencoder, diffusion times, stochastic depth) stays on, and belongs to
-  its sample (noise.py).
+  its sample (sample_noise.py).
 - Generators, buffers and all else that modules hold are put back before each micro-batch, so that no micro-batch sees
   another's counters, caches, codebooks or power iterations.
 """
