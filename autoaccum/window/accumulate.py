@@ -350,7 +350,7 @@ class Accumulator(Passes):
             if not math.isfinite(found) and not scaler.is_enabled():  # a scaler sees to that itself
                 skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {found}")
                 if skipped is not None:
-                    return norm, skipped
+                    return found, skipped
         self.side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`
         if not self._steps:
             return norm, None

@@ -15,7 +15,8 @@ class StepRecord:
         epoch: counts from 0.
         loss: Σ numerators / Σ denominators of the window, over all ranks.
         lr: the learning rate of the first parameter group that this step used.
-        grad_norm: the L2 norm of the window's gradient before clipping; None unless clipped or asked for.
+        grad_norm: the L2 norm of the window's gradient before clipping; None unless clipped, asked for, or what the
+            window was left out for.
         samples: over all ranks.
         micro_batches: forward and backward passes on this rank.
         seconds: from the window's opening to the end of the step; in a TrainingLoop with the wait for its samples.
