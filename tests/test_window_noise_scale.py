@@ -52,6 +52,17 @@ def train(model, windows, accumulator):
             accumulator.backward(F.cross_entropy(model(x_), y_))
 
 
+def test_a_window_that_is_left_out_for_its_gradient_stays_out_of_the_averages():
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = Accumulator(model, optimizer, plan(4, 16), on_nonfinite="skip")
+    for x in accumulator.window(torch.zeros(16, 4)):
+        accumulator.backward((model(x) - model.bias).square().sum(1).sqrt().mean())  # the root of 0
+    assert accumulator.last.skipped is not None
+    train(model, 10, accumulator)
+    assert accumulator.last.noise_scale > 0
+
+
 def test_it_is_in_the_record_and_changes_nothing():
     def run(watched):
         torch.manual_seed(1)

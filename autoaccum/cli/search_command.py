@@ -44,7 +44,7 @@ def _space(values: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--workers", metavar="N", help='Processes that train at once, or "gpus".')
 @click.option("--storage", metavar="S", help="A journal file, sqlite:///study.db, postgresql://..., grpc://host:port.")
 @click.option("--study-name", metavar="NAME", help="The study's name in that storage.")
-@click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what others may have put in the study.")
+@click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what stands in the study.")
 @takes_all("search")
 @new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
 @new_picture("Draw the values of the trials in their order.")

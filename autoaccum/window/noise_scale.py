@@ -14,6 +14,7 @@ further micro-batches: their part of the first sum comes with the vote at the wi
 of a micro-batch act on each other: BatchNorm, batch-coupled losses.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,7 +117,8 @@ class NoiseScale:
             # A device is waited for: once in so many windows, that costs less than to keep figures on their way.
             whole = float(torch.stack(norms).square().sum())
             noise = samples * (spread * correction**2 - whole) / (count - 1)
-            self._smooth(noise, whole - noise / samples)
+            if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
+                self._smooth(noise, whole - noise / samples)
         self.close()
 
     def _smooth(self, noise: float, signal: float) -> None:
