@@ -157,6 +157,13 @@ def test_a_window_names_its_samples_by_their_indices(name):
         assert list(window.indices) == [int(row[0]) for batch in window.batches for row in batch]
 
 
+def test_indices_that_a_sampler_gives_as_tensors_are_plain_numbers_in_a_window():
+    loader = DataLoader(list(range(6)), 4, sampler=torch.tensor([4, 2, 0, 5]))
+    (window,) = windows(open_source(loader), lambda: plan(3, 4), 0)
+    assert window.indices == [4, 2, 0, 5]
+    assert all(type(index) is int for index in window.indices)
+
+
 @every_kind
 def test_a_state_is_plain_and_puts_back_what_is_drawn_next(kind):
     generator = MAKE[kind]()

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils.data._utils.collate import collate as torchs_collate
 
 from autoaccum.data.base import Read
@@ -68,7 +69,9 @@ class Fetcher:
             if ask.base is not None:  # a collate function may draw too, as for masked words
                 seed_everything(mix(ask.base, ask.position + places[0], 1), cpu_only=True)
             batches.append(self.collated([samples[place] for place in places], own))
-        return Read(len(samples), batches, padding, [index for own in names for index in own])
+        # Of a worker's each tensor would be sent, and pinned, by itself.
+        plain = [index.tolist() if isinstance(index, Tensor) else index for own in names for index in own]
+        return Read(len(samples), batches, padding, plain)
 
     def samples(self, indices: Sequence[Any], seeds: Sequence[int] | None = None) -> list[Any]:
         """The samples, each after its seed is set, where there are seeds; a DataError names the index that failed."""
