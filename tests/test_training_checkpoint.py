@@ -374,6 +374,14 @@ def test_another_schedule_is_another_training_and_changes_nothing(tmp_path, then
     prepared(tmp_path, schedule=then)
 
 
+def test_a_loss_that_holds_nothing_may_be_a_module_or_a_function(tmp_path):
+    run_until(6, tmp_path, loss=nn.functional.cross_entropy)
+    assert_same(finished(tmp_path), undisturbed())
+    assert_same(finished(tmp_path, loss=nn.functional.cross_entropy), undisturbed())
+    with pytest.raises(CheckpointError, match=r"loss's 'weight': none in the checkpoint, float32 of shape \(3,\) here"):
+        prepared(tmp_path, loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
+
+
 def test_a_refused_state_changes_nothing(tmp_path):
     state = prepared().state_dict()
     other = prepared(model=net(width=20))

@@ -169,7 +169,9 @@ class TrainingParts:
             device = typed(state["device"], str)
         for name, module in self.modules.items():
             with loading(name):
-                load_module(module, state["modules"][name])
+                # A loss that holds nothing may have been a function then, of which nothing was kept.
+                if name in state["modules"] or module.state_dict():
+                    load_module(module, state["modules"][name])
         if self._evaluator is not None and validation_batch and len(ranks) == size:
             self._evaluator.micro_batch = validation_batch
         if device != self._device.type:
