@@ -8,8 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoaccum.planning.plan import plan
+from autoaccum.window import noise_scale as noise_scale_module
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import NoiseScale, advice
+from autoaccum.window.window_sums import Figures
 
 
 def measured(sizes, windows, signal, noise, width=200):
@@ -132,3 +134,19 @@ def test_the_sentence_compares_with_the_target():
     assert advice(10, linear, sgd).endswith("target_batch=64, lr=0.1 (κ = 64/256)")
     at_once = plan(limit=256, target_batch=256)
     assert "a smaller target" in advice(10, at_once, sgd)
+
+
+def test_on_a_device_what_a_window_measured_is_taken_in_as_the_next_one_opens(monkeypatch):
+    """The figures of the window are on their way: nobody waits for them."""
+    scale = NoiseScale(nn.Linear(2, 1), list(nn.Linear(2, 1).parameters()))
+    monkeypatch.setattr(noise_scale_module, "_at_hand", lambda values: False)
+    read = []
+    monkeypatch.setattr(Figures, "read", lambda self: read.append(1) or self._values.tolist())
+    scale.open(2)
+    for square in (4.0, 3.0):
+        scale._micro.append((0.5, torch.tensor(square)))
+    scale.finish([torch.ones(2)], samples=8)
+    assert (scale.value, read) == (None, [])
+    scale.open(2)
+    # whole 2, spread (4 + 3) / 0.5 - 2 = 12, noise 8 * 12 = 96, signal 2 - 12 < 0: hidden by noise
+    assert (read, scale._noise, scale._signal) == ([1], pytest.approx(96.0), pytest.approx(-10.0))

@@ -15,7 +15,8 @@ of a micro-batch act on each other: BatchNorm, batch-coupled losses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 from autoaccum.model.given_model import layer_class
 from autoaccum.planning.learning_rate import one_micro_batch
 from autoaccum.planning.plan import Plan
+from autoaccum.window.window_sums import Figures
 
 __all__ = ["NoiseScale", "advice"]
 
@@ -52,6 +54,7 @@ class NoiseScale:
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
         self.over_ranks: Sequence[float] | None = None
+        self._pending: Callable[[], None] | None = None  # measured, and on its way
         self._windows = 0
         self._weight = 0.0
         self._noise = self._signal = 0.0
@@ -76,6 +79,7 @@ class NoiseScale:
         ones.
         """
         self.close()
+        self._settle()
         if self.why_not is not None or micro_batches < 2:
             return
         self._windows += 1
@@ -101,9 +105,8 @@ class NoiseScale:
         """[Σ (n_j/N) |g_j|², how many] of this rank's micro-batches in the open window; waits for them."""
         if not self._micro:
             return [0.0, 0.0]
-        squares = torch.stack([square for _, square in self._micro]).tolist()
-        # Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|².
-        return [sum(square / share for square, (share, _) in zip(squares, self._micro)), float(len(squares))]
+        squares = Figures(torch.stack([square for _, square in self._micro])).read()
+        return [_spread(squares, [share for share, _ in self._micro]), float(len(squares))]
 
     def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
         """The window of so many samples ended, with these gradients over all ranks, before clipping; or their norm
@@ -112,14 +115,31 @@ class NoiseScale:
         `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        spread, count = self.over_ranks or self.so_far()
+        spread, count = self.over_ranks or (None, len(self._micro))
         if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
-            # A device is waited for: once in so many windows, that costs less than to keep figures on their way.
-            whole = float(torch.stack(norms).square().sum())
-            noise = samples * (spread * correction**2 - whole) / (count - 1)
-            if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
-                self._smooth(noise, whole - noise / samples)
+            whole = torch.stack(norms).square().sum()
+            squares, shares = [square for _, square in self._micro], [share for share, _ in self._micro]
+            figures = Figures(torch.stack([whole, *(squares if spread is None else [])]))
+            self._pending = partial(self._take_in, figures, shares, spread, count, samples, correction)
+            if _at_hand(whole):
+                self._settle()
         self.close()
+
+    def _settle(self) -> None:
+        """Takes in what the last window measured: on a device it is there a window later, when nobody waits for it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
+    def _take_in(
+        self, figures: Figures, shares: Sequence[float], spread: float | None, count: float, samples: int,
+        correction: float,
+    ) -> None:  # fmt: skip
+        whole, *squares = figures.read()
+        spread = _spread(squares, shares) if spread is None else spread
+        noise = samples * (spread * correction**2 - whole) / (count - 1)
+        if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
+            self._smooth(noise, whole - noise / samples)
 
     def _smooth(self, noise: float, signal: float) -> None:
         # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
@@ -135,12 +155,24 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""
+        self._settle()
         return {"windows": self._windows, "weight": self._weight, "noise": self._noise, "signal": self._signal}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Goes on from `state_dict`."""
+        self._pending = None
         self._windows = int(state["windows"])
         self._weight, self._noise, self._signal = state["weight"], state["noise"], state["signal"]
+
+
+def _spread(squares: Sequence[float], shares: Sequence[float]) -> float:
+    """Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|²."""
+    return sum(square / share for square, share in zip(squares, shares, strict=True))
+
+
+def _at_hand(value: Tensor) -> bool:
+    """Whether nobody has to wait for a value."""
+    return value.device.type == "cpu"
 
 
 def _norm(gradient: Tensor) -> Tensor:
