@@ -191,10 +191,11 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
     else:
         answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
-    report = report_of(bench, answer)
     if question.prefer == "fastest":
         report = race(bench, answer, question.savers, question.under, share=question.share, reach=reach,
                       multiple_of=question.multiple_of)  # fmt: skip
+    else:
+        report = report_of(bench, answer)
     return replace(report, notes=(*report.notes, *notes))
 
 
