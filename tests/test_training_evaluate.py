@@ -85,16 +85,26 @@ def test_other_data_can_be_given_and_the_modes_come_back():
 
 
 @pytest.mark.parametrize("kind", ["tensors", "dataset", "stream"])
-@pytest.mark.parametrize("micro", [5, 50])
-def test_all_samples_of_a_loader_are_seen_also_those_that_it_would_drop(micro, kind):
+@pytest.mark.parametrize("micro", [2, 5, 16, 50])
+def test_a_loader_that_drops_its_last_batch_drops_that_and_no_more(micro, kind):
     data = {"tensors": TensorDataset(X[:47], Y[:47]), "dataset": list(zip(X[:47], Y[:47].tolist()))}
     loader = DataLoader(data.get(kind) or Stream(data["dataset"]), batch_size=6, drop_last=True)
     model = Narrow()
     found = prepared(model, loss=nn.CrossEntropyLoss(), micro_batch=micro, target_batch=50, val_data=loader).evaluate()
     with torch.no_grad():
-        outputs = model.body.eval()(X[:47])
-    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, Y[:47])), rel=1e-5)
-    assert sum(model.given) == 47
+        outputs = model.body.eval()(X[:42])
+    assert found["loss"] == pytest.approx(float(nn.functional.cross_entropy(outputs, Y[:42])), rel=1e-5)
+    assert sum(model.given) == 42
+
+
+@pytest.mark.parametrize("kind", ["tensors", "stream"])
+def test_where_not_one_sample_is_left_there_is_no_loss_to_give(kind):
+    data = TensorDataset(X[:5], Y[:5]) if kind == "tensors" else Stream(list(zip(X[:5], Y[:5])))
+    loader = DataLoader(data, batch_size=6, drop_last=True)
+    with pytest.raises(DataError, match="val_data gives no samples: .* fewer samples than a batch of 6; set"):
+        prepared(Narrow(), loss=nn.CrossEntropyLoss(), val_data=loader).evaluate()
+    with pytest.raises(DataError, match="^the data to evaluate gives no samples"):
+        prepared(Narrow(), loss=nn.CrossEntropyLoss(), val_data=None).evaluate(loader)
 
 
 def test_where_there_is_not_one_sample_there_is_no_loss_to_give():

@@ -33,11 +33,13 @@ class Cut:
 class Cutter:
     """Cuts windows by whatever `plan()` says at the time.
 
-    With `drop_last` a short last window is dropped, whatever the plan says.
+    With `drop_last` a short last window is dropped, whatever the plan says. With `batch` samples at the epoch's end
+    that are short of a batch of so many are left out, whatever the windows are: such a cutter begins at the epoch's
+    beginning.
     """
 
-    def __init__(self, plan: Callable[[], Plan], drop_last: bool) -> None:
-        self._ask, self._drop_last = plan, drop_last
+    def __init__(self, plan: Callable[[], Plan], drop_last: bool, batch: int = 1) -> None:
+        self._ask, self._drop_last, self._batch, self._before = plan, drop_last, batch, 0
         self._known: Plan | None = None
         self._cuts: dict[int, Cut] = {}
 
@@ -48,9 +50,11 @@ class Cutter:
         """
         plan = self.plan
         windows = plan.windows._replace(tail="drop") if self._drop_last else plan.windows
-        ahead, ended = look(plan.target_batch + windows.look_ahead)
+        ahead, ended = look(plan.target_batch + windows.look_ahead + self._batch - 1)
+        ahead -= (self._before + ahead) % self._batch  # up to the end of the last batch that is seen to be full
         total = windows.next(ahead, ended=ended)
         assert total is not None  # as much was looked for as the answer needs
+        self._before += total
         return total
 
     def cut(self, total: int) -> Cut:

@@ -42,13 +42,13 @@ class Window:
 
 
 def windows(
-    source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0, whole: bool = False
+    source: Source, plan: Callable[[], Plan], epoch: int, *, start: int = 0, validates: bool = False
 ) -> Iterator[Window]:
     """The windows of one epoch.
 
     Each has the plan's target over all ranks, but the last, which is short, or takes in a tail that is too small to be
-    cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say;
-    `whole`: a loader's is not asked, since all samples are to be seen.
+    cut, or is dropped, as the plan's `tail` and the loader's `drop_last` say. Of data that `validates` all is read that
+    the loader itself would show: its `drop_last` leaves out what is short of its own batch, not of a window.
 
     The first `start` windows are passed over, for going on in the middle of an epoch; where samples have indices,
     nothing is fetched for them.
@@ -57,7 +57,8 @@ def windows(
         DataError: the data is empty, cannot be read, or could be read only once; or the plan is for other ranks.
         PlanError: the plan cannot cut a window.
     """
-    cutter = Cutter(plan, source.drop_last and not whole)
+    batch = source.loader_batch if validates and source.drop_last else None
+    cutter = Cutter(plan, source.drop_last and not validates, batch or 1)
     planned, here = (cutter.plan.rank, cutter.plan.world_size), (source.ranks.rank, source.ranks.size)
     if planned != here:  # samples would be lost or seen twice
         raise DataError(

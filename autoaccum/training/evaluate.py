@@ -108,7 +108,10 @@ class Evaluator:
         samples, *flags = map(int, self.ranks.tally("evaluate", [samples, *(name in added_up for name in names)]))
         if not samples:
             raise DataError(
-                f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
+                f"{called} gives no samples: its DataLoader has drop_last=True, and fewer samples than a batch of "
+                f"{source.loader_batch}; set drop_last=False"
+                if source.drop_last
+                else f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
             )
         self._expect_all(samples, source, called)
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
@@ -146,7 +149,7 @@ class Evaluator:
         # All ranks cut alike, by the sizes of all: a window that is cut otherwise on another rank loses samples.
         sizes = self.ranks.gather("evaluate", self.micro_batch)
         cut = plan(sizes, sum(sizes), world_size=self.ranks.size, rank=self.ranks.rank, samples=source.length)
-        return windows(source, lambda: cut, 0, whole=True)
+        return windows(source, lambda: cut, 0, validates=True)
 
     def _results(self, batches: list[Any]) -> list[dict[str, Mean]]:
         """The means of a window's batches; where memory runs out on a rank, it cuts what it has left in half."""
