@@ -79,7 +79,7 @@ def _trial(wanted: str, place: Path, chance: random.Random, result: Result) -> N
 
 
 def _half_written(folder: Path) -> set[Path]:
-    return set(folder.glob(".*.shards.*.tmp"))
+    return set(folder.glob(".step-*.tmp"))
 
 
 def _wait_for_save(folder: Path, number: int, earlier: set[Path]) -> None:
