@@ -54,7 +54,7 @@ def _trial(wanted: str, place: Path, chance: random.Random, result: Result) -> N
     while killed == 0 or (killed < 3 and chance.random() < 0.5):
         earlier = _half_written(folder)
         children = _forked(place, folder)
-        _wait_for_save(folder, chance.randint(1, SAVES - 1), earlier)
+        _wait_for_save(folder, children, chance.randint(1, SAVES - 1), earlier)
         time.sleep(chance.uniform(0.0, SAVE))
         doomed = chance.choice([children, children[:1], children[1:]])
         for child in doomed:
@@ -82,14 +82,16 @@ def _half_written(folder: Path) -> set[Path]:
     return set(folder.glob(".step-*.tmp"))
 
 
-def _wait_for_save(folder: Path, number: int, earlier: set[Path]) -> None:
-    """Returns when so many saves have begun beside the `earlier` ones, or some time after the last was seen."""
+def _wait_for_save(folder: Path, children: list[int], number: int, earlier: set[Path]) -> None:
+    """Returns when so many saves have begun beside the `earlier` ones, when no more come, or the ranks have ended."""
     begun, deadline = set(earlier), time.monotonic() + PATIENCE
     while len(begun) - len(earlier) < number and time.monotonic() < deadline:
         before = len(begun)
         begun |= _half_written(folder)
         if len(begun) > before:
             deadline = time.monotonic() + 10 * SAVE
+        if all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+            return
         time.sleep(0.001)
 
 
