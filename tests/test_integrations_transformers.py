@@ -178,8 +178,6 @@ def test_its_shuffling_is_as_without(tmp_path):
                        train_sampling_strategy="random")  # fmt: skip
         (attach(made, micro_batch=3) if own else made).train()
         runs.append(flat(made.model))
-        micro_batches = 3 if own else 1  # what the probe and the check run is in no log
-        assert sum("own" in entry for entry in made.state.log_history) == micro_batches * made.state.global_step
     assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
 
 
@@ -261,6 +259,8 @@ def test_an_overridden_compute_loss_runs(tmp_path):
                        per_device_train_batch_size=batch)  # fmt: skip
         (attach(made, micro_batch=3) if own else made).train()
         runs.append(flat(made.model))
+        micro_batches = 3 if own else 1  # what the probe and the check run is in no log
+        assert sum("own" in entry for entry in made.state.log_history) == micro_batches * made.state.global_step
     assert moved(runs[1], flat(model("BertForSequenceClassification")), runs[0]) <= EXACT
 
 
