@@ -115,7 +115,7 @@ def texts() -> list[Sample]:
     made = []
     for _ in range(800):
         length = int(8 * 32 ** float(torch.rand((), generator=chance) ** 2))
-        leaning = 0.4 + 0.2 * float(torch.rand((), generator=chance))
+        leaning = 0.3 if float(torch.rand((), generator=chance)) < 0.5 else 0.7
         high = torch.rand(length, generator=chance) < leaning
         tokens = torch.randint(1, 500, (length,), generator=chance) + 500 * high
         made.append({"tokens": tokens, "labels": torch.tensor(int(leaning > 0.5))})
@@ -157,10 +157,10 @@ class Case:
 
 
 CASES = {
-    "digits CNN": Case(lambda: Pictures(False), digits, 256, 80, 12),
-    "BERT-like, mixed lengths": Case(lambda: Text(1000, False), texts, 64, 120, 4),
-    "GPT-2-like, large vocabulary": Case(lambda: Text(10_000, True), language, 32, 160, 5),
-    "ViT-like": Case(lambda: Pictures(True), digits, 256, 110, 12),
+    "digits CNN": Case(lambda: Pictures(False), digits, 256, 80, 40),
+    "BERT-like, mixed lengths": Case(lambda: Text(1000, False), texts, 64, 120, 8),
+    "GPT-2-like, large vocabulary": Case(lambda: Text(10_000, True), language, 32, 160, 8),
+    "ViT-like": Case(lambda: Pictures(True), digits, 256, 110, 40),
 }
 
 
