@@ -117,7 +117,10 @@ def _may_break_off(frame: FrameType | None) -> bool:
 
 def _is_dropped(frame: FrameType) -> bool:
     """Whether Python would drop what is raised in there: at the end of an object, nobody is there to hear it."""
-    return frame.f_code.co_name == "__del__" or frame.f_globals.get("__name__") in ("weakref", "_weakrefset")
+    name, module = frame.f_code.co_name, frame.f_globals.get("__name__")
+    if module == "torch._dynamo.utils":  # its dictionary of weak keys calls these
+        return name in ("<lambda>", "_remove_id")
+    return name == "__del__" or module in ("weakref", "_weakrefset")
 
 
 def _in_main_thread() -> bool:

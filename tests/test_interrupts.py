@@ -122,6 +122,35 @@ def test_one_that_comes_where_python_would_drop_it_is_raised_later():
     assert seen == ["ours"]
 
 
+def test_one_that_comes_while_a_compiled_models_weak_keys_end_is_raised_later():
+    from torch._dynamo.utils import ExactWeakKeyDictionary
+
+    class Keys(ExactWeakKeyDictionary):
+        def _remove_id(self, key):
+            interrupt()
+            len("")
+
+    class Key:
+        pass
+
+    def theirs():
+        kept, key = Keys(), Key()
+        kept[key] = 1
+        del key
+        seen.append("theirs")
+
+    @uninterrupted
+    def work():
+        interruptible(theirs)
+        seen.append("ours")
+        check_interrupt()
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert seen == ["theirs", "ours"]
+
+
 def test_an_error_of_the_users_is_the_context_of_one_that_came_beside_it():
     @uninterrupted
     def work():
