@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from autoaccum.errors import DataError, LossError, SetupError
+from autoaccum.loss.counts import as_number
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from tests.test_loss_objective import WEIGHT, C, N, Net, T, X, classes, counted, error, tensor
@@ -237,3 +238,12 @@ def test_a_loss_without_a_graph_is_all_right_where_nothing_counts_or_gradients_a
     assert objective.terms(X)["loss"].denominator == 0
     with torch.no_grad():
         assert Objective(Net(C), loss=functional.mse_loss).terms((X, tensor(N, C)))["loss"].value > 0
+
+
+def test_an_error_of_the_device_that_a_count_lies_on_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="meta tensors"):  # as whatever ran there before may fail when it is read
+        as_number(torch.zeros((), device="meta"), "reduction", "a count")
+    for wrong in (torch.ones(2), "3", torch.tensor(1j), None):
+        with pytest.raises(LossError, match="reduction gave .* not one number: a count"):
+            as_number(wrong, "reduction", "a count")
+    assert as_number(torch.tensor([3]), "reduction", "a count") == 3.0

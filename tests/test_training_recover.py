@@ -18,7 +18,7 @@ import autoaccum
 from autoaccum.errors import AutoaccumError, DataError, NothingFitsError, StateNotRestoredError
 from autoaccum.planning.plan import plan
 from autoaccum.ranks import Ranks
-from autoaccum.training.events import StopTraining, TrainingWarning
+from autoaccum.training.events import Noted, StopTraining, TrainingWarning
 from autoaccum.training.recover import OptimizerOutOfMemoryError
 from autoaccum.training.smaller import Replays, cut_smaller
 from tests.ranks_started import started
@@ -571,6 +571,35 @@ def test_out_of_memory_at_a_size_that_the_probe_ran_costs_a_twentieth_of_it_and_
     assert (limit, smaller.limits) == (38, (38,))
     assert replays.shrink(smaller, 38, True, Ranks(), step=1)[1] == 19
     assert Replays(None, verified=40).shrink(plan(40, 80), 30, True, Ranks(), step=1)[1] == 15, "not near"
+
+
+class Straining:
+    """A device whose allocator empties its cache in each window of micro-batches above a size."""
+
+    def __init__(self, device, loop, above):
+        self._device, self._loop, self._above, self.count = device, loop, above, 0
+
+    def __getattr__(self, name):
+        return getattr(self._device, name)
+
+    def retries(self):
+        self.count += self._loop.plan.micro_batch > self._above
+        return self.count
+
+
+def test_where_the_allocator_retries_window_after_window_micro_batches_become_somewhat_smaller():
+    notes = []
+    loop = prepared(body(), epochs=4, callbacks=[notes.append])
+    for turn in loop._turns.all:
+        turn.safe._device = Straining(loop._device, loop, above=7)
+    sizes = []
+    for record in loop:
+        sizes.append((record.micro_batches, loop.plan.limits))
+    assert sizes[0] == (2, (8,))
+    assert sizes[-1] == (3, (7,))
+    (told,) = [note.text for note in notes if isinstance(note, Noted) and "emptied its cache" in note.text]
+    assert "micro-batches of at most 7 from step" in told
+    assert sum(limits == (8,) for _, limits in sizes) == 3, "three windows of it, and one more that shows it goes on"
 
 
 class Keeping:

@@ -88,10 +88,12 @@ def as_denominator(value: Any, source: str) -> float:
 
 def as_number(value: Any, source: str, meaning: str) -> float:
     """`value`, which `source` gave, as one number; a tensor of one element is read. A LossError for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()  # an error of the device's, which may come here, stays what it is
     try:
-        if not isinstance(value, str):
+        if not isinstance(value, (str, Tensor)):
             return float(value)
-    except (OverflowError, RuntimeError, TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         pass
     kind = type(value).__name__ + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
     raise LossError(f"{source} gave {shown(value)}, a {kind}, and not one number: {meaning}")

@@ -30,7 +30,7 @@ from autoaccum.memory.oom import out_of_memory as judge
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, WindowReplayed
-from autoaccum.training.smaller import Replays, cut_in_half, cut_smaller, with_floor
+from autoaccum.training.smaller import PERSISTENT, Replays, cut_in_half, cut_smaller, with_floor
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.record import StepRecord
 from autoaccum.window.window_start import WindowStart
@@ -77,6 +77,8 @@ class SafeWindow:
         self._accumulator, self._device, self._events = accumulator, device, events
         self._start = WindowStart(modules, device.torch_device, noted)
         self.replays = Replays(regrow_after, verified)
+        self._strained = 0  # windows in a row in which the allocator had to empty its cache
+        self._easing = False
         self._kept = False  # each rank that ran out had kept freed blocks, and has given them back since
         self.inside = False
         self.broken: str | None = None
@@ -93,6 +95,7 @@ class SafeWindow:
         self._accumulator.epoch = window.epoch
         self.inside = True
         self._start.mark()
+        retries = self._device.retries()
         versions = _versions(window)
         try:
             self._run(window, versions)
@@ -101,11 +104,24 @@ class SafeWindow:
             raise
         record = self._finish(window)
         self.inside = False
+        self._strained = self._strained + 1 if self._device.retries() > retries else 0
+        if self._easing:
+            self._ease()
         grown = self.replays.grow(self._accumulator.plan)
         if grown is not None:
             self._accumulator.plan = grown
             self._events.note(f"windows have run undisturbed: micro-batches of {grown.micro_batch} are tried again")
         return record
+
+    def _ease(self) -> None:
+        """Somewhat smaller micro-batches, since a rank's allocator has retried window after window."""
+        accumulator = self._accumulator
+        strained = self._strained > PERSISTENT
+        plan = self.replays.ease(accumulator.plan, strained, accumulator.ranks, accumulator.step + 1)
+        if plan is not accumulator.plan:
+            accumulator.plan = plan
+            self._events.note(plan.reasons["limit"])
+        self._strained, self._easing = 0, False
 
     def _run(self, window: Window, versions: Sequence[int]) -> None:
         """Forward and backward of all pieces, until memory is enough on all ranks; a DataError where the model wrote
@@ -148,8 +164,8 @@ class SafeWindow:
         """Whether memory ran out on any rank, and whether a micro-batch was too small on any."""
         wants = self._accumulator.ranks.rank == 0 and self._wants_checkpoint()
         short = ran_out and not self._device.keeps  # else its holes may have been what was missing
-        votes = self._accumulator.vote([ran_out, too_small, wants, short])
-        ran_out, too_small, self.overdue, short = map(bool, votes)
+        votes = self._accumulator.vote([ran_out, too_small, wants, self._strained >= PERSISTENT, short])
+        ran_out, too_small, self.overdue, self._easing, short = map(bool, votes)
         self._kept = ran_out and not short
         return ran_out, too_small
 

@@ -21,6 +21,9 @@ __all__ = ["Replays", "cut_in_half", "cut_smaller", "plan_for", "with_floor"]
 
 # Of a size that the probe ran, or that is nearly as large: memory was short by little, and half of it is not needed.
 NOTCH, NEAR = 0.95, 0.9
+# A retry of the allocator gives its cache back to the device and takes it anew, at every window: after so many in a row
+# they will not end by themselves.
+PERSISTENT = 3
 
 
 class Replays:
@@ -84,6 +87,25 @@ class Replays:
             smaller = dataclasses.replace(smaller, by_length=scaled(plan.by_length, 1, 2, plan.minimum))
         self.before, self.undisturbed = self.before or plan, 0
         return smaller, smaller.limits[plan.rank] if ran_out else max(largest, 1)
+
+    def ease(self, plan: Plan, strained: bool, ranks: Ranks, step: int) -> Plan:
+        """The plan with a somewhat smaller limit on each rank that is `strained`, whose allocator retries.
+
+        All ranks call this. Where no smaller limit makes the batch, or windows are cut by length, it stays as it is.
+        """
+        now = plan.limits[plan.rank]
+        less = max(min(int(now * NOTCH), now - 1), plan.minimum) if strained else now
+        limits = ranks.gather(f"the allocator's retries by step {step}", less)
+        if plan.by_length or tuple(limits) == tuple(plan.limits):
+            return plan
+        text = (
+            f"the allocator emptied its cache in each of the last {PERSISTENT} windows, which is slow: micro-batches "
+            f"of at most {max(limits)} from step {step} on; the batch stays {plan.target_batch}"
+        )
+        try:
+            return dataclasses.replace(plan, limits=tuple(limits)).with_limit(max(limits), text)
+        except PlanError:
+            return plan
 
     def grow(self, plan: Plan) -> Plan | None:
         """Counts a window that ran; after enough of them, the plan from before, which is tried under the same guard."""
