@@ -104,25 +104,13 @@ def test_our_code_inside_the_users_is_not_broken_off_either():
     assert seen == ["ours", "theirs"]
 
 
-def test_one_that_comes_where_python_would_drop_it_is_raised_later():
-    class Ends:
-        def __del__(self):
-            interrupt()
-            len("")
-
-    @uninterrupted
-    def work():
-        interruptible(Ends)
-        seen.append("ours")
-        check_interrupt()
-
-    seen = []
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    assert seen == ["ours"]
+class Ends:
+    def __del__(self):
+        interrupt()
+        len("")
 
 
-def test_one_that_comes_while_a_compiled_models_weak_keys_end_is_raised_later():
+def weak_key_ends():
     from torch._dynamo.utils import ExactWeakKeyDictionary
 
     class Keys(ExactWeakKeyDictionary):
@@ -133,22 +121,23 @@ def test_one_that_comes_while_a_compiled_models_weak_keys_end_is_raised_later():
     class Key:
         pass
 
-    def theirs():
-        kept, key = Keys(), Key()
-        kept[key] = 1
-        del key
-        seen.append("theirs")
+    kept, key = Keys(), Key()
+    kept[key] = 1
+    del key
 
+
+@pytest.mark.parametrize("ends", [Ends, weak_key_ends], ids=["an object", "a weak key of torch's compiler"])
+def test_one_that_comes_where_python_would_drop_it_is_raised_later(ends):
     @uninterrupted
     def work():
-        interruptible(theirs)
+        interruptible(ends)
         seen.append("ours")
         check_interrupt()
 
     seen = []
     with pytest.raises(KeyboardInterrupt):
         work()
-    assert seen == ["theirs", "ours"]
+    assert seen == ["ours"]
 
 
 def test_an_error_of_the_users_is_the_context_of_one_that_came_beside_it():
