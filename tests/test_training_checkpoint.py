@@ -405,13 +405,15 @@ def test_resume_true_wants_a_checkpoint_false_starts_anew_and_auto_takes_what_th
     assert prepared(tmp_path).step == 20
 
 
-def test_checkpoints_of_before_they_were_folders_are_told_of_and_left_alone(tmp_path):
-    old = tmp_path / "step-00000004-epoch-0-window-4.pt"
-    old.write_bytes(b"x")
+def test_checkpoints_of_before_they_were_folders_are_told_of_and_set_aside_with_their_record(tmp_path):
+    old = {f"step-00000004-epoch-0-window-4{end}": f"their {end}" for end in (".pt", ".json")}
+    for name, text in (old := {**old, "plan.json": "theirs", "metrics.jsonl": "their steps"}).items():
+        (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=r"step-00000004-epoch-0-window-4\.pt is a checkpoint of an earlier"):
         prepared(tmp_path).run()
     run_until(3, tmp_path, resume=False)
-    assert old.read_bytes() == b"x"
+    assert {path.name: path.read_text() for path in (tmp_path / "earlier-1").iterdir()} == old
+    assert prepared(tmp_path).step == 3
 
 
 def test_settings_that_need_a_folder_say_so_when_there_is_none(tmp_path):
@@ -724,6 +726,8 @@ def test_the_folder_has_the_runs_record_and_each_step_once(tmp_path):
 
     assert autoaccum.Plan.load(tmp_path / "plan.json") == loop.plan
     assert json.loads((tmp_path / "report.json").read_text()) is None
+    runs = json.loads((tmp_path / "environment.json").read_text())["runs"]
+    assert [(run["resumed_at"], run["torch"]) for run in runs] == [(0, torch.__version__), (6, torch.__version__)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["record"]["step"] for line in lines if line["event"] == "step"] == list(range(1, 21))
     assert [line["event"] for line in lines if line["event"] in ("start", "end")] == ["start", "start", "end"]

@@ -38,7 +38,7 @@ __all__ = ["ABOUT", "KEPT", "STATE", "Checkpoints", "Entry", "Failure"]
 KEPT = 3  # the last ones; and the one with the lowest validation loss
 SCHEMA = 2
 STATE, ABOUT = "state.pt", "about.json"
-RECORD_FILES = ("plan.json", "report.json", "metrics.jsonl")
+RECORD_FILES = ("plan.json", "report.json", "environment.json", "metrics.jsonl")
 
 # What writing a file can fail with: torch reports a full disk as a RuntimeError, a host without memory as either.
 Failure = (OSError, RuntimeError, MemoryError)
@@ -48,6 +48,7 @@ _DAMAGED = (OSError, RuntimeError, UnpicklingError, ValueError, LookupError, Typ
             AssertionError)  # fmt: skip
 
 _NAME = re.compile(r"step-([0-9]{8,18})-epoch-([0-9]{1,18})-window-([0-9]{1,18})")
+_EARLIER = (".pt", ".json", ".shards")  # what a checkpoint was before it was a folder
 _ASIDE = re.compile(r"earlier-([0-9]{1,9})")
 _CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
 
@@ -116,10 +117,10 @@ class Checkpoints:
         A CheckpointError where one has code in it, cannot be read for want of a permission, or is from before
         checkpoints were folders.
         """
-        older = [path for path in self.folder.glob("step-*.pt") if Entry.of(path.stem)]
+        older = self._older()
         if older and not self.entries():
             raise CheckpointError(
-                f"{max(older)} is a checkpoint of an earlier development version, which this one does not read: give "
+                f"{older[0]} is a checkpoint of an earlier development version, which this one does not read: give "
                 "another folder, or resume=False to start anew"
             )
         for path in self._partial():
@@ -143,6 +144,11 @@ class Checkpoints:
         """What a training has left half-written; whatever else is called .tmp is the user's."""
         found = ((path, partial_of(path)) for path in self.folder.glob(".*.tmp"))
         return [path for path, name in found if name in RECORD_FILES or (name and Entry.of(name))]
+
+    def _older(self) -> list[Path]:
+        """What checkpoints were made of before they were folders, the newest first."""
+        found = (path for path in self.folder.glob("step-*") if path.suffix in _EARLIER and Entry.of(path.stem))
+        return sorted(found, reverse=True)
 
     def _about(self, entry: Entry) -> dict[str, Any]:
         """What a checkpoint's about.json says, each value checked; a ValueError where it was not written here."""
@@ -219,15 +225,15 @@ class Checkpoints:
             behind = resumed is not None and entry > resumed  # damaged: this training will come to it again
             if behind or not (self.path(entry) / ABOUT).exists():
                 _mark_damaged(self.path(entry))
-        entries = self.entries()
-        if resumed is not None or not entries:
+        theirs = [entry.name for entry in reversed(self.entries())] + [path.name for path in self._older()]
+        if resumed is not None or not theirs:
             return None
         numbers = [int(found[1]) for path in self.folder.iterdir() if (found := _ASIDE.fullmatch(path.name))]
         aside = self.folder / f"earlier-{max(numbers, default=0) + 1}"
         aside.mkdir()
         # The newest first: whatever ends this half-way, no other checkpoint of theirs becomes the newest.
         try:
-            for name in (*(entry.name for entry in reversed(entries)), *RECORD_FILES):
+            for name in (*theirs, *RECORD_FILES):
                 if (self.folder / name).exists():
                     (self.folder / name).rename(aside / name)
         except OSError:

@@ -248,7 +248,7 @@ class TrainingLoop:
             seed_everything(mix(self._seed, rank) if rank else self._seed)  # no two ranks drop out alike
         if self.folder is not None:
             self.state_dict()  # what cannot be saved is refused now, and not when an hour's work is to be saved
-            self.folder.begin(self.plan, self.probe)
+            self.folder.begin(self.plan, self.probe, self._device)
         budget = self._budget.bytes if self._budget is not None else None
         self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
 

@@ -1,9 +1,10 @@
 """A run's folder: when checkpoints are saved to it and found in it, and the record of the run beside them.
 
-    plan.json       the plan as it is now
-    report.json     what the probe found; null where it did not run
-    metrics.jsonl   every event, a line each; steps that a resumed run takes again are dropped
-    step-*/         the checkpoints
+    plan.json          the plan as it is now
+    report.json        what the probe found; null where it did not run
+    environment.json   versions, device and command, each time the run was started
+    metrics.jsonl      every event, a line each; steps that a resumed run takes again are dropped
+    step-*/            the checkpoints
 
 - Checkpoints come every so many steps where that was asked for, else at the end of each epoch and whenever ten minutes
   have passed since the last: an epoch may take days. The first rank's clock decides that for all.
@@ -15,11 +16,14 @@
 - What torchrun restarts after a failure goes on also with resume=False, which its first start has obeyed.
 """
 
+import contextlib
 import io
 import json
 import math
 import os
+import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +36,8 @@ from torch import Tensor
 from autoaccum.checks import check_kind, typed
 from autoaccum.data.mapped import is_dead_worker
 from autoaccum.errors import CheckpointError, SetupError
-from autoaccum.files import partial_path, write_json
+from autoaccum.files import partial_path, read_json, write_json
+from autoaccum.memory.budget import Device
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import Ranks, told
@@ -136,7 +141,7 @@ class RunFolder:
 
     # --- saving ---
 
-    def begin(self, plan: Plan, probe: ProbeReport | None) -> None:
+    def begin(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
         """Keeps other trainings out of the folder. The first time, readies it and begins the record.
 
         A CheckpointError where another training writes there, or has done so since this one was prepared or left.
@@ -144,7 +149,7 @@ class RunFolder:
         if not self.writes:
             return
         if self._metrics is None:
-            self._to_begin = lambda: self._make_ready(plan, probe)
+            self._to_begin = lambda: self._make_ready(plan, probe, device)
         try:
             self._enter()
         except Failure as error:
@@ -171,7 +176,7 @@ class RunFolder:
         if self._to_begin is not None:
             self._to_begin()
 
-    def _make_ready(self, plan: Plan, probe: ProbeReport | None) -> None:
+    def _make_ready(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
         aside = self.checkpoints.begin(self._resumed)
         metrics = JsonlSink(self.folder / "metrics.jsonl", follow=False)
         metrics.cut(self._cut)
@@ -180,6 +185,7 @@ class RunFolder:
         report = self.folder / "report.json"
         if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
             write_json(report, None if probe is None else probe.to_dict())
+        self._record_start(device)
         self._record_plan(plan)
         self._metrics, self._to_begin = metrics, None
         self._events.add(metrics)
@@ -260,6 +266,22 @@ class RunFolder:
         if plan != self._plan:
             write_json(self.folder / "plan.json", plan.to_dict(), checksum=True)
             self._plan = plan
+
+    def _record_start(self, device: Device) -> None:
+        from autoaccum import __version__
+
+        path, runs = self.folder / "environment.json", []
+        if self._resumed is not None:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # gone or damaged: begun anew
+                runs = list(read_json(path)["runs"])
+        start = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "resumed_at": 0 if self._resumed is None else self._resumed.step,
+            "autoaccum": __version__, "torch": torch.__version__, "cuda": torch.version.cuda,
+            "python": platform.python_version(), "platform": platform.platform(),
+            "device": device.name, "device_bytes": device.total(), "ranks": self._ranks.size, "command": sys.argv,
+        }  # fmt: skip
+        write_json(path, {"runs": [*runs, start]}, private=True)  # a command may have a password in it
 
     def poll(self, *, wait: bool = False) -> None:
         """Tells of the checkpoint that was finished beside the training, if one was."""
