@@ -2,8 +2,10 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
+from autoaccum.display.plots import search_plot
 from autoaccum.display.search_table import TrialLines, table_of
 from autoaccum.display.terminal import search_view
 
@@ -42,19 +44,42 @@ def test_the_table_has_parameters_value_state_sizes_and_memory():
 
 def test_each_trial_gets_one_line_when_it_ends():
     console, now, rows = Console(file=io.StringIO(), width=120), [0.0], ROWS[:2]
-    lines = TrialLines(console, lambda: rows, "optuna-dashboard x", clock=lambda: now[0])
+    lines = TrialLines(console, lambda: rows, 9, "optuna-dashboard x", clock=lambda: now[0])
     rows = ROWS
     lines.look()
     first = console.file.getvalue().splitlines()
     now[0] = 2.0
     for _ in range(2):
         lines.look()
-    lines.show()
+    lines.close()
     found = console.file.getvalue().splitlines()
 
     assert [line.split()[1] for line in first[1:]] == ["0", "1"], "not looked at every moment"
     assert found[0] == "optuna-dashboard x"
     assert [line.split()[1] for line in found[1:]] == ["0", "1", "2", "3", "4", "5"]
+    assert "complete      2 × 32          1.0 MiB     2.0 s  lr=0.01  target_batch=64" in found[1]
+
+
+def test_on_a_terminal_the_trials_are_a_table_with_the_time_left():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, _environ={})
+    lines = TrialLines(console, lambda: ROWS, 30, "optuna-dashboard x", workers=2)
+    lines.close()
+    text = console.file.getvalue()
+
+    for word in ("6 of 30 trials, about 24 s left", "k × micro", "does not fit", "running", "optuna-dashboard x"):
+        assert word in text
+
+
+def test_a_searchs_picture_has_history_importance_and_values_over_batch_and_rate(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    alone = {**RESULT, "importance": {}, "trials": [row(0, value=-0.7, params={})]}
+    for name, result in {"all": RESULT, "alone": alone}.items():
+        search_plot(result, tmp_path / f"{name}.svg")
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        search_plot(RESULT, tmp_path / "words.svg")
+    words = (tmp_path / "words.svg").read_text()
+    for word in ("Best loss 0.2, trial 1", "best so far", "What mattered", "80%", "learning rate, before scaling"):
+        assert word in words
 
 
 def test_the_result_names_the_best_its_weights_and_what_to_look_at():
@@ -73,7 +98,7 @@ def test_the_result_names_the_best_its_weights_and_what_to_look_at():
 def test_a_trial_that_failed_says_why_in_its_line():
     console = Console(file=io.StringIO(), width=60, force_terminal=False)
     rows = [row(0), row(1, "error", None, error={"type": "RuntimeError", "message": "no width of 5"})]
-    TrialLines(console, lambda: rows)
+    TrialLines(console, lambda: rows, 2)
     first, second = console.file.getvalue().splitlines()
     assert "Error" not in first
     assert second.endswith("RuntimeError: no width of 5")

@@ -938,7 +938,7 @@ def test_what_is_there_to_go_on_from_is_its_owners_alone(tmp_path):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     public = {name for name, mode in modes.items() if mode == 0o644}
-    assert public == {"plan.json", "report.json", "metrics.jsonl"}
+    assert public == {"plan.json", "report.json", "metrics.jsonl"}, "environment.json has the command"
     assert {mode for name, mode in modes.items() if name not in public} == {0o600}
     assert [path.stat().st_mode & 0o777 for path in tmp_path.glob("step-*")] == [0o700]
 

@@ -47,7 +47,7 @@ def _space(values: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--trust-storage", is_flag=True, help="Let a sampler unpickle what stands in the study.")
 @takes_all("search")
 @new_file("save", "Save the result: the best plan and parameters, for fit --plan FILE.")
-@new_picture("Draw the values of the trials in their order.")
+@new_picture("Draw history, importance, and values over batch and learning rate.")
 def search(
     *,
     target: str,

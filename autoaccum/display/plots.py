@@ -17,7 +17,7 @@ from autoaccum.units import GIB, KIB, MIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["picture_format", "probe_plot"]
+__all__ = ["picture_format", "probe_plot", "search_plot"]
 
 _CURVE, _CHOSEN, _BUDGET, _INK = "#0072B2", "#D55E00", "#000000", "#333333"
 # A part has the same colour in every picture; what is not among them has one of the rest.
@@ -56,6 +56,28 @@ def probe_plot(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         _moments(second, report, timeline, frame)
     if savers:
         _speeds(figure.add_subplot(grid[number - 1]), savers)
+    figure.savefig(path, format=suffix)
+
+
+def search_plot(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes the picture of a SearchResult's `to_dict()` to `path`, as `probe_plot` does.
+
+    Left: the value of each trial, and the best so far. Then, where they are known: the parameters' importance, and the
+    value over target batch and learning rate as searched.
+    """
+    suffix = picture_format(path)
+    from matplotlib.figure import Figure
+
+    found = [row for row in result["trials"] if row["value"] is not None and row["state"] in ("complete", "pruned")]
+    both = [row for row in found if row["target_batch"] and row["params"].get("lr")]
+    number = 1 + bool(result["importance"]) + bool(both)
+    figure = Figure(figsize=(5.1 * number, 4.4), dpi=150, layout="constrained")
+    first, *others = figure.subplots(1, number, squeeze=False)[0]
+    _history(first, result, found)
+    if result["importance"]:
+        _importance(others.pop(0), result["importance"])
+    if both:
+        _landscape(others[0], result, both)
     figure.savefig(path, format=suffix)
 
 
@@ -140,6 +162,58 @@ def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
     panel.set_xlabel("micro-batch")
     panel.set_ylabel("samples a second")
     _dress(panel, "Throughput by memory saver", legend=2)
+
+
+def _history(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Values in the order of the trials."""
+    metric, best = result["metric"].replace("_", " "), min if result["direction"] == "minimize" else max
+    for state, marker, colour in (("complete", "o", _CURVE), ("pruned", "v", "#999999")):
+        if pairs := [(row["number"], row["value"]) for row in rows if row["state"] == state]:
+            panel.plot(*zip(*pairs, strict=True), marker, color=colour, label=f"{state} ({len(pairs)})", zorder=3)
+    done = [(row["number"], row["value"]) for row in rows if row["state"] == "complete"]
+    so_far = list(itertools.accumulate((value for _, value in done), best))
+    panel.step([number for number, _ in done], so_far, where="post", color=_CHOSEN, lw=2, label="best so far")
+    if min(row["value"] for row in rows) > 0:  # one that went astray would press the others flat
+        panel.set_yscale("log")
+    panel.set_xlabel("trial")
+    panel.set_ylabel(metric)
+    _dress(panel, f"Best {metric} {result['best_value']:.4g}, trial {result['best_number']}", legend=3)
+
+
+def _importance(panel: "Axes", shares: Mapping[str, float]) -> None:
+    """Shares of the parameters, the largest on top."""
+    names = sorted(shares, key=lambda name: shares[name])
+    bars = panel.barh([name.replace("_", " ") for name in names], [shares[name] for name in names], color=_CURVE)
+    panel.bar_label(bars, fmt="{:.0%}", padding=3, fontsize=9)
+    panel.set_xlim(0, 1.18 * max(shares.values()))
+    panel.set_xlabel("share of the difference")
+    _dress(panel, "What mattered")
+
+
+def _landscape(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """The value by colour over target batch and learning rate; pruned trials at their last value."""
+    values, least = [row["value"] for row in rows], result["direction"] == "minimize"
+    middle = sorted(values)[len(values) // 2]
+    low, high = (min(values), middle) if least else (middle, max(values))  # the better half can be told apart
+    for state, marker in (("pruned", "v"), ("complete", "o")):
+        if some := [row for row in rows if row["state"] == state]:
+            drawn = panel.scatter(
+                [row["target_batch"] for row in some], [row["params"]["lr"] for row in some],
+                c=[row["value"] for row in some], cmap="viridis" if least else "viridis_r", vmin=low, vmax=high,
+                marker=marker, ec=_INK, lw=0.5, label=state, zorder=3,
+            )  # fmt: skip
+    for row in rows:
+        if row["number"] == result["best_number"]:
+            best = (row["target_batch"], row["params"]["lr"])
+            panel.scatter(*best, s=190, fc="none", ec=_CHOSEN, lw=2, label="best", zorder=4)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    sizes = sorted({row["target_batch"] for row in rows})
+    panel.set_xticks(sizes, labels=list(map(str, sizes)))
+    panel.set_xlabel("target batch")
+    panel.set_ylabel("learning rate, before scaling")
+    _dress(panel, f"{result['metric'].replace('_', ' ').capitalize()} by batch and learning rate", legend=3)
+    panel.figure.colorbar(drawn, ax=panel, extend="both")
 
 
 def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, Any], frame: _Frame) -> None:

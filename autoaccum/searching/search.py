@@ -175,7 +175,9 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
             from autoaccum.display.layout import open_console
             from autoaccum.display.search_table import TrialLines
 
-            told = TrialLines(open_console(), lambda: rows_of(study), dashboard)
+            told = TrialLines(
+                open_console(), lambda: rows_of(study), job.n_trials, dashboard, workers=len(spots)
+            )  # fmt: skip
         heard = (lambda: None) if told is None else told.look
         try:
             if len(spots) > 1 or "device" in spots[0]:
@@ -183,7 +185,7 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
             Worker(job, study, heard=heard).run()  # after workers, what others have left
         finally:
             if told is not None:
-                told.show()
+                told.close()
     with telling_of(job.place, opening=True):
         result = result_of(study, job, dashboard)
     result.save(job.folder / "best.json")

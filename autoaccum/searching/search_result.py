@@ -120,22 +120,15 @@ class SearchResult(Drawn):
         write_file(Path(path), values)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the values of the trials in their order, as Optuna does; its dashboard has more.
+        """Draws the trials' values in their order, the parameters' importance, and values over batch and rate.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
             SetupError: it cannot write that format.
         """
-        from autoaccum.display.plots import picture_format
+        from autoaccum.display.plots import search_plot
 
-        suffix = picture_format(path)
-        from matplotlib import pyplot
-
-        with hushed():
-            draw = load_optuna().visualization.matplotlib.plot_optimization_history
-            figure = draw(self.study, target_name=self.metric.replace("_", " ")).figure
-        figure.savefig(path, format=suffix, bbox_inches="tight")
-        pyplot.close(figure)
+        search_plot(self.to_dict(), path)
 
 
 def _are_plain(values: Any) -> bool:
