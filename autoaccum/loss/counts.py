@@ -15,7 +15,7 @@ from autoaccum.data.structure import Reading
 from autoaccum.errors import DataError, LossError, shown
 
 __all__ = [
-    "CUTS", "IGNORED", "ClassWeights", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
+    "CUTS", "IGNORED", "Count", "as_denominator", "as_number", "countable", "elements", "holds_indices",
     "ignored_by", "other_than", "samples", "tokens",
 ]  # fmt: skip
 
@@ -52,27 +52,6 @@ def elements(targets: Any) -> float:
             "or declare reduction=f(batch)"
         )
     return float(targets.numel())
-
-
-class ClassWeights:
-    """Sums of class weights, of which a copy lies on the host whatever device the loss is on."""
-
-    def __init__(self) -> None:
-        self._source: Tensor | None = None
-        self._version = -1
-        self._host = torch.empty(0)
-
-    def total(self, targets: Tensor, weights: Tensor | None, ignore_index: int) -> float:
-        """Σ weights[t] over the `targets` t, class indices of any shape, other than `ignore_index`; None: each 1."""
-        if weights is None:
-            return tokens(targets, ignore_index)
-        version = -1 if weights.is_inference() else weights._version
-        if self._source is not weights or self._version != version:
-            # A copy to the host waits for the device: done again only where the weights were changed.
-            self._source, self._version = weights, version
-            self._host = weights.detach().to("cpu", torch.float64)
-        counted = targets[targets != ignore_index].to("cpu", torch.long)
-        return float(self._host[counted].sum())
 
 
 def as_denominator(value: Any, source: str) -> float:

@@ -151,24 +151,28 @@ class Shared:
 
 
 class Representations:
-    """What `encode` gave for a whole window, detached, with one row a sample; the leaves of the loss's graph.
+    """What `coupled.encode` gave for a whole window, detached, with one row a sample; the leaves of the loss's graph.
 
     Room for all samples is made when the first micro-batch is entered, so that no second copy of them ever stands
     beside the first.
+
+    Attributes:
+        samples: of the window.
+        batch: theirs, on the device; None where the loss does not take it.
+        filled: samples that were entered.
+        first_row: where those of this rank begin.
+        leads: whether this rank gives what all samples share its gradient: the first that has samples.
     """
 
-    def __init__(self, shared: Shared, samples: int) -> None:
-        """Makes room for nothing yet.
-
-        Args:
-            shared: which leaves belong to no sample.
-            samples: of the window on this rank.
-        """
-        self._shared, self._samples = shared, samples
+    def __init__(self, coupled: Coupled, shared: Shared, samples: int) -> None:
+        """Makes room for nothing yet; `shared`: which leaves belong to no sample, `samples` are this rank's."""
+        self.coupled, self._shared, self.samples = coupled, shared, samples
+        self.batch: Any = None
         self._outputs: Any = None  # the first micro-batch's, whose nesting all have
         self._leaves: dict[str, Tensor] = {}
         self._rows: set[str] = set()  # the leaves that have one row a sample
-        self.filled = 0
+        self.filled = self.first_row = 0
+        self.leads = True
 
     def enter(self, outputs: Any, samples: int) -> None:
         """Takes in one micro-batch's.
@@ -197,8 +201,8 @@ class Representations:
         """Fills the rows that no micro-batch was run for with those there are, over and over: a rehearsal's window."""
         for path in self._rows:
             leaf = self._leaves[path]
-            for start in range(self.filled, self._samples, self.filled):
-                stop = min(start + self.filled, self._samples)
+            for start in range(self.filled, self.samples, self.filled):
+                stop = min(start + self.filled, self.samples)
                 leaf[start:stop] = leaf[: stop - start]
 
     def leaves(self) -> dict[str, Tensor]:
@@ -215,10 +219,10 @@ class Representations:
         """Puts the rows of all ranks in the place of this one's."""
         self._leaves.update(rows)
 
-    def whole(self) -> Any:
-        """All of them, nested as `encode` gave them."""
+    def loss(self) -> Any:
+        """What the loss gives for all of them, nested as `encode` gave them, and the window's batch."""
         remaining = iter(self._leaves.values())
-        return tree.map_tensors(lambda _: next(remaining), self._outputs)
+        return self.coupled.over(tree.map_tensors(lambda _: next(remaining), self._outputs), self.batch)
 
     def is_shared(self, path: str) -> bool:
         """Whether the leaf belongs to no sample."""
@@ -228,7 +232,7 @@ class Representations:
         if path in self._shared.paths:
             return tensor.clone()
         self._rows.add(path)
-        return tensor.new_empty((self._samples, *tensor.shape[1:]))
+        return tensor.new_empty((self.samples, *tensor.shape[1:]))
 
     def _write(self, path: str, tensor: Tensor, samples: int) -> None:
         leaf = self._leaves[path]

@@ -7,6 +7,7 @@ refused here, before anything runs.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from autoaccum.checks import check_call
@@ -14,7 +15,6 @@ from autoaccum.errors import DataError, SetupError, shown
 from autoaccum.loss.call import TARGET_KEYS, arrange, name_of, targets_in
 from autoaccum.loss.counts import (
     CUTS,
-    ClassWeights,
     Count,
     as_denominator,
     elements,
@@ -67,16 +67,20 @@ def declared(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None)
         "declared",
         how,
         gives_sums=not auto and torch_loss is not None and torch_loss.reduction in ("sum", "none"),
-        cuts=[counts.labels(reduction, cut) for cut in CUTS] if finds_out else (),
+        cuts=[counts.count(reduction, cut=cut) for cut in CUTS] if finds_out else (),
     )
+
+
+_OVER = {"sample_mean": "samples", "token_mean": "classes", "weighted_mean": "classes", "element_mean": "elements"}
 
 
 class _Counts:
     """What a reduction counts in a batch; the settings of the loss are read at each count."""
 
     def __init__(self, loss: Any, step: Any, torch_loss: TorchLoss | None) -> None:
-        self._loss, self._step, self._torch, self._weights = loss, step, torch_loss, ClassWeights()
+        self._loss, self._step, self._torch = loss, step, torch_loss
         self._settings = loss if torch_loss is None else torch_loss.settings
+        self._on_host: tuple[Tensor, int, Tensor] | None = None  # class weights, their version, a copy
 
     def divisor(self, how: Any) -> Divisor:
         """Of one term, as it was declared, or torch's own loss has it."""
@@ -86,42 +90,52 @@ class _Counts:
             return Divisor(rules=[Count(f"{name}(batch)", "", of)], confirmed=TRUSTED)
         if how == "sum":
             return Divisor("constant")
-        own = self._torch if how == "auto" else None
-        kind, over = "count", _OVER.get(how, "classes")
-        if own is not None:
-            kind, over = "constant" if own.reduction == "sum" else "count", own.over
+        if how != "auto" or self._torch is None:
+            return Divisor(rules=[self.count(how, _OVER[how])], confirmed=TRUSTED)
+        return Divisor(
+            "constant" if self._torch.reduction == "sum" else "count", [self.count(how, self._torch.over)], TRUSTED
+        )
+
+    def count(self, how: str, over: str = "classes", cut: str = "") -> Count:
+        """Of a mean over "samples", "elements" of the targets, their "rows" or "classes", without what is shifted away.
+
+        Classes that are ignored do not count; others by their weight, where the loss has weights.
+        """
+        name = "the elements of the targets" if over == "elements" else "the samples"
         if over == "classes":
-            count = self.labels(how)
-        elif over == "samples":
-            count = Count("the samples", how, samples)
-        elif over == "elements":
-            count = Count("the elements of the targets", how, lambda batch: elements(self._targets(batch, how)))
-        else:
-            count = Count("the samples", how, lambda batch: _rows(self._targets(batch, how), -1))
-        return Divisor(kind, [count], TRUSTED)
+            name = other_than(ignored_by(self._settings), cut)
+            weighted = how == "weighted_mean" or (how == "auto" and self.class_weights is not None)
+            name = f"the class weights of {name}" if weighted else name
+        return Count(name, how, lambda batch: self._amount(batch, how, over, cut))
 
-    def labels(self, how: str, cut: str = "") -> Count:
-        """Of the labels that count, or their class weights; without those that a head shifts away."""
-        name = other_than(ignored_by(self._settings), cut)
-        weighted = how == "weighted_mean" or (how == "auto" and self.class_weights is not None)
+    def _amount(self, batch: Any, how: str, over: str, cut: str) -> float:
+        if over == "samples":
+            return samples(batch)
+        targets = self._targets(batch, how)
+        if over == "classes" and holds_indices(targets):
+            return self._classes(CUTS[cut](targets) if targets.dim() == 2 else targets, how)
+        if over != "classes":
+            return elements(targets) / (1 if over == "elements" else int(targets.shape[-1]))
+        if how == "auto" and isinstance(targets, Tensor) and targets.dim() > 1:
+            # Class probabilities, (samples, classes, ...): torch divides by samples × places, even with weights.
+            return elements(targets) / int(targets.shape[1])
+        kind = f"of {targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
+        raise DataError(
+            f"the targets are {kind}, and {'the loss' if how == 'auto' else f'reduction={how!r}'} counts class "
+            "indices, which are integers (targets.long()), or class probabilities of shape (samples, classes, "
+            "...): for others use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
+        )
 
-        def of(batch: Any) -> float:
-            targets = self._targets(batch, how)
-            if how == "auto" and isinstance(targets, Tensor) and targets.dim() > 1 and not holds_indices(targets):
-                # Class probabilities, (samples, classes, ...): torch divides by samples × places, even with weights.
-                return _rows(targets, 1)
-            if not holds_indices(targets):
-                kind = f"of {targets.dtype}" if isinstance(targets, Tensor) else f"a {type(targets).__name__}"
-                raise DataError(
-                    f"the targets are {kind}, and {'the loss' if how == 'auto' else f'reduction={how!r}'} counts class "
-                    "indices, which are integers (targets.long()), or class probabilities of shape (samples, classes, "
-                    "...): for others use 'element_mean' or 'sample_mean', or declare reduction=f(batch)"
-                )
-            counted = CUTS[cut](targets) if targets.dim() == 2 else targets
-            weights = None if how == "token_mean" else self.class_weights
-            return self._weights.total(counted, weights, ignored_by(self._settings))
-
-        return Count(f"the class weights of {name}" if weighted else name, how, of)
+    def _classes(self, targets: Tensor, how: str) -> float:
+        """The targets that are not ignored, or their class weights, of which a copy lies on the host."""
+        ignored, weights = ignored_by(self._settings), self.class_weights
+        if weights is None or how == "token_mean":
+            return tokens(targets, ignored)
+        version, kept = -1 if weights.is_inference() else weights._version, self._on_host
+        if kept is None or kept[0] is not weights or kept[1] != version:
+            # A copy to the host waits for the device: done again only where the weights were changed.
+            kept = self._on_host = weights, version, weights.detach().to("cpu", torch.float64)
+        return float(kept[2][targets[targets != ignored].to("cpu", torch.long)].sum())
 
     @property
     def guess(self) -> Count:
@@ -153,14 +167,6 @@ class _Counts:
         averages = self._torch is None or self._torch.takes_classes
         weights = getattr(self._settings, "weight", None) if averages else None
         return weights if isinstance(weights, Tensor) and weights.dim() == 1 else None
-
-
-_OVER = {"sample_mean": "samples", "element_mean": "elements"}
-
-
-def _rows(targets: Any, dimension: int) -> float:
-    """Elements, less those along one dimension."""
-    return elements(targets) / int(targets.shape[dimension])
 
 
 def _check(loss: Any, step: Any, reduction: Any, torch_loss: TorchLoss | None) -> None:

@@ -6,7 +6,6 @@ before the ranks meet: nobody waits for rows that do not come.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,52 +16,33 @@ from autoaccum.errors import LossError
 from autoaccum.loss.coupled import Representations
 from autoaccum.ranks import Flight, Ranks
 
-__all__ = ["Everyone", "gathered"]
+__all__ = ["gathered"]
 
 
-@dataclass
-class Everyone:
-    """What the loss is computed over.
-
-    Attributes:
-        representations: of the samples of all ranks, in the ranks' order.
-        batch: theirs too, on the device; None where the loss does not take it.
-        first_row: where this rank's samples begin.
-        samples: of all ranks.
-        leads: whether this rank gives what all samples share its gradient: the first that has samples.
-    """
-
-    representations: Representations
-    batch: Any
-    first_row: int
-    samples: int
-    leads: bool
-
-
-def gathered(
-    ranks: Ranks, what: str, own: Representations, batch: Any, samples: int, failure: Exception | None
-) -> Everyone | None:
+def gathered(ranks: Ranks, what: str, own: Representations, failure: Exception | None) -> bool:
     """Gathers every rank's representations and batch; all ranks call it, those without samples too.
 
     Args:
         ranks, what: this process among others, and which window it is.
-        own: this rank's representations, whose leaves are replaced by those of all.
-        batch: this rank's, on the device; None where the loss does not take it, or there is none.
-        samples: on this rank.
-        failure: what this rank's first pass raised, which is raised here; None is returned where another rank failed.
+        own: this rank's, which are those of all ranks afterwards, in the ranks' order.
+        failure: what this rank's first pass raised, which is raised here.
+
+    Returns:
+        Whether the window goes on here: no other rank failed, and this one has samples.
 
     Raises:
         LossError: the batch has parts that are no tensors.
     """
+    samples = own.filled
     if ranks.size == 1:
-        return Everyone(own, batch, 0, samples, True)
-    parts = [*own.rows().items(), *(("batch " + path, tensor) for path, tensor in tree.tensors(batch))]
+        return samples > 0
+    parts = [*own.rows().items(), *(("batch " + path, tensor) for path, tensor in tree.tensors(own.batch))]
     said = {"samples": samples, "failed": failure is not None, "parts": [_described(*part) for part in parts]}
     everyone = [json.loads(each) for each in ranks.collect(f"{what}: representations", json.dumps(said).encode())]
     if any(each["failed"] for each in everyone):
         if failure is not None:
             raise failure
-        return None
+        return False
     counts = [each["samples"] for each in everyone]
     first = next(rank for rank, count in enumerate(counts) if count)
     flight, rooms = Flight(), []
@@ -79,13 +59,14 @@ def gathered(
     if ranks.any(f"{what}: room for representations", refused is not None):
         if refused is not None:
             raise refused
-        return None
+        return False
     ranks.run(flight)
-    if not samples:
-        return Everyone(own, None, 0, sum(counts), False)
-    whole = {path: torch.cat(room) for (path, _), room in zip(parts, rooms)}
-    own.replace({path: whole[path] for path in own.rows()})
-    return Everyone(own, _joined(batch, whole, samples), sum(counts[: ranks.rank]), sum(counts), ranks.rank == first)
+    if samples:
+        whole = {path: torch.cat(room) for (path, _), room in zip(parts, rooms)}
+        own.replace({path: whole[path] for path in own.rows()})
+        own.batch = _joined(own.batch, whole, samples)
+        own.samples, own.first_row, own.leads = sum(counts), sum(counts[: ranks.rank]), ranks.rank == first
+    return samples > 0
 
 
 def _joined(batch: Any, whole: dict[str, Tensor], samples: int) -> Any:

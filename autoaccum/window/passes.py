@@ -4,7 +4,7 @@ What an Accumulator does while its window is open; what opens and ends a window 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +28,6 @@ from autoaccum.window.ahead import Ahead
 from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.sharded import ShardedPasses
-from autoaccum.window.two_passes import TwoPasses
 from autoaccum.window.window_sums import Parts, WindowSums
 
 __all__ = ["Passes", "call", "ignore"]
@@ -44,17 +43,11 @@ class Passes:
         sharded: runs the passes of a model whose ranks meet in each of them; None for others.
         on_phase: told the name of each phase as it begins, for a trace of its memory.
         rehearses: set where only the memory of a step matters: no window is left out for its loss.
-        rehearsed_samples: how many samples a loss that compares them is then computed over: those of the window whose
-            micro-batch is tried; 0: those that are there.
-        at_once: set where a loss that compares samples runs on one graph, as the reference that its two passes are held
-            against; the window must be one micro-batch.
         in_backward: steps the optimizer in the backward pass of a window of one micro-batch; None: at windows' ends.
         stepping: a step has begun whose window has not ended: weights may be half updated.
     """
 
     rehearses = False
-    rehearsed_samples = 0
-    at_once = False
     in_backward: StepInBackward | None = None
     stepping = False
 
@@ -93,12 +86,10 @@ class Passes:
         self.noise_scale = NoiseScale(model, self.parameters)
         if precision.scaler.is_enabled():
             self.noise_scale.why_not = "gradients are scaled before they can be compared"
-        self._two_passes: TwoPasses | None = None
-        coupled = objective is not None and objective.coupled is not None
-        refuse_for_shards(model, coupled=(coupled, "a loss that compares samples takes a whole model on each rank"))
-        if objective is not None and coupled:
+        why = "a loss that compares samples takes a whole model on each rank"
+        refuse_for_shards(model, coupled=(self.compares, why))
+        if self.compares:
             self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
-            self._two_passes = TwoPasses(model, objective, precision, device, ranks)
 
     def step_inside(self, inside: StepInBackward | None) -> None:
         """From here on `inside`, where there is one, steps windows of one micro-batch in their backward pass.
@@ -118,9 +109,6 @@ class Passes:
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
         sums = self._running()
-        if self._two_passes is not None and not self.at_once:
-            self._run_twice(self._two_passes, list(batches))
-            return
         if self.sharded is not None:
             passes = max(sums.micro_batches)
             self.sharded.run(list(batches), passes, self._one, self._empty_pass, self._resting)
@@ -160,27 +148,8 @@ class Passes:
 
     @property
     def compares(self) -> bool:
-        """Whether the loss compares the samples of a window, and each micro-batch runs forward twice."""
-        return self._two_passes is not None
-
-    def _run_twice(self, two_passes: TwoPasses, batches: Sequence[Any]) -> None:
-        sums = self._running()
-        two_passes.rehearsed = self.rehearsed_samples
-
-        def again() -> None:
-            self.side.collect()  # what the loss has of its own has its gradient now
-            self._statistics.discard()
-            self._statistics.begin(len(batches))
-
-        def entered() -> None:
-            self.sparse.merge()
-            self.side.collect()
-            sums.done += 1
-
-        what = f"step {self.step + 1}"
-        loss = interruptible(two_passes.run, batches, what=what, again=again, on_phase=self.on_phase, entered=entered)
-        if loss is not None:
-            sums.add(loss)
+        """Whether the loss compares the samples of a window."""
+        return self.objective is not None and self.objective.coupled is not None
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         """Adds one micro-batch's terms to the loss, and their gradients to the window's."""
