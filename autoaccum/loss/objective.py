@@ -71,6 +71,13 @@ class Objective:
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the step" if step is not None else "the model" if loss is None else f"loss={name_of(loss)}"
 
+    @classmethod
+    def told(cls, model: nn.Module) -> "Objective":
+        """Of a loop of one's own, which computes each loss, and says what it divides by."""
+        made = cls(model)
+        made.reading = Reading({"loss": Divisor()}, "means", "divides by what the loop says")
+        return made
+
     # What is known of the loss.
 
     @property

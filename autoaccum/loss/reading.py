@@ -137,19 +137,24 @@ class Reading:
         found = [divisor.floor for divisor in self.divisors.values()]
         return [figure for floor in found for figure in (float(floor > 0), floor, floor**2)]
 
-    def agree_on_floors(self, sums: Sequence[float]) -> None:
-        """Takes the floors that any rank has seen, of all ranks' `floors` added up.
+    def agree_on_floors(self, sums: Sequence[float]) -> list[float]:
+        """Takes the floors that any rank has seen, of all ranks' `floors` added up, which end `sums`; gives the others.
 
         Raises:
             LossError: on all ranks, where they saw different ones.
         """
-        for (name, divisor), seen, total, squares in zip(self.divisors.items(), sums[::3], sums[1::3], sums[2::3]):
+        others = len(sums) - 3 * len(self.divisors)
+        sums, floors = list(sums[:others]), sums[others:]
+        for (name, divisor), seen, total, squares in zip(
+            self.divisors.items(), floors[::3], floors[1::3], floors[2::3]
+        ):
             if seen and not near(squares * seen, total**2, 1e-9):
                 raise LossError(
                     f"{name} divides by at least {total / seen:g} on average over {seen:g} ranks, and by another floor "
                     f"on some of them: let every rank compute the same loss, or {DECLARE}"
                 )
             divisor.floor = total / seen if seen else 0.0
+        return sums
 
     # After it ran.
 

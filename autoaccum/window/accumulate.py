@@ -109,7 +109,9 @@ class Accumulator(TwoPasses):
         check_switches(log_grad_norm=log_grad_norm, steps=steps)
         if accelerator is not None:  # its own autocast runs the forward: ours would be a second one
             optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
-        loss = getattr(objective, "loss", None)
+        self._is_told = objective is None  # what losses divide by, by a loop of the user's own
+        objective = objective if objective is not None else Objective.told(model)
+        loss = objective.loss
         check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
         check_optimizer(optimizer, model, loss)
         one_of("accumulate", accumulate, ("fp32", "native"))
@@ -220,11 +222,10 @@ class Accumulator(TwoPasses):
         self._memory.reset_peak()
         if self.sharded is not None:
             self._begin_sharded(self.sharded, batches)
-        if self.objective is not None:
-            self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
+        self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
         if self._settings:
-            loss = {} if self.objective is None else self.objective.reading.facts
-            agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, loss)
+            facts = self.objective.reading.facts
+            agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, facts)
             self._settings = {}
         sums = WindowSums(batches, self.objective, self.ranks, f"step {self.step + 1}")
         if self.meets_inside and len(set(sums.micro_batches)) > 1:
@@ -244,7 +245,7 @@ class Accumulator(TwoPasses):
             raise
         sharded.late = self.plan.gradient_sync == "window"
         sharded.begin(self.place)
-        if self.objective is not None:
+        if not self._is_told:
             sharded.compare(self._empty_pass, self._resting, "the first pass")
 
     def vote(self, flags: Sequence[float] = ()) -> list[float]:
@@ -255,13 +256,11 @@ class Accumulator(TwoPasses):
         sums = [0.0, 0.0] if self._sums is None else list(self._sums.so_far)
         if self.ranks.size > 1:
             sums += self.noise_scale.so_far()
-        floors = [] if self.objective is None else self.objective.reading.floors
-        loss, late, *answers = self.rank_sum.vote(self.place, [*sums, *floors, *flags])
+        reading = self.objective.reading
+        voted = self.rank_sum.vote(self.place, [*sums, *flags, *reading.floors])
+        loss, late, *answers = reading.agree_on_floors(voted)
         if self.ranks.size > 1:
             self.noise_scale.over_ranks = answers.pop(0), answers.pop(0)
-        if self.objective is not None:
-            self.objective.reading.agree_on_floors(answers[: len(floors)])
-            del answers[: len(floors)]
         self._ended = None if self._sums is None else self._sums.close(loss, late)
         return answers
 

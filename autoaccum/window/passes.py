@@ -55,7 +55,7 @@ class Passes:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        objective: Objective | None,
+        objective: Objective,
         precision: Precision,
         device: torch.device,
         ranks: Ranks,
@@ -119,20 +119,18 @@ class Passes:
 
     def _one(self, batch: Any) -> None:
         """Forward and backward of one micro-batch, which waits on the host."""
-        sums, objective = self._running(), self.objective
-        assert objective is not None
+        sums = self._running()
         self.on_phase("batch")
         placed = batch if self._on_host else self._ahead.take(batch)
         self.on_phase("forward")
         # Where nothing counts the forward still runs: statistics and random generators move as they would.
         graph = sums.counts or self.sharded is not None
         with self.precision.autocast(), nullcontext() if graph else torch.no_grad():
-            terms = self._call(objective.terms, placed, sums.own, batch)
+            terms = self._call(self.objective.terms, placed, sums.own, batch)
         self._add(terms)
 
     def _empty_pass(self, sample: Any) -> None:
         """Forward and backward of a sample that enters no sum."""
-        assert self.objective is not None
         with self.precision.autocast():
             terms = self.objective.terms(tree.move(sample, self.device))
         self._backward_of_nothing(terms)
@@ -149,7 +147,7 @@ class Passes:
     @property
     def compares(self) -> bool:
         """Whether the loss compares the samples of a window."""
-        return self.objective is not None and self.objective.coupled is not None
+        return self.objective.coupled is not None
 
     def _add(self, terms: Mapping[str, Mean]) -> None:
         """Adds one micro-batch's terms to the loss, and their gradients to the window's."""

@@ -19,7 +19,7 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, NothingFitsError
 from autoaccum.interrupts import interruptible, uninterrupted
 from autoaccum.loss.call import scalar
-from autoaccum.loss.coupled import Coupled, Representations, Shared
+from autoaccum.loss.coupled import Coupled, Representations
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.random_state import RandomState
 from autoaccum.window.gathered import gathered
@@ -59,18 +59,18 @@ class TwoPasses(Passes):
             LossError: no scalar, no graph, or representations that are not one row a sample.
             LossOutOfMemoryError: the loss itself ran out of memory, which smaller micro-batches do not help.
         """
-        objective = self.objective
-        if objective is None or objective.coupled is None or self.at_once:
+        coupled = self.objective.coupled
+        if coupled is None or self.at_once:
             super().run(batches)
-            return
-        interruptible(self._run_twice, objective.coupled, objective.shared, list(batches))
+        else:
+            interruptible(self._run_twice, coupled, list(batches))
 
-    def _run_twice(self, coupled: Coupled, shared: Shared, batches: Sequence[Any]) -> None:
+    def _run_twice(self, coupled: Coupled, batches: Sequence[Any]) -> None:
         """Where another rank failed in the first pass the window cannot go on: the ranks' vote follows."""
         sums, sizes = self._running(), [tree.batch_size(batch) for batch in batches]
         start = WindowStart([self.model], self.device)
         start.mark()
-        kept = Representations(coupled, shared, max(sum(sizes), self.rehearsed_samples))
+        kept = Representations(coupled, self.objective.shared, max(sum(sizes), self.rehearsed_samples))
         failure: Exception | None = None
         try:
             self._first(kept, batches, sizes)

@@ -64,37 +64,31 @@ class WindowSums:
     def __init__(
         self,
         batches: Sequence[Any],
-        objective: Objective | None,
+        objective: Objective,
         ranks: Ranks,
         what: str = "a window",
     ) -> None:
         """Sums over the micro-batches, on the host, and once over the ranks; `what` names the window in that exchange.
 
         The objective, prepared for these batches, knows their denominators, names the terms, the same on every rank,
-        and says what their sums come to. None: denominators are only known afterwards.
+        and says what their sums come to.
         """
-        self.started = time.perf_counter()
+        self.started, reading = time.perf_counter(), objective.reading
         self.samples = samples = [tree.batch_size(batch) for batch in batches]
-        self.denominators = denominators = None if objective is None else objective.prepared
+        self.denominators = denominators = objective.prepared
         # What is only known afterwards is divided by what it is expected to be: a good guess leaves nothing to correct,
         # and the whole batch's own rounding.
-        guessed = objective.reading.expected(batches) if objective is not None and denominators is None else 0.0
-        expected = guessed or float(sum(samples))
-        self.done = 0
-        names = objective.names if objective is not None else ()
-        self._whole = objective.reading.whole if objective is not None else lambda name, total: total
-        own = [float(sum(samples)), expected]
+        guessed = reading.expected(batches) if denominators is None else 0.0
+        self.done, self._whole = 0, reading.whole
+        own = [float(sum(samples)), guessed or float(sum(samples))]
         if denominators is not None:
-            own += [math.fsum(micro[name] for micro in denominators) for name in names]
-        floors = [] if objective is None else objective.reading.floors
-        (total, self._expected, *sums), counts = ranks.meet(what, [*own, *floors], own=len(samples))
-        if objective is not None:
-            objective.reading.agree_on_floors(sums[len(sums) - len(floors) :])
-            del sums[len(sums) - len(floors) :]
+            own += [math.fsum(micro[name] for micro in denominators) for name in objective.names]
+        sums, counts = ranks.meet(what, [*own, *reading.floors], own=len(samples))
+        total, self._expected, *sums = reading.agree_on_floors(sums)
         self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
         self.totals = None
         if denominators is not None:
-            self.totals = {name: self._whole(name, total) for name, total in zip(names, sums, strict=True)}
+            self.totals = {name: self._whole(name, total) for name, total in zip(objective.names, sums, strict=True)}
         self._loss: Tensor | float = 0.0
         self._late: Tensor | float = 0.0
         self._fetched: list[Figures | float] = []  # the two, once no more is added
