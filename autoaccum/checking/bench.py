@@ -94,7 +94,7 @@ class Bench:
         """Changes nothing until it is entered; `samples` are chosen from `batch`, on the host."""
         self.objective, self.samples, self.precision = objective, samples, precision
         self._model, self._batch, self._device = model, batch, device
-        self._modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
+        self._modules = objective.modules
         self._parameters = list(dict.fromkeys(trained_parameters(model, objective.loss)))
         trained = len(self._parameters)
         if optimizer is not None:
@@ -109,8 +109,7 @@ class Bench:
             # All ranks of a sharded model run the same windows of the same samples, and see the same of them.
             self._ranks = here(self._device) if is_sharded(self._model) else Ranks()
             size = self._ranks.size
-            others = [part for part in (self.objective.loss, self.objective.step) if part is not None]
-            snapshot = interruptible(Snapshot, self._model, self._taken, *others, device=self._device)
+            snapshot = interruptible(Snapshot, self._model, self._taken, *self.objective.owners, device=self._device)
             stack.enter_context(snapshot).set_gradients_aside()
             self.fixed = stack.enter_context(Determinism(*self._modules, samples=self.samples, device=self._device))
             self._accumulator = Accumulator(

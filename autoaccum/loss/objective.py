@@ -6,7 +6,6 @@ mean of its elements, as `.mean()` by hand would give; with a declared denominat
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,6 +90,16 @@ class Objective:
         return self.reading.reason
 
     @property
+    def owners(self) -> list[Any]:
+        """What may have a state of its own, beside the model."""
+        return [owner for owner in (self.loss, self.step) if owner is not None]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the loss where it is one."""
+        return [owner for owner in (self.model, self.loss) if isinstance(owner, nn.Module)]
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The terms of the loss."""
         return tuple(self.reading.divisors)
@@ -111,8 +120,7 @@ class Objective:
 
     def may_count(self, batch: Any) -> bool:
         """Whether anything in `batch` counts, as far as that is known before its step."""
-        known = self.reading.count(batch)
-        return any(known.values()) if known is not None else self.reading.may_count(batch)
+        return any(divisor.foretold(batch) != 0 for divisor in self.reading.divisors.values())
 
     def prepare(
         self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
@@ -130,18 +138,13 @@ class Objective:
         known = [each for batch in batches if (each := self.reading.count(batch)) is not None]
         self.prepared = known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
 
-    @property
-    def _owners(self) -> list[Any]:
-        """What may have a state of its own, beside the model."""
-        return [owner for owner in (self.loss, self.step) if owner is not None]
-
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
         if is_sharded(self.model):
             raise LossError("a sharded model cannot read denominators ahead: declare reduction={name: f(batch)}")
         device = device_of(self.model)
         known = []
-        with Snapshot(self.model, *self._owners, device=device, parameters=False), torch.enable_grad():
+        with Snapshot(self.model, *self.owners, device=device, parameters=False), torch.enable_grad():
             for batch in batches:
                 on_phase("batch")
                 terms = self.terms(tree.move(batch, device), on_host=batch)
@@ -177,15 +180,8 @@ class Objective:
         if reading.cuts:
             reading.count(batches[0])  # refuses what are no labels
         self._asked = True
-        try:
-            found = self.look(batches, most, begin)
-        except OwnMeans as returned:
-            means = Reading(
-                {name: Divisor() for name in returned.names}, "means", "divides by what the step's Means say"
-            )
-            self.reading = means if reading.source == "unsettled" else replace(reading, cuts=())
-            return
-        if not rehearses:
+        found = self.look(batches, most, begin)
+        if not rehearses or (found is not None and found.source == "means"):
             self.reading = reading.settled(found)
 
     def look(
@@ -193,14 +189,14 @@ class Objective:
     ) -> Reading | None:
         """What the loss divides by, whatever was declared, as `settle.settle` finds it.
 
-        A step's Means are read as the means that they are with `means`; else they raise OwnMeans.
+        A step's Means say it themselves; with `means` they are read as the means that they are.
         """
         model = unwrapped(self.model)
         model = getattr(model, "_orig_mod", model)  # without what communicates or compiles
         device = device_of(model)
 
         def evaluate(rows: Rows, small: Any, number: int) -> Tensor:
-            with Snapshot(model, *self._owners, device=device, parameters=False), torch.enable_grad():
+            with Snapshot(model, *self.owners, device=device, parameters=False), torch.enable_grad():
                 if begin is not None:
                     begin(rows)
                 else:
@@ -212,6 +208,8 @@ class Objective:
         while True:
             try:
                 return settle(evaluate, batches, self.targets, most, self.reading.cuts)
+            except OwnMeans as own:
+                return Reading({name: Divisor() for name in own.names}, "means", "divides by what the step's Means say")
             except Exception as error:
                 if most == 1 or out_of_memory(error) is not Verdict.SURELY:
                     raise

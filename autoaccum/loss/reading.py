@@ -88,6 +88,8 @@ class Reading:
         """This one, once some samples have shown what `found` says; None: nothing counts in them, or too little."""
         if found is None:
             return self
+        if found.source == "means":
+            return replace(self, cuts=()) if self.cuts else found
         (divisor,) = self.divisors.values()
         if self.cuts:
             names = [rule.name for each in found.divisors.values() for rule in each.rules if len(found.divisors) == 1]
@@ -122,10 +124,6 @@ class Reading:
         """One late term's denominator by the likeliest of its rules; 0 where it has none."""
         rules = next(iter(self.divisors.values())).rules if len(self.divisors) == 1 else []
         return math.fsum(rules[0].of(batch) for batch in batches) if rules else 0.0
-
-    def may_count(self, batch: Any) -> bool:
-        """Whether one of the rules, or what has none, lets a batch count."""
-        return any(divisor.foretold(batch) != 0 for divisor in self.divisors.values())
 
     def whole(self, name: str, total: float) -> float:
         """What a term of the whole window is divided by, of the sum of its micro-batches' denominators."""

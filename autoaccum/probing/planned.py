@@ -47,7 +47,7 @@ def planned(
         few = min(8, *sizes)  # alike on all ranks: those of a sharded model meet in each forward
         with parts.running(compiled=False, alone=True), parts.precision.autocast():
             batch = looked_at(parts.source, few)
-            settle_loss(parts.model, parts.objective, batch, few, parts.device.torch_device)
+            settle_loss(parts.objective, batch, few, parts.device.torch_device)
     reasons = _reasons(parts, report)
     if settings["lr_batch"] is None and parts.lr_given and parts.source.loader_batch is not None:
         settings["lr_batch"] = parts.source.loader_batch

@@ -91,12 +91,10 @@ def run_probe(
         StateNotRestoredError: something could not be put back.
     """
     model, objective = accumulator.model, accumulator.objective
-    assert objective is not None
     held = resident_bytes(model, accumulator.optimizers)
     budget = device.budget(question.memory, held=held, headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)  # at once: what the process takes from here on is taken of the budget
-    others = [other for other in (objective.loss, objective.step) if other is not None]
-    snapshot = interruptible(Snapshot, model, accumulator.optimizer, *others, device=device.torch_device)
+    snapshot = interruptible(Snapshot, model, accumulator.optimizer, *objective.owners, device=device.torch_device)
     with device.limit(budget), snapshot:
         snapshot.set_gradients_aside()  # a window begins without
         try:

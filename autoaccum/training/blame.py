@@ -51,7 +51,6 @@ def _apart(model: nn.Module) -> Iterator[None]:
 
 
 def _finite(batch: Any, accumulator: Accumulator) -> bool:
-    assert accumulator.objective is not None
     terms = accumulator.objective.terms(tree.move(batch, accumulator.device))
     # A mean over nothing is not a number either, and does not count.
     return all(bool(torch.isfinite(term.value)) for term in terms.values() if float(term.denominator))

@@ -56,5 +56,5 @@ def ready_to_train(
     if accumulator.sharded is not None:
         accumulator.sharded.keep_sample([turn.source.trial(made.minimum)], made.minimum)
         few = min(8, *made.limits)  # now, on the same samples everywhere: in a window each rank has its own
-        settle_loss(turn.model, turn.objective, looked_at(turn.source, few), few, turn.device.torch_device)
+        settle_loss(turn.objective, looked_at(turn.source, few), few, turn.device.torch_device)
     return accumulator

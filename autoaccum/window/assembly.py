@@ -85,7 +85,7 @@ class Assembly:
         Parameters and buffers go from rank 0 to the others, as DistributedDataParallel sends them; shards are each
         rank's own.
         """
-        modules = [module for module in (self.model, self.objective.loss) if isinstance(module, nn.Module)]
+        modules = self.objective.modules
         for module in modules:
             put_on(self.device.torch_device, module)
         for turn in self.turns:
@@ -205,9 +205,8 @@ def assemble(
     run = compiled(model, note) if asked.compile else None
     # Nothing of the model was changed so far.
     if not stays:
-        for module in (model, loss):
-            if isinstance(module, nn.Module):
-                put_on(device.torch_device, module)
+        for module in objective.modules:
+            put_on(device.torch_device, module)
     if lazy:
         _materialise(objective, source, open_device("cpu") if stays else device, precision)
         check_model(model, loss=loss, **norms)

@@ -182,12 +182,8 @@ def _by_running_statistics(
     return (input, running_mean, running_var, weight, bias, False, momentum, eps), {}
 
 
-def settle_loss(model: nn.Module, objective: Objective, batch: Any, most: int, device: torch.device) -> None:
+def settle_loss(objective: Objective, batch: Any, most: int, device: torch.device) -> None:
     """Settles the divisor of the loss, on at most `most` samples of `batch`, on the host; the model stays as it is."""
-    modules = [module for module in (model, objective.loss) if isinstance(module, nn.Module)]
     samples = min(most, tree.batch_size(batch))
-    with (
-        Snapshot(*modules, device=device, parameters=False),
-        Determinism(*modules, samples=samples, device=device) as fixed,
-    ):
+    with Determinism(*objective.modules, samples=samples, device=device) as fixed:
         objective.settle([batch], samples, fixed.begin)
