@@ -15,7 +15,7 @@ from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
 from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.ranks import Ranks
-from autoaccum.window.engine import backward
+from autoaccum.window.passes import backward
 from autoaccum.window.window_sums import WindowSums
 
 N, C, T, D = 9, 5, 4, 3  # samples, classes, places, features

@@ -25,7 +25,7 @@ from autoaccum.loss.call import scalar
 from autoaccum.model.optimizer import check_ranks
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import here
-from autoaccum.window.pieces import micro_batches
+from autoaccum.window.own_loop import micro_batches
 from autoaccum.window.record import StepRecord
 
 __all__ = ["EngineAccumulator"]

@@ -19,11 +19,10 @@ from autoaccum.loss.call import Call, arrange, name_of, returned_loss, scalar, t
 from autoaccum.loss.coupled import Coupled, Shared, coupled_of
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
-from autoaccum.loss.mean import Mean
+from autoaccum.loss.mean import Mean, OwnMeans, named_terms, summed
 from autoaccum.loss.misuse import explain_loss, explain_model, explained, outside_classes
 from autoaccum.loss.reading import Reading
 from autoaccum.loss.reduction import declared
-from autoaccum.loss.returned import OwnMeans, named_terms, summed
 from autoaccum.loss.settle import settle
 from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.memory.oom import Verdict, out_of_memory

@@ -42,13 +42,12 @@ from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
+from autoaccum.window.own_loop import Untouched, micro_batches, without_synchronisation
 from autoaccum.window.passes import ignore
-from autoaccum.window.pieces import micro_batches, without_synchronisation
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses, norm_over_ranks
 from autoaccum.window.two_passes import TwoPasses
-from autoaccum.window.untouched import Untouched
 from autoaccum.window.window_sums import WindowSums
 
 __all__ = ["Accumulator", "ignore"]

@@ -31,7 +31,7 @@ from autoaccum.loss.objective import Objective
 from autoaccum.model.given_model import layer_class
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.random_state import seed_everything
-from autoaccum.window.engine import run_engine
+from autoaccum.window.passes import run_engine
 from autoaccum.window.sample_noise import SampleNoise
 
 __all__ = ["Determinism", "settle_loss"]

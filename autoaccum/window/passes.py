@@ -4,12 +4,12 @@ What an Accumulator does while its window is open; what opens and ends a window 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
@@ -25,12 +25,11 @@ from autoaccum.model.sparse_gradients import SparseGradients
 from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.ranks import Ranks
 from autoaccum.window.ahead import Ahead
-from autoaccum.window.engine import backward
 from autoaccum.window.noise_scale import NoiseScale
 from autoaccum.window.sharded import ShardedPasses
 from autoaccum.window.window_sums import Parts, WindowSums
 
-__all__ = ["Passes", "call", "ignore"]
+__all__ = ["Passes", "backward", "call", "ignore", "run_engine"]
 
 
 class Passes:
@@ -210,3 +209,27 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def ignore(phase: str) -> None:
     """Takes no notice of a window's phases; a trace puts something that does in `on_phase`."""
+
+
+def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Adds the gradient of Σ loss · factor to the parameters', and uses up the graphs of the losses, of one element
+    each.
+
+    The factors are where each backward pass begins, which needs no operation in the graph.
+    """
+    begins = [torch.full_like(loss, factor) for loss, factor in zip(losses, factors, strict=True)]
+    # On another device the engine's own thread runs it, and torch hands that thread what a compiled backward looks up.
+    if all(type(loss) is Tensor and loss.device.type == "cpu" for loss in losses):
+        run_engine(losses, begins)
+    else:
+        torch.autograd.backward(losses, begins)
+
+
+def run_engine(losses: Sequence[Tensor], begins: Sequence[Tensor]) -> None:
+    """What `torch.autograd.backward(losses, begins)` comes to; `begins` are shaped as the losses.
+
+    That asks a lot before (symbolic shapes, nested tensors, function modes), in Python, at every call: for a small
+    micro-batch as long as the backward pass takes. None of it can matter for a plain scalar.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward(tuple(losses), tuple(begins), False, False, (), allow_unreachable=True, accumulate_grad=True)

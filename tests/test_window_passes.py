@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.window.engine import backward
+from autoaccum.window.passes import backward
 
 
 def two_losses(dtype=torch.float64):

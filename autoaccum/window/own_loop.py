@@ -1,0 +1,105 @@
+"""A person's own loop over a window: what it gives, as micro-batches cut by the plan, and what it must leave out.
+
+To step, zero or clip in the middle of a window, as such a loop did before, trains on something else than the window's
+gradient, and nothing else would tell: it is seen, and refused. A model that is wrapped to meet the other ranks in each
+backward pass meets them at the window's end.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from autoaccum.data import tree
+from autoaccum.data.per_sample import ListReader
+from autoaccum.data.structure import alike, children
+from autoaccum.errors import SetupError
+from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import even_split
+
+__all__ = ["Untouched", "micro_batches", "without_synchronisation"]
+
+_OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
+
+
+def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
+    """The micro-batches of one window on this rank.
+
+    Args:
+        batches: one batch, or a list of micro-batches of one structure; an empty list where this rank has no samples.
+        plan: its limit cuts the batch; a SetupError where a micro-batch is larger.
+        lists: reads what lists in them hold, alike for all windows.
+    """
+    if isinstance(batches, list) and not batches:
+        return []  # this rank has no samples of the window
+    limit = plan.limits[plan.rank]
+    # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
+    if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
+        pieces = [lists.read(batch) for batch in batches]
+        largest = max(map(tree.batch_size, pieces))
+        if largest > limit:
+            raise SetupError(
+                f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
+                f"the plan's limit is {limit}: pass smaller ones; or, if the list is one batch, pass it as a tuple"
+            )
+        return pieces
+    batch = lists.read(batches)
+    return tree.split(batch, even_split(tree.batch_size(batch), limit, minimum=plan.minimum))
+
+
+@contextmanager
+def without_synchronisation(model: nn.Module) -> Iterator[None]:
+    """A forward and a backward pass of a DistributedDataParallel model in which it meets no other rank."""
+    if not isinstance(model, DistributedDataParallel):
+        yield
+        return
+    # Its first forward shares the buffers even inside no_sync(), and a rank without samples runs no forward.
+    model.require_forward_param_sync = False
+    with model.no_sync():
+        yield
+
+
+class Untouched:
+    """Watches an optimizer, and one gradient that it will step with, while a window is open."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        """Registers nothing yet."""
+        self._optimizer = optimizer
+        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
+
+    @contextmanager
+    def inside(self, steps: Callable[[], bool]) -> Iterator[None]:
+        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there.
+
+        `steps`: whether the accumulator itself does, as in the backward pass under `step_in_backward`.
+        """
+
+        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not steps():
+                raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")
+
+        handle = self._optimizer.register_step_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._seen = None
+
+    def note(self) -> None:
+        """A backward pass of the accumulator's has ended."""
+        own = (parameter for group in self._optimizer.param_groups for parameter in group["params"])  # not all of them
+        first = next((parameter for parameter in own if parameter.grad is not None), None)
+        self._seen = None if first is None or first.grad is None else (first, first.grad, first.grad._version)
+
+    def check(self) -> None:
+        """A SetupError where the gradient is not what that pass left."""
+        if self._seen is not None:
+            parameter, gradient, version = self._seen
+            if parameter.grad is not gradient or gradient._version != version:
+                raise SetupError(
+                    "the gradients were changed between two backward passes of a window: leave out "
+                    f"optimizer.zero_grad() and clipping in it, since {_OURS}"
+                )
