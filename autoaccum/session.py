@@ -22,6 +22,7 @@ from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS
 from autoaccum.planning.given_plan import (
     beside_own_rate,
+    differs,
     for_ranks,
     given_plan,
     on_other_ranks,
@@ -113,7 +114,7 @@ class Session:
         self._folder, self._kept = open_run(asked.checkpoint, asked.checkpoint_every, asked.resume, ranks, self.events)
         if self._kept is not None:
             given, self.report, self._verdict = kept_answers(self._kept, asked.target_batch, ranks)
-            if self._given is not None and self._given.limits != given.limits:
+            if self._given is not None and differs(self._given, given):
                 self.events.note("plan= is set aside: the training goes on with the plan of its checkpoint")
             self._given = given
 

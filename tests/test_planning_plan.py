@@ -431,6 +431,7 @@ def test_planning_imports_no_torch():
         ({"layer_momentum": 7.0}, "bn_momentum=7.0 is not a momentum"),
         ({"bn_momentum": 0.5}, "bn_momentum is 0.5, and its target, limits and rule make it 0.025"),
         ({"reasons": None}, "reasons is None, not an object"),
+        ({"optimizer_overrides": {"eps": 1e-6}}, "have 'eps', which lr_rule='none' leaves as the optimizer has it"),
     ],
 )
 def test_values_of_a_plan_that_cannot_be_are_refused_where_it_is_read(changed, message):

@@ -493,14 +493,16 @@ def test_what_a_plan_sets_aside_is_said():
 
 
 def test_a_plan_beside_a_checkpoint_that_has_another_is_said_to_be_set_aside(tmp_path):
-    def aside(limit, steps):
+    def aside(limit, steps, tail="step"):
         said = []
-        given = {"plan": autoaccum.plan(limit, 16), "micro_batch": None, "checkpoint": tmp_path, "max_steps": steps}
+        made = autoaccum.plan(limit, 16, tail=tail)
+        given = {"plan": made, "micro_batch": None, "checkpoint": tmp_path, "max_steps": steps}
         result = prepared(**given, callbacks=[lambda event: said.append(getattr(event, "text", ""))]).run()
         assert [record.micro_batches for record in result.history] == [4] * steps
         return any("plan= is set aside" in text for text in said)
 
-    assert [aside(limit, steps) for limit, steps in ((4, 1), (4, 2), (2, 3))] == [False, False, True]
+    cases = ((4, 1), (4, 2), (2, 3), (4, 3, "drop"))
+    assert [aside(*case) for case in cases] == [False, False, True, True]
 
 
 def test_a_loss_that_couples_samples_trains_where_nothing_is_accumulated():

@@ -149,8 +149,10 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(tmp_path):
     del stopping
     assert same(run(tmp_path / "b", 3), whole, within=0)
     other = Gan()
+    before = copy.deepcopy(other.state_dict())
     with pytest.raises(CheckpointError, match="painting, every 1"):
         loop(other, phases(other, 1, torch.optim.AdamW), epochs=3, checkpoint=tmp_path / "b", seed=3, shuffle=True)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items()), "nothing was put back"
 
 
 def test_left_between_two_phases_it_goes_on_with_the_second():

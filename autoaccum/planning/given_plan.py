@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from autoaccum.checks import check_counts
@@ -12,7 +12,16 @@ from autoaccum.errors import PlanError
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 
-__all__ = ["beside_own_rate", "for_ranks", "given_plan", "on_other_ranks", "share_of", "target_of", "total_steps"]
+__all__ = [
+    "beside_own_rate",
+    "differs",
+    "for_ranks",
+    "given_plan",
+    "on_other_ranks",
+    "share_of",
+    "target_of",
+    "total_steps",
+]
 
 
 def given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -> Plan:
@@ -21,6 +30,12 @@ def given_plan(given: Plan | str | os.PathLike[str], target_batch: int | None) -
     if target_batch is not None and target_batch != made.target_batch:
         raise PlanError(f"target_batch={target_batch}, but the plan given is for {made.target_batch}: give one of them")
     return made
+
+
+def differs(one: Plan, other: Plan) -> bool:
+    """Whether they train in another way; their `lr` alone is of the optimizers they were made for."""
+    names = {field.name for field in fields(Plan)} - {"lr", "reasons"}
+    return any(getattr(one, name) != getattr(other, name) for name in names)
 
 
 def target_of(given: Plan | None, target_batch: int | None) -> int:

@@ -274,6 +274,11 @@ def _check(found: Plan) -> None:
     check_room(found.by_length)
     if (found.lr or 0.0) < 0:  # 0 is the rate of an optimizer whose loop warms up by hand
         raise PlanError(f"this plan's lr is {found.lr}: make it anew")
+    for name in found.optimizer_overrides if found.lr_rule != "adam-sde" else ():
+        raise PlanError(
+            f"this plan's optimizer_overrides have {name!r:.80}, which lr_rule={found.lr_rule!r} leaves as the "
+            "optimizer has it: set it there, and make the plan anew"
+        )
     factor = learning_rate.lr_factor(found.lr_rule, found.usual_window, found.lr_batch)
     made = dataclasses.replace(_arranged(found), lr_scale=factor)
     for name in ("micro_batches", "micro_batch", "accumulation_steps", "bn_momentum", "lr_scale"):

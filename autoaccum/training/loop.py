@@ -397,6 +397,7 @@ class TrainingLoop:
             counts = typed(progress, dict[str, int])
             kept = plan_for(self.plan.rank, state["plan"])
         state = self._parts.checked(state)
+        self._turns.checked(state["turns"])
         self._boundary = self._parts.load_state_dict(state, self.events)
         # Of another number of ranks the plan is this loop's own, which was made for as many as there are.
         self._turns.load_state_dict(state["turns"], kept if kept.world_size == self.plan.world_size else None)

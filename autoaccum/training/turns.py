@@ -111,8 +111,8 @@ class Turns:
             "each": [{"name": turn.name, **accumulator_state(turn.accumulator)} for turn in self.all],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], plan: Plan | None) -> None:
-        """Goes on from there, by the `plan` that it had, if that still holds.
+    def checked(self, state: Mapping[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        """The windows so far and each turn's part of a state, which is of these phases; nothing is changed.
 
         Raises:
             CheckpointError: it is of other phases.
@@ -125,6 +125,11 @@ class Turns:
                 f"the checkpoint has the phases {names}, and this training {own}: give the same phases as then, "
                 "another folder, or resume=False to start anew"
             )
+        return windows, each
+
+    def load_state_dict(self, state: Mapping[str, Any], plan: Plan | None) -> None:
+        """Goes on from there, by the `plan` that it had, if that still holds; raises as `checked`."""
+        windows, each = self.checked(state)
         self._at, self.windows = 0, windows
         for turn, saved in zip(self.all, each):
             load_accumulator(turn.accumulator, saved)
