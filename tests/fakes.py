@@ -40,6 +40,8 @@ class FakeMachine:
     hard: bool = True
     aligned: bool = True
     traces_all: bool = False
+    ranks: None = None
+    elsewhere: bool = False
     trials: list[Trial] = field(default_factory=list)
     traces: dict[int, list[float]] = field(default_factory=dict)
 

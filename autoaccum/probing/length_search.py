@@ -189,7 +189,7 @@ class _Check:
     def _try(self, size: int, length: int) -> bool:
         """Runs one shape; the forecast is made larger where that shows more than it said."""
         trial = self._bench.run(size, "verify", length)
-        measured = trial.peak_bytes if trial.reserved_bytes is None else trial.reserved_bytes
+        measured = trial.counted_bytes
         if measured is None:
             self._factor *= OVERRUN
             return False

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
-from autoaccum.memory.forecast import Forecast
-from autoaccum.planning.bisection import largest
 from autoaccum.planning.split import largest_size, shares
 from autoaccum.probing.answered import report_of
-from autoaccum.probing.bracket import highest_peak
-from autoaccum.probing.find_size import ERRATIC, MOST_RUNS, THIRD_TRACE, Answer
+from autoaccum.probing.find_size import ERRATIC, MOST_RUNS, Answer, Search
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
+from autoaccum.ranks import Ranks
 
 __all__ = ["find_together"]
 
@@ -39,21 +37,31 @@ def find_together(bench: Bench, ceiling: int, reach: int, window: int | None, *,
         NothingFitsError: the floor does not fit on some rank; on all of them.
         ProbeError: memory is so erratic that no size can be relied on.
     """
-    search, floor = _Together(bench, ceiling, reach), bench.floor
+    assert bench.ranks is not None
+    search, ranks, floor = _search(bench, ceiling, reach), bench.ranks, bench.floor
     search.trace()
     for _ in range(MOST_RUNS):
-        limits = search.ranks.gather(_WHERE, search.limit)
+        limits = ranks.gather(_WHERE, search.limit)
         if min(limits) < floor:
             rank = limits.index(min(limits))
             raise NothingFitsError(f"a micro-batch of {floor} does not fit on rank {rank}")
         sizes, passes = (limits, 1) if window is None else _shared(window, limits, floor)
-        size = min(max(sizes[search.ranks.rank], floor), ceiling)
+        size = min(max(sizes[ranks.rank], floor), ceiling)
         if not runs or search.fits(size):
             if not runs or passes == 1:
-                return report_of(bench, search.answer(size))
-            return _summed_late(search, size)
-        search.look()  # by the larger step as well
+                return report_of(bench, _answer(search, size))
+            return _summed_late(search, _search(bench.alike(late=True), ceiling, reach), ranks, size)
     raise ProbeError(ERRATIC)
+
+
+def _search(bench: Bench, ceiling: int, reach: int) -> Search:
+    return Search(bench, bench.floor, ceiling, lambda limit: limit, reach)
+
+
+def _answer(search: Search, size: int) -> Answer:
+    """That a size fits on this rank, with what shows that no more than the limit does."""
+    limit = search.limit
+    return Answer(size, limit, search.proof(limit), search.forecast)
 
 
 def _shared(window: int, limits: Sequence[int], floor: int) -> tuple[Sequence[int], int]:
@@ -66,108 +74,38 @@ def _shared(window: int, limits: Sequence[int], floor: int) -> tuple[Sequence[in
     return sizes, max(-(-part // limit) for part, limit in zip(parts, limits))
 
 
-def _summed_late(often: "_Together", size: int) -> ProbeReport:
+def _summed_late(often: Search, once: Search, ranks: Ranks, size: int) -> ProbeReport:
     """What was found, or gradients summed once a window where they fit whole and it is faster; all ranks call this.
 
     It saves a reduction for each micro-batch but the last, and takes the memory of whole gradients. The report says
     when they are summed, and why.
     """
-    once = often.once()
-    why = once.why_not(size)
+    why = _why_not(once, ranks, size)
     if why is None:
         times: dict[bool, list[float]] = {False: [], True: []}
         for _ in range(ROUNDS):
             for bench in (often.bench, once.bench):
                 times[bench.late].append(sum(bench.time(size, 2)))
-        least = often.ranks.tally(_WHERE, [min(times[False]), min(times[True])])
-        two, one = (1e3 * seconds / often.ranks.size for seconds in least)
+        least = ranks.tally(_WHERE, [min(times[False]), min(times[True])])
+        two, one = (1e3 * seconds / ranks.size for seconds in least)
         why = f"two micro-batches took {one:.3g} ms with one sum, and {two:.3g} ms with two"
         if one <= (1.0 - WORTH) * two:
-            found = report_of(once.bench, once.answer(size))
+            found = report_of(once.bench, _answer(once, size))
             trials = (*often.bench.trials, *found.trials)
             sync = f"window: gradients wait whole for one sum over the ranks; {why}"
             return replace(found, gradient_sync=sync, trials=trials)
     sync = f"micro-batch: gradients are summed over the ranks in each, and stay sharded; {why}"
-    return replace(report_of(often.bench, often.answer(size)), gradient_sync=sync)
+    return replace(report_of(often.bench, _answer(often, size)), gradient_sync=sync)
 
 
-class _Together:
-    """What this rank knows of its own memory."""
-
-    def __init__(self, bench: Bench, ceiling: int, reach: int) -> None:
-        assert bench.ranks is not None
-        self.bench, self.ranks, self._floor = bench, bench.ranks, bench.floor
-        self._ceiling, self._reach = ceiling, reach
-        self._most = reach  # a larger one was run, and does not fit
-        self._peaks: dict[int, int] = {}
-        self.forecast: Forecast | None = None
-
-    def trace(self) -> None:
-        """Two or three small steps, of the same sizes on all ranks."""
-        first = min(max(2, self._floor), self._ceiling)
-        if not self.fits(first, "trace"):
-            first = self._floor
-            if not self.fits(first, "trace"):
-                raise NothingFitsError(f"a micro-batch of {first} does not fit on every rank")
-        for size in (2 * first, first + 1):
-            safe = size <= self._ceiling and highest_peak(size, self._peaks, self.bench.fixed) <= self.bench.budget
-            if not self.ranks.any(_WHERE, not safe):
-                self.fits(size, "trace")
-                break
-        self.look()
-        third = min(self.ranks.gather(_WHERE, self.limit)) // THIRD_TRACE | 1
-        if 2 * first < third <= self._ceiling and self.fits(third, "trace"):
-            self.look()
-
-    def look(self) -> None:
-        """All ranks have a forecast, or none."""
-        found = self.bench.forecast()
-        self.forecast = None if self.ranks.any(_WHERE, found is None) else found
-
-    def fits(self, size: int, kind: str = "verify") -> bool:
-        """Whether a step of `size` samples here, and whatever the others run meanwhile, fits on all ranks."""
-        trial = self.bench.run(size, kind)
-        fits = trial.fits or self.bench.elsewhere
-        if not fits:
-            self._most = min(self._most, size - 1)
-        elif trial.peak_bytes is not None:
-            self._peaks[size] = trial.reserved_bytes or trial.peak_bytes
-        return not self.ranks.any(_WHERE, not fits)
-
-    def once(self) -> "_Together":
-        """Of steps whose gradients are summed once a window."""
-        return _Together(self.bench.alike(late=True), self._ceiling, self._reach)
-
-    def why_not(self, size: int) -> str | None:
-        """Why a size cannot be run on all ranks, by forecast and then by running it; None where it can."""
-        try:
-            self.trace()
-        except NothingFitsError:
-            return "whole ones do not fit beside even the smallest step"
-        if self.ranks.any(_WHERE, self.forecast is None):
-            return "what whole ones take could not be forecast"
-        if min(self.ranks.gather(_WHERE, self.limit - size)) < 0 or not self.fits(size):
-            return "whole ones do not fit beside a micro-batch of this size"
-        return None
-
-    def answer(self, size: int) -> Answer:
-        """That a size fits on this rank, with what shows that no more than the limit does."""
-        limit = self.limit
-        proof = "forecast" if self.forecast is not None else None
-        if limit >= self._reach:
-            proof = "cap"
-        elif limit == self._most:
-            proof = "out of memory" if self.bench.suffers else "forecast"
-        return Answer(size, limit, proof, self.forecast)
-
-    @property
-    def limit(self) -> int:
-        """The largest size that fits on this rank, by forecast where there is one; 0 where none does."""
-        if self.forecast is None:
-            return min(max(self._peaks, default=0), self._most)
-        return largest(lambda size: self._forecast(size) <= self.bench.room, self._most)
-
-    def _forecast(self, size: int) -> float:
-        assert self.forecast is not None
-        measured = self._peaks.get(size)
-        return measured or self.forecast.reserved(size) * (1.0 + (self.forecast.residual or 0.0))
+def _why_not(once: Search, ranks: Ranks, size: int) -> str | None:
+    """Why a size cannot be run with one sum a window on all ranks, by forecast and then by running it; None: it can."""
+    try:
+        once.trace()
+    except NothingFitsError:
+        return "whole ones do not fit beside even the smallest step"
+    if once.forecast is None:
+        return "what whole ones take could not be forecast"
+    if ranks.any(_WHERE, once.limit < size) or not once.fits(size):
+        return "whole ones do not fit beside a micro-batch of this size"
+    return None

@@ -39,6 +39,11 @@ class Trial:
         """Whether the size fits in the budget."""
         return self.outcome == FITS
 
+    @property
+    def counted_bytes(self) -> int | None:
+        """What a budget counts of it: what the allocator held, or where none caches what was in use."""
+        return self.peak_bytes if self.reserved_bytes is None else self.reserved_bytes
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)

@@ -104,7 +104,7 @@ class ProbeReport(Drawn):
             return "the target needs no larger size" if all_fit else "it is not known which larger sizes fit"
         if self.limit_proof == "forecast":
             over = (trial for trial in self.trials if (trial.batch, trial.outcome) == (more, OVER_BUDGET))
-            took = max((trial.reserved_bytes or trial.peak_bytes or 0 for trial in over), default=0)
+            took = max((trial.counted_bytes or 0 for trial in over), default=0)
             if took:
                 return f"a step at {more} took {format_bytes(took)}"
             forecast = "over the budget" if self.forecaster is None else format_bytes(self.forecaster.reserved(more))

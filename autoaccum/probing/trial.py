@@ -152,7 +152,7 @@ class Bench:
 
     def measured(self, size: int) -> int:
         """The most that a step at `size` was measured to take, as the budget counts."""
-        return max((t.reserved_bytes or t.peak_bytes or 0 for t in self.trials if t.batch == size), default=0)
+        return max((t.counted_bytes or 0 for t in self.trials if t.batch == size), default=0)
 
     @property
     def caches(self) -> bool:
