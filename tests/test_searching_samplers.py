@@ -6,7 +6,7 @@ import torch
 
 import autoaccum
 from autoaccum.errors import SetupError
-from autoaccum.searching.samplers import ask, check_sampler, sampler_of
+from autoaccum.searching.samplers import ByNumber, check_sampler
 from autoaccum.searching.search import TARGETS
 from tests.search_setups import arguments, short, wide
 
@@ -45,8 +45,8 @@ def test_two_machines_that_draw_at_the_same_moment_draw_differently(tmp_path, sa
     machines = []
     for study in shared(tmp_path):
         own = sampler(seed=1) if isinstance(sampler, type) else sampler  # each has read the same script
-        machines.append((study, sampler_of(own, seed=0, n_trials=9, first={})))
-    trials = [ask(*machine) for _ in range(2) for machine in machines]
+        machines.append((study, ByNumber(own, seed=0, n_trials=9, first={})))
+    trials = [drawing.ask(study) for _ in range(2) for study, drawing in machines]
     drawn = [trial.suggest_float("x", 0, 1) for trial in trials]
 
     assert len(set(drawn)) == 4

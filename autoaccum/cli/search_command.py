@@ -89,9 +89,9 @@ def _of_optuna(kind: str, name: str) -> Any:
     """A name of ours as it is; else the class of `optuna.samplers` or `optuna.pruners` of that name, made anew."""
     if name in ("tpe", "once", "none"):
         return name
-    from autoaccum.searching.extra import load_optuna
+    from autoaccum.searching.extra import optuna
 
-    room = getattr(load_optuna(), f"{kind}s")
+    room = getattr(optuna, f"{kind}s")
     found = {each.lower().removesuffix(kind): each for each in room.__all__ if each.lower().endswith(kind)}
     key = name.lower().removesuffix(kind)
     if key not in found:

@@ -108,48 +108,35 @@ class Block:
 
 
 class _Pool:
-    """The cached (free, mapped) blocks of one stream and size class, and the unmapped stretches."""
+    """The free blocks of one stream and size class, each with what it is sorted by: size and address if it is mapped."""
 
     def __init__(self, small: bool) -> None:
         self.small = small
         self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.unmapped: list[Block] = []  # by address
-        self._keys: list[tuple[int, int]] = []  # (size, address) of the cached blocks, sorted
-        self._blocks: dict[int, Block] = {}  # by address
-
-    def cached(self) -> list[Block]:
-        return [self._blocks[address] for _, address in self._keys]
+        self.cached: list[tuple[int, int, Block]] = []
+        self.unmapped: list[tuple[int, int, Block]] = []  # by address alone
 
     def insert(self, block: Block) -> None:
-        insort(self._keys, (block.size, block.address))
-        self._blocks[block.address] = block
+        if block.mapped:
+            insort(self.cached, (block.size, block.address, block))
+        else:
+            insort(self.unmapped, (0, block.address, block))
 
     def remove(self, block: Block) -> None:
-        del self._keys[bisect_left(self._keys, (block.size, block.address))]
-        del self._blocks[block.address]
-
-    def insert_unmapped(self, block: Block) -> None:
-        insort(self.unmapped, block, key=lambda other: other.address)
-
-    def from_size(self, size: int) -> Block | None:
-        """The smallest cached block of at least `size`."""
-        at = bisect_left(self._keys, (size, 0))
-        return None if at == len(self._keys) else self._blocks[self._keys[at][1]]
-
-    def largest(self) -> Block | None:
-        return self._blocks[self._keys[-1][1]] if self._keys else None
+        listed, size = (self.cached, block.size) if block.mapped else (self.unmapped, 0)
+        del listed[bisect_left(listed, (size, block.address))]
 
     def best_fit(self, size: int, max_split: int | None = None) -> Block | None:
         """The smallest cached block of at least `size`; where blocks can grow, the one that could grow least."""
-        at = bisect_left(self._keys, (size, 0))
-        if at == len(self._keys):
+        at = bisect_left(self.cached, (size, 0))
+        if at == len(self.cached):
             return None
-        best = self._blocks[self._keys[at][1]]
+        best = self.cached[at][2]
         if max_split is not None and not best.expandable and best.size >= max_split:
             return best if size >= max_split and best.size < size + OVERSIZE_ROUNDING else None
-        while best.expandable and at + 1 < len(self._keys):
+        while best.expandable and at + 1 < len(self.cached):
             at += 1
-            following = self._blocks[self._keys[at][1]]
+            following = self.cached[at][2]
             if following.room >= best.room:
                 break
             best = following
@@ -195,7 +182,7 @@ class CachingAllocator:
         else:
             block = self._new_block(pool, size)
         if self._splits(block, size):
-            self._cut(block, size)
+            pool.insert(_divided(block, size))
         block.allocated = True
         self.allocated += block.size
         self.peak_allocated = max(self.peak_allocated, self.allocated)
@@ -211,14 +198,12 @@ class CachingAllocator:
         """Give a block back to its pool, joined with its free neighbours."""
         block.allocated = False
         self.allocated -= block.size
-        for neighbour in (block.previous, block.next):
-            self._join(block, neighbour)
-        block.pool.insert(block)
+        _settle(block)
 
     def release_cached(self) -> None:
         """Give whole free segments (or free pages of expandable ones) back to the device: `empty_cache`."""
         for pool in self._pools.values():
-            for block in pool.cached():
+            for *_, block in list(pool.cached):
                 if block.expandable:
                     self._unmap(block)
                 elif not block.split:
@@ -228,17 +213,13 @@ class CachingAllocator:
         """Gives as much of the blocks that are not split back as the request needs; False where they are too few."""
         if self._max_split is None:
             return False
-        needed = max(size, self._max_split)
-        enough = pool.from_size(needed)
-        if enough is not None and not enough.expandable:
-            self._give_back(enough)
-            return True
-        released = 0
-        largest = pool.largest()
-        while largest is not None and not largest.expandable and largest.size >= self._max_split and released < needed:
-            released += largest.size
-            self._give_back(largest)
-            largest = pool.largest()
+        needed, released = max(size, self._max_split), 0
+        blocks = [block for *_, block in pool.cached if block.size >= self._max_split and not block.expandable]
+        enough = [block for block in blocks if block.size >= needed][:1]
+        for block in enough or reversed(blocks):
+            if released < needed:
+                released += block.size
+                self._give_back(block)
         return released >= needed
 
     def _give_back(self, block: Block) -> None:
@@ -284,33 +265,6 @@ class CachingAllocator:
         self._next_address += _ADDRESS_SPACE
         return self._next_address
 
-    def _cut(self, block: Block, size: int) -> None:
-        """Keep the first `size` bytes in `block`; the rest becomes a cached block of its own."""
-        rest = Block(block.pool, block.address + size, block.size - size, expandable=block.expandable)
-        block.size = size
-        _insert_after(block, rest)
-        block.pool.insert(rest)
-
-    def _join(self, block: Block, neighbour: Block | None) -> None:
-        """Take `neighbour` into `block` if it is free and of the same kind."""
-        if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
-            return
-        pool = block.pool
-        if neighbour.mapped:
-            pool.remove(neighbour)
-        else:
-            pool.unmapped.remove(neighbour)
-        if block.previous is neighbour:
-            block.address = neighbour.address
-            block.previous = neighbour.previous
-            if block.previous is not None:
-                block.previous.next = block
-        else:
-            block.next = neighbour.next
-            if block.next is not None:
-                block.next.previous = block
-        block.size += neighbour.size
-
     def _expand(self, pool: _Pool, size: int) -> Block:
         """Map pages until some free block before unmapped addresses has `size` bytes; returns it, out of the cache."""
         block = self._expandable_start(pool, size)
@@ -325,74 +279,55 @@ class CachingAllocator:
         return block
 
     def _expandable_start(self, pool: _Pool, size: int) -> Block:
-        for unmapped in pool.unmapped:  # lowest address first
+        for *_, unmapped in pool.unmapped:  # lowest address first
             before = unmapped.previous
             start = before if before is not None and not before.allocated else unmapped
             if _free_from(start) >= size:
                 return start
         fresh = Block(pool, self._fresh_address(), _ADDRESS_SPACE // 2, mapped=False, expandable=True)
-        pool.insert_unmapped(fresh)
+        pool.insert(fresh)
         return fresh
 
     def _map(self, block: Block, size: int) -> None:
         """Back the first `size` bytes of an unmapped block with whole pages; it joins its free neighbours."""
-        pool = block.pool
-        mapped = min(_up(min(size, block.size), pool.page), block.size)
-        pool.unmapped.remove(block)
-        block.mapped = True
+        block.pool.remove(block)
+        mapped = min(_up(min(size, block.size), block.pool.page), block.size)
         if mapped < block.size:
-            rest = Block(pool, block.address + mapped, block.size - mapped, mapped=False, expandable=True)
-            block.size = mapped
-            _insert_after(block, rest)
-            pool.insert_unmapped(rest)
-        for neighbour in (block.previous, block.next):
-            self._join(block, neighbour)
-        pool.insert(block)
+            block.pool.insert(_divided(block, mapped))
+        block.mapped = True
+        _settle(block)
         self._grow(mapped)
 
     def _unmap(self, block: Block) -> None:
         """Give back the whole pages inside a free expandable block; its ends stay cached."""
-        pool = block.pool
-        first = _up(block.address, pool.page)
-        last = (block.address + block.size) // pool.page * pool.page
+        pool, end = block.pool, block.address + block.size
+        first, last = _up(block.address, pool.page), end // pool.page * pool.page
         if first >= last:
             return
         pool.remove(block)
-        end = block.address + block.size
         if block.address < first:
-            head = Block(pool, block.address, first - block.address, expandable=True)
-            head.previous, head.next = block.previous, block
-            if block.previous is not None:
-                block.previous.next = head
-            block.previous = head
+            head, block = block, _divided(block, first - block.address)
             pool.insert(head)
         if last < end:
-            tail = Block(pool, last, end - last, expandable=True)
-            _insert_after(block, tail)
-            pool.insert(tail)
-        block.address, block.size, block.mapped = first, last - first, False
-        for neighbour in (block.previous, block.next):
-            self._join(block, neighbour)
-        pool.insert_unmapped(block)
+            pool.insert(_divided(block, last - first))
+        block.mapped = False
+        _settle(block)
         self.reserved -= last - first
 
     def _adopt(self, segment: Segment) -> None:
-        pool = self._pool(segment.stream, segment.small)
-        address = self._fresh_address()
+        pool, address = self._pool(segment.stream, segment.small), self._fresh_address()
+        stretches = [(size, allocated, True) for size, allocated in segment.blocks]
+        if segment.expandable:
+            stretches.append((_ADDRESS_SPACE // 2, False, False))
         before: Block | None = None
-        for size, allocated in segment.blocks:
-            block = Block(pool, address, size, allocated, expandable=segment.expandable)
-            if before is not None:
-                _insert_after(before, block)
+        for size, allocated, mapped in stretches:
+            block = Block(pool, address, size, allocated, mapped, segment.expandable)
+            _link(before, block)
             if not allocated:
                 pool.insert(block)
             before, address = block, address + size
-            self.allocated += size if allocated else 0
-            self._grow(size)
-        if segment.expandable and before is not None:
-            rest = Block(pool, address, _ADDRESS_SPACE // 2, mapped=False, expandable=True)
-            _insert_after(before, rest)
-            pool.insert_unmapped(rest)
+        self._grow(sum(size for size, _ in segment.blocks))
+        self.allocated += sum(size for size, allocated in segment.blocks if allocated)
         self.peak_allocated = max(self.peak_allocated, self.allocated)
 
 
@@ -447,11 +382,36 @@ def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _insert_after(block: Block, new: Block) -> None:
-    new.previous, new.next = block, block.next
-    if block.next is not None:
-        block.next.previous = new
-    block.next = new
+def _link(first: Block | None, second: Block | None) -> None:
+    """Makes them neighbours; None: the other one is at an end of its segment."""
+    if first is not None:
+        first.next = second
+    if second is not None:
+        second.previous = first
+
+
+def _divided(block: Block, size: int) -> Block:
+    """Keeps the first `size` bytes in `block`; the rest is a block of its own, in no pool's list."""
+    rest = Block(block.pool, block.address + size, block.size - size, False, block.mapped, block.expandable)
+    block.size = size
+    _link(rest, block.next)
+    _link(block, rest)
+    return rest
+
+
+def _settle(block: Block) -> None:
+    """Takes the neighbours of a free block into it that are free and of the same kind, and lists it in its pool."""
+    for neighbour in (block.previous, block.next):
+        if neighbour is None or neighbour.allocated or neighbour.mapped != block.mapped:
+            continue
+        block.pool.remove(neighbour)
+        block.size += neighbour.size
+        if block.previous is neighbour:
+            block.address = neighbour.address
+            _link(neighbour.previous, block)
+        else:
+            _link(block, neighbour.next)
+    block.pool.insert(block)
 
 
 def _free_from(block: Block | None) -> int:

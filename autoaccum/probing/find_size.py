@@ -95,7 +95,8 @@ class Search:
     ) -> None:
         self.bench, self._floor, self._known = bench, floor, known
         self._exact = wanted is None
-        self._wanted, self._reach = (lambda limit: limit, ceiling) if wanted is None else (wanted, reach)
+        self._wanted: Callable[[int], int] = wanted or (lambda limit: limit)
+        self._reach = ceiling if self._exact else reach
         self._low, self._high = 0, ceiling + 1  # fits, or 0; does not, or may not be run
         self._peaks: dict[int, int] = {}  # measured, in bytes, by size
         self._failed: Trial | None = None  # the last that did not fit

@@ -7,26 +7,26 @@ from typing import Any
 
 from autoaccum.errors import MissingExtraError
 
-__all__ = ["hushed", "load_optuna"]
+__all__ = ["hushed", "optuna"]
 
 
-def load_optuna() -> Any:
-    """The module `optuna`.
+class _OnUse:
+    """The module, imported when something of it is first asked for; a MissingExtraError where it is not installed."""
 
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingExtraError("optuna", "search", "A search") from error
-    return optuna
+    def __getattr__(self, name: str) -> Any:
+        try:
+            import optuna
+        except ImportError as error:
+            raise MissingExtraError("optuna", "search", "A search") from error
+        return getattr(optuna, name)
+
+
+optuna: Any = _OnUse()
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
     """Without Optuna's lines about each trial (the search tells its own), nor its notices of what is experimental."""
-    optuna = load_optuna()
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:

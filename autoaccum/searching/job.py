@@ -17,7 +17,7 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
-from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space, read_space
 from autoaccum.searching.storage import place_of
@@ -133,7 +133,6 @@ def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
     """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
     if space is None or (space.function is None and not recipe.needs()):
         return recipe.build({})
-    optuna = load_optuna()
     with hushed():
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
     for _ in range(ERRORS_BELIEVED):  # a few settings may fail, as a few trials may

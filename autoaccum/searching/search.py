@@ -11,7 +11,7 @@ from typing import Any
 from autoaccum.checks import check_switches, one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.ranks import here, join
-from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.job import Job, check_targets, default_space, sample_arguments, settle
 from autoaccum.searching.recipe import Recipe, folder_name
 from autoaccum.searching.samplers import check_sampler, make_pruner
@@ -88,7 +88,6 @@ def search(
         AutoaccumError: no trial came to its end, or workers died one after another.
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
-    load_optuna()
     for name, value, fits, wanted in (
         ("n_trials", n_trials, type(n_trials) is int and n_trials >= 1, "a whole number above 0, such as 30"),
         ("seed", seed, seed is None or (type(seed) is int and seed >= 0), "a whole number of 0 or more"),
@@ -144,7 +143,7 @@ def _check_shared(storage: Any, workers: Any) -> None:
             f"workers={shown(workers)} under torchrun: every worker would need a group of its own; leave workers out, "
             "and start the command several times with the same storage and study_name"
         )
-    if isinstance(storage, load_optuna().storages.InMemoryStorage):
+    if isinstance(storage, optuna.storages.InMemoryStorage):
         raise SetupError(
             f"storage is in this process's memory, where none of workers={shown(workers)} can reach it: leave storage "
             "out (a journal file), give a path or URL, or use workers=1"

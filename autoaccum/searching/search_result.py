@@ -19,7 +19,7 @@ from autoaccum.files import read_json
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.stored import write_file
 from autoaccum.searching import weights
-from autoaccum.searching.extra import hushed, load_optuna
+from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.job import Job
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
@@ -79,7 +79,7 @@ class SearchResult(Drawn):
         done = [trial for trial in trials if trial.state.name == "COMPLETE"]
         if len(done) < 4 or len({trial.value for trial in done}) < 2:
             return {}
-        importance = load_optuna().importance
+        importance = optuna.importance
         with hushed():
             try:
                 found = importance.get_param_importances(self.study, evaluator=importance.PedAnovaImportanceEvaluator())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.errors import SetupError, shown
-from autoaccum.searching.extra import load_optuna
+from autoaccum.searching.extra import optuna
 
 __all__ = ["Space", "read_space", "space_of_texts"]
 
@@ -55,7 +55,7 @@ class Space:
         """Plain values, by which two searches are seen to have the same space."""
         if self.function is not None:
             return f"function {getattr(self.function, '__qualname__', type(self.function).__name__)}"
-        to_json = load_optuna().distributions.distribution_to_json
+        to_json = optuna.distributions.distribution_to_json
         return {name: json.loads(to_json(part))["attributes"] for name, part in self.parts.items()}
 
     def within(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _choices(values: list[Any]) -> Any:
             raise ValueError(f"{value!r} is no choice: numbers must be finite")
     if len(set(values)) < len(values):
         raise ValueError("a choice twice (1, 1.0 and True are equal): leave one out")
-    return load_optuna().distributions.CategoricalDistribution(values)
+    return optuna.distributions.CategoricalDistribution(values)
 
 
 def _range(low: Any, high: Any, *word: Any) -> Any:
@@ -147,7 +147,7 @@ def _range(low: Any, high: Any, *word: Any) -> Any:
         raise ValueError('the third entry of a range can only be "log"')
     if low >= high:
         raise ValueError(f"an empty range: {low} is not below {high}; write (low, high)")
-    distributions = load_optuna().distributions
+    distributions = optuna.distributions
     are_whole = isinstance(low, int) and isinstance(high, int)
     kind = distributions.IntDistribution if are_whole else distributions.FloatDistribution
     return kind(low, high, log=bool(word))

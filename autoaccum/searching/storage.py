@@ -18,7 +18,7 @@ from typing import Any
 
 from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.interrupts import uninterrupted
-from autoaccum.searching.extra import load_optuna
+from autoaccum.searching.extra import optuna
 
 __all__ = ["dashboard_line", "open_storage", "place_of", "telling_of"]
 
@@ -41,7 +41,7 @@ def open_storage(storage: Any, folder: Path) -> Any:
 
     A SetupError where it is unknown, unreachable, locked, damaged, or without its driver.
     """
-    if isinstance(storage, load_optuna().storages.BaseStorage):
+    if isinstance(storage, optuna.storages.BaseStorage):
         return storage
     text = str(folder / "journal.log" if storage is None else storage)
     scheme, colon, rest = text.partition("://")
@@ -90,7 +90,7 @@ def _trouble(place: str, error: Exception) -> str:
 
 def _journal(path: Path) -> Any:
     """Optuna's storage over this file, which is made where it is not there."""
-    journal = load_optuna().storages.journal
+    journal = optuna.storages.journal
     lock = journal.JournalFileSymlinkLock(str(path))
     if path.exists():
         with path.open("rb") as file:
@@ -104,7 +104,7 @@ def _journal(path: Path) -> Any:
             _mend(path)
         finally:
             lock.release()
-    return load_optuna().storages.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=lock))
+    return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=lock))
 
 
 def _mend(path: Path) -> None:
@@ -137,7 +137,7 @@ def _database(url: str) -> Any:
 
     for _ in range(RACES):
         try:
-            return load_optuna().storages.RDBStorage(url, engine_kwargs=arguments)
+            return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
         except DatabaseError as error:  # other processes may be making the same tables at this moment
             failed = error
             if not re.search("already exists|unique|duplicate", str(error), re.IGNORECASE):
@@ -150,7 +150,7 @@ def _proxy(text: str, address: str) -> Any:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise SetupError(f"storage={text!r}: write grpc://host:port, such as grpc://localhost:13000")
-    proxy = load_optuna().storages.GrpcStorageProxy(host=host, port=int(port))
+    proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     try:
         proxy.wait_server_ready(CONNECT)
     except ConnectionError as error:

@@ -22,7 +22,7 @@ from typing import Any
 from autoaccum.errors import SetupError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.probing.journal import Owner
-from autoaccum.searching.extra import load_optuna
+from autoaccum.searching.extra import optuna
 from autoaccum.searching.job import Job
 from autoaccum.searching.samplers import make_pruner
 from autoaccum.searching.storage import open_storage, telling_of
@@ -47,7 +47,7 @@ def open_study(job: Job, *, resume: bool = True) -> Any:
     A SetupError where it is there and `resume` is False, or where it is a search of another direction, space, metric,
     budget or seed; both are named.
     """
-    optuna, ours = load_optuna(), job.comparable()
+    ours = job.comparable()
     storage = open_storage(job.storage, job.folder)
     who = f"the study {job.study_name!r}"
     with telling_of(job.place, opening=True):
@@ -184,7 +184,7 @@ def end(study: Any, trial: Any, state: str, *, outcome: str | None = None, value
     try:
         if outcome is not None:
             trial.set_user_attr(OUTCOME, outcome)
-        study.tell(trial.number, value, state=load_optuna().trial.TrialState[state])
+        study.tell(trial.number, value, state=optuna.trial.TrialState[state])
     except (ValueError, RuntimeError):
         # It had ended; or this has ended it, and a sampler that has run out of settings wants to stop Optuna's loop.
         found = next(other for other in study.get_trials(deepcopy=False) if other.number == trial.number)

@@ -19,9 +19,9 @@ from autoaccum.errors import SetupError, TracebackText
 from autoaccum.interrupts import check_interrupt, interruptible, interruption_in, uninterrupted
 from autoaccum.ranks import here
 from autoaccum.searching import weights
-from autoaccum.searching.extra import load_optuna
+from autoaccum.searching.extra import optuna
 from autoaccum.searching.job import ERRORS_BELIEVED, Job
-from autoaccum.searching.samplers import ask, mark_infeasible, sampler_of
+from autoaccum.searching.samplers import ByNumber, mark_infeasible
 from autoaccum.searching.storage import telling_of
 from autoaccum.searching.study import BEAT, ERROR, TRAINING, Ledger, end, signed, sweep
 from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
@@ -51,7 +51,7 @@ class Worker:
         """`heard` is called whenever something in the study has changed by this worker."""
         self._job, self._study, self._heard = job, study, heard
         self._lock, self._trainer = FolderLock(job.folder, "claim"), Trainer(job, job.folder)
-        self._sampler = sampler_of(job.sampler, seed=job.recipe.seed, n_trials=job.n_trials, first=job.first)
+        self._drawing = ByNumber(job.sampler, seed=job.recipe.seed, n_trials=job.n_trials, first=job.first)
         self._outer = sys.exc_info()[1]  # of whoever called the search: no error of a trial
 
     @uninterrupted
@@ -74,9 +74,9 @@ class Worker:
             ledger = Ledger(study)
             check_errors(ledger, n_trials)
             if ledger.taken < n_trials or ledger.of("waiting"):
-                trial = ask(study, self._sampler)
+                trial = self._drawing.ask(study)
                 # One that another process took for dead and ended is that process's, and its word stands.
-                with contextlib.suppress(load_optuna().exceptions.UpdateFinishedTrialError), signed(trial):
+                with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError), signed(trial):
                     if Ledger(study).may_run(trial, n_trials):
                         self._run(trial)
                     else:
