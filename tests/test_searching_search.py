@@ -430,6 +430,7 @@ def test_a_result_that_was_changed_is_refused_where_it_is_read(tmp_path, result_
 @pytest.fixture(scope="module")
 def result_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("result")
+    torch.set_num_threads(1)  # as each test has; this is made before the first of them sets it
     search(folder, n_trials=1)
     return (folder / "run" / "best.json").read_text()
 
