@@ -108,12 +108,12 @@ class Block:
 
 
 class _Pool:
-    """The free blocks of one stream and size class, each with what it is sorted by: size and address if it is mapped."""
+    """The free blocks of one stream and size class, each after what it is sorted by."""
 
     def __init__(self, small: bool) -> None:
         self.small = small
         self.page = SMALL_SEGMENT if small else LARGE_SEGMENT
-        self.cached: list[tuple[int, int, Block]] = []
+        self.cached: list[tuple[int, int, Block]] = []  # by size, then address
         self.unmapped: list[tuple[int, int, Block]] = []  # by address alone
 
     def insert(self, block: Block) -> None:

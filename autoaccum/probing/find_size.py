@@ -2,8 +2,8 @@
 
 Everything real is behind the bench: what runs a step, and what fits a forecast to the steps that were traced. Two or
 three small traces give the peak at any size; the size wanted is run once to be sure. A surprise moves the forecast to
-what was measured. Where one refutes the forecast, or there is none, sizes grow as far as surely fits, or lie between what
-fits and what does not. Out of memory is never the way to learn where the limit is.
+what was measured. Where one refutes the forecast, or there is none, sizes grow as far as surely fits, or lie between
+what fits and what does not. Out of memory is never the way to learn where the limit is.
 
 Where the bench's ranks meet in each trial, as those of a sharded model do, all take every branch alike: what decides it
 is exchanged first.
@@ -183,18 +183,14 @@ class Search:
 
     def _next(self) -> int | None:
         """The size to run next; None where the size wanted is known to fit."""
-        low, high = self._low, self._high
-        if self._closed or self._wanted(high - 1) <= low:
-            return None
-        suffers, failed = self.bench.suffers, self._failed
+        low, high, suffers, failed = self._low, self._high, self.bench.suffers, self._failed
         settled = low > self._traced
         overran = failed is not None and (suffers or failed.peak_bytes is None)
-        if settled and overran and high <= CLOSE_ENOUGH * low:
+        enough = (overran and high <= CLOSE_ENOUGH * low) or (self.forecast is not None and self._runs >= ENOUGH_RUNS)
+        if self._closed or (settled and enough) or self._wanted(high - 1) <= low:
             return None
         if self.forecast is None:
             return self._useful(self._guarded())
-        if settled and self._runs >= ENOUGH_RUNS:
-            return None
         limit = max(self._limit(high - 1), self._floor)
         size = self._useful(self._guarded()) if self._refuted() else self._wanted(limit)
         least = NOT_WORTH_A_STEP if self.bench.traces_all else NOT_ON_A_DEVICE
