@@ -46,6 +46,14 @@ class FakeMachine:
     traces: dict[int, list[float]] = field(default_factory=dict)
 
     @property
+    def allowance(self) -> "FakeMachine":
+        return self
+
+    @property
+    def bytes(self) -> int:
+        return self.budget
+
+    @property
     def room(self) -> float:
         return self.budget
 

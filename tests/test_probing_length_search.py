@@ -32,6 +32,14 @@ class Fake:
     trials: list[Trial] = field(default_factory=list)
 
     @property
+    def allowance(self):
+        return self
+
+    @property
+    def bytes(self):
+        return self.budget
+
+    @property
     def suffers(self):
         return self.hard
 

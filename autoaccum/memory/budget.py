@@ -21,7 +21,7 @@ import contextlib
 import gc
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,11 @@ class Budget:
     hard: bool
     kind: str
     beyond: int | None = None
+
+    def without(self, size: int, why: str) -> "Budget":
+        """The budget less `size` bytes, with the reason."""
+        reason = f"{self.reason}; {format_bytes(size)} less{why}"
+        return replace(self, bytes=max(0, self.bytes - size), reason=reason)
 
 
 class Device(ABC):

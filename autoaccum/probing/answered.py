@@ -70,7 +70,7 @@ def report_of(bench: Bench, answer: Answer) -> ProbeReport:
                 f"the allocator is set up with {forecast.unsupported}, which is not simulated: it is taken to reserve "
                 f"{forecast.reserve:.3f} times what is asked for, as it did at the largest step traced"
             )
-        if hint := with_expandable_segments(forecast, answer, bench.budget):
+        if hint := with_expandable_segments(forecast, answer, bench.allowance.bytes):
             notes.append(hint)
         if forecast.unaligned > 0.001:
             notes.append(f"{forecast.unaligned:.1%} of a step's allocations did not line up between the traces")
@@ -90,7 +90,7 @@ def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int |
     else:
         forecast.longest, forecast.residual = answer.longest, answer.residual
     notes += bench.notes
-    if bench.suffers and not bench.caches:
+    if bench.allowance.suffers and not bench.allowance.caches:
         notes.append(
             "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
             "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 in the environment bounds it"
@@ -109,8 +109,8 @@ def _report(
         micro_batch=answer.micro_batch,
         limit=answer.limit,
         limit_proof=answer.proof,
-        budget_bytes=bench.budget,
-        budget_reason=bench.budget_reason,
+        budget_bytes=bench.allowance.bytes,
+        budget_reason=bench.allowance.reason,
         device=bench.device.name,
         trials=tuple(bench.trials),
         residual=residual,
@@ -180,7 +180,7 @@ def _farthest(forecast: Forecast | Lines, trials: Sequence[Trial], micro_batch: 
 
 def nothing_fits(bench: Bench) -> str:
     """Why not even the smallest micro-batch fits: what fills the device, and what would help."""
-    accumulator, floor, budget = bench.accumulator, bench.floor, bench.allowed
+    accumulator, floor, budget = bench.accumulator, bench.floor, bench.allowance.given
     model = accumulator.model
     parts = resident_parts(model, accumulator.optimizers)
     parts["gradients"] = sum(local(p).numel() * p.element_size() for p in trained_parameters(model))

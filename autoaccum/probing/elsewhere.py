@@ -35,11 +35,24 @@ _MEMORY = {
     "A40": {48: 46068}, "L4": {24: 23034}, "L40S": {48: 46068}, "RTX A4000": {16: 16376}, "RTX A5000": {24: 24564},
     "RTX A6000": {48: 49140}, "A100": {40: 40960, 80: 81920}, "H100": {80: 81559}, "H200": {141: 143771},
 }  # fmt: skip
-CARDS = {
-    f"{chip} {sold}GB" if len(sizes) > 1 else chip: mib * MIB
+_SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
+_SOLD = re.compile(r"\b(\d+) ?gi?b\b")
+# What does not tell cards apart in a card's full name.
+_SAID = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|sxm\d?|pcie?|hbm\d?e?|gpu|graphics|card|[^a-z0-9]")
+
+
+def _chip(card: str) -> str:
+    """A card's name without the words that all have, and without its memory."""
+    return _SAID.sub("", _SOLD.sub(" ", card.lower().replace("-", " ")))
+
+
+# By name: the chip as `_chip` has it, GB as sold, and bytes.
+_KNOWN = {
+    f"{chip} {sold}GB" if len(sizes) > 1 else chip: (_chip(chip), sold, mib * MIB)
     for chip, sizes in _MEMORY.items()
     for sold, mib in sizes.items()
 }
+CARDS = {name: size for name, (_, _, size) in _KNOWN.items()}
 
 
 def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> dict[str, Any]:
@@ -69,36 +82,15 @@ def known_card(card: str) -> str:
     if _SIZE.fullmatch(card):
         parse_bytes(card)
         return card.strip()
-    chip, sold = _read(card)
-    found = [name for name in CARDS if _read(name)[0] == chip and sold in (None, _sold(name))]
+    chip, said = _chip(card), _SOLD.search(card.lower())
+    found = [name for name, (own, sold, _) in _KNOWN.items() if own == chip and (said is None or int(said[1]) == sold)]
     if len(found) == 1:
         return found[0]
-    named = [(name, _read(name)[0]) for name in CARDS]
-    similar = difflib.get_close_matches(chip, [own for _, own in named], cutoff=0.4)
+    similar = difflib.get_close_matches(chip, [own for own, _, _ in _KNOWN.values()], cutoff=0.4)
     near = (
-        [name for name, own in named if own == chip]
-        or [name for name, own in named if chip and (own.startswith(chip) or chip.startswith(own))]
-        or [name for name, own in named if own in similar]
+        [name for name, (own, _, _) in _KNOWN.items() if own == chip]
+        or [name for name, (own, _, _) in _KNOWN.items() if chip and (own.startswith(chip) or chip.startswith(own))]
+        or [name for name, (own, _, _) in _KNOWN.items() if own in similar]
     )[:4]
     hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(CARDS)};"
     raise SetupError(f'--for "{card}": no such card is known; {hint} give its memory instead, as --for 24GiB')
-
-
-_SIZE = re.compile(r"\s*[\d.]+\s*[kmgt]i?b?\s*", re.IGNORECASE)
-_SOLD = re.compile(r"\b(\d+) ?gi?b\b")
-# What does not tell cards apart in a card's full name.
-_SAID = re.compile(r"nvidia|geforce|quadro|tesla|rtx|gtx|sxm\d?|pcie?|hbm\d?e?|gpu|graphics|card|[^a-z0-9]")
-
-
-def _read(card: str) -> tuple[str, int | None]:
-    """(the chip, without words that all have; the memory in GB where that is said)."""
-    text = card.lower()
-    return _SAID.sub("", _SOLD.sub(" ", text.replace("-", " "))), _sold(text)
-
-
-def _sold(card: str) -> int | None:
-    """The memory in GB, of a name as given; of a known one by its table, where the name does not say it."""
-    said = _SOLD.search(card.lower())
-    if said is not None:
-        return int(said.group(1))
-    return next(iter(_MEMORY[card])) if card in _MEMORY else None

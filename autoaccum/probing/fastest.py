@@ -23,7 +23,7 @@ from autoaccum.probing.find_size import Answer
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
 
-__all__ = ["Pair", "chosen", "pairs", "race"]
+__all__ = ["Pair", "Race", "chosen", "pairs"]
 
 MOST_WINDOWS, LEAST_SECONDS = 2.0, 0.25
 NOISE = 0.02  # relative: within it the first of the pairs is as good
@@ -106,37 +106,31 @@ def to_gain(made: Sequence[Pair]) -> float | None:
     return each * (best.count - 1) / best.window
 
 
-def race(
-    bench: Bench, answer: Answer, savers: Sequence[str], under: Under, *, share: int | None, reach: int,
-    multiple_of: int,
-) -> ProbeReport:  # fmt: skip
-    """The report of the pair that makes a window soonest, of those that were worth timing.
-
-    Args:
-        bench, answer: on which the step as it is was probed, and what that found.
-        savers, under: that may be taken, cheapest first; what the model runs under one inside.
-        share: samples of a window; None: as many as fit as it is.
-        reach: how far a limit is looked for.
-        multiple_of: preferred multiples.
-    """
-    return _Race(bench, answer, savers, under, share or answer.micro_batch, reach, multiple_of).report()
-
-
-class _Race:
+class Race:
     """The savers looked at so far, what fits under each, and the pairs that were timed."""
 
     def __init__(
-        self, bench: Bench, answer: Answer, savers: Sequence[str], under: Under, share: int, reach: int,
+        self, bench: Bench, answer: Answer, savers: Sequence[str], under: Under, *, share: int | None, reach: int,
         multiple_of: int,
     ) -> None:  # fmt: skip
+        """What there is to choose from.
+
+        Args:
+            bench, answer: on which the step as it is was probed, and what that found.
+            savers, under: that may be taken, cheapest first; what the model runs under one inside.
+            share: samples of a window; None: as many as fit as it is.
+            reach: how far a limit is looked for.
+            multiple_of: preferred multiples.
+        """
         self._benches: dict[str | None, Bench] = {None: bench}
         self._answers: dict[str | None, Answer] = {None: answer}
         self._savers, self._under = savers, under
-        self._share, self._reach, self._multiple_of = share, reach, multiple_of
+        self._share, self._reach, self._multiple_of = share or answer.micro_batch, reach, multiple_of
         self._left_out: list[dict[str, Any]] = []
         self._made: list[Pair] = []
 
     def report(self) -> ProbeReport:
+        """Of the pair that makes a window soonest, of those that were worth timing."""
         bench, answer = self._benches[None], self._answers[None]
         for repeats in (False, True):  # savers that compute nothing twice may gain at any size, the others by size
             gain = to_gain(self._made) if self._made else None
@@ -149,7 +143,7 @@ class _Race:
             wanted = pairs(self._share, self._limits(), floor=bench.floor, multiple_of=self._multiple_of)
             self._made += [pair for pair in wanted if (pair.saver, pair.size) not in known]
             self._time()
-            bench.device.expect(bench.allowed, None)  # whatever runs next is measured, with nothing kept
+            bench.device.expect(bench.allowance.given, None)  # whatever runs next is measured, with nothing kept
         best = chosen(self._made)
         answer = self._answers[best.saver]
         table = {saver: self._row(saver, limit) for saver, limit in self._limits()}
@@ -175,7 +169,7 @@ class _Race:
                 forecast = bench.forecast() if fits else None
                 why = "its traces do not line up" if fits else f"{first} to {2 * first} samples do not fit"
                 if forecast is not None:
-                    low = largest(lambda size: forecast.reserved(size) <= bench.room, self._reach, 2 * first)
+                    low = largest(lambda size: forecast.reserved(size) <= bench.allowance.room, self._reach, 2 * first)
                     self._answers[saver] = Answer(low, low, "forecast" if low < self._reach else "cap", forecast)
                     return
             bench.recover()  # outside the except block, where nothing holds what the failed step held
@@ -183,10 +177,8 @@ class _Race:
 
     def _limits(self) -> list[tuple[str | None, int]]:
         """(saver, the most samples of a window that fit), the step as it is first."""
-        plain, *rest = self._answers.items()
-        return [(None, plain[1].micro_batch)] + [
-            (saver, min(found.limit or found.micro_batch, self._share)) for saver, found in rest
-        ]
+        most = {saver: min(found.limit or found.micro_batch, self._share) for saver, found in self._answers.items()}
+        return [*{**most, None: self._answers[None].micro_batch}.items()]
 
     def _row(self, saver: str | None, limit: int) -> dict[str, Any]:
         """A saver's row of a report's `savers`."""

@@ -93,7 +93,7 @@ class Search:
         reach: int,
         known: "Forecast | Lines | None" = None,
     ) -> None:
-        self.bench, self._floor, self._known = bench, floor, known
+        self.bench, self._may, self._floor, self._known = bench, bench.allowance, floor, known
         self._exact = wanted is None
         self._wanted: Callable[[int], int] = wanted or (lambda limit: limit)
         self._reach = ceiling if self._exact else reach
@@ -161,7 +161,7 @@ class Search:
         bench = self.bench
         if self.forecast is None or self.forecast is self._known:
             return
-        if not (self._exact and bench.suffers) or bench.traces_all:
+        if not (self._exact and self._may.suffers) or bench.traces_all:
             return
         size = int(self._limit(self._high - 1) * STEPPING_STONE)
         if size > self._traced and self.fits(size, "trace"):
@@ -173,7 +173,7 @@ class Search:
             surely = (size for size in (2 * ran[-1], ran[-1] + 1) if self._all(self._surely_fits(size)))
             return next(surely, ran[0] - 1 if ran[0] > self._floor else None)
         # Odd: at powers of two, rounding to pages and blocks shows nothing of itself.
-        times = NEAR_TRACE if bench.suffers and bench.traces_all else THIRD_TRACE
+        times = NEAR_TRACE if self._may.suffers and bench.traces_all else THIRD_TRACE
         third = self._wanted(max(self._limit(self._high - 1), self._floor)) // times | 1
         if bench.ranks is not None:
             third = min(bench.ranks.gather("the probe", third))
@@ -183,7 +183,7 @@ class Search:
 
     def _next(self) -> int | None:
         """The size to run next; None where the size wanted is known to fit."""
-        low, high, suffers, failed = self._low, self._high, self.bench.suffers, self._failed
+        low, high, suffers, failed = self._low, self._high, self._may.suffers, self._failed
         settled = low > self._traced
         overran = failed is not None and (suffers or failed.peak_bytes is None)
         enough = (overran and high <= CLOSE_ENOUGH * low) or (self.forecast is not None and self._runs >= ENOUGH_RUNS)
@@ -221,7 +221,7 @@ class Search:
         """
         ran, peak = max(self._peaks.items())
         fixed = min(self.bench.fixed, peak)
-        return size < self._high and fixed + (peak - fixed) * size / ran <= self.bench.budget
+        return size < self._high and fixed + (peak - fixed) * size / ran <= self._may.bytes
 
     def _useful(self, proposal: int) -> int:
         """The wanted size nearest to a proposal that is not known to fit already."""
@@ -235,22 +235,22 @@ class Search:
 
         Where an overrun is suffered, what counts is how wrong it was at the size last measured, which is near.
         """
-        forecast, budget = self.forecast, self.bench.budget
+        forecast, budget = self.forecast, self._may.bytes
         if forecast is None or size >= self._high:
             return False
         wrong = forecast.residual or 0.0
-        if self.bench.suffers and self._anchor is not None:
+        if self._may.suffers and self._anchor is not None:
             at, measured = self._anchor
             wrong = abs(forecast.reserved(at) / measured - 1.0)
-        return self._scaled(size) - self.bench.room < 2 * wrong * budget
+        return self._scaled(size) - self._may.room < 2 * wrong * budget
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
         forecast = self.forecast
         assert forecast is not None
         # First by what is in use, which is told at once: what an allocator reserves is more, and takes a while to tell.
-        ceiling = largest(lambda size: self._scaled(size, forecast.peak(size)) <= self.bench.room, ceiling)
-        return largest(lambda size: self._scaled(size) <= self.bench.room, ceiling)
+        ceiling = largest(lambda size: self._scaled(size, forecast.peak(size)) <= self._may.room, ceiling)
+        return largest(lambda size: self._scaled(size) <= self._may.room, ceiling)
 
     def _scaled(self, size: int, here: int | None = None) -> float:
         """The forecast at `size`, moved to what was measured; `here` is what it says there, where that was asked."""
@@ -268,7 +268,7 @@ class Search:
         """Runs a step of `size` samples here, and whatever other ranks run meanwhile: whether it fits on all."""
         trial = self.bench.run(size, kind)
         measured = trial.counted_bytes
-        if not trial.fits and measured is not None and measured <= self.bench.budget:
+        if not trial.fits and measured is not None and measured <= self._may.bytes:
             measured = None  # the allocator had to empty its cache: this is what it was allowed, and not what it needs
         if measured is not None:
             self._peaks[size] = measured
@@ -315,7 +315,7 @@ class Search:
     def _refuted(self) -> bool:
         """Whether the forecast would let a size fit that was run and does not: it tells nothing up to there."""
         failed = self._failed
-        return failed is not None and failed.batch == self._high and self._scaled(self._high) <= self.bench.room
+        return failed is not None and failed.batch == self._high and self._scaled(self._high) <= self._may.room
 
     def _sure(self, limit: int) -> int:
         """The micro-batch wanted at `limit` where it is known to fit, else the one wanted at the largest that is."""
@@ -328,4 +328,4 @@ class Search:
             return "out of memory" if self._failed.peak_bytes is None else "forecast"
         if limit >= self._reach:
             return "cap"
-        return "forecast" if self.forecast is not None and self._scaled(limit + 1) > self.bench.room else None
+        return "forecast" if self.forecast is not None and self._scaled(limit + 1) > self._may.room else None

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import Room, limit_at, room_of
 from autoaccum.probing.find_size import SAME_PEAK
-from autoaccum.probing.outcome import Trial
 from autoaccum.units import MIB
 
 if TYPE_CHECKING:
@@ -79,56 +78,46 @@ def find_by_length(
     Raises:
         NothingFitsError: the floor does not fit at the longest length.
     """
-    chosen = three_lengths(lengths)
-    if known is not None:
-        trial = bench.run(_first(floor, most), "trace", chosen[0])
-        if trial.peak_bytes and abs(known.peak(trial.batch, chosen[0]) / trial.peak_bytes - 1.0) <= SAME_PEAK:
-            return _Check(bench, known, lengths, floor, most, [trial]).run()
-    traced = _traced(bench, chosen, floor, most)
-    if traced is None:
-        return None
-    forecast = bench.forecast(over_lengths=True)
-    return None if forecast is None else _Check(bench, forecast, lengths, floor, most, traced).run()
+    search = _Search(bench, lengths, floor, most)
+    forecast = known if known is not None and search.agrees(known) else search.traced()
+    return None if forecast is None else search.run(forecast)
 
 
-def _first(floor: int, most: int) -> int:
-    return max(floor, min(2, most // 2))
+class _Search:
+    """Traces, reads the table off the forecast, runs what it says, and corrects it by what that shows."""
 
-
-def _traced(bench: "Bench", lengths: Sequence[int], floor: int, most: int) -> list[Trial] | None:
-    """Two batch sizes at each length; None where they did not run."""
-    for start in dict.fromkeys((_first(floor, most), floor)):
-        trials = []
-        for size, length in product((start, 2 * start), lengths):
-            trials.append(bench.run(size, "trace", length))
-            if trials[-1].peak_bytes is None:
-                break
-        else:
-            return trials
-    return None
-
-
-class _Check:
-    """Reads the table off the forecast, runs what it says, and corrects it by what that shows."""
-
-    def __init__(
-        self,
-        bench: "Bench",
-        forecast: "Forecast | Lines",
-        lengths: Sequence[int],
-        floor: int,
-        most: int,
-        traced: Sequence[Trial],
-    ) -> None:
-        self._bench, self._forecast = bench, forecast
+    def __init__(self, bench: "Bench", lengths: Sequence[int], floor: int, most: int) -> None:
+        self._bench, self._floor, self._most = bench, floor, most
+        self._lengths = three_lengths(lengths)
         self._longest, self._usual = lengths[-1], lengths[len(lengths) // 2]
-        self._floor, self._most = floor, most
+        self._first = max(floor, min(2, most // 2))
         self._factor = self._mixed = 1.0  # of what the budget counts to what the forecast says; of what shapes leave
         self._reserve = 0
         self._residual = 0.0
-        self._fits = {(trial.batch, trial.length or 0) for trial in traced if trial.fits}
+        self._fits = set[tuple[int, int]]()
 
-    def run(self) -> LengthAnswer:
+    def agrees(self, known: "Forecast | Lines") -> bool:
+        """Whether a forecast tells what one small step takes."""
+        measured = self._trace(self._first, self._lengths[0])
+        return bool(measured) and abs(known.peak(self._first, self._lengths[0]) / measured - 1.0) <= SAME_PEAK
+
+    def traced(self) -> "Forecast | None":
+        """The forecast of two batch sizes at each length; None where they did not run, or do not line up."""
+        for start in dict.fromkeys((self._first, self._floor)):
+            if all(self._trace(size, length) for size, length in product((start, 2 * start), self._lengths)):
+                return self._bench.forecast(over_lengths=True)
+        return None
+
+    def _trace(self, size: int, length: int) -> int:
+        """The peak of a small step in bytes; 0 where it did not come to its end."""
+        trial = self._bench.run(size, "trace", length)
+        if trial.fits:
+            self._fits.add((size, length))
+        return trial.peak_bytes or 0
+
+    def run(self, forecast: "Forecast | Lines") -> LengthAnswer:
+        """The answer that a forecast leads to."""
+        self._forecast = forecast
         self._begin()
         for _ in range(MOST_ROUNDS):
             room = self._room(self._believed())
@@ -162,11 +151,12 @@ class _Check:
 
     def _begin(self) -> None:
         """A stepping stone; and where an allocator reserves, what it makes of the requests where it matters most."""
-        if self._bench.suffers and not self._bench.caches:
-            self._reserve = min(KEPT_KERNELS, self._bench.budget // 2)
+        may = self._bench.allowance
+        if may.suffers and not may.caches:
+            self._reserve = min(KEPT_KERNELS, may.bytes // 2)
         size = self._limit()
         stone = size // STEPPING_STONE
-        if self._bench.suffers and stone > self._floor:
+        if may.suffers and stone > self._floor:
             self._try(stone, self._longest)
             size = self._limit()
         if size < self._floor:
@@ -181,7 +171,7 @@ class _Check:
 
     def _believed(self) -> float:
         """Bytes that a shape's forecast may come to."""
-        return max(self._bench.budget - self._reserve, 0) / self._factor
+        return max(self._bench.allowance.bytes - self._reserve, 0) / self._factor
 
     def _room(self, most: float) -> Room:
         return room_of(lambda size, length: self._forecast.peak(size, length) <= most, self._most, self._longest)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from autoaccum.data import tree
@@ -16,9 +17,10 @@ from autoaccum.memory.watch import ProcessGrowth
 from autoaccum.model.given_model import TrainingMode
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import usable_size
+from autoaccum.probing.allowance import Allowance
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
 from autoaccum.probing.cache import Cache, Lines
-from autoaccum.probing.fastest import race
+from autoaccum.probing.fastest import Race
 from autoaccum.probing.find_size import Answer, find
 from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
@@ -91,8 +93,8 @@ def run_probe(
         StateNotRestoredError: something could not be put back.
     """
     model, objective = accumulator.model, accumulator.objective
-    held = resident_bytes(model, accumulator.optimizers)
-    budget = device.budget(question.memory, held=held, headroom=device.headroom())
+    held = partial(resident_bytes, model, accumulator.optimizers)
+    budget = device.budget(question.memory, held=held(), headroom=device.headroom())
     growth = ProcessGrowth(budget.kind)  # at once: what the process takes from here on is taken of the budget
     snapshot = interruptible(Snapshot, model, accumulator.optimizer, *objective.owners, device=device.torch_device)
     with device.limit(budget), snapshot:
@@ -110,9 +112,9 @@ def run_probe(
                 )
             # A loss that compares samples is computed over the whole window's, whatever micro-batch is tried.
             accumulator.rehearsed_samples = (question.share or 0) * here().size
-            allowed = _less_the_window(budget, source, device, question)
-            bench = Bench(accumulator, source, device, allowed, floor=floor, share=question.share, journal=journal,
-                          listener=listener, growth=growth)  # fmt: skip
+            allowance = Allowance(_less_the_window(budget, source, device, question), device, growth, held)
+            bench = Bench(accumulator, source, device, allowance, floor=floor, share=question.share, journal=journal,
+                          listener=listener)  # fmt: skip
             try:
                 report = _steady(bench, question, cache)
             except LossOutOfMemoryError:  # which says what would help itself: no smaller micro-batch does
@@ -139,24 +141,23 @@ def _less_the_window(budget: Budget, source: Source, device: Device, question: Q
         return budget
     share = min(question.share, source.length or question.share)
     waiting = share * tree.nbytes(source.trial(1))
-    what = f"{format_bytes(waiting)} less for the {share} samples of a step (target_batch), which wait there"
-    return replace(budget, bytes=max(0, budget.bytes - waiting), reason=f"{budget.reason}; {what}")
+    return budget.without(waiting, f" for the {share} samples of a step (target_batch), which wait there")
 
 
 def _steady(bench: Bench, question: Question, cache: Cache | None) -> ProbeReport:
     """Looks; and once more where others took so much memory meanwhile that the answer does not fit in what is left."""
     report = _look(bench, question, cache)
-    device, source = bench.device, bench.source
-    for _ in range(MOST_LOOKS - 1 if bench.shared and bench.ranks is None else 0):
-        left = device.budget(question.memory, held=bench.held(), headroom=device.headroom())
+    device, source, allowance = bench.device, bench.source, bench.allowance
+    for _ in range(MOST_LOOKS - 1 if allowance.shared and bench.ranks is None else 0):
+        left = device.budget(question.memory, held=allowance.held(), headroom=device.headroom())
         left = _less_the_window(left, source, device, question)
         if bench.measured(report.micro_batch) <= left.bytes * (1.0 + UNSTEADY):
             break
         taken = (
-            f"others took memory while the probe ran: {format_bytes(bench.allowed.bytes)} were free at its start, and "
+            f"others took memory while the probe ran: {format_bytes(allowance.given.bytes)} were free at its start, and "
             f"{format_bytes(left.bytes)} when its answer was looked at again"
         )
-        bench.allowed = left
+        allowance.given = left
         report = _look(bench, question, cache)
         report = replace(report, notes=(*report.notes, taken))
     return report
@@ -190,8 +191,8 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
         answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
     if question.prefer == "fastest":
-        report = race(bench, answer, question.savers, question.under, share=question.share, reach=reach,
-                      multiple_of=question.multiple_of)  # fmt: skip
+        report = Race(bench, answer, question.savers, question.under, share=question.share, reach=reach,
+                      multiple_of=question.multiple_of).report()  # fmt: skip
     else:
         report = report_of(bench, answer)
     return replace(report, notes=(*report.notes, *notes))

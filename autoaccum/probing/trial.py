@@ -16,7 +16,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,26 +25,22 @@ from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.data.trial_samples import LOOKED_AT
 from autoaccum.errors import DataError, DeviceError, ProbeError
-from autoaccum.memory.budget import Budget, Device
+from autoaccum.memory.budget import Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.oom import Verdict, out_of_memory, poisons, unusable
-from autoaccum.memory.resident import resident_bytes, resident_parts
+from autoaccum.memory.resident import resident_parts
 from autoaccum.memory.trace import Trace, record
-from autoaccum.memory.watch import ProcessGrowth, heap_advice
+from autoaccum.memory.watch import heap_advice
+from autoaccum.probing.allowance import Allowance
 from autoaccum.probing.gradients import WindowGradients
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, RanOutElsewhere, Trial
-from autoaccum.probing.process import ProcessNeeds
 from autoaccum.ranks import Ranks
-from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator, ignore
 
 __all__ = ["Bench"]
 
 Shape = tuple[int, ...]
-
-# Of what is free on a device, where others may take some of it.
-SPARE = 0.01
 
 # Of an optimizer in a trial: divided by 1 to 10, and by most of the periods that people write (12, 50, 100, ...).
 STEP = 25_200
@@ -56,7 +52,7 @@ class Bench:
     Attributes:
         source, device, journal: where samples come from, where trials run, and where they are written down.
         floor: the smallest micro-batch that the model takes.
-        allowed: the budget, before what the process itself was found to need.
+        allowance: what a step may take.
         trials: in order.
         traces: the recorded allocations by shape, (size,) or (size, length), the optimizer's state present.
         resident: bytes by part that live before the traced step begins, by shape.
@@ -70,23 +66,20 @@ class Bench:
         accumulator: Accumulator,
         source: Source,
         device: Device,
-        allowed: Budget,
+        allowance: Allowance,
         *,
         floor: int,
         share: int | None,
         journal: Journal,
         listener: Callable[[Trial], None] | None,
-        growth: ProcessGrowth,
     ) -> None:
         """Sets learning rates to 0; the caller's snapshot puts them back.
 
-        A window has `share` samples, or twice those of a trial. `growth` was made when the budget was read, so that
-        what happened since counts; `listener` is told of each trial as it ends.
+        A window has `share` samples, or twice those of a trial; `listener` is told of each trial as it ends.
         """
-        self.accumulator, self.source, self.device, self.allowed = accumulator, source, device, allowed
+        self.accumulator, self.source, self.device, self.allowance = accumulator, source, device, allowance
         self.floor, self.journal, self._listener, self._share = floor, journal, listener, share
         self._least_killed = cache(journal.least_killed)
-        self._process = ProcessNeeds(growth, partial(resident_bytes, accumulator.model, accumulator.optimizers))
         self.gradients = WindowGradients(accumulator, share)
         self._copies: list[torch.Tensor] = []
         self._stateless = not any(accumulator.optimizer.state.values())
@@ -112,70 +105,28 @@ class Bench:
         return made
 
     @property
-    def budget(self) -> int:
-        """Bytes that PyTorch may have in use, by what the trials showed of the process's own needs."""
-        return self._process.budget(self.allowed.bytes)
-
-    @property
-    def suffers(self) -> bool:
-        """On the CPU a budget in PyTorch's bytes is counted; everything else runs out of memory."""
-        return self.device.type != "cpu" or self.allowed.kind != "torch"
-
-    @property
     def traces_all(self) -> bool:
         """On the CPU every step is traced; elsewhere only the small ones, and the allocator tells the others' peaks."""
         return self.device.type == "cpu"
 
     @property
-    def room(self) -> float:
-        """What a forecast may come to: an allocator that retries at every window is slow, so it leaves some free."""
-        # None of a hard budget: what was run there without a retry runs in training without one.
-        return self.budget * (1.0 - (SPARE if self.caches and not self.allowed.hard else 0.0))
-
-    @property
-    def shared(self) -> bool:
-        """Whether others may take of the budget: what is free, of a device or of a host."""
-        return not self.allowed.hard and self.allowed.kind != "data segment"
-
-    def held(self) -> int:
-        """Bytes that the training holds between two steps."""
-        return resident_bytes(self.accumulator.model, self.accumulator.optimizers)
-
-    @property
     def fixed(self) -> int:
         """Bytes that a step has in use whatever its size: what the training holds, and the gradients."""
-        return self.held() + self.gradients.bytes
+        return self.allowance.held() + self.gradients.bytes
 
     def other(self) -> int:
         """Bytes of this process on an accelerator that are no part of the training."""
-        return max(0, (self.device.allocated() or 0) - self.held())
+        return max(0, (self.device.allocated() or 0) - self.allowance.held())
 
     def measured(self, size: int) -> int:
         """The most that a step at `size` was measured to take, as the budget counts."""
         return max((t.counted_bytes or 0 for t in self.trials if t.batch == size), default=0)
 
     @property
-    def caches(self) -> bool:
-        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
-        return self.device.reserved() is not None
-
-    @property
-    def budget_reason(self) -> str:
-        """Where the budget comes from, in one line."""
-        if self.budget == self.allowed.bytes:
-            return self.allowed.reason
-        return f"{self.allowed.reason}; {format_bytes(self.budget)} of it for PyTorch, since {self._process.reason}"
-
-    @property
     def notes(self) -> list[str]:
         """What there is to know beside the trials: what the budget does to the process, what was counted on top."""
-        notes = [heap_advice() if self._process.counted else None, self.gradients.note]
+        notes = [heap_advice() if self.allowance.counts_process else None, self.gradients.note]
         return [note for note in notes if note is not None]
-
-    def _within(self, peak: int) -> bool:
-        """Whether a step that ran, with this peak in bytes, leaves the budget whole."""
-        limit = self.allowed.bytes
-        return self._process.within(limit) if self._process.counted else peak <= limit
 
     def forecast(self, *, over_lengths: bool = False) -> Forecast | None:
         """From all traces so far, of the largest samples looked at or of chosen lengths; None where they do not fit."""
@@ -186,11 +137,11 @@ class Bench:
                 [self.traces[shape] for shape in shapes],
                 shapes,
                 [self.resident[shape] for shape in shapes],
-                [self._reserved[shape] for shape in shapes] if self.caches else (),
+                [self._reserved[shape] for shape in shapes] if self.allowance.caches else (),
             )
         except ForecastFailed:
             return None
-        self._process.step_begins()  # what the fit itself leaves in libraries is there in the next step as well
+        self.allowance.step_begins()  # what the fit itself leaves in libraries is there in the next step as well
         return fitted
 
     def run(self, size: int, kind: str, length: int | None = None) -> Trial:
@@ -200,7 +151,7 @@ class Bench:
         """
         if size >= self._least_killed(length):
             return self._note(Trial(size, kind, None, None, 0.0, KILLED, length))
-        self._process.step_begins()
+        self.allowance.step_begins()
         self.elsewhere = False
         batch = self.source.trial(size, length)
         self.journal.start(size, kind, length)
@@ -222,9 +173,9 @@ class Bench:
         else:
             # An allocator that had to empty its cache got through, and would have to at every window.
             strained = self.device.retries() > retries
-            outcome = OVER_BUDGET if strained or not self._within(reserved or peak) else FITS
+            outcome = OVER_BUDGET if strained or not self.allowance.kept(reserved or peak) else FITS
         del batch
-        self._process.step_ends(ran=peak is not None)
+        self.allowance.step_ends(ran=peak is not None)
         self.journal.end(size, outcome, length)
         return self._note(Trial(size, kind, peak, reserved if peak is not None else None, seconds, outcome, length))
 
@@ -235,7 +186,7 @@ class Bench:
         """
         batch = self._counting(self.source.trial(size), size)
         kept = self.device.keeps
-        self.device.expect(replace(self.allowed, bytes=self.budget), peak)
+        self.device.expect(replace(self.allowance.given, bytes=self.allowance.bytes), peak)
         if self.device.keeps and not kept:  # a training's later windows find the blocks there
             self._window(batch, micro_batches)
         self.journal.start(size, "throughput")
@@ -263,10 +214,10 @@ class Bench:
         """
         if not self.gradients.known:
             self._warm_up(batch)
-        if self.caches and kind != "trace":
+        if self.allowance.caches and kind != "trace":
             self._begin()
             self._window(batch, self._micro_batches)
-        elif self.caches:
+        elif self.allowance.caches:
             self.device.drop_cache()  # of other sizes, which a training at this one would not have in its way
         age(self.accumulator.optimizer)
         trace, held = self._record(batch)
@@ -277,28 +228,23 @@ class Bench:
         counted = self.device.peak()
         # Where nobody counts, on the CPU, it is what lay there before and what the trace saw on top.
         peak = sum(held.values()) + trace.peak if counted is None else counted
-        self._process.step_peaked(peak)
+        self.allowance.step_peaked(peak)
         return peak
 
     def _warm_up(self, batch: Any) -> None:
         """Optimizer state, handles and workspaces exist from here on."""
-        before = None if self.allowed.hard else self.device.beside()
+        before = None if self.allowance.given.hard else self.device.beside()
         self._window(batch)
         if self.gradients.has_unused:
             self._window(batch)  # theirs as well
-        if self.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
+        if self.allowance.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
             self._copies = [buffer.detach().clone() for buffer in self.accumulator.model.buffers()]
-        if self.caches:
+        if self.allowance.caches:
             self._begin()
             self._first, _ = self._record(batch)
-        if before is not None:
-            self._less_what_kernels_took((self.device.beside() or 0) - before)
-
-    def _less_what_kernels_took(self, size: int) -> None:
-        """Kernels take memory of the device as they are loaded, which was free when the budget was read."""
-        if size > 0:
-            reason = f"{self.allowed.reason}; {format_bytes(size)} less, which kernels took as they were loaded"
-            self.allowed = replace(self.allowed, bytes=max(0, self.allowed.bytes - size), reason=reason)
+        took = 0 if before is None else (self.device.beside() or 0) - before
+        if took > 0:
+            self.allowance.given = self.allowance.given.without(took, ", which kernels took as they were loaded")
 
     def _begin(self) -> None:
         """To where a training begins: no optimizer state of the trials' making, no cache, no workspaces."""
@@ -314,10 +260,10 @@ class Bench:
         peaks as high.
         """
         # Gradients that are reduced in a pass lie together, as no zeros put there beforehand would.
-        several = self.caches or self.accumulator.sharded is not None
+        several = self.allowance.caches or self.accumulator.sharded is not None
         pieces = self._opened(batch, self._micro_batches if several else 1)
         held = self._held(batch)
-        with self._process.growth, record(self.device) as recording:
+        with self.allowance.growth, record(self.device) as recording:
             # Inside, so that their end is seen too: torch warns of blocks that are freed but were not seen to begin.
             recording.mark("backward")
             self._run(pieces, recording.mark)
@@ -399,8 +345,8 @@ class Bench:
         if verdict is Verdict.PERHAPS:
             # Libraries report faults of other kinds in the same words: believe them only near the budget.
             batch, peak = max(((t.batch, t.peak_bytes or 0) for t in self.trials if t.fits), default=(size, 0))
-            near = batch < size and peak * size / batch >= 0.5 * self.budget
-            return near or self._process.near(self.allowed.bytes)
+            near = batch < size and peak * size / batch >= 0.5 * self.allowance.bytes
+            return near or self.allowance.nearly_spent
         return verdict in (Verdict.SURELY, Verdict.GRID)
 
     def recover(self) -> None:
