@@ -118,7 +118,7 @@ def test_a_lock_whose_holder_was_killed_is_broken(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
     os.symlink(str(tmp_path / "j"), str(tmp_path / "j.lock"))
     (tmp_path / "j").touch()
-    study = optuna.create_study(storage=open_storage(tmp_path / "j", tmp_path))
+    study = optuna.create_study(storage=open_storage(tmp_path / "j"))
     study.set_user_attr("goes", "on")
     assert [path.name for path in tmp_path.iterdir()] == ["j"]
 

@@ -203,14 +203,14 @@ def test_a_study_of_someone_else_is_refused(tmp_path):
 
 
 def test_passwords_are_never_shown(tmp_path):
-    assert place_of("postgresql://me:hunter2@host/db", tmp_path) == "postgresql://me:***@host/db"
-    assert place_of("sqlite:///a.db", tmp_path) == "sqlite:///a.db"
+    assert place_of("postgresql://me:hunter2@host/db") == "postgresql://me:***@host/db"
+    assert place_of("sqlite:///a.db") == "sqlite:///a.db"
 
 
 def test_the_dashboards_command_names_the_storage(tmp_path):
-    assert dashboard_line(None, tmp_path) == f"optuna-dashboard {tmp_path / 'journal.log'}"
-    assert dashboard_line("sqlite:///a.db", tmp_path) == "optuna-dashboard sqlite:///a.db"
-    assert dashboard_line("my studies/a;b.log", tmp_path) == "optuna-dashboard 'my studies/a;b.log'"
+    assert dashboard_line(tmp_path / "journal.log") == f"optuna-dashboard {tmp_path / 'journal.log'}"
+    assert dashboard_line("sqlite:///a.db") == "optuna-dashboard sqlite:///a.db"
+    assert dashboard_line("my studies/a;b.log") == "optuna-dashboard 'my studies/a;b.log'"
 
 
 # --- whose a trial is ------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def running_trial(study, who):
 
 @pytest.fixture(params=["journal", "sqlite"])
 def study(request, tmp_path):
-    storage = open_storage(None if request.param == "journal" else f"sqlite:///{tmp_path}/s.db", tmp_path)
+    storage = open_storage(tmp_path / "journal.log" if request.param == "journal" else f"sqlite:///{tmp_path}/s.db")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # trials are asked for outside of optimize, where heartbeats do not run
         yield optuna.create_study(storage=storage, study_name="s")
@@ -293,12 +293,11 @@ def test_what_this_process_left_behind_is_not_waited_for(study):
 
 OPENER = """
 import sys, time
-from pathlib import Path
 import optuna
 from autoaccum.searching.storage import open_storage
 print("ready", flush=True)
 sys.stdin.readline()
-open_storage(sys.argv[1], Path("."))
+open_storage(sys.argv[1])
 """
 
 

@@ -17,7 +17,7 @@ A cell's net and inside figures follow the size as an operator's do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from autoaccum.memory.trace import Trace
 
@@ -199,38 +199,25 @@ def common(first: Sequence[object], second: Sequence[object]) -> list[tuple[int,
 
 
 def _myers(first: Sequence[object], second: Sequence[object]) -> list[tuple[int, int]]:
-    # furthest[k]: the longest prefix of `first` reached on diagonal k (position in first minus in second).
-    furthest = {1: 0}
-    steps: list[dict[int, int]] = []
+    # By diagonal (position in first minus in second): the longest prefix of `first` reached on it, and the runs of
+    # equal items on the way there, the last first: (those before, start in first, stop, diagonal).
+    furthest: dict[int, tuple[int, Any]] = {1: (0, None)}
     for differences in range(min(len(first) + len(second), _MOST_DIFFERENCES) + 1):
-        steps.append(dict(furthest))
         for diagonal in range(-differences, differences + 1, 2):
-            a = _enter(furthest, diagonal, differences)
-            while a < len(first) and a - diagonal < len(second) and first[a] == second[a - diagonal]:
-                a += 1
-            furthest[diagonal] = a
-            if a >= len(first) and a - diagonal >= len(second):
-                return _walk_back(steps, len(first), diagonal)
+            above, below = furthest.get(diagonal + 1, (-1, None)), furthest.get(diagonal - 1, (-1, None))
+            at, runs = above if diagonal == -differences or below[0] < above[0] else (below[0] + 1, below[1])
+            start = at
+            while at < len(first) and at - diagonal < len(second) and first[at] == second[at - diagonal]:
+                at += 1
+            furthest[diagonal] = at, runs if at == start else (runs, start, at, diagonal)
+            if at >= len(first) and at - diagonal >= len(second):
+                return _pairs(furthest[diagonal][1])
     return []
 
 
-def _enter(furthest: dict[int, int], diagonal: int, differences: int) -> int:
-    """Where the best path with one difference more enters a diagonal."""
-    down = diagonal == -differences or (diagonal != differences and furthest[diagonal - 1] < furthest[diagonal + 1])
-    return furthest[diagonal + 1] if down else furthest[diagonal - 1] + 1
-
-
-def _walk_back(steps: list[dict[int, int]], end: int, diagonal: int) -> list[tuple[int, int]]:
-    pairs: list[tuple[int, int]] = []
-    a = end
-    for differences in range(len(steps) - 1, -1, -1):
-        before = steps[differences]
-        entered = _enter(before, diagonal, differences) if differences else 0
-        while a > entered:
-            a -= 1
-            pairs.append((a, a - diagonal))
-        if differences:
-            down = before.get(diagonal + 1, -1) == entered
-            diagonal += 1 if down else -1
-            a = entered if down else entered - 1
-    return pairs[::-1]
+def _pairs(runs: Any) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    while runs is not None:
+        runs, start, stop, diagonal = runs
+        found += [(at, at - diagonal) for at in range(stop - 1, start - 1, -1)]
+    return found[::-1]

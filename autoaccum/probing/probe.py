@@ -154,8 +154,8 @@ def _steady(bench: Bench, question: Question, cache: Cache | None) -> ProbeRepor
         if bench.measured(report.micro_batch) <= left.bytes * (1.0 + UNSTEADY):
             break
         taken = (
-            f"others took memory while the probe ran: {format_bytes(allowance.given.bytes)} were free at its start, and "
-            f"{format_bytes(left.bytes)} when its answer was looked at again"
+            f"others took memory while the probe ran: {format_bytes(allowance.given.bytes)} were free at its start, "
+            f"and {format_bytes(left.bytes)} when its answer was looked at again"
         )
         allowance.given = left
         report = _look(bench, question, cache)

@@ -20,7 +20,6 @@ from autoaccum.planning.plan import Plan
 from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space, read_space
-from autoaccum.searching.storage import place_of
 
 __all__ = [
     "ERRORS_BELIEVED",
@@ -53,7 +52,7 @@ class Job:
         given: whether the budget was given, instead of following from the setup.
         ceiling: the largest target batch, up to which the probe looks.
         lr_batch: the batch that learning rates are for, where the setup does not say.
-        n_trials, storage, study_name, sampler, pruner: as `search` got them.
+        n_trials, storage, study_name, sampler, pruner: as `search` got them; the storage where it was left out too.
         folder: of the run.
         first: the setup's own values of what is searched: the first trial has them.
         workers: how many share the machine.
@@ -80,11 +79,6 @@ class Job:
     threads: int = 1
     device: str | None = None
     memory: int | None = None
-
-    @property
-    def place(self) -> str:
-        """Where the study is, for messages."""
-        return place_of(self.storage, self.folder)
 
     def comparable(self) -> dict[str, Any]:
         """What two searches must agree in for their values to be comparable."""

@@ -124,6 +124,7 @@ def search(
     make_pruner(pruner, terms["amount"])
     name = study_name or recipe.slug()
     place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
+    storage = place / "journal.log" if storage is None else storage
     job = Job(recipe, read, direction=direction, n_trials=n_trials, storage=storage, study_name=name, sampler=sampler,
               pruner=pruner, folder=place, first=first, **terms)  # fmt: skip
     if here().rank > 0:
@@ -168,7 +169,7 @@ def _made(place: Path) -> Path:
 def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool | None) -> SearchResult:
     """The search as the process that was asked for it runs it."""
     with hushed():
-        study, dashboard = open_study(job, resume=resume), dashboard_line(job.storage, job.folder)
+        study, dashboard = open_study(job, resume=resume), dashboard_line(job.storage)
         told = None
         if sys.stderr.isatty() if progress is None else progress:
             from autoaccum.display.layout import open_console
@@ -185,7 +186,7 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
         finally:
             if told is not None:
                 told.close()
-    with telling_of(job.place, opening=True):
+    with telling_of(job.storage, opening=True):
         result = result_of(study, job, dashboard)
     result.save(job.folder / "best.json")
     return result

@@ -29,23 +29,22 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 UNWRITABLE = {*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}  # of a journal, while the search runs
 
 
-def place_of(storage: Any, folder: Path) -> str:
-    """The path or URL of what the user wrote, with its password struck out; a journal in `folder` for None."""
-    text = str(folder / "journal.log") if storage is None else str(storage)
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", text)
+def place_of(storage: Any) -> str:
+    """The path or URL of what the user wrote, with its password struck out."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", str(storage))
 
 
 @uninterrupted
-def open_storage(storage: Any, folder: Path) -> Any:
-    """Optuna's storage for what the user wrote: None (a journal in `folder`), a path (a journal), a URL, or a storage.
+def open_storage(storage: Any) -> Any:
+    """Optuna's storage for what the user wrote: a path (a journal), a URL, or a storage.
 
     A SetupError where it is unknown, unreachable, locked, damaged, or without its driver.
     """
     if isinstance(storage, optuna.storages.BaseStorage):
         return storage
-    text = str(folder / "journal.log" if storage is None else storage)
+    text = str(storage)
     scheme, colon, rest = text.partition("://")
-    with telling_of(place_of(storage, folder), opening=True):
+    with telling_of(storage, opening=True):
         if not colon:
             return _journal(Path(text).absolute())
         if scheme == "grpc":
@@ -54,8 +53,8 @@ def open_storage(storage: Any, folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def telling_of(place: str, *, opening: bool = False) -> Iterator[None]:
-    """Turns what storages raise into one error that names the storage, `place`, and what to do.
+def telling_of(storage: Any, *, opening: bool = False) -> Iterator[None]:
+    """Turns what storages raise into one error that names the storage, as the user wrote it, and what to do.
 
     While one is opened and read, every error is about it: those who read a damaged journal stumble in many ways. Later
     only those of its packages are, and those of a full or broken disk.
@@ -68,12 +67,13 @@ def telling_of(place: str, *, opening: bool = False) -> Iterator[None]:
         of_its_packages = type(error).__module__.split(".")[0] in PACKAGES
         if not (opening or of_its_packages or (isinstance(error, OSError) and error.errno in UNWRITABLE)):
             raise
+        place = place_of(storage)
         raise SetupError(f"storage {shown(place)} {_trouble(place, error)}") from error
 
 
 def _trouble(place: str, error: Exception) -> str:
     """What is the matter, and what to do about it."""
-    cause = place_of(" ".join(str(error.__cause__ or error).split()), Path())[:300]
+    cause = place_of(" ".join(str(error.__cause__ or error).split()))[:300]
     raised = f"({type(error).__name__}: {cause})"
     if isinstance(error, ImportError):
         hint = 'pip install "psycopg[binary]"' if place.startswith("postgresql") else "install it with pip"
@@ -161,8 +161,8 @@ def _proxy(text: str, address: str) -> Any:
     return proxy
 
 
-def dashboard_line(storage: Any, folder: Path) -> str | None:
+def dashboard_line(storage: Any) -> str | None:
     """How a person looks at the study in a browser; None for a storage object, whose address is not known."""
-    if not isinstance(storage, (str, Path, type(None))) or str(storage).startswith("grpc://"):
+    if not isinstance(storage, (str, Path)) or str(storage).startswith("grpc://"):
         return None
-    return f"optuna-dashboard {shlex.quote(place_of(storage, folder))}"
+    return f"optuna-dashboard {shlex.quote(place_of(storage))}"

@@ -25,7 +25,7 @@ from autoaccum.probing.journal import Owner
 from autoaccum.searching.extra import optuna
 from autoaccum.searching.job import Job
 from autoaccum.searching.samplers import make_pruner
-from autoaccum.searching.storage import open_storage, telling_of
+from autoaccum.searching.storage import open_storage, place_of, telling_of
 
 __all__ = ["BEAT", "ERROR", "OUTCOME", "OWNER", "RETRY", "TRAINING", "Ledger", "end", "open_study", "signed", "sweep"]
 
@@ -48,29 +48,27 @@ def open_study(job: Job, *, resume: bool = True) -> Any:
     budget or seed; both are named.
     """
     ours = job.comparable()
-    storage = open_storage(job.storage, job.folder)
-    who = f"the study {job.study_name!r}"
-    with telling_of(job.place, opening=True):
+    storage = open_storage(job.storage)
+    who, place = f"the study {job.study_name!r}", place_of(job.storage)
+    with telling_of(job.storage, opening=True):
         try:
             study = optuna.create_study(
                 storage=storage, study_name=job.study_name, direction=job.direction, load_if_exists=resume
             )
         except optuna.exceptions.DuplicatedStudyError as error:
             raise SetupError(
-                f"{who} is already in {job.place}: leave out resume=False to go on with it, or give another study_name"
+                f"{who} is already in {place}: leave out resume=False to go on with it, or give another study_name"
             ) from error
         theirs = study.user_attrs.get(_TERMS)
         ledger = Ledger(study)
         if theirs is None and ledger.trials:
-            raise SetupError(
-                f"{who} in {job.place} has trials that are not from autoaccum.search: give another study_name"
-            )
+            raise SetupError(f"{who} in {place} has trials that are not from autoaccum.search: give another study_name")
         there = {"direction": study.direction.name.lower()}
         if ledger.taken or there["direction"] != job.direction:
             for key, value in {**(theirs or {}), **there}.items():
                 if value != ours.get(key):
                     raise SetupError(
-                        f"{who} in {job.place} has {key} {value!r}, and this search {ours.get(key)!r}: their values "
+                        f"{who} in {place} has {key} {value!r}, and this search {ours.get(key)!r}: their values "
                         "cannot be compared; give the same, or another study_name"
                     )
         else:  # nothing was tried yet: what was wrong with the first call may have been mended

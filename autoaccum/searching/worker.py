@@ -60,7 +60,7 @@ class Worker:
 
         A SetupError ends it where what is wrong is the same in every trial, or where the first five all failed.
         """
-        with telling_of(self._job.place):
+        with telling_of(self._job.storage):
             while self._one():
                 check_interrupt()
                 self._heard()

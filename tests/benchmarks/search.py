@@ -222,7 +222,7 @@ def trials_in(storage: str | None, folder: Path) -> list[Any]:
     if not Path(place.removeprefix("sqlite:///")).exists():
         return []
     with contextlib.suppress(KeyError, SetupError):
-        return list(optuna.load_study(study_name="bench", storage=open_storage(place, folder)).trials)
+        return list(optuna.load_study(study_name="bench", storage=open_storage(place)).trials)
     return []
 
 
