@@ -229,6 +229,17 @@ def test_few_samples_at_once_show_what_more_of_them_would(name, most):
     assert float((optimizer.gradient - whole).norm()) <= 1e-10 * float(whole.norm())
 
 
+@pytest.mark.parametrize(("name", "most"), [("clamped", 1), ("a floor of ten", 8)])
+def test_a_floor_that_the_samples_tried_do_not_show_is_refused_with_what_would_show_it(name, most):
+    torch.manual_seed(0)
+    objective, window = Objective(Net(), step=LOSSES[name]), samples(0.5, count=20)
+    objective.settle([window], most)
+    one = next(piece for piece in tree.split(window, [1] * 20) if piece["k"].any())
+    with pytest.raises(LossError, match=r"cannot be told apart: (.*)return autoaccum.Mean") as refused:
+        objective.terms(one, None, one)
+    assert ("run two samples or more at a time (micro_batch=2)" in str(refused.value)) is (most == 1)
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_a_loss_that_is_no_mean_is_not_taken_for_one(name):
     torch.manual_seed(0)

@@ -226,10 +226,10 @@ def _reduced(at: Term, name: str, way: str) -> list[Term]:
         return [at.ends(None)]
     inner: Any = at.node.next_functions[0][0] if name in _PLAIN else None
     within = "" if inner is None else inner.name()
-    is_list = way != "joined" and within in _LISTS and _elements(at.node) == len(inner.next_functions)
-    if is_list or (
-        way == "deep" and ((within in _OVER_SOME and _over_samples(inner)) or _by_one_number(inner, within))
-    ):
+    is_list = (
+        way != "joined" and within in _LISTS and math.prod(at.node._saved_self_sym_sizes) == len(inner.next_functions)
+    )
+    if is_list or (way == "deep" and ((within in _OVER_SOME and 0 in _along(inner)) or _by_one_number(inner, within))):
         at.over = at.over * own
         at.down(0, inner)
         if not is_list:
@@ -242,12 +242,6 @@ def _reduced(at: Term, name: str, way: str) -> list[Term]:
 def _by_one_number(node: Any, name: str) -> bool:
     """Whether a node divides all that it is given by one and the same number."""
     return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
-
-
-def _over_samples(node: Any) -> bool:
-    """Whether a sum or a mean over some dimensions goes over dimension 0; nodes keep negative ones less than 2**64."""
-    dimensions = node._saved_dim
-    return not dimensions or any(dim in (0, 2**64 - len(node._saved_self_sym_sizes)) for dim in dimensions)
 
 
 def _tied(at: Term, inputs: list[tuple[int, Any]], way: str) -> Term | None:
@@ -269,18 +263,10 @@ def _number(value: Any) -> Number:
     return float(value)
 
 
-def _elements(node: Any) -> int:
-    """Numbers that a node reduces."""
-    if node.name() == "MeanBackward0":
-        return int(node._saved_self_sym_numel)
-    return math.prod(int(size) for size in node._saved_self_sym_sizes)
-
-
-def _averaged(node: Any) -> float:
-    """Numbers behind each of a mean's over some dimensions; nodes keep negative ones taken from 2**64."""
-    sizes = node._saved_self_sym_sizes
-    dimensions = node._saved_dim or range(len(sizes))
-    return float(math.prod(sizes[dim - 2**64 if dim >= 2**63 else dim] for dim in dimensions)) if sizes else 1.0
+def _along(node: Any) -> list[int]:
+    """The dimensions that a sum or a mean over some goes over; nodes keep negative ones added to 2**64."""
+    dims = len(node._saved_self_sym_sizes)
+    return [dim - 2**64 + dims if dim >= 2**63 else dim for dim in node._saved_dim or range(dims)] if dims else []
 
 
 def _averages(count: Callable[[Any], Number]) -> Callable[[Any], Number | None]:
@@ -293,7 +279,7 @@ _BY_ELEMENT = ["MseLoss", "SmoothL1Loss", "HuberLoss", "BinaryCrossEntropy", "Bi
                "SoftMarginLoss"]  # fmt: skip
 _REDUCTIONS: dict[str, Callable[[Any], Number | None]] = {
     "MeanBackward0": lambda node: int(node._saved_self_sym_numel),
-    "MeanBackward1": _averaged,
+    "MeanBackward1": lambda node: math.prod(node._saved_self_sym_sizes[dim] for dim in _along(node)),
     **dict.fromkeys(["SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"], lambda node: 1.0),
     **dict.fromkeys(
         ["NllLossBackward0", "NllLoss2DBackward0"], _averages(lambda node: _number(node._saved_total_weight))

@@ -206,6 +206,7 @@ class Objective:
         most = min(most, max(map(tree.batch_size, batches)))
         while True:
             try:
+                self.reading.singly = most == 1
                 return settle(evaluate, batches, self.targets, most, self.reading.cuts)
             except OwnMeans as own:
                 return Reading({name: Divisor() for name in own.names}, "means", "divides by what the step's Means say")

@@ -21,6 +21,8 @@ from autoaccum.loss.mean import Mean, Several, Sum
 
 __all__ = ["Reading"]
 
+_TWO = "run two samples or more at a time (micro_batch=2), of which some count, or "
+
 
 @dataclass
 class Reading:
@@ -37,6 +39,7 @@ class Reading:
         gives_sums: whether the loss is a sum, or single elements, with a declared denominator.
         cuts: what a declared mean over labels may leave out, where some samples have to show it.
         rehearses: only the memory that a step takes matters.
+        singly: samples were tried one at a time, which tells no count of one from a floor.
     """
 
     divisors: dict[str, Divisor] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Reading:
     gives_sums: bool = False
     cuts: Sequence[Count] = ()
     rehearses: bool = False
+    singly: bool = False
 
     @property
     def reason(self) -> str:
@@ -257,6 +261,6 @@ class Reading:
         if any(term.divisor is None or float(term.divisor) for term in read(loss)):
             raise LossError(
                 "what the loss divides by changed too little over the samples tried, so that a count, a constant and a "
-                f"floor such as clamp(min=1) cannot be told apart: {DECLARE}"
+                f"floor such as clamp(min=1) cannot be told apart: {_TWO if self.singly else ''}{DECLARE}"
             )
         return Mean.of(loss, 0.0)
