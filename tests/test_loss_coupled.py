@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoaccum
 from autoaccum.errors import LossError, NothingFitsError, SetupError
-from autoaccum.loss.coupled import Shared
+from autoaccum.loss.coupled import Representations
 
 torch.manual_seed(0)
 SAMPLES = 46
@@ -365,8 +365,10 @@ def test_declarations_that_cannot_be_are_refused():
 
 
 def test_a_vector_is_not_taken_for_samples_by_coincidence():
-    shared = Shared()
-    shared.look([("rows", torch.zeros(4, 2)), ("vector", torch.zeros(4))], 4)
-    shared.look([("rows", torch.zeros(3, 2)), ("vector", torch.zeros(4))], 3)
-    shared.look([("rows", torch.zeros(4, 2)), ("vector", torch.zeros(4))], 4)
-    assert shared.paths == {"vector"}
+    kept = Representations(autoaccum.Coupled(print, print), set(), 11)
+    for samples in (4, 3, 4):
+        kept.enter({"rows": torch.zeros(samples, 2), "vector": torch.ones(4)}, samples)
+    rows, vector = kept.leaves().values()
+    assert rows.shape == (11, 2)
+    assert torch.equal(vector, torch.ones(4))
+    assert kept.shared == {"['vector']"}

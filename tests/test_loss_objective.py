@@ -13,7 +13,7 @@ from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.counts import ignored_by
 from autoaccum.loss.mean import Mean, Sum
 from autoaccum.loss.objective import Objective
-from autoaccum.loss.torch_losses import TorchLoss
+from autoaccum.loss.reduction import GivenLoss
 from autoaccum.ranks import Ranks
 from autoaccum.window.passes import backward
 from autoaccum.window.window_sums import WindowSums
@@ -74,14 +74,12 @@ def accumulated(objective, batch, sizes=SIZES):
     """As a window does."""
     objective.model.zero_grad()
     micros = tree.split(batch, sizes)
-    objective.prepare(micros)
-    sums = WindowSums(micros, objective, Ranks())
+    sums = WindowSums(micros, objective, objective.prepare(micros), Ranks())
     for micro in micros:
         terms = objective.terms(micro, sums.own, micro)
-        parts, value = sums.parts(terms)
+        parts = sums.enter(terms)
         if parts:
             backward([tensor for tensor, _ in parts], [factor for _, factor in parts])
-        sums.note(parts if value is None else [(value, 1.0)])
         sums.done += 1
     _, correction = sums.close(*sums.so_far)
     return gradient(objective.model) * correction
@@ -280,15 +278,15 @@ def test_functions_partials_and_compiled_modules_are_recognised_as_what_they_are
         torch.compile(module),
         module,
     ]
-    assert [ignored_by(TorchLoss.recognise(loss).settings) for loss in found] == [-100, 2, 2, 2]
+    assert [ignored_by(GivenLoss(loss, None).settings) for loss in found] == [-100, 2, 2, 2]
     for loss in (lambda o, y: 0, functools.partial(functional.cross_entropy, X), SimpleNamespace(), print):
-        assert TorchLoss.recognise(loss) is None
+        assert not GivenLoss(loss, None).kind
 
 
 def test_a_reduction_hidden_in_deprecated_settings_is_refused():
     with pytest.raises(SetupError, match=r"size_average=False is deprecated.*reduction='mean'"):
         Objective(Net(C), loss=functools.partial(functional.mse_loss, size_average=False))
-    assert TorchLoss.recognise(nn.MSELoss(size_average=False)).reduction == "sum"
+    assert GivenLoss(nn.MSELoss(size_average=False), None).reduction == "sum"
 
 
 def test_settings_are_read_at_each_call_class_weights_too():

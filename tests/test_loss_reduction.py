@@ -132,8 +132,7 @@ def test_a_steps_own_mean_is_corrected_once_its_denominator_is_known():
     objective = Objective(model, step=masked)
     batch = {"x": X, "labels": y}
     assert objective.denominators(batch) is None
-    objective.prepare([])
-    assert objective.prepared is None
+    assert objective.prepare([]) is None
     assert error(objective, batch, lambda: functional.cross_entropy(model(X), y)) <= 1e-10
 
 

@@ -38,8 +38,8 @@ class NormLayer:
     momentum: float | None  # the layer's own, while a window has set another
     dirty: bool  # the buffers hold a micro-batch's statistics, not running ones
 
-    def __init__(self, owner: Any = None, index: int = 0, name: str = "", module: nn.Module | None = None) -> None:
-        self.index, self.name, self.module = index, name, module
+    def __init__(self, owner: Any = None, name: str = "", module: nn.Module | None = None) -> None:
+        self.name, self.module = name, module
         self.call, self.momentum, self.dirty = None, None, False
         self._small: float | None = None  # what a micro-batch updates with
         if module is not None:

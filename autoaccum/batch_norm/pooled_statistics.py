@@ -72,7 +72,7 @@ class PooledStatistics:
         self._layers: list[NormLayer] = []
         self._end_windows()
         hooked = [] if mode == "keep" else self.layers
-        self._layers = [NormLayer(self, index, name, module) for index, (name, module) in enumerate(hooked)]
+        self._layers = [NormLayer(self, name, module) for name, module in hooked]
         self._groups: list[tuple[Pool, list[NormLayer]]] = []
         self._pooled_buffers: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._model = model
@@ -121,9 +121,9 @@ class PooledStatistics:
         if self._layers:
             self.collect()
             ranks = ranks if ranks is not None else here()
-            totals = self._totals(ranks)
-            for pool, layers in self._groups:
-                self._commit(pool, layers, [totals[layer.index] for layer in layers], ranks)
+            totals = [self._totals(pool, layers, ranks) for pool, layers in self._groups]
+            for (pool, layers), own in zip(self._groups, totals):
+                self._commit(pool, layers, own, ranks)
         self._end()
 
     def discard(self) -> None:
@@ -207,20 +207,17 @@ class PooledStatistics:
         self._groups = [(Pool(*zip(*(layer.buffers for layer in layers))), layers) for layers in alike.values()]
         self._pooled_buffers = buffers
 
-    def _totals(self, ranks: Ranks) -> list[int]:
+    def _totals(self, pool: Pool, layers: list[NormLayer], ranks: Ranks) -> list[int]:
         """For each layer, the elements of the window over all ranks, checked to be all there are."""
-        elements, unseen = [0] * len(self._layers), [0] * len(self._layers)
-        for pool, layers in self._groups:
-            silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
-            # Asks the device, so only where there is something odd: in training mode, and not called.
-            ran = silent.intersection(pool.counted()) if silent else set()
-            for place, layer in enumerate(layers):
-                elements[layer.index], unseen[layer.index] = pool.elements[place], int(place in ran)
+        silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
+        # Asks the device, so only where there is something odd: in training mode, and not called.
+        ran = silent.intersection(pool.counted()) if silent else set()
+        elements, unseen = pool.elements, [int(place in ran) for place in range(len(layers))]
         if ranks.size > 1:
-            sums = torch.tensor([elements, unseen], device=self._layers[0].buffers[0].device)
+            sums = torch.tensor([elements, unseen], device=pool.means[0].device)
             ranks.sum(_WHAT, [sums])
             elements, unseen = sums.tolist()
-        for layer, odd in zip(self._layers, unseen):
+        for layer, odd in zip(layers, unseen):
             if odd:
                 raise SetupError(
                     f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "

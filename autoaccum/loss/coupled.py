@@ -7,7 +7,7 @@ each micro-batch can run alone (Gao et al. 2021, "Scaling Deep Contrastive Learn
 Setup").
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from autoaccum.data import tree
 from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.loss.call import arrange, name_of
 
-__all__ = ["Coupled", "CoupledLoss", "Representations", "Shared", "coupled_of"]
+__all__ = ["Coupled", "CoupledLoss", "Representations", "coupled_of"]
 
 
 class Coupled:
@@ -125,31 +125,6 @@ def coupled_of(loss: Any, step: Any, reduction: Any) -> Coupled | None:
     return CoupledLoss(loss)
 
 
-class Shared:
-    """Which of the tensors that `encode` returns belong to no sample: settled once, by the sizes they were seen with.
-
-    A tensor whose first dimension was ever other than the samples is shared from then on, so that a vector of 64 is not
-    taken for 64 samples because a micro-batch happens to have as many.
-    """
-
-    def __init__(self) -> None:
-        self.paths: set[str] = set()
-
-    def look(self, named: Sequence[tuple[str, Tensor]], samples: int) -> None:
-        """Takes in what `encode` gave for `samples` samples: (path, tensor) each.
-
-        Raises:
-            LossError: no tensor has the samples along dimension 0.
-        """
-        self.paths |= {path for path, tensor in named if not tensor.dim() or tensor.size(0) != samples}
-        if all(path in self.paths for path, _ in named):
-            shapes = ", ".join(f"{path or 'the output'} of shape {tuple(t.shape)}" for path, t in named) or "no tensor"
-            raise LossError(
-                f"encode gave {shapes} for {samples} samples, and none of it has the samples along dimension 0: return "
-                "one row a sample, such as model(batch['x']), without averaging or joining them"
-            )
-
-
 class Representations:
     """What `coupled.encode` gave for a whole window, detached, with one row a sample; the leaves of the loss's graph.
 
@@ -157,6 +132,8 @@ class Representations:
     beside the first.
 
     Attributes:
+        shared: paths of tensors that belong to no sample. One whose first dimension was ever other than the samples is
+            shared from then on, so that a vector of 64 is not taken for 64 samples because a micro-batch has as many.
         samples: of the window.
         batch: theirs, on the device; None where the loss does not take it.
         filled: samples that were entered.
@@ -164,13 +141,12 @@ class Representations:
         leads: whether this rank gives what all samples share its gradient: the first that has samples.
     """
 
-    def __init__(self, coupled: Coupled, shared: Shared, samples: int) -> None:
-        """Makes room for nothing yet; `shared`: which leaves belong to no sample, `samples` are this rank's."""
-        self.coupled, self._shared, self.samples = coupled, shared, samples
+    def __init__(self, coupled: Coupled, shared: set[str], samples: int) -> None:
+        """Makes room for nothing yet; `shared` as far as is known, `samples` are this rank's."""
+        self.coupled, self.shared, self.samples = coupled, shared, samples
         self.batch: Any = None
         self._outputs: Any = None  # the first micro-batch's, whose nesting all have
         self._leaves: dict[str, Tensor] = {}
-        self._rows: set[str] = set()  # the leaves that have one row a sample
         self.filled = self.first_row = 0
         self.leads = True
 
@@ -180,27 +156,35 @@ class Representations:
         Raises:
             LossError: no tensor has the samples along dimension 0, or they are not what the first micro-batch gave.
         """
-        named = [(path, tensor.detach()) for path, tensor in tree.tensors(outputs)]
-        self._shared.look(named, samples)
+        named = {path: tensor.detach() for path, tensor in tree.tensors(outputs)}
+        others = {path for path, tensor in named.items() if not tensor.dim() or tensor.size(0) != samples} - self.shared
+        self.shared |= others
+        if named.keys() <= self.shared:
+            shapes = ", ".join(f"{path or 'the output'} of shape {tuple(t.shape)}" for path, t in named.items())
+            raise LossError(
+                f"encode gave {shapes or 'no tensor'} for {samples} samples, and none of it has the samples along "
+                "dimension 0: return one row a sample, such as model(batch['x']), without averaging or joining them"
+            )
         if self._outputs is None:
             self._outputs = tree.map_tensors(Tensor.detach, outputs)
-            self._leaves = {path: self._room(path, tensor) for path, tensor in named}
-        if [path for path, _ in named] != list(self._leaves):
+            self._leaves = {
+                path: tensor.clone() if path in self.shared else tensor.new_empty((self.samples, *tensor.shape[1:]))
+                for path, tensor in named.items()
+            }
+        if list(named) != list(self._leaves):
             raise LossError(
-                f"encode gave {', '.join(path or 'one tensor' for path, _ in named)} for one micro-batch and "
+                f"encode gave {', '.join(path or 'one tensor' for path in named)} for one micro-batch and "
                 f"{', '.join(path or 'one tensor' for path in self._leaves)} for another: return the same parts"
             )
-        for path, tensor in named:
-            if self.is_shared(path) and path in self._rows:  # its size was the first micro-batch's by coincidence
-                self._rows.discard(path)
+        for path, tensor in named.items():
+            if path in others:  # the size of those before was the samples' by coincidence
                 self._leaves[path] = tensor.clone()
             self._write(path, tensor, samples)
         self.filled += samples
 
     def repeat(self) -> None:
         """Fills the rows that no micro-batch was run for with those there are, over and over: a rehearsal's window."""
-        for path in self._rows:
-            leaf = self._leaves[path]
+        for leaf in self.rows().values():
             for start in range(self.filled, self.samples, self.filled):
                 stop = min(start + self.filled, self.samples)
                 leaf[start:stop] = leaf[: stop - start]
@@ -213,7 +197,7 @@ class Representations:
 
     def rows(self) -> dict[str, Tensor]:
         """The tensors with one row a sample, by path."""
-        return {path: leaf for path, leaf in self._leaves.items() if path in self._rows}
+        return {path: leaf for path, leaf in self._leaves.items() if path not in self.shared}
 
     def replace(self, rows: dict[str, Tensor]) -> None:
         """Puts the rows of all ranks in the place of this one's."""
@@ -224,19 +208,9 @@ class Representations:
         remaining = iter(self._leaves.values())
         return self.coupled.over(tree.map_tensors(lambda _: next(remaining), self._outputs), self.batch)
 
-    def is_shared(self, path: str) -> bool:
-        """Whether the leaf belongs to no sample."""
-        return path in self._shared.paths
-
-    def _room(self, path: str, tensor: Tensor) -> Tensor:
-        if path in self._shared.paths:
-            return tensor.clone()
-        self._rows.add(path)
-        return tensor.new_empty((self.samples, *tensor.shape[1:]))
-
     def _write(self, path: str, tensor: Tensor, samples: int) -> None:
         leaf = self._leaves[path]
-        if path in self._rows:
+        if path not in self.shared:
             rows = leaf[self.filled : self.filled + samples]
             if rows.shape != tensor.shape:
                 raise LossError(

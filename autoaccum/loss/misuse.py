@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from autoaccum.checks import misfit
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, DataError, SetupError
-from autoaccum.loss.call import STEP, Call
+from autoaccum.loss.call import STEP, Call, name_of
 from autoaccum.loss.counts import holds_indices, ignored_by
-from autoaccum.loss.torch_losses import TorchLoss
+from autoaccum.loss.reduction import GivenLoss
 
 __all__ = ["explain_loss", "explain_model", "explained", "outside_classes"]
 
@@ -58,9 +58,10 @@ def explain_model(error: Exception, model: nn.Module, call: Call, *, apart: bool
     return None
 
 
-def explain_loss(error: Exception, name: str, outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> Meant | None:
-    """What was meant where the loss of this name raised `error` for these; None where that is not known."""
-    if isinstance(error, (IndexError, RuntimeError)) and (found := outside_classes(outputs, targets, torch_loss)):
+def explain_loss(error: Exception, given: GivenLoss, outputs: Any, targets: Any) -> Meant | None:
+    """What was meant where the loss raised `error` for these; None where that is not known."""
+    name = name_of(given.loss)
+    if isinstance(error, (IndexError, RuntimeError)) and (found := outside_classes(outputs, targets, given)):
         return SetupError, found
     if not isinstance(error, (AttributeError, IndexError, RuntimeError, TypeError, ValueError)):
         return None
@@ -71,11 +72,11 @@ def explain_loss(error: Exception, name: str, outputs: Any, targets: Any, torch_
             f"loss={name} was given one number, since the model returns a scalar: where that is its loss already, "
             "leave loss= out"
         )
-    told = _DTYPES.search(str(error)) or (torch_loss is not None and _SIZES.search(str(error)))
+    told = _DTYPES.search(str(error)) or (given.kind and _SIZES.search(str(error)))
     if not told or not isinstance(targets, Tensor):
         return None
     takes = f"equal shapes, and targets.to({outputs.dtype})"
-    if torch_loss is not None and torch_loss.takes_classes:
+    if given.takes_classes:
         takes = "outputs (samples, classes, ...) and targets (samples, ...), which targets.long() makes classes"
     return DataError, (
         f"loss={name} was given outputs of shape {tuple(outputs.shape)} and {outputs.dtype}, and targets of shape "
@@ -105,14 +106,14 @@ def _no_tensor(name: str, outputs: Any) -> Meant:
     )
 
 
-def outside_classes(outputs: Any, targets: Any, torch_loss: TorchLoss | None) -> str | None:
+def outside_classes(outputs: Any, targets: Any, given: GivenLoss) -> str | None:
     """In words, which label is none of the classes; None where all are."""
-    if torch_loss is None or not torch_loss.of_logits or not holds_indices(targets):
+    if not given.of_logits or not holds_indices(targets):
         return None
     if not isinstance(outputs, Tensor) or outputs.dim() == 0 or targets.dim() >= max(outputs.dim(), 2):
         return None
     classes = outputs.shape[min(1, outputs.dim() - 1)]
-    ignored = ignored_by(torch_loss.settings)
+    ignored = ignored_by(given.settings)
     wrong = targets[((targets < 0) | (targets >= classes)) & (targets != ignored)]
     if not wrong.numel():
         return None

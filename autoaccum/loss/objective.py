@@ -16,15 +16,14 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError
 from autoaccum.loss.asking import SAMPLES, Rows, device_of
 from autoaccum.loss.call import Call, arrange, name_of, returned_loss, scalar, targets_in
-from autoaccum.loss.coupled import Coupled, Shared, coupled_of
+from autoaccum.loss.coupled import Coupled, coupled_of
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean, OwnMeans, named_terms, summed
 from autoaccum.loss.misuse import explain_loss, explain_model, explained, outside_classes
 from autoaccum.loss.reading import Reading
-from autoaccum.loss.reduction import declared
+from autoaccum.loss.reduction import GivenLoss, declared
 from autoaccum.loss.settle import settle
-from autoaccum.loss.torch_losses import TorchLoss
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.shards import is_sharded
@@ -37,12 +36,11 @@ class Objective:
     """What is minimised.
 
     Attributes:
-        model: what is called; may be replaced by a wrapper of itself.
+        model: what is called.
         loss, step: as the user gave them; a loss module inside a Coupled step is the loss too.
         coupled: the two halves of a loss that compares samples; None for one that is a mean.
-        shared: which of the representations of `coupled` belong to no sample, as far as they were seen.
+        shared: paths of what `coupled` encodes that belongs to no sample, as far as was seen.
         compares: whether what is declared is held against the graph; not where a gradient check finds a fault's cause.
-        prepared: the denominators of the window that was prepared last; None: only known once the loss ran.
         reading: what its terms are divided by, as far as that is known.
     """
 
@@ -56,14 +54,13 @@ class Objective:
     ) -> None:
         """Checks the settings, which are `fit`'s, and runs nothing; a SetupError where they contradict each other."""
         self.coupled = coupled_of(loss, step, reduction)
-        self.shared = Shared()
-        self._torch = TorchLoss.recognise(loss)
+        self.shared = set[str]()
+        self._given = GivenLoss(loss, step)
         # By itself, as in validation, a batch's loss is one over its own samples, and weighs as many.
-        self.reading = declared(loss, step, reduction if self.coupled is None else "sample_mean", self._torch)
+        self.reading = declared(self._given, reduction if self.coupled is None else "sample_mean")
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
-        self.prepared: list[dict[str, float]] | None = None
         self.compares = self.coupled is None
         self._asked = False  # some samples were, to find out what the loss divides by
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
@@ -123,8 +120,8 @@ class Objective:
 
     def prepare(
         self, batches: Sequence[Any], *, rehearses: bool = False, on_phase: Callable[[str], None] = lambda phase: None
-    ) -> None:
-        """Finds `prepared`, the denominators of each micro-batch of a window to come; none for a rank that idles.
+    ) -> list[dict[str, float]] | None:
+        """The denominators of each micro-batch of a window to come; none for a rank that idles.
 
         None where one is only known once the loss ran; that is so on all ranks or on none. Of a loss with several
         terms all must be known before: where the batches, on the host, do not say them, each is run forward once more,
@@ -132,10 +129,9 @@ class Objective:
         """
         self.settle(batches, rehearses=rehearses)
         if self.reading.late and len(self.names) == 1:
-            self.prepared = None
-            return
+            return None
         known = [each for batch in batches if (each := self.reading.count(batch)) is not None]
-        self.prepared = known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
+        return known if len(known) == len(batches) else self._read_ahead(batches, on_phase)
 
     def _read_ahead(self, batches: Sequence[Any], on_phase: Callable[[str], None]) -> list[dict[str, float]]:
         """A pass that only reads. Random generators and buffers begin the next one as they began this one."""
@@ -174,7 +170,7 @@ class Objective:
         reading = self.reading
         reading.rehearses = rehearses
         # Trials are alike: what one rehearsal does not show, none does.
-        if not batches or reading.is_settled or (rehearses and self._asked):
+        if not batches or not (reading.source == "unsettled" or reading.cuts) or (rehearses and self._asked):
             return
         if reading.cuts:
             reading.count(batches[0])  # refuses what are no labels
@@ -296,19 +292,15 @@ class Objective:
 
     def _compared(self, outputs: Any, targets: Any) -> Any:
         """What the loss gives for outputs and targets; what it raises is explained where it can be."""
-        function, torch_loss = self.loss, self._torch
-        assert function is not None
-        arguments = (outputs, targets) if torch_loss is None else torch_loss.arguments(outputs, targets)
+        given = self._given
+        arguments = given.arguments(outputs, targets)
         if not self._classes_checked and isinstance(targets, Tensor) and targets.device.type not in ("cpu", "meta"):
             # Once, as it waits for the device, whose use by this process torch ends for a label that is no class.
             self._classes_checked = True
-            if (wrong := outside_classes(outputs, targets, torch_loss)) is not None:
+            if (wrong := outside_classes(outputs, targets, given)) is not None:
                 raise SetupError(wrong)
-        loss = explained(
-            lambda: function(*arguments),
-            lambda error: explain_loss(error, name_of(function), outputs, targets, torch_loss),
-        )
-        if isinstance(loss, Tensor) and loss.dim() and torch_loss is not None and torch_loss.reduction == "none":
+        loss = explained(lambda: given.loss(*arguments), lambda error: explain_loss(error, given, outputs, targets))
+        if isinstance(loss, Tensor) and loss.dim() and given.reduction == "none":
             return loss.sum() if self.reading.gives_sums else loss.mean()
         return loss
 

@@ -83,11 +83,6 @@ class Reading:
             facts |= {f"{name} of the loss": divisor.kind for name, divisor in self.divisors.items()}
         return facts
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether no samples have to show any more what is divided by."""
-        return self.source != "unsettled" and not self.cuts
-
     def settled(self, found: "Reading | None") -> "Reading":
         """This one, once some samples have shown what `found` says; None: nothing counts in them, or too little."""
         if found is None:

@@ -104,7 +104,9 @@ class Accumulator(TwoPasses):
         Raises:
             SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
         """
-        _check_kinds(plan, ranks, objective)
+        check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
+        check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
+        check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
         check_switches(log_grad_norm=log_grad_norm, steps=steps)
         if accelerator is not None:  # its own autocast runs the forward: ours would be a second one
             optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
@@ -221,12 +223,12 @@ class Accumulator(TwoPasses):
         self._memory.reset_peak()
         if self.sharded is not None:
             self._begin_sharded(self.sharded, batches)
-        self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
+        denominators = self.objective.prepare(batches, rehearses=self.rehearses, on_phase=self.on_phase)
         if self._settings:
             facts = self.objective.reading.facts
             agree_on_windows(self.ranks, self.plan, self.model, self.optimizer, self._settings, facts)
             self._settings = {}
-        sums = WindowSums(batches, self.objective, self.ranks, f"step {self.step + 1}")
+        sums = WindowSums(batches, self.objective, denominators, self.ranks, f"step {self.step + 1}")
         if self.meets_inside and len(set(sums.micro_batches)) > 1:
             raise SetupError(unequal(f"step {self.step + 1}", sums.micro_batches))
         self._sums = sums
@@ -459,9 +461,3 @@ class Accumulator(TwoPasses):
         """Each parameter's gradient of the window, what lies on this rank."""
         found = ((parameter, self.side.gradient(parameter)) for parameter in self.parameters)
         return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
-
-
-def _check_kinds(plan: Any, ranks: Any, objective: Any) -> None:
-    check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
-    check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
-    check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")

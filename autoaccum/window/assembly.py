@@ -211,7 +211,7 @@ def assemble(
         _materialise(objective, source, open_device("cpu") if stays else device, precision)
         check_model(model, loss=loss, **norms)
     made = _optimizer(asked, first, model, loss)
-    parts = Assembly(model, source, device, ranks, objective, made, precision, _owns_rate(asked, first),
+    parts = Assembly(model, source, device, ranks, objective, made, precision, _lr_given(asked, first),
                      asked_precision=asked.precision, compiled=run, phase=first, steps=what != "attach")  # fmt: skip
     parts.later = [_later(parts, asked, phase) for phase in phases[1:]]
     for turn in parts.turns:
@@ -262,8 +262,9 @@ def _optimizer(asked: Settings, phase: Phase | None, model: nn.Module, loss: Any
     return made
 
 
-def _owns_rate(asked: Settings, phase: Phase | None) -> bool:
-    return asked.lr is not None or (isinstance(asked.optimizer, Optimizer) if phase is None else phase.owns_rate)
+def _lr_given(asked: Settings, phase: Phase | None) -> bool:
+    own: Any = phase or asked
+    return asked.lr is not None or own.lr is not None or isinstance(own.optimizer, Optimizer)
 
 
 def _later(first: Assembly, asked: Settings, phase: Phase) -> Assembly:
@@ -271,7 +272,7 @@ def _later(first: Assembly, asked: Settings, phase: Phase) -> Assembly:
     objective = Objective(first.model, step=phase.step, reduction=phase.reduction)
     return replace(
         first, objective=objective, optimizer=_optimizer(asked, phase, first.model, objective.loss), phase=phase,
-        lr_given=_owns_rate(asked, phase),
+        lr_given=_lr_given(asked, phase),
         precision=Precision(first.asked_precision, first.device.torch_device, first.model),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ Choices made here:
   another's counters, caches, codebooks or power iterations.
 """
 
+import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -148,7 +149,7 @@ class _Functions(TorchFunctionMode):
                 with self:  # activation checkpointing runs forwards in there, which must see this mode too
                     return _backward(args[0], begin)
         if func is functional.batch_norm:
-            args, kwargs = _by_running_statistics(*args, **kwargs)
+            args, kwargs = (), _by_running_statistics(*args, **kwargs)
         elif func in _ARGUMENTS:
             name, place, value = _ARGUMENTS[func]
             if place < len(args):
@@ -165,21 +166,14 @@ def _backward(losses: Any, begin: Any) -> None:
     run_engine(losses, [torch.ones_like(loss) if at is None else at for loss, at in zip(losses, given)])
 
 
-def _by_running_statistics(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _by_running_statistics(*args: Any, **kwargs: Any) -> dict[str, Any]:
     """`functional.batch_norm`'s arguments, without statistics of the batch; a layer that keeps none gets 0 and 1."""
-    if running_mean is None or running_var is None:
-        running_mean = torch.zeros(input.shape[1], device=input.device)
-        running_var = torch.ones(input.shape[1], device=input.device)
-    return (input, running_mean, running_var, weight, bias, False, momentum, eps), {}
+    given = inspect.signature(functional.batch_norm).bind(*args, **kwargs).arguments
+    if given["running_mean"] is None or given["running_var"] is None:
+        channels, device = given["input"].shape[1], given["input"].device
+        given["running_mean"] = torch.zeros(channels, device=device)
+        given["running_var"] = torch.ones(channels, device=device)
+    return {**given, "training": False}
 
 
 def settle_loss(objective: Objective, batch: Any, most: int, device: torch.device) -> None:

@@ -15,8 +15,7 @@ of a micro-batch act on each other: BatchNorm, batch-coupled losses.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +53,8 @@ class NoiseScale:
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
         self.over_ranks: Sequence[float] | None = None
-        self._pending: Callable[[], None] | None = None  # measured, and on its way
+        # Measured, and on its way; with shares, the ranks' spread if known, micro-batches, samples, the correction.
+        self._pending: tuple[Figures, Sequence[float], float | None, float, int, float] | None = None
         self._windows = 0
         self._weight = 0.0
         self._noise = self._signal = 0.0
@@ -92,13 +92,9 @@ class NoiseScale:
             self._norms.append(_norm(gradient))
 
     def micro(self, share: float) -> None:
-        """A micro-batch ended; its loss entered the window's with weight `share`."""
+        """A micro-batch ended; its loss entered the window's with weight `share`, 0 in a pass that counts nothing."""
         if self._handles and self._norms and share > 0:
             self._micro.append((share, torch.stack(self._norms).square().sum()))
-        self._norms = []
-
-    def forget(self) -> None:
-        """What was seen since the last micro-batch was of a pass that counts nothing."""
         self._norms = []
 
     def so_far(self) -> list[float]:
@@ -120,32 +116,24 @@ class NoiseScale:
             whole = torch.stack(norms).square().sum()
             squares, shares = [square for _, square in self._micro], [share for share, _ in self._micro]
             figures = Figures(torch.stack([whole, *(squares if spread is None else [])]))
-            self._pending = partial(self._take_in, figures, shares, spread, count, samples, correction)
+            self._pending = figures, shares, spread, count, samples, correction
             if _at_hand(whole):
                 self._settle()
         self.close()
 
     def _settle(self) -> None:
         """Takes in what the last window measured: on a device it is there a window later, when nobody waits for it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending()
-
-    def _take_in(
-        self, figures: Figures, shares: Sequence[float], spread: float | None, count: float, samples: int,
-        correction: float,
-    ) -> None:  # fmt: skip
+        if self._pending is None:
+            return
+        (figures, shares, spread, count, samples, correction), self._pending = self._pending, None
         whole, *squares = figures.read()
         spread = _spread(squares, shares) if spread is None else spread
         noise = samples * (spread * correction**2 - whole) / (count - 1)
         if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
-            self._smooth(noise, whole - noise / samples)
-
-    def _smooth(self, noise: float, signal: float) -> None:
-        # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
-        self._weight = SMOOTHING * self._weight + 1.0
-        self._noise = SMOOTHING * self._noise + noise
-        self._signal = SMOOTHING * self._signal + signal
+            # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
+            self._weight = SMOOTHING * self._weight + 1.0
+            self._noise = SMOOTHING * self._noise + noise
+            self._signal = SMOOTHING * self._signal + whole - noise / samples
 
     def close(self) -> None:
         """Takes the hooks off; what was seen of an unfinished window is forgotten."""

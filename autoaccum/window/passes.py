@@ -141,7 +141,7 @@ class Passes:
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
         self.side.collect()
-        self.noise_scale.forget()
+        self.noise_scale.micro(0.0)
 
     @property
     def compares(self) -> bool:
@@ -152,8 +152,7 @@ class Passes:
         """Adds one micro-batch's terms to the loss, and their gradients to the window's."""
         sums = self._running()
         self._ahead.send()
-        parts, value = sums.parts(terms)
-        sums.note(parts if value is None else [(value, 1.0)])
+        parts = sums.enter(terms)
         if parts:
             self.on_phase("backward")
             self.precision.forget_casts()

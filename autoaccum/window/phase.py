@@ -29,7 +29,7 @@ class Phase:
     that another split draws other numbers: where that matters, let the dataset give each sample its noise.
 
     Attributes:
-        step, every, lr, schedule, warmup_steps, clip_norm, reduction, name: as given.
+        step, optimizer, every, lr, schedule, warmup_steps, clip_norm, reduction, name: as given.
         parameters: as a list.
     """
 
@@ -79,16 +79,11 @@ class Phase:
             )
         self.step, self.every, self.reduction = step, every, reduction
         self.lr, self.schedule, self.warmup_steps, self.clip_norm = lr, schedule, warmup_steps, clip_norm
-        self._optimizer = optimizer
-
-    @property
-    def owns_rate(self) -> bool:
-        """Whether the rate was given with the phase, so that a batch it was tuned at means something."""
-        return self.lr is not None or isinstance(self._optimizer, Optimizer)
+        self.optimizer = optimizer
 
     def build_optimizer(self, model: nn.Module, loss: Any, default_lr: float | None) -> Optimizer:
         """This phase's optimizer; a SetupError where it cannot be made, or holds another phase's parameters or none."""
-        given = self._optimizer
+        given = self.optimizer
         own = {id(parameter) for parameter in self.parameters}
         if isinstance(given, Optimizer):
             made = build_optimizer(given, model, lr=self.lr, loss=loss)

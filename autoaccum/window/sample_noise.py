@@ -53,7 +53,8 @@ class SampleNoise(TorchDispatchMode):
         if handler is None:
             self.unexplained = self.unexplained or func in _OPAQUE
             return func(*args, **(kwargs or {}))
-        return handler(self, func, args, kwargs or {})
+        made = handler(self, func, args, kwargs or {})
+        return args[0].copy_(made) if func._schema.is_mutable else made
 
     def drawn(self, shape: Sequence[int], device: torch.device, generator: Any, draw: _Draw) -> Tensor:
         """Random numbers for the samples that run, where `shape` was asked for; `draw` draws in any shape."""
@@ -93,12 +94,7 @@ def _scaled(shape: Sequence[int], whole: Sequence[int], dim: int, count: int, sa
     return all(own == other for place, (own, other) in enumerate(zip(shape, whole)) if place != dim)
 
 
-# One function a kind of operator: (mode, operator, args, kwargs) -> what the operator returns.
-
-
-def _fill(noise: SampleNoise, func: Any, args: Any, kwargs: Any) -> Tensor:
-    target: Tensor = args[0]
-    return target.copy_(_like(noise, func, args, kwargs))
+# One function a kind of operator: (mode, operator, args, kwargs) -> what the operator returns, or fills with.
 
 
 def _like(noise: SampleNoise, func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -121,9 +117,7 @@ def _sized(noise: SampleNoise, func: Any, args: Any, kwargs: Any) -> Tensor:
 
 def _bernoulli(noise: SampleNoise, func: Any, args: Any, kwargs: Any) -> Tensor:
     """The chances are a tensor: of other samples they are not known, so uniform numbers are drawn."""
-    target, chances = args[0], args[-1]
-    hits = _standard(noise, torch.rand, target, kwargs) < chances
-    made: Tensor = hits.to(target.dtype) if len(args) == 1 else target.copy_(hits)
+    made: Tensor = (_standard(noise, torch.rand, args[0], kwargs) < args[-1]).to(args[0].dtype)
     return made
 
 
@@ -163,8 +157,7 @@ def _overloads(*names: str) -> set[Any]:
 
 _FILLS = ("uniform_", "normal_", "exponential_", "log_normal_", "cauchy_", "geometric_", "random_", "bernoulli_")
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_overloads(*_FILLS), _fill),
-    **dict.fromkeys(_overloads("rand_like", "randn_like", "randint_like"), _like),
+    **dict.fromkeys(_overloads(*_FILLS, "rand_like", "randn_like", "randint_like"), _like),
     **dict.fromkeys(_overloads("rand", "randn", "randint"), _sized),
     _aten.bernoulli.p: _like,
     _aten.bernoulli.default: _bernoulli,

@@ -146,7 +146,7 @@ class TwoPasses(Passes):
         outputs, leaves = self._encoded(batch, kept), kept.leaves()
         tensors, gradients = [], []
         for path, tensor in tree.tensors(outputs):
-            leaf, shared = leaves[path], kept.is_shared(path)
+            leaf, shared = leaves[path], path in kept.shared
             if not self._repeated:
                 _compare(path, tensor.detach(), leaf.detach() if shared else leaf.detach()[rows])
             if leaf.grad is None or not tensor.requires_grad or (shared and not owns):

@@ -65,17 +65,18 @@ class WindowSums:
         self,
         batches: Sequence[Any],
         objective: Objective,
+        denominators: list[dict[str, float]] | None,
         ranks: Ranks,
         what: str = "a window",
     ) -> None:
         """Sums over the micro-batches, on the host, and once over the ranks; `what` names the window in that exchange.
 
-        The objective, prepared for these batches, knows their denominators, names the terms, the same on every rank,
-        and says what their sums come to.
+        The objective has `denominators` for these batches, names the terms, the same on every rank, and says what their
+        sums come to.
         """
         self.started, reading = time.perf_counter(), objective.reading
         self.samples = samples = [tree.batch_size(batch) for batch in batches]
-        self.denominators = denominators = objective.prepared
+        self.denominators = denominators
         # What is only known afterwards is divided by what it is expected to be: a good guess leaves nothing to correct,
         # and the whole batch's own rounding.
         guessed = reading.expected(batches) if denominators is None else 0.0
@@ -112,19 +113,29 @@ class WindowSums:
         """No target counts in the whole window, on any rank."""
         return self.totals is not None and not any(self.totals.values())
 
-    def parts(self, terms: Mapping[str, Mean]) -> tuple[Parts, Tensor | None]:
-        """(the next micro-batch's part of the window's loss; its value, where the part's own is not that).
+    def enter(self, terms: Mapping[str, Mean]) -> Parts:
+        """The next micro-batch's part of the window's loss, to which it is added; none where nothing in it counts.
 
-        No parts where nothing in it counts. A LossError for several terms whose denominators are only known afterwards.
+        Of the last one the sums are fetched from here on: they are there before the device has done the backward pass
+        that follows, so that it still has work when they are read. A LossError for several terms whose denominators are
+        only known afterwards.
         """
         totals, own = self.totals, self.own
+        value: Tensor | None = None  # where the parts are not that
         if totals is None or own is None:
-            return self._provisional(terms), None
-        if not self.counts:
-            return [], None
-        if isinstance(terms, Several):
-            return terms.parts(totals)
-        return [term.part(totals[name]) for name, term in terms.items() if own[name] or not term.is_empty], None
+            parts = self._provisional(terms)
+        elif not self.counts:
+            parts = []
+        elif isinstance(terms, Several):
+            parts, value = terms.parts(totals)
+        else:
+            parts = [term.part(totals[name]) for name, term in terms.items() if own[name] or not term.is_empty]
+        for tensor, factor in parts if value is None else [(value, 1.0)]:
+            self.add(tensor, factor)
+        if self.done + 1 == len(self.samples):
+            both = (self._loss, self._late)
+            self._fetched = [Figures(each) if isinstance(each, Tensor) else each for each in both]
+        return parts
 
     def _provisional(self, terms: Mapping[str, Mean]) -> Parts:
         if len(terms) != 1:
@@ -141,18 +152,6 @@ class WindowSums:
             return []
         self._late = self._late + denominator
         return [term.part(self._expected)]
-
-    def note(self, parts: Parts) -> None:
-        """Adds a micro-batch's part of the loss, before its backward pass.
-
-        Of the last one the sums are fetched from here on: they are there before the device has done that pass, so that
-        it still has work when they are read.
-        """
-        for tensor, factor in parts:
-            self.add(tensor, factor)
-        if self.done + 1 == len(self.samples):
-            both = (self._loss, self._late)
-            self._fetched = [Figures(each) if isinstance(each, Tensor) else each for each in both]
 
     def add(self, loss: Tensor, factor: float = 1.0) -> None:
         """Adds to the window's loss. What lies on a device is not waited for."""
