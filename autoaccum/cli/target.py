@@ -127,7 +127,15 @@ class Target:
         if self.folder not in sys.path:
             sys.path.insert(0, self.folder)
         if self.file is not None:
-            return _module_of_file(Path(self.file))
+            try:
+                return _module_of_file(Path(self.file))
+            except ImportError as error:
+                if "no known parent package" not in str(error):
+                    raise
+                raise SetupError(
+                    f"{shown(self.text)} has a relative import, which a file by its path has no package for ({error}): "
+                    f"write it as a module, {_in_package(Path(self.file))}:{self.name}, from above that package"
+                ) from error
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
@@ -168,6 +176,14 @@ def _module_of_file(path: Path) -> ModuleType:
         del sys.modules[made_up]  # as import itself does: half a module must not be found the next time
         raise
     return module
+
+
+def _in_package(path: Path) -> str:
+    """The module that a file is in the packages that it lies in; at least in that of its folder."""
+    names, folder = [path.parent.name, path.stem], path.parent.parent
+    while (folder / "__init__.py").is_file():
+        names, folder = [folder.name, *names], folder.parent
+    return ".".join(names)
 
 
 def _is_trained_by_another(found: Any) -> bool:
