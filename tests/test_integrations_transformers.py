@@ -126,6 +126,15 @@ class TwoTerms(torch.nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels) + 0.5 * flagged}
 
 
+class Logs(transformers.Trainer):
+    """Logs its step's loss."""
+
+    def compute_loss(self, *batch, **named):
+        loss = super().compute_loss(*batch, **named)
+        self.log({"own": float(loss.detach())})
+        return loss
+
+
 def test_each_term_of_a_loss_is_weighed_by_what_it_divides_by(tmp_path):
     draw = torch.Generator().manual_seed(0)
     data = [
@@ -139,12 +148,14 @@ def test_each_term_of_a_loss_is_weighed_by_what_it_divides_by(tmp_path):
     runs = []
     for batch, own in ((8, False), (4, True)):
         torch.manual_seed(0)
-        made = trainer(TwoTerms(), data, tmp_path, per_device_train_batch_size=batch,
+        made = trainer(TwoTerms(), data, tmp_path, per_device_train_batch_size=batch, kind=Logs,
                        collate=torch.utils.data.default_collate)  # fmt: skip
         (attach(made, micro_batch=2) if own else made).train()
         runs.append(flat(made.model))
     torch.manual_seed(0)
     assert moved(runs[1], flat(TwoTerms()), runs[0]) <= EXACT
+    pieces = sum("own" in entry for entry in made.state.log_history)
+    assert pieces == 11, "22 samples, two at once: each piece ran, and was read before"
 
 
 def test_sequence_to_sequence_trainers_are_served(tmp_path):
@@ -262,12 +273,6 @@ def test_an_overridden_compute_loss_runs(tmp_path):
 
 
 def test_what_a_step_logs_in_the_probe_and_the_check_is_in_no_log(tmp_path):
-    class Logs(transformers.Trainer):
-        def compute_loss(self, *batch, **named):
-            loss = super().compute_loss(*batch, **named)
-            self.log({"own": float(loss.detach())})
-            return loss
-
     made = trainer(model("BertForSequenceClassification"), samples("class"), tmp_path, kind=Logs)
     attach(made, micro_batch=3).train()
     assert sum("own" in entry for entry in made.state.log_history) == 8  # of 20 samples: 3 + 3 + 2, twice, and 2 + 2

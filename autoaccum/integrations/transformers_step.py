@@ -1,11 +1,13 @@
 """The loss of one batch as a Transformers Trainer's own step makes it; and what Trainers cannot be asked for it.
 
-What a trainer notes on itself while its step runs (plain values) is put back after a probe or a pass that failed.
+What a trainer notes on itself while its step runs (plain values) is put back after a probe or a pass that failed, and
+what it logs waits until its window is done.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +63,7 @@ class OwnStep:
         self._trainer, self._step = trainer, trainer.training_step
         kind = type(trainer)
         self.code = f"{kind.__module__}.{kind.__qualname__} {trainer.args.label_smoothing_factor}"
+        self._logged: list[list[Callable[[], None]]] = []  # by call of the step
 
     def loss(self, model: Any, batch: Any) -> Tensor:
         """The loss of one batch as the trainer's own step makes it, before its backward."""
@@ -68,10 +71,14 @@ class OwnStep:
         caught: list[Tensor] = []
         accelerator = trainer.accelerator
         trainer.current_gradient_accumulation_steps = 1
+        logged: list[Callable[[], None]] = []
+        self._logged.append(logged)
+        log = trainer.log
+        waits = {"log": lambda *logs, **named: logged.append(partial(log, *logs, **named))}
         own = {"backward": lambda loss, **_: caught.append(loss)}
         if here().size > 1:  # a rank may run more micro-batches than another, which nobody may wait for in a gather
             own |= dict.fromkeys(("gather", "gather_for_metrics"), lambda values, *_, **__: values)
-        with _standing(accelerator, own), _standing(trainer, _UNDIVIDED):
+        with _standing(accelerator, own), _standing(trainer, {**_UNDIVIDED, **waits}):
             self._step(model, dict(batch) if isinstance(batch, dict) else batch, None)
         if len(caught) != 1:
             raise SetupError(
@@ -81,6 +88,13 @@ class OwnStep:
             )
         (loss,) = caught
         return loss
+
+    def log(self, pieces: int) -> None:
+        """Logs what the last so many calls did: earlier ones ran out of memory and ran again, or only read."""
+        for logged in self._logged[-pieces:] if pieces else ():
+            for each in logged:
+                each()
+        self._logged.clear()
 
     def noted(self) -> Noted:
         """What the trainer's step noted on the trainer so far (metrics, token counts)."""
@@ -94,6 +108,7 @@ class OwnStep:
             with _standing(self._trainer, {"log": lambda *logs, **named: None}):
                 yield
         finally:
+            self._logged.clear()
             kept.restore()
 
 
