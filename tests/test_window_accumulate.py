@@ -40,11 +40,11 @@ def sgd(model, **settings):
     return torch.optim.SGD(model.parameters(), lr=0.5, **settings)
 
 
-def whole_batch_step(model, data, clip=None):
+def whole_batch_step(model, data, clip=None, loss=F.cross_entropy):
     reference = copy.deepcopy(model)
     optimizer = sgd(reference)
     x, y = data
-    F.cross_entropy(reference(x), y).backward()
+    loss(reference(x), y).backward()
     if clip is not None:
         nn.utils.clip_grad_norm_(reference.parameters(), clip)
     optimizer.step()
@@ -82,6 +82,24 @@ def test_a_denominator_told_late_is_put_right_once():
     accumulator = Accumulator(model, sgd(model), plan(8, 24))
     for x_, y_ in accumulator.window((x, y)):
         accumulator.backward(F.cross_entropy(model(x_), y_), denominator=(y_ != -100).sum())
+    assert error(model, reference) < 1e-12
+
+
+@pytest.mark.parametrize("way", ["ignored", "weighted", "tokens"])
+def test_what_a_cross_entropy_divides_by_need_not_be_told(way):
+    model, (x, y) = net(), batch(24)
+    y[:9] = -100  # the first micro-batch has nothing that counts
+    weight = torch.rand(5, dtype=x.dtype) if way == "weighted" else None
+
+    def loss(outputs, targets):
+        if way == "tokens":
+            outputs, targets = torch.stack([outputs, outputs**2], 2), torch.stack([targets, targets.clamp(min=0)], 1)
+        return F.cross_entropy(outputs, targets, weight=weight)
+
+    reference = whole_batch_step(model, (x, y), loss=loss)
+    accumulator = Accumulator(model, sgd(model), plan(8, 24))
+    for x_, y_ in accumulator.window((x, y)):
+        accumulator.backward(loss(model(x_), y_))
     assert error(model, reference) < 1e-12
 
 

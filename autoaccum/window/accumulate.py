@@ -27,6 +27,8 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.call import scalar
+from autoaccum.loss.divisor import Divisor
+from autoaccum.loss.graph import read
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
 from autoaccum.memory.device import open_device
@@ -193,7 +195,8 @@ class Accumulator(TwoPasses):
 
         Args:
             loss: its mean loss, a scalar with a graph; or a Mean.
-            denominator: what that mean was divided by (tokens, a sum of weights). None: the micro-batch's samples.
+            denominator: what that mean was divided by (tokens, a sum of weights). None: the targets that count, or
+                their weights, of one of torch's negative log likelihoods; else the micro-batch's samples.
 
         Raises:
             LossError: not a scalar, or without a graph.
@@ -205,7 +208,11 @@ class Accumulator(TwoPasses):
             return
         if not isinstance(loss, Mean):
             loss = scalar(loss, "the micro-batch")
-            loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
+            terms = read(loss) if denominator is None else []
+            if len(terms) == 1 and terms[0].name.startswith("NllLoss"):  # which says what it divides by
+                loss = Divisor().mean(terms[0], loss, None, rehearses=False)
+            else:
+                loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
         self._add({"loss": loss})
         self._untouched.note()
 
