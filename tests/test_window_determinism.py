@@ -80,7 +80,7 @@ def test_what_is_drawn_belongs_to_its_sample(name):
     for rows, part in zip(ROWS, parts):
         assert torch.equal(part, whole[rows])
     assert len({tuple(row.reshape(-1).tolist()) for row in whole}) > 1, "every sample got the same"
-    assert not fixed.unexplained
+    assert not fixed.noise.unexplained
 
 
 @given(samples=st.integers(2, 9), features=st.integers(1, 9), data=st.data())
@@ -95,14 +95,14 @@ def test_noise_belongs_to_its_sample_in_any_split(samples, features, data):
 def test_what_is_drawn_for_all_samples_is_the_same_in_each_part():
     whole, parts, fixed = still(Draw(lambda x: x * torch.rand(()) + torch.rand(4)), torch.ones(8, 4), ROWS)
     assert all(torch.equal(part, whole[: len(part)]) for part in parts)
-    assert not fixed.unexplained
+    assert not fixed.noise.unexplained
 
 
 @pytest.mark.parametrize(
     "draw", [lambda x: torch.randperm(len(x)), lambda x: torch.poisson(x.exp()), lambda x: torch.rand(len(x), len(x))]
 )
 def test_a_draw_that_cannot_be_given_to_samples_is_noted(draw):
-    assert still(Draw(draw), torch.randn(8, 4), ROWS)[2].unexplained
+    assert still(Draw(draw), torch.randn(8, 4), ROWS)[2].noise.unexplained
 
 
 def test_other_numbers_are_drawn_from_another_seed():

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import cycle
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +69,7 @@ class PartFailed(Exception):
         self.raised = raised
 
 
-class Bench:
+class Bench(ExitStack):
     """A model held still while windows are run on it; a context.
 
     Attributes:
@@ -92,6 +91,7 @@ class Bench:
         precision: str,
     ) -> None:
         """Changes nothing until it is entered; `samples` are chosen from `batch`, on the host."""
+        super().__init__()
         self.objective, self.samples, self.precision = objective, samples, precision
         self._model, self._batch, self._device = model, batch, device
         self._modules = objective.modules
@@ -101,7 +101,6 @@ class Bench:
             stepped = {id(parameter) for parameter in optimizer_parameters(optimizer)}
             self._parameters = [p for p in self._parameters if id(p) in stepped] or self._parameters
         self.partial = len(self._parameters) < trained
-        self._stack = ExitStack()
 
     def __enter__(self) -> "Bench":
         with ExitStack() as stack:
@@ -129,11 +128,8 @@ class Bench:
             self.precision = self._accumulator.precision.name
             self.objective.settle([self._batch], self.samples, self.fixed.begin)
             self._batch = _arranged(self.objective, self._batch, self.samples)
-            self._stack = stack.pop_all()
+            self.push(stack.pop_all())
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
 
     def batch(self, rows: Sequence[int]) -> Any:
         """The samples at these places, on the host."""
@@ -257,7 +253,7 @@ class Bench:
     @property
     def rounding(self) -> float:
         """The relative error that rounding alone may make in the windows that were run."""
-        return max(rounding(self.fixed.formats, self._device), _LEAST_ROUNDING)
+        return max(rounding(self.fixed.noise.formats, self._device), _LEAST_ROUNDING)
 
 
 class _Taken(Optimizer):

@@ -209,7 +209,7 @@ class _Examination:
                 f"{bench.samples} samples together, whose gradient is what rounding leaves: the model fits them already"
             )
         order = self._compare(bench.window([self._whole[::-1]])).error
-        suspected = bench.fixed.unexplained or order > _HOPELESS
+        suspected = bench.fixed.noise.unexplained or order > _HOPELESS
         if suspected and not self._compare(bench.window([self._whole], seed=1)).error <= self._tolerance:
             return self._random(order)
         if order > _HOPELESS:

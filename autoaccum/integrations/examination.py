@@ -119,7 +119,7 @@ class _Examination:
                 "randomness that cannot be switched off",
                 Cause.RANDOM,
             )
-        tolerance = max(rounding(self._fixed.formats, subject.device), 10 * noise)
+        tolerance = max(rounding(self._fixed.noise.formats, subject.device), 10 * noise)
         full = self._own(groups)
         error, ratio = self._error(full, reference), _product(full, reference) / norm**2
         if error > tolerance:

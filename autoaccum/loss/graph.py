@@ -162,9 +162,10 @@ def part_of(term: Term, values: Mapping[Any, Tensor]) -> Tensor | None:
 
 _SAME = frozenset(
     f"{name}Backward{number}"
-    for name in ["View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "NanToNum"]
+    for name in ["View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "ToCopy", "Clone", "NanToNum",
+                 "Stack", "Cat"]
     for number in range(4)
-)
+)  # fmt: skip
 _SUMS = frozenset(["AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1"])
 _PRODUCTS = frozenset(("MulBackward0", "MulBackward1"))
 _QUOTIENTS = frozenset(("DivBackward0", "DivBackward1"))
@@ -183,7 +184,7 @@ def _walk(start: Term, way: str) -> list[Term]:
             found += _reduced(at, name, way)
             continue
         inputs = [(place, node) for place, (node, _) in enumerate(at.node.next_functions) if node is not None]
-        if inputs and name in _SUMS and (way != "joined" or len(inputs) == 1):
+        if len(inputs) > 1 and (name in _LISTS or (name in _SUMS and way != "joined")):
             sides = [at, *(at.copy() for _ in inputs[1:])]
             for side, (place, node) in zip(sides, inputs):
                 _passed(side, name, place, node)
@@ -220,27 +221,23 @@ def _passed(at: Term, name: str, place: int, below: Any) -> bool:
 
 
 def _reduced(at: Term, name: str, way: str) -> list[Term]:
-    """The term that ends in a reduction, or in another one below it; or the terms of a list."""
+    """The term that ends in a reduction, or the terms below it: in another reduction, or of a list."""
     own = _REDUCTIONS[name](at.node)
     if own is None:
         return [at.ends(None)]
     inner: Any = at.node.next_functions[0][0] if name in _PLAIN else None
     within = "" if inner is None else inner.name()
-    is_list = (
-        way != "joined" and within in _LISTS and math.prod(at.node._saved_self_sym_sizes) == len(inner.next_functions)
-    )
-    if is_list or (way == "deep" and ((within in _OVER_SOME and 0 in _along(inner)) or _by_one_number(inner, within))):
+    is_list = within in _LISTS and math.prod(at.node._saved_self_sym_sizes) == len(inner.next_functions)
+    if (way != "joined" and is_list) or (way == "deep" and _of_samples(inner, within)):
         at.over = at.over * own
-        at.down(0, inner)
-        if not is_list:
-            return _walk(at, way)
-        items = [(place, node) for place, (node, _) in enumerate(inner.next_functions) if node is not None]
-        return [end for place, node in items for end in _walk(at.copy().down(place, node), way)]
+        return _walk(at.down(0, inner), way)
     return [at.ends(at.over * own)]
 
 
-def _by_one_number(node: Any, name: str) -> bool:
-    """Whether a node divides all that it is given by one and the same number."""
+def _of_samples(node: Any, name: str) -> bool:
+    """Whether a node reduces over dimension 0, or divides all that it is given by one and the same number."""
+    if name in _OVER_SOME:
+        return 0 in _along(node)
     return name == "DivBackward0" and node.next_functions[1:] == ((None, 0),) and node._saved_other.numel() == 1
 
 

@@ -17,7 +17,6 @@ import inspect
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from autoaccum.window.sample_noise import SampleNoise
 __all__ = ["Determinism", "settle_loss"]
 
 
-class Determinism:
+class Determinism(ExitStack):
     """A context in which a model gives each sample the same, in whatever micro-batch it comes.
 
     ```python
@@ -48,18 +47,20 @@ class Determinism:
         fixed.begin(range(5))       # before a micro-batch with the first five of its samples
     ```
 
-    `normalises`: there are BatchNorm layers that train, and are held to their running statistics.
+    Attributes:
+        noise: what was seen of random draws, and of the formats that were computed in, forward and backward.
+        normalises: there are BatchNorm layers that train, and are held to their running statistics.
     """
 
     def __init__(self, model: nn.Module, *others: nn.Module, samples: int, device: torch.device) -> None:
         """Changes nothing until it is entered; `others` are modules beside the model, as a loss may be."""
+        super().__init__()
         self._model = model
         self._roots = (model, *others)
         self._modules = list(dict.fromkeys(module for root in self._roots for module in root.modules()))
         self._device = device
         self._functions = _Functions()
-        self._noise = SampleNoise(samples)
-        self._stack = ExitStack()
+        self.noise = SampleNoise(samples)
         self.normalises = False
 
     def __enter__(self) -> "Determinism":
@@ -71,23 +72,10 @@ class Determinism:
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 # Modes make compiled code skip itself, which fullgraph=True takes for an error.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(self._noise)
+            stack.enter_context(self.noise)
             stack.enter_context(self._functions)
-            self._stack = stack.pop_all()
+            self.push(stack.pop_all())
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._stack.close()
-
-    @property
-    def formats(self) -> set[torch.dtype]:
-        """The floating-point formats that were computed in, forward and backward."""
-        return self._noise.formats
-
-    @property
-    def unexplained(self) -> bool:
-        """Whether a draw was seen that could not be given to single samples."""
-        return self._noise.unexplained
 
     def begin(self, rows: Sequence[int], *, seed: int | None = None) -> None:
         """Puts the model back to the start, for a micro-batch with the samples at these places of the whole batch.
@@ -95,13 +83,13 @@ class Determinism:
         With a `seed` other numbers are drawn than the generators would give.
         """
         self._restart()
-        self._noise.rows = list(rows)
+        self.noise.rows = list(rows)
         if seed is not None:
             seed_everything(seed)
 
     def _restart(self) -> None:
         self._start.restore()
-        self._noise.restart()
+        self.noise.restart()
 
     def _switch(self, stack: ExitStack) -> None:
         """Training mode, but for what normalises over the batch; no dropout between the layers of an RNN."""
