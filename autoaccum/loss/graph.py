@@ -184,7 +184,7 @@ def _walk(start: Term, way: str) -> list[Term]:
             found += _reduced(at, name, way)
             continue
         inputs = [(place, node) for place, (node, _) in enumerate(at.node.next_functions) if node is not None]
-        if len(inputs) > 1 and (name in _LISTS or (name in _SUMS and way != "joined")):
+        if len(inputs) > 1 and ((name in _SUMS and way != "joined") or name in _LISTS):
             sides = [at, *(at.copy() for _ in inputs[1:])]
             for side, (place, node) in zip(sides, inputs):
                 _passed(side, name, place, node)
