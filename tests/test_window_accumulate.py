@@ -103,6 +103,26 @@ def test_what_a_cross_entropy_divides_by_need_not_be_told(way):
     assert error(model, reference) < 1e-12
 
 
+def test_a_loop_whose_loss_divides_by_another_count_than_samples_is_refused_where_it_is_not_told():
+    model, (x, y) = net(), batch(23)
+
+    def take(loss, told=None):
+        accumulator = Accumulator(model, sgd(model), plan(8, 23))
+        for x_, y_ in accumulator.window((x, y)):
+            accumulator.backward(loss(model(x_), y_), None if told is None else told(y_))
+
+    def masked(outputs, targets):
+        return (F.cross_entropy(outputs, targets, reduction="none") * (targets > 1)).sum() / (targets > 1).sum()
+
+    for loss in (masked, lambda o, y: o[y > 1].square().mean(), lambda o, y: o.square().mean() + masked(o, y)):
+        with pytest.raises(LossError, match=r"divides by \d+ where \d samples run, and by .* denominator"):
+            take(loss)
+    take(masked, lambda y: (y > 1).sum())
+    # Of these nothing varies but with the samples.
+    take(lambda o, y: F.mse_loss(o, o.detach() + 1) + 0.1 * model[0].weight.square().mean())
+    take(lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(y) + 1e-3 * o.square().sum() / o.numel())
+
+
 def test_a_micro_batch_in_which_nothing_counts_gives_neither_nan_nor_weight():
     model, (x, y) = net(), batch(24)
     y[:8] = -100

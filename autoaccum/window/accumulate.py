@@ -27,7 +27,7 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.call import scalar
-from autoaccum.loss.divisor import Divisor
+from autoaccum.loss.divisor import Divisor, near
 from autoaccum.loss.graph import read
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
@@ -139,6 +139,7 @@ class Accumulator(TwoPasses):
         self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
         self._lists = ListReader()
         self._untouched = Untouched(optimizer)
+        self._divided: dict[int, tuple[float, int]] = {}  # by term: what a loss of one's own was divided by, of samples
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
                           "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
@@ -199,22 +200,37 @@ class Accumulator(TwoPasses):
                 their weights, of one of torch's negative log likelihoods; else the micro-batch's samples.
 
         Raises:
-            LossError: not a scalar, or without a graph.
+            LossError: not a scalar, or without a graph; or its graph divides by another count than the samples.
         """
-        sums = self._running()
+        self._running()
         self._untouched.check()
         if self.sharded is not None and self.sharded.collectives.muted:
             self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
             return
         if not isinstance(loss, Mean):
             loss = scalar(loss, "the micro-batch")
-            terms = read(loss) if denominator is None else []
-            if len(terms) == 1 and terms[0].name.startswith("NllLoss"):  # which says what it divides by
-                loss = Divisor().mean(terms[0], loss, None, rehearses=False)
-            else:
-                loss = Mean.of(loss, sums.samples[sums.done] if denominator is None else denominator)
+            loss = self._counted(loss) if denominator is None else Mean.of(loss, denominator)
         self._add({"loss": loss})
         self._untouched.note()
+
+    def _counted(self, loss: Tensor) -> Mean:
+        """A mean whose denominator was not told."""
+        terms, sums = read(loss), self._running()
+        if len(terms) == 1 and terms[0].name.startswith("NllLoss"):
+            return Divisor().mean(terms[0], loss, None, rehearses=False)
+        size = sums.samples[sums.done]
+        for place, term in enumerate(terms):
+            if isinstance(term.divisor, Tensor) and term.divisor.device.type != "cpu":
+                continue  # would be waited for
+            own = 0.0 if term.divisor is None else abs(float(term.divisor))
+            first, samples = self._divided.setdefault(place, (own, size))
+            if not near(own, first) and not near(own * samples, first * size):  # no constant, nor as the samples
+                raise LossError(
+                    f"the loss divides by {own:g} where {size} samples run, and by {first:g} where {samples} do, so "
+                    "that it is no mean over samples: pass backward(loss, denominator), what its mean divides by, or "
+                    "several such terms as one; to weigh micro-batches by their samples all the same, pass these"
+                )
+        return Mean.of(loss, size)
 
     # --- a window in parts, for the training loop, which may have to run one again
 
