@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from autoaccum.errors import DeviceError
-from autoaccum.memory.budget import Budget, Device, less, plus
+from autoaccum.memory.budget import Budget, Device, less, plus, row
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, gpu_info, pids_are_ours
 from autoaccum.units import MIB, format_bytes, parse_bytes
@@ -249,14 +249,14 @@ class CudaDevice(AcceleratorDevice):
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`; asks CUDA for the free memory, which costs a context, only without NVML."""
         info, why = self._gpu()
-        row = {"device": str(self.torch_device), "type": self.type, "name": self.name, "total": self.total()}
+        total = self.total()
         if info is None:
-            return {**row, "free": self.free(), "processes": [], "driver": None, "note": f"without NVML: {why}"}
+            return row(self.torch_device, self.name, total, self.free(), note=f"without NVML: {why}")
         free, note = info.free, ""
-        if abs(info.total - self.total()) > SAME_DEVICE * self.total():  # a slice of a GPU, and NVML tells of all of it
+        if abs(info.total - total) > SAME_DEVICE * total:  # a slice of a GPU, and NVML tells of all of it
             free, note = self.free(), "free memory by CUDA: NVML tells that of the whole GPU"
-        processes = [{"pid": p.pid, "name": p.name, "bytes": p.bytes} for p in info.processes]
-        return {**row, "free": free, "processes": processes, "driver": info.driver, "note": note}
+        processes = [{"pid": each.pid, "name": each.name, "bytes": each.bytes} for each in info.processes]
+        return row(self.torch_device, self.name, total, free, note=note, driver=info.driver, processes=processes)
 
 
 class MpsDevice(Device):

@@ -20,6 +20,7 @@ Choices:
 import contextlib
 import gc
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ import torch
 
 from autoaccum.units import asked_bytes, format_bytes, named
 
-__all__ = ["Budget", "Device", "asked_bytes", "less", "named", "plus"]
+__all__ = ["Budget", "Device", "asked_bytes", "less", "named", "plus", "row"]
 
 
 @dataclass(frozen=True)
@@ -168,16 +169,16 @@ class Device(ABC):
 
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`."""
-        return {
-            "device": str(self.torch_device),
-            "type": self.type,
-            "name": self.name,
-            "total": self.total(),
-            "free": self.free(),
-            "processes": [],
-            "driver": None,
-            "note": "",
-        }
+        return row(self.torch_device, self.name, self.total(), self.free())
+
+
+def row(
+    device: torch.device, name: str, total: int | None, free: int | None, *, note: str = "", driver: str | None = None,
+    processes: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """A row of `autoaccum devices`: bytes in all and free, None where the device does not answer."""
+    told = {"device": str(device), "type": device.type, "name": name, "total": total, "free": free}
+    return {**told, "processes": list(processes), "driver": driver, "note": note}
 
 
 def less(headroom: int) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from autoaccum.errors import DeviceError, shown
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
-from autoaccum.memory.budget import Budget, Device, asked_bytes, less, named, plus
+from autoaccum.memory.budget import Budget, Device, asked_bytes, less, named, plus, row
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes
@@ -84,7 +84,7 @@ class CpuDevice(Device):
     def describe(self) -> dict[str, Any]:
         """One row of `autoaccum devices`, with where the limit comes from."""
         memory = host_memory()
-        return {**super().describe(), "total": memory.total, "free": memory.available, "note": memory.reason}
+        return row(self.torch_device, self.name, memory.total, memory.available, note=memory.reason)
 
 
 def open_device(device: str | torch.device | None = None) -> Device:
@@ -123,8 +123,7 @@ def devices() -> list[dict[str, Any]]:
         try:
             rows.append(_open(torch_device).describe())
         except (RuntimeError, DeviceError) as error:  # a GPU in exclusive use, a driver at odds with PyTorch
-            row = {"device": str(torch_device), "type": torch_device.type, "name": str(torch_device), "total": None}
-            rows.append({**row, "free": None, "processes": [], "driver": None, "note": f"does not answer: {error}"})
+            rows.append(row(torch_device, str(torch_device), None, None, note=f"does not answer: {error}"))
     return rows
 
 

@@ -23,7 +23,6 @@ OTHER_MAPPINGS = 1024 * 1024  # bytes of code or reserved addresses that do not 
 # malloc.h: M_MMAP_THRESHOLD (at most 32 MiB), M_TRIM_THRESHOLD, M_ARENA_MAX
 _GIVING_BACK = ((-3, 64 * 1024), (-1, 0), (-8, 1))
 _KEEPING = ((-3, 32 * 1024 * 1024), (-1, 1 << 30))
-_FIELDS = {"data segment": "VmData", "address space": "VmSize"}
 _STATUS = Path("/proc/self/status")
 
 
@@ -31,31 +30,26 @@ class ProcessGrowth:
     """How far the process rises above where it stood when this was made; each `with` measures once more.
 
     `bytes` is the most of the last `with`; None where the kind of budget does not count the process, or the system does
-    not tell.
+    not tell: `counts` is whether there is anything to measure.
     """
 
     def __init__(self, kind: str) -> None:
-        """`kind` is the budget's: "data segment", "address space", or another, for which nothing is read."""
-        self._field = _FIELDS.get(kind) if _STATUS.exists() else None
+        """`kind` is the budget's: "data segment", or another, for which nothing is read."""
+        self.counts = kind == "data segment" and _STATUS.exists()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._before: dict[str, int] = {}
-        self._start = self._most = self._read() if self._field is not None else 0
+        self._start = self._most = self._read() if self.counts else 0
         self.bytes: int | None = None
-
-    @property
-    def counts(self) -> bool:
-        """Whether there is anything to measure."""
-        return self._field is not None
 
     def now(self) -> int | None:
         """Bytes above the start at this moment; None where there is nothing to measure."""
-        return None if self._field is None else self._read() - self._start
+        return self._read() - self._start if self.counts else None
 
     def __enter__(self) -> "ProcessGrowth":
-        if self._field is not None:
+        if self.counts:
             self._before = _status()
-            self._most = self._before[self._field]
+            self._most = self._before["VmData"]
             self._stop.clear()
             # A thread's stack counts too: 8 MiB by default, which would be most of what is measured in small steps.
             before = threading.stack_size(STACK_BYTES)
@@ -76,18 +70,16 @@ class ProcessGrowth:
 
     def _high_water(self) -> int:
         """The highest by the kernel's own mark of the address space, where this `with` set a new one; else as now."""
-        assert self._field is not None
         before, now = self._before, _status()
-        mapped = now["VmSize"] - before["VmSize"]
-        if now["VmPeak"] <= before["VmPeak"]:
-            return now[self._field]
-        if self._field == "VmData" and abs(mapped - (now["VmData"] - before["VmData"])) > OTHER_MAPPINGS:
-            return now[self._field]
-        return before[self._field] + now["VmPeak"] - before["VmSize"]
+        data = now["VmData"] - before["VmData"]
+        is_new = now["VmPeak"] > before["VmPeak"]
+        if not is_new or abs(now["VmSize"] - before["VmSize"] - data) > OTHER_MAPPINGS:
+            return now["VmData"]
+        return before["VmData"] + now["VmPeak"] - before["VmSize"]
 
-    def _read(self) -> int:
-        assert self._field is not None
-        return _status()[self._field]
+    @staticmethod
+    def _read() -> int:
+        return _status()["VmData"]
 
 
 def _status() -> dict[str, int]:

@@ -37,7 +37,6 @@ ERRATIC = (
 CLOSE_ENOUGH = 1.08  # after an overrun, a size that fits is not improved on by less than this
 # Nor is any by less than this: under a process's limit, where what libraries keep varies by as much, and on a device.
 NOT_WORTH_A_STEP, NOT_ON_A_DEVICE = 1.025, 1.01
-ENOUGH_RUNS = 4  # after so many, a size that fits is good enough where the forecast has been wrong
 LEAST_GROWTH = 32  # without a forecast the next size is larger by this part at least
 
 
@@ -186,19 +185,14 @@ class Search:
         low, high, suffers, failed = self._low, self._high, self._may.suffers, self._failed
         settled = low > self._traced
         overran = failed is not None and (suffers or failed.peak_bytes is None)
-        enough = (overran and high <= CLOSE_ENOUGH * low) or (self.forecast is not None and self._runs >= ENOUGH_RUNS)
-        if self._closed or (settled and enough) or self._wanted(high - 1) <= low:
+        if self._closed or (settled and overran and high <= CLOSE_ENOUGH * low) or self._wanted(high - 1) <= low:
             return None
         if self.forecast is None:
             return self._useful(self._guarded())
         limit = max(self._limit(high - 1), self._floor)
         size = self._useful(self._guarded()) if self._refuted() else self._wanted(limit)
         least = NOT_WORTH_A_STEP if self.bench.traces_all else NOT_ON_A_DEVICE
-        if settled and suffers and size <= least * low:
-            return None
-        if size > low:
-            return size
-        return low + 1 if self._exact and self._uncertain(low + 1) else None
+        return size if size > (least * low if settled and suffers else low) else None
 
     @property
     def _closed(self) -> bool:
@@ -229,20 +223,6 @@ class Search:
         while self._wanted(size) <= self._low and size < self._high - 1:
             size += 1
         return self._wanted(size)
-
-    def _uncertain(self, size: int) -> bool:
-        """Whether the forecast at `size` is over the budget by less than it has been wrong.
-
-        Where an overrun is suffered, what counts is how wrong it was at the size last measured, which is near.
-        """
-        forecast, budget = self.forecast, self._may.bytes
-        if forecast is None or size >= self._high:
-            return False
-        wrong = forecast.residual or 0.0
-        if self._may.suffers and self._anchor is not None:
-            at, measured = self._anchor
-            wrong = abs(forecast.reserved(at) / measured - 1.0)
-        return self._scaled(size) - self._may.room < 2 * wrong * budget
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""
