@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from autoaccum.errors import DeviceError
-from autoaccum.memory.budget import Budget, Device, less, plus, row
+from autoaccum.memory.budget import Budget, Device, row
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.nvml import GpuInfo, gpu_info, pids_are_ours
 from autoaccum.units import MIB, format_bytes, parse_bytes
@@ -82,9 +82,7 @@ class AcceleratorDevice(Device):
         return int(self._info(self.torch_device)[0])
 
     def _room(self, headroom: int, held: int) -> Budget:
-        free, own = self.free(), self.reserved() or 0
-        size = max(0, free + own - headroom)
-        reason = f"{format_bytes(free)} free on {self.name}{plus(own)}{less(headroom)}"
+        size, reason = self._spare(headroom, f"free on {self.name}")
         cap = int(self._fraction() * self._whole())  # of what the allocator reserves: headroom is for what it does not
         if cap < size:
             size, reason = cap, f"{reason}, but this process's memory fraction allows {format_bytes(cap)}"
@@ -284,10 +282,8 @@ class MpsDevice(Device):
         return min(max(0, self.total() - (self.reserved() or 0)), host_memory().available)
 
     def _room(self, headroom: int, held: int) -> Budget:
-        free, own = self.free(), self.reserved() or 0
-        size = max(0, free + own - headroom)
-        reason = f"{format_bytes(free)} of Metal's recommended {format_bytes(self.total())} is free{plus(own)}"
-        return Budget(size, f"{format_bytes(size)}: {reason}{less(headroom)}", False, "torch")
+        size, reason = self._spare(headroom, f"of Metal's recommended {format_bytes(self.total())} is free")
+        return Budget(size, f"{format_bytes(size)}: {reason}", False, "torch")
 
     def _figure(self, name: str) -> int | None:
         told = {"allocated": self._api.current_allocated_memory, "reserved": self._api.driver_allocated_memory}

@@ -106,6 +106,11 @@ class Device(ABC):
     def _room(self, headroom: int, held: int) -> Budget:
         """The budget where the user named none."""
 
+    def _spare(self, headroom: int, where: str) -> tuple[int, str]:
+        """What is free `where` it is said to be, with what the allocator holds and less the headroom: bytes, reason."""
+        free, own = self.free(), self.reserved() or 0
+        return max(0, free + own - headroom), f"{format_bytes(free)} {where}{plus(own)}{less(headroom)}"
+
     def _beyond(self) -> str:
         """What happens to a training that needs more than is free; the end of a sentence."""
         return ", and a step that needs more runs out of memory"

@@ -92,16 +92,15 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     return [part] if part is not tensor else _whole(tensor)
 
 
+_BY_ROWS, _BY_COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_PIECES = {
+    torch.sparse_coo: ("_indices", "_values"), torch.jagged: ("values", "offsets"), torch.sparse_csr: _BY_ROWS,
+    torch.sparse_bsr: _BY_ROWS, torch.sparse_csc: _BY_COLUMNS, torch.sparse_bsc: _BY_COLUMNS,
+}  # fmt: skip
+
+
 def _whole(tensor: Tensor) -> list[Tensor]:
-    if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
-    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if tensor.is_nested and tensor.layout == torch.jagged:
-        return [tensor.values(), tensor.offsets()]  # type: ignore[attr-defined]  # torch.nested's own class has them
-    return [tensor]
+    return [getattr(tensor, name)() for name in _PIECES.get(tensor.layout, ())] or [tensor]
 
 
 def lies_on(device: torch.device, wanted: torch.device | None) -> bool:

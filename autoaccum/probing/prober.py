@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from autoaccum.errors import NothingFitsError, PlanError, StateNotRestoredError
 from autoaccum.interrupts import interruptible
 from autoaccum.model.given_model import has_batch_norm
@@ -25,6 +23,7 @@ from autoaccum.probing.journal import Journal, journal_path
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.probe import Question, run_probe
 from autoaccum.probing.report import ProbeReport
+from autoaccum.probing.trial import hold_still
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.assembly import Assembly
@@ -272,8 +271,7 @@ def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:
 
 def _warm(turn: Assembly) -> None:
     """One step of two samples, so that the optimizer has its state; a snapshot around it takes that back."""
-    for group in turn.optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+    hold_still(turn.optimizer)
     accumulator = _accumulator(turn, 2, batch_norm="keep")
     accumulator.rehearses = True
     try:

@@ -38,7 +38,7 @@ from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, 
 from autoaccum.ranks import Ranks
 from autoaccum.window.accumulate import Accumulator, ignore
 
-__all__ = ["Bench"]
+__all__ = ["Bench", "hold_still"]
 
 Shape = tuple[int, ...]
 
@@ -93,8 +93,7 @@ class Bench:
         accumulator.rehearses = True  # a step that is left out would take no memory: nor would its optimizer's state
         if accumulator.precision.scaler.is_enabled():  # at its usual start, 65536, the first steps overflow
             accumulator.precision.scaler = torch.amp.GradScaler(device.type, init_scale=1.0)
-        for group in accumulator.optimizer.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
+        hold_still(accumulator.optimizer)
 
     def alike(self, *, late: bool = False) -> "Bench":
         """One for the same training run in another way, with traces of its own."""
@@ -359,6 +358,12 @@ class Bench:
         if self._listener is not None:
             self._listener(trial)
         return trial
+
+
+def hold_still(optimizer: torch.optim.Optimizer) -> None:
+    """Sets learning rates to 0: a snapshot puts them back."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], torch.Tensor) else 0.0
 
 
 def age(optimizer: torch.optim.Optimizer) -> None:

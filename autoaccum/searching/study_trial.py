@@ -182,27 +182,25 @@ class _Watch:
         self._history = loop.history
         # Whether epochs' ends, where the loop evaluates anyway, come often enough.
         short = job.unit == "samples" and epoch is not None and epoch * NINTHS <= job.amount
-        with closing(iter(loop)) as windows:  # type: ignore[type-var]
-            while True:
-                try:
-                    record = next(windows, None)
-                except LossError as error:
-                    raise GivenUp(f"diverged: {error}") from error
-                if record is None:
-                    return loop.evaluations[-1] if loop.evaluations else None
-                self.samples += record.samples
-                self._in_epoch += record.samples
-                self._seconds += record.seconds
-                if job.unit == "ms" and parts.ranks.any("the budget of a study trial", self._amount >= job.amount):
-                    return self._evaluated(loop)
-                at_end, now = epoch is not None and self._in_epoch >= epoch, self._ninths()
-                if not short and not at_end and now < NINTHS and any(self._reported < rung <= now for rung in RUNGS):
-                    random = RandomState(parts.device.torch_device)
-                    try:
-                        evaluation = self._evaluated(loop)
-                    finally:
-                        random.restore()
-                    self.tell(self.value(evaluation))
+        try:
+            with closing(iter(loop)) as windows:  # type: ignore[type-var]
+                for record in windows:
+                    self.samples += record.samples
+                    self._in_epoch += record.samples
+                    self._seconds += record.seconds
+                    if job.unit == "ms" and parts.ranks.any("the budget of a study trial", self._amount >= job.amount):
+                        return self._evaluated(loop)
+                    at_end, now = epoch is not None and self._in_epoch >= epoch, self._ninths()
+                    if not short and not at_end and now < NINTHS and any(self._reported < at <= now for at in RUNGS):
+                        random = RandomState(parts.device.torch_device)
+                        try:
+                            evaluation = self._evaluated(loop)
+                        finally:
+                            random.restore()
+                        self.tell(self.value(evaluation))
+        except LossError as error:
+            raise GivenUp(f"diverged: {error}") from error
+        return loop.evaluations[-1] if loop.evaluations else None
 
     def _evaluated(self, loop: TrainingLoop) -> Mapping[str, float] | None:
         return loop.evaluate() if self._job.metric != TRAIN_LOSS else None
