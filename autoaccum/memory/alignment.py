@@ -17,6 +17,7 @@ A cell's net and inside figures follow the size as an operator's do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from autoaccum.memory.trace import Trace
@@ -158,14 +159,9 @@ def _anchors(names: list[list[object]]) -> list[tuple[int, ...]]:
 
 def _long_runs(anchors: list[tuple[int, ...]], ends: tuple[int, ...], shortest: int) -> list[tuple[int, ...]]:
     """The anchors without those in runs below `shortest`; one that touches the phase's start or end is never short."""
-    runs: list[list[tuple[int, ...]]] = []
-    for anchor in anchors:
-        if runs and all(at == before + 1 for at, before in zip(anchor, runs[-1][-1])):
-            runs[-1].append(anchor)
-        else:
-            runs.append([anchor])
     kept: list[tuple[int, ...]] = []
-    for run in runs:
+    for _, numbered in groupby(enumerate(anchors), key=lambda pair: [at - pair[0] for at in pair[1]]):
+        run = [anchor for _, anchor in numbered]
         edge = not any(run[0]) or all(at + 1 == end for at, end in zip(run[-1], ends))
         if edge or len(run) >= shortest:
             kept += run
