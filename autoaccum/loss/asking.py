@@ -30,14 +30,14 @@ RAISED = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError,
 
 
 class SeenTerm(NamedTuple):
-    """A term as it was read: its reduction, numbers above 0, its part of the loss, the shapes in its graph."""
+    """A term as it was read: its reduction, numbers above 0, its part of the loss, what is in its graph."""
 
     name: str
     divisor: float | None
     factor: float
     divided: bool
     value: float | None
-    shapes: frozenset[Any] | None
+    graph: frozenset[Any] | None
 
 
 class Seen(NamedTuple):
@@ -141,12 +141,11 @@ def _run(evaluate: Evaluate, rows: Rows, batch: Any, *, graph: bool) -> Seen:
             abs(float(term.factor)),
             term.divided,
             None if value is None else float(value),
-            frozenset((node.name(), _shapes(node)) for node in _nodes(term.node)) if graph else None,
+            _graph(term.node) if graph else None,
         )
 
     ways = {way: [seen(term) for term in read(loss, way)] for way in WAYS}
-    nodes = _nodes(loss.grad_fn) if graph else ()
-    formats = {data.dtype for node in nodes for data in getattr(node, "_input_metadata", ())}
+    formats = {dtype for _, dtype, _ in _graph(loss.grad_fn)} if graph else ()
     return Seen(rows, batch, float(loss.detach()), ways, values.took, rounding(formats, loss.device) if graph else 0.0)
 
 
@@ -164,18 +163,15 @@ def rounding(formats: Iterable[torch.dtype], device: torch.device) -> float:
     return coarsest if device.type == "cpu" or coarsest == _ROUNDING[torch.float64] else max(coarsest, _ROUNDING_TF32)
 
 
-def _nodes(node: Any) -> set[Any]:
-    """The graph from a node on."""
+def _graph(node: Any) -> frozenset[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(operation, format, shape) of each result in the graph from a node on."""
     met, waiting = {node}, [node]
     while waiting:
         below = {each for each, _ in waiting.pop().next_functions if each is not None} - met
         met |= below
         waiting += below
-    return met
-
-
-def _shapes(node: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(data.shape) for data in getattr(node, "_input_metadata", ()))
+    found = ((each.name(), data) for each in met for data in getattr(each, "_input_metadata", ()))
+    return frozenset((name, data.dtype, tuple(data.shape)) for name, data in found)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -220,9 +220,11 @@ class Reading:
         terms = read(loss, self.way)
         names, before = [term.name for term in terms], [divisor.reduction for divisor in self.divisors.values()]
         if names != before:
-            counted = self._hidden(on_host) if any("Compiled" in name for name in names) else None
-            if counted is not None:
-                return {"loss": self.counted("loss", loss, counted, "the loss")}
+            divisor, *others = self.divisors.values()
+            if any("Compiled" in name for name in names) and not others and not divisor.hides_floor:
+                counted = divisor.foretold(on_host)  # of one term that was read, and is compiled by now
+                if counted is not None:
+                    return {"loss": self.counted("loss", loss, counted, "the loss")}
             raise LossError(
                 f"the loss of this micro-batch is made of {', '.join(names) or 'nothing'}, and was of "
                 f"{', '.join(before)} before: compute every term each time, as 0 where nothing counts, leave the loss "
@@ -243,11 +245,6 @@ class Reading:
                     f"{counted:g} by what was counted before it ran: {DECLARE}"
                 )
         return Several(loss, parts, dict(zip(self.divisors, terms)))
-
-    def _hidden(self, batch: Any) -> float | None:
-        """The denominator of one term that was read and is compiled by now; None where the batch does not say it."""
-        (divisor, *others) = self.divisors.values()
-        return None if others or divisor.hides_floor else divisor.foretold(batch)
 
     def _unsettled(self, loss: Tensor, size: float) -> Mean:
         """Of a loss whose divisors nobody has seen: where nothing counts it may pass."""

@@ -126,7 +126,7 @@ def _adds_up(amounts: Mapping[Rows, float], close: float, scale: float = 0.0) ->
 def _divisor(column: Sequence[SeenTerm], seen: Sequence[Seen], amounts: Amounts) -> Divisor | str | None:
     """One term over all sets: what it divides by; why that is no mean; None where these sets cannot tell."""
     last, factors, more = column[-1], {term.factor for term in column}, _grow(seen)
-    made, grows = Divisor(reduction=last.name), any(term.shapes not in (None, last.shapes) for term in column)
+    made, grows = Divisor(reduction=last.name), any(term.graph not in (None, last.graph) for term in column)
     if any(term.divisor is None for term in column):
         made.kind = "penalty"
         return made if more and not grows else f"it ends in {last.name} of something that is no plain sum or mean"
