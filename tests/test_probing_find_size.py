@@ -9,12 +9,16 @@ from hypothesis import strategies as st
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.split import even_split
-from autoaccum.probing.find_size import find
+from autoaccum.probing.find_size import Search
 from autoaccum.probing.outcome import OUT_OF_MEMORY, OVER_BUDGET
 from tests.fakes import FakeMachine, card
 
 CARDS = 1000  # for each kind of card
 REACH = 8192
+
+
+def find(machine, **asked):
+    return Search(machine, **asked).run()
 
 
 def besides_traces(machine):
@@ -95,7 +99,7 @@ def test_a_target_gets_the_fewest_micro_batches_that_fit(seed, target):
 
 
 @given(st.integers(0, 10**9))
-def test_without_a_forecast_the_bracket_still_finds_the_limit(seed):
+def test_without_a_forecast_sizes_that_surely_fit_still_find_the_limit(seed):
     machine, true = card(seed, aligned=False)
     answer = find(machine, floor=1, ceiling=REACH)
     assert answer.limit is None or answer.limit <= true

@@ -11,7 +11,7 @@ from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import limit_at
 from autoaccum.planning.plan import plan
 from autoaccum.probing.cache import Lines
-from autoaccum.probing.length_search import find_by_length, three_lengths
+from autoaccum.probing.length_search import LengthSearch, three_lengths
 from autoaccum.probing.outcome import FITS, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.probing.report import ProbeReport
 from tests.texts import Reader, loader, sentences, setup
@@ -68,6 +68,10 @@ class Fake:
 
     def forecast(self, *, over_lengths):
         return self if self.aligned else None
+
+
+def find_by_length(machine, lengths, *, known=None, **asked):
+    return LengthSearch(machine, lengths, **asked).run(known)
 
 
 def ran(machine, kind):

@@ -39,7 +39,7 @@ _Items = Callable[[Sequence[_Key]], list[_Turned]]
 
 
 class ForecastFailed(Exception):
-    """The traces do not carry a forecast; the caller moves to larger sizes or to the guarded bracket."""
+    """The traces do not carry a forecast; the caller moves to larger sizes, or runs steps until one does not fit."""
 
 
 class Cell(NamedTuple):

@@ -82,14 +82,9 @@ class Allowance:
         """Whether others may take of it: what is free, of a device or of a host."""
         return not self.given.hard and self.given.kind != "data segment"
 
-    @property
-    def counts_process(self) -> bool:
-        """Whether it is of the whole process."""
-        return self.growth.counts
-
     def kept(self, peak: int) -> bool:
         """Whether the last step, which took `peak` bytes by PyTorch's count, left it whole."""
-        if not self.counts_process:
+        if not self.growth.counts:
             return peak <= self.given.bytes
         return self._held_at_start + (self.growth.bytes or 0) <= self.given.bytes * (1.0 - CUSHION)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from autoaccum.probing.cache import Lines
     from autoaccum.probing.trial import Bench
 
-__all__ = ["ERRATIC", "MOST_RUNS", "SAME_PEAK", "THIRD_TRACE", "Answer", "Search", "find"]
+__all__ = ["ERRATIC", "MOST_RUNS", "SAME_PEAK", "THIRD_TRACE", "Answer", "Search"]
 
 # The third trace is so many times smaller than the size it points to: it shows kernels that change, at that part of the
 # step's cost. Where an overrun is suffered and not only counted, more must be known before it can do harm: where each
@@ -50,33 +50,8 @@ class Answer:
     forecast: "Forecast | Lines | None"
 
 
-def find(
-    bench: "Bench",
-    *,
-    floor: int,
-    ceiling: int,
-    wanted: Callable[[int], int] | None = None,
-    reach: int | None = None,
-    known: "Forecast | Lines | None" = None,
-) -> Answer:
-    """The largest micro-batch that fits, or the one that a target needs.
-
-    Args:
-        bench: runs the steps.
-        floor, ceiling: the smallest size worth running, and the largest that may be run.
-        wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is what is wanted.
-        reach: where `wanted` is given, how far the limit is looked for by forecast alone; None: up to the ceiling.
-        known: a forecast from an earlier run of the same training; spares the traces where it still holds.
-
-    Raises:
-        NothingFitsError: the floor does not fit.
-        ProbeError: memory is so erratic that no size can be relied on.
-    """
-    return Search(bench, floor, ceiling, wanted, max(reach or 0, ceiling), known).run()
-
-
 class Search:
-    """The sizes still in question, between what is known to fit and what is known not to; as in `find`.
+    """Looks for the largest micro-batch that fits, or for the one that a target needs.
 
     Attributes:
         bench: runs the steps.
@@ -86,16 +61,26 @@ class Search:
     def __init__(
         self,
         bench: "Bench",
+        *,
         floor: int,
         ceiling: int,
-        wanted: Callable[[int], int] | None,
-        reach: int,
+        wanted: Callable[[int], int] | None = None,
+        reach: int = 0,
         known: "Forecast | Lines | None" = None,
     ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            bench: runs the steps.
+            floor, ceiling: the smallest size worth running, and the largest that may be run.
+            wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is wanted.
+            reach: where `wanted` is given, how far the limit is looked for by forecast alone; at least the ceiling.
+            known: a forecast from an earlier run of the same training; spares the traces where it still holds.
+        """
         self.bench, self._may, self._floor, self._known = bench, bench.allowance, floor, known
         self._exact = wanted is None
         self._wanted: Callable[[int], int] = wanted or (lambda limit: limit)
-        self._reach = ceiling if self._exact else reach
+        self._reach = ceiling if self._exact else max(reach, ceiling)
         self._low, self._high = 0, ceiling + 1  # fits, or 0; does not, or may not be run
         self._peaks: dict[int, int] = {}  # measured, in bytes, by size
         self._failed: Trial | None = None  # the last that did not fit
@@ -105,7 +90,12 @@ class Search:
         self._runs = 0
 
     def run(self) -> Answer:
-        """The answer of this rank alone."""
+        """The answer of this rank alone.
+
+        Raises:
+            NothingFitsError: the floor does not fit.
+            ProbeError: memory is so erratic that no size can be relied on.
+        """
         self.trace()
         self._step_nearer()
         while self._runs < MOST_RUNS and (size := self._next()) is not None:
@@ -188,9 +178,9 @@ class Search:
         if self._closed or (settled and overran and high <= CLOSE_ENOUGH * low) or self._wanted(high - 1) <= low:
             return None
         if self.forecast is None:
-            return self._useful(self._guarded())
+            return self._useful()
         limit = max(self._limit(high - 1), self._floor)
-        size = self._useful(self._guarded()) if self._refuted() else self._wanted(limit)
+        size = self._useful() if self._refuted() else self._wanted(limit)
         least = NOT_WORTH_A_STEP if self.bench.traces_all else NOT_ON_A_DEVICE
         return size if size > (least * low if settled and suffers else low) else None
 
@@ -199,14 +189,19 @@ class Search:
         """No size is left in question."""
         return self._high - max(self._low, self._floor - 1) <= 1
 
-    def _guarded(self) -> int:
-        """A size by what fits and what does not: the middle, or where nothing failed what surely fits."""
+    def _useful(self) -> int:
+        """By what fits and what does not: a size between, or where nothing failed one that surely fits; or the wanted
+        size nearest to it that is not known to fit already.
+        """
         if self._low == 0:
-            return self._floor
-        if self._failed is not None:
-            return (self._low + 2 * self._high) // 3
-        surely = largest(self._surely_fits, self._high - 1, self._low)
-        return min(max(surely, self._low + max(1, self._low // LEAST_GROWTH)), self._high - 1)
+            return self._wanted(self._floor)
+        size = (self._low + 2 * self._high) // 3
+        if self._failed is None:
+            surely = largest(self._surely_fits, self._high - 1, self._low)
+            size = min(max(surely, self._low + max(1, self._low // LEAST_GROWTH)), self._high - 1)
+        while self._wanted(size) <= self._low and size < self._high - 1:
+            size += 1
+        return self._wanted(size)
 
     def _surely_fits(self, size: int) -> bool:
         """Whether a size fits that is larger than all that were run, by an upper bound on its peak.
@@ -216,13 +211,6 @@ class Search:
         ran, peak = max(self._peaks.items())
         fixed = min(self.bench.fixed, peak)
         return size < self._high and fixed + (peak - fixed) * size / ran <= self._may.bytes
-
-    def _useful(self, proposal: int) -> int:
-        """The wanted size nearest to a proposal that is not known to fit already."""
-        size = proposal
-        while self._wanted(size) <= self._low and size < self._high - 1:
-            size += 1
-        return self._wanted(size)
 
     def _limit(self, ceiling: int) -> int:
         """The largest size up to `ceiling` whose forecast fits; 0 where none does."""

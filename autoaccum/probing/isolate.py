@@ -55,13 +55,16 @@ class Packed:
         """Packs them; a SetupError names the one that cannot be pickled."""
         try:
             self._bytes = _packed(arguments)
-        except Exception as error:  # whatever a class of the user's raises where it is pickled
+        except Exception:  # whatever a class of the user's raises where it is pickled
             for name, value in arguments.items():
                 try:
                     _packed(value)
-                except Exception as own:
-                    raise _unsendable(name, value, own) from own
-            raise _unsendable("these arguments", dict(arguments), error) from error
+                except Exception as error:
+                    raise SetupError(
+                        f"isolate=True: {name}={shown(value)} cannot be sent to a child process: {error}. Define it at "
+                        "a module's top level, or give isolate=f, a function there that returns fit's arguments anew"
+                    ) from error
+            raise
 
     def __call__(self) -> dict[str, Any]:
         """Copies of them, in the host's memory; a SetupError where a class or function is not found again here."""
@@ -83,13 +86,6 @@ def _packed(value: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
-
-
-def _unsendable(name: str, value: Any, error: Exception) -> SetupError:
-    return SetupError(
-        f"isolate=True: {name}={shown(value)} cannot be sent to a child process: {error}. Define it at a module's top "
-        "level, or give isolate=f, a function there that returns fit's arguments anew"
-    )
 
 
 def isolation(

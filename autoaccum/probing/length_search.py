@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from autoaccum.probing.cache import Lines
     from autoaccum.probing.trial import Bench
 
-__all__ = ["LengthAnswer", "find_by_length", "three_lengths"]
+__all__ = ["LengthAnswer", "LengthSearch", "three_lengths"]
 
 MOST_ROUNDS = 8
 # Where an overrun is suffered and not only counted, this part of the size wanted is run first: what the small traces
@@ -64,29 +64,17 @@ def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int]:
     return low, middle, longest
 
 
-def find_by_length(
-    bench: "Bench", lengths: Sequence[int], *, floor: int, most: int, known: "Forecast | Lines | None" = None
-) -> LengthAnswer | None:
-    """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
-
-    Args:
-        bench: runs the steps.
-        lengths: three or more, of the samples looked at, rising.
-        floor, most: the smallest micro-batch that the model takes, and how many samples at once are wanted at most.
-        known: a forecast from an earlier run of the same training; spares the small steps but one where it still holds.
-
-    Raises:
-        NothingFitsError: the floor does not fit at the longest length.
-    """
-    search = _Search(bench, lengths, floor, most)
-    forecast = known if known is not None and search.agrees(known) else search.traced()
-    return None if forecast is None else search.run(forecast)
-
-
-class _Search:
+class LengthSearch:
     """Traces, reads the table off the forecast, runs what it says, and corrects it by what that shows."""
 
-    def __init__(self, bench: "Bench", lengths: Sequence[int], floor: int, most: int) -> None:
+    def __init__(self, bench: "Bench", lengths: Sequence[int], *, floor: int, most: int) -> None:
+        """Nothing runs yet.
+
+        Args:
+            bench: runs the steps.
+            lengths: three or more, of the samples looked at, rising.
+            floor, most: the smallest micro-batch that the model takes, and how many samples at once are wanted at most.
+        """
         self._bench, self._floor, self._most = bench, floor, most
         self._lengths = three_lengths(lengths)
         self._longest, self._usual = lengths[-1], lengths[len(lengths) // 2]
@@ -96,12 +84,21 @@ class _Search:
         self._residual = 0.0
         self._fits = set[tuple[int, int]]()
 
-    def agrees(self, known: "Forecast | Lines") -> bool:
+    def run(self, known: "Forecast | Lines | None" = None) -> LengthAnswer | None:
+        """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
+
+        `known` is a forecast from an earlier run of the same training: it spares the small steps but one where it still
+        holds. A NothingFitsError where the floor does not fit at the longest length.
+        """
+        forecast = known if known is not None and self._agrees(known) else self._traced()
+        return None if forecast is None else self._checked(forecast)
+
+    def _agrees(self, known: "Forecast | Lines") -> bool:
         """Whether a forecast tells what one small step takes."""
         measured = self._trace(self._first, self._lengths[0])
         return bool(measured) and abs(known.peak(self._first, self._lengths[0]) / measured - 1.0) <= SAME_PEAK
 
-    def traced(self) -> "Forecast | None":
+    def _traced(self) -> "Forecast | None":
         """The forecast of two batch sizes at each length; None where they did not run, or do not line up."""
         for start in dict.fromkeys((self._first, self._floor)):
             if all(self._trace(size, length) for size, length in product((start, 2 * start), self._lengths)):
@@ -115,8 +112,7 @@ class _Search:
             self._fits.add((size, length))
         return trial.peak_bytes or 0
 
-    def run(self, forecast: "Forecast | Lines") -> LengthAnswer:
-        """The answer that a forecast leads to."""
+    def _checked(self, forecast: "Forecast | Lines") -> LengthAnswer:
         self._forecast = forecast
         self._begin()
         for _ in range(MOST_ROUNDS):

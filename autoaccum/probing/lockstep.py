@@ -55,7 +55,7 @@ def find_together(bench: Bench, ceiling: int, reach: int, window: int | None, *,
 
 
 def _search(bench: Bench, ceiling: int, reach: int) -> Search:
-    return Search(bench, bench.floor, ceiling, lambda limit: limit, reach)
+    return Search(bench, floor=bench.floor, ceiling=ceiling, wanted=lambda limit: limit, reach=reach)
 
 
 def _answer(search: Search, size: int) -> Answer:

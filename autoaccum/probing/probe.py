@@ -21,10 +21,10 @@ from autoaccum.probing.allowance import Allowance
 from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
 from autoaccum.probing.cache import Cache, Lines
 from autoaccum.probing.fastest import Race
-from autoaccum.probing.find_size import Answer, find
+from autoaccum.probing.find_size import Answer, Search
 from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
-from autoaccum.probing.length_search import LengthAnswer, find_by_length
+from autoaccum.probing.length_search import LengthAnswer, LengthSearch
 from autoaccum.probing.lockstep import find_together
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
@@ -186,7 +186,7 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
     notes: tuple[str, ...] = ()
     killed, wanted = bench.journal.least_killed(), _wanted(question, floor)
     if ceiling < killed:
-        answer = find(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known)
+        answer = Search(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known).run()
     else:
         answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
@@ -214,7 +214,7 @@ def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known
         while not near() and takes(ceiling) <= lived:  # up to one that would be taken
             ceiling += 1
         ceiling = max(ceiling, bench.floor)
-        answer = find(bench, floor=bench.floor, ceiling=ceiling, wanted=wanted, reach=ceiling, known=known)
+        answer = Search(bench, floor=bench.floor, ceiling=ceiling, wanted=wanted, known=known).run()
         if answer.limit is None or answer.limit < ceiling:
             return answer  # memory runs out before the kill
         lived, known = max(ceiling, lived), answer.forecast
@@ -232,7 +232,7 @@ def _over_lengths(bench: Bench, question: Question, known: Lines | None) -> Leng
     if len(lengths) < 3 or most < bench.floor:
         return None
     try:
-        return find_by_length(bench, lengths, floor=bench.floor, most=most, known=known)
+        return LengthSearch(bench, lengths, floor=bench.floor, most=most).run(known)
     except ForecastFailed:  # an allocator that is not simulated
         return None
 

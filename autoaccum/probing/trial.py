@@ -124,7 +124,7 @@ class Bench:
     @property
     def notes(self) -> list[str]:
         """What there is to know beside the trials: what the budget does to the process, what was counted on top."""
-        notes = [heap_advice() if self.allowance.counts_process else None, self.gradients.note]
+        notes = [heap_advice() if self.allowance.growth.counts else None, self.gradients.note]
         return [note for note in notes if note is not None]
 
     def forecast(self, *, over_lengths: bool = False) -> Forecast | None:
