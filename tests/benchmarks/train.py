@@ -13,8 +13,8 @@ processor's, children's too, on one thread, so that what else runs on the machin
   are tried from the largest down, each in a process of its own.
 
 Where the size that was found dies in training, half of it is tried, and the time of what died counts. Runs of the tools
-take turns; medians are told. The loss on held-out data is computed in the same way for all, afterwards. Rows of cases
-that are not named stay as they were measured before.
+take turns, each time with another seed for weights and order; medians are told. The loss on held-out data is computed
+in the same way for all, afterwards. Rows of cases that are not named stay as they were measured before.
 """
 
 import argparse
@@ -165,10 +165,11 @@ CASES = {
 
 
 class Training:
-    """What every tool gets: the model and both parts of its data."""
+    """What every tool gets: the model and both parts of its data. Its order is drawn from the global generator."""
 
-    def __init__(self, case: Case, small: bool) -> None:
-        torch.manual_seed(0)
+    def __init__(self, case: Case, small: bool, seed: int) -> None:
+        self.seed = seed
+        torch.manual_seed(seed)
         self.model = case.model()
         samples = case.data()
         held_out = int(len(samples) * HELD_OUT)
@@ -194,7 +195,7 @@ def by_autoaccum(training: Training, size: int | None) -> int:
 
     made = autoaccum.fit(
         training.model, training.loader(training.target), target_batch=training.target, optimizer="adamw", lr=LR,
-        epochs=training.epochs, prefer="fastest", device="cpu", cache=False, progress=False, seed=0,
+        epochs=training.epochs, prefer="fastest", device="cpu", cache=False, progress=False, seed=training.seed,
     )  # fmt: skip
     return made.plan.micro_batch
 
@@ -264,8 +265,9 @@ def by_transformers(training: Training, size: int | None) -> int:
 
     size = size or training.target
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=size, learning_rate=LR, use_cpu=True, seed=0,
-        gradient_accumulation_steps=max(1, training.target // size), num_train_epochs=training.epochs,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=size, learning_rate=LR, use_cpu=True,
+        seed=training.seed, num_train_epochs=training.epochs,
+        gradient_accumulation_steps=max(1, training.target // size),
         lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=0.0, save_strategy="no", report_to=[],
         remove_unused_columns=False, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
@@ -287,12 +289,12 @@ def killed_after(before: resource.struct_rusage) -> float:
     return children_time(resource.getrusage(resource.RUSAGE_CHILDREN)) - children_time(before)
 
 
-def run_here(case: Case, tool: str, size: int | None, small: bool) -> int:
+def run_here(case: Case, tool: str, size: int | None, small: bool, seed: int) -> int:
     """One training in this process; prints its figures as JSON."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     work: Callable[[Training, int | None], int] = globals()[f"by_{tool}"]
-    training = Training(case, small)
+    training = Training(case, small, seed)
     importlib.import_module(IMPORTED[tool])  # what a tool imports is no part of its training
     torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # nor what torch does with its first optimizer
     limit_memory(case.room_mib * 2**20)
@@ -318,11 +320,14 @@ def run_here(case: Case, tool: str, size: int | None, small: bool) -> int:
     return 0
 
 
-def run(name: str, tool: str, small: bool) -> dict[str, Any]:
+def run(name: str, tool: str, small: bool, seed: int) -> dict[str, Any]:
     """One training in processes of its own; with smaller sizes where it dies."""
     spent, size = 0.0, None
     while True:
-        command = [sys.executable, "-m", "tests.benchmarks.train", name, "--here", tool, "--size", str(size or 0)]
+        command = [
+            sys.executable, "-m", "tests.benchmarks.train", name, "--here", tool, "--size", str(size or 0),
+            "--seed", str(seed),
+        ]  # fmt: skip
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [*command, *(["--small"] if small else [])], capture_output=True, text=True, timeout=LONGEST, check=False
@@ -388,15 +393,16 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="one epoch of two windows, in minutes")
     parser.add_argument("--here", choices=TOOLS, help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.here:
-        sys.exit(run_here(CASES[asked.cases[0]], asked.here, asked.size or None, asked.small))
+        sys.exit(run_here(CASES[asked.cases[0]], asked.here, asked.size or None, asked.small, asked.seed))
     kept = "train-small" if asked.small else "train"
     for name in asked.cases or CASES:
         made: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
-        for _ in range(asked.runs):  # in turn, so that a machine that slows down slows all alike
-            for tool in TOOLS:
-                made[tool].append(run(name, tool, asked.small))
+        for seed in range(asked.runs):
+            for tool in TOOLS:  # in turn, so that a machine that slows down slows all alike
+                made[tool].append(run(name, tool, asked.small, seed))
         rows = merged(kept, [summary(name, tool, made[tool]) for tool in TOOLS], "case", "tool")
         path = write(kept, {"runs": asked.runs, "rows": rows})
     text = table(
