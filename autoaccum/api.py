@@ -154,7 +154,7 @@ def prepare(
         step: `f(model, batch) -> Tensor | Mean | dict[str, Mean]`, instead of `loss`; or a Coupled one, whose loss
             compares samples.
         phases: a list of Phase, instead of `step`, `loss` and `optimizer`: several optimizers that take turns over the
-            same samples. Validation runs the first one's step.
+            same samples, each with a reduction, schedule and clipping of its own. Validation runs the first one's step.
         reduction: what a mean loss divides by: "auto", "sample_mean", "token_mean", "weighted_mean", "element_mean",
             "sum", "coupled" (`loss` compares samples), or `f(batch) -> float`; a dict of these where `step` returns
             several terms.

@@ -191,13 +191,15 @@ def refused(model, case):
         "no phases": ([], {}, "give a list of autoaccum.Phase"),
         "something else": ([painting], {}, "give a list of autoaccum.Phase"),
         "a loss beside them": ([judge, painter], {"loss": nn.MSELoss()}, "leave loss away"),
+        "a clip beside them": ([judge, painter], {"clip_norm": 0.5}, "leave clip_norm away"),
+        "a schedule beside them": ([judge, painter], {"schedule": "cosine"}, "leave schedule away"),
         "foreign parameters": ([autoaccum.Phase(judging, Gan().judge, "sgd")], {}, "not the model's"),
     }[case]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case", ["shared parameters", "another's optimizer", "never due", "no phases", "something else",
-             "a loss beside them", "foreign parameters"],
+             "a loss beside them", "a clip beside them", "a schedule beside them", "foreign parameters"],
 )  # fmt: skip
 def test_phases_that_cannot_be_are_refused(case):
     model = Gan()

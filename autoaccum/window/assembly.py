@@ -183,7 +183,7 @@ def assemble(
         raise SetupError(f"lr={shown(lr)} is not a learning rate: give a number above 0, such as 1e-3")
     check_seed(asked.seed)
     one_of("shuffle", asked.shuffle, (True, False))
-    phases = check_phases(asked.phases, loss=asked.loss, step=asked.step, optimizer=asked.optimizer)
+    phases = check_phases(asked)
     first = phases[0] if phases else None
     model = unwrapped(model)
     refuse_for_shards(

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from autoaccum.checks import check_counts
 from autoaccum.errors import SetupError, shown
 from autoaccum.model.optimizer import build_optimizer, optimizer_parameters
+from autoaccum.settings import SETTINGS, Settings
 
 __all__ = ["Phase", "check_phases"]
 
@@ -121,12 +122,16 @@ class _Only(nn.Module):
         self.held = nn.ParameterList(parameters)
 
 
-def check_phases(phases: Any, *, loss: Any, step: Any, optimizer: Any) -> Sequence[Phase]:
-    """The phases as given; none where they are None.
+_OF_EACH = ("loss", "step", "optimizer", "reduction", "schedule", "warmup_steps", "clip_norm")
+
+
+def check_phases(asked: Settings) -> Sequence[Phase]:
+    """The phases among `fit`'s settings; none where they are None.
 
     A SetupError for something that is no Phase, parameters in two of them, nothing that runs in every window, or a
     setting of `fit` beside them that each phase has for itself.
     """
+    phases = asked.phases
     if phases is None:
         return ()
     if not isinstance(phases, (list, tuple)) or not phases or not all(isinstance(each, Phase) for each in phases):
@@ -134,7 +139,8 @@ def check_phases(phases: Any, *, loss: Any, step: Any, optimizer: Any) -> Sequen
             f"phases={shown(phases)}: give a list of autoaccum.Phase(step, parameters, optimizer), in the order in "
             "which they run"
         )
-    for name, given, usual in (("loss", loss, None), ("step", step, None), ("optimizer", optimizer, "adamw")):
+    for name in _OF_EACH:
+        given, usual = asked[name], SETTINGS[name].default
         if given is not usual and given != usual:
             raise SetupError(f"{name} is given beside phases, each of which has its own: leave {name} away")
     owners: dict[int, Phase] = {}
