@@ -1,5 +1,8 @@
 """What a loop of one's own did at each batch before, left in it: refused instead of trained with."""
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -56,3 +59,18 @@ def test_gradients_of_parameters_that_another_optimizer_steps_are_not_looked_at(
         judges.zero_grad()
         accumulator.backward(both(noise).mean())
     assert accumulator.step == 1
+
+
+def test_what_a_plan_leaves_to_the_loop_is_told():
+    model = nn.Linear(6, 3)
+    made = plan(4, 16, optimizer="sgd", lr=0.1, lr_batch=4)
+    with pytest.warns(
+        UserWarning, match=r"its learning rate is 0\.4, and the optimizer's 0\.1: set that in its groups$"
+    ):
+        Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), made)
+    under = dataclasses.replace(plan(4, 16), ladder="checkpointing")
+    with pytest.warns(UserWarning, match=r"fit under ladder='checkpointing'"):
+        Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), under)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.4), made)

@@ -44,7 +44,7 @@ from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.own_loop import Untouched, micro_batches, without_synchronisation
+from autoaccum.window.own_loop import Untouched, micro_batches, tell_of, without_synchronisation
 from autoaccum.window.passes import ignore
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -120,6 +120,8 @@ class Accumulator(TwoPasses):
         one_of("accumulate", accumulate, ("fp32", "native"))
         one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
         check_schedule(scheduler)
+        if self._is_told:
+            tell_of(plan, optimizer)
         self._memory = open_device(device if device is not None else next(model.parameters()).device)
         device, batch_norm = self._memory.torch_device, batch_norm or plan.batch_norm
         ranks = ranks if ranks is not None else here(device, group)

@@ -5,6 +5,8 @@ gradient, and nothing else would tell: it is seen, and refused. A model that is 
 backward pass meets them at the window's end.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,12 +19,26 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import alike, children
 from autoaccum.errors import SetupError
+from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 
-__all__ = ["Untouched", "micro_batches", "without_synchronisation"]
+__all__ = ["Untouched", "micro_batches", "tell_of", "without_synchronisation"]
 
 _OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
+
+
+def tell_of(plan: Plan, optimizer: Optimizer) -> None:
+    """Warns of what a plan asks for that is left to whoever keeps their own loop: its rate, and its memory saver."""
+    rates = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups if "lr" in group}
+    left = []
+    if plan.lr and plan.lr_scale != 1 and not any(math.isclose(plan.lr, rate, rel_tol=1e-6) for rate in rates):
+        own = ", ".join(map(number, sorted(rates)))
+        left.append(f"its learning rate is {number(plan.lr)}, and the optimizer's {own}: set that in its groups")
+    if plan.ladder is not None:
+        left.append(f"its micro-batches fit under ladder={plan.ladder!r}: have the model run so, or train with fit")
+    if left:
+        warnings.warn(f"a plan changes nothing in a loop of your own: {'; '.join(left)}", stacklevel=3)
 
 
 def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
