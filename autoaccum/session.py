@@ -17,7 +17,7 @@ from autoaccum.checking.padding import padding_error
 from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
-from autoaccum.errors import LossError, SetupError, shown
+from autoaccum.errors import LossError, PlanError, SetupError, shown
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS
 from autoaccum.planning.given_plan import (
@@ -186,6 +186,10 @@ class Session:
     def _planned(self) -> Plan:
         asked, parts = self.settings, self.parts
         report = None if asked.micro_batch is not None else self.probe()
+        for name, value in asked.some("prefer", "isolate", "ladder").items() if report is None else ():
+            if value != SETTINGS[name].default and (name != "ladder" or value == "auto"):
+                skips = f"micro_batch={asked.micro_batch} skips the probe, which it is for"
+                self.events.note(f"{name}={shown(value)} is set aside: {skips}")
         self._settle()
         settles = self._what != "probe" or not self._in_child or (parts.device.type == "cpu" and not self._reads_away)
         made = planned(
@@ -321,6 +325,11 @@ def _check(asked: Settings) -> None:
     """Refuses values that are plainly wrong, before anything is touched."""
     check_counts(**asked.some("max_batch", "micro_batch", "epochs", "max_steps", "multiple_of", "checkpoint_every",
                               "regrow_after"), target_batch=asked.target_batch)  # fmt: skip
+    if asked.max_batch is not None and (asked.micro_batch or 0) > asked.max_batch:
+        raise PlanError(
+            f"micro_batch={asked.micro_batch} is above max_batch={asked.max_batch}, above which no micro-batch may be: "
+            "leave one of them out"
+        )
     one_of("check", asked.check, (True, False, "warn"))
     one_of("resume", asked.resume, ("auto", True, False))
     check_schedule(asked.schedule, asked.warmup_steps)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import autoaccum
-from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError, SetupError
+from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError, PlanError, SetupError
 from autoaccum.training.events import StopTraining, TrainingWarning
 from autoaccum.training.history import History
 from autoaccum.window.record import StepRecord
@@ -490,6 +490,16 @@ def test_what_a_plan_sets_aside_is_said():
     from_plan(made, lambda event: said.append(getattr(event, "text", "")), micro_batch=8, lr_batch=2, tail="drop")
     aside = [text.partition(" is set aside")[0] for text in said if "set aside" in text]
     assert sorted(aside) == ["lr_batch=2", "micro_batch=8", "tail='drop'"]
+
+
+def test_what_only_a_probe_looks_at_is_said_to_be_set_aside_where_there_is_none():
+    said = []
+    given = {"prefer": "fastest", "isolate": True, "ladder": "auto"}
+    prepared(micro_batch=4, callbacks=[lambda event: said.append(getattr(event, "text", ""))], **given)
+    aside = [text.partition(" is set aside")[0] for text in said if "set aside" in text]
+    assert aside == ["prefer='fastest'", "isolate=True", "ladder='auto'"]
+    with pytest.raises(PlanError, match=r"micro_batch=4 is above max_batch=2"):
+        prepared(micro_batch=4, max_batch=2)
 
 
 def test_a_plan_beside_a_checkpoint_that_has_another_is_said_to_be_set_aside(tmp_path):
