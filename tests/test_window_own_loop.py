@@ -74,3 +74,17 @@ def test_what_a_plan_leaves_to_the_loop_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.4), made)
+
+
+@pytest.mark.parametrize(("sizes", "told"), [((16, 16, 5, 16), False), ((8, 8), True), ((16, 20), True)])
+def test_windows_that_are_not_the_plans_target_are_told_of(sizes, told):
+    model = nn.Linear(6, 3)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(4, 16))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        for size in sizes:
+            for x, y in accumulator.window((torch.randn(size, 6), torch.arange(size) % 3)):
+                accumulator.backward(F.cross_entropy(model(x), y))
+    found = [str(each.message) for each in heard]
+    expected = f"windows hold {sizes[-1]} samples, and the plan's target is 16: give window() batches of that"
+    assert found == [expected] * told

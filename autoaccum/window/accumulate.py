@@ -44,7 +44,7 @@ from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.own_loop import Untouched, micro_batches, tell_of, without_synchronisation
+from autoaccum.window.own_loop import Untouched, WindowSizes, micro_batches, tell_of, without_synchronisation
 from autoaccum.window.passes import ignore
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -140,7 +140,7 @@ class Accumulator(TwoPasses):
         self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
         self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
         self._lists = ListReader()
-        self._untouched = Untouched(optimizer)
+        self._untouched, self._sizes = Untouched(optimizer), WindowSizes(plan)
         self._divided: dict[int, tuple[float, int]] = {}  # by term: what a loss of one's own was divided by, of samples
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
@@ -163,6 +163,7 @@ class Accumulator(TwoPasses):
         """
         pieces = micro_batches(batches, self.plan, self._lists)
         sums = self.open(pieces)
+        self._sizes.see(sums.total_samples)
         finished = False
         try:
             with self._untouched.inside(lambda: self.stepping):

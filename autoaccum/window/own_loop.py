@@ -23,7 +23,7 @@ from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 
-__all__ = ["Untouched", "micro_batches", "tell_of", "without_synchronisation"]
+__all__ = ["Untouched", "WindowSizes", "micro_batches", "tell_of", "without_synchronisation"]
 
 _OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
 
@@ -39,6 +39,24 @@ def tell_of(plan: Plan, optimizer: Optimizer) -> None:
         left.append(f"its micro-batches fit under ladder={plan.ladder!r}: have the model run so, or train with fit")
     if left:
         warnings.warn(f"a plan changes nothing in a loop of your own: {'; '.join(left)}", stacklevel=3)
+
+
+class WindowSizes:
+    """Warns, once, of windows that are not the plan's target: one short one may end an epoch, two in a row do not."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._wanted, self._others, self._told = {plan.target_batch, plan.usual_window}, 0, False
+
+    def see(self, samples: int) -> None:
+        """The next window has so many, over all ranks."""
+        target = max(self._wanted)
+        self._others = 0 if samples in self._wanted else self._others + 1 + (samples > target)
+        if self._others > 1 and not self._told:
+            self._told = True
+            warnings.warn(
+                f"windows hold {samples} samples, and the plan's target is {target}: give window() batches of that",
+                stacklevel=3,
+            )
 
 
 def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
