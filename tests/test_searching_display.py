@@ -70,6 +70,16 @@ def test_on_a_terminal_the_trials_are_a_table_with_the_time_left():
         assert word in text
 
 
+def test_the_cursor_comes_back_where_the_trials_can_no_longer_be_read():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None, _environ={})
+    rows = iter([ROWS])
+    lines = TrialLines(console, lambda: next(rows), 30)
+    with pytest.raises(StopIteration):
+        lines.close()
+    text = console.file.getvalue()
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+
+
 def test_a_searchs_picture_has_history_importance_and_values_over_batch_and_rate(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     alone = {**RESULT, "importance": {}, "trials": [row(0, value=-0.7, params={})]}

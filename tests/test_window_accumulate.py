@@ -123,6 +123,17 @@ def test_a_loop_whose_loss_divides_by_another_count_than_samples_is_refused_wher
     take(lambda o, y: F.cross_entropy(o, y, reduction="sum") / len(y) + 1e-3 * o.square().sum() / o.numel())
 
 
+def test_windows_of_other_lengths_have_other_divisors_and_need_not_be_told():
+    model = net()
+    accumulator = Accumulator(model, sgd(model), plan(8, 23))
+    for length in (3, 5):
+        x = torch.randn(23, length, 6, dtype=torch.float64)
+        reference = whole_batch_step(model, (x, x[..., 0]), loss=lambda o, y: F.mse_loss(o[..., 0], y))
+        for x_, y_ in accumulator.window((x, x[..., 0])):
+            accumulator.backward(F.mse_loss(model(x_)[..., 0], y_))
+        assert error(model, reference) < 1e-12
+
+
 def test_a_micro_batch_in_which_nothing_counts_gives_neither_nan_nor_weight():
     model, (x, y) = net(), batch(24)
     y[:8] = -100

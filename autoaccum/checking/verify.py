@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
 from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose, no_mean
 from autoaccum.data import tree
-from autoaccum.data.structure import Reading
+from autoaccum.data.structure import AsSamples
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
@@ -111,7 +111,7 @@ def verify_gradient(
             f"not verifiable: {samples} sample{'s' * (samples != 1)} in one micro-batch cannot be split, so there is "
             "nothing to compare with; see that the loss is a mean over samples, or declare its reduction"
         )
-    for place, leaf in Reading(batch, available).uncut():
+    for place, leaf in AsSamples(batch, available).uncut():
         return _unverifiable(
             f"not verifiable: {place} of the batch is of type {type(leaf).__name__}, which cannot be cut into samples, "
             "so there is nothing to compare with: see that the loss is a mean over samples, or declare its reduction; "

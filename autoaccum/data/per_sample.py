@@ -13,7 +13,7 @@ from torch import Tensor
 
 from autoaccum.data import tree
 from autoaccum.data.piece import Piece
-from autoaccum.data.structure import Reading, alike, children, is_list, marked, rebuild, steps
+from autoaccum.data.structure import AsSamples, alike, children, is_list, marked, rebuild, steps
 from autoaccum.errors import DataError
 
 __all__ = ["ListReader"]
@@ -150,4 +150,4 @@ def _ambiguous(batch: Any, items: Any) -> bool:
         return False  # inputs and targets
     held = [[tensor for _, tensor in tree.tensors(item)] for item in items]
     rows = {tensor.size(0) if tensor.dim() else None for tensors in held for tensor in tensors}
-    return all(held) and rows == {len(items)} and alike(items) and Reading(batch, len(items), parts=items).fits
+    return all(held) and rows == {len(items)} and alike(items) and AsSamples(batch, len(items), parts=items).fits

@@ -6,7 +6,7 @@ Choices made here:
   single leaf. Mappings, dataclasses (frozen too), named tuples, lists and tuples are opened, and keep their class.
 - A list can be a container of leaves ([inputs, targets]) or hold one item a sample (file names, images of different
   sizes). It is read as the second where its items are alike and as many as the samples, and only where the first
-  reading does not fit, or the items are records or hold no tensors. `Reading` decides, for a batch that comes alone.
+  reading does not fit, or the items are records or hold no tensors. `AsSamples` decides, for a batch that comes alone.
   Where a source gave it, the list's own type says what the source's batches showed (`per_sample.py`).
 - What this code does not know (a graph batch, a packed sequence) is a leaf. It cannot be cut, and `uncut` names it.
 """
@@ -26,8 +26,8 @@ from autoaccum.data.piece import Piece
 from autoaccum.errors import DataError
 
 __all__ = [
+    "AsSamples",
     "Marked",
-    "Reading",
     "alike",
     "children",
     "disagreement",
@@ -178,7 +178,7 @@ def tensors(node: Any) -> Iterator[tuple[str, Tensor]]:
 _SHARED = (str, bytes, Number, Enum, type, type(None), torch.Size, torch.dtype, torch.device)
 
 
-class Reading:
+class AsSamples:
     """A batch read as `size` samples: which of its leaves are cut, and which go to every part.
 
     `parts` is a list in it that is read as one of parts.
@@ -195,7 +195,7 @@ class Reading:
         """Whether every leaf can be read so."""
         return self._fits(self.batch)
 
-    def checked(self) -> "Reading":
+    def checked(self) -> "AsSamples":
         """Itself, where the batch can be read so, else a DataError that names a leaf."""
         sizes = {path: tensor.size(0) for path, tensor in tensors(self.batch) if tensor.dim()}
         cut = sizes or any(self.listed(items) for items in lists(self.batch)) or graphs_in(self.batch) == self.size

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from autoaccum.data.piece import Piece
 from autoaccum.data.structure import (
+    AsSamples,
     Marked,
-    Reading,
     alike,
     children,
     disagreement,
@@ -100,7 +100,7 @@ def _told_size(batch: Any) -> int | None:
 def _listed_size(batch: Any, are_samples: Callable[[Any], bool]) -> int | None:
     """The length of the first list whose items are samples, where the whole batch can be read so."""
     for items in lists(batch):
-        if are_samples(items) and Reading(batch, len(items)).fits:
+        if are_samples(items) and AsSamples(batch, len(items)).fits:
             return len(items)
     return None
 
@@ -126,7 +126,7 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
         return cut(batch)
     if flat:
         return [rebuild(batch, list(parts)) for parts in zip(*map(cut, children(batch) or ()))]
-    return Reading(batch, total).checked().parts(batch, cut, len(sizes))
+    return AsSamples(batch, total).checked().parts(batch, cut, len(sizes))
 
 
 def spans(sizes: Sequence[int]) -> list[range]:
@@ -146,7 +146,7 @@ def choose(batch: Any, rows: Sequence[int]) -> Any:
     """The samples at `rows`, in that order. Tensors are copies; a DataError where the batch's leaves disagree."""
     if isinstance(batch, Piece):
         return batch.take(rows)
-    return Reading(batch, batch_size(batch)).checked().parts(batch, lambda leaf: [_rows(leaf, rows)], 1)[0]
+    return AsSamples(batch, batch_size(batch)).checked().parts(batch, lambda leaf: [_rows(leaf, rows)], 1)[0]
 
 
 def join(batches: Sequence[Any]) -> Any:
@@ -161,7 +161,7 @@ def join(batches: Sequence[Any]) -> Any:
         return batches[0]
     if isinstance(batches[0], Piece):
         return batches[0].joined(batches[1:])
-    return _join([Reading(batch, batch_size(batch)) for batch in batches], list(batches), "")
+    return _join([AsSamples(batch, batch_size(batch)) for batch in batches], list(batches), "")
 
 
 def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
@@ -223,7 +223,7 @@ def _flat_size(batch: Any) -> int | None:
     return size
 
 
-def _join(readings: list[Reading], nodes: list[Any], path: str) -> Any:
+def _join(readings: list[AsSamples], nodes: list[Any], path: str) -> Any:
     first = nodes[0]
     if isinstance(first, Tensor):
         return _concatenate(nodes, path) if first.dim() else first

@@ -38,7 +38,6 @@ class TrialLines:
         if console.is_terminal and not console.is_dumb_terminal:
             # Drawn from the search itself and not by a thread, which would take the interpreter from the training.
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
-            self._live.start()
         elif note:
             console.print(self._note, soft_wrap=True)
         self.show()
@@ -49,15 +48,18 @@ class TrialLines:
             self.show()
 
     def close(self) -> None:
-        """Shows how it ended, and leaves that standing."""
-        self.show()
-        if self._live is not None:
-            self._live.stop()
+        """Shows how it ended, and leaves that standing; the cursor comes back also where that cannot be read."""
+        try:
+            self.show()
+        finally:
+            if self._live is not None:
+                self._live.stop()
 
     def show(self) -> None:
         """Draws the table, or a line for each trial that has ended since the last time."""
         self._looked, rows = self._clock(), self._read()
         if self._live is not None:
+            self._live.start()  # the first time
             self._live.update(self._table(rows), refresh=True)
             return
         for row in rows:

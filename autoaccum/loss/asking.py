@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autoaccum.data import tree
-from autoaccum.data.structure import Reading
+from autoaccum.data.structure import AsSamples
 from autoaccum.loss.graph import WAYS, Term, Values, part_of, read
 from autoaccum.memory.oom import Verdict, out_of_memory
 
@@ -72,7 +72,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
     """
     sizes = [tree.batch_size(batch) for batch in batches]
     largest = batches[sizes.index(max(sizes))]
-    if sum(sizes) == 1 or any(Reading(largest, max(sizes)).uncut()):
+    if sum(sizes) == 1 or any(AsSamples(largest, max(sizes)).uncut()):
         sets = {tuple(range(max(sizes))): largest}
     else:
         singles = _alike([single for batch, size in zip(batches, sizes) for single in tree.split(batch, [1] * size)])
@@ -99,7 +99,7 @@ def look(evaluate: Evaluate, batches: Sequence[Any], most: int) -> tuple[list[Se
 def _alike(singles: Sequence[Any]) -> list[Any]:
     """Those of the commonest shape, which can be joined: windows that are cut by length have pieces of several."""
     # Items of lists, one a sample, join as they are.
-    leaves = ([leaf for _, leaf in Reading(single, 1).leaves()] for single in singles)
+    leaves = ([leaf for _, leaf in AsSamples(single, 1).leaves()] for single in singles)
     shapes = [[tuple(leaf.shape[1:]) for leaf in own if isinstance(leaf, Tensor)] for own in leaves]
     common = max(shapes, key=shapes.count)
     return [single for single, own in zip(singles, shapes) if own == common]

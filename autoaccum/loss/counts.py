@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoaccum.data import tree
-from autoaccum.data.structure import Reading
+from autoaccum.data.structure import AsSamples
 from autoaccum.errors import DataError, LossError, shown
 
 __all__ = [
@@ -92,7 +92,7 @@ def countable(batch: Any, targets: Any) -> Iterator[Count]:
     `targets`: those of its tensors that are compared with the outputs; None where that is not clear.
     """
     yield Count("the samples", "reduction='sample_mean'", samples)
-    leaves = Reading(batch, tree.batch_size(batch)).leaves()
+    leaves = AsSamples(batch, tree.batch_size(batch)).leaves()
     for path, leaf in sorted(leaves, key=lambda each: each[1] is not targets):
         if not isinstance(leaf, Tensor):
             yield from _rows(path, leaf)
@@ -174,7 +174,7 @@ def _rows(path: str, items: Any) -> Iterator[Count]:
 
 def _at(batch: Any, path: str) -> Any:
     """The tensor, or the list of samples, at `path`."""
-    return next(leaf for at, leaf in Reading(batch, tree.batch_size(batch)).leaves() if at == path)
+    return next(leaf for at, leaf in AsSamples(batch, tree.batch_size(batch)).leaves() if at == path)
 
 
 def _elements(path: str) -> Callable[[Any], float]:

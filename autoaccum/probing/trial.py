@@ -314,7 +314,7 @@ class Bench:
     def _counting(self, batch: Any, size: int, length: int | None = None) -> Any:
         """The batch, or another of samples of which some have a target that counts: it would have no gradient."""
         objective = self.accumulator.objective
-        if objective is None or objective.may_count(batch):
+        if objective.may_count(batch):
             return batch
         sizes = [size] * max(LOOKED_AT // size, 2)
         for piece in tree.split(self.source.trial(sum(sizes), length), sizes):

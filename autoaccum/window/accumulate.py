@@ -164,6 +164,8 @@ class Accumulator(TwoPasses):
         pieces = micro_batches(batches, self.plan, self._lists)
         sums = self.open(pieces)
         self._sizes.see(sums.total_samples)
+        if self.ranks.size == 1:  # whose other windows may have another length; over ranks these show what theirs have
+            self._divided.clear()
         finished = False
         try:
             with self._untouched.inside(lambda: self.stepping):
