@@ -289,6 +289,7 @@ def test_out_of_memory_errors_are_replayed_and_change_nothing(name, labels, lora
     class Scarce(transformers.Trainer):
         def compute_loss(self, model, inputs, *rest, **named):
             loss = super().compute_loss(model, inputs, *rest, **named)
+            self.log({"own": len(inputs["labels"])})
             if replays() < count and len(inputs["labels"]) > 1 and torch.rand((), generator=draw) < 0.7:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
             return loss
@@ -311,6 +312,7 @@ def test_out_of_memory_errors_are_replayed_and_change_nothing(name, labels, lora
     reference, _ = by_hand(made_of(name), data, 16, epochs=steps)
     assert moved(flat(net), before, reference) <= within
     assert made.state.global_step == steps
+    assert sum(entry.get("own", 0) for entry in made.state.log_history) == 16 * steps, "of what ran to its end, once"
 
 
 def test_a_training_goes_on_from_the_trainers_checkpoint_without_probing(tmp_path):

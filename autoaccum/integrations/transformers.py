@@ -140,7 +140,7 @@ class _Attached:
         """The window's loss; its gradient stands in `.grad`."""
         attachment = self.attachment
         record = attachment.window(window.samples)
-        self._step.log(len(attachment.pieces))
+        self._step.log(record.micro_batches)
         window.pieces = attachment.pieces
         return torch.tensor(record.loss, device=self._trainer.args.device)
 

@@ -89,9 +89,9 @@ class OwnStep:
         (loss,) = caught
         return loss
 
-    def log(self, pieces: int) -> None:
+    def log(self, calls: int) -> None:
         """Logs what the last so many calls did: earlier ones ran out of memory and ran again, or only read."""
-        for logged in self._logged[-pieces:] if pieces else ():
+        for logged in self._logged[-calls:] if calls else ():
             for each in logged:
                 each()
         self._logged.clear()
