@@ -111,6 +111,32 @@ def test_false_and_a_name_leave_no_choice():
     assert [row["saver"] for row in named.savers] == [None]  # the step as it was asked for
 
 
+def deep(**more):
+    """Blocks that can be checkpointed, and a window of which some fit at once."""
+    made = asked(memory="400KiB", loss=nn.CrossEntropyLoss(), **more)
+    blocks = (nn.Sequential(nn.Linear(WIDE, WIDE), nn.Tanh()) for _ in range(4))
+    made["model"] = nn.Sequential(nn.Embedding(50, WIDE), *blocks, nn.Flatten(), nn.Linear(PLACES * WIDE, 5))
+    made["data"] = torch.randint(50, (64, PLACES)), torch.randint(5, (64,))
+    return made
+
+
+@pytest.mark.parametrize("slow_moments", [1, 1000])
+def test_one_slow_moment_is_timed_again_before_savers_are_looked_at(monkeypatch, slow_moments):
+    left = [slow_moments]
+
+    def timed(bench, size, micro_batches=1, peak=None):
+        slow = size < largest and left[0] > 0
+        left[0] -= slow
+        return (10.0 if slow else 1.0) / -(-32 // size), 0.0  # but for such moments any split takes the same time
+
+    largest = autoaccum.probe(**deep(prefer="fewest")).micro_batch
+    monkeypatch.setattr(fastest, "MOST_WINDOWS", 1000.0)
+    monkeypatch.setattr(fastest, "MOST_ROUNDS", 1)
+    monkeypatch.setattr(Bench, "time", timed)
+    savers = {row["saver"] for row in autoaccum.probe(**deep()).savers}
+    assert ("checkpointing" in savers) == (slow_moments > 1)
+
+
 class Once(nn.Module):
     """Does not bear to run in a backward pass."""
 

@@ -97,13 +97,18 @@ def to_gain(made: Sequence[Pair]) -> float | None:
     Windows of k and m micro-batches of the same samples differ by what m - k micro-batches cost whatever is in them.
     None where only one size was timed.
     """
+    best, smaller = chosen(made), next_smaller(made)
+    if smaller is None:
+        return 0.0 if best.count == 1 else None
+    each = (smaller.window - best.window) / (smaller.count - best.count)
+    return each * (best.count - 1) / best.window
+
+
+def next_smaller(made: Sequence[Pair]) -> Pair | None:
+    """Of those timed under the saver of the soonest, the one with the fewest micro-batches more."""
     best = chosen(made)
     others = [pair for pair in made if pair.saver == best.saver and pair.seconds and pair.count > best.count]
-    if not others:
-        return 0.0 if best.count == 1 else None
-    next_one = min(others, key=lambda pair: pair.count)
-    each = (next_one.window - best.window) / (next_one.count - best.count)
-    return each * (best.count - 1) / best.window
+    return min(others, key=lambda pair: pair.count, default=None)
 
 
 class Race:
@@ -133,8 +138,7 @@ class Race:
         """Of the pair that makes a window soonest, of those that were worth timing."""
         bench, answer = self._benches[None], self._answers[None]
         for repeats in (False, True):  # savers that compute nothing twice may gain at any size, the others by size
-            gain = to_gain(self._made) if self._made else None
-            if repeats and (self._share <= answer.micro_batch or (gain is not None and gain < WORTH_IT)):
+            if repeats and not (self._share > answer.micro_batch and self._may_gain()):
                 break
             for saver in self._savers:
                 if repeats == (saver != "chunked_loss"):
@@ -150,6 +154,17 @@ class Race:
         found = report_of(self._benches[best.saver], replace(answer, micro_batch=best.size))
         rates = tuple(map(tuple, table[best.saver]["throughput"]))
         return replace(found, throughput=rates, savers=(*table.values(), *self._left_out), ladder=best.saver)
+
+    def _may_gain(self) -> bool:
+        """Whether fewer micro-batches may be worth what it takes to look at savers that compute something twice."""
+        gain = to_gain(self._made) if self._made else None
+        smaller = next_smaller(self._made) if gain is not None else None
+        if gain is None or gain < WORTH_IT or smaller is None:
+            return gain is None
+        # One slow moment of the machine would be paid for with every saver's traces: both are timed once more.
+        for pair in (chosen(self._made), smaller):
+            self._once(pair)
+        return (to_gain(self._made) or 0.0) >= WORTH_IT
 
     def _look(self, saver: str) -> None:
         """What fits under a saver, by two small traces; else why that cannot be told."""
@@ -224,9 +239,14 @@ class Race:
             for pair in running:
                 if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
                     return
-                with self._under(pair.saver):
-                    peak, began = self._peak(pair.saver, pair.size), time.perf_counter()
-                    micro, end = self._benches[pair.saver].time(pair.size, peak=peak)
-                    spent += time.perf_counter() - began
-                pair.seconds.append(pair.count * micro + end)
+                spent += self._once(pair)
                 timed.append(pair.window)
+
+    def _once(self, pair: Pair) -> float:
+        """Times a pair; the seconds that this took."""
+        with self._under(pair.saver):
+            began = time.perf_counter()
+            micro, end = self._benches[pair.saver].time(pair.size, peak=self._peak(pair.saver, pair.size))
+            spent = time.perf_counter() - began
+        pair.seconds.append(pair.count * micro + end)
+        return spent
