@@ -55,6 +55,7 @@ def train(model, windows, accumulator):
 
 
 def test_a_window_that_is_left_out_for_its_gradient_stays_out_of_the_averages():
+    torch.manual_seed(0)  # with some weights the noise hides the gradient, and there is no figure
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     accumulator = Accumulator(model, optimizer, plan(4, 16), on_nonfinite="skip")

@@ -124,6 +124,7 @@ class Search:
         if not self.fits(first, "trace"):
             if first == self._floor or not self.fits(self._floor, "trace"):
                 raise NothingFitsError(f"a micro-batch of {self._floor} does not fit")
+            self._look()  # a step over a budget that is only counted was traced all the same
             return
         if self._known is not None and self._agrees(first, self.bench.trials[-1].peak_bytes):
             self.forecast = self._known
