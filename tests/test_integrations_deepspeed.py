@@ -110,6 +110,28 @@ def test_a_window_takes_one_backward_for_each_micro_batch_and_is_not_left_early(
     assert engine.steps == 1
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_loss_that_divides_by_something_else_than_what_counts_is_refused(told):
+    x, y = torch.arange(15.0).reshape(5, 3), torch.tensor([1, -100, 2, 0, 1])
+    engine = Engine()
+    engine.weight = torch.zeros(3, 3, requires_grad=True)
+    reduction = {"reduction": lambda micro: (micro[1] != -100).sum()} if told else {}
+    accumulator = EngineAccumulator(engine, autoaccum.plan(2, 5), **reduction)
+
+    def train():
+        for inputs, targets in accumulator.window((x, y)):
+            accumulator.backward(torch.nn.functional.cross_entropy(inputs @ engine.weight, targets))
+
+    if not told:
+        with pytest.raises(LossError, match=r"divides by 2 where 2 count, and by 1 where 2 do.*give reduction="):
+            train()
+        return
+    train()
+    whole = torch.zeros(3, 3, requires_grad=True)
+    torch.nn.functional.cross_entropy(x @ whole, y).backward()
+    assert torch.allclose(engine.weight.grad, whole.grad, atol=1e-6)
+
+
 def test_a_window_in_which_nothing_counts_is_an_error():
     accumulator = EngineAccumulator(Engine(), autoaccum.plan(2, 5), reduction=lambda batch: 0)
     with pytest.raises(LossError, match="denominator of 0"):

@@ -22,10 +22,11 @@ from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import LossError, SetupError, shown
 from autoaccum.loss.call import scalar
+from autoaccum.loss.graph import read
 from autoaccum.model.optimizer import check_ranks
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import here
-from autoaccum.window.own_loop import micro_batches
+from autoaccum.window.own_loop import Divisors, micro_batches
 from autoaccum.window.record import StepRecord
 
 __all__ = ["EngineAccumulator"]
@@ -70,8 +71,14 @@ class EngineAccumulator:
         self._count: Callable[[Any], Any] = tree.batch_size if reduction == "sample_mean" else reduction  # type: ignore[assignment]
         self._ranks, self._lists = here(engine.device), ListReader()
         check_ranks(plan.rank, plan.world_size, self._ranks)
+        self._divisors = Divisors(
+            self._ranks.size,
+            "count",
+            "it is no mean over what counts: give reduction=f(micro-batch on the host), what its mean divides by",
+        )
         self._step, self._resting = 0, None
         self._weight: float | None = None  # of the micro-batch that runs; None once its backward was called
+        self._counted = 0.0  # in it
         self._loss: Tensor | float = 0.0
         self._left_early = False
 
@@ -106,8 +113,9 @@ class EngineAccumulator:
             raise SetupError("a rank without samples in the first window cannot take part in it: raise target_batch")
         missing = int(max(passes)) - len(pieces)
         self._loss, self._left_early = 0.0, True
+        self._divisors.open()
         for piece, count in zip([*pieces, *[self._resting] * missing], [*counts, *[0.0] * missing], strict=True):
-            self._weight = count / total
+            self._weight, self._counted = count / total, count
             yield plain(tree.move(piece, self.engine.device))
             if self._weight is not None:
                 raise LossError("call accumulator.backward(loss) exactly once for each micro-batch")
@@ -129,11 +137,13 @@ class EngineAccumulator:
             loss: its mean loss, a scalar with a graph.
 
         Raises:
-            LossError: not a scalar, without a graph, or called twice for a micro-batch.
+            LossError: not a scalar, without a graph, or called twice for a micro-batch; or its graph divides by
+                something else than `reduction` says.
         """
         if self._weight is None:
             raise LossError("backward was called twice for a micro-batch, or outside a window")
         scalar(loss, "the micro-batch")
+        self._divisors.check(read(loss), self._counted)
         weight, self._weight = self._weight, None
         self.engine.backward(loss * (weight * self._ranks.size), scale_wrt_gas=False)
         if weight:

@@ -27,7 +27,7 @@ from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.call import scalar
-from autoaccum.loss.divisor import Divisor, near
+from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import read
 from autoaccum.loss.mean import Mean
 from autoaccum.loss.objective import Objective
@@ -44,7 +44,14 @@ from autoaccum.model.shards import local
 from autoaccum.planning.plan import Plan
 from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.own_loop import Untouched, WindowSizes, micro_batches, tell_of, without_synchronisation
+from autoaccum.window.own_loop import (
+    Divisors,
+    Untouched,
+    WindowSizes,
+    micro_batches,
+    tell_of,
+    without_synchronisation,
+)
 from autoaccum.window.passes import ignore
 from autoaccum.window.rank_sum import RankSum
 from autoaccum.window.record import StepRecord
@@ -53,6 +60,11 @@ from autoaccum.window.two_passes import TwoPasses
 from autoaccum.window.window_sums import WindowSums
 
 __all__ = ["Accumulator", "ignore"]
+
+_NO_MEAN_OVER_SAMPLES = (
+    "it is no mean over samples: pass backward(loss, denominator), what its mean divides by, or several such terms as "
+    "one; to weigh micro-batches by their samples all the same, pass these"
+)
 
 
 class Accumulator(TwoPasses):
@@ -141,7 +153,7 @@ class Accumulator(TwoPasses):
         self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
         self._lists = ListReader()
         self._untouched, self._sizes = Untouched(optimizer), WindowSizes(plan)
-        self._divided: dict[int, tuple[float, int]] = {}  # by term: what a loss of one's own was divided by, of samples
+        self._divisors = Divisors(self.ranks.size, "samples run", _NO_MEAN_OVER_SAMPLES)
         # What ranks must have alike; compared at the first window, and empty from then on.
         self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
                           "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
@@ -164,8 +176,7 @@ class Accumulator(TwoPasses):
         pieces = micro_batches(batches, self.plan, self._lists)
         sums = self.open(pieces)
         self._sizes.see(sums.total_samples)
-        if self.ranks.size == 1:  # whose other windows may have another length; over ranks these show what theirs have
-            self._divided.clear()
+        self._divisors.open()
         finished = False
         try:
             with self._untouched.inside(lambda: self.stepping):
@@ -224,17 +235,7 @@ class Accumulator(TwoPasses):
         if len(terms) == 1 and terms[0].name.startswith("NllLoss"):
             return Divisor().mean(terms[0], loss, None, rehearses=False)
         size = sums.samples[sums.done]
-        for place, term in enumerate(terms):
-            if isinstance(term.divisor, Tensor) and term.divisor.device.type != "cpu":
-                continue  # would be waited for
-            own = 0.0 if term.divisor is None else abs(float(term.divisor))
-            first, samples = self._divided.setdefault(place, (own, size))
-            if not near(own, first) and not near(own * samples, first * size):  # no constant, nor as the samples
-                raise LossError(
-                    f"the loss divides by {own:g} where {size} samples run, and by {first:g} where {samples} do, so "
-                    "that it is no mean over samples: pass backward(loss, denominator), what its mean divides by, or "
-                    "several such terms as one; to weigh micro-batches by their samples all the same, pass these"
-                )
+        self._divisors.check(terms, size)
         return Mean.of(loss, size)
 
     # --- a window in parts, for the training loop, which may have to run one again

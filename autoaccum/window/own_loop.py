@@ -7,7 +7,7 @@ backward pass meets them at the window's end.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,14 @@ from torch.optim import Optimizer
 from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import alike, children
-from autoaccum.errors import SetupError
+from autoaccum.errors import LossError, SetupError
+from autoaccum.loss.divisor import near
+from autoaccum.loss.graph import Term
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 
-__all__ = ["Untouched", "WindowSizes", "micro_batches", "tell_of", "without_synchronisation"]
+__all__ = ["Divisors", "Untouched", "WindowSizes", "micro_batches", "tell_of", "without_synchronisation"]
 
 _OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
 
@@ -57,6 +59,40 @@ class WindowSizes:
                 f"windows hold {samples} samples, and the plan's target is {target}: give window() batches of that",
                 stacklevel=3,
             )
+
+
+class Divisors:
+    """Holds what a loss divides by against what its micro-batches are weighed by; of no window yet.
+
+    Args:
+        ranks: how many there are. A single one's windows may differ in length, and only those of one window are
+            compared; over several the other windows show what this one's on other ranks have.
+        weighed_by: what micro-batches are weighed by, and what to do where a loss divides by something else.
+    """
+
+    def __init__(self, ranks: int, weighed_by: str, remedy: str) -> None:
+        self._ranks, self._weighed_by, self._remedy = ranks, weighed_by, remedy
+        self._first: dict[int, tuple[float, float]] = {}  # by term: a divisor, and what counts in its micro-batch
+
+    def open(self) -> None:
+        """A window begins."""
+        if self._ranks == 1:
+            self._first.clear()
+
+    def check(self, terms: Sequence[Term], count: float) -> None:
+        """A LossError where the terms of a micro-batch in which so much counts divide neither by a constant, nor in
+        proportion to that.
+        """
+        for place, term in enumerate(terms if count else ()):
+            if isinstance(term.divisor, Tensor) and term.divisor.device.type != "cpu":
+                continue  # would be waited for
+            own = 0.0 if term.divisor is None else abs(float(term.divisor))
+            first, counted = self._first.setdefault(place, (own, count))
+            if not near(own, first) and not near(own * counted, first * count):
+                raise LossError(
+                    f"the loss divides by {own:g} where {count:g} {self._weighed_by}, and by {first:g} where "
+                    f"{counted:g} do, so that {self._remedy}"
+                )
 
 
 def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
