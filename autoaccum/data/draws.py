@@ -110,8 +110,8 @@ class preserved:
 def held(owners: Mapping[str, Any], *, states: bool = False) -> dict[str, Any]:
     """The generators that `owners` hold, each once, by the way to it; with `states` also objects that have a state."""
     found: dict[str, Any] = {}
-    seen = set(map(id, _globals()))
-    waiting = list(owners.items())
+    waiting = [(path, owner) for path, owner in owners.items() if owner is not None]
+    seen = set(map(id, _globals())) if waiting else set()
     for path, given in waiting:  # grows meanwhile
         owner = getattr(given, "__self__", given)  # of a method
         if id(owner) in seen or isinstance(owner, type):

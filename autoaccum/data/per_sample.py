@@ -39,7 +39,7 @@ class ListReader:
         `other` makes a batch of about so many samples; None where batches can only be taken as they come. A DataError
         where a list can be read either way, and no other batch tells which is meant.
         """
-        if tree.is_flat(batch) or isinstance(batch, Piece):  # a piece is cut along samples that it knows
+        if tree.flat_size(batch) is not None or isinstance(batch, Piece):  # a piece is cut along samples that it knows
             return batch
         unsettled = [path for path, _ in self._lists(batch, "") if path not in self._per_sample]
         if unsettled:

@@ -74,7 +74,7 @@ class BatchSource(StreamSource):
         """A ready batch in which lists that could be mistaken say by their type what they hold, else a DataError."""
         if self._pool is not None:
             return self._lists.read(batch, self._trial)
-        if not (self._compared or self.one_shot or tree.is_flat(batch)):
+        if not (self._compared or self.one_shot) and tree.flat_size(batch) is None:
             self._compared = True
             with self._untouched():
                 for other in islice(self._batches_for_trials(), _LOOKED_AT):

@@ -78,8 +78,8 @@ def marked(items: Any, *, samples: bool) -> Any:
 def plain(node: Any) -> Any:
     """The batch as the user's code made it, without marks; itself where it has none."""
     inside = children(node)
-    if not inside:
-        return node
+    if not inside or (type(node) is not Marked and all(type(child) is Tensor for child in inside)):
+        return node  # nearly all are such, and this is asked for every micro-batch
     below = [plain(child) for child in inside]
     if isinstance(node, Marked):
         return node.kind(below)
@@ -172,6 +172,15 @@ def leaves(node: Any, path: str = "", whole: Callable[[Any], bool] = lambda node
 def tensors(node: Any) -> Iterator[tuple[str, Tensor]]:
     """Each tensor with its path, in order."""
     return ((path, leaf) for path, leaf in leaves(node) if isinstance(leaf, Tensor))
+
+
+def tensors_in(node: Any) -> Iterator[Tensor]:
+    """Each tensor, in order."""
+    if isinstance(node, Tensor):
+        yield node
+    else:
+        for child in children(node) or ():
+            yield from tensors_in(child)
 
 
 # What is the same for all samples wherever it stands alone.

@@ -36,7 +36,7 @@ __all__ = [
     "batch_size",
     "choose",
     "copied",
-    "is_flat",
+    "flat_size",
     "join",
     "map_tensors",
     "move",
@@ -68,7 +68,7 @@ def batch_size(batch: Any) -> int:
     Raises:
         DataError: leaves disagree (both are named), or nothing in the batch has a batch dimension.
     """
-    size = _flat_size(batch)
+    size = flat_size(batch)
     if size is None:
         size = _told_size(batch)
     if size is None:  # first what can be nothing but samples: three channels of an image are not three of them
@@ -111,7 +111,7 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     A DataError names the leaf where the batch does not have sum(sizes) samples.
     """
     total = sum(sizes)
-    flat = _flat_size(batch) == total
+    flat = flat_size(batch) == total
     if flat and len(sizes) == 1:
         return [batch]
     if isinstance(batch, Piece):
@@ -197,12 +197,7 @@ def take_rows(tensor: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
     return tensor.index_select(0, torch.as_tensor(rows, dtype=torch.int64, device=tensor.device))
 
 
-def is_flat(batch: Any) -> bool:
-    """Whether the batch is a tensor, or a plain container of nothing but tensors with the same number of rows."""
-    return _flat_size(batch) is not None
-
-
-def _flat_size(batch: Any) -> int | None:
+def flat_size(batch: Any) -> int | None:
     """The batch size of a tensor, or of a plain container of nothing but batched tensors; None for anything else.
 
     Nearly every batch is one of these, and this is asked for every micro-batch.

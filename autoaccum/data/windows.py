@@ -66,19 +66,25 @@ def windows(
             f"the plan with rank={here[0]} and world_size={here[1]}"
         )
     for index, (total, batches, padding, indices) in enumerate(source.read(epoch, cutter, start), start):
-        marked = [source.marked(batch) for batch in batches if not _holds_none(batch)]
+        kept, sizes = [], []  # fewer than were asked for, where a collate function drops some
+        for batch in batches:
+            size = tree.flat_size(batch)
+            if size is None and not _holds_none(batch):
+                kept.append(source.marked(batch))
+                sizes.append(tree.batch_size(kept[-1]))
+            elif size:
+                kept.append(batch)
+                sizes.append(size)
         batches.clear()  # the window alone holds them: whoever has trained on it lets them go
-        sizes = tuple(map(tree.batch_size, marked))  # fewer than were asked for, where a collate function drops some
+        samples = sum(sizes)
         # Where a collate function has dropped some, nobody knows which are left.
-        named = indices if indices is not None and len(indices) == sum(sizes) else None
-        yield Window(marked, sizes, sum(sizes), total, epoch, index, padding, named)
+        named = indices if indices is not None and len(indices) == samples else None
+        yield Window(kept, tuple(sizes), samples, total, epoch, index, padding, named)
 
 
 def _holds_none(batch: Any) -> bool:
-    """Whether a micro-batch has no samples left: None, no rows, or nothing inside."""
+    """Whether a micro-batch that is not flat has no samples left: None, no rows, or nothing inside."""
     if batch is None:
         return True
-    if tree.is_flat(batch):
-        return tree.batch_size(batch) == 0
     tensors = [tensor for _, tensor in tree.tensors(batch)]
     return all(tensor.dim() and not tensor.size(0) for tensor in tensors) if tensors else children(batch) == []

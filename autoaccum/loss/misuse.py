@@ -6,8 +6,8 @@ error, as it was raised.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,24 +18,18 @@ from autoaccum.loss.call import STEP, Call, name_of
 from autoaccum.loss.counts import holds_indices, ignored_by
 from autoaccum.loss.reduction import GivenLoss
 
-__all__ = ["explain_loss", "explain_model", "explained", "outside_classes"]
+__all__ = ["explain_loss", "explain_model", "outside_classes", "raise_meant"]
 
 _DTYPES = re.compile(r"dtype|scalar type|input type|can't be cast|not implemented for '", re.IGNORECASE)
 _SIZES = re.compile(r"\bsizes?\b|\bshapes?\b|dimension", re.IGNORECASE)
 
 Meant = tuple[type[AutoaccumError], str]
 Leaves = list[tuple[str, Tensor]]  # the tensors in a call's arguments, each with its place in the batch
-Result = TypeVar("Result")
 
 
-def explained(run: Callable[[], Result], explain: Callable[[Exception], Meant | None]) -> Result:
-    """What `run` gives; what it raises comes behind what `explain` says was meant, where that is known."""
-    try:
-        return run()
-    except Exception as error:
-        meant = explain(error)
-        if meant is None:
-            raise
+def raise_meant(error: Exception, meant: Meant | None) -> None:
+    """Raises what was meant, where that is known, with what was raised behind it."""
+    if meant is not None:
         kind, text = meant
         raise kind(f"{text} ({type(error).__name__}: {' '.join(str(error).split())[:300]})") from error
 

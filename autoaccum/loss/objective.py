@@ -20,7 +20,7 @@ from autoaccum.loss.coupled import Coupled, coupled_of
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import Values
 from autoaccum.loss.mean import Mean, OwnMeans, named_terms, summed
-from autoaccum.loss.misuse import explain_loss, explain_model, explained, outside_classes
+from autoaccum.loss.misuse import explain_loss, explain_model, outside_classes, raise_meant
 from autoaccum.loss.reading import Reading
 from autoaccum.loss.reduction import GivenLoss, declared
 from autoaccum.loss.settle import settle
@@ -61,7 +61,8 @@ class Objective:
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
-        self.compares = self.coupled is None
+        # What torch's own losses divide by the tests have compared, once and for all.
+        self.compares = self.coupled is None and not (reduction == "auto" and self._given.kind)
         self._asked = False  # some samples were, to find out what the loss divides by
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the step" if step is not None else "the model" if loss is None else f"loss={name_of(loss)}"
@@ -285,10 +286,11 @@ class Objective:
 
     def _outputs(self, model: nn.Module, call: Call) -> Any:
         """What the model returns for this call; what it raises is explained where it can be."""
-        return explained(
-            lambda: model(*call.args, **call.kwargs),
-            lambda error: explain_model(error, model, call, apart=self.loss is not None),
-        )
+        try:
+            return model(*call.args, **call.kwargs)
+        except Exception as error:
+            raise_meant(error, explain_model(error, model, call, apart=self.loss is not None))
+            raise
 
     def _compared(self, outputs: Any, targets: Any) -> Any:
         """What the loss gives for outputs and targets; what it raises is explained where it can be."""
@@ -299,7 +301,11 @@ class Objective:
             self._classes_checked = True
             if (wrong := outside_classes(outputs, targets, given)) is not None:
                 raise SetupError(wrong)
-        loss = explained(lambda: given.loss(*arguments), lambda error: explain_loss(error, given, outputs, targets))
+        try:
+            loss = given.loss(*arguments)
+        except Exception as error:
+            raise_meant(error, explain_loss(error, given, outputs, targets))
+            raise
         if isinstance(loss, Tensor) and loss.dim() and given.reduction == "none":
             return loss.sum() if self.reading.gives_sums else loss.mean()
         return loss

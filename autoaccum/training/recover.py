@@ -22,6 +22,7 @@ from torch import nn
 
 from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
+from autoaccum.data.structure import tensors_in
 from autoaccum.data.windows import Window
 from autoaccum.errors import AutoaccumError, DataError, LossError
 from autoaccum.memory.budget import Device
@@ -275,8 +276,7 @@ def _cut_off(error: Exception, step: int) -> AutoaccumError:
 
 def _versions(window: Window) -> list[int]:
     """How often each of the window's tensors was written to."""
-    tensors = [tensor for batch in window.batches for _, tensor in tree.tensors(batch)]
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors_in(window.batches)]
 
 
 def _is_for_memory(error: BaseException, pieces: Sequence[Any], minimum: int) -> bool:

@@ -44,7 +44,7 @@ class Ahead:
             return
         batch = self._batches[self._taken]
         tensors = [tensor for _, tensor in tree.tensors(batch)]
-        if not tree.is_flat(batch) or any(tensor.layout is not torch.strided for tensor in tensors):
+        if tree.flat_size(batch) is None or any(tensor.layout is not torch.strided for tensor in tensors):
             return  # what knows itself how it is moved
         if self._side is None:
             self._side = self._streams.Stream(self._device)
