@@ -56,6 +56,7 @@ class Source(ABC):
         one_shot: it can be read only once.
         varies: one line on samples that differ in size, once a trial has looked at some; None where they do not.
         ranks: this process among others.
+        draws: whether reading on in an epoch may draw from the global generators, or run what does.
         mixed: why no one length tells the memory, where samples differ in size in more than one way.
     """
 
@@ -64,6 +65,7 @@ class Source(ABC):
     loader_batch: int | None = None
     drop_last: bool = False
     one_shot: bool = False
+    draws: bool = True
     varies: str | None = None
     mixed: str | None = None
     _pool: Pool | None = None  # of samples for trials, where the data gives single ones

@@ -12,7 +12,7 @@ from autoaccum.data import tree
 from autoaccum.data.sample_lengths import ByLength
 from autoaccum.errors import DataError, PlanError
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.split import even_split
+from autoaccum.planning.split import Windows, even_split
 
 __all__ = ["Cut", "Cutter", "Look"]
 
@@ -40,7 +40,7 @@ class Cutter:
 
     def __init__(self, plan: Callable[[], Plan], drop_last: bool, batch: int = 1) -> None:
         self._ask, self._drop_last, self._batch, self._before = plan, drop_last, batch, 0
-        self._known: Plan | None = None
+        self._known: tuple[Plan, Windows] | None = None
         self._cuts: dict[int, Cut] = {}
 
     def total(self, look: Look) -> int:
@@ -48,9 +48,8 @@ class Cutter:
 
         A tail that is too small to be cut (see `planning.split.Windows`) is part of the window before it.
         """
-        plan = self.plan
-        windows = plan.windows._replace(tail="drop") if self._drop_last else plan.windows
-        ahead, ended = look(plan.target_batch + windows.look_ahead + self._batch - 1)
+        windows = self._asked()[1]
+        ahead, ended = look(windows.target + windows.look_ahead + self._batch - 1)
         ahead -= (self._before + ahead) % self._batch  # up to the end of the last batch that is seen to be full
         total = windows.next(ahead, ended=ended)
         assert total is not None  # as much was looked for as the answer needs
@@ -93,10 +92,14 @@ class Cutter:
     @property
     def plan(self) -> Plan:
         """The plan as it is now."""
+        return self._asked()[0]
+
+    def _asked(self) -> tuple[Plan, Windows]:
         plan = self._ask()
-        if plan is not self._known:
-            self._known, self._cuts = plan, {}
-        return plan
+        if self._known is None or plan is not self._known[0]:
+            windows = plan.windows
+            self._known, self._cuts = (plan, windows._replace(tail="drop") if self._drop_last else windows), {}
+        return self._known
 
 
 def _joined(portions: Sequence[Any], minimum: int) -> list[Any]:

@@ -91,7 +91,7 @@ class TensorSource(IndexedSource):
 
     def __init__(self, data: Any, loader: DataLoader[Any] | None = None, **common: Any) -> None:
         super().__init__(tree.batch_size(data), loader, **common)
-        self._data = data
+        self._data, self.draws = data, loader is not None
 
     def first(self) -> Any:
         """The first and the last row that an epoch may show."""

@@ -130,7 +130,12 @@ class Reading:
 
     @property
     def floors(self) -> list[float]:
-        """Three figures a term, which ranks add up to `agree_on_floors`: one rank may have seen a floor alone."""
+        """Three figures a term, which ranks add up to `agree_on_floors`: one rank may have seen a floor alone.
+
+        None of what was declared, which has no floor.
+        """
+        if self.source == "declared":
+            return []
         found = [divisor.floor for divisor in self.divisors.values()]
         return [figure for floor in found for figure in (float(floor > 0), floor, floor**2)]
 
@@ -140,6 +145,8 @@ class Reading:
         Raises:
             LossError: on all ranks, where they saw different ones.
         """
+        if self.source == "declared":
+            return list(sums)
         others = len(sums) - 3 * len(self.divisors)
         sums, floors = list(sums[:others]), sums[others:]
         for (name, divisor), seen, total, squares in zip(

@@ -195,6 +195,9 @@ def prepared_by(accelerator: Any, optimizer: Any) -> Any:
 
 def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> str | None:
     """The optimizer's step, and the scale's; why no step was taken, where fp16 gradients overflowed."""
+    if not scaler.is_enabled():
+        optimizer.step()
+        return None
     scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()

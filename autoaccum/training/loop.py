@@ -35,7 +35,7 @@ from autoaccum.memory.oom import poisons, unusable
 from autoaccum.model.given_model import TrainingMode
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
-from autoaccum.random_state import seed_everything
+from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.ranks import LostRankError
 from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
@@ -131,6 +131,7 @@ class TrainingLoop:
         self._stopped: str | None = None  # why a rank asked for the end, or that another one did
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
         self._left: Window | None = None  # fetched, and not trained yet
+        self._random: RandomState | None = None  # before it, where that is known
         self._iteration: weakref.ref[_Iteration] | None = None  # who breaks off lets it go, and it must end then
         self._at_work = False  # a record is being made: what iterates is not merely left
 
@@ -277,7 +278,7 @@ class TrainingLoop:
         for window in self._windows():
             self._left = window
             self._mode.keep()  # between two windows a person may have looked at the model's answers
-            for done in self._turns.train(window):
+            for done in self._turns.train(window, self._random):
                 record = done.after(self._waited, window.padding)
                 self.history.append(record)
                 if self._turns.inside:  # a further phase trains on the same samples
@@ -306,11 +307,12 @@ class TrainingLoop:
         self._window_index, self._epoch_began_at, self._evaluation_due = 0, self.step, True
 
     def _windows(self) -> Iterator[Window]:
+        self._random = None
         if self._left is not None:
             yield self._left
-        rest = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index)
+        rest, first = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index), True
         while True:
-            self._mark_boundary()
+            boundary = self._mark_boundary()
             began = time.perf_counter()
             check_interrupt()
             window = interruptible(next, rest, None)
@@ -318,11 +320,14 @@ class TrainingLoop:
             if window is None:
                 self._boundary = None
                 return
+            self._random = None if first or self._source.draws else boundary.random
+            first = False
             yield window
 
-    def _mark_boundary(self) -> None:
+    def _mark_boundary(self) -> Boundary:
         """Keeps this moment: what is broken off is drawn anew from here, and a checkpoint of it can be saved."""
         self._boundary = self._parts.boundary(quick=True)
+        return self._boundary
 
     def _check_epoch(self) -> None:
         if self._window_index == 0:

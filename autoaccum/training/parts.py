@@ -46,7 +46,7 @@ class Boundary:
 
     def __init__(self, device: torch.device, sources: Sequence[Source], *, quick: bool) -> None:
         """Captures; `quick` as in random_state.py."""
-        self._random = RandomState(device, quick=quick)
+        self.random = RandomState(device, quick=quick)
         self._sources = sources
         self._data = [each.state_dict() for each in self._sources]
 
@@ -56,11 +56,11 @@ class Boundary:
             for each, state in zip(self._sources, self._data):
                 each.load_state_dict(state)
         with loading("random generators"):
-            self._random.restore()
+            self.random.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"random": self._random.state_dict(), "data": [plain(state, "the data's state") for state in self._data]}
+        return {"random": self.random.state_dict(), "data": [plain(state, "the data's state") for state in self._data]}
 
     @classmethod
     def from_state(
@@ -71,12 +71,12 @@ class Boundary:
         """
         made = cls.__new__(cls)
         with loading("random generators"):
-            made._random = RandomState.from_state(state["random"], device)
+            made.random = RandomState.from_state(state["random"], device)
             if new:  # no two ranks drop out alike
                 here = RandomState(device)
-                made._random.restore()
+                made.random.restore()
                 seed_everything(mix(int(torch.randint(2**62, ())), new))
-                made._random = RandomState(device)
+                made.random = RandomState(device)
                 here.restore()
         made._sources, made._data = sources, state["data"]
         return made

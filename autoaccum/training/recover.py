@@ -28,6 +28,7 @@ from autoaccum.errors import AutoaccumError, DataError, LossError
 from autoaccum.memory.budget import Device
 from autoaccum.memory.oom import Verdict
 from autoaccum.memory.oom import out_of_memory as judge
+from autoaccum.random_state import RandomState
 from autoaccum.ranks import told
 from autoaccum.training.blame import culprits, listed, named
 from autoaccum.training.events import Events, WindowReplayed
@@ -85,8 +86,8 @@ class SafeWindow:
         self.broken: str | None = None
         self.overdue = False
 
-    def train(self, window: Window) -> StepRecord:
-        """One window, replayed in smaller pieces until it fits.
+    def train(self, window: Window, random: RandomState | None = None) -> StepRecord:
+        """One window, replayed in smaller pieces until it fits; `random`: the generators as they are, where known.
 
         Raises:
             NothingFitsError: memory ran out at the smallest micro-batch.
@@ -95,7 +96,7 @@ class SafeWindow:
         """
         self._accumulator.epoch = window.epoch
         self.inside = True
-        self._start.mark()
+        self._start.mark(random)
         retries = self._device.retries()
         versions = _versions(window)
         try:

@@ -10,6 +10,7 @@ from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError
 from autoaccum.model.optimizer import optimizer_name
 from autoaccum.planning.plan import Plan
+from autoaccum.random_state import RandomState
 from autoaccum.training.recover import SafeWindow
 from autoaccum.training.state import accumulator_state, load_accumulator, loading
 from autoaccum.window.accumulate import Accumulator
@@ -67,8 +68,10 @@ class Turns:
         """Whether the first rank wanted a checkpoint when the window ran, which all of them know."""
         return any(turn.safe.overdue for turn in self.all)
 
-    def train(self, window: Window) -> Iterator[StepRecord]:
+    def train(self, window: Window, random: RandomState | None = None) -> Iterator[StepRecord]:
         """Trains what is left to train of a window's samples, a record for each phase; raises as SafeWindow.train.
+
+        `random`: the generators as they are, where that is known.
 
         Iterating again after an error or a break goes on with the phase that was not trained yet. `inside` is false
         from the last record on.
@@ -77,7 +80,7 @@ class Turns:
         while True:
             turn = self.all[self._at]
             with turn.alone():
-                record = turn.safe.train(window)
+                record, random = turn.safe.train(window, random), None
             self._resize(turn.accumulator.plan)
             self._at += 1
             self._skip()

@@ -29,8 +29,8 @@ class WindowStart:
         self._saved: list[Tensor] = []
         self._random: RandomState | None = None
 
-    def mark(self) -> None:
-        """Keeps the state of this moment."""
+    def mark(self, random: RandomState | None = None) -> None:
+        """Keeps the state of this moment; `random` is that of the generators, where it is known."""
         buffers = [buffer for owner in self._owners for buffer in owner.values() if buffer is not None]
         if len(buffers) != len(self._buffers) or any(a is not b for a, b in zip(buffers, self._buffers)):
             self._buffers = buffers
@@ -39,7 +39,7 @@ class WindowStart:
         elif buffers:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
-        self._random = RandomState(self._device, quick=True)
+        self._random = RandomState(self._device, quick=True) if random is None else random
         self._notes = None if self._noted is None else self._noted()
 
     def restore(self) -> None:
