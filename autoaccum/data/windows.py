@@ -66,20 +66,26 @@ def windows(
             f"the plan with rank={here[0]} and world_size={here[1]}"
         )
     for index, (total, batches, padding, indices) in enumerate(source.read(epoch, cutter, start), start):
-        kept, sizes = [], []  # fewer than were asked for, where a collate function drops some
-        for batch in batches:
-            size = tree.flat_size(batch)
-            if size is None and not _holds_none(batch):
-                kept.append(source.marked(batch))
-                sizes.append(tree.batch_size(kept[-1]))
-            elif size:
-                kept.append(batch)
-                sizes.append(size)
+        kept, sizes = _with_samples(source, batches)
         batches.clear()  # the window alone holds them: whoever has trained on it lets them go
         samples = sum(sizes)
         # Where a collate function has dropped some, nobody knows which are left.
         named = indices if indices is not None and len(indices) == samples else None
         yield Window(kept, tuple(sizes), samples, total, epoch, index, padding, named)
+
+
+def _with_samples(source: Source, batches: list[Any]) -> tuple[list[Any], list[int]]:
+    """The micro-batches that hold samples, marked, and how many: a collate function may have dropped some, or all."""
+    kept, sizes = [], []
+    for batch in batches:
+        size = tree.flat_size(batch)
+        if size is None and not _holds_none(batch):
+            kept.append(source.marked(batch))
+            sizes.append(tree.batch_size(kept[-1]))
+        elif size:
+            kept.append(batch)
+            sizes.append(size)
+    return kept, sizes
 
 
 def _holds_none(batch: Any) -> bool:
