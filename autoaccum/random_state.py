@@ -1,23 +1,24 @@
 """The global random generators at one moment: torch's, the device's, Python's and numpy's; also as plain values.
 
 They are captured at every window, for the rare one that has to be run again. numpy takes as long to copy its state as
-a short window's own overhead may be, and most trainings draw nothing from it: a quick capture compares its raw bytes
-with those seen last, and copies only a change. That is exact unless the user's code seeds it with the same number
-again in between and draws one normal value more or less, since the one that numpy keeps for later is not in those
-bytes. What goes into a checkpoint is captured in full.
+a short window's own overhead may be, Python makes 625 numbers of its own, and most trainings draw nothing from either:
+a quick capture compares their raw bytes with those seen last, and copies only a change. That is exact for Python's; for
+numpy's unless the user's code seeds it with the same number again in between and draws one normal value more or less,
+since the one that numpy keeps for later is not in those bytes. What goes into a checkpoint is captured in full.
 """
 
+import _random
 import ctypes
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 __all__ = ["RandomState", "numpy_random", "seed_everything"]
 
-_MT19937_BYTES = 624 * 4 + 4  # the key, and the place in it, as in numpy's struct
+_MT19937_BYTES = 624 * 4 + 4  # the key, and the place in it, as in numpy's struct and in Python's
 
 
 class RandomState:
@@ -28,8 +29,15 @@ class RandomState:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-        self._python = random.getstate()
-        self._numpy = _numpy_seen.state_of(numpy_random(), quick)
+        self._python = _python_seen.state_of(_raw_python() if quick else None, random.getstate)
+        numpy = numpy_random()
+        self._numpy = None
+        if numpy is not None:
+            state = _numpy_seen.state_of(_raw_numpy(numpy) if quick else None, numpy.get_state)
+            # Of a bit generator other than numpy's standard one a dict is returned; it is the user's to keep.
+            self._numpy = state if isinstance(state, tuple) else None
+            if self._numpy is not None and self._numpy[3]:
+                _numpy_seen.raw = None  # a normal value kept for later may be used up without a change of the bytes
 
     @property
     def has_numpy(self) -> bool:
@@ -83,32 +91,38 @@ class RandomState:
         return made
 
 
-class _NumpySeen:
-    """numpy's state as it was copied last."""
+class _Seen:
+    """A generator's state as it was copied last, and the bytes that it was copied from."""
 
     def __init__(self) -> None:
-        self.raw: bytes | None = None
-        self.state: tuple[Any, ...] | None = None
+        self.raw: Any = None
+        self._state: Any = None
 
-    def state_of(self, numpy: Any, quick: bool) -> tuple[Any, ...] | None:
-        if numpy is None:
-            return None
-        raw = self._raw(numpy)
-        # A normal value that is kept for later can be used up without a change of the raw state.
-        if not quick or raw is None or raw != self.raw or self.state is None or self.state[3]:
-            state = numpy.get_state()
-            # Of a bit generator other than numpy's standard one a dict is returned; it is the user's to keep.
-            self.raw, self.state = raw, state if isinstance(state, tuple) else None
-        return self.state
-
-    def _raw(self, numpy: Any) -> bytes | None:
-        generator: Any = getattr(getattr(numpy.mtrand, "_rand", None), "_bit_generator", None)
-        if type(generator).__name__ != "MT19937":
-            return None
-        return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
+    def state_of(self, raw: Any, copy: Callable[[], Any]) -> Any:
+        """The state; copied anew unless `raw` is what it was. None: nobody knows whether it has changed."""
+        if raw is None or raw != self.raw:
+            self.raw, self._state = raw, copy()
+        return self._state
 
 
-_numpy_seen = _NumpySeen()
+_python_seen, _numpy_seen = _Seen(), _Seen()
+_INSIDE = object.__basicsize__  # where CPython's own generator keeps its words
+_KEPT_INSIDE = sys.implementation.name == "cpython" and _random.Random.__basicsize__ >= _INSIDE + _MT19937_BYTES
+
+
+def _raw_python() -> Any:
+    generator: Any = getattr(random.getstate, "__self__", None)
+    if not _KEPT_INSIDE or type(generator) is not random.Random:
+        return None
+    inside = ctypes.string_at(id(generator) + _INSIDE, _random.Random.__basicsize__ - _INSIDE)
+    return vars(generator)["gauss_next"], inside
+
+
+def _raw_numpy(numpy: Any) -> bytes | None:
+    generator: Any = getattr(getattr(numpy.mtrand, "_rand", None), "_bit_generator", None)
+    if type(generator).__name__ != "MT19937":
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
 
 def numpy_random() -> Any:

@@ -174,13 +174,16 @@ def tensors(node: Any) -> Iterator[tuple[str, Tensor]]:
     return ((path, leaf) for path, leaf in leaves(node) if isinstance(leaf, Tensor))
 
 
-def tensors_in(node: Any) -> Iterator[Tensor]:
-    """Each tensor, in order."""
-    if isinstance(node, Tensor):
-        yield node
-    else:
-        for child in children(node) or ():
-            yield from tensors_in(child)
+def tensors_in(node: Any) -> list[Tensor]:
+    """All tensors, in one and the same order each time."""
+    found, waiting = [], [node]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Tensor):
+            found.append(node)
+        else:
+            waiting += children(node) or ()
+    return found
 
 
 # What is the same for all samples wherever it stands alone.

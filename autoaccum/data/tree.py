@@ -189,12 +189,14 @@ def take_rows(tensor: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
     Raises:
         DataError: it is of a layout whose rows cannot be taken.
     """
-    if tensor.is_nested or tensor.layout not in (torch.strided, torch.sparse_coo):
+    if tensor.layout not in (torch.strided, torch.sparse_coo) or tensor.is_nested:
         raise DataError(
             f"a tensor of layout {tensor.layout} cannot be cut into samples: give a dense one, or one of coordinates "
             "(torch.sparse_coo)"
         )
-    return tensor.index_select(0, torch.as_tensor(rows, dtype=torch.int64, device=tensor.device))
+    if not (isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.device == tensor.device):
+        rows = torch.as_tensor(rows, dtype=torch.int64, device=tensor.device)
+    return tensor.index_select(0, rows)
 
 
 def flat_size(batch: Any) -> int | None:
@@ -212,9 +214,12 @@ def flat_size(batch: Any) -> int | None:
         return None
     size: int | None = None
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or (size is not None and leaf.size(0) != size):
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             return None
-        size = leaf.size(0)
+        rows = leaf.size(0)
+        if size is not None and rows != size:
+            return None
+        size = rows
     return size
 
 

@@ -31,6 +31,8 @@ from autoaccum.model.snapshot import Snapshot
 
 __all__ = ["Objective"]
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Objective:
     """What is minimised.
@@ -238,14 +240,14 @@ class Objective:
         if denominators is None and on_host is None:
             denominators = self.denominators(batch)
         counted = batch if on_host is None else on_host
-        reading, several = self.reading, len(self.names) > 1  # which only the graph tells apart
+        reading, several = self.reading, len(self.reading.divisors) > 1  # which only the graph tells apart
         reads = reading.source in ("graph", "unsettled") and (
             denominators is None or several or torch.is_grad_enabled()
         )
         if denominators is None and not reads:
             denominators = reading.count(counted)
         values = Values() if reads and several else None
-        with values or contextlib.nullcontext():
+        with values or _NOTHING:
             result, outputs, targets = self._run(self.model, batch, graph=reads)
         if self.step is None:
             returned = {"loss": result}
@@ -273,14 +275,14 @@ class Objective:
     def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, Any, Any]:
         """(loss, outputs, targets). `graph`: the loss gets one although gradients are off."""
         off = graph and not torch.is_grad_enabled()
-        with torch.enable_grad() if off and self.loss is None else contextlib.nullcontext():
+        with torch.enable_grad() if off and self.loss is None else _NOTHING:
             if self.step is not None:
                 return self.step(model, plain(batch)), None, None
             call = arrange(batch, apart=self.loss is not None)
             outputs = self._outputs(model, call)
         if self.loss is None:
             return returned_loss(outputs), outputs, call.targets
-        with torch.enable_grad() if off else contextlib.nullcontext():
+        with torch.enable_grad() if off else _NOTHING:
             loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
         return loss, outputs, call.targets
 

@@ -41,7 +41,7 @@ class History(Sequence[StepRecord]):
             text = getattr(record, name)
             if text is not None:
                 self._texts[name][len(self)] = text
-        self._rows.extend(math.nan if number is None else number for number in _numbers_of(record))
+        self._rows.extend([math.nan if number is None else number for number in _numbers_of(record)])
 
     def __len__(self) -> int:
         return len(self._rows) // len(_NUMBERS)

@@ -43,7 +43,8 @@ class RankSum:
 
     def ready(self) -> None:
         """Allocates what the sum needs where all ranks have such gradients as this one; nothing after it may fail."""
-        self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
+        if self._sharded is not None:
+            self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
         if self._ranks.size == 1:
             return
         gradients = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
