@@ -11,7 +11,7 @@ from numbers import Real
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from autoaccum.errors import PlanError, SetupError, shown
+from autoaccum.errors import AutoaccumError, PlanError, SetupError, shown
 
 __all__ = [
     "check_call",
@@ -98,10 +98,10 @@ def listed(name: str, functions: Any) -> list[Callable[..., Any]]:
     return found
 
 
-def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Refuses a value that is none of the choices, which are named."""
+def one_of(name: str, value: Any, choices: Sequence[Any], kind: type[AutoaccumError] = SetupError) -> None:
+    """Refuses a value that is none of the choices, which are named, with an error of a `kind`."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        raise SetupError(f"{name}={shown(value)}: choose {', '.join(map(repr, choices))}")
+        raise kind(f"{name}={shown(value)}: choose {', '.join(map(repr, choices))}")
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {

@@ -94,17 +94,3 @@ def slow():
     """Slow enough to be caught at it, where the environment says so."""
     time.sleep(float(os.environ.get("SEARCH_SLEEP", "0")))
     return arguments(epochs=1)
-
-
-def swallows_an_interruption():
-    """In its first worker's first trial: Ctrl-C for the worker alone, which nobody hears of; the search has it next."""
-    if not in_a_worker():
-        return arguments(epochs=1)
-    with (Path(os.environ["SEARCH_CALLS"]) / "calls").open("a") as file:
-        file.write(f"{os.getpid()}\n")
-    try:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-    except KeyboardInterrupt:
-        os.kill(os.getppid(), signal.SIGINT)
-    return arguments(epochs=1)

@@ -243,7 +243,7 @@ def test_sizes_that_do_not_sum_to_the_batch_are_refused():
 def test_batches_that_do_not_match_are_not_joined():
     with pytest.raises(DataError, match=r"\['x'\] is a tensor of shape \(2, 3\).*\(2, 4\)"):
         tree.join([{"x": rows(2, 3)}, {"x": rows(2, 4)}])
-    with pytest.raises(DataError, match="different structure"):
+    with pytest.raises(DataError, match="hold the same parts"):
         tree.join([{"x": rows(2)}, {"z": rows(2)}])
     with pytest.raises(DataError, match="no batches"):
         tree.join([])

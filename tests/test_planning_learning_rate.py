@@ -159,7 +159,7 @@ def test_a_rule_that_is_asked_for_is_applied_to_any_optimizer():
 
 @pytest.mark.parametrize("rule", ["cubic", "", None, "AUTO"])
 def test_an_unknown_rule_is_refused_with_the_known_ones(rule):
-    with pytest.raises(PlanError, match="choose one of 'auto', 'linear', 'sqrt', 'adam-sde', 'none'"):
+    with pytest.raises(PlanError, match="choose 'auto', 'linear', 'sqrt', 'adam-sde', 'none'"):
         choose_rule(rule, "sgd")
 
 

@@ -13,7 +13,7 @@ import autoaccum
 from autoaccum.interrupts import interruption_in
 from autoaccum.searching.storage import open_storage
 from autoaccum.searching.study import OUTCOME
-from tests.search_setups import arguments, short, swallows_an_interruption
+from tests.search_setups import arguments, short
 
 
 @pytest.fixture(autouse=True)
@@ -101,16 +101,6 @@ def test_a_search_begun_in_the_handling_of_one_has_errors_of_its_own(tmp_path):
     except KeyboardInterrupt:
         result = search(tmp_path, setup)
     assert [row["state"] for row in result.trials] == ["error", "complete", "complete"]
-
-
-@pytest.mark.slow
-def test_a_worker_whose_setup_swallows_it_takes_no_other_trial(tmp_path, monkeypatch):
-    monkeypatch.setenv("SEARCH_CALLS", str(tmp_path))
-    with pytest.raises(KeyboardInterrupt):
-        search(tmp_path, swallows_an_interruption, workers=2, n_trials=20)
-
-    calls = (tmp_path / "calls").read_text().split()
-    assert max(calls.count(pid) for pid in calls) == 1
 
 
 def test_a_lock_whose_holder_was_killed_is_broken(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ class Simulation:
     def end(self):
         """Nothing more happens to anyone."""
         for _ in range(20 * self.n + 200):
-            if self.working == [None] * len(self.working) and len(ledger(*self.trials).finished) >= self.n:
+            if self.working == [None] * len(self.working) and len(ledger(*self.trials).of("finished")) >= self.n:
                 return
             for worker in range(len(self.working)):
                 self.step(worker, kill=False, interrupt=False, blind=False)
@@ -157,7 +157,7 @@ def test_whatever_is_killed_exactly_n_trials_finish_and_none_runs_twice(n_trials
     search.end()
 
     found = ledger(*search.trials)
-    assert len(found.finished) == n_trials
+    assert len(found.of("finished")) == n_trials
     assert len(search.begun) == len(set(search.begun)), "no trial is begun by two workers"
     retries = [each.user_attrs[RETRY] for each in search.trials
                if RETRY in each.user_attrs and each.user_attrs.get(OUTCOME) != "void"]  # fmt: skip

@@ -87,9 +87,9 @@ def test_a_search_goes_on_behind_a_grpc_proxy(tmp_path):
         ("nosuch://host/x", r"cannot be used \(NoSuchModuleError: .*nosuch\).*a path for a journal file"),
         ("{folder}", r"cannot be used \(IsADirectoryError: "),
         ("{folder}/none/study.log", r"cannot be used \(FileNotFoundError: "),
-        ("{folder}/some.db", "is an SQLite database: write sqlite:///"),
+        ("{folder}/some.db", "is not a journal file.*sqlite:///"),
         ("{folder}/text.log", "is not a journal file"),
-        ("grpc://localhost", "write grpc://host:port"),
+        ("grpc://localhost", "cannot be used .*grpc://host:port"),
         ("sqlite:///{folder}/none/study.db", "unable to open database file"),
         ("sqlite://", "is a database in memory.*name a file, such as sqlite:///study.db"),
         ("sqlite:///", "is a database in memory"),
@@ -109,7 +109,7 @@ def test_a_storage_that_cannot_be_used_is_named_with_the_remedy(tmp_path, storag
 def test_a_proxy_that_does_not_answer_is_named(tmp_path, monkeypatch):
     pytest.importorskip("grpc")
     monkeypatch.setattr("autoaccum.searching.storage.CONNECT", 0.3)
-    with pytest.raises(SetupError, match=r"grpc://127.0.0.1:9' does not answer.*run_grpc_proxy_server"):
+    with pytest.raises(SetupError, match=r"grpc://127.0.0.1:9' cannot be used.*run_grpc_proxy_server"):
         search(tmp_path, "grpc://127.0.0.1:9")
 
 

@@ -175,9 +175,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     done = run_python([str(script)])
 
     assert 'below `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
-    assert done.stderr.splitlines()[-1].startswith(
-        "autoaccum.errors.AutoaccumError: a worker ended with the error that it printed"
-    )
+    assert done.stderr.splitlines()[-1].startswith("autoaccum.errors.AutoaccumError: 3 workers died one after another")
 
 
 def run_python(words, **more):

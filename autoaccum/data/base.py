@@ -2,14 +2,12 @@
 
 Choices made here:
 
-- A source draws nothing when it is opened or tried, so that probing leaves the generators alone. Each epoch draws one
-  number when it begins, its base, and nothing where nothing depends on it.
-- The state that makes an epoch repeatable is that of the generators it drew from, at its start. It is kept for the
-  epoch in progress and goes into checkpoints; an epoch that is entered again in the middle (`start > 0`) begins from it
-  and leaves the global generators as they are.
-- What the user's own objects draw from (see `draws.py`) is of two kinds. What is asked again for the windows passed
-  over, as a sampler is, begins again where the epoch began. What is not, as a dataset whose samples are not fetched
-  again, goes on from where it is.
+- A source draws nothing when it is opened or tried: probing leaves the generators alone. Each epoch draws one number
+  when it begins, its base (see `draws.py`), where something depends on it.
+- The states at an epoch's start make it repeatable. They go into checkpoints; an epoch that is entered again in the
+  middle (`start > 0`) begins from them.
+- Of the user's own objects, what is asked again for the windows passed over, as a sampler is, begins again where the
+  epoch began; what is not, as a dataset whose samples are not fetched again, goes on from where it is.
 """
 
 from abc import ABC, abstractmethod

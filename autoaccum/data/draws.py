@@ -2,33 +2,30 @@
 
 Choices made here:
 
-- What an epoch draws follows from one number, its base. With a seed the base is a function of (seed, epoch); without
-  one it is drawn as `iter(DataLoader)` draws it, from the loader's generator or else from torch's, so that a loader
-  shows its samples in the order that a loop by hand would have seen.
-- Code of the user's that draws from the global generators while data is read (samplers, streams) draws from a `Lane`
-  instead: the global generators as they would be if only the data used them. So dropout does not change the order of
-  the data, nor the data the dropout, and reading an epoch again gives what it gave before.
+- What an epoch draws follows from one number, its base: a function of (seed, epoch), or without a seed drawn as
+  `iter(DataLoader)` draws it, so that a loader shows its samples in the order that a loop by hand would have seen.
+- The user's samplers and streams that draw from the global generators draw from a `Lane` instead: those generators as
+  they would be if only the data used them. So dropout does not change the order of the data, nor the data the dropout.
 - Samples that workers fetch are seeded one by one from (base, position in the epoch): neither the number of
-  micro-batches, nor of workers, nor a restart changes an augmentation. The position rather than the index, because a
-  sampler with replacement may show an index twice in an epoch, and should see it augmented in two ways.
+  micro-batches, nor of workers, nor a restart changes an augmentation. Not by the index, which a sampler with
+  replacement may show twice.
 
 What the user's samplers, datasets, transforms and collate functions draw from is found by a protocol, by which an epoch
 that is gone on with draws what it would have drawn:
 
 - A generator of torch's, Python's or numpy's is an attribute of such an object, as `.generator` is of a DataLoader.
-- What draws in another way, a dataset with indices or a collate function, has `state_dict()` and
-  `load_state_dict(state)`, in plain values and tensors. Samplers and streams begin their epochs anew, and have what
-  they draw from as an attribute.
+- A dataset with indices or a collate function that draws in another way has `state_dict()` and
+  `load_state_dict(state)`, in plain values and tensors.
 
 Objects are reached by the attributes that torch and torchvision nest them by (`_NESTED`, `_LISTED`), and by a method's
-own object. What a closure or a global variable holds is not seen, and draws on after a restart. The global generators
-are nobody's own, even where an attribute leads to one. They are looked for anew each time: a sampler may make itself
-another one for each epoch.
+own object; anew each time, since a sampler may make itself another generator for each epoch. What a closure or a global
+variable holds is not seen, and draws on after a restart. The global generators are nobody's own.
 """
 
+import contextlib
 import copy
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -87,21 +84,21 @@ class Lane:
             self._outside.restore()
 
 
-class preserved:
+@contextlib.contextmanager
+def preserved(held: Iterable[Any] = ()) -> Iterator[None]:
     """Leaves what is drawn from as it was: the global generators, and what of the user's objects was `held`."""
+    before, own = RandomState(_CPU), [(each, state_of(each)) for each in held]
+    try:
+        yield
+    finally:
+        _put_back(before, own)
 
-    def __init__(self, held: Iterable[Any] = ()) -> None:
-        self._before = RandomState(_CPU)
-        self._own = [(each, state_of(each)) for each in held]
 
-    def __enter__(self) -> None:
-        """Nothing is to be done here: `__init__` has kept the states."""
-
-    @uninterrupted
-    def __exit__(self, *raised: object) -> None:
-        self._before.restore()
-        for each, state in self._own:
-            restore(each, state)
+@uninterrupted
+def _put_back(before: RandomState, own: list[tuple[Any, dict[str, Any]]]) -> None:
+    before.restore()
+    for each, state in own:
+        restore(each, state)
 
 
 # --- what the user's own objects draw from
@@ -111,13 +108,19 @@ def held(owners: Mapping[str, Any], *, states: bool = False) -> dict[str, Any]:
     """The generators that `owners` hold, each once, by the way to it; with `states` also objects that have a state."""
     found: dict[str, Any] = {}
     waiting = [(path, owner) for path, owner in owners.items() if owner is not None]
-    seen = set(map(id, _globals())) if waiting else set()
+    if not waiting:
+        return found
+    numpy = numpy_random()
+    own = [torch.default_generator, random.getstate.__self__]  # type: ignore[attr-defined]
+    seen = set(map(id, own if numpy is None else [*own, numpy.mtrand._rand]))
     for path, given in waiting:  # grows meanwhile
         owner = getattr(given, "__self__", given)  # of a method
         if id(owner) in seen or isinstance(owner, type):
             continue
         seen.add(id(owner))
-        if is_generator(owner) or (states and _has_state(owner)):
+        methods = (getattr(owner, name, None) for name in ("state_dict", "load_state_dict"))
+        # A module's state is its weights.
+        if is_generator(owner) or (states and all(map(callable, methods)) and not isinstance(owner, nn.Module)):
             found[path] = owner
         for name, value in list(getattr(owner, "__dict__", {}).items()):
             if name in _LISTED and isinstance(value, (list, tuple)):
@@ -161,18 +164,6 @@ def is_generator(value: Any) -> bool:
         return type(value).getstate is random.Random.getstate  # SystemRandom and its like have no state
     numpy = numpy_random()
     return numpy is not None and isinstance(value, (numpy.Generator, numpy.RandomState))
-
-
-def _has_state(owner: Any) -> bool:
-    """Whether it keeps a state of its own; a module's is its weights."""
-    methods = (getattr(owner, name, None) for name in ("state_dict", "load_state_dict"))
-    return all(map(callable, methods)) and not isinstance(owner, nn.Module)
-
-
-def _globals() -> list[Any]:
-    numpy = numpy_random()
-    own = [] if numpy is None else [numpy.mtrand._rand]
-    return [torch.default_generator, random.getstate.__self__, *own]  # type: ignore[attr-defined]
 
 
 def _plain(value: Any) -> Any:

@@ -108,14 +108,13 @@ class Fetcher:
             ) from error
 
     def _asked_for(self, ask: Ask) -> list[Any]:
-        fetch_all = getattr(self._dataset, "__getitems__", None)
-        if callable(fetch_all) and (ask.base is None or not _draws(self._dataset)):
-            return self._together(fetch_all, list(ask.indices))
-        if ask.base is None:
-            return self.samples(ask.indices)
-        return self.samples(ask.indices, [mix(ask.base, ask.position + offset) for offset in range(len(ask.indices))])
-
-    def _together(self, fetch_all: Callable[[list[Any]], Any], indices: list[Any]) -> list[Any]:
+        indices, fetch_all = list(ask.indices), getattr(self._dataset, "__getitems__", None)
+        form, base = getattr(self._dataset, "format", None), ask.base
+        # Fetching may draw random numbers; of a Hugging Face dataset, only where it has a transform.
+        draws = not isinstance(form, dict) or form.get("type") == "custom"
+        if not callable(fetch_all) or (base is not None and draws):
+            seeds = None if base is None else [mix(base, ask.position + offset) for offset in range(len(indices))]
+            return self.samples(indices, seeds)
         try:
             return list(fetch_all(indices))
         except Exception as error:
@@ -154,12 +153,6 @@ class WorkerDataset:
             return fetcher.fetch(ask)
         except DataError as error:
             return Failure(str(error), "".join(traceback.format_exception(error.__cause__ or error)))
-
-
-def _draws(dataset: Any) -> bool:
-    """Whether fetching may draw random numbers; a Hugging Face dataset does only where it has a transform."""
-    form = getattr(dataset, "format", None)
-    return not isinstance(form, dict) or form.get("type") == "custom"
 
 
 def _was_left_empty(error: Exception) -> bool:

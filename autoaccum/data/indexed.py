@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from autoaccum.data import tree
@@ -61,9 +60,18 @@ class IndexedSource(Source):
     def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
         """The windows of what is left of `order`."""
 
+    @abstractmethod
+    def _given(self, indices: Sequence[Any]) -> Any:
+        """The samples of these indices, as the data gives them."""
+
     def _candidates(self) -> Sequence[Any]:
         """Indices that an epoch may show."""
         return possible_indices(self._sampler, self._rows)
+
+    def first(self) -> Any:
+        """The first and the last sample that an epoch may show."""
+        candidates = self._candidates()
+        return self._given([candidates[0], candidates[-1]])
 
     def _order(self, epoch: int, again: bool) -> tuple[Order, int]:
         """The order of the epoch, and its base."""
@@ -93,26 +101,22 @@ class TensorSource(IndexedSource):
         super().__init__(tree.batch_size(data), loader, **common)
         self._data, self.draws = data, loader is not None
 
-    def first(self) -> Any:
-        """The first and the last row that an epoch may show."""
-        candidates = self._candidates()
-        return self._gather(torch.tensor([candidates[0], candidates[-1]], dtype=torch.int64))
-
     def _trial(self, size: int) -> Any:
         candidates = self._candidates()
         count = len(candidates)
         # From all over, since datasets come sorted; in turn where more are wanted than there are.
         chosen = [number % count if size > count else number * count // size for number in range(size)]
-        return self._gather(torch.tensor([candidates[number] for number in chosen], dtype=torch.int64))
+        return self._given([candidates[number] for number in chosen])
 
     def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
         while total := cutter.total(order.look):
             cut = cutter.cut(total)
             rows = order.rows(total)[cut.start : cut.stop]
-            batches = tree.split(self._gather(rows), cut.sizes) if cut.sizes else []
+            batches = tree.split(self._given(rows), cut.sizes) if cut.sizes else []
             yield Read(total, batches, indices=rows)
 
-    def _gather(self, rows: Tensor) -> Any:
+    def _given(self, indices: Any) -> Any:
+        rows = torch.as_tensor(indices, dtype=torch.int64)
         try:
             return tree.map_tensors(lambda tensor: tree.take_rows(tensor, rows), self._data)
         except (IndexError, RuntimeError) as error:

@@ -52,22 +52,19 @@ class MapSource(IndexedSource):
         if loader is not None and loader.num_workers:
             self._workers = _Workers(WorkerDataset(dataset, self._fetcher), loader)
 
-    def first(self) -> Any:
-        """The first and the last sample that an epoch may show."""
-        candidates = self._candidates()
-        return self._fetcher.samples([candidates[0], candidates[-1]])
+    def _given(self, indices: Sequence[Any]) -> Any:
+        return self._fetcher.samples(indices)
 
     def _windows(self, order: Order, cutter: Cutter, base: int) -> Iterator[Read]:
         assert self._pool is not None
         self._pool.close()
-        schedule = _Schedule(order, cutter, self.by_length)
         if self._workers is not None:
-            return self._workers.windows(schedule, base)
-        return self._in_this_process(schedule)
+            return self._workers.windows(_Schedule(order, cutter, self.by_length, base))
+        return self._in_this_process(_Schedule(order, cutter, self.by_length))
 
     def _in_this_process(self, schedule: "_Schedule") -> Iterator[Read]:
         while entry := schedule.next():
-            read = entry.read(list(map(self._fetcher.fetch, entry.asks(None))))
+            read = entry.read(list(map(self._fetcher.fetch, entry.asks())))
             yield read._replace(batches=list(map(pinned, read.batches))) if self._pin else read
 
 
@@ -87,11 +84,14 @@ def samples_from(fetcher: Fetcher, sampler: Any, rows: int | None) -> Callable[[
 
 
 class _Entry(NamedTuple):
-    """One window that is to be fetched: how it is cut, the indices of all ranks, and where in the epoch it begins."""
+    """One window that is to be fetched: how it is cut, the indices of all ranks, where in the epoch it begins, and the
+    epoch's base, where every sample is to be seeded from it.
+    """
 
     cut: Cut
     indices: Sequence[Any]
     position: int
+    base: int | None
     by_length: ByLength | None = None
 
     @property
@@ -100,11 +100,11 @@ class _Entry(NamedTuple):
         cut = self.cut
         return cut.sizes if self.by_length is None or cut.start == cut.stop else (cut.stop - cut.start,)
 
-    def asks(self, base: int | None) -> Iterator[Ask]:
+    def asks(self) -> Iterator[Ask]:
         """This rank's part of the window."""
         start = self.cut.start
         for size in self.asked:
-            yield Ask(self.indices[start : start + size], self.position + start, base, self.by_length)
+            yield Ask(self.indices[start : start + size], self.position + start, self.base, self.by_length)
             start += size
 
     def read(self, fetched: list[Read]) -> Read:
@@ -117,8 +117,10 @@ class _Entry(NamedTuple):
 class _Schedule:
     """The windows of an epoch, one after another, cut by the plan of the moment."""
 
-    def __init__(self, order: Order, cutter: Cutter, by_length: Callable[[Plan], ByLength | None]) -> None:
-        self._order, self._cutter, self._by_length = order, cutter, by_length
+    def __init__(
+        self, order: Order, cutter: Cutter, by_length: Callable[[Plan], ByLength | None], base: int | None = None
+    ) -> None:
+        self._order, self._cutter, self._by_length, self._base = order, cutter, by_length, base
         self._due: deque[_Entry] = deque()
         self._unasked: deque[_Entry] = deque()
 
@@ -128,7 +130,7 @@ class _Schedule:
         if not total:
             return None
         position, by_length = self._order.taken, self._by_length(self._cutter.plan)
-        return _Entry(self._cutter.cut(total), self._order.take(total), position, by_length)
+        return _Entry(self._cutter.cut(total), self._order.take(total), position, self._base, by_length)
 
     # For workers, which fetch windows ahead of the one that is due.
 
@@ -144,11 +146,7 @@ class _Schedule:
         if changed:
             self._due = deque(map(self._recut, self._due))
             self._unasked = deque(self._due)
-        return self._due[0], changed
-
-    def done(self) -> None:
-        """It was fetched."""
-        self._due.popleft()
+        return self._due.popleft(), changed
 
     def _more(self) -> bool:
         entry = self.next()
@@ -172,9 +170,9 @@ class _Workers:
         self._seeds = torch.Generator()
         self._loader = rebuilt(loader, dataset, batch_sampler=self._asks, collate_fn=as_is, generator=self._seeds)
 
-    def windows(self, schedule: _Schedule, base: int) -> Iterator[Read]:
+    def windows(self, schedule: _Schedule) -> Iterator[Read]:
         """The windows of the schedule."""
-        self._asks.schedule, self._asks.base = schedule, base
+        self._asks.schedule = schedule
         batches: Iterator[Any] | None = None
         try:
             while True:
@@ -184,10 +182,10 @@ class _Workers:
                 if changed:
                     batches = None
                 if batches is None and entry.asked:
-                    self._seeds.manual_seed(mix(base, entry.position, 2))  # the loader seeds its workers from here
+                    # From here the loader seeds its workers.
+                    self._seeds.manual_seed(mix(entry.base or 0, entry.position, 2))
                     batches = iter(self._loader)
                 fetched = [_fetched(batches) for _ in entry.asked] if batches is not None else []
-                schedule.done()
                 yield entry.read(fetched)
         finally:
             # Nothing may hold the workers in a circle or a traceback: those that Python's collector finds, after the
@@ -200,12 +198,11 @@ class _Asks:
     """The batch sampler of the workers' DataLoader, which stays while the epochs' schedules come and go."""
 
     schedule: _Schedule | None = None
-    base = 0
 
     def __iter__(self) -> Iterator[Ask]:
         # Asked anew each time: a loader with persistent workers keeps this iterator, which must not keep the schedule.
         while self.schedule is not None and (entry := self.schedule.ahead()) is not None:
-            yield from entry.asks(self.base)
+            yield from entry.asks()
 
 
 def _fetched(batches: Iterator[Any]) -> Any:
@@ -234,9 +231,11 @@ def is_dead_worker(error: BaseException) -> bool:
 
 def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoader[Any]:
     """A DataLoader that works as the user's does (workers, pinning, timeout) and batches as `batching` says."""
+    accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
+    pins = torch.cuda.is_available() or (accelerator is not None and accelerator.is_available())
     settings: dict[str, Any] = {
         "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory and _has_accelerator(),  # without one, torch would only warn, once an epoch
+        "pin_memory": loader.pin_memory and pins,  # without an accelerator torch would only warn, once an epoch
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
@@ -248,11 +247,6 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoade
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there are many workers was said when the user's loader was made
         return DataLoader(dataset, **{**settings, **batching})
-
-
-def _has_accelerator() -> bool:
-    accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
-    return torch.cuda.is_available() or (accelerator is not None and accelerator.is_available())
 
 
 def as_is(batch: Any) -> Any:

@@ -4,8 +4,7 @@ Choices made here:
 
 - Datasets and tensors are shuffled by one permutation drawn from the epoch's base.
 - A DataLoader's own sampler is asked, and not further ahead than the windows that are being fetched: it may be endless,
-  or follow how the training goes. torch's own samplers draw when they start and not again, so only their start needs
-  care; others draw inside a lane all along.
+  or follow how the training goes. torch's own draw only when they start; others draw inside a lane all along.
 - On several ranks the first one's sampler decides, for the whole epoch at once: ranks fetch ahead at their own pace,
   and must not meet in a broadcast while one of them is in the middle of a window.
 - A DistributedSampler is asked for the order of a single process. The windows are what is shared among the ranks.
@@ -39,9 +38,9 @@ __all__ = [
 
 
 class Known:
-    """Indices that are all known, taken one window after another: a range, or a tensor."""
+    """Indices that are all known, as int64, taken one window after another."""
 
-    def __init__(self, indices: range | Tensor) -> None:
+    def __init__(self, indices: Tensor) -> None:
         self._indices, self.taken = indices, 0
 
     def look(self, count: int) -> tuple[int, bool]:
@@ -50,15 +49,10 @@ class Known:
 
     def take(self, count: int) -> Sequence[Any]:
         """The next `count` indices."""
-        taken = self._next(count)
-        return list(taken.tolist()) if isinstance(taken, Tensor) else taken
+        return list(self.rows(count).tolist())
 
     def rows(self, count: int) -> Tensor:
         """The next `count` indices as int64."""
-        taken = self._next(count)
-        return taken if isinstance(taken, Tensor) else torch.arange(taken.start, taken.stop)
-
-    def _next(self, count: int) -> range | Tensor:
         start, self.taken = self.taken, self.taken + count
         return self._indices[start : self.taken]
 
@@ -66,7 +60,7 @@ class Known:
 def permutation(length: int, seed: int | None) -> Known:
     """The numbers below `length`: permuted by `seed`, or in sequence where it is None."""
     if seed is None:
-        return Known(range(length))
+        return Known(torch.arange(length))
     return Known(torch.randperm(length, generator=torch.Generator().manual_seed(seed)))
 
 

@@ -49,7 +49,9 @@ class BatchSource(StreamSource):
         batch = getattr(loader.batch_sampler, "batch_size", None)
         self.loader_batch = batch if isinstance(batch, int) else None
         if type(loader.batch_sampler) is BatchSampler and not iterates_by_itself(loader):
-            self.length = _samples_of(loader.batch_sampler)
+            samples = self.length = length_of(loader.batch_sampler.sampler)
+            if samples is not None and loader.batch_sampler.drop_last:
+                self.length = samples - samples % loader.batch_sampler.batch_size
         if not self.one_shot:  # batches are read again whole, dataset and collate function included
             self._replayed = {"loader": loader}
         self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
@@ -57,8 +59,8 @@ class BatchSource(StreamSource):
         self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
         self._told_epochs = [loader, dataset, *self._samplers]
         of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
-        samples = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
-        self._pool = Pool(samples) if of_samples else None
+        to_look_at = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
+        self._pool = Pool(to_look_at) if of_samples else None
         self._collated = self._fetcher.collated
         self._looked_at: list[Any] = []
         self._compared = False  # whether some batches were looked at for what their lists hold
@@ -140,12 +142,6 @@ class BatchSource(StreamSource):
             places = spread(len(indices))
             found = (loader.collate_fn(self._fetcher.samples([indices[place]])[0]) for place in places)
         return (batch for batch in found if batch is not None)  # a collate function may have had nothing left
-
-
-def _samples_of(batches: BatchSampler) -> int | None:
-    """Samples in an epoch of torch's own batch sampler."""
-    samples = length_of(batches.sampler)
-    return samples if samples is None or not batches.drop_last else samples - samples % batches.batch_size
 
 
 def iterates_by_itself(loader: DataLoader[Any]) -> bool:

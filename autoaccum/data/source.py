@@ -69,7 +69,8 @@ def open_source(
     """
     if isinstance(data, Source):
         return data
-    _refuse_class("the data", data)
+    if isinstance(data, (type, str, bytes)):
+        raise _unknown(data)
     if isinstance(worst_case, torch.nn.Module):
         raise DataError(f"worst_case={shown(worst_case)} is a module: give a batch, or f(n) -> a batch of n samples")
     if callable(worst_case):
@@ -83,10 +84,10 @@ def open_source(
     data = _from_arrays(data)
     if _is_tensors(data):
         return TensorSource(data, shuffle=shuffle, **common)
-    if isinstance(data, (str, bytes)):
-        raise _unknown(data)
     data = _with_tensors(data)
-    if _gives_batches(data):
+    indexed = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
+    batches = hasattr(data, "batch_size") or hasattr(data, "batch_sampler")
+    if not indexed and batches and hasattr(data, "__iter__"):  # a loader of one's own
         return BatchSource(DataLoader(_Items(data), batch_size=None), **common)
     if not isinstance(data, IterableDataset) and hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return MapSource(data, _collate_samples if type(data) is list else default_collate, shuffle=shuffle, **common)
@@ -98,7 +99,8 @@ def open_source(
 
 def _of_loader(loader: DataLoader[Any], indexed: dict[str, Any], common: dict[str, Any]) -> Source:
     dataset: Any = loader.dataset
-    _refuse_class("the DataLoader's dataset", dataset)
+    if isinstance(dataset, type):
+        raise _unknown(dataset)
     if loader.batch_size is None or iterates_by_itself(loader):
         return BatchSource(loader, **common)
     if isinstance(dataset, IterableDataset):
@@ -111,23 +113,15 @@ def _of_loader(loader: DataLoader[Any], indexed: dict[str, Any], common: dict[st
 
 def _is_tensors(data: Any) -> bool:
     """Whether the data is a structure of tensors with one row a sample; a DataError where some of it is."""
-    if isinstance(data, Tensor):
-        if data.dim() == 0:
-            raise DataError(
-                f"the data is the tensor {shown(data)}, which has no dimensions: samples must lie along the first"
-            )
-        return True
-    if not isinstance(data, (tuple, Mapping)):
+    if not isinstance(data, (Tensor, tuple, Mapping)):
         return False
     kind = type(data).__name__
-    if not data:
-        raise DataError(f"the data is an empty {kind}: give one of equally long tensors")
     for path, leaf in leaves(data):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             what = f"a tensor without dimensions ({shown(leaf)})" if isinstance(leaf, Tensor) else type(leaf).__name__
             raise DataError(
-                f"the data is a {kind}, which must hold equally long tensors, and {path} is {what}: make it a tensor "
-                "with one row a sample, give a list of samples, or choose one dataset of several"
+                f"the data is a {kind}, which must hold equally long tensors, and {path or 'it'} is {what}: make it a "
+                "tensor with one row a sample, give a list of samples, or choose one dataset of several"
             )
     tree.batch_size(data)
     return True
@@ -166,26 +160,15 @@ def _with_tensors(data: Any) -> Any:
     return give("torch") if callable(give) and formatted is None else data
 
 
-def _refuse_class(what: str, data: Any) -> None:
-    if isinstance(data, type):
-        raise DataError(f"{what} is the class {data.__name__} itself: make an object of it, {data.__name__}(...)")
-
-
 def _unknown(data: Any) -> DataError:
     hint = "; call it, and pass what it returns" if callable(data) else ""
     return DataError(
-        f"data of type {type(data).__name__} cannot be read{hint}: give a DataLoader, a Dataset, a list of samples, an "
-        "iterable of samples, a tensor, or a tuple or dict of equally long tensors"
+        f"data of type {type(data).__name__} cannot be read ({shown(data)}){hint}: give a DataLoader, a Dataset, a "
+        "list of samples, an iterable of samples, a tensor, or a tuple or dict of equally long tensors"
     )
 
 
 # --- samples, ready batches, or something that could be either
-
-
-def _gives_batches(data: Any) -> bool:
-    """Whether an iterable plainly gives ready batches: a loader of one's own."""
-    indexed = hasattr(data, "__getitem__") or isinstance(data, IterableDataset)
-    return not indexed and hasattr(data, "__iter__") and (hasattr(data, "batch_size") or hasattr(data, "batch_sampler"))
 
 
 class _Items(IterableDataset[Any]):

@@ -4,9 +4,8 @@ Choices made here:
 
 - Every rank reads the whole stream and keeps its share of each window: no rank runs dry before another, nothing is
   padded, nothing is seen twice.
-- Reading in this process happens in a lane of the epoch's (see `draws.py`), so that a stream which shuffles with the
-  global generators does so alike on all ranks, and again after a restart. The windows before a restart are read and
-  passed over, since there is no other way.
+- Reading in this process happens in a lane of the epoch's (see `draws.py`): a stream which shuffles with the global
+  generators does so alike on all ranks, and after a restart, where the windows before are read and passed over.
 - A stream stays open between two readings of one epoch: a loop that is left and entered again goes on where it was.
 - What can be read only once is opened once, by the first trial or the first window. Trials draw into its buffer, and
   windows take from there first.
@@ -86,9 +85,9 @@ class StreamSource(Source):
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
         """This rank's micro-batches of a window of `total` samples."""
 
-    @abstractmethod
     def _counted(self, item: Any) -> tuple[Any, int]:
         """An item as it is kept, and how many samples it is."""
+        return item, 1
 
     def _open(self, epoch: int, start: int) -> Reader:
         """A reader at the beginning of `epoch`."""
@@ -170,9 +169,6 @@ class SampleSource(StreamSource):
     def first(self) -> Any:
         """The first two samples."""
         return list(islice(self._drawn_ahead(0) if self.one_shot else iter(self._samples), 2))
-
-    def _counted(self, item: Any) -> tuple[Any, int]:
-        return item, 1
 
     def _micro_batches(self, drawn: list[Any], cutter: Cutter, total: int) -> Read:
         share = cutter.cut(total)

@@ -42,7 +42,6 @@ __all__ = [
     "plain",
     "rebuild",
     "steps",
-    "take",
     "tensors",
 ]
 
@@ -91,16 +90,6 @@ def graphs_in(node: Any) -> int | None:
     count = getattr(node, "num_graphs", None)
     known = isinstance(count, int) and hasattr(node, "to_data_list") and hasattr(node, "from_data_list")
     return count if known else None
-
-
-def take(leaf: Any, rows: Sequence[int]) -> Any:
-    """The items at `rows` of what is cut and is no tensor: a list, a batch of graphs, another library's array."""
-    if is_list(leaf):
-        return rebuild(leaf, [leaf[row] for row in rows])
-    if graphs_in(leaf) is None:
-        return leaf[list(rows)]
-    graphs = leaf.to_data_list()
-    return join_graphs(type(leaf), [graphs[row] for row in rows])
 
 
 def join_graphs(kind: type, graphs: Sequence[Any]) -> Any:
@@ -262,14 +251,10 @@ class AsSamples:
                 yield path, leaf
 
     def _whole(self, node: Any) -> bool:
-        """Whether `node` is cut as one: a list of samples, or another library's rows."""
-        return self.listed(node) or self._is_array(node)
-
-    def _is_array(self, node: Any) -> bool:
-        """Whether `node` is of another library and has one row a sample: an array, or a batch of graphs."""
+        """Whether `node` is cut as one: a list of samples, or another library's array or batch of graphs."""
         shape = getattr(node, "shape", None)
         rows = shape[0] if isinstance(shape, tuple) and shape and hasattr(node, "__getitem__") else graphs_in(node)
-        return rows == self.size
+        return rows == self.size or self.listed(node)
 
     def _fits(self, node: Any) -> bool:
         if isinstance(node, Tensor):

@@ -26,7 +26,6 @@ from autoaccum.data.structure import (
     lists,
     rebuild,
     steps,
-    take,
     tensors,
 )
 from autoaccum.errors import DataError
@@ -69,8 +68,12 @@ def batch_size(batch: Any) -> int:
         DataError: leaves disagree (both are named), or nothing in the batch has a batch dimension.
     """
     size = flat_size(batch)
-    if size is None:
-        size = _told_size(batch)
+    if size is not None:
+        return size
+    if isinstance(batch, Piece):
+        return len(batch.samples)
+    known = (len(items) for items in lists(batch) if isinstance(items, Marked) and items.samples)
+    size = next(known, graphs_in(batch))
     if size is None:  # first what can be nothing but samples: three channels of an image are not three of them
         size = _listed_size(batch, labelled)
     if size is not None:
@@ -87,14 +90,6 @@ def batch_size(batch: Any) -> int:
         f"a batch of type {type(batch).__name__} has no batch dimension: it needs a tensor with samples along "
         "dimension 0, or lists with one item a sample that are equally long"
     )
-
-
-def _told_size(batch: Any) -> int | None:
-    """Samples of a batch that says itself how many it holds: a piece, a batch of graphs, or by a list that is known."""
-    if isinstance(batch, Piece):
-        return len(batch.samples)
-    known = next((items for items in lists(batch) if isinstance(items, Marked) and items.samples), None)
-    return graphs_in(batch) if known is None else len(known)
 
 
 def _listed_size(batch: Any, are_samples: Callable[[Any], bool]) -> int | None:
@@ -166,6 +161,7 @@ def join(batches: Sequence[Any]) -> Any:
 
 def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
     """The batch on `device`. Tensors that are there already are not copied; other objects move by their own `.to`."""
+
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=non_blocking)
     inside = children(batch)
@@ -180,7 +176,15 @@ def nbytes(batch: Any) -> int:
 
 
 def _rows(leaf: Any, rows: Sequence[int]) -> Any:
-    return take_rows(leaf, rows) if isinstance(leaf, Tensor) else take(leaf, rows)
+    """The items at `rows` of what is cut: a tensor, a list, a batch of graphs, another library's array."""
+    if isinstance(leaf, Tensor):
+        return take_rows(leaf, rows)
+    if is_list(leaf):
+        return rebuild(leaf, [leaf[row] for row in rows])
+    if graphs_in(leaf) is None:
+        return leaf[list(rows)]
+    graphs = leaf.to_data_list()
+    return join_graphs(type(leaf), [graphs[row] for row in rows])
 
 
 def take_rows(tensor: Tensor, rows: Sequence[int] | Tensor) -> Tensor:
@@ -226,7 +230,10 @@ def flat_size(batch: Any) -> int | None:
 def _join(readings: list[AsSamples], nodes: list[Any], path: str) -> Any:
     first = nodes[0]
     if isinstance(first, Tensor):
-        return _concatenate(nodes, path) if first.dim() else first
+        if not first.dim():
+            return first
+        _same(nodes, lambda each: (each.dtype, each.layout, each.shape[1:]), path, "pad them to the same shape")
+        return torch.cat(nodes)
     full = all(is_list(node) and len(node) == reading.size for reading, node in zip(readings, nodes))
     if full and any(reading.listed(node) for reading, node in zip(readings, nodes)):
         return rebuild(first, [item for node in nodes for item in node])
@@ -234,30 +241,20 @@ def _join(readings: list[AsSamples], nodes: list[Any], path: str) -> Any:
         return join_graphs(type(first), [graph for node in nodes for graph in node.to_data_list()])
     if children(first) is None:
         return first
-    for node in nodes[1:]:
-        if kind_of(node) is not kind_of(first) or steps(node) != steps(first):
-            raise DataError(
-                f"batches of different structure cannot be joined: {path or 'the batch'} is {_describe(first)} in one "
-                f"and {_describe(node)} in another; give batches that hold the same parts"
-            )
+    _same(nodes, lambda node: (kind_of(node), steps(node)), path, "give batches that hold the same parts")
     columns = zip(*(children(node) or () for node in nodes))
     return rebuild(first, [_join(readings, list(column), path + step) for step, column in zip(steps(first), columns)])
 
 
-def _concatenate(parts: list[Any], path: str) -> Tensor:
-    first = parts[0]
-    for part in parts[1:]:
-        if not isinstance(part, Tensor) or _row(part) != _row(first):
+def _same(nodes: list[Any], form: Callable[[Any], object], path: str, remedy: str) -> None:
+    """Refuses nodes at one place of several batches that are not of one form."""
+    first = nodes[0]
+    for node in nodes[1:]:
+        if isinstance(node, Tensor) is not isinstance(first, Tensor) or form(node) != form(first):
             raise DataError(
-                f"batches cannot be joined: {path or 'the batch'} is {_describe(first)} in one and {_describe(part)} "
-                "in another; pad them to the same shape"
+                f"batches cannot be joined: {path or 'the batch'} is {_describe(first)} in one and {_describe(node)} "
+                f"in another; {remedy}"
             )
-    return torch.cat(parts)
-
-
-def _row(tensor: Tensor) -> tuple[object, ...]:
-    """What tensors must have in common to be joined."""
-    return tensor.dtype, tensor.layout, tensor.shape[1:]
 
 
 def _describe(node: Any) -> str:

@@ -51,13 +51,11 @@ class Pool:
         if not samples:
             raise DataError("the data is empty: it gave no samples, and training needs at least one")
         ordered, varies = largest_first(samples, list(map(_weight, samples)), "samples")
-        self._let_go()
         return [tree.copied(ordered[number % len(ordered)]) for number in range(size)], varies
 
     def look(self) -> list[Any]:
         """The samples looked at, where they differ in size; else none."""
         samples, differ = self._looked_at(1)
-        self._let_go()
         return samples if differ else []
 
     def close(self) -> None:
@@ -66,21 +64,18 @@ class Pool:
 
     def _looked_at(self, size: int) -> tuple[list[Any], bool]:
         """Samples, more of them where they differ in size; and whether they do."""
-        samples = self._first(max(size, _FIRST_LOOK))
-        differ = len(set(map(_weight, samples))) > 1
-        return (self._first(max(size, LOOKED_AT)) if differ else samples), differ
-
-    def _first(self, count: int) -> list[Any]:
-        if len(self._kept) < count:
-            if self._reader is None:
-                self._reader = self._samples_from(len(self._kept))
-            self._kept += islice(self._reader, count - len(self._kept))
-        return self._kept[:count]
-
-    def _let_go(self) -> None:
-        """Keeps nothing above the bound; what is let go is read again when it is asked for."""
+        samples, differ = self._kept, True
+        for count in (max(size, _FIRST_LOOK), max(size, LOOKED_AT)):
+            if differ and len(self._kept) < count:
+                if self._reader is None:
+                    self._reader = self._samples_from(len(self._kept))
+                self._kept += islice(self._reader, count - len(self._kept))
+            if differ:
+                samples = self._kept[:count]
+                differ = len(set(map(_weight, samples))) > 1
         if sum(map(_weight, self._kept)) > KEPT_BYTES:
-            self.close()
+            self.close()  # what is let go is read again when it is asked for
+        return samples, differ
 
 
 def largest_first(items: Sequence[Any], sizes: Sequence[int], what: str) -> tuple[Sequence[Any], str | None]:

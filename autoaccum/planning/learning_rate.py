@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from autoaccum.checks import one_of
 from autoaccum.errors import PlanError, shown
 
 __all__ = [
@@ -122,8 +123,7 @@ def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
 
     A PlanError where `rule` is none of RULES, or "adam-sde" for an optimizer of SGD's family.
     """
-    if not isinstance(rule, str) or rule not in RULES:
-        raise PlanError(f"lr_rule={shown(rule)} is not a rule: choose one of {', '.join(map(repr, RULES))}")
+    one_of("lr_rule", rule, RULES, PlanError)
     kind, known_by = family(optimizer)
     name = optimizer_name(optimizer)
     if rule == "adam-sde" and kind == "sgd":
@@ -194,7 +194,12 @@ def decide(
         overrides = sde_settings(target_batch / lr_batch, betas, eps)
         others = _override_lines(target_batch / lr_batch, betas, eps)
     elif rule == "linear" and factor > _WARMUP_ABOVE:
-        others = {"warmup_steps": _warmup_advice(factor, target_batch, samples)}
+        # 5 epochs from the unscaled LR (Goyal 2017, §2.2).
+        steps = "" if samples is None else f", here {5 * math.ceil(samples / target_batch)} steps"
+        others["warmup_steps"] = (
+            f"a warm-up is advised, since κ = {number(factor)} is above {_WARMUP_ABOVE}: Goyal 2017 climbs from the "
+            f"unscaled LR over the first 5 epochs{steps}"
+        )
     reasons = {"lr": _lr_line(lr, len(own), rule, factor, source), "lr_rule": why, **others}
     # An optimizer's own rate may be 0, until a loop that warms up by hand raises it.
     return Decision(_rate(lr * factor) if lr else lr, factor, rule, overrides, reasons)
@@ -235,15 +240,6 @@ def one_micro_batch(samples: int, target_batch: int, optimizer: Any) -> str:
     return f"{', '.join(settings)} ({source})"
 
 
-def _warmup_advice(kappa: float, target_batch: int, samples: int | None) -> str:
-    """One line on the warm-up that a linear scale above 8 wants: 5 epochs from the unscaled LR (Goyal 2017, §2.2)."""
-    length = "the first 5 epochs"
-    if samples is not None:
-        length += f", here {5 * math.ceil(samples / target_batch)} steps"
-    why = f"κ = {number(kappa)} is above {_WARMUP_ABOVE}"
-    return f"a warm-up is advised, since {why}: Goyal 2017 climbs from the unscaled LR over {length}"
-
-
 def number(value: float) -> str:
     """A figure for a sentence, six digits at most: 0.001, 4, 2.66667."""
     return f"{value:.6g}"
@@ -262,10 +258,9 @@ def _override_lines(kappa: float, betas: Sequence[float], eps: float) -> dict[st
     terms = []
     for beta in betas:
         formula = f"1 − κ(1 − {number(beta)})"
-        out = 1 - kappa * (1 - beta) <= 0
-        terms.append(
-            f"{number(_scaled_beta(beta, kappa))} = " + (f"{number(beta)}^κ, as {formula} ≤ 0" if out else formula)
-        )
+        if 1 - kappa * (1 - beta) <= 0:
+            formula = f"{number(beta)}^κ, as {formula} ≤ 0"
+        terms.append(f"{number(_scaled_beta(beta, kappa))} = {formula}")
     divided = f"{number(eps / math.sqrt(kappa))} = {number(eps)} / √κ"
     kappa_text = f"(adam-sde, Malladi 2022: κ = {number(kappa)})"
     return {"betas": f"{'; '.join(terms)} {kappa_text}", "eps": f"{divided} {kappa_text}"}
@@ -279,20 +274,13 @@ def _groups(optimizer: object) -> Sequence[Mapping[str, Any]]:
     return groups
 
 
-def _own(optimizer: object, key: str) -> Any:
-    """A setting as the optimizer has it: in its first parameter group, or among a partial's keywords."""
-    if isinstance(optimizer, functools.partial):
-        return optimizer.keywords.get(key)
-    return next((group[key] for group in _groups(optimizer) if key in group), None)
-
-
 def _adam_settings(
     optimizer: object, betas: Sequence[float] | None, eps: float | None
 ) -> tuple[tuple[float, ...], float]:
-    # PyTorch's, for all of the family.
-    defaults = ((0.9, 0.999), 1e-8) if family(optimizer)[0] == "adam" else (None, None)
-    betas = next((b for b in (betas, _own(optimizer, "betas"), defaults[0]) if b is not None), None)
-    eps = next((e for e in (eps, _own(optimizer, "eps"), defaults[1]) if e is not None), None)
+    """As given, as the optimizer has them (in its first group, or among a partial's keywords), or PyTorch's own."""
+    known: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8} if family(optimizer)[0] == "adam" else {}
+    known |= optimizer.keywords if isinstance(optimizer, functools.partial) else next(iter(_groups(optimizer)), {})
+    betas, eps = known.get("betas") if betas is None else betas, known.get("eps") if eps is None else eps
     if betas is None or eps is None:
         raise PlanError(
             f'lr_rule="adam-sde" changes betas and eps, and those of {optimizer_name(optimizer)} are not known: '

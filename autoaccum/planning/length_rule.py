@@ -48,28 +48,18 @@ def room_of(fits: Callable[[int, int], bool], most: int, longest: int) -> Room:
 
     `longest` is a length that was seen; longer ones are looked for step by step, each twice the one before.
     """
-    found: dict[int, int] = {}
-    reached = 0
-    for samples in _counts(most):
-        length = _longest_fitting(partial(fits, samples), max(reached, longest))
+    found: list[tuple[int, int]] = []
+    reached, samples = 0, most
+    while samples:
+        low, high = 0, max(reached, longest)
+        while high < _LONGEST and fits(samples, high):
+            low, high = high, 2 * high
+        length = largest(partial(fits, samples), high - 1, low)
         if length > reached:
-            found[length], reached = samples, length
-    return tuple(found.items())
-
-
-def _counts(most: int) -> list[int]:
-    """Numbers of samples from `most` down to 1: every one up to 64, a 64th apart beyond."""
-    counts = [most]
-    while counts[-1] > 1:
-        counts.append(counts[-1] - max(1, counts[-1] // _COUNTED_SINGLY))
-    return counts
-
-
-def _longest_fitting(fits: Callable[[int], bool], start: int) -> int:
-    low, high = 0, start
-    while high < _LONGEST and fits(high):
-        low, high = high, 2 * high
-    return largest(fits, high - 1, low)
+            found.append((length, samples))
+            reached = length
+        samples -= max(1, samples // _COUNTED_SINGLY)
+    return tuple(found)
 
 
 def scaled(room: Room, numerator: int, denominator: int, minimum: int) -> Room:

@@ -18,16 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoaccum.checks import plain
+from autoaccum.checks import one_of, plain
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import PlanError, shown
-from autoaccum.planning import learning_rate, split, stored
+from autoaccum.planning import learning_rate, split
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
 from autoaccum.planning.length_rule import Room, check_room, scaled
-from autoaccum.planning.plan_fields import PlanFields
+from autoaccum.planning.plan_fields import SCHEMA, PlanFields, read_file, read_values, write_file
 from autoaccum.planning.reasons import batch_norm_lines, size_lines, tail_line
-from autoaccum.planning.stored import SCHEMA
 
 __all__ = ["SCHEMA", "Plan", "plan"]
 
@@ -79,7 +78,7 @@ class Plan(PlanFields, Drawn):
         Raises:
             PlanError: another schema, a key that is missing or of another kind, or sizes that do not fit together.
         """
-        found = cls(**stored.read_values(data))
+        found = cls(**read_values(data))
         _check(found)
         return found
 
@@ -103,7 +102,7 @@ class Plan(PlanFields, Drawn):
         Raises:
             PlanError: it cannot be written there.
         """
-        stored.write_file(Path(path), self.to_dict())
+        write_file(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -116,7 +115,7 @@ class Plan(PlanFields, Drawn):
             raise PlanError(
                 f"plan={shown(path)} is of type {type(path).__name__}: give a Plan, or the path of its file"
             )
-        data = stored.read_file(Path(path))
+        data = read_file(Path(path))
         try:
             return cls.from_dict(data)
         except PlanError as error:
@@ -175,7 +174,8 @@ def plan(
     world_size = split.whole("world_size", world_size, 1, split.MOST)
     target_batch = split.whole("target_batch", target_batch, 1)
     limits, minimum = _limits(limit, world_size), split.whole("minimum", minimum, 1)
-    tail = _one_of("tail", tail, split.TAILS)
+    one_of("tail", tail, split.TAILS, PlanError)
+    one_of("batch_norm", batch_norm, MODES, PlanError)
     lr_batch = None if lr_batch is None else split.whole("lr_batch", lr_batch, 1)
     samples = None if samples is None else split.whole("samples", samples, 1)
     layers = None if batch_norm_layers is None else split.whole("batch_norm_layers", batch_norm_layers, 0)
@@ -202,7 +202,7 @@ def plan(
             optimizer_overrides=rates.overrides,
             bn_momentum=None,
             layer_momentum=bn_momentum if layers != 0 else None,
-            batch_norm=_one_of("batch_norm", batch_norm, MODES),
+            batch_norm=batch_norm,
             batch_norm_layers=layers,
             limits=limits,
             minimum=minimum,
@@ -253,12 +253,6 @@ def _rank(rank: int, world_size: int) -> int:
     return rank
 
 
-def _one_of(name: str, value: str, values: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in values:
-        raise PlanError(f"{name}={shown(value)} is not known: choose one of {', '.join(map(repr, values))}")
-    return value
-
-
 def _check(found: Plan) -> None:
     """That the values of a plan that was read, perhaps edited by hand, belong together."""
     split.whole("target_batch", found.target_batch, 1)
@@ -267,10 +261,10 @@ def _check(found: Plan) -> None:
     for name in ("minimum", "multiple_of", "samples", "lr_batch"):
         if getattr(found, name) is not None:
             split.whole(name, getattr(found, name), 1)
-    _one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:])
-    _one_of("batch_norm", found.batch_norm, MODES)
-    _one_of("tail", found.tail, split.TAILS)
-    _one_of("gradient_sync", found.gradient_sync, ("micro-batch", "window"))
+    one_of("lr_rule", found.lr_rule, learning_rate.RULES[1:], PlanError)
+    one_of("batch_norm", found.batch_norm, MODES, PlanError)
+    one_of("tail", found.tail, split.TAILS, PlanError)
+    one_of("gradient_sync", found.gradient_sync, ("micro-batch", "window"), PlanError)
     check_room(found.by_length)
     if (found.lr or 0.0) < 0:  # 0 is the rate of an optimizer whose loop warms up by hand
         raise PlanError(f"this plan's lr is {found.lr}: make it anew")

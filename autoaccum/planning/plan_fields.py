@@ -1,14 +1,21 @@
-"""What a plan holds, and the windows that follow from it: the base of Plan, which the lines on it are written from."""
+"""What a plan holds, the windows that follow from it, and its file: the base of Plan, of which the lines on it tell."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from autoaccum.checks import typed
+from autoaccum.errors import PlanError, shown
+from autoaccum.files import read_json, write_json
 from autoaccum.planning import learning_rate, split
 from autoaccum.planning.length_rule import LengthRule, Room
 from autoaccum.planning.split import Windows
 
-__all__ = ["PlanFields"]
+__all__ = ["SCHEMA", "PlanFields", "read_file", "read_values", "write_file"]
+
+SCHEMA = 1
+_LONGEST_PATH = 1000  # characters that a message repeats
 
 
 @dataclass(frozen=True)
@@ -95,3 +102,53 @@ class PlanFields:
     def group_settings(self, group: Mapping[str, Any]) -> dict[str, float | tuple[float, ...]]:
         """New values for one of the optimizer's parameter groups, from those it holds: its own LR scaled, and so on."""
         return learning_rate.group_settings(group, self.lr_rule, self.usual_window, self.lr_batch)
+
+
+# --- as plain JSON values, and in a file ------------------------------------------------------------------------------
+
+
+def read_values(data: Any) -> dict[str, Any]:
+    """A plan's fields out of what was JSON; where an object holds the plan under "plan", out of that."""
+    if isinstance(data, Mapping) and isinstance(data.get("plan"), Mapping):
+        data = data["plan"]
+    if not isinstance(data, Mapping):
+        raise PlanError(f"a plan is a JSON object, and this is a {type(data).__name__}: give what Plan.to_dict wrote")
+    if data.get("schema") != SCHEMA or isinstance(data["schema"], bool):
+        raise PlanError(
+            f"this plan has schema {data.get('schema')!r:.40}, and this version of autoaccum reads schema {SCHEMA}: "
+            "make the plan anew, or use the version that wrote it"
+        )
+    # A plan that was written before a field came has that field's default.
+    data = {each.name: each.default for each in fields(PlanFields) if each.default is not MISSING} | {**data}
+    missing = [each.name for each in fields(PlanFields) if each.name not in data]
+    if missing:
+        raise PlanError(f"this plan lacks {', '.join(missing)}: make it anew with autoaccum.plan")
+    values = {}
+    for each in fields(PlanFields):
+        try:
+            values[each.name] = typed(data[each.name], each.type)
+        except (TypeError, OverflowError) as error:
+            raise PlanError(f"this plan's {each.name} is {data[each.name]!r:.80}, not {error}: make it anew") from None
+    return values
+
+
+def read_file(path: Path) -> Any:
+    """The JSON value in a file; a PlanError where it cannot be read, or is not JSON."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError) as error:  # not UTF-8, not JSON, out of bounds, or of another checksum
+        text = str(path)  # whole, as people look for it, but where it is too long to be one
+        name = text if len(text) < _LONGEST_PATH and text.isprintable() else shown(text)
+        why = f"cannot be read: {error.strerror or error}" if isinstance(error, OSError) else f"is damaged: {error}"
+        raise PlanError(f"the plan {name} {why}; give a file saved by Plan.save, or make the plan anew") from error
+
+
+def write_file(path: Path, values: Mapping[str, Any]) -> None:
+    """The values as JSON in the file, whole or not at all, which is a PlanError."""
+    try:
+        write_json(path, values, checksum=True)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise PlanError(
+            f"the plan cannot be saved at {shown(str(path))}: {why}; choose a folder that exists and is writable"
+        ) from error

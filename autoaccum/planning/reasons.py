@@ -95,14 +95,13 @@ def _share_line(plan: PlanFields, share: int) -> str:
 
 
 def _multiple_line(unit: int, sizes: tuple[int, ...], *, by_length: bool) -> str:
+    odd = [size for size in sizes if size % unit]
     if by_length:
         return f"{unit}: set aside, since sizes follow from the lengths in each window"
-    odd = [size for size in sizes if size % unit]
-    if not odd:
-        return f"{unit}: every micro-batch is a multiple of it"
-    if len(odd) == 1:
-        return f"{unit}: every micro-batch is a multiple of it, but one of {odd[0]} that takes the remainder"
-    return f"{unit}: set aside, since multiples of it would take more than these {len(sizes)} micro-batches"
+    if len(odd) > 1:
+        return f"{unit}: set aside, since multiples of it would take more than these {len(sizes)} micro-batches"
+    rest = f", but one of {odd[0]} that takes the remainder" if odd else ""
+    return f"{unit}: every micro-batch is a multiple of it{rest}"
 
 
 def tail_line(plan: PlanFields) -> str:
@@ -115,7 +114,11 @@ def tail_line(plan: PlanFields) -> str:
     length, target = plan.samples, plan.target_batch
     runs = dict(plan.windows.runs(length))
     if not runs:
-        raise _too_short(plan, length)
+        raise PlanError(
+            f"samples={length} is an epoch without a window, of {target} samples with tail='drop', else of "
+            f'{plan.minimum} or more (minimum={plan.minimum}): use tail="step", a target batch of at most {length}, or '
+            "more data"
+        )
     full, odd = runs.get(target, 0), [size for size in runs if size != target]
     windows = [f"{full} window{'s' if full > 1 else ''} of {target}"] if full else []
     windows += [f"one of {size}" for size in odd]
@@ -134,18 +137,6 @@ def tail_line(plan: PlanFields) -> str:
 
 def _last(samples: int) -> str:
     return "the last sample" if samples == 1 else f"a tail of {samples} samples"
-
-
-def _too_short(plan: PlanFields, length: int) -> PlanError:
-    if plan.tail == "drop":
-        return PlanError(
-            f"tail='drop' drops the only window of an epoch: it has {length} samples, fewer than the target batch of "
-            f'{plan.target_batch}; use tail="step", or a target batch of at most {length}'
-        )
-    return PlanError(
-        f"samples={length} is an epoch too short for one micro-batch, which needs {plan.minimum} or more "
-        f"(minimum={plan.minimum}): give more data"
-    )
 
 
 def batch_norm_lines(plan: PlanFields, sizes: tuple[int, ...]) -> dict[str, str]:

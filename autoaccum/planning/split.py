@@ -30,7 +30,6 @@ __all__ = [
     "check_target",
     "counts",
     "even_split",
-    "largest_size",
     "nearest_targets",
     "shares",
     "usable_size",
@@ -91,8 +90,7 @@ def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int =
     limit, multiple_of = whole("limit", limit, 1), whole("multiple_of", multiple_of, 1)
     if samples == 0:
         return ()
-    _require_room(samples, limit, minimum)
-    _require_split(samples, limit, minimum)
+    check_target(samples, [limit], minimum=minimum)
     if -(-samples // limit) > MOST:
         raise PlanError(
             f"a batch of {samples} in micro-batches of at most {limit} is {-(-samples // limit)} of them, and a plan "
@@ -101,16 +99,14 @@ def even_split(samples: int, limit: int, *, minimum: int = 1, multiple_of: int =
     return tuple(size for size, count in _runs(samples, limit, minimum, multiple_of) for _ in range(count))
 
 
-def largest_size(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> int:
-    """The first of `even_split`'s sizes, however many there are; 0 for no samples."""
-    return _runs(samples, limit, minimum, multiple_of)[0][0] if samples else 0
-
-
 def usable_size(samples: int, limit: int, *, minimum: int = 1, multiple_of: int = 1) -> int:
-    """`largest_size`; where `samples` cannot be cut so, the most that fit: the plan will say which targets can be."""
-    if limit < minimum or not can_split(samples, limit, minimum):
+    """The first of `even_split`'s sizes, however many there are; 0 for no samples.
+
+    Where `samples` cannot be cut so, the most that fit: the plan will say which targets can be.
+    """
+    if not samples or limit < minimum or not can_split(samples, limit, minimum):
         return min(limit, samples)
-    return largest_size(samples, limit, minimum=minimum, multiple_of=multiple_of)
+    return _runs(samples, limit, minimum, multiple_of)[0][0]
 
 
 def _runs(samples: int, limit: int, minimum: int, multiple_of: int) -> list[tuple[int, int]]:
@@ -129,34 +125,29 @@ def _spread(samples: int, steps: int, unit: int) -> list[tuple[int, int]]:
     return [(size, count) for size, count in runs if count]
 
 
-def _require_room(samples: int, limit: int, minimum: int, where: str = "") -> None:
-    """That a micro-batch of `minimum` may be run; and, as it says more, that there are so many samples at all."""
+def check_target(samples: int, limits: Sequence[int], *, minimum: int = 1) -> None:
+    """Refuses a window of `samples` that cannot be cut where so many fit at once on each rank, with the nearest."""
     if 0 < samples < minimum:
         raise PlanError(
             f"a batch of {samples} is too small for one micro-batch, which needs {minimum} samples or more "
             f"(minimum={minimum}; BatchNorm needs two values a channel): the nearest target batch that can be cut is "
             f"{minimum}"
         )
-    if limit < minimum:
+    least, limit = min(limits), max(limits)
+    if least < minimum:
+        where = f" on rank {limits.index(least)}" if len(limits) > 1 else ""
         raise PlanError(
-            f"limit={limit}{where} is less than minimum={minimum}, the fewest samples that a micro-batch may have "
+            f"limit={least}{where} is less than minimum={minimum}, the fewest samples that a micro-batch may have "
             f"(BatchNorm needs two values a channel): let {minimum} or more run at once (micro_batch=, max_batch=), "
             "or give the model a layer without that minimum (GroupNorm for BatchNorm)"
         )
-
-
-def _require_split(samples: int, limit: int, minimum: int) -> None:
-    if can_split(samples, limit, minimum):
-        return
-    steps = -(-samples // limit)
-    nearest = nearest_targets(samples, limit, minimum)
-    hold = "holds" if steps == 2 else "hold"
-    why = f"{steps - 1} {hold} at most {(steps - 1) * limit} and {steps} hold {steps * minimum} or more"
-    plural = "target batch that can be cut is" if len(nearest) == 1 else "target batches that can be cut are"
-    raise PlanError(
-        f"a batch of {samples} cannot be cut into micro-batches of {minimum} to {limit} samples, since {why}: "
-        f"the nearest {plural} {' and '.join(map(str, nearest))}"
-    )
+    if not can_split(samples, limit, minimum):
+        steps, nearest = -(-samples // limit), nearest_targets(samples, limit, minimum)
+        raise PlanError(
+            f"a batch of {samples} cannot be cut into micro-batches of {minimum} to {limit} samples, since "
+            f"{steps - 1} × {limit} samples are fewer and {steps} × {minimum} are more: the nearest target batch that "
+            f"can be cut is {' or '.join(map(str, nearest))}"
+        )
 
 
 # --- one window over ranks -------------------------------------------------------------------------------------------
@@ -177,13 +168,6 @@ def shares(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[in
     if all(can_split(share, limit, minimum) for share, limit in zip(proposal, limits)):
         return proposal
     return _dealt(samples, limits, minimum)
-
-
-def check_target(target: int, limits: Sequence[int], *, minimum: int = 1) -> None:
-    """Refuses a window of `target` samples that cannot be cut, whatever an epoch gives, with the nearest that can."""
-    for rank, limit in enumerate(limits):
-        _require_room(target, limit, minimum, f" on rank {rank}" if len(limits) > 1 else "")
-    _require_split(target, max(limits), minimum)
 
 
 def counts(samples: int, limits: Sequence[int], *, minimum: int = 1) -> tuple[int, ...]:
@@ -264,8 +248,10 @@ class Windows(NamedTuple):
         if not ended:
             return target if ahead >= target + self.look_ahead else None
         rest = ahead - target
+        if rest < 0 and self.tail == "step":
+            return ahead if self._can(ahead) else (-(-ahead // self.limit) - 1) * self.limit
         if rest < 0:
-            return 0 if self.tail == "drop" else self._largest(ahead)
+            return 0
         # A tail that cannot be cut alone belongs to the window before it, where they can together.
         joins = 0 < rest < target and not self._can(rest) and self._can(ahead)
         return ahead if self.tail == "step" and joins else target
@@ -303,6 +289,3 @@ class Windows(NamedTuple):
 
     def _can(self, samples: int) -> bool:
         return can_split(samples, self.limit, self.minimum)
-
-    def _largest(self, samples: int) -> int:
-        return samples if self._can(samples) else (-(-samples // self.limit) - 1) * self.limit

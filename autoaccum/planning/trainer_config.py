@@ -8,7 +8,8 @@ evenly there is none: the nearest target that they can is written, and said.
 import textwrap
 from typing import NamedTuple
 
-from autoaccum.errors import PlanError, shown
+from autoaccum.checks import one_of
+from autoaccum.errors import PlanError
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan_fields import PlanFields
 from autoaccum.planning.reasons import format_sizes
@@ -79,8 +80,7 @@ TRAINERS = {
 
 def as_config(plan: PlanFields, name: str) -> str:
     """The plan in the words of the trainer called `name`: comments on what it means there, then the lines to put."""
-    if not isinstance(name, str) or name not in TRAINERS:
-        raise PlanError(f"{shown(name)} is no trainer known here: choose one of {', '.join(map(repr, TRAINERS))}")
+    one_of("the trainer", name, tuple(TRAINERS), PlanError)
     template, kind, differs = TRAINERS[name]
     equal, rate = _equal(plan), "" if plan.lr is None else number(plan.lr)
     lost = {

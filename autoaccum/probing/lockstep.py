@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autoaccum.errors import NothingFitsError, PlanError, ProbeError
-from autoaccum.planning.split import largest_size, shares
+from autoaccum.planning.split import shares, usable_size
 from autoaccum.probing.answered import report_of
 from autoaccum.probing.find_size import ERRATIC, MOST_RUNS, Answer, Search
 from autoaccum.probing.report import ProbeReport
@@ -70,7 +70,7 @@ def _shared(window: int, limits: Sequence[int], floor: int) -> tuple[Sequence[in
         parts = shares(window, limits, minimum=floor)
     except PlanError:  # the plan will say which windows can be shared
         return [min(limit, window) for limit in limits], 1
-    sizes = [largest_size(part, limit, minimum=floor) for part, limit in zip(parts, limits)]
+    sizes = [usable_size(part, limit, minimum=floor) for part, limit in zip(parts, limits)]
     return sizes, max(-(-part // limit) for part, limit in zip(parts, limits))
 
 

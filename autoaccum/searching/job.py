@@ -5,18 +5,21 @@ as such, or what the setup's own epochs come to. A budget in seconds compares at
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
+from autoaccum.checks import misfit
 from autoaccum.data.source import Source, open_source
 from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
+from autoaccum.planning.split import whole
 from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.space import Space, read_space
@@ -25,8 +28,6 @@ __all__ = [
     "ERRORS_BELIEVED",
     "TRAIN_LOSS",
     "Job",
-    "check_metric",
-    "check_target",
     "check_targets",
     "default_space",
     "read_budget",
@@ -49,7 +50,6 @@ class Job:
         recipe, space: what is called, and what is drawn.
         metric, direction: the evaluation's name that is searched on, or "train_loss"; "minimize" or "maximize".
         amount, unit: what a whole trial takes, in "samples" or "ms".
-        given: whether the budget was given, instead of following from the setup.
         ceiling: the largest target batch, up to which the probe looks.
         lr_batch: the batch that learning rates are for, where the setup does not say.
         n_trials, storage, study_name, sampler, pruner: as `search` got them; the storage where it was left out too.
@@ -65,7 +65,6 @@ class Job:
     direction: str
     amount: int
     unit: str
-    given: bool
     ceiling: int
     lr_batch: int | None
     n_trials: int
@@ -82,22 +81,14 @@ class Job:
 
     def comparable(self) -> dict[str, Any]:
         """What two searches must agree in for their values to be comparable."""
-        names = ("direction", "metric", "amount", "unit")
-        return {
-            "space": self.space.describe(),
-            "seed": self.recipe.seed,
-            **{name: getattr(self, name) for name in names},
-        }
+        own = {name: getattr(self, name) for name in ("direction", "metric", "amount", "unit")}
+        return {"space": self.space.describe(), "seed": self.recipe.seed, **own}
 
 
 def check_targets(targets: Any) -> tuple[int, ...]:
-    """The target batches to choose from, each once; a SetupError where one is not a whole number above 0."""
-    found = tuple(targets) if isinstance(targets, Sequence) else (targets,)
-    if not found or not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in found):
-        raise SetupError(
-            f"target_batch={shown(targets)}: give whole numbers above 0 to choose from, such as (64, 128, 256)"
-        )
-    return tuple(dict.fromkeys(map(int, found)))
+    """The target batches to choose from, each once; a PlanError where one is not a whole number above 0."""
+    found = targets if isinstance(targets, Sequence) and targets else (targets,)
+    return tuple(dict.fromkeys(whole("target_batch", each, 1) for each in found))
 
 
 def read_budget(budget: Any) -> tuple[int, str]:
@@ -114,21 +105,16 @@ def read_budget(budget: Any) -> tuple[int, str]:
 
 def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Space:
     """The learning rate, over its logarithm around the one given, and the target batch."""
-    if isinstance(arguments.get("optimizer"), Optimizer):
-        raise SetupError(
-            "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
-            'factory under "optimizer", or give a space without "lr"'
-        )
     rate = float(arguments.get("lr") or DEFAULT_LR)
     return read_space({"lr": (rate / _AROUND, rate * _AROUND, "log"), "target_batch": list(targets)})
 
 
 def sample_arguments(recipe: Recipe, space: Space | None) -> dict[str, Any]:
     """fit's arguments from one call of the setup, with parameters of the space where it cannot do without."""
-    if space is None or (space.function is None and not recipe.needs()):
+    if space is None or (space.function is None and misfit(recipe.setup) is None):
         return recipe.build({})
     with hushed():
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed))
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=recipe.seed % 2**32))
     for _ in range(ERRORS_BELIEVED):  # a few settings may fail, as a few trials may
         params: dict[str, Any] = {}
         try:
@@ -149,14 +135,19 @@ def settle(
     recipe: Recipe, space: Space, arguments: Mapping[str, Any], targets: tuple[int, ...], metric: str, budget: Any
 ) -> dict[str, Any]:
     """A Job's metric, budget and sizes; a SetupError where nothing reports the metric, or says the budget."""
-    check_metric(arguments, metric)
+    _check_metric(arguments, metric)
     for name in {"epochs", "max_steps"} & space.parts.keys():
         raise SetupError(
             f"space has {name!r}, but trials are compared at the same number of samples: give budget= instead"
         )
     source = open_source(arguments["data"], shuffle=True, seed=recipe.seed)
-    own = arguments.get("target_batch")
-    ceiling = max(targets) if space.function is not None else space.largest("target_batch") or check_target(own)
+    own, searched = arguments.get("target_batch"), space.largest("target_batch")
+    if searched is None and own is None:
+        raise SetupError(
+            "every trial needs a target batch: search it (target_batch in space), give target_batch= beside the space, "
+            "or have the setup return one"
+        )
+    ceiling = max(targets) if space.function is not None else searched or check_targets(own)[0]
     amount, unit = (_amount(arguments, source), "samples") if budget is None else read_budget(budget)
     if unit == "ms" and arguments.get("schedule", "constant") != "constant":
         raise SetupError(
@@ -168,61 +159,39 @@ def settle(
         "metric": metric if arguments.get("val_data") is not None else TRAIN_LOSS,
         "amount": amount,
         "unit": unit,
-        "given": budget is not None or arguments.get("max_steps") is not None,
         "ceiling": ceiling,
         "lr_batch": None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
     }
 
 
-def check_target(target: Any) -> int:
-    """The target batch of a trial; a SetupError where there is none."""
-    if isinstance(target, bool) or not isinstance(target, int) or target < 1:
-        raise SetupError(
-            f"target_batch={shown(target)}, which every trial needs: search it (target_batch in space), give "
-            "target_batch= beside the space, or have the setup return one"
-        )
-    return target
-
-
-def check_metric(arguments: Mapping[str, Any], metric: str) -> None:
+def _check_metric(arguments: Mapping[str, Any], metric: str) -> None:
     """Refuses, with a SetupError, a metric that nothing reports."""
-    if arguments.get("val_data") is None:
-        if metric not in ("loss", TRAIN_LOSS):
-            raise SetupError(
-                f"metric={shown(metric)} is measured on held-out data, and the setup returns no val_data: add it (and "
-                f'{{"metrics": {{{metric!r}: f}}}}), or search on metric="train_loss"'
-            )
-        return
-    names = ["loss", TRAIN_LOSS, *(arguments.get("metrics") or {})]
-    if metric not in names and arguments.get("step") is None:  # a step may return terms of any name
+    held_out = arguments.get("val_data") is not None
+    names = ["loss", TRAIN_LOSS, *((arguments.get("metrics") or {}) if held_out else ())]
+    if metric not in names and not (held_out and arguments.get("step")):  # a step may return terms of any name
+        missing = "metrics" if held_out else "metrics, and val_data, on which they are measured"
         raise SetupError(
-            f"metric={shown(metric)} is not reported: there are {', '.join(names)}; add it to the setup's metrics"
+            f"metric={shown(metric)} is not reported: there are {', '.join(names)}; add it to the setup's {missing}"
         )
 
 
 def _amount(arguments: Mapping[str, Any], source: Source) -> int:
     """Samples of the setup's own training."""
     steps, own = arguments.get("max_steps"), arguments.get("target_batch")
-    if steps is not None:
-        if own is None:
-            raise SetupError(
-                f"max_steps={steps} is another number of samples for every target batch: give budget= in samples, or "
-                "the target_batch that those steps are meant for"
-            )
+    if steps is None and source.length is not None:
+        return source.length * int(arguments.get("epochs") or 1)
+    if steps is not None and own is not None:
         return int(steps) * int(own)
-    if source.length is None:
-        raise SetupError("the data is a stream without a length: give budget= in samples, such as budget=50_000")
-    return source.length * int(arguments.get("epochs") or 1)
+    raise SetupError(
+        "a stream without a length has no epochs to count, and max_steps is another number of samples for every target "
+        "batch: give budget= in samples, such as budget=50_000"
+    )
 
 
 def steps_for(made: Plan, amount: int, length: int | None) -> int:
     """Optimizer steps until `amount` samples were seen, short last windows of epochs counted as they are."""
-    runs = [] if length is None else made.windows.runs(length)
-    if not runs:  # where data gives no window the loop says what is wrong
+    sizes = [] if length is None else list(made.windows.sizes(length))
+    if not sizes:  # where data gives no window the loop says what is wrong
         return -(-amount // made.target_batch)
-    whole, rest = divmod(amount, sum(size * count for size, count in runs))
-    steps = whole * sum(count for _, count in runs)
-    for size, count in runs:
-        taken = min(count, -(-max(rest, 0) // size))
-        steps, rest = steps + taken, rest - taken * size
-    return steps
+    epochs, rest = divmod(amount, sum(sizes))
+    return epochs * len(sizes) + bisect_left(list(accumulate(sizes, initial=0)), rest)

@@ -6,18 +6,17 @@ are the same, and so that the best one can be had again.
 """
 
 import difflib
-import hashlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from autoaccum.checks import misfit
 from autoaccum.errors import SetupError, shown
 from autoaccum.random_state import seed_everything
 from autoaccum.settings import FIT_ARGUMENTS, check_arguments
 
-__all__ = ["Recipe", "folder_name"]
+__all__ = ["Recipe"]
 
 # What belongs to one long training: trials would write over one another, and go on from another's weights.
 DROPPED = ("checkpoint", "checkpoint_every", "resume", "progress")
@@ -65,10 +64,6 @@ class Recipe:
             return {}
         return {"**" if p.kind is p.VAR_KEYWORD else p.name: p for p in found if p.kind is not p.VAR_POSITIONAL}
 
-    def needs(self) -> list[str]:
-        """Its parameters without a default; a SetupError where it cannot be called."""
-        return [name for name, p in self._parameters().items() if p.default is p.empty and name != "**"]
-
     def defaults(self) -> dict[str, Any]:
         """Its parameters that have a default, with that."""
         return {name: p.default for name, p in self._parameters().items() if p.default is not p.empty}
@@ -86,12 +81,9 @@ class Recipe:
                     f"space has the parameter {name!r}, which neither the setup nor fit takes: {meant} Give the setup "
                     "a parameter of that name to use it there"
                 )
-        for name in self.needs():
-            if name not in names:
-                raise SetupError(
-                    f"the setup {self.name} needs {name!r}, which is not searched: give it a default, or add it to "
-                    "space"
-                )
+        error = misfit(self.setup, **{name: None for name in names if {name, "**"} & own.keys()})
+        if error is not None:
+            raise SetupError(f"the setup {self.name}: {error}; give it a default, or add it to space") from error
 
     def build(self, params: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
         """fit's arguments for these parameters, of a fresh call; `whole` keeps what trials have no use for.
@@ -118,17 +110,6 @@ class Recipe:
         return {name: value for name, value in merged.items() if whole or name not in DROPPED}
 
     def slug(self) -> str:
-        """The name as a folder can be called."""
-        file, _, function = self.name.rpartition(":")
-        is_file = "/" in self.name or file.endswith(".py")
-        return _slug(f"{Path(file).stem}-{function}" if is_file else self.name) or "search"
-
-
-def folder_name(name: str) -> str:
-    """A study's name as a folder can be called; one that had to be changed stays apart from all others."""
-    found = _slug(name)
-    return found if found == name else f"{found}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _slug(text: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in text).strip("-.")
+        """The name as a folder can be called, without the folders of a file."""
+        text = self.name.rpartition("/")[2].replace(".py:", "-")
+        return "".join(sign if sign.isalnum() or sign in "-_." else "-" for sign in text).strip("-.") or "search"

@@ -1,24 +1,27 @@
 """`search`: settles what all trials have in common, opens the study, lets the workers run, and reads the result."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from autoaccum.checks import check_switches, one_of
+from autoaccum.checks import check_kind, check_seed, check_switches, one_of
 from autoaccum.errors import SetupError, shown
+from autoaccum.planning.split import whole
 from autoaccum.ranks import here, join
-from autoaccum.searching.extra import hushed, optuna
+from autoaccum.searching.extra import hushed
 from autoaccum.searching.job import Job, check_targets, default_space, sample_arguments, settle
-from autoaccum.searching.recipe import Recipe, folder_name
+from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.samplers import check_sampler, make_pruner
 from autoaccum.searching.search_result import SearchResult, result_of, rows_of
 from autoaccum.searching.space import read_space
 from autoaccum.searching.storage import dashboard_line, telling_of
-from autoaccum.searching.study import Ledger, open_study
+from autoaccum.searching.study import open_study
 from autoaccum.searching.study_trial import GivenUp, Trainer
 from autoaccum.searching.worker import Worker, tell
 from autoaccum.searching.worker_pool import places, run_pool
@@ -88,14 +91,9 @@ def search(
         AutoaccumError: no trial came to its end, or workers died one after another.
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
-    for name, value, fits, wanted in (
-        ("n_trials", n_trials, type(n_trials) is int and n_trials >= 1, "a whole number above 0, such as 30"),
-        ("seed", seed, seed is None or (type(seed) is int and seed >= 0), "a whole number of 0 or more"),
-        ("study_name", study_name, study_name is None or (isinstance(study_name, str) and study_name.strip()),
-         'a text, such as "digits", or leave it out'),
-    ):  # fmt: skip
-        if not fits:
-            raise SetupError(f"{name}={shown(value)}: give {wanted}")
+    n_trials = whole("n_trials", n_trials, 1)
+    check_seed(seed)
+    check_kind("study_name", study_name, (str, type(None)), 'a text, such as "digits", or leave it out')
     one_of("direction", direction, ("minimize", "maximize"))
     check_switches(trust_storage=trust_storage)
     check_sampler(sampler, storage, trusted=trust_storage)
@@ -113,17 +111,14 @@ def search(
     if read is None or read.function is None:
         recipe.check_names(() if read is None else read.parts)
     spots = places(workers)
-    if len(spots) > 1:
-        _check_shared(storage, workers)
     arguments = sample_arguments(recipe, read)
     read = default_space(arguments, targets) if read is None else read
-    recipe.check_names(read.parts)
     terms = settle(recipe, read, arguments, targets, metric, budget)
     first = read.within({**recipe.defaults(), **arguments})
     del arguments
     make_pruner(pruner, terms["amount"])
     name = study_name or recipe.slug()
-    place = _made(Path(folder) if folder is not None else Path("autoaccum-search") / folder_name(name))
+    place = _made(Path(folder or Path("autoaccum-search", quote(name, safe=" ").lstrip("."))))
     storage = place / "journal.log" if storage is None else storage
     job = Job(recipe, read, direction=direction, n_trials=n_trials, storage=storage, study_name=name, sampler=sampler,
               pruner=pruner, folder=place, first=first, **terms)  # fmt: skip
@@ -137,32 +132,17 @@ def search(
     return result
 
 
-def _check_shared(storage: Any, workers: Any) -> None:
-    """That several workers can have the study together."""
-    if here().size > 1:
-        raise SetupError(
-            f"workers={shown(workers)} under torchrun: every worker would need a group of its own; leave workers out, "
-            "and start the command several times with the same storage and study_name"
-        )
-    if isinstance(storage, optuna.storages.InMemoryStorage):
-        raise SetupError(
-            f"storage is in this process's memory, where none of workers={shown(workers)} can reach it: leave storage "
-            "out (a journal file), give a path or URL, or use workers=1"
-        )
-
-
 def _made(place: Path) -> Path:
     """The folder of the search, absolute; a SetupError where it cannot be made or written to."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        why = "" if os.access(place, os.W_OK | os.X_OK) else "written to"
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        why = f"made ({error.strerror})"
-    if why:
         raise SetupError(
-            f"the search's folder {str(place)!r} cannot be {why}: give another one (folder=), or start from a folder "
-            "that can be written to"
-        )
+            f"the search's folder {str(place)!r} cannot be made or written to ({error.strerror}): give another one "
+            "(folder=), or start from a folder that can be written to"
+        ) from error
     return place.absolute()
 
 
@@ -175,13 +155,11 @@ def _lead(job: Job, spots: list[dict[str, Any]], *, resume: bool, progress: bool
             from autoaccum.display.layout import open_console
             from autoaccum.display.search_table import TrialLines
 
-            told = TrialLines(
-                open_console(), lambda: rows_of(study), job.n_trials, dashboard, workers=len(spots)
-            )  # fmt: skip
+            told = TrialLines(open_console(), lambda: rows_of(study), job.n_trials, dashboard, workers=len(spots))
         heard = (lambda: None) if told is None else told.look
         try:
             if len(spots) > 1 or "device" in spots[0]:
-                run_pool(job, spots, lambda: len(Ledger(study).finished), heard)
+                run_pool(job, spots, study, heard)
             Worker(job, study, heard=heard).run()  # after workers, what others have left
         finally:
             if told is not None:

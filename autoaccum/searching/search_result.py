@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
+from autoaccum.checks import plain, typed
 from autoaccum.display.shown import Drawn
-from autoaccum.errors import AutoaccumError, NothingFitsError, PlanError, shown
+from autoaccum.errors import AutoaccumError, NothingFitsError, PlanError
 from autoaccum.files import read_json
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.stored import write_file
-from autoaccum.searching import weights
+from autoaccum.planning.plan_fields import write_file
+from autoaccum.planning.split import whole
 from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.job import Job
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.study import ERROR, OUTCOME, RETRY, TRAINING
 from autoaccum.searching.study_trial import FIT
+from autoaccum.searching.worker import best_trial, weights_of
 
 __all__ = ["SearchResult", "best_arguments", "result_of", "rows_of"]
 
@@ -89,13 +91,9 @@ class SearchResult(Drawn):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: everything but the study."""
-        return {
-            **{each.name: getattr(self, each.name) for each in fields(self) if each.name != "study"},
-            "best_plan": self.best_plan.to_dict(),
-            "importance": self.importance,
-            "weights": None if self.weights is None else str(self.weights),
-            "trials": list(self.trials),
-        }
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "study"}
+        weights = None if self.weights is None else str(self.weights)
+        return plain({**values, "importance": self.importance, "weights": weights})  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the best plan with its parameters as JSON, whole or not at all: `autoaccum fit TARGET --plan path`.
@@ -128,20 +126,6 @@ class SearchResult(Drawn):
         search_plot(self.to_dict(), path)
 
 
-def _are_plain(values: Any) -> bool:
-    """Whether these are plain values by the names of arguments."""
-    kinds = (bool, int, float, str, type(None))
-    return isinstance(values, dict) and all(name.isidentifier() and isinstance(values[name], kinds) for name in values)
-
-
-_HOLDS: dict[str, Callable[[Any], bool]] = {
-    "params": _are_plain,
-    "fit": lambda values: _are_plain(values) and set(values) <= set(FIT),  # whose values `fit` itself looks at
-    "seed": lambda value: type(value) is int and 0 <= value < 2**64,
-    "threads": lambda value: type(value) is int and 1 <= value <= MOST_THREADS,
-}
-
-
 def best_arguments(path: str | os.PathLike[str], setup: Callable[..., Mapping[str, Any]]) -> dict[str, Any] | None:
     """fit's arguments for the training that a search found best; sets the number of threads where it runs on a CPU.
 
@@ -154,17 +138,23 @@ def best_arguments(path: str | os.PathLike[str], setup: Callable[..., Mapping[st
         return None
     if not isinstance(values, dict) or "params" not in values:
         return None
-    for name, holds in _HOLDS.items():
-        if not holds(values.get(name)):
-            raise PlanError(
-                f"{path}: the search's result is damaged: its {name} cannot be {shown(values.get(name))}; save it anew "
-                "(SearchResult.save, search --save)"
-            )
-    recipe = Recipe(setup, values["seed"])
+    try:
+        seed = whole("seed", values.get("seed"), -(2**63), 2**64 - 1)
+        threads = whole("threads", values.get("threads"), 1, MOST_THREADS)
+        for name in ("params", "fit"):
+            typed(values.get(name), dict[str, bool | float | str | None])
+        if not set(values["fit"]) <= set(FIT):  # whose values `fit` itself looks at
+            raise TypeError(f"no more than {', '.join(FIT)}")
+    except (PlanError, TypeError) as error:
+        raise PlanError(
+            f"{path}: the search's result is damaged in its params, fit, seed or threads ({error}); save it anew "
+            "(SearchResult.save, search --save)"
+        ) from error
+    recipe = Recipe(setup, seed)
     recipe.check_names(values["params"])
     arguments = recipe.build(values["params"], whole=True)
     if not torch.cuda.is_available():
-        torch.set_num_threads(values["threads"])
+        torch.set_num_threads(threads)
     arguments.pop("target_batch", None)  # the plan's
     if "max_steps" in values["fit"]:
         arguments.pop("epochs", None)
@@ -212,11 +202,19 @@ def result_of(study: Any, job: Job, dashboard: str | None) -> SearchResult:
         NothingFitsError: nothing fits in any of the settings tried.
         AutoaccumError: no trial came to its end.
     """
-    rows, best = rows_of(study), weights.best_trial(study)
+    rows, best = rows_of(study), best_trial(study)
     if best is None:
-        raise _no_best(study, rows)
+        words = [row["state"] for row in rows]
+        if words and all(word == "does not fit" for word in words):
+            last = next(t.user_attrs[OUTCOME] for t in study.get_trials(deepcopy=False) if OUTCOME in t.user_attrs)
+            raise NothingFitsError(f"nothing fits in any of the {len(words)} settings tried; the first: {last}")
+        counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "none"
+        raise AutoaccumError(
+            f"no trial came to its end, so there is no best one ({counts}): look at the trials' errors in the study, "
+            "lower the learning rates in the space, or give more trials"
+        )
     facts: Mapping[str, Any] = best.user_attrs[TRAINING]
-    arguments, file = dict(facts["fit"]), weights.path_of(job.folder, best)
+    arguments, file = dict(facts["fit"]), weights_of(job.folder, best)
     if job.unit == "ms":  # the steps that its time was enough for
         arguments["max_steps"] = facts["steps"]
         arguments.pop("epochs", None)
@@ -235,16 +233,4 @@ def result_of(study: Any, job: Job, dashboard: str | None) -> SearchResult:
         seed=job.recipe.seed,
         threads=int(facts["threads"]),
         dashboard=dashboard,
-    )
-
-
-def _no_best(study: Any, rows: tuple[dict[str, Any], ...]) -> AutoaccumError:
-    words = [row["state"] for row in rows]
-    if words and all(word == "does not fit" for word in words):
-        last = next(t.user_attrs[OUTCOME] for t in study.get_trials(deepcopy=False) if OUTCOME in t.user_attrs)
-        return NothingFitsError(f"nothing fits in any of the {len(words)} settings tried; the first: {last}")
-    counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words)) or "none"
-    return AutoaccumError(
-        f"no trial came to its end, so there is no best one ({counts}): look at the trials' errors in the study, lower "
-        "the learning rates in the space, or give more trials"
     )

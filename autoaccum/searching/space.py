@@ -17,7 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from autoaccum.checks import check_kind
 from autoaccum.errors import SetupError, shown
+from autoaccum.planning.split import whole
 from autoaccum.searching.extra import optuna
 
 __all__ = ["Space", "read_space", "space_of_texts"]
@@ -44,11 +46,8 @@ class Space:
         if self.function is None:
             return {name: _suggest(trial, name, part) for name, part in self.parts.items()}
         found = self.function(trial)
-        if not isinstance(found, Mapping):
-            raise SetupError(
-                f"space returned {type(found).__name__}: a function of Optuna's trial returns a dict of parameters, "
-                'such as {"lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}'
-            )
+        example = '{"lr": trial.suggest_float("lr", 1e-4, 1e-1, log=True)}'
+        check_kind("what space returned", found, Mapping, f"a dict of parameters, such as {example}")
         return dict(found)
 
     def describe(self) -> Any:
@@ -89,7 +88,10 @@ def _holds(part: Any, value: Any) -> bool:
 
 
 def read_space(space: Any) -> Space:
-    """The space that the user wrote; a SetupError names the parameter that is neither a range nor choices, and why."""
+    """The space that the user wrote; a SetupError names the parameter that is neither a range nor choices, and why.
+
+    A PlanError where a number of samples is not a whole one above 0.
+    """
     if callable(space):
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
@@ -97,10 +99,7 @@ def read_space(space: Any) -> Space:
     parts = {name: _part(name, value) for name, value in space.items()}
     for name in COUNTS & parts.keys():
         for value in _ends(parts[name]):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise SetupError(
-                    f"space has {name}={shown(value)}: it counts samples, so give whole numbers of 1 or more"
-                )
+            whole(f"space's {name}", value, 1)
     return Space(parts)
 
 
@@ -110,19 +109,22 @@ def _part(name: Any, value: Any) -> Any:
         raise SetupError(f"space has a parameter {name!r}: names are keywords of fit or of the setup, such as 'lr'")
     try:
         if isinstance(value, list):
-            return _choices([_plain(each) for each in value])
+            return _choices(list(map(_number, value)))
         if isinstance(value, tuple) and len(value) in (2, 3):
-            return _range(*map(_plain, value))
+            return _range(*map(_number, value))
     except ValueError as error:  # also Optuna's own: no choices, or the logarithm of what is not above 0
         raise SetupError(f"space[{name!r}]={shown(value)}: {error}") from error
     raise SetupError(f"space[{name!r}]={shown(value)} is neither a range nor choices: {EXAMPLE}")
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of NumPy and other packages as Python's own; all else as it is."""
+def _number(value: Any) -> Any:
+    """Numbers of NumPy and other packages as Python's own, which must be finite; all else as it is."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
-    return int(value) if isinstance(value, numbers.Integral) else float(value)
+    number = int(value) if isinstance(value, numbers.Integral) else float(value)
+    if not abs(number) <= sys.float_info.max:  # unlike math.isfinite, for whole numbers of any length
+        raise ValueError(f"{shown(number)} is not a finite number")
+    return number
 
 
 def _choices(values: list[Any]) -> Any:
@@ -132,8 +134,6 @@ def _choices(values: list[Any]) -> Any:
                 f"{value!r} is no choice: choices are kept in the study as numbers, texts, True, False or None; give a "
                 "name there, and look it up in the setup"
             )
-        if isinstance(value, float) and not _is_finite(value):
-            raise ValueError(f"{value!r} is no choice: numbers must be finite")
     if len(set(values)) < len(values):
         raise ValueError("a choice twice (1, 1.0 and True are equal): leave one out")
     return optuna.distributions.CategoricalDistribution(values)
@@ -141,8 +141,8 @@ def _choices(values: list[Any]) -> Any:
 
 def _range(low: Any, high: Any, *word: Any) -> Any:
     for end in (low, high):
-        if isinstance(end, bool) or not isinstance(end, (int, float)) or not _is_finite(end):
-            raise ValueError(f"{end!r} is not a finite number; for choices write a list")
+        if isinstance(end, bool) or not isinstance(end, (int, float)):
+            raise ValueError(f"{end!r} is not a number; for choices write a list")
     if word not in ((), ("log",)):
         raise ValueError('the third entry of a range can only be "log"')
     if low >= high:
@@ -153,22 +153,16 @@ def _range(low: Any, high: Any, *word: Any) -> Any:
     return kind(low, high, log=bool(word))
 
 
-def _is_finite(value: float) -> bool:
-    return abs(value) <= sys.float_info.max  # unlike math.isfinite, for whole numbers of any length
-
-
 def space_of_texts(texts: Iterable[str]) -> dict[str, Any]:
     """The space as the command line has it, one text a parameter, in the terms of `read_space`, which checks it."""
     space: dict[str, Any] = {}
     for text in texts:
         name, _, written = (part.strip() for part in text.partition("="))
-        if not name or not written:
-            raise SetupError(f"{text!r} says no values for a parameter: {WRITTEN}")
         if name in space:
             raise SetupError(f"{text!r}: the parameter {name!r} is given twice; leave one out")
         is_range = ":" in written and "," not in written
         parts = [part.strip() for part in written.split(":" if is_range else ",")]
-        if "" in parts or (is_range and len(parts) > 3):
+        if not name or "" in parts or (is_range and len(parts) > 3):
             raise SetupError(f"{text!r} is neither a range nor choices: {WRITTEN}")
         space[name] = (*map(_value, parts[:2]), *parts[2:]) if is_range else [_value(part) for part in parts]
     read_space(space)

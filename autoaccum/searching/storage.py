@@ -48,7 +48,10 @@ def open_storage(storage: Any) -> Any:
         if not colon:
             return _journal(Path(text).absolute())
         if scheme == "grpc":
-            return _proxy(text, rest.rstrip("/"))
+            host, _, port = rest.rstrip("/").rpartition(":")
+            proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+            proxy.wait_server_ready(CONNECT)
+            return proxy
         return _database(text)
 
 
@@ -84,7 +87,8 @@ def _trouble(place: str, error: Exception) -> str:
         return f"cannot be written {raised}: free some space there; the same call then goes on"
     return (
         f"cannot be used {raised}: check that it is whole and can be reached, or give another: a path for a journal "
-        "file, sqlite:///study.db, postgresql://user@host/name or grpc://host:port"
+        "file, sqlite:///study.db, postgresql://user@host/name, or grpc://host:port where that answers (start it with "
+        "optuna.storages.run_grpc_proxy_server)"
     )
 
 
@@ -93,31 +97,25 @@ def _journal(path: Path) -> Any:
     journal = optuna.storages.journal
     lock = journal.JournalFileSymlinkLock(str(path))
     if path.exists():
-        with path.open("rb") as file:
-            head = file.read(16)
-        if head.startswith(b"SQLite format 3"):
-            raise SetupError(f"storage={str(path)!r} is an SQLite database: write sqlite:///{path}")
-        if head and not head.startswith(b"{"):
-            raise SetupError(f"storage={str(path)!r} is not a journal file: give another path")
         lock.acquire()  # whoever may be writing its last line now is done after this
         try:
-            _mend(path)
+            text = path.read_bytes()
+            if text and not text.startswith(b"{"):
+                raise SetupError(
+                    f"storage={str(path)!r} is not a journal file: give another path, or sqlite:///{path} where it is "
+                    "an SQLite database"
+                )
+            kept = text.rfind(b"\n") + 1
+            if kept < len(text):  # whoever wrote a line without its end was killed before it counted
+                os.truncate(path, kept)
+                warnings.warn(
+                    f"the journal {path} ended in the middle of a line, which a crash had cut off: its last "
+                    f"{len(text) - kept} bytes were dropped",
+                    stacklevel=2,
+                )
         finally:
             lock.release()
     return optuna.storages.JournalStorage(journal.JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _mend(path: Path) -> None:
-    """Cuts off a last line without its end: whoever wrote it was killed before it counted."""
-    text = path.read_bytes()
-    kept = text.rfind(b"\n") + 1
-    if kept < len(text):
-        os.truncate(path, kept)
-        warnings.warn(
-            f"the journal {path} ended in the middle of a line, which a crash had cut off: its last "
-            f"{len(text) - kept} bytes were dropped",
-            stacklevel=2,
-        )
 
 
 def _database(url: str) -> Any:
@@ -144,21 +142,6 @@ def _database(url: str) -> Any:
                 break
         time.sleep(0.3)
     raise failed
-
-
-def _proxy(text: str, address: str) -> Any:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise SetupError(f"storage={text!r}: write grpc://host:port, such as grpc://localhost:13000")
-    proxy = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
-    try:
-        proxy.wait_server_ready(CONNECT)
-    except ConnectionError as error:
-        raise SetupError(
-            f"storage {text!r} does not answer within {CONNECT} seconds: start it with "
-            f"optuna.storages.run_grpc_proxy_server(storage, host={host!r}, port={port})"
-        ) from error
-    return proxy
 
 
 def dashboard_line(storage: Any) -> str | None:

@@ -4,17 +4,16 @@ The storage is all that the workers of a search share, and it survives every kil
 rules that each process applies alike; nothing has to be handed over, and nothing is lost with a process.
 
 - A trial is finished when it is complete, pruned, or failed by an error of its own; `n_trials` counts these.
-- A trial that was killed or interrupted does not count. Its parameters run again, once if it was killed (it may have
-  been the cause), and as often as it takes where a person interrupted it.
-- Trials are numbered in the order of their making. Where more were made than there is room for, or one was repeated
-  twice by two processes that did not see each other, the lower numbers stand, and the others leave before they train.
-- Every trial carries who runs it: host, process id and that process's start time, since ids are used again. A running
-  trial whose process is gone is failed by whoever notices first. That is safe even where it was a mistake: a storage
-  refuses changes to a trial that has ended, so a process that lives after all drops its trial and draws another.
+- A killed trial's parameters run once more (they may have been the cause), an interrupted one's as often as it takes.
+- Where more trials were made than there is room for, or one was repeated by two processes that did not see each other,
+  the lower numbers stand, and the others leave before they train.
+- Every trial carries who runs it. One whose process is gone is failed by whoever notices first. That is safe even where
+  it was a mistake: a storage refuses changes to a trial that has ended, so a process that lives draws another.
 """
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -35,6 +34,7 @@ OWNER, OUTCOME, RETRY, TRAINING, ERROR, BEAT = (
 )
 _TERMS = "autoaccum.search"  # of the study
 KILLS_BELIEVED = 2  # a setting that took its process with it twice is not tried a third time
+BEAT_SECONDS = 60.0
 SILENCE = 300.0  # seconds without a sign of life after which another host's trial counts as dead
 UNCLAIMED = 10.0  # seconds that a trial may be without an owner; a claim takes milliseconds
 _RUN_HERE = set[float]()  # the trials that this process runs, by when they began
@@ -59,19 +59,17 @@ def open_study(job: Job, *, resume: bool = True) -> Any:
             raise SetupError(
                 f"{who} is already in {place}: leave out resume=False to go on with it, or give another study_name"
             ) from error
-        theirs = study.user_attrs.get(_TERMS)
-        ledger = Ledger(study)
+        theirs, ledger = study.user_attrs.get(_TERMS), Ledger(study)
         if theirs is None and ledger.trials:
             raise SetupError(f"{who} in {place} has trials that are not from autoaccum.search: give another study_name")
-        there = {"direction": study.direction.name.lower()}
-        if ledger.taken or there["direction"] != job.direction:
-            for key, value in {**(theirs or {}), **there}.items():
-                if value != ours.get(key):
-                    raise SetupError(
-                        f"{who} in {place} has {key} {value!r}, and this search {ours.get(key)!r}: their values "
-                        "cannot be compared; give the same, or another study_name"
-                    )
-        else:  # nothing was tried yet: what was wrong with the first call may have been mended
+        for key, value in {**(theirs or {}), "direction": study.direction.name.lower()}.items():
+            # Where nothing was tried yet, what was wrong with the first call may have been mended.
+            if value != ours.get(key) and (ledger.taken or key == "direction"):
+                raise SetupError(
+                    f"{who} in {place} has {key} {value!r}, and this search {ours.get(key)!r}: their values cannot be "
+                    "compared; give the same, or another study_name"
+                )
+        if theirs != ours:
             study.set_user_attr(_TERMS, ours)
     study.pruner = make_pruner(job.pruner, job.amount)
     return study
@@ -85,17 +83,12 @@ class Ledger:
         self._repeated = {_retry(trial).get("of") for trial in self.trials}
 
     @property
-    def finished(self) -> list[Any]:
-        """Trials that are complete, pruned, or failed by an error of their own."""
-        return self.of("finished")
-
-    @property
     def taken(self) -> int:
         """How many places are taken: by trials that have one, and by parameters that are to run again."""
         return len(self.of("finished", "running", "waiting")) + len(self.to_repeat())
 
     def of(self, *fates: str) -> list[Any]:
-        """Trials of which one of these has become, of what `_fate` tells."""
+        """Trials that are "running", "waiting", "finished" (see above), "interrupted", "void" or "killed"."""
         return [trial for trial in self.trials if _fate(trial) in fates]
 
     def to_repeat(self) -> list[Any]:
@@ -142,13 +135,26 @@ def _kills(trial: Any) -> int:
 
 @contextlib.contextmanager
 def signed(trial: Any) -> Iterator[None]:
-    """Writes into a trial that this process runs it, and remembers that as long as it does."""
-    since = time.time()
+    """Writes into a trial that this process runs it, and remembers that as long as it does.
+
+    The time is written now and then too, by which other machines know that the trial is alive.
+    """
+    since, over = time.time(), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            try:
+                trial.set_user_attr(BEAT, time.time())
+            except Exception:  # whatever it is, the trial's own thread meets it too, and tells it
+                return
+
     _RUN_HERE.add(since)
     try:
         trial.set_user_attr(OWNER, {**Owner.here()._asdict(), "since": since})
+        threading.Thread(target=beat, daemon=True).start()
         yield
     finally:
+        over.set()
         _RUN_HERE.discard(since)
 
 

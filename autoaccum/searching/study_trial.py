@@ -18,24 +18,29 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.errors import LossError, NothingFitsError, PlanError, SetupError
+from autoaccum.files import read_json, write_json
 from autoaccum.interrupts import uninterrupted
 from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
+from autoaccum.probing.answered import restored, stored
+from autoaccum.probing.cache import training_key
+from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import ends_all
-from autoaccum.searching.job import TRAIN_LOSS, Job, check_metric, check_target, steps_for
-from autoaccum.searching.limits import Limits
+from autoaccum.searching.job import TRAIN_LOSS, Job, steps_for
 from autoaccum.session import Session
-from autoaccum.settings import SETTINGS, Settings
+from autoaccum.settings import SETTINGS, deciding
 from autoaccum.training.events import EpochEnded, Event
+from autoaccum.training.locks import FolderLock
 from autoaccum.training.loop import TrainingLoop
 from autoaccum.units import format_bytes
 from autoaccum.window.record import StepRecord
 
-__all__ = ["FIT", "GivenUp", "Refused", "Trainer"]
+__all__ = ["FIT", "GivenUp", "Limits", "Refused", "Trainer"]
 
 FIT = ("lr", "lr_batch", "max_steps", "epochs", "seed")  # of fit's arguments, those that a search saves
 NINTHS = 9
+_SCHEMA = 2  # of a kept answer of the probe
 RUNGS = (1, 2, 5)  # ninths at which a trial may be given up before an epoch's end
 
 
@@ -73,15 +78,27 @@ class Trainer:
         made, memory = self._planned(session, key)
         if self._job.unit == "ms":
             asked["epochs"], asked["max_steps"] = 10**9, None
-        elif self._job.given:
+        else:
             asked["max_steps"] = steps_for(made, self._job.amount, session.parts.source.length)
-        facts = _facts(made, asked, memory)
+        again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
+        if "max_steps" in again:
+            again.pop("epochs", None)
+        if "lr" not in again and not isinstance(asked.optimizer, Optimizer):
+            again["lr"] = DEFAULT_LR  # not by way of the plan's scaled one, whose last digit may differ
+        # Plain values, and enough to train so again.
+        facts: dict[str, Any] = {
+            "plan": made.to_dict(),
+            "fit": again,
+            "memory_bytes": memory,
+            "threads": torch.get_num_threads(),
+        }
         began(facts)
         if key in self._checked:
             asked["check"] = False
         watch = _Watch(self._job, session, report)
         session.events.add(watch)
-        loop = _loop(session)
+        with ends_all():
+            loop = uninterrupted(session.loop)()
         self._checked.add(key)
         started = time.perf_counter()
         watch.tell(value := watch.value(watch.run(loop)), last=True)
@@ -92,11 +109,6 @@ class Trainer:
         job = self._job
         job.recipe.check_names(params)
         given = {name: value for name, value in job.recipe.build(params).items() if value is not None}
-        try:
-            check_metric(given, job.metric)
-            check_target(given.get("target_batch"))
-        except SetupError as error:
-            raise Refused(str(error)) from error
         own = {"device": job.device, "memory": job.memory, "seed": job.recipe.seed, "lr_batch": job.lr_batch}
         with ends_all():
             return Session(given.pop("model"), given.pop("data"), {**own, **given, "progress": False})
@@ -122,6 +134,67 @@ class Trainer:
         except PlanError as error:
             raise GivenUp(f"does not fit: {error}") from error
         return made, None if found is None else found.expected(made)
+
+
+class Limits:
+    """How many samples fit at once, probed once for all trials that need the same memory.
+
+    What decides the memory is the key of the probe's cache; learning rates, schedules and target batches are not in it,
+    so most searches probe a single time. The answers lie in the run's folder, where all workers find them.
+    """
+
+    def __init__(self, folder: Path, ceiling: int) -> None:
+        # The ceiling is the largest target batch, up to which the probe looks.
+        self._folder, self._ceiling = folder / "probes", ceiling
+
+    def key(self, session: Session) -> str:
+        """A name for all that decides how many samples fit."""
+        asked = session.settings
+        settings = {name: asked[name] for name in deciding("memory") if asked[name] != SETTINGS[name].default}
+        settings.pop("precision", None)  # the one that was decided on counts
+        return training_key(session.parts, {**settings, "ranks": session.parts.ranks.size})
+
+    def report(self, key: str, session: Session) -> ProbeReport:
+        """The probe's report, whose `micro_batch` is the most samples that trials may run at once.
+
+        A NothingFitsError where not even one sample fits, now or when it was probed.
+        """
+        share = max(self._ceiling, session.settings.target_batch)
+        values = self._read(key, share)
+        if values is None:
+            with FolderLock(self._folder, "probe"):
+                # Another worker may have found out meanwhile.
+                values = self._read(key, share) or self._probe(key, session, share)
+        if values["nothing"] is not None:
+            raise NothingFitsError(values["nothing"])
+        return restored(values)
+
+    @uninterrupted
+    def _probe(self, key: str, session: Session, share: int) -> dict[str, Any]:
+        """The report as plain values, or why nothing fits; kept for all other trials."""
+        values: dict[str, Any] = {"schema": _SCHEMA, "share": share, "nothing": None}
+        try:
+            with ends_all():
+                found = session.probe(share)
+            if not found.throughput:  # else the size is the fastest, and larger ones would only be slower
+                found = replace(found, micro_batch=max(found.micro_batch, found.limit or 0))
+            values |= stored(found)
+        except NothingFitsError as error:
+            values["nothing"] = str(error)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(self._folder / f"{key}.json", values, checksum=True, private=True)
+        return values
+
+    def _read(self, key: str, share: int) -> dict[str, Any] | None:
+        """What is known and reaches as far as `share`; a file that is no answer is as good as none."""
+        try:
+            values: dict[str, Any] = read_json(self._folder / f"{key}.json")
+            if values["schema"] != _SCHEMA:
+                return None
+            sure = values["nothing"] or restored(values).limit_proof in ("forecast", "out of memory")
+            return values if sure or values["share"] >= share else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
 
 
 class _Watch:
@@ -152,10 +225,9 @@ class _Watch:
                     break
             return weighed / total if total else math.nan
         if evaluation is None or metric not in evaluation:
-            there = ", ".join(evaluation) if evaluation else "nothing"
             raise Refused(
-                f"the metric {metric!r} was not reported: the evaluation has {there}; give val_data and a metric of "
-                "that name"
+                f"the metric {metric!r} was not reported: the evaluation has {', '.join(evaluation or ['nothing'])}; "
+                "give val_data and a metric of that name"
             )
         return float(evaluation[metric])
 
@@ -204,19 +276,3 @@ class _Watch:
 
     def _evaluated(self, loop: TrainingLoop) -> Mapping[str, float] | None:
         return loop.evaluate() if self._job.metric != TRAIN_LOSS else None
-
-
-def _facts(made: Plan, asked: Settings, memory: int | None) -> dict[str, Any]:
-    """What is known of a training before it begins, as plain values: enough to train so again."""
-    again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
-    if "max_steps" in again:
-        again.pop("epochs", None)
-    if "lr" not in again and not isinstance(asked.optimizer, Optimizer):
-        again["lr"] = DEFAULT_LR  # not by way of the plan's scaled one, whose last digit may differ
-    return {"plan": made.to_dict(), "fit": again, "memory_bytes": memory, "threads": torch.get_num_threads()}
-
-
-@uninterrupted
-def _loop(session: Session) -> TrainingLoop:
-    with ends_all():
-        return session.loop()

@@ -7,29 +7,30 @@ the search goes on; what would go wrong in every trial ends the search. Ctrl-C b
 
 import contextlib
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
+from autoaccum.data import tree
 from autoaccum.errors import SetupError, TracebackText
+from autoaccum.files import whole_file
 from autoaccum.interrupts import check_interrupt, interruptible, interruption_in, uninterrupted
 from autoaccum.ranks import here
-from autoaccum.searching import weights
 from autoaccum.searching.extra import optuna
 from autoaccum.searching.job import ERRORS_BELIEVED, Job
 from autoaccum.searching.samplers import ByNumber, mark_infeasible
 from autoaccum.searching.storage import telling_of
-from autoaccum.searching.study import BEAT, ERROR, TRAINING, Ledger, end, signed, sweep
+from autoaccum.searching.study import ERROR, TRAINING, Ledger, end, signed, sweep
 from autoaccum.searching.study_trial import GivenUp, Refused, Trainer
 from autoaccum.training.locks import FolderLock
 
-__all__ = ["Worker", "check_errors", "tell"]
+__all__ = ["Worker", "best_trial", "check_errors", "tell", "weights_of"]
 
-BEAT_SECONDS = 60.0
 WAIT = 1.0  # seconds between two looks at trials that other processes are running
 
 
@@ -81,14 +82,14 @@ class Worker:
                         self._run(trial)
                     else:
                         end(study, trial, "FAIL", outcome="void")
-                weights.clean(self._job.folder, study)
+                self._clean()
                 return True
         finally:
             self._lock.release()
-        if len(ledger.finished) < n_trials and ledger.of("running"):
+        waits = len(ledger.of("finished")) < n_trials and bool(ledger.of("running"))
+        if waits:
             interruptible(time.sleep, WAIT)
-            return True
-        return False
+        return waits
 
     def _run(self, trial: Any) -> None:
         """Trains a trial that was claimed, and writes down how it ended."""
@@ -117,17 +118,25 @@ class Worker:
         self._lock.release()
         self._heard()
         tell({"params": params})
-        with _signs_of_life(trial):
-            value, facts, model = interruptible(
-                self._trainer.train, params,
-                began=lambda facts: self._began(trial, facts),
-                report=lambda value, amount: self._report(trial, value, amount),
-            )  # fmt: skip
-            trial.set_user_attr(TRAINING, facts)
-            best, sign = weights.best_trial(self._study), 1 if job.direction == "minimize" else -1
-            if best is None or sign * value < sign * best.value:
-                weights.save_weights(model, job.folder, trial)
+        value, facts, model = interruptible(
+            self._trainer.train, params,
+            began=lambda facts: self._began(trial, facts),
+            report=lambda value, amount: self._report(trial, value, amount),
+        )  # fmt: skip
+        trial.set_user_attr(TRAINING, facts)
+        best, sign = best_trial(self._study), 1 if job.direction == "minimize" else -1
+        # Before the trial is told as complete: whenever one is the best of its study, its weights' file is whole.
+        if best is None or sign * value < sign * best.value:
+            with whole_file(weights_of(job.folder, trial)) as file:
+                torch.save(tree.move(model.state_dict(), "cpu", non_blocking=False), file)
         return value
+
+    def _clean(self) -> None:
+        """Removes the weights of all trials that have ended but the best one's, whatever a kill left behind too."""
+        best = best_trial(self._study)
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and (best is None or trial.number != best.number):
+                weights_of(self._job.folder, trial).unlink(missing_ok=True)
 
     @uninterrupted
     def _began(self, trial: Any, facts: dict[str, Any]) -> None:
@@ -144,29 +153,22 @@ class Worker:
         return amount < self._job.amount and bool(trial.should_prune())
 
 
-@contextlib.contextmanager
-def _signs_of_life(trial: Any) -> Iterator[None]:
-    """Writes the time into the trial now and then, by which other machines know that it is alive."""
-    over = threading.Event()
+def best_trial(study: Any) -> Any:
+    """The best complete trial, the first of equals; None while there is none."""
+    sign = 1.0 if study.direction.name == "MINIMIZE" else -1.0
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    return min(done, key=lambda trial: (sign * trial.value, trial.number), default=None)
 
-    def beat() -> None:
-        while not over.wait(BEAT_SECONDS):
-            try:
-                trial.set_user_attr(BEAT, time.time())
-            except Exception:  # whatever it is, the trial's own thread meets it too, and tells it
-                return
 
-    threading.Thread(target=beat, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
+def weights_of(folder: Path, trial: Any) -> Path:
+    """The file of a begun trial's weights, whether it is there or not: no other study's trial has the same."""
+    return folder / f"trial-{trial.number}-{trial.datetime_start:%Y%m%dT%H%M%S%f}.pt"
 
 
 def check_errors(ledger: Ledger, n_trials: int) -> None:
     """Raises a SetupError where all of the first trials failed, with the last one's traceback as its cause."""
     many = min(ERRORS_BELIEVED, n_trials)
-    first = ledger.finished[:many]
+    first = ledger.of("finished")[:many]
     if len(first) < many or any(trial.state.name != "FAIL" for trial in first):
         return
     failed = [trial for trial in ledger.trials if ERROR in trial.user_attrs]
