@@ -161,7 +161,6 @@ def join(batches: Sequence[Any]) -> Any:
 
 def move(batch: Any, device: torch.device | str, non_blocking: bool = True) -> Any:
     """The batch on `device`. Tensors that are there already are not copied; other objects move by their own `.to`."""
-
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=non_blocking)
     inside = children(batch)
