@@ -289,7 +289,7 @@ class Session:
         )  # fmt: skip
         loop = TrainingLoop(
             accumulators[0], parts.source, parts.device, total_steps=total,
-            budget=parts.device.budget(asked.memory, headroom=parts.device.headroom()), events=self.events,
+            budget=parts.device.budget(asked.memory), events=self.events,
             evaluator=evaluator, probe=self.report, verify=verdict, folder=self._folder,
             running=replace(parts, phase=None).running,  # each turn freezes the others' parameters itself
             phases=[(turn.phase, each) for turn, each in zip(parts.turns, accumulators)],

@@ -62,23 +62,18 @@ def test_small_and_large_pools_are_apart():
 
 def test_a_large_block_is_split_only_where_more_than_1_mib_remains():
     kept = CachingAllocator()
-    kept.allocate(9 * MIB)
-    assert kept.allocated == 9 * MIB
-    kept.allocate(10 * MIB)  # 11 MiB are left of the 20: 1 MiB would remain, so the block is given whole
-    assert (kept.reserved, kept.allocated) == (20 * MIB, 20 * MIB)
+    # 11 MiB are left of the 20: 1 MiB would remain, so the block is given whole.
+    assert [kept.allocate(size * MIB).size for size in (9, 10)] == [9 * MIB, 11 * MIB]
     cut = CachingAllocator()
-    cut.allocate(9 * MIB)
-    cut.allocate(10 * MIB - 512)
-    assert (cut.reserved, cut.allocated) == (20 * MIB, 19 * MIB - 512)
+    assert [cut.allocate(size).size for size in (9 * MIB, 10 * MIB - 512)] == [9 * MIB, 10 * MIB - 512]
+    assert kept.reserved == cut.reserved == 20 * MIB
 
 
 def test_a_small_block_is_split_where_512_bytes_remain():
     allocator = CachingAllocator()
-    for size in (MIB, MIB - 512):
-        allocator.allocate(size)
-    assert (allocator.reserved, allocator.allocated) == (2 * MIB, 2 * MIB - 512)
-    allocator.allocate(512)
-    assert (allocator.reserved, allocator.allocated) == (2 * MIB, 2 * MIB)
+    for size in (MIB, MIB - 512, 512):
+        assert allocator.allocate(size).size == size
+    assert allocator.reserved == 2 * MIB
 
 
 def test_the_smallest_cached_block_that_fits_is_taken():
@@ -156,8 +151,8 @@ def test_an_expandable_segment_grows_in_place_by_pages():
 
 def test_an_expandable_segment_splits_large_blocks_to_512_bytes():
     allocator = CachingAllocator(setup=Setup(expandable=True))
-    allocator.allocate(20 * MIB - 512)
-    assert (allocator.reserved, allocator.allocated) == (20 * MIB, 20 * MIB - 512)
+    assert allocator.allocate(20 * MIB - 512).size == 20 * MIB - 512
+    assert allocator.reserved == 20 * MIB
 
 
 def test_small_expandable_pages_are_2_mib():
@@ -196,11 +191,9 @@ def test_an_allocator_goes_on_from_the_segments_it_holds():
         Segment(stream=0, small=False, blocks=((8 * MIB, True), (12 * MIB, False))),
     )
     allocator = CachingAllocator(segments)
-    assert (allocator.reserved, allocator.allocated) == (22 * MIB, 9 * MIB)
-    assert (allocator.peak_reserved, allocator.peak_allocated) == (22 * MIB, 9 * MIB)
-    allocator.allocate(MIB)
-    allocator.allocate(11 * MIB)
-    assert (allocator.reserved, allocator.allocated) == (22 * MIB, 22 * MIB)
+    assert allocator.reserved == allocator.peak_reserved == 22 * MIB
+    assert [allocator.allocate(size * MIB).size for size in (1, 11)] == [MIB, 12 * MIB]
+    assert allocator.reserved == 22 * MIB
     grown = CachingAllocator((Segment(0, False, ((20 * MIB, True),), expandable=True),), setup=Setup(expandable=True))
     grown.allocate(5 * MIB)
     assert grown.reserved == 40 * MIB
@@ -301,13 +294,12 @@ def test_blocks_never_overlap_and_all_memory_is_accounted_for(steps, expandable)
     spans = sorted((block.address, block.address + block.size) for block, _ in live)
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert all(block.size >= request for block, request in live)
-    assert allocator.allocated == sum(block.size for block, _ in live)
-    assert allocator.allocated <= allocator.reserved <= allocator.peak_reserved
+    assert sum(block.size for block, _ in live) <= allocator.reserved <= allocator.peak_reserved
     assert allocator.reserved % (2 * MIB) == 0
     for block, _ in live:
         allocator.free(block)
     allocator.release_cached()
-    assert (allocator.reserved, allocator.allocated) == (0, 0)
+    assert allocator.reserved == 0
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from autoaccum.memory.allocator import Segment, Setup
-from autoaccum.memory.cuda_history import History, RawEvent, join, segments_of
+from autoaccum.memory.cuda_history import RawEvent, history, join, segments_of
 from autoaccum.units import MIB
 
 
@@ -123,7 +123,7 @@ def test_segments_are_the_devices_own_in_the_default_pool():
 
 
 class _Cuda:
-    """What History asks of torch.cuda, without a device."""
+    """What a history asks of torch.cuda, without a device."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, on: bool) -> None:
         self.on = on
@@ -145,11 +145,10 @@ class _Cuda:
 
 def test_the_history_is_on_only_while_recording(monkeypatch):
     cuda = _Cuda(monkeypatch, on=False)
-    history = History(torch.device("cuda", 1))
-    history.start()
-    assert cuda.on
-    cuda.entries.append(_entry("alloc", 1, 400))
-    events, extra = history.finish([_profiled(10, 512, 1)])
+    with history(torch.device("cuda", 1)) as joined:
+        assert cuda.on
+        cuda.entries.append(_entry("alloc", 1, 400))
+        events, extra = joined([_profiled(10, 512, 1)])
     assert [event.bytes for event in events] == [400]
     assert extra == {
         "segments": (Segment(0, True, BLOCKS),),
@@ -158,26 +157,22 @@ def test_the_history_is_on_only_while_recording(monkeypatch):
         "requested": True,
         "background": 0,
     }
-    history.stop()
     assert not cuda.on
 
 
 def test_a_history_that_someone_else_has_on_is_read_from_here_and_left_on(monkeypatch):
     cuda = _Cuda(monkeypatch, on=True)
     cuda.entries.append(_entry("alloc", 1, 100))
-    history = History(torch.device("cuda", 1))
-    history.start()
-    cuda.entries.append(_entry("alloc", 1, 400))
-    events, _ = history.finish([_profiled(10, 512, 1)])
+    with history(torch.device("cuda", 1)) as joined:
+        cuda.entries.append(_entry("alloc", 1, 400))
+        events, _ = joined([_profiled(10, 512, 1)])
     assert [event.bytes for event in events] == [400]
-    history.stop()
     assert cuda.on
 
 
 def test_without_a_whole_history_block_sizes_stand_for_requests(monkeypatch):
     _Cuda(monkeypatch, on=False)
-    history = History(torch.device("cuda", 1))
-    history.start()
-    events, extra = history.finish([_profiled(10, 512, 1)])
+    with history(torch.device("cuda", 1)) as joined:
+        events, extra = joined([_profiled(10, 512, 1)])
     assert [event.bytes for event in events] == [512]
     assert extra["requested"] is False

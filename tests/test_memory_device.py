@@ -46,13 +46,10 @@ def test_under_an_exact_limit_all_that_is_left_may_be_used(host, kind):
     assert (budget.bytes, budget.kind, budget.hard) == (10 * GIB, "data segment", False)
 
 
-def test_headroom_is_taken_off_and_what_the_training_holds_added(host):
-    budget = host(kind="data segment").budget(headroom=GIB, held=3 * GIB)
-    assert budget.bytes == 12 * GIB
-    assert budget.reason == (
-        "12.0 GiB: 10.0 GiB of it, plus 3.0 GiB that this process holds already, less 1.0 GiB of headroom"
-    )
-    assert host(available=GIB).budget(headroom=2 * GIB).bytes == 0
+def test_what_the_training_holds_on_a_host_is_added(host):
+    budget = host(kind="data segment").budget(held=3 * GIB)
+    assert budget.bytes == 13 * GIB
+    assert budget.reason == "13.0 GiB: 10.0 GiB of it, plus 3.0 GiB that this process holds already"
 
 
 def test_processes_on_one_host_share_what_is_available(host, monkeypatch):
@@ -68,7 +65,7 @@ def test_processes_on_one_host_share_what_is_available(host, monkeypatch):
     ("memory", "size"), [("64MiB", 64 * 2**20), (12345, 12345), ("80%", int(0.8 * 16 * GIB)), (" 50 % ", 8 * GIB)]
 )
 def test_memory_that_is_asked_for_is_taken_as_asked_and_is_hard(host, memory, size):
-    budget = host(available=15 * GIB).budget(memory, headroom=GIB, held=GIB)
+    budget = host(available=15 * GIB).budget(memory, held=GIB)
     assert (budget.bytes, budget.hard, budget.kind, budget.beyond) == (size, True, "torch", None)
     assert str(memory) in budget.reason
 
@@ -212,23 +209,18 @@ def gpu(monkeypatch):
         api = FakeCuda(**figures)
         info = GpuInfo(24 * GIB, 19 * GIB, "580.65", tuple(others))
         answer = (None, others) if isinstance(others, str) else (info, "")
-        monkeypatch.setattr(accelerators, "gpu_info", lambda uuid, nvml: answer)
+        monkeypatch.setattr(accelerators, "gpu_info", lambda uuid: answer)
         monkeypatch.setattr(accelerators, "pids_are_ours", lambda: True)
-        return CudaDevice(torch.device("cuda", 0), api, spills=spills), api
+        monkeypatch.setattr(CudaDevice, "spills", spills)
+        return CudaDevice(torch.device("cuda", 0), api), api
 
     return make
 
 
-def test_a_gpus_budget_is_what_is_free_and_what_the_process_holds_less_headroom(gpu):
+def test_a_gpus_budget_is_what_is_free_and_what_the_process_holds(gpu):
     cuda, _ = gpu()
-    budget = cuda.budget(headroom=GIB)
-    assert budget == Budget(
-        21 * GIB,
-        "21.0 GiB: 20.0 GiB free on NVIDIA A10, plus 2.0 GiB that this process holds already, less 1.0 GiB of headroom"
-        "; no other process uses it",
-        False,
-        "torch",
-    )
+    said = "20.0 GiB free on NVIDIA A10, plus 2.0 GiB that this process holds already; no other process uses it"
+    assert cuda.budget() == Budget(22 * GIB, f"22.0 GiB: {said}", False, "torch")
 
 
 def test_other_processes_on_a_gpu_are_named(gpu):
@@ -246,7 +238,7 @@ def test_without_nvml_cudas_own_figures_serve_and_the_reason_says_so(gpu):
 def test_a_memory_fraction_that_the_user_set_bounds_the_budget(gpu):
     cuda, api = gpu()
     api.fraction = 0.5
-    budget = cuda.budget(headroom=GIB)
+    budget = cuda.budget()
     assert budget.bytes == 12 * GIB
     assert "this process's memory fraction allows 12.0 GiB" in budget.reason
 
@@ -371,7 +363,7 @@ def test_a_gpu_that_is_not_there_is_refused_also_where_torchs_index_wraps_round(
 
 def test_a_gpu_that_does_not_answer_is_still_a_row_of_devices(machine, monkeypatch):
     machine().error = "CUDA error: all CUDA-capable devices are busy or unavailable"
-    monkeypatch.setattr(accelerators, "gpu_info", lambda uuid, nvml: (None, "no driver"))
+    monkeypatch.setattr(accelerators, "gpu_info", lambda uuid: (None, "no driver"))
     row = devices()[0]
     assert (row["device"], row["total"], row["free"]) == ("cuda:0", None, None)
     assert "devices are busy or unavailable" in row["note"]
@@ -387,7 +379,8 @@ class FakeXpu(FakeCuda):
 def test_an_xpu_is_asked_through_its_own_module():
     xpu = AcceleratorDevice(torch.device("xpu", 0), FakeXpu())
     assert (xpu.type, xpu.total(), xpu.free()) == ("xpu", 24 * GIB, 20 * GIB)
-    assert xpu.budget().bytes == 22 * GIB
+    assert xpu.budget().bytes == 22 * GIB - 256 * MIB
+    assert xpu.budget().reason.endswith(", less 256.0 MiB of headroom")
     with xpu.limit(xpu.budget("4GiB")):
         assert int(xpu._api.fraction * 24 * GIB) == 4 * GIB
     assert xpu._api.fraction == 1.0
@@ -401,7 +394,7 @@ def test_what_a_backends_module_lacks_is_asked_of_torch_accelerator(monkeypatch)
     )
     monkeypatch.setattr(torch, "accelerator", named, raising=False)
     other = AcceleratorDevice(torch.device("privateuseone", 0), SimpleNamespace())
-    assert other.budget().bytes == 22 * GIB
+    assert other.budget().bytes == 22 * GIB - 256 * MIB
     assert other.name == "privateuseone:0"
     with other.limit(other.budget("4GiB")):  # no fraction to set: nothing happens
         assert api.calls == []
@@ -430,7 +423,8 @@ def test_apples_gpu_counts_what_metal_recommends_and_the_host_has(monkeypatch):
     )
     mps = MpsDevice(api)
     assert (mps.total(), mps.free(), mps.allocated()) == (11 * GIB, 6 * GIB, 5)
-    assert mps.budget(headroom=2 * GIB).bytes == 5 * GIB
+    assert mps.budget().bytes == 7 * GIB
+    assert mps.budget().reason.endswith("of 11.0 GiB that Metal recommends to use")
     assert mps.budget("50%").bytes == int(5.5 * GIB)
     assert mps.peak() is None
     mps.release()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from autoaccum.memory.allocator import Segment, Setup, SimulatedOutOfMemory, rounded
+from autoaccum.memory.allocator import Segment, Setup, SimulatedOutOfMemory
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes, resident_parts
 from autoaccum.memory.trace import Kept, Trace, record
@@ -215,8 +215,6 @@ def test_traces_that_carry_no_forecast_are_refused():
         Forecast.fit([trace, play([])], [(2,), (4,)])
     with pytest.raises(ForecastFailed, match="do not determine the fit"):
         Forecast.fit([trace, trace], [(2,), (2,)])
-    with pytest.raises(ForecastFailed, match="each trace needs one size"):
-        Forecast.fit([trace, trace], [(2,), (4, 8)])
 
 
 def test_a_length_is_asked_for_and_one_alone_tells_nothing_of_others():
@@ -378,7 +376,6 @@ def test_freed_requests_are_served_again():
 
     forecast = Forecast.fit([trace(n) for n in (2, 4)], [(2,), (4,)])
     assert forecast.reserved(30) == 30 * MIB
-    assert forecast.simulate(30).peak_allocated == rounded(30 * 10**6)
 
 
 def test_the_largest_batch_under_a_reserved_limit_needs_no_retry():

@@ -19,7 +19,7 @@ SETUP = """
     import json, resource, torch
     from torch import nn
     import autoaccum.api
-    from autoaccum.memory.watch import ProcessGrowth
+    from autoaccum.memory.watch import ProcessGrowth, _status
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 4096), nn.GELU(), nn.Linear(4096, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -32,7 +32,7 @@ SETUP = """
         optimizer.step()
         optimizer.zero_grad()
 
-    used = ProcessGrowth("data segment")._read()
+    used = _status()["VmData"]
     resource.setrlimit(resource.RLIMIT_DATA, (used + 180 * 2**20, resource.RLIM_INFINITY))
 """
 
@@ -140,14 +140,14 @@ def test_freed_blocks_are_kept_only_where_there_is_room_for_their_holes():
             "device, budget = open_device('cpu'), Budget(2 * 2**30, '', False, 'data segment')",
             "def stays(peak):",
             "    if peak != 'as it is': device.expect(budget, peak)",
-            "    before = ProcessGrowth('data segment')._read()",
+            "    before = _status()['VmData']",
             "    blocks = [torch.empty(8 * 2**20, dtype=torch.uint8) for _ in range(8)]",
             "    blocks.clear()",
-            "    return ProcessGrowth('data segment')._read() - before",
+            "    return _status()['VmData'] - before",
             "given_back, kept = stays(None), stays(2**30)",
-            "there = ProcessGrowth('data segment')._read()",
+            "there = _status()['VmData']",
             "device.expect(budget, 2**20)",
-            "lost, too_much = there - ProcessGrowth('data segment')._read(), stays(2**30 + 1)",
+            "lost, too_much = there - _status()['VmData'], stays(2**30 + 1)",
             "device.expect(budget, 2**30)",
             "device.release()",
             "print(json.dumps([given_back, kept, lost, too_much, stays('as it is')]))",
@@ -163,9 +163,9 @@ def test_the_profilers_thread_takes_a_small_stack(told):
         told,
         "from types import SimpleNamespace",
         "from autoaccum.memory.trace import record",
-        "before = ProcessGrowth('data segment')._read()",
+        "before = _status()['VmData']",
         "with record(SimpleNamespace(torch_device=torch.device('cpu'))): pass",
-        "print(ProcessGrowth('data segment')._read() - before)",
+        "print(_status()['VmData'] - before)",
     )
     assert grown < 4 * 2**20, "the usual stack alone is 8 MiB"
 

@@ -133,7 +133,7 @@ class Attachment:
             made = session.plan()
             self.verify = session.check()
         self.probe = session.report
-        budget = parts.device.budget(asked.memory, headroom=parts.device.headroom())
+        budget = parts.device.budget(asked.memory)
         self._accumulator = Accumulator(
             parts.model, parts.optimizer, made, objective=parts.objective, precision="fp32",
             accumulate=asked.accumulate, batch_norm=made.batch_norm, on_nonfinite=asked.on_nonfinite,

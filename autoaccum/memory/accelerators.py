@@ -16,7 +16,6 @@ import platform
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,12 +80,12 @@ class AcceleratorDevice(Device):
         """What no process has taken; the cache of this process's allocator counts as taken."""
         return int(self._info(self.torch_device)[0])
 
-    def _room(self, headroom: int, held: int) -> Budget:
-        size, reason = self._spare(headroom, f"free on {self.name}")
+    def _spare(self) -> tuple[int, str]:
+        size, reason = super()._spare()
         cap = int(self._fraction() * self._whole())  # of what the allocator reserves: headroom is for what it does not
         if cap < size:
-            size, reason = cap, f"{reason}, but this process's memory fraction allows {format_bytes(cap)}"
-        return Budget(size, f"{format_bytes(size)}: {reason}", False, "torch")
+            return cap, f"{reason}, but this process's memory fraction allows {format_bytes(cap)}"
+        return size, reason
 
     def _fraction(self) -> float:
         """The share of the device that this process's allocator may reserve; older PyTorch cannot tell, so all."""
@@ -142,16 +141,11 @@ class AcceleratorDevice(Device):
 class CudaDevice(AcceleratorDevice):
     """An NVIDIA GPU, or an AMD one under ROCm, for which PyTorch uses the same names (but NVML does not answer).
 
-    `api` and `nvml` are the modules to ask, torch.cuda and pynvml unless others are given. `spills`: whether the driver
-    serves allocations from host memory instead of refusing them; found out unless given.
+    `api` is the module to ask, torch.cuda unless another is given.
     """
 
-    def __init__(
-        self, torch_device: torch.device, api: Any = None, *, nvml: Any = None, spills: bool | None = None
-    ) -> None:
-        super().__init__(torch_device, api)
-        self._nvml = nvml
-        self.spills = _spills() if spills is None else spills
+    # WSL and Windows: the driver serves an allocation from host memory when the GPU's is full.
+    spills = sys.platform == "win32" or "microsoft" in platform.release().lower()
 
     def total(self) -> int:
         """The device's memory, by its properties."""
@@ -162,17 +156,14 @@ class CudaDevice(AcceleratorDevice):
 
         Where these differ, a fraction that is set and read back shows which it was: times that one it is whole bytes.
         """
-        totals = {self.total(), int(self._info(self.torch_device)[1])}
-        get = self._function("get_per_process_memory_fraction")
-        if len(totals) == 1:
-            return totals.pop()
-        if get is None:
-            return int(self._info(self.torch_device)[1])
+        properties, driver = self.total(), int(self._info(self.torch_device)[1])
+        if properties == driver or self._function("get_per_process_memory_fraction") is None:
+            return driver
         before = min(1.0, self._fraction())
         self._api.set_per_process_memory_fraction(0.7310585786, self.torch_device)
-        read = float(get(self.torch_device))
+        read = self._fraction()
         self._api.set_per_process_memory_fraction(before, self.torch_device)
-        return min(totals, key=lambda total: abs(read * total - round(read * total)))
+        return min(properties, driver, key=lambda total: abs(read * total - round(read * total)))
 
     def _fraction(self) -> float:
         """The share of the device that this process's allocator may reserve.
@@ -211,16 +202,16 @@ class CudaDevice(AcceleratorDevice):
                 f"{self.torch_device} ({self.name}) does not answer: {error}; {self._others()}"
             ) from error
 
-    def _room(self, headroom: int, held: int) -> Budget:
-        budget = super()._room(headroom, held)
-        reason = f"{budget.reason}; {self._others()}"
+    def _spare(self) -> tuple[int, str]:
+        size, reason = super()._spare()
+        reason = f"{reason}; {self._others()}"
         if self.spills:
             reason += "; a hard limit, for the driver here spills into host memory instead of refusing"
-        return replace(budget, reason=reason, hard=self.spills)
+        return size, reason
 
     def _gpu(self) -> tuple[GpuInfo | None, str]:
         uuid = getattr(self._api.get_device_properties(self.torch_device), "uuid", None)
-        return gpu_info(str(uuid), self._nvml) if uuid else (None, "this PyTorch does not tell the GPU's UUID")
+        return gpu_info(str(uuid)) if uuid else (None, "this PyTorch does not tell the GPU's UUID")
 
     def _others(self) -> str:
         info, why = self._gpu()
@@ -281,9 +272,9 @@ class MpsDevice(Device):
         """What of that this process has not taken, or the host's available memory where that is less."""
         return min(max(0, self.total() - (self.reserved() or 0)), host_memory().available)
 
-    def _room(self, headroom: int, held: int) -> Budget:
-        size, reason = self._spare(headroom, f"of Metal's recommended {format_bytes(self.total())} is free")
-        return Budget(size, f"{format_bytes(size)}: {reason}", False, "torch")
+    def _spare(self) -> tuple[int, str]:
+        size, reason = super()._spare()
+        return size, f"{reason}, of {format_bytes(self.total())} that Metal recommends to use"
 
     def _figure(self, name: str) -> int | None:
         told = {"allocated": self._api.current_allocated_memory, "reserved": self._api.driver_allocated_memory}
@@ -304,8 +295,3 @@ def fraction(size: int, total: int) -> float:
     Half a byte more than size / total: the truncation could otherwise cost the last byte, and with it a segment.
     """
     return min(1.0, (size + 0.5) / total)
-
-
-def _spills() -> bool:
-    """WSL and Windows: the driver serves an allocation from host memory when the GPU's is full."""
-    return sys.platform == "win32" or "microsoft" in platform.release().lower()

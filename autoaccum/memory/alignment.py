@@ -34,8 +34,7 @@ _SHORTEST_LOOP = 4  # groups in all turns together; shorter ones are as likely c
 _SHORTEST_RUN = 3
 
 _Key = tuple[str, str]  # a group by the names of its operators
-_Turned = tuple[object, int, int]
-_Items = Callable[[Sequence[_Key]], list[_Turned]]
+_Items = Callable[[Sequence[_Key]], list[tuple[object, int]]]  # what is matched: a name and its first group
 
 
 class ForecastFailed(Exception):
@@ -89,17 +88,17 @@ def _cells(starts: list[int], keys: list[list[_Key]], items: _Items, shortest: i
     base = keys[0]
     if all(other == base for other in keys[1:]):
         return [Cell(tuple((start + at, start + at + 1) for start in starts), True) for at in range(len(base))]
-    turned = [items(each) for each in keys]
-    names = [[name for name, _, _ in each] for each in turned]
+    named = [items(each) for each in keys]
+    names = [[name for name, _ in each] for each in named]
+    firsts = [[*(first for _, first in each), len(every)] for each, every in zip(named, keys)]
     ends = tuple(map(len, names))
     cells: list[Cell] = []
     here = (0,) * len(keys)
 
     def add(there: tuple[int, ...], matched: bool) -> None:
         """A cell from `here` until `there`, counted in loops and groups outside of loops."""
-        bounds = zip(starts, turned, here, there)
-        spans = ((start + _first(each, a), start + _first(each, b)) for start, each, a, b in bounds)
-        cells.append(Cell(tuple(spans), matched))
+        bounds = zip(starts, firsts, here, there)
+        cells.append(Cell(tuple((start + each[a], start + each[b]) for start, each, a, b in bounds), matched))
 
     for there in [*_long_runs(_anchors(names), ends, shortest), ends]:
         if there != here:
@@ -112,24 +111,17 @@ def _cells(starts: list[int], keys: list[list[_Key]], items: _Items, shortest: i
     return cells
 
 
-def _first(turned: list[_Turned], at: int) -> int:
-    """The first group of an item; past the last item, one past the last group."""
-    if at < len(turned):
-        return turned[at][1]
-    return turned[-1][2] if turned else 0
+def _single(keys: Sequence[_Key]) -> list[tuple[object, int]]:
+    """Each group by itself."""
+    return [(key, at) for at, key in enumerate(keys)]
 
 
-def _single(keys: Sequence[_Key]) -> list[_Turned]:
-    """Each group by itself, in the form of `_loops`."""
-    return [(key, at, at + 1) for at, key in enumerate(keys)]
-
-
-def _loops(keys: Sequence[_Key]) -> list[_Turned]:
-    """The groups with repeating patterns put together: (name, first group, one past the last group).
+def _loops(keys: Sequence[_Key]) -> list[tuple[object, int]]:
+    """The groups with repeating patterns put together.
 
     A loop is named by the operators in it, not by their order: where its first turn begins may differ.
     """
-    found: list[_Turned] = []
+    found: list[tuple[object, int]] = []
     at = 0
     while at < len(keys):
         stop, pattern = at + 1, 0
@@ -142,7 +134,7 @@ def _loops(keys: Sequence[_Key]) -> list[_Turned]:
             if end > stop and end - at >= _SHORTEST_LOOP:
                 stop, pattern = end, length
         name = frozenset(keys[at : at + pattern]) if pattern else keys[at]
-        found.append((name, at, stop))
+        found.append((name, at))
         at = stop
     return found
 
@@ -207,13 +199,10 @@ def _myers(first: Sequence[object], second: Sequence[object]) -> list[tuple[int,
                 at += 1
             furthest[diagonal] = at, runs if at == start else (runs, start, at, diagonal)
             if at >= len(first) and at - diagonal >= len(second):
-                return _pairs(furthest[diagonal][1])
+                found: list[tuple[int, int]] = []
+                runs = furthest[diagonal][1]
+                while runs is not None:
+                    runs, start, stop, on = runs
+                    found = [(at, at - on) for at in range(start, stop)] + found
+                return found
     return []
-
-
-def _pairs(runs: Any) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    while runs is not None:
-        runs, start, stop, diagonal = runs
-        found += [(at, at - diagonal) for at in range(stop - 1, start - 1, -1)]
-    return found[::-1]

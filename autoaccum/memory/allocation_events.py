@@ -4,8 +4,8 @@ A limit on the process counts what the records themselves take, so they lie in c
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, overload
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 __all__ = ["Event", "Events"]
 
@@ -20,8 +20,8 @@ class Event(NamedTuple):
     stream: int = 0
 
 
-class Events(Sequence[Event]):
-    """Events in time order; an index gives one, a slice gives a list of them."""
+class Events:
+    """Events in time order."""
 
     def __init__(self, events: Iterable[Event] = ()) -> None:
         self._columns = tuple(array("q") for _ in Event._fields)
@@ -39,11 +39,5 @@ class Events(Sequence[Event]):
     def __iter__(self) -> Iterator[Event]:
         return map(Event, *self._columns)
 
-    @overload
-    def __getitem__(self, index: int) -> Event: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Event]: ...
-    def __getitem__(self, index: int | slice) -> Event | list[Event]:
-        if isinstance(index, slice):
-            return list(map(Event, *(column[index] for column in self._columns)))
-        return Event(*(column[index] for column in self._columns))
+    def __getitem__(self, span: slice) -> list[Event]:
+        return list(map(Event, *(column[span] for column in self._columns)))

@@ -85,7 +85,7 @@ class Segment(NamedTuple):
 
 @dataclass(eq=False)
 class Block:
-    """A stretch of one segment; `previous` and `next` are its neighbours there. `requested` is 0 when free."""
+    """A stretch of one segment; `previous` and `next` are its neighbours there."""
 
     pool: _Pool
     address: int
@@ -117,14 +117,15 @@ class _Pool:
         self.unmapped: list[tuple[int, int, Block]] = []  # by address alone
 
     def insert(self, block: Block) -> None:
-        if block.mapped:
-            insort(self.cached, (block.size, block.address, block))
-        else:
-            insort(self.unmapped, (0, block.address, block))
+        listed, size = self._place(block)
+        insort(listed, (size, block.address, block))
 
     def remove(self, block: Block) -> None:
-        listed, size = (self.cached, block.size) if block.mapped else (self.unmapped, 0)
+        listed, size = self._place(block)
         del listed[bisect_left(listed, (size, block.address))]
+
+    def _place(self, block: Block) -> tuple[list[tuple[int, int, Block]], int]:
+        return (self.cached, block.size) if block.mapped else (self.unmapped, 0)
 
     def best_fit(self, size: int, max_split: int | None = None) -> Block | None:
         """The smallest cached block of at least `size`; where blocks can grow, the one that could grow least."""
@@ -147,22 +148,16 @@ class CachingAllocator:
     """The allocator of one device. Sizes are bytes.
 
     It holds `segments` at the start, whose blocks in use stay so (nobody here can free them). `limit` is the most it
-    may reserve (what `set_per_process_memory_fraction` caps); None: no limit. `reserved`,
-    `allocated` (whole blocks in use), their peaks, and `retries` may be read at any time.
+    may reserve (what `set_per_process_memory_fraction` caps); None: no limit. `reserved`, its peak, and `retries` may
+    be read at any time.
     """
 
     def __init__(
-        self,
-        segments: Sequence[Segment] = (),
-        *,
-        limit: int | None = None,
-        setup: Setup = Setup(),  # noqa: B008 - immutable
+        self, segments: Sequence[Segment] = (), *, limit: int | None = None, setup: Setup | None = None
     ) -> None:
         self.limit = limit
-        self.expandable, self._max_split, self._divisions = setup
-        self.reserved = self.allocated = 0
-        self.peak_reserved = self.peak_allocated = 0
-        self.retries = 0
+        self.expandable, self._max_split, self._divisions = setup or Setup()
+        self.reserved = self.peak_reserved = self.retries = 0
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._next_address = _ADDRESS_SPACE
         for segment in segments:
@@ -184,8 +179,6 @@ class CachingAllocator:
         if self._splits(block, size):
             pool.insert(_divided(block, size))
         block.allocated = True
-        self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
         return block
 
     def _splits(self, block: Block, size: int) -> bool:
@@ -197,7 +190,6 @@ class CachingAllocator:
     def free(self, block: Block) -> None:
         """Give a block back to its pool, joined with its free neighbours."""
         block.allocated = False
-        self.allocated -= block.size
         _settle(block)
 
     def release_cached(self) -> None:
@@ -327,8 +319,6 @@ class CachingAllocator:
                 pool.insert(block)
             before, address = block, address + size
         self._grow(sum(size for size, _ in segment.blocks))
-        self.allocated += sum(size for size, allocated in segment.blocks if allocated)
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
 
 
 def rounded(request: int, divisions: Sequence[int] = ()) -> int:

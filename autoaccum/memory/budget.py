@@ -10,7 +10,7 @@ Choices:
   a hard limit caps. On the CPU they are what PyTorch has allocated.
 - Without `memory=`, a tenth of what is available on a host stays free: available memory is the kernel's estimate, other
   programs move it, and going past it gets the process killed instead of raising an error. A limit on the data segment
-  or the address space is exact and raises, so nothing is kept back there beyond the caller's own headroom.
+  or the address space is exact and raises, so nothing is kept back there.
 - A `memory=` beyond the device's total is taken as the total: no training can ever use more. On an accelerator one
   beyond what is free at the moment is taken as asked, with that said: what is free changes, the number is the user's
   word, and an overrun is an error that a probe survives. On a host it is a killed process, or a machine that comes to
@@ -29,7 +29,7 @@ import torch
 
 from autoaccum.units import asked_bytes, format_bytes, named
 
-__all__ = ["Budget", "Device", "asked_bytes", "less", "named", "plus", "row"]
+__all__ = ["Budget", "Device", "asked_bytes", "named", "plus", "row"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Device(ABC):
     name: str
     keeps = False
     """Whether freed blocks stay in the process although a limit counts them: `release` ends that."""
+    spills = False
+    """Whether the driver serves allocations from host memory instead of refusing them."""
 
     @property
     def type(self) -> str:
@@ -82,16 +84,15 @@ class Device(ABC):
     def free(self) -> int:
         """What anyone could allocate now."""
 
-    def budget(self, memory: int | str | None = None, *, headroom: int = 0, held: int = 0) -> Budget:
+    def budget(self, memory: int | str | None = None, *, held: int = 0) -> Budget:
         """What the training may use: all that is free and its own, or as much as `memory` says.
 
         Args:
             memory: None, bytes, a size such as "8GiB", or a share of the device's total such as "80%".
-            headroom: without `memory`: bytes to leave free.
             held: without `memory`, on the CPU: bytes this training holds already, which count as its own.
         """
         if memory is None:
-            return self._room(headroom, held)
+            return self._room(held)
         total = self.total()
         size, reason = asked_bytes(memory, total)
         if size > total:
@@ -99,21 +100,19 @@ class Device(ABC):
             size = total
         free = self.free() + max(held, self.reserved() or 0)
         if size > free:
-            reason += f"; only {format_bytes(free)} is free now{self._beyond()}"
+            reason += f"; only {format_bytes(free)} is free now, and a step that needs more runs out of memory"
         return Budget(size, f"{format_bytes(size)}, {reason}", True, "torch")
 
-    @abstractmethod
-    def _room(self, headroom: int, held: int) -> Budget:
+    def _room(self, held: int) -> Budget:
         """The budget where the user named none."""
+        size, reason = self._spare()
+        return Budget(size, f"{format_bytes(size)}: {reason}", self.spills, "torch")
 
-    def _spare(self, headroom: int, where: str) -> tuple[int, str]:
-        """What is free `where` it is said to be, with what the allocator holds and less the headroom: bytes, reason."""
-        free, own = self.free(), self.reserved() or 0
-        return max(0, free + own - headroom), f"{format_bytes(free)} {where}{plus(own)}{less(headroom)}"
-
-    def _beyond(self) -> str:
-        """What happens to a training that needs more than is free; the end of a sentence."""
-        return ", and a step that needs more runs out of memory"
+    def _spare(self) -> tuple[int, str]:
+        """What is free and what the allocator holds, less the headroom, in bytes; and these figures in words."""
+        free, own, kept = self.free(), self.reserved() or 0, self.headroom()
+        reason = f"{format_bytes(free)} free on {self.name}{plus(own)}"
+        return max(0, free + own - kept), reason + (f", less {format_bytes(kept)} of headroom" if kept else "")
 
     def limit(self, budget: Budget) -> AbstractContextManager[None]:
         """Holds PyTorch's allocator to a hard budget, and puts the limit from before back; elsewhere does nothing."""
@@ -184,11 +183,6 @@ def row(
     """A row of `autoaccum devices`: bytes in all and free, None where the device does not answer."""
     told = {"device": str(device), "type": device.type, "name": name, "total": total, "free": free}
     return {**told, "processes": list(processes), "driver": driver, "note": note}
-
-
-def less(headroom: int) -> str:
-    """The end of a budget's reason: what was left free."""
-    return f", less {format_bytes(headroom)} of headroom" if headroom else ""
 
 
 def plus(held: int) -> str:

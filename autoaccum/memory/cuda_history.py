@@ -13,14 +13,15 @@ that ran over), the block sizes stand for the requests, and the trace says so (`
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from autoaccum.memory.allocator import Segment, setup_of, unsupported
 
-__all__ = ["NO_OPERATOR", "History", "RawEvent", "join", "segments_of"]
+__all__ = ["NO_OPERATOR", "RawEvent", "history", "join", "segments_of"]
 
 NO_OPERATOR = "(no operator)"
 _DEFERRED = "(freed once another stream was done)"
@@ -43,55 +44,43 @@ class RawEvent(NamedTuple):
     stream: int = 0
 
 
-class History:
-    """The allocator's history during one recording, and its state at the start."""
+Joined = Callable[[Sequence[RawEvent]], tuple[list[RawEvent], dict[str, Any]]]
 
-    def __init__(self, where: torch.device) -> None:
-        self._index = torch.cuda.current_device() if where.index is None else where.index
-        self._backend = torch.cuda.memory.get_allocator_backend()
-        self._kept = self._backend == "native"  # others record none, and say so by an error
-        self._ours = False
-        self._before = 0
-        self._segments: tuple[Segment, ...] = ()
-        self._settings: Mapping[str, Any] = {}
-        self._unsupported: str | None = None
 
-    def start(self) -> None:
-        """Switch the history on, unless it is on, and note the allocator's state."""
-        if not self._kept:
-            return
-        if not torch._C._cuda_isHistoryEnabled():
-            torch.cuda.memory._record_memory_history("all", context=None)
-            self._ours = True
-        at_start = torch.cuda.memory._snapshot(self._index)
-        self._before = len(at_start["device_traces"][self._index])
-        self._segments = segments_of(at_start["segments"], self._index)
-        self._settings = at_start.get("allocator_settings", {})
-        own = [segment for segment in at_start["segments"] if segment["device"] == self._index]
-        self._unsupported = unsupported(self._settings, self._backend, own)
+@contextmanager
+def history(where: torch.device) -> Iterator[Joined]:
+    """Has the allocator keep its history inside; what it gives joins that to the profiler's events, at the end.
 
-    def finish(self, found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
-        """The profiler's events with requested sizes, and what else the trace wants to know."""
-        joined = None
-        if self._kept:
-            entries = torch.cuda.memory._snapshot(self._index)["device_traces"][self._index][self._before :]
-            joined = join(found, entries)
-        extra: dict[str, Any] = {
-            "segments": self._segments,
-            "setup": setup_of(self._settings),
-            "unsupported": self._unsupported if self._kept else unsupported(self._settings, self._backend),
-            "requested": joined is not None,
+    That returns the events with requested sizes, and what else a trace of a device that caches wants to know.
+    """
+    index = torch.cuda.current_device() if where.index is None else where.index
+    backend = torch.cuda.memory.get_allocator_backend()
+    if backend != "native":  # others record none, and say so by an error
+        yield lambda found: (list(found), {"unsupported": unsupported({}, backend), "requested": False})
+        return
+    ours = not torch._C._cuda_isHistoryEnabled()
+    if ours:
+        torch.cuda.memory._record_memory_history("all", context=None)
+    try:
+        start = torch.cuda.memory._snapshot(index)
+        before, settings = len(start["device_traces"][index]), start.get("allocator_settings", {})
+        own = [segment for segment in start["segments"] if segment["device"] == index]
+        extra = {
+            "segments": segments_of(own, index),
+            "setup": setup_of(settings),
+            "unsupported": unsupported(settings, backend, own),
         }
-        if joined is None:
-            return list(found), extra
-        events, extra["background"] = joined
-        return events, extra
 
-    def stop(self) -> None:
-        """Switch the history off again, if this recording switched it on."""
-        if self._ours:
+        def joined(found: Sequence[RawEvent]) -> tuple[list[RawEvent], dict[str, Any]]:
+            entries = torch.cuda.memory._snapshot(index)["device_traces"][index][before:]
+            events, background = join(found, entries) or (None, 0)
+            told = {**extra, "requested": events is not None, "background": background}
+            return list(found) if events is None else events, told
+
+        yield joined
+    finally:
+        if ours:
             torch.cuda.memory._record_memory_history(None)
-            self._ours = False
 
 
 def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tuple[list[RawEvent], int] | None:
@@ -143,11 +132,6 @@ def join(found: Sequence[RawEvent], entries: Sequence[Mapping[str, Any]]) -> tup
 
 def segments_of(segments: Sequence[Mapping[str, Any]], index: int) -> tuple[Segment, ...]:
     """The default pool's segments of device `index` in a snapshot, by address."""
-    own = [
-        segment
-        for segment in segments
-        if segment["device"] == index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
-    ]
     return tuple(
         Segment(
             segment["stream"],
@@ -155,5 +139,6 @@ def segments_of(segments: Sequence[Mapping[str, Any]], index: int) -> tuple[Segm
             tuple((block["size"], block["state"] != "inactive") for block in segment["blocks"]),
             bool(segment.get("is_expandable", False)),
         )
-        for segment in sorted(own, key=lambda segment: segment["address"])
+        for segment in sorted(segments, key=lambda segment: segment["address"])
+        if segment["device"] == index and tuple(segment.get("segment_pool_id", (0, 0))) == (0, 0)
     )

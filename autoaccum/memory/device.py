@@ -12,7 +12,7 @@ import torch
 
 from autoaccum.errors import DeviceError, shown
 from autoaccum.memory.accelerators import AcceleratorDevice, CudaDevice, MpsDevice
-from autoaccum.memory.budget import Budget, Device, asked_bytes, less, named, plus, row
+from autoaccum.memory.budget import Budget, Device, asked_bytes, named, plus, row
 from autoaccum.memory.host import host_memory
 from autoaccum.memory.watch import give_blocks_back
 from autoaccum.units import format_bytes
@@ -38,16 +38,16 @@ class CpuDevice(Device):
         """What this process may still take under the limit that binds."""
         return host_memory().available
 
-    def budget(self, memory: int | str | None = None, *, headroom: int = 0, held: int = 0) -> Budget:
+    def budget(self, memory: int | str | None = None, *, held: int = 0) -> Budget:
         """As everywhere, but never more than without `memory`: what does not fit here cannot be tried here."""
-        asked, room = super().budget(memory, headroom=headroom, held=held), self._room(headroom, held)
+        asked, room = super().budget(memory, held=held), self._room(held)
         if memory is None or asked.bytes <= room.bytes:
             return asked
         size, _ = asked_bytes(memory, self.total())
         reason = f"{room.reason}; {named(memory)} asks for {format_bytes(size)}, which is not there to be used"
         return Budget(room.bytes, reason, False, room.kind, beyond=size)
 
-    def _room(self, headroom: int, held: int) -> Budget:
+    def _room(self, held: int) -> Budget:
         memory = host_memory()
         size, reason = memory.available, memory.reason
         exact = memory.kind in ("data segment", "address space")
@@ -58,9 +58,8 @@ class CpuDevice(Device):
                 reason += f", shared by {processes} processes"
             size -= int(size * _HOST_RESERVE)
             reason += f", {_HOST_RESERVE:.0%} of it kept free for the system"
-        size = max(0, size - headroom + held)
-        reason = f"{format_bytes(size)}: {reason}{plus(held)}{less(headroom)}"
-        return Budget(size, reason, False, "data segment" if exact else "host")
+        size += held
+        return Budget(size, f"{format_bytes(size)}: {reason}{plus(held)}", False, "data segment" if exact else "host")
 
     def limit(self, budget: Budget) -> AbstractContextManager[None]:
         """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc gives blocks back."""

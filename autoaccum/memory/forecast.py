@@ -1,7 +1,7 @@
 """A few small traces -> the peak memory of a window at any batch size, and any sequence length.
 
 What each operator call allocates is affine in the batch, though the peak, the largest of many sums of such
-figures, is not. So the rows of the aligned traces (replay.py) are fitted one by one (fitting.py) and added
+figures, is not. So the rows of the aligned traces (playback.py) are fitted one by one (fitting.py) and added
 up again at the size asked for: the peak is a maximum of affine functions, evaluated as one matrix product.
 
 Choices:
@@ -24,9 +24,8 @@ import torch
 
 from autoaccum.memory.alignment import MOST_UNMATCHED, Cell, ForecastFailed, align
 from autoaccum.memory.allocator import CachingAllocator, SimulatedOutOfMemory
-from autoaccum.memory.fitting import basis, columns, determined, fit, volume
-from autoaccum.memory.playback import Playback
-from autoaccum.memory.replay import Column, Table, matrix, tabulate
+from autoaccum.memory.fitting import Size, basis, determined, fit, volume
+from autoaccum.memory.playback import Column, Playback, Table, matrix, tabulate
 from autoaccum.memory.trace import Trace
 
 __all__ = ["Forecast", "ForecastFailed"]
@@ -47,13 +46,15 @@ class Forecast:
         reserve: reserved over requested bytes, as measured at the largest trace, where the allocator is not simulated;
             None where it is, or was not measured.
         longest: of a forecast over lengths, the one that is meant where none is given; None: one has to be given.
+        simulated, unsupported: whether `reserved` is, of an allocator that caches; the setting of it that cannot be.
+        expandable: whether the allocator's segments grow in place.
     """
 
     def __init__(
         self,
         traces: Sequence[Trace],
-        sizes: Sequence[tuple[int, ...]],
-        residents: Mapping[str, Sequence[int]],
+        sizes: Sequence[Size],
+        resident: Sequence[Mapping[str, int]],
         cells: Sequence[Cell],
         unaligned: float,
     ) -> None:
@@ -61,32 +62,37 @@ class Forecast:
         self.sizes, self.unaligned = tuple(sizes), unaligned
         self.reserve: float | None = None
         self.longest: int | None = None
-        self._last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
-        self._count = columns(sizes)
+        self._last = last = traces[max(range(len(traces)), key=lambda at: volume(sizes[at]))]
+        self.unsupported, self.expandable = last.unsupported, last.setup.expandable
+        self.simulated = last.caching and last.unsupported is None
         self._background = max(trace.background for trace in traces)
         tabled = [Column(trace) for trace in traces]
         self._table = tabulate(tabled, cells)
-        self._flows = fit(self._table.sizes, sizes)
+        self._changes = fit(self._table.sizes, sizes)
         self._levels = _levels(fit(self._table.deltas, sizes))
-        self._resident_names = list(residents)
-        self._residents = fit(matrix(list(residents.values()), len(sizes)), sizes)
+        self._resident_names = list(dict.fromkeys(name for parts in resident for name in parts))
+        held = [[parts.get(name, 0) for parts in resident] for name in self._resident_names]
+        self._residents = fit(matrix(held, len(sizes)), sizes)
         self._lines = self._levels + self._residents.sum(0)
         self._lines[:, 0] += self._background
         self._reserved: dict[tuple[int, int | None], int] = {}
-        self._playback = Playback(tabled, cells, sizes) if self._last.caching else None
+        self._playback = Playback(tabled, cells, sizes) if self.simulated else None
         if self._playback is not None:
             self._blocks = fit(self._playback.sizes, sizes)
-        self.residual = _residual(self._table, sizes, at_peak=self._last.caching)
+        self.residual = _residual(self._table, sizes, at_peak=last.caching)
 
     @classmethod
     def fit(
         cls,
         traces: Sequence[Trace],
-        sizes: Sequence[tuple[int, ...]],
+        sizes: Sequence[Size],
         resident: Sequence[Mapping[str, int]] = (),
         reserved: Sequence[int] = (),
     ) -> Forecast:
         """The forecast from traces at `sizes`: (batch,) each, or (batch, length) each.
+
+        Over batches alone, the smallest traces are left out where the larger ones match without them: what a kernel
+        does at very small sizes says nothing of the large ones.
 
         Args:
             resident: bytes by part that were there before each trace, which `peak` includes; empty: none were.
@@ -97,15 +103,28 @@ class Forecast:
                 lengths), a trace that is empty or was cut short, or traces that have too little in common and no
                 further one that the forecast is seen to meet.
         """
-        _check(traces, sizes)
-        names = dict.fromkeys(name for parts in resident for name in parts)
+        if not sizes or not determined(sizes):
+            raise ForecastFailed(
+                f"traces at {', '.join(map(str, sizes))} do not determine the fit: it takes two batch sizes, for "
+                "sequences each at the same three lengths"
+            )
+        for trace, size in zip(traces, sizes):
+            if not trace.complete or not trace.events:
+                raise ForecastFailed(f"the trace at {size} was cut short by an error, or nothing was recorded")
 
         def of(used: Sequence[int], cells: Sequence[Cell], unaligned: float) -> Forecast:
             """From the traces numbered in `used`."""
-            before = {name: [resident[at].get(name, 0) for at in used] for name in names}
+            before = [resident[at] for at in used] if resident else []
             return cls([traces[at] for at in used], [sizes[at] for at in used], before, cells, unaligned)
 
-        forecast = of(*_aligned(traces, sizes))
+        every = range(len(sizes))
+        largest = sorted(every, key=lambda at: volume(sizes[at]))
+        found: list[tuple[Sequence[int], list[Cell], float]] = [(every, *align(traces))]
+        for left_out in range(1, len(sizes) - 1 if len(sizes[0]) == 1 else 0):
+            used = largest[left_out:]
+            if found[-1][2] > 0 and len({sizes[at] for at in used}) > 1:
+                found.append((used, *align([traces[at] for at in used])))
+        forecast = of(*found[-1 if found[-1][2] == 0 else 0])
         if forecast.unaligned > MOST_UNALIGNED and (forecast.residual is None or forecast.residual > MOST_RESIDUAL):
             seen = "there is no further trace to check the rest on"
             if forecast.residual is not None:
@@ -114,16 +133,13 @@ class Forecast:
                 f"{forecast.unaligned:.1%} of what a step allocates could not be matched between the sizes "
                 f"{list(forecast.sizes)}, and {seen}"
             )
-        if forecast.unaligned and len(sizes[0]) == 1 and len(forecast.sizes) > 2:
+        if found[-1][2] < forecast.unaligned:
             # Lines go through the two largest in any case: these alone, where they have more in common than all.
-            two = sorted(range(len(sizes)), key=lambda at: sizes[at])[-2:]
-            cells, unaligned = align([traces[at] for at in two])
-            if unaligned < forecast.unaligned and sizes[two[0]] != sizes[two[1]]:
-                residual = forecast.residual  # by how much the others missed the largest
-                forecast = of(two, cells, unaligned)
-                forecast.residual = residual
+            residual = forecast.residual  # by how much the others missed the largest
+            forecast = of(*found[-1])
+            forecast.residual = residual
         if reserved and not forecast.simulated:
-            last = max(range(len(sizes)), key=lambda at: volume(sizes[at]))
+            last = largest[-1]
             forecast.reserve = reserved[last] / max(1, forecast.peak(*sizes[last]))
         return forecast
 
@@ -138,16 +154,20 @@ class Forecast:
         """
         return [tuple(row) for row in self._lines.tolist()]
 
-    def timeline(self, batch: int, length: int | None = None, *, moments: int = 240) -> dict[str, Any]:
+    def timeline(self, batch: int, *, moments: int = 240) -> dict[str, Any]:
         """Memory over the window by part, for a plot.
 
         "parts": names; "bytes": for each part, what it holds at each moment (what was there before included); "phases":
         [name, its first moment]. Of a longer window the fullest rows of `moments` stretches are kept, with the peak.
         """
-        point = self._point(batch, length)
-        names = list(dict.fromkeys([*self._resident_names, *(flow.part for flow in self._table.flows), "temporary"]))
+        point = self._point(batch, None)
+        names = list(dict.fromkeys([*self._resident_names, *(part for part, _ in self._table.changes), "temporary"]))
         levels = self._levels @ point
-        held = self._by_part(point, names)
+        held = torch.zeros(len(names), len(levels), dtype=torch.float64, device="cpu")
+        places = [(names.index(part), row + 1) for part, row in self._table.changes]
+        where = torch.tensor(places, dtype=torch.long, device="cpu").reshape(-1, 2)
+        held.index_put_(where.unbind(1), self._changes @ point, accumulate=True)
+        held = held.cumsum(1)
         before = self._residents @ point
         for name, value in zip(self._resident_names, before):
             held[names.index(name)] += value
@@ -171,28 +191,15 @@ class Forecast:
         """The caching allocator after a training's first two windows at this size, from an emptied cache.
 
         `limit` is the most it may reserve, in bytes, else SimulatedOutOfMemory; `expandable` whether its segments grow
-        in place, None: as it is set up. A ForecastFailed where it does not cache, or has a setting that is not
-        simulated.
+        in place, None: as it is set up. A ForecastFailed where it is not `simulated`.
         """
-        if self._last.unsupported is not None:
-            raise ForecastFailed(f"the allocator is set up with {self._last.unsupported}, which is not simulated")
         if self._playback is None:
-            raise ForecastFailed("the device's allocator keeps nothing of what is freed: reserved is what is requested")
+            raise ForecastFailed(f"the allocator is set up with {self.unsupported}, which is not simulated")
         point = self._point(batch, length)
         setup = self._last.setup if expandable is None else self._last.setup._replace(expandable=expandable)
         allocator = CachingAllocator(self._last.segments, limit=limit, setup=setup)
         self._playback.play(allocator, (self._blocks @ point).round().long().tolist())
         return allocator
-
-    @property
-    def simulated(self) -> bool:
-        """Whether `reserved` is simulated: of an allocator that caches, as far as its settings are known."""
-        return self._last.caching and self._last.unsupported is None
-
-    @property
-    def unsupported(self) -> str | None:
-        """What the allocator is set up with that is not simulated."""
-        return self._last.unsupported
 
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The most that the device's allocator takes: simulated where it caches (CUDA), else it is `peak`.
@@ -207,11 +214,6 @@ class Forecast:
             self._reserved[batch, length] = self.simulate(batch, length).peak_reserved + self._background
         return self._reserved[batch, length]
 
-    @property
-    def expandable(self) -> bool:
-        """Whether the device's allocator is set up with segments that grow in place."""
-        return self._last.setup.expandable
-
     def within(self, batch: int, budget: int, *, expandable: bool | None = None) -> bool:
         """Whether the allocator gets through with `budget` bytes without emptying its cache for it; else as
         `simulate`.
@@ -223,50 +225,12 @@ class Forecast:
         return played.retries == 0
 
     def _point(self, batch: int, length: int | None) -> torch.Tensor:
-        if self._count == 2:
-            return basis((batch,), self._count)
+        if len(self.sizes[0]) == 1:
+            return basis((batch,))
         length = self.longest if length is None else length
         if length is None:
             raise ForecastFailed("the traces are of sequences: a forecast needs a length beside the batch size")
-        return basis((batch, length), self._count)
-
-    def _by_part(self, point: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """(parts × levels): what the flows hold at the start and after each row."""
-        flows, rows = self._table.flows, len(self._table.phases)
-        sizes = self._flows @ point
-        held = torch.zeros(len(names), rows + 2, dtype=torch.float64, device="cpu")
-        places = [(names.index(flow.part), flow.birth + 1, min(flow.death, rows) + 1) for flow in flows]
-        part, births, deaths = torch.tensor(places, dtype=torch.long, device="cpu").reshape(-1, 3).unbind(1)
-        held.index_put_((part, births), sizes, accumulate=True)
-        held.index_put_((part, deaths), -sizes, accumulate=True)  # those that never die do so past the end
-        return held.cumsum(1)[:, : rows + 1]
-
-
-def _check(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> None:
-    if not traces or len(traces) != len(sizes) or len({len(size) for size in sizes}) != 1:
-        raise ForecastFailed(f"{len(traces)} traces and {len(sizes)} sizes: each trace needs one size, all of one kind")
-    for trace, size in zip(traces, sizes):
-        if not trace.complete or not trace.events:
-            raise ForecastFailed(f"the trace at {size} was cut short by an error, or nothing was recorded")
-
-
-def _aligned(traces: Sequence[Trace], sizes: Sequence[tuple[int, ...]]) -> tuple[list[int], list[Cell], float]:
-    """The traces to use, their cells, and the share of bytes that could not be matched.
-
-    Over batches alone, the smallest traces are left out where the larger ones match without them: what a kernel
-    does at very small sizes says nothing of the large ones.
-    """
-    every = list(range(len(traces)))
-    cells, unaligned = align(traces)
-    if unaligned == 0 or len(sizes[0]) > 1:
-        return every, cells, unaligned
-    order = sorted(every, key=lambda at: sizes[at][0])
-    while len({sizes[at] for at in order[1:]}) > 1:
-        order = order[1:]
-        fewer, none = align([traces[at] for at in order])
-        if none == 0:
-            return order, fewer, 0.0
-    return every, cells, unaligned
+        return basis((batch, length))
 
 
 def _levels(deltas: torch.Tensor) -> torch.Tensor:
@@ -274,15 +238,14 @@ def _levels(deltas: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros_like(deltas[:1]), deltas.cumsum(0)])
 
 
-def _residual(table: Table, sizes: Sequence[tuple[int, ...]], *, at_peak: bool) -> float | None:
+def _residual(table: Table, sizes: Sequence[Size], *, at_peak: bool) -> float | None:
     """How far the forecast from the other traces misses the largest that can be spared; None: none can."""
-    count = columns(sizes)
     for held_out in sorted(range(len(sizes)), key=lambda at: -volume(sizes[at])):
         rest = [at for at in range(len(sizes)) if at != held_out]
         others = [sizes[at] for at in rest]
-        if not determined(others, count):
+        if not determined(others):
             continue
-        forecast = _levels(fit(table.deltas[:, rest], others)) @ basis(sizes[held_out], count)
+        forecast = _levels(fit(table.deltas[:, rest], others)) @ basis(sizes[held_out])
         measured = _levels(table.deltas[:, held_out])
         missed = (forecast.max() - measured.max()).abs() if at_peak else (forecast - measured).abs().max()
         return float(missed / measured.max().clamp(min=1))

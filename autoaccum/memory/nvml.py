@@ -7,8 +7,7 @@ right, vGPU): then the answer is why, and PyTorch's own figures serve.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -18,8 +17,7 @@ __all__ = ["GpuInfo", "GpuProcess", "gpu_info", "pids_are_ours"]
 _FIRST_NAMESPACE = "pid:[4026531836]"
 
 
-@dataclass(frozen=True)
-class GpuProcess:
+class GpuProcess(NamedTuple):
     """A process with memory on a GPU.
 
     `pid` is as the driver sees it: the host's number, also when asked from inside a container. `name` is None where the
@@ -31,8 +29,7 @@ class GpuProcess:
     bytes: int | None
 
 
-@dataclass(frozen=True)
-class GpuInfo:
+class GpuInfo(NamedTuple):
     """What the driver says of one GPU; `total` and `free` in bytes."""
 
     total: int
@@ -55,22 +52,14 @@ def gpu_info(uuid: str, nvml: Any = None) -> tuple[GpuInfo | None, str]:
     except nvml.NVMLError as error:
         return None, f"NVML does not start ({error})"
     try:
-        return _ask(nvml, uuid), ""
+        handle = _handle(nvml, uuid)
+        memory, driver = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlSystemGetDriverVersion()
+        driver = driver.decode() if isinstance(driver, bytes) else driver
+        return GpuInfo(int(memory.total), int(memory.free), driver, tuple(_processes(nvml, handle))), ""
     except nvml.NVMLError as error:
         return None, f"NVML does not answer for GPU {uuid} ({error})"
     finally:
         nvml.nvmlShutdown()
-
-
-def _ask(nvml: Any, uuid: str) -> GpuInfo:
-    handle = _handle(nvml, uuid)
-    memory, driver = nvml.nvmlDeviceGetMemoryInfo(handle), nvml.nvmlSystemGetDriverVersion()
-    return GpuInfo(
-        total=int(memory.total),
-        free=int(memory.free),
-        driver=driver.decode() if isinstance(driver, bytes) else driver,
-        processes=tuple(_processes(nvml, handle)),
-    )
 
 
 def _handle(nvml: Any, uuid: str) -> Any:

@@ -7,7 +7,7 @@ many tensors, tied weights or views share it, and in full, as that is what the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,22 +25,17 @@ def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
 
 
 def resident_parts(
-    model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-    batch: Any = None,
-    *,
-    device: torch.device | None = None,
+    model: nn.Module, optimizers: Any = (), batch: Any = None, *, device: torch.device | None = None
 ) -> dict[str, int]:
     """Resident bytes by part; a storage that several parts share counts in the first of them.
 
     Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch".
     """
-    parameters = [] if model is None else list(model.parameters())
     held: dict[str, Iterable[Tensor]] = {
-        "parameters": parameters,
-        "buffers": [] if model is None else model.buffers(),
-        "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
-        "optimizer_state": [] if optimizer is None else _all([optimizer]),
+        "parameters": model.parameters(),
+        "buffers": model.buffers(),
+        "gradients": [parameter.grad for parameter in model.parameters() if parameter.grad is not None],
+        "optimizer_state": _all([optimizers]),
         "batch": _all([batch]),
     }
     seen: set[tuple[torch.device, int]] = set()
@@ -89,7 +84,7 @@ def _count(tensors: Iterable[Tensor], device: torch.device | None, seen: set[tup
 def dense_parts(tensor: Tensor) -> list[Tensor]:
     """The strided tensors on this rank that a tensor consists of."""
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return [part] if part is not tensor else _whole(tensor)
+    return [getattr(part, name)() for name in _PIECES.get(part.layout, ())] or [part]
 
 
 _BY_ROWS, _BY_COLUMNS = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
@@ -97,10 +92,6 @@ _PIECES = {
     torch.sparse_coo: ("_indices", "_values"), torch.jagged: ("values", "offsets"), torch.sparse_csr: _BY_ROWS,
     torch.sparse_bsr: _BY_ROWS, torch.sparse_csc: _BY_COLUMNS, torch.sparse_bsc: _BY_COLUMNS,
 }  # fmt: skip
-
-
-def _whole(tensor: Tensor) -> list[Tensor]:
-    return [getattr(tensor, name)() for name in _PIECES.get(tensor.layout, ())] or [tensor]
 
 
 def lies_on(device: torch.device, wanted: torch.device | None) -> bool:

@@ -34,8 +34,9 @@ import gc
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ from autoaccum.errors import ProbeError
 from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.budget import Device
-from autoaccum.memory.cuda_history import NO_OPERATOR, History, RawEvent
+from autoaccum.memory.cuda_history import NO_OPERATOR, RawEvent, history
 from autoaccum.memory.resident import lies_on
 from autoaccum.memory.watch import small_stacks
 
@@ -54,6 +55,7 @@ __all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
 
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
+_LASTING = {"batch": "batch", "backward": "gradients", "optimizer": "optimizer_state"}  # by phase, what outlives it
 _EVALUATE = "autograd::engine::evaluate_function: "
 _LOOPS = frozenset({"ChunkedCrossEntropy"})  # run as often as there are chunks, and are one group
 
@@ -146,6 +148,19 @@ class Trace:
                 live.pop(event.block, None)
         return tuple(live.values())
 
+    def parts(self) -> list[str]:
+        """What each block is: "temporary", or by the phase that it was made in and outlives."""
+        born: list[int] = []
+        found: list[str] = []
+        for event in self.events:
+            phase = self.groups[event.group].phase
+            if event.bytes > 0:
+                born.append(phase)
+                found.append(_LASTING.get(self.phases[phase].name, "activations"))
+            elif event.block >= 0 and born[event.block] == phase:
+                found[event.block] = "temporary"
+        return found
+
 
 @dataclass
 class Recording:
@@ -172,31 +187,23 @@ def record(device: Device) -> Iterator[Recording]:
             "the memory trace needs torch's profiler, and one is already running in this thread: "
             "leave its `with profile(...)` block first"
         )
-    where = device.torch_device
-    recording = Recording()
-    collecting = gc.isenabled()
-    history = History(where) if where.type == "cuda" else None
-    complete = False
+    where, recording = device.torch_device, Recording()
+    complete, collecting = False, gc.isenabled()
     gc.disable()
     try:
-        if history is not None:
-            history.start()
-        _start()
-        try:
-            yield recording
-            complete = True
-        finally:
-            result = _disable_profiler()
-            found, marks = _memory_events(result.experimental_event_tree(), where)
-            del result
-            extra: dict[str, Any] = {"complete": complete, "caching": history is not None}
-            if history is not None:
-                found, more = history.finish(found)
-                extra |= more
-            recording.trace = assemble(found, marks, earlier=where.type == "cuda", **extra)
+        with history(where) if where.type == "cuda" else nullcontext() as joined:
+            _start()
+            try:
+                yield recording
+                complete = True
+            finally:
+                found, marks = _memory_events(_disable_profiler().experimental_event_tree(), where)
+                more: dict[str, Any] = {}
+                if joined is not None:
+                    found, more = joined(found)
+                caching = joined is not None
+                recording.trace = assemble(found, marks, earlier=caching, complete=complete, caching=caching, **more)
     finally:
-        if history is not None:
-            history.stop()
         if collecting:
             gc.enable()
 
@@ -215,7 +222,7 @@ def assemble(found: Sequence[RawEvent], marks: Sequence[tuple[int, str]], *, ear
 
 
 class _Builder:
-    """Phases, groups and figures, while the events come in."""
+    """Phases, groups and events, while they come in."""
 
     def __init__(self, marks: Sequence[tuple[int, str]]) -> None:
         self._marks = list(reversed(marks))  # those not reached yet, the next one last
@@ -225,7 +232,7 @@ class _Builder:
         self._events = Events()
         self._open: tuple[int, int] | None = None  # call and phase of the last group
         self._live: dict[int, tuple[int, int]] = {}  # address -> (block, bytes)
-        self._blocks = self._level = self._peak = 0
+        self._blocks = 0
 
     def take(self, raw: RawEvent, earlier: bool) -> None:
         known = self._live.pop(raw.address, None)
@@ -248,7 +255,8 @@ class _Builder:
 
     def trace(self, **extra: Any) -> Trace:
         self._reach(2**63)
-        return Trace(tuple(self._groups), self._events, tuple(self._phases), self._peak, **extra)
+        peak = max(accumulate((event.bytes for event in self._events), initial=0))
+        return Trace(tuple(self._groups), self._events, tuple(self._phases), peak, **extra)
 
     def _reach(self, time_ns: int) -> None:
         """Begin the phases marked up to this time."""
@@ -258,8 +266,6 @@ class _Builder:
             self._whole = name in _WHOLE
 
     def _add(self, size: int, block: int, stream: int) -> None:
-        self._level += size
-        self._peak = max(self._peak, self._level)
         self._events.append(Event(size, block, len(self._groups) - 1, stream))
 
 
@@ -294,17 +300,13 @@ def _memory_events(tree: list[Any], where: torch.device) -> tuple[list[RawEvent]
             if lies_on(fields.device, where):
                 size, address, when = fields.alloc_size, fields.ptr, event.start_time_ns
                 found.append(RawEvent(when, size, address, call, innermost, operator, backward))
-            continue
-        if name.startswith(_MARK):
+        elif name.startswith(_MARK):
             marks.append((event.start_time_ns, name[len(_MARK) :]))
-            continue
-        children = event.children
-        if innermost in _LOOPS:
-            pending.extend((child, call, innermost, operator, backward) for child in reversed(children))
-        elif children:
-            calls += 1
-            shown = operator if name in _FACTORIES and call >= 0 else sys.intern(name.removeprefix(_EVALUATE))
-            inside = backward or name.startswith(_EVALUATE)
-            pending.extend((child, calls, name, shown, inside) for child in reversed(children))
+        elif event.children:
+            if innermost not in _LOOPS:
+                calls += 1
+                operator = operator if name in _FACTORIES and call >= 0 else sys.intern(name.removeprefix(_EVALUATE))
+                call, innermost, backward = calls, name, backward or name.startswith(_EVALUATE)
+            pending.extend((child, call, innermost, operator, backward) for child in reversed(event.children))
     found.sort(key=lambda raw: raw.time_ns)
     return found, marks

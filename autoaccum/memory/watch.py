@@ -39,12 +39,12 @@ class ProcessGrowth:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._before: dict[str, int] = {}
-        self._start = self._most = self._read() if self.counts else 0
+        self._start = self._most = _status()["VmData"] if self.counts else 0
         self.bytes: int | None = None
 
     def now(self) -> int | None:
         """Bytes above the start at this moment; None where there is nothing to measure."""
-        return self._read() - self._start if self.counts else None
+        return _status()["VmData"] - self._start if self.counts else None
 
     def __enter__(self) -> "ProcessGrowth":
         if self.counts:
@@ -66,7 +66,7 @@ class ProcessGrowth:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            self._most = max(self._most, self._read())
+            self._most = max(self._most, _status()["VmData"])
 
     def _high_water(self) -> int:
         """The highest by the kernel's own mark of the address space, where this `with` set a new one; else as now."""
@@ -76,10 +76,6 @@ class ProcessGrowth:
         if not is_new or abs(now["VmSize"] - before["VmSize"] - data) > OTHER_MAPPINGS:
             return now["VmData"]
         return before["VmData"] + now["VmPeak"] - before["VmSize"]
-
-    @staticmethod
-    def _read() -> int:
-        return _status()["VmData"]
 
 
 def _status() -> dict[str, int]:
@@ -135,13 +131,13 @@ def small_stacks() -> Iterator[None]:
     usual = ctypes.c_size_t()
     libc.pthread_getattr_default_np(attributes)
     libc.pthread_attr_getstacksize(attributes, ctypes.byref(usual))
-    _set_default_stack(libc, attributes, min(usual.value, LIBRARY_STACK_BYTES))
+
+    def give(size: int) -> None:
+        libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(size))
+        libc.pthread_setattr_default_np(attributes)
+
+    give(min(usual.value, LIBRARY_STACK_BYTES))
     try:
         yield
     finally:
-        _set_default_stack(libc, attributes, usual.value)
-
-
-def _set_default_stack(libc: ctypes.CDLL, attributes: ctypes.Array[ctypes.c_char], size: int) -> None:
-    libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(size))
-    libc.pthread_setattr_default_np(attributes)
+        give(usual.value)

@@ -38,7 +38,6 @@ def test_the_budget_is_what_cuda_says_is_free_and_what_this_process_holds(gpu):
     budget = gpu.budget()
     assert gpu.total() == pytest.approx(total, rel=0.01)
     assert budget.bytes == pytest.approx(free + torch.cuda.memory_reserved(), abs=64 * MIB)  # others come and go
-    assert gpu.budget(headroom=512 * MIB).bytes == pytest.approx(budget.bytes - 512 * MIB, abs=64 * MIB)
     assert gpu.name in budget.reason
     del kept
 
