@@ -40,6 +40,7 @@ class FakeMachine:
     hard: bool = True
     aligned: bool = True
     traces_all: bool = False
+    floor: int = 1
     ranks: None = None
     elsewhere: bool = False
     trials: list[Trial] = field(default_factory=list)

@@ -10,9 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from autoaccum.probing.cache import SCHEMA, Cache, Lines, envelope, training_key
+from autoaccum.probing.cache import SCHEMA, Lines, envelope, keep_lines, read_lines, training_key
 
 numbers = st.integers(0, 10**9)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOACCUM_CACHE", str(tmp_path))
+    return tmp_path
 
 
 @given(st.lists(st.tuples(numbers, st.integers(0, 10**6)), min_size=1, max_size=30), st.integers(1, 10**5))
@@ -44,36 +50,31 @@ def test_over_lengths_the_maximum_stays_the_same_everywhere(functions, batch, le
         Lines(((1.0,) * 6,), None, 1.0, 40),
     ],
 )
-def test_what_is_written_is_read_back(tmp_path, lines):
-    cache = Cache("key", tmp_path)
-    cache.write(lines)
-    assert cache.read() == lines
+def test_what_is_written_is_read_back(folder, lines):
+    assert read_lines("key") is None
+    keep_lines("key", lines)
+    assert read_lines("key") == lines
+    assert [path.name for path in folder.iterdir()] == ["key.json"]
 
 
-def test_what_is_kept_tells_peaks(tmp_path):
+def test_what_is_kept_tells_peaks():
     lines = Lines(((1.5, 0.0), (0.25, 3.0)), 0.001, 1.02)
-    cache = Cache("key", tmp_path)
-    assert cache.read() is None
-    cache.write(lines)
-    assert cache.read() == lines
-    assert lines.peak(10) == 30
-    assert lines.reserved(10) == 31
-    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+    assert (lines.peak(10), lines.reserved(10)) == (30, 31)
 
 
 NAN, INFINITY = float("nan"), float("inf")
 SOUND = {"schema": SCHEMA, "lines": [[1, 2]], "residual": None, "reserve": 1.0, "longest": None}
 
 
-def test_a_sound_file_is_read(tmp_path):
-    (tmp_path / "key.json").write_text(json.dumps(SOUND))
-    assert Cache("key", tmp_path).read() == Lines(((1.0, 2.0),), None)
+def test_a_sound_file_is_read(folder):
+    (folder / "key.json").write_text(json.dumps(SOUND))
+    assert read_lines("key") == Lines(((1.0, 2.0),), None)
 
 
-def test_a_file_that_is_no_text_is_not_printed(tmp_path):
-    (tmp_path / "key.json").write_bytes(b"\xff\x00" * 10_000)
+def test_a_file_that_is_no_text_is_not_printed(folder):
+    (folder / "key.json").write_bytes(b"\xff\x00" * 10_000)
     with pytest.warns(UserWarning, match=r"key\.json cannot be used") as warned:
-        assert Cache("key", tmp_path).read() is None
+        assert read_lines("key") is None
     assert len(str(warned[0].message)) < 500
 
 
@@ -107,16 +108,17 @@ def test_a_file_that_is_no_text_is_not_printed(tmp_path):
         ),
     ],
 )
-def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(tmp_path, text):
-    (tmp_path / "key.json").write_text(text)
+def test_a_file_that_cannot_be_used_is_a_warning_with_its_path(folder, text):
+    (folder / "key.json").write_text(text)
     with pytest.warns(UserWarning, match=r"key\.json cannot be used"):
-        assert Cache("key", tmp_path).read() is None
+        assert read_lines("key") is None
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
-    (tmp_path / "file").write_text("")
+def test_a_folder_that_cannot_be_written_is_a_warning(folder, monkeypatch):
+    (folder / "file").write_text("")
+    monkeypatch.setenv("AUTOACCUM_CACHE", str(folder / "file"))
     with pytest.warns(UserWarning, match="cannot be kept"):
-        Cache("key", tmp_path / "file").write(Lines(((1.0, 1.0),), None))
+        keep_lines("key", Lines(((1.0, 1.0),), None))
 
 
 class Net(nn.Module):

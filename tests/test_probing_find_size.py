@@ -38,7 +38,7 @@ def runs(request):
     found = []
     for seed in range(CARDS):
         machine, true = card(seed, bend=request.param)
-        found.append((find(machine, floor=1, ceiling=REACH), machine, true))
+        found.append((find(machine, ceiling=REACH), machine, true))
     return request.param, found
 
 
@@ -75,7 +75,7 @@ def test_where_memory_jumps_by_up_to_a_third_the_answer_is_found_all_the_same():
     trials, overruns, ratios = [], [], []
     for seed in range(CARDS):
         machine, true = card(seed, bend=0.3)
-        answer = find(machine, floor=1, ceiling=REACH)
+        answer = find(machine, ceiling=REACH)
         assert any(trial.batch == answer.micro_batch and trial.fits for trial in machine.trials)
         trials.append(besides_traces(machine))
         overruns.append(ooms(machine))
@@ -94,14 +94,14 @@ def test_a_target_gets_the_fewest_micro_batches_that_fit(seed, target):
     def wanted(limit):
         return even_split(target, limit)[0]
 
-    answer = find(machine, floor=1, ceiling=target, wanted=wanted, reach=REACH)
+    answer = find(machine, ceiling=target, wanted=wanted, reach=REACH)
     assert answer.micro_batch == wanted(min(true, target))
 
 
 @given(st.integers(0, 10**9))
 def test_without_a_forecast_sizes_that_surely_fit_still_find_the_limit(seed):
     machine, true = card(seed, aligned=False)
-    answer = find(machine, floor=1, ceiling=REACH)
+    answer = find(machine, ceiling=REACH)
     assert answer.limit is None or answer.limit <= true
     assert answer.micro_batch <= true
     assert answer.forecast is None
@@ -110,7 +110,7 @@ def test_without_a_forecast_sizes_that_surely_fit_still_find_the_limit(seed):
 @given(st.integers(0, 10**9), st.integers(1, 64))
 def test_the_ceiling_is_never_passed(seed, ceiling):
     machine, _ = card(seed)
-    answer = find(machine, floor=1, ceiling=ceiling, reach=REACH)
+    answer = find(machine, ceiling=ceiling, reach=REACH)
     assert max(trial.batch for trial in machine.trials) <= ceiling
     assert answer.limit <= ceiling
     if answer.limit == ceiling:
@@ -120,20 +120,20 @@ def test_the_ceiling_is_never_passed(seed, ceiling):
 def test_nothing_fits():
     machine = FakeMachine(10, [lambda n: 100 + n])
     with pytest.raises(NothingFitsError):
-        find(machine, floor=1, ceiling=100)
+        find(machine, ceiling=100)
 
 
 def test_a_floor_of_two_is_never_undercut():
-    machine = FakeMachine(10, [lambda n: 100 + n])
+    machine = FakeMachine(10, [lambda n: 100 + n], floor=2)
     with pytest.raises(NothingFitsError):
-        find(machine, floor=2, ceiling=100)
+        find(machine, ceiling=100)
     assert [trial.batch for trial in machine.trials] == [2]
 
 
 def test_a_limit_by_out_of_memory_says_so():
     # The forecast from small sizes sees nothing of a wall at 50 samples.
     machine = FakeMachine(1000, [lambda n: 10 + n + (10_000 if n > 50 else 0)])
-    answer = find(machine, floor=1, ceiling=400)
+    answer = find(machine, ceiling=400)
     assert answer.limit <= 50
     assert answer.micro_batch <= 50
 
@@ -141,7 +141,7 @@ def test_a_limit_by_out_of_memory_says_so():
 @pytest.mark.parametrize(("hard", "traces_all"), [(True, False), (True, True), (False, True)])
 def test_an_exact_forecast_needs_one_run_or_two(hard, traces_all):
     machine, true = card(0, hard=hard, traces_all=traces_all)
-    answer = find(machine, floor=1, ceiling=REACH)
+    answer = find(machine, ceiling=REACH)
     assert (answer.limit, answer.micro_batch, answer.proof) == (true, true, "forecast")
     assert besides_traces(machine) == 1
     traces = [trial.batch for trial in machine.trials if trial.kind == "trace"]
@@ -165,7 +165,7 @@ def test_what_an_allocator_reserved_after_a_retry_is_no_measure():
             return strained
 
     machine = Strained(round(1e9 + 1e6 * 330), [lambda n: 1e9 + 1e6 * n])
-    answer = find(machine, floor=1, ceiling=REACH)
+    answer = find(machine, ceiling=REACH)
     assert 0.97 * 300 <= answer.limit <= 300
 
 
@@ -174,7 +174,7 @@ def test_under_a_process_limit_the_last_hundredth_is_not_worth_a_step(hard):
     """A step there may end in out of memory; where an overrun is only counted the limit is looked for to the sample."""
     levels = [lambda n: 1e9 + 1e7 * n * (1 + 0.02 * (n >= 8))]
     machine = FakeMachine(round(1e9 + 1e7 * 400 * 1.02), levels, hard=hard, traces_all=True)
-    answer = find(machine, floor=1, ceiling=REACH)
+    answer = find(machine, ceiling=REACH)
     assert (answer.limit == 400) is not hard
     assert 400 / 1.025 <= answer.limit <= 400
     assert answer.proof == (None if hard else "forecast")

@@ -55,7 +55,7 @@ def test_a_trial_of_a_live_process_is_left_alone(tmp_path):
     journal.start(64, "verify")
     assert Journal(tmp_path / "trials.journal", "key").unfinished() == []
     journal.end(64, "fits")
-    journal.clear()
+    journal.close(answered=True)
     assert not (tmp_path / "trials.journal").exists()
 
 
@@ -79,12 +79,12 @@ def test_a_trial_that_an_error_or_the_user_stopped_is_no_kill(tmp_path):
     path = tmp_path / "trials.journal"
     for error in (RuntimeError, KeyboardInterrupt):
         journal = Journal(path, "key")
-        with pytest.raises(error), journal.probing(clears=True):
+        with pytest.raises(error), journal.probing(closes=True):
             journal.start(64, "verify")
             raise error
         assert not path.exists(), "there is nothing in it to learn from"
     die_in_a_trial(path, 64)
-    with pytest.raises(RuntimeError), journal.probing(clears=True):
+    with pytest.raises(RuntimeError), journal.probing(closes=True):
         journal.start(64, "verify")
         raise RuntimeError
     assert journal.begun() is None
@@ -94,14 +94,14 @@ def test_a_trial_that_an_error_or_the_user_stopped_is_no_kill(tmp_path):
 @pytest.mark.parametrize("error", [None, NothingFitsError])
 def test_an_answer_takes_the_file_away_unless_the_parent_will(tmp_path, error):
     path = tmp_path / "trials.journal"
-    for clears in (False, True):
+    for closes in (False, True):
         journal = Journal(path, "key")
-        with nullcontext() if error is None else pytest.raises(error), journal.probing(clears=clears):
+        with nullcontext() if error is None else pytest.raises(error), journal.probing(closes=closes):
             journal.start(64, "verify")
             journal.end(64, "fits")
             if error is not None:
                 raise error
-        assert path.exists() is not clears
+        assert path.exists() is not closes
 
 
 def test_the_largest_that_lived_is_of_samples_whose_length_was_not_chosen(tmp_path):
@@ -154,7 +154,7 @@ def test_lines_that_are_json_and_still_wrong_are_passed_over_with_a_warning(tmp_
     with pytest.warns(UserWarning, match=f"1 line of the trial journal {re.escape(str(path))} cannot be used"):
         assert Journal(path, "key").unfinished() == [(8, "verify", None)]
     with pytest.warns(UserWarning, match=r"1 line of"):
-        Journal(path, "key").clear()
+        Journal(path, "key").close(answered=True)
 
 
 def test_damaged_lines_are_passed_over(tmp_path):

@@ -29,6 +29,7 @@ class Fake:
     cached: bool = True
     aligned: bool = True
     reserve: float = 1.0
+    floor: int = 1
     trials: list[Trial] = field(default_factory=list)
 
     @property
@@ -86,48 +87,48 @@ def test_three_lengths_are_far_apart_and_end_with_the_longest():
 
 def test_the_table_is_exact_and_its_corners_were_run():
     machine = Fake(1_000_000)
-    answer = find_by_length(machine, LENGTHS, floor=1, most=64)
+    answer = find_by_length(machine, LENGTHS, most=64)
     for length in (3, 20, 50, 80, 200, 700):
         exact = max((size for size in range(1, 65) if machine.peak(size, length) <= machine.budget), default=0)
-        assert limit_at(answer.room, length) == exact
+        assert limit_at(answer.by_length, length) == exact
     assert len(ran(machine, "trace")) == 6
-    assert ran(machine, "verify") == [(limit_at(answer.room, 80), 80), (limit_at(answer.room, 31), 31)]
-    assert answer.micro_batch == limit_at(answer.room, 80)
-    assert answer.residual == 0.0
+    assert ran(machine, "verify") == [(limit_at(answer.by_length, 80), 80), (limit_at(answer.by_length, 31), 31)]
+    assert answer.micro_batch == limit_at(answer.by_length, 80)
+    assert answer.forecast.residual == 0.0
     assert all(trial.fits for trial in machine.trials)
 
 
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_step_larger_than_forecast_makes_the_whole_table_smaller(hard):
     machine = Fake(1_000_000, hidden=1.3, hard=hard)
-    answer = find_by_length(machine, LENGTHS, floor=1, most=64)
+    answer = find_by_length(machine, LENGTHS, most=64)
     for length in LENGTHS:
-        size = limit_at(answer.room, length)
+        size = limit_at(answer.by_length, length)
         assert machine.real(size, length) <= machine.budget
-        assert size >= 0.6 * limit_at(find_by_length(Fake(1_000_000), LENGTHS, floor=1, most=64).room, length)
-    assert answer.residual == pytest.approx(0.3 / 1.3, abs=1e-3)
+        assert size >= 0.6 * limit_at(find_by_length(Fake(1_000_000), LENGTHS, most=64).by_length, length)
+    assert answer.forecast.residual == pytest.approx(0.3 / 1.3, abs=1e-3)
     assert sum(trial.outcome == OUT_OF_MEMORY for trial in machine.trials) == 0
 
 
 def test_what_an_allocator_reserves_beyond_the_requests_is_counted():
     machine = Fake(1_000_000, reserve=1.2)
-    answer = find_by_length(machine, LENGTHS, floor=1, most=64)
-    assert all(machine.reserved(limit_at(answer.room, length), length) <= machine.budget for length in LENGTHS)
+    answer = find_by_length(machine, LENGTHS, most=64)
+    assert all(machine.reserved(limit_at(answer.by_length, length), length) <= machine.budget for length in LENGTHS)
     assert len(ran(machine, "verify")) == 2
 
 
 def test_under_a_limit_of_the_process_room_is_kept_for_the_kernels_of_many_shapes():
     machine = Fake(1_000_000, hard=True, cached=False)
-    answer = find_by_length(machine, LENGTHS, floor=1, most=64)
+    answer = find_by_length(machine, LENGTHS, most=64)
     exact = max(size for size in range(1, 65) if machine.peak(size, 80) <= machine.budget // 2)
     assert answer.micro_batch == exact
 
 
 def test_where_surprises_do_not_end_the_largest_shape_that_fitted_is_the_measure():
     machine = Erratic(1_000_000)
-    answer = find_by_length(machine, LENGTHS, floor=1, most=64)
+    answer = find_by_length(machine, LENGTHS, most=64)
     assert machine.peak(answer.micro_batch, 80) <= machine.peak(4, 80)
-    assert limit_at(answer.room, 5) > answer.micro_batch
+    assert limit_at(answer.by_length, 5) > answer.micro_batch
 
 
 class Erratic(Fake):
@@ -138,14 +139,14 @@ class Erratic(Fake):
 
 
 def test_without_a_forecast_there_is_no_table():
-    assert find_by_length(Fake(1_000_000, aligned=False), LENGTHS, floor=1, most=64) is None
+    assert find_by_length(Fake(1_000_000, aligned=False), LENGTHS, most=64) is None
 
 
 def test_the_longest_sample_must_fit():
     with pytest.raises(NothingFitsError, match="longest samples looked at, of length 80"):
-        find_by_length(Fake(20_000), LENGTHS, floor=1, most=64)
+        find_by_length(Fake(20_000), LENGTHS, most=64)
     with pytest.raises(NothingFitsError, match="a micro-batch of 2 of the longest"):
-        find_by_length(Fake(30_000), LENGTHS, floor=2, most=64)
+        find_by_length(Fake(30_000, floor=2), LENGTHS, most=64)
 
 
 # --- on a real model -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What a probe has found, as its report: figures, and in words what a person should know beside them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from autoaccum.memory.forecast import Forecast
@@ -9,16 +9,14 @@ from autoaccum.memory.resident import resident_parts
 from autoaccum.model.optimizer import trained_parameters
 from autoaccum.model.shards import local
 from autoaccum.planning.bisection import largest
-from autoaccum.planning.length_rule import Room
-from autoaccum.probing.cache import Lines
+from autoaccum.probing.cache import Forecaster, Lines
 from autoaccum.probing.find_size import SAME_PEAK, THIRD_TRACE, Answer
-from autoaccum.probing.length_search import LengthAnswer
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
 from autoaccum.probing.trial import Bench
 from autoaccum.units import format_bytes
 
-__all__ = ["nothing_fits", "report_of", "report_over_lengths", "restored", "stored", "with_expandable_segments"]
+__all__ = ["nothing_fits", "report_of", "restored", "stored", "with_expandable_segments"]
 
 # A setting of the allocator is named where so many times as much would fit: less is not worth another run.
 WORTH_TELLING = 1.02
@@ -40,71 +38,21 @@ def restored(values: Mapping[str, Any]) -> ProbeReport:
 
 
 def report_of(bench: Bench, answer: Answer) -> ProbeReport:
-    """Of samples that are alike, or of the largest of those looked at."""
-    source, forecast = bench.source, answer.forecast
-    notes = [note for note in (source.varies, source.mixed) if note]
-    notes += bench.notes
+    """What a report says of an answer, and beside it what a person should know."""
+    forecast = answer.forecast
     residual = None if forecast is None else forecast.residual
+    notes = [*(_on_lengths(bench) if answer.by_length else (bench.source.varies, bench.source.mixed)), *bench.notes]
     if isinstance(forecast, Lines):
         notes.append(FROM_CACHE)
     if forecast is None:
-        notes.append(_without_forecast(bench.trials, answer))
-    else:
-        off = _farthest(forecast, bench.trials, answer.micro_batch)
-        wrong = "sizes that were not run may take more or less than is told"
-        if off is not None and off[0] > max(SAME_PEAK, 2 * (residual or 0.0)):
-            residual, trial = off
-            notes.append(
-                f"a step at {trial.batch} took {format_bytes(trial.peak_bytes or 0)}, where "
-                f"{format_bytes(forecast.peak(trial.batch, trial.length))} were forecast: kernels change with the "
-                f"size, so that {wrong}"
-            )
-        elif residual is not None and residual > SAME_PEAK:
-            notes.append(
-                f"the forecast was {residual:.1%} off at a further trace: memory follows no sum of lines in the number "
-                f"of samples, or differs from step to step, so that {wrong}"
-            )
-    if isinstance(forecast, Forecast):
-        if forecast.reserve is not None:
-            notes.append(
-                f"the allocator is set up with {forecast.unsupported}, which is not simulated: it is taken to reserve "
-                f"{forecast.reserve:.3f} times what is asked for, as it did at the largest step traced"
-            )
-        if hint := with_expandable_segments(forecast, answer, bench.allowance.bytes):
-            notes.append(hint)
-        if forecast.unaligned > 0.001:
-            notes.append(f"{forecast.unaligned:.1%} of a step's allocations did not line up between the traces")
-    return _report(bench, answer, residual, notes)
-
-
-def report_over_lengths(bench: Bench, answer: LengthAnswer, most: Sequence[int | None], prefer: str) -> ProbeReport:
-    """Of samples that differ in length; `most` are sizes that the micro-batch could not pass, whatever fits."""
-    lengths, forecast = bench.source.lengths(), answer.forecast
-    notes = [
-        f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"
-        ", sizes are those of the longest, and each window is cut by the lengths in it"
-    ]
-    if isinstance(forecast, Lines):
-        forecast = replace(forecast, longest=answer.longest)
-        notes.append(FROM_CACHE)
-    else:
-        forecast.longest, forecast.residual = answer.longest, answer.residual
-    notes += bench.notes
-    if bench.allowance.suffers and not bench.allowance.caches:
-        notes.append(
-            "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
-            "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 in the environment bounds it"
-        )
-    if prefer == "fastest":
-        notes.append('prefer="fastest" is set aside, since sizes follow from the lengths in each window')
-    proof = "cap" if answer.micro_batch in most else "forecast"
-    found = Answer(answer.micro_batch, answer.micro_batch, proof, forecast)
-    return _report(bench, found, answer.residual, notes, answer.room)
-
-
-def _report(
-    bench: Bench, answer: Answer, residual: float | None, notes: Sequence[str], by_length: Room = ()
-) -> ProbeReport:
+        traced = sum(trial.kind == "trace" and trial.fits for trial in bench.trials)
+        why = "whose allocations line up" if traced > 1 else "that are allowed and would surely fit"
+        notes.append(f"there is no forecast, which needs two sizes {why}: what fits was found by running it")
+    elif not answer.by_length:
+        residual, missed = _missed(forecast, bench.trials, answer.micro_batch)
+        notes.append(missed)
+        if isinstance(forecast, Forecast):
+            notes += _on_allocator(forecast, answer, bench.allowance.bytes)
     return ProbeReport(
         micro_batch=answer.micro_batch,
         limit=answer.limit,
@@ -114,16 +62,64 @@ def _report(
         device=bench.device.name,
         trials=tuple(bench.trials),
         residual=residual,
-        parts=_parts(bench, answer.micro_batch, answer.forecast),
-        notes=tuple(notes),
+        parts=_parts(bench, answer.micro_batch, forecast),
+        notes=tuple(note for note in notes if note),
         floor=bench.floor,
         device_type=bench.device.type,
-        by_length=by_length,
-        forecaster=answer.forecast,
+        by_length=answer.by_length,
+        forecaster=forecast,
     )
 
 
-def _parts(bench: Bench, size: int, forecast: Forecast | Lines | None) -> dict[str, int]:
+def _on_lengths(bench: Bench) -> Iterator[str]:
+    lengths = bench.source.lengths()
+    yield (
+        f"samples differ in length, from {lengths[0]} to {lengths[-1]} of those looked at: the forecast is over lengths"
+        ", sizes are those of the longest, and each window is cut by the lengths in it"
+    )
+    if bench.allowance.suffers and not bench.allowance.caches:
+        yield (
+            "libraries keep kernels for each shape they meet, which takes memory that PyTorch does not count: "
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64 in the environment bounds it"
+        )
+
+
+def _missed(forecast: Forecaster, trials: Sequence[Trial], micro_batch: int) -> tuple[float | None, str | None]:
+    """(the forecast's residual, or by how much it missed a step where that is clearly more; what to say of either)."""
+    residual, wrong = forecast.residual, "sizes that were not run may take more or less than is told"
+
+    def off(trial: Trial) -> float:
+        return abs(forecast.peak(trial.batch, trial.length) / (trial.peak_bytes or 1) - 1.0)
+
+    # Of traces those near the answer count: what kernels do at a few samples says nothing of it.
+    near = (trial for trial in trials if trial.kind != "trace" or THIRD_TRACE * trial.batch >= micro_batch)
+    farthest = max((trial for trial in near if trial.peak_bytes), key=off, default=None)
+    if farthest is not None and off(farthest) > max(SAME_PEAK, 2 * (residual or 0.0)):
+        return off(farthest), (
+            f"a step at {farthest.batch} took {format_bytes(farthest.peak_bytes or 0)}, where "
+            f"{format_bytes(forecast.peak(farthest.batch, farthest.length))} were forecast: kernels change with the "
+            f"size, so that {wrong}"
+        )
+    if residual is not None and residual > SAME_PEAK:
+        return residual, (
+            f"the forecast was {residual:.1%} off at a further trace: memory follows no sum of lines in the number "
+            f"of samples, or differs from step to step, so that {wrong}"
+        )
+    return residual, None
+
+
+def _on_allocator(forecast: Forecast, answer: Answer, budget: int) -> Iterator[str | None]:
+    if forecast.reserve is not None:
+        yield (
+            f"the allocator is set up with {forecast.unsupported}, which is not simulated: it is taken to reserve "
+            f"{forecast.reserve:.3f} times what is asked for, as it did at the largest step traced"
+        )
+    yield with_expandable_segments(forecast, answer, budget)
+    if forecast.unaligned > 0.001:
+        yield f"{forecast.unaligned:.1%} of a step's allocations did not line up between the traces"
+
+
+def _parts(bench: Bench, size: int, forecast: Forecaster | None) -> dict[str, int]:
     """Bytes of parameters, buffers, gradients and optimizer state, and what one more sample costs at `size`."""
     held = bench.resident[max(bench.resident)]
     parts = {name: held.get(name, 0) for name in ("parameters", "buffers", "gradients", "optimizer_state")}
@@ -156,36 +152,15 @@ def with_expandable_segments(forecast: Forecast, answer: Answer, budget: int) ->
     )
 
 
-def _without_forecast(trials: Sequence[Trial], answer: Answer) -> str:
-    traced = [trial.batch for trial in trials if trial.kind == "trace" and trial.fits]
-    if len(traced) > 1:
-        return "the traces did not line up, so sizes were searched for by running them"
-    if answer.proof == "cap" and traced == [answer.limit]:
-        return f"there is no forecast, which needs two sizes: nothing but {answer.limit} at once was allowed"
-    return "no second trace would surely have fitted, so sizes were searched for by running them"
-
-
-def _farthest(forecast: Forecast | Lines, trials: Sequence[Trial], micro_batch: int) -> tuple[float, Trial] | None:
-    """The step that the forecast missed by most, with the relative error; None where none was measured.
-
-    Of traces those near the answer count: what kernels do at a few samples says nothing of it.
-    """
-    off = [
-        (abs(forecast.peak(trial.batch, trial.length) / trial.peak_bytes - 1.0), trial)
-        for trial in trials
-        if trial.peak_bytes and (trial.kind != "trace" or THIRD_TRACE * trial.batch >= micro_batch)
-    ]
-    return max(off, key=lambda pair: pair[0], default=None)
-
-
 def nothing_fits(bench: Bench) -> str:
     """Why not even the smallest micro-batch fits: what fills the device, and what would help."""
     accumulator, floor, budget = bench.accumulator, bench.floor, bench.allowance.given
     model = accumulator.model
     parts = resident_parts(model, accumulator.optimizers)
     parts["gradients"] = sum(local(p).numel() * p.element_size() for p in trained_parameters(model))
-    if bench.other():
-        parts["libraries' workspaces and other tensors"] = bench.other()
+    other = (bench.device.allocated() or 0) - bench.allowance.held()
+    if other > 0:
+        parts["libraries' workspaces and other tensors"] = other
     needs = ", ".join(
         f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in parts.items() if name != "batch"
     )

@@ -27,13 +27,13 @@ from autoaccum.probing.journal import cache_folder
 from autoaccum.probing.outcome import Trial
 from autoaccum.window.assembly import Assembly
 
-__all__ = ["Cache", "Lines", "training_key"]
+__all__ = ["Forecaster", "Lines", "keep_lines", "read_lines", "training_key"]
 
 SCHEMA = 4
 LARGEST = 2**62  # more bytes than there are
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lines:
     """A forecast as the functions whose maximum it is: peak(n) = max(a + b·n), in bytes; or of a length too.
 
@@ -78,56 +78,55 @@ class Lines:
     def peak(self, batch: int, length: int | None = None) -> int:
         """The peak in requested bytes at `batch` samples; sizes beside batch and length are part of the key."""
         size = (batch,) if self.longest is None else (batch, self.longest if length is None else length)
-        return round(float((self._rows @ basis(size, 2 if self.longest is None else 6)).max()))
+        return round(float((self._rows @ basis(size)).max()))
 
     def reserved(self, batch: int, length: int | None = None) -> int:
         """The peak in the bytes that the budget counts."""
         return round(self.peak(batch, length) * self.reserve)
 
 
+Forecaster = Forecast | Lines
+
+
 def envelope(lines: Iterable[tuple[float, ...]]) -> tuple[tuple[float, ...], ...]:
     """Those of the functions that no other tops in each coefficient: at sizes of 1 and above one of them is highest."""
-    distinct = sorted(set(lines), key=lambda line: (line[1], line[0]), reverse=True)
-    if len(distinct[0]) > 2:
-        rows = torch.tensor(distinct, dtype=torch.float64, device="cpu")
-        topped = (rows[:, None] <= rows).all(2).sum(1) > 1  # by another one: each is as high as itself
-        return tuple(line for line, below in zip(distinct, topped.tolist()) if not below)
-    kept: list[tuple[float, ...]] = []  # the steepest first
-    for line in distinct:
-        if not kept or line[0] > kept[-1][0]:
-            kept.append(line)
-    return tuple(reversed(kept))
+    rows = torch.tensor(sorted(set(lines), reverse=True), dtype=torch.float64, device="cpu")
+    kept: list[tuple[float, ...]] = []
+    while len(rows):  # none is topped by one that comes after it
+        kept.append(tuple(rows[0].tolist()))
+        rows = rows[(rows > rows[0]).any(1)]
+    return tuple(kept)
 
 
-class Cache:
-    """One JSON file for each training, in the platform's cache folder."""
+def read_lines(key: str) -> Lines | None:
+    """The forecast that was kept of a training; None where there is none that can be read (with a warning)."""
+    path = _path(key)
+    try:
+        values = read_json(path)
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
+        return Lines.from_dict(values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # Its text alone: the repr of an error in decoding has the whole file in it.
+        why = f"{type(error).__name__}: {error}"[:200]
+        warnings.warn(f"the cached answer {path} cannot be used ({why}): probing anew", stacklevel=2)
+        return None
 
-    def __init__(self, key: str, folder: Path | None = None) -> None:
-        """`key` names the training; `folder` is the cache folder unless given."""
-        self._path = (folder or cache_folder()) / f"{key}.json"
 
-    def read(self) -> Lines | None:
-        """What was kept; None where there is nothing, or nothing that can be read (with a warning)."""
-        try:
-            values = read_json(self._path)
-            if values["schema"] != SCHEMA:
-                raise ValueError(f"schema {values['schema']} instead of {SCHEMA}")
-            return Lines.from_dict(values)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            # Its text alone: the repr of an error in decoding has the whole file in it.
-            why = f"{type(error).__name__}: {error}"[:200]
-            warnings.warn(f"the cached answer {self._path} cannot be used ({why}): probing anew", stacklevel=2)
-            return None
+def keep_lines(key: str, lines: Lines) -> None:
+    """Keeps a training's forecast, whole or not at all; a folder that cannot be written costs a warning."""
+    path = _path(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(path, {"schema": SCHEMA, **asdict(lines)}, checksum=True, private=True)
+    except OSError as error:
+        warnings.warn(f"the answer cannot be kept in {path} ({error}): going on without", stacklevel=2)
 
-    def write(self, lines: Lines) -> None:
-        """Keeps `lines`, whole or not at all; a folder that cannot be written costs a warning."""
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_json(self._path, {"schema": SCHEMA, **asdict(lines)}, checksum=True, private=True)
-        except OSError as error:
-            warnings.warn(f"the answer cannot be kept in {self._path} ({error}): going on without", stacklevel=2)
+
+def _path(key: str) -> Path:
+    return cache_folder() / f"{key}.json"
 
 
 def training_key(parts: Assembly, settings: Mapping[str, Any]) -> str:
@@ -164,11 +163,9 @@ def _structure(module: nn.Module) -> Iterator[str]:
 
 def _code(function: Any) -> str:
     """The code of a user's function, so that an edit makes another training; the same in every process."""
-    if function is None:
+    if function is None:  # the model returns its loss
         return "none"
     function = getattr(function, "__func__", function)
-    if not callable(function):  # None, where the model returns its loss
-        return str(_told(function))
     if isinstance(function, functools.partial):
         given = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
         return f"{_code(function.func)} {[_told(value) for value in given]}"
@@ -190,7 +187,5 @@ def _told(value: Any) -> Any:
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """What decides the memory of an optimizer's step: its flags, and whether numbers are zero (momentum)."""
-    skipped = ("params", "lr", "initial_lr", "param_names")
-    told = {key: bool(value) if type(value) in (int, float) else value for key, value in group.items()}
-    plain = (bool, str, type(None))
-    return {key: value if type(value) in plain else "other" for key, value in told.items() if key not in skipped}
+    told = {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr", "param_names")}
+    return {name: bool(value) if type(value) in (int, float) else _told(value) for name, value in told.items()}

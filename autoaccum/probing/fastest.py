@@ -157,8 +157,7 @@ class Race:
 
     def _may_gain(self) -> bool:
         """Whether fewer micro-batches may be worth what it takes to look at savers that compute something twice."""
-        gain = to_gain(self._made) if self._made else None
-        smaller = next_smaller(self._made) if gain is not None else None
+        gain, smaller = to_gain(self._made), next_smaller(self._made)
         if gain is None or gain < WORTH_IT or smaller is None:
             return gain is None
         # One slow moment of the machine would be paid for with every saver's traces: both are timed once more.

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 from autoaccum.errors import NothingFitsError, ProbeError
 from autoaccum.planning.bisection import largest
+from autoaccum.planning.length_rule import Room
 from autoaccum.probing.outcome import Trial
 
 if TYPE_CHECKING:
-    from autoaccum.memory.forecast import Forecast
-    from autoaccum.probing.cache import Lines
+    from autoaccum.probing.cache import Forecaster
     from autoaccum.probing.trial import Bench
 
 __all__ = ["ERRATIC", "MOST_RUNS", "SAME_PEAK", "THIRD_TRACE", "Answer", "Search"]
@@ -42,12 +42,16 @@ LEAST_GROWTH = 32  # without a forecast the next size is larger by this part at 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found: `micro_batch` was run, or a larger one was, and fits."""
+    """What was found: `micro_batch` was run, or a larger one was, and fits; the others as in a report.
+
+    `by_length` is where samples differ in length, for which all others are those of the longest looked at.
+    """
 
     micro_batch: int
     limit: int | None
     proof: str | None
-    forecast: "Forecast | Lines | None"
+    forecast: "Forecaster | None"
+    by_length: Room = ()
 
 
 class Search:
@@ -61,33 +65,31 @@ class Search:
     def __init__(
         self,
         bench: "Bench",
-        *,
-        floor: int,
         ceiling: int,
+        *,
         wanted: Callable[[int], int] | None = None,
         reach: int = 0,
-        known: "Forecast | Lines | None" = None,
+        known: "Forecaster | None" = None,
     ) -> None:
         """Nothing runs yet.
 
         Args:
             bench: runs the steps.
-            floor, ceiling: the smallest size worth running, and the largest that may be run.
+            ceiling: the largest size that may be run.
             wanted: the micro-batch a plan takes where so many samples fit; None: the largest that fits is wanted.
             reach: where `wanted` is given, how far the limit is looked for by forecast alone; at least the ceiling.
             known: a forecast from an earlier run of the same training; spares the traces where it still holds.
         """
-        self.bench, self._may, self._floor, self._known = bench, bench.allowance, floor, known
+        self.bench, self._may, self._floor, self._known = bench, bench.allowance, bench.floor, known
         self._exact = wanted is None
         self._wanted: Callable[[int], int] = wanted or (lambda limit: limit)
         self._reach = ceiling if self._exact else max(reach, ceiling)
         self._low, self._high = 0, ceiling + 1  # fits, or 0; does not, or may not be run
         self._peaks: dict[int, int] = {}  # measured, in bytes, by size
         self._failed: Trial | None = None  # the last that did not fit
-        self.forecast: Forecast | Lines | None = None
+        self.forecast: Forecaster | None = None
         self._anchor: tuple[int, int] | None = None  # (size, measured peak): beyond it the forecast tells the growth
         self._traced = 0  # the largest size
-        self._runs = 0
 
     def run(self) -> Answer:
         """The answer of this rank alone.
@@ -98,8 +100,10 @@ class Search:
         """
         self.trace()
         self._step_nearer()
-        while self._runs < MOST_RUNS and (size := self._next()) is not None:
-            self._runs += 1
+        for _ in range(MOST_RUNS):
+            size = self._next()
+            if size is None:
+                break
             self.fits(size, "verify" if self.forecast is not None else "search")
             if self.forecast is None and self.bench.traces_all:  # larger ones may line up though small ones did not
                 self._look()
@@ -137,7 +141,7 @@ class Search:
             if self._all(self.forecast is not None and self.forecast.residual is not None):
                 return
 
-    def _look(self, otherwise: "Forecast | Lines | None" = None) -> None:
+    def _look(self, otherwise: "Forecaster | None" = None) -> None:
         """Makes the forecast of all traces anew; where these carry none on some rank, it is the other one."""
         found = self.bench.forecast()
         self.forecast = found if self._all(found is not None) else otherwise
@@ -158,16 +162,16 @@ class Search:
             self._look(self.forecast)
 
     def _next_trace(self) -> int | None:
-        ran, bench = sorted(self._peaks), self.bench
+        smallest, largest_yet, bench = min(self._peaks), max(self._peaks), self.bench
         if self.forecast is None:
-            surely = (size for size in (2 * ran[-1], ran[-1] + 1) if self._all(self._surely_fits(size)))
-            return next(surely, ran[0] - 1 if ran[0] > self._floor else None)
+            surely = (size for size in (2 * largest_yet, largest_yet + 1) if self._all(self._surely_fits(size)))
+            return next(surely, smallest - 1 if smallest > self._floor else None)
         # Odd: at powers of two, rounding to pages and blocks shows nothing of itself.
         times = NEAR_TRACE if self._may.suffers and bench.traces_all else THIRD_TRACE
         third = self._wanted(max(self._limit(self._high - 1), self._floor)) // times | 1
         if bench.ranks is not None:
             third = min(bench.ranks.gather("the probe", third))
-        return third if ran[-1] < third < self._high else None
+        return third if largest_yet < third < self._high else None
 
     # --- the size wanted
 

@@ -18,6 +18,7 @@ class WindowGradients:
 
     Attributes:
         known: whether that step has run.
+        unused: parameters to which the samples tried gave none; others may.
     """
 
     def __init__(self, accumulator: Accumulator, share: int | None) -> None:
@@ -25,7 +26,7 @@ class WindowGradients:
         self._accumulator, self._share = accumulator, share
         self.known = False
         self._dense: list[Parameter] = []
-        self._unused: list[Parameter] = []  # none came from the samples tried, which others may give it
+        self.unused: list[Parameter] = []
         self._rows: dict[Parameter, float] = {}  # of sparse ones, for each sample
 
     def look(self, size: int) -> None:
@@ -34,14 +35,14 @@ class WindowGradients:
         stepped = set() if accumulator.in_backward is None else accumulator.in_backward.stepped  # and gone again
         found = [(p, accumulator.side.gradient(p)) for p in accumulator.parameters if p not in stepped]
         self._rows = {parameter: g._nnz() / size for parameter, g in found if g is not None and g.is_sparse}
-        self._unused = [p for p, g in found if g is None and p.requires_grad and p not in accumulator.sparse]
-        self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self._unused
+        self.unused = [p for p, g in found if g is None and p.requires_grad and p not in accumulator.sparse]
+        self._dense = [p for p, g in found if g is not None and not g.is_sparse] + self.unused
         self.known = True
 
     def allocate(self, size: int, micro_batches: int) -> None:
         """What the other micro-batches of a window leave to `micro_batches` of `size`, beside what these will make."""
         side = self._accumulator.side
-        for parameter in self._dense if micro_batches == 1 else self._unused:
+        for parameter in self._dense if micro_batches == 1 else self.unused:
             side.put(parameter, torch.zeros_like(parameter, dtype=side.dtype(parameter)))
         ran = size * micro_batches
         others = size if self._share is None else max(self._share - ran, 0)
@@ -55,19 +56,14 @@ class WindowGradients:
         return sum(local(p).numel() * self._accumulator.side.dtype(p).itemsize for p in self._dense)
 
     @property
-    def has_unused(self) -> bool:
-        """Whether some parameter got none."""
-        return bool(self._unused)
-
-    @property
     def note(self) -> str | None:
         """What is counted for parameters that got none; None where all did."""
-        if not self._unused:
+        if not self.unused:
             return None
         names = {id(parameter): name for name, parameter in self._accumulator.model.named_parameters()}
-        first = names.get(id(self._unused[0]), "one of the optimizer's")
-        more = f" and {len(self._unused) - 1} more" if len(self._unused) > 1 else ""
-        size = sum(p.numel() * self._accumulator.side.dtype(p).itemsize for p in self._unused)
+        first = names.get(id(self.unused[0]), "one of the optimizer's")
+        more = f" and {len(self.unused) - 1} more" if len(self.unused) > 1 else ""
+        size = sum(p.numel() * self._accumulator.side.dtype(p).itemsize for p in self.unused)
         return (
             f"{first}{more} got no gradient from the samples tried: {format_bytes(size)} are counted for one all the "
             "same, and what the optimizer keeps for it, since other samples may give it one; freeze what is never used "

@@ -166,12 +166,12 @@ def answer_of_children(
         )
     finally:
         for journal in journals:
-            journal.clear() if answered else journal.clear_if_idle()
+            journal.close(answered=answered)
 
 
 def _killed_in(journals: list[Journal], why: str) -> list[Trial]:
     """The trial that a child was in when it was killed, by the journals that it kept; a ProbeError where in none."""
-    begun = dict.fromkeys(trial for trial in (journal.begun() for journal in journals) if trial is not None)
+    begun = dict.fromkeys(trial for journal in journals if (trial := journal.begun()) is not None)
     if not begun:
         raise ProbeError(
             f"the probe's child process ended outside of any trial: {why}; it was killed while the model was built, or "

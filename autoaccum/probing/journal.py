@@ -27,7 +27,7 @@ from autoaccum.errors import NothingFitsError
 from autoaccum.files import open_own
 from autoaccum.probing.outcome import FITS
 
-__all__ = ["Begun", "Journal", "Owner", "cache_folder", "journal_path"]
+__all__ = ["Journal", "Owner", "cache_folder", "journal_path"]
 
 KILLS_BELIEVED = 2
 
@@ -85,12 +85,7 @@ def _surroundings(pid: int) -> tuple[str, str, str]:
     return socket.gethostname(), boot, namespace
 
 
-class Begun(NamedTuple):
-    """A trial as it was written down; `length` is of its samples, where that was chosen."""
-
-    size: int
-    kind: str
-    length: int | None
+Begun = tuple[int, str, int | None]  # a trial's size, kind, and the length of its samples where that was chosen
 
 
 def cache_folder() -> Path:
@@ -130,10 +125,9 @@ class Journal:
         Where trials chose a length, those of samples of this `length`: what shorter ones did counts for it as well.
         """
         alike = sorted(
-            trial.size
-            for trial in self.unfinished()
-            if (trial.length is None) == (length is None) and (trial.length or 0) <= (length or 0)
-        )
+            size for size, _, chosen in self.unfinished()
+            if (chosen is None) == (length is None) and (chosen or 0) <= (length or 0)
+        )  # fmt: skip
         return alike[KILLS_BELIEVED - 1] if len(alike) >= KILLS_BELIEVED else sys.maxsize
 
     def lived(self, below: int) -> int:
@@ -149,29 +143,28 @@ class Journal:
         """The trial that the journal's owner began and has not ended."""
         return self._begun().get(self.owner)
 
-    def clear(self) -> None:
-        """Takes the file away once the answer is found, unless another process that is alive has begun trials in it."""
-        owners = {Owner.of(entry) for entry in self._entries() if entry["event"] == "start"}
-        if self.path is not None and all(owner.pid == self.owner.pid or owner.is_gone for owner in owners):
-            self.path.unlink(missing_ok=True)
-
     def forgive(self) -> None:
         """Ends the trial that the owner is in: what stopped it, an error or the user, was no kill."""
         trial = self.begun()
         if trial is not None:
-            self.end(trial.size, "stopped")
-        self.clear_if_idle()
+            self.end(trial[0], "stopped")
+        self.close(answered=False)
 
-    def clear_if_idle(self) -> None:
-        """Takes the file away where there is nothing in it to learn from."""
-        if not self.unfinished():
-            self.clear()
+    def close(self, *, answered: bool) -> None:
+        """Takes the file away where there is an answer, or nothing in it to learn from.
+
+        It stays where another process that is alive has begun trials in it.
+        """
+        if self.path is not None and (answered or not self.unfinished()):
+            owners = {Owner.of(entry) for entry in self._entries() if entry["event"] == "start"}
+            if all(owner.pid == self.owner.pid or owner.is_gone for owner in owners):
+                self.path.unlink(missing_ok=True)
 
     @contextmanager
-    def probing(self, *, clears: bool) -> Iterator[None]:
+    def probing(self, *, closes: bool) -> Iterator[None]:
         """Around a probe: its end is written down, however it comes, as long as the process lives to see it.
 
-        `clears`: the file goes once there is an answer, which may be that nothing fits.
+        `closes`: the file goes once there is an answer, which may be that nothing fits; else someone else takes it.
         """
         answered = False
         try:
@@ -181,10 +174,10 @@ class Journal:
             answered = True
             raise
         finally:
-            if answered and clears:
-                self.clear()
-            elif not answered:
+            if not answered:
                 self.forgive()  # and kept, where it tells of kills
+            elif closes:
+                self.close(answered=True)
 
     def start(self, size: int, kind: str, length: int | None = None) -> None:
         """Writes down that a trial begins; on disk before this returns."""
@@ -197,8 +190,8 @@ class Journal:
     def _append(self, entry: dict[str, Any], length: int | None) -> None:
         if self.path is None:
             return
-        chosen = {} if length is None else {"length": length}
-        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry, **chosen}) + "\n"
+        entry |= {} if length is None else {"length": length}
+        line = json.dumps({"key": self.key, **self.owner._asdict(), **entry}) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with open_own(self.path, "a", private=True, encoding="utf-8") as file:
@@ -216,7 +209,7 @@ class Journal:
         begun: dict[Owner, Begun] = {}
         for entry in self._entries():
             if entry["event"] == "start":
-                begun[Owner.of(entry)] = Begun(entry["size"], entry["kind"], entry.get("length"))
+                begun[Owner.of(entry)] = entry["size"], entry["kind"], entry.get("length")
             else:
                 begun.pop(Owner.of(entry), None)
         return begun

@@ -10,21 +10,20 @@ search goes on with the largest samples, whatever the others are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
 from autoaccum.errors import NothingFitsError
 from autoaccum.planning.length_rule import Room, limit_at, room_of
-from autoaccum.probing.find_size import SAME_PEAK
+from autoaccum.probing.find_size import SAME_PEAK, Answer
 from autoaccum.units import MIB
 
 if TYPE_CHECKING:
     from autoaccum.memory.forecast import Forecast
-    from autoaccum.probing.cache import Lines
+    from autoaccum.probing.cache import Forecaster
     from autoaccum.probing.trial import Bench
 
-__all__ = ["LengthAnswer", "LengthSearch", "three_lengths"]
+__all__ = ["LengthSearch", "three_lengths"]
 
 MOST_ROUNDS = 8
 # Where an overrun is suffered and not only counted, this part of the size wanted is run first: what the small traces
@@ -36,23 +35,6 @@ MIXED_SHAPES = 1.05
 # measured after 150 windows. Under a limit of the process's own that is kept free, as far as half of the limit.
 KEPT_KERNELS = 512 * MIB
 OVERRUN = 1.3  # how much more is expected after a step ran out of memory, which shows no figure
-
-
-@dataclass(frozen=True)
-class LengthAnswer:
-    """What was found.
-
-    Attributes:
-        room: so many samples fit at once up to such a padded length.
-        micro_batch, longest: fits at the longest length looked at, and was run; that length.
-        forecast, residual: what the table was read off, and how far it was off where it was checked.
-    """
-
-    room: Room
-    micro_batch: int
-    longest: int
-    forecast: "Forecast | Lines"
-    residual: float
 
 
 def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int]:
@@ -67,36 +49,36 @@ def three_lengths(lengths: Sequence[int]) -> tuple[int, int, int]:
 class LengthSearch:
     """Traces, reads the table off the forecast, runs what it says, and corrects it by what that shows."""
 
-    def __init__(self, bench: "Bench", lengths: Sequence[int], *, floor: int, most: int) -> None:
+    def __init__(self, bench: "Bench", lengths: Sequence[int], most: int) -> None:
         """Nothing runs yet.
 
         Args:
             bench: runs the steps.
             lengths: three or more, of the samples looked at, rising.
-            floor, most: the smallest micro-batch that the model takes, and how many samples at once are wanted at most.
+            most: how many samples at once are wanted at most.
         """
-        self._bench, self._floor, self._most = bench, floor, most
+        self._bench, self._floor, self._most = bench, bench.floor, most
         self._lengths = three_lengths(lengths)
         self._longest, self._usual = lengths[-1], lengths[len(lengths) // 2]
-        self._first = max(floor, min(2, most // 2))
+        self._first = max(self._floor, min(2, most // 2))
         self._factor = self._mixed = 1.0  # of what the budget counts to what the forecast says; of what shapes leave
         self._reserve = 0
         self._residual = 0.0
         self._fits = set[tuple[int, int]]()
 
-    def run(self, known: "Forecast | Lines | None" = None) -> LengthAnswer | None:
+    def run(self, known: "Forecaster | None" = None) -> Answer | None:
         """How many samples fit at once at every length; None where the small steps gave no forecast that holds.
 
         `known` is a forecast from an earlier run of the same training: it spares the small steps but one where it still
         holds. A NothingFitsError where the floor does not fit at the longest length.
         """
-        forecast = known if known is not None and self._agrees(known) else self._traced()
+        small = self._first, self._lengths[0]
+        if known is not None:
+            measured = self._trace(*small)
+            if measured and abs(known.peak(*small) / measured - 1.0) <= SAME_PEAK:
+                return self._checked(known)
+        forecast = self._traced()
         return None if forecast is None else self._checked(forecast)
-
-    def _agrees(self, known: "Forecast | Lines") -> bool:
-        """Whether a forecast tells what one small step takes."""
-        measured = self._trace(self._first, self._lengths[0])
-        return bool(measured) and abs(known.peak(self._first, self._lengths[0]) / measured - 1.0) <= SAME_PEAK
 
     def _traced(self) -> "Forecast | None":
         """The forecast of two batch sizes at each length; None where they did not run, or do not line up."""
@@ -112,7 +94,7 @@ class LengthSearch:
             self._fits.add((size, length))
         return trial.peak_bytes or 0
 
-    def _checked(self, forecast: "Forecast | Lines") -> LengthAnswer:
+    def _checked(self, forecast: "Forecaster") -> Answer:
         self._forecast = forecast
         self._begin()
         for _ in range(MOST_ROUNDS):
@@ -120,20 +102,14 @@ class LengthSearch:
             wanted = [(limit_at(room, length), length) for length in (self._longest, self._usual)]
             if wanted[0][0] < self._floor:
                 break
-            missing = [shape for shape in wanted if not self._known(*shape)]
+            missing = [shape for shape in wanted if not self._ran(*shape)]
             if not missing:
                 return self._answer(room)
-            for size, length in missing:
-                if not self._try(size, length):
+            for shape in missing:
+                if not self._try(*shape):
                     break
-        return self._by_what_fitted()
-
-    def _answer(self, room: Room) -> LengthAnswer:
-        return LengthAnswer(room, limit_at(room, self._longest), self._longest, self._forecast, self._residual)
-
-    def _by_what_fitted(self) -> LengthAnswer:
-        """The table by the largest forecast among the shapes that fitted: where the budget itself goes up and down."""
-        room = self._room(max((self._forecast.peak(*shape) for shape in self._fits), default=0))
+        # By the largest forecast among the shapes that fitted: the budget itself goes up and down.
+        room = self._room(max((forecast.peak(*shape) for shape in self._fits), default=0))
         if limit_at(room, self._longest) < self._floor:
             raise NothingFitsError(
                 f"a micro-batch of {self._floor} of the longest samples looked at, of length {self._longest}, does not "
@@ -141,7 +117,12 @@ class LengthSearch:
             )
         return self._answer(room)
 
-    def _known(self, size: int, length: int) -> bool:
+    def _answer(self, room: Room) -> Answer:
+        size = limit_at(room, self._longest)
+        self._forecast.longest, self._forecast.residual = self._longest, self._residual
+        return Answer(size, size, "cap" if size == self._most else "forecast", self._forecast, room)
+
+    def _ran(self, size: int, length: int) -> bool:
         """Whether as many samples as long, or more, were run."""
         return any(size <= ran and length <= as_long for ran, as_long in self._fits)
 

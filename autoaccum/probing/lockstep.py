@@ -38,7 +38,12 @@ def find_together(bench: Bench, ceiling: int, reach: int, window: int | None, *,
         ProbeError: memory is so erratic that no size can be relied on.
     """
     assert bench.ranks is not None
-    search, ranks, floor = _search(bench, ceiling, reach), bench.ranks, bench.floor
+    ranks, floor = bench.ranks, bench.floor
+
+    def searching(bench: Bench) -> Search:
+        return Search(bench, ceiling, wanted=lambda limit: limit, reach=reach)
+
+    search = searching(bench)
     search.trace()
     for _ in range(MOST_RUNS):
         limits = ranks.gather(_WHERE, search.limit)
@@ -50,12 +55,8 @@ def find_together(bench: Bench, ceiling: int, reach: int, window: int | None, *,
         if not runs or search.fits(size):
             if not runs or passes == 1:
                 return report_of(bench, _answer(search, size))
-            return _summed_late(search, _search(bench.alike(late=True), ceiling, reach), ranks, size)
+            return _summed_late(search, searching(bench.alike(late=True)), ranks, size)
     raise ProbeError(ERRATIC)
-
-
-def _search(bench: Bench, ceiling: int, reach: int) -> Search:
-    return Search(bench, floor=bench.floor, ceiling=ceiling, wanted=lambda limit: limit, reach=reach)
 
 
 def _answer(search: Search, size: int) -> Answer:

@@ -16,7 +16,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.length_rule import Room, narrowest
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.planning.reasons import format_sizes
-from autoaccum.probing.floor import smallest_micro_batch
+from autoaccum.probing.probe import smallest_micro_batch
 from autoaccum.probing.report import ProbeReport
 from autoaccum.window.assembly import Assembly
 from autoaccum.window.determinism import settle_loss

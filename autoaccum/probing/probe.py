@@ -6,25 +6,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from autoaccum.batch_norm.pooled_statistics import needs_two
 from autoaccum.data import tree
 from autoaccum.data.source import Source
 from autoaccum.errors import NothingFitsError, PlanError
 from autoaccum.interrupts import interruptible
+from autoaccum.loss.objective import Objective
 from autoaccum.memory.budget import Budget, Device
 from autoaccum.memory.forecast import Forecast, ForecastFailed
 from autoaccum.memory.resident import resident_bytes
 from autoaccum.memory.watch import ProcessGrowth
-from autoaccum.model.given_model import TrainingMode
+from autoaccum.model.given_model import TrainingMode, has_batch_norm
+from autoaccum.model.precision import Precision
+from autoaccum.model.shards import reset_all
 from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import usable_size
 from autoaccum.probing.allowance import Allowance
-from autoaccum.probing.answered import nothing_fits, report_of, report_over_lengths
-from autoaccum.probing.cache import Cache, Lines
+from autoaccum.probing.answered import nothing_fits, report_of
+from autoaccum.probing.cache import Forecaster, Lines, keep_lines, read_lines
 from autoaccum.probing.fastest import Race
 from autoaccum.probing.find_size import Answer, Search
-from autoaccum.probing.floor import smallest_micro_batch
 from autoaccum.probing.journal import Journal
-from autoaccum.probing.length_search import LengthAnswer, LengthSearch
+from autoaccum.probing.length_search import LengthSearch
 from autoaccum.probing.lockstep import find_together
 from autoaccum.probing.outcome import Trial
 from autoaccum.probing.report import ProbeReport
@@ -34,7 +39,7 @@ from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.two_passes import LossOutOfMemoryError
 
-__all__ = ["Question", "run_probe"]
+__all__ = ["Question", "run_probe", "smallest_micro_batch"]
 
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
@@ -74,7 +79,7 @@ def run_probe(
     question: Question,
     *,
     journal: Journal,
-    cache: Cache | None,
+    cache: str | None,
     listener: Callable[[Trial], None],
 ) -> ProbeReport:
     """Finds the micro-batch, leaving no trace on model, optimizer, data and random generators.
@@ -84,7 +89,7 @@ def run_probe(
             model is sharded on all of them, which then meet in each trial.
         source, device, question: real samples, where they run, and what is asked.
         journal: where trials are written down before they start; what becomes of it is the caller's to say.
-        cache: where the forecast of an earlier run may lie, and this one's will.
+        cache: the key under which the forecast of an earlier run may lie, and this one's will; None: none does.
         listener: told of each trial as it ends.
 
     Raises:
@@ -94,7 +99,7 @@ def run_probe(
     """
     model, objective = accumulator.model, accumulator.objective
     held = partial(resident_bytes, model, accumulator.optimizers)
-    budget = device.budget(question.memory, held=held(), headroom=device.headroom())
+    budget = device.budget(question.memory, held=held())
     growth = ProcessGrowth(budget.kind)  # at once: what the process takes from here on is taken of the budget
     snapshot = interruptible(Snapshot, model, accumulator.optimizer, *objective.owners, device=device.torch_device)
     with device.limit(budget), snapshot:
@@ -135,6 +140,26 @@ def run_probe(
     return replace(report, notes=(*report.notes, beyond))
 
 
+def smallest_micro_batch(objective: Objective, source: Source, device: torch.device, precision: Precision) -> int:
+    """1, or 2 where a BatchNorm sees one value a channel in a single sample, which is then tried.
+
+    The caller puts the model into training mode, and back to how it was.
+    """
+    if not has_batch_norm(objective.model):
+        return 1
+    batch = tree.move(source.trial(1), device)
+    try:
+        # With gradients on: a model may ask for some inside its forward, as force fields do.
+        with precision.autocast():
+            interruptible(objective.forward, batch)
+    except (ValueError, RuntimeError, torch.jit.Error) as error:  # a compiled model wraps the layer's ValueError
+        if not needs_two(error):
+            raise
+        reset_all([objective.model])
+        return 2
+    return 1
+
+
 def _less_the_window(budget: Budget, source: Source, device: Device, question: Question) -> Budget:
     """What is left on the CPU where all samples of a step wait, in the very memory that its micro-batches take."""
     if device.type != "cpu" or budget.kind == "torch" or question.share is None:
@@ -144,14 +169,15 @@ def _less_the_window(budget: Budget, source: Source, device: Device, question: Q
     return budget.without(waiting, f" for the {share} samples of a step (target_batch), which wait there")
 
 
-def _steady(bench: Bench, question: Question, cache: Cache | None) -> ProbeReport:
+def _steady(bench: Bench, question: Question, cache: str | None) -> ProbeReport:
     """Looks; and once more where others took so much memory meanwhile that the answer does not fit in what is left."""
     report = _look(bench, question, cache)
-    device, source, allowance = bench.device, bench.source, bench.allowance
+    device, allowance = bench.device, bench.allowance
     for _ in range(MOST_LOOKS - 1 if allowance.shared and bench.ranks is None else 0):
-        left = device.budget(question.memory, held=allowance.held(), headroom=device.headroom())
-        left = _less_the_window(left, source, device, question)
-        if bench.measured(report.micro_batch) <= left.bytes * (1.0 + UNSTEADY):
+        left = device.budget(question.memory, held=allowance.held())
+        left = _less_the_window(left, bench.source, device, question)
+        took = max((t.counted_bytes or 0 for t in bench.trials if t.batch == report.micro_batch), default=0)
+        if took <= left.bytes * (1.0 + UNSTEADY):
             break
         taken = (
             f"others took memory while the probe ran: {format_bytes(allowance.given.bytes)} were free at its start, "
@@ -163,42 +189,72 @@ def _steady(bench: Bench, question: Question, cache: Cache | None) -> ProbeRepor
     return report
 
 
-def _look(bench: Bench, question: Question, cache: Cache | None) -> ProbeReport:
-    known = cache.read() if cache is not None else None
+def _look(bench: Bench, question: Question, cache: str | None) -> ProbeReport:
+    """Over lengths where samples differ in it, else the size that fits for the largest of the samples looked at."""
+    known = None if cache is None else read_lines(cache)
     by_length = known is not None and known.longest is not None
     answer = _over_lengths(bench, question, known if by_length else None)
-    if answer is not None:
-        report = report_over_lengths(bench, answer, (question.share, question.max_batch), question.prefer)
-    else:
+    if answer is None:
         report = _of_the_largest(bench, question, None if by_length else known)
+    else:
+        report = report_of(bench, answer)
+        if question.prefer == "fastest":
+            aside = 'prefer="fastest" is set aside, since sizes follow from the lengths in each window'
+            report = replace(report, notes=(*report.notes, aside))
     if cache is not None and report.ladder is None and isinstance(report.forecaster, Forecast):
-        cache.write(Lines.of(report.forecaster, report.trials))
+        keep_lines(cache, Lines.of(report.forecaster, report.trials))
     return report
 
 
+def _over_lengths(bench: Bench, question: Question, known: Lines | None) -> Answer | None:
+    """What fits at every length, where samples differ in length and a target says how many are wanted at once."""
+    if question.share is None or bench.ranks is not None:
+        return None
+    lengths = bench.source.lengths()
+    most = min(question.share, question.max_batch or question.share)
+    if len(lengths) < 3 or most < bench.floor:
+        return None
+    try:
+        return LengthSearch(bench, lengths, most).run(known)
+    except ForecastFailed:  # an allocator that is not simulated
+        return None
+
+
 def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> ProbeReport:
-    """The size that fits for samples that are alike, or for the largest of those looked at."""
-    floor = bench.floor
-    asked = question if bench.ranks is None else replace(question, share=question.window)  # shares may be unequal
-    ceiling, reach = _ceilings(asked, bench.source, floor)
+    share = question.share if bench.ranks is None else question.window  # ranks' shares may be unequal
+    ceiling, reach = _ceilings(share, question.max_batch, bench.source.length, bench.floor)
     if bench.ranks is not None:
-        return find_together(bench, ceiling, reach, question.window, runs=question.runs)
+        return find_together(bench, ceiling, reach, share, runs=question.runs)
+
+    def usable(limit: int) -> int:
+        return usable_size(share or 0, limit, minimum=bench.floor, multiple_of=question.multiple_of)
+
     notes: tuple[str, ...] = ()
-    killed, wanted = bench.journal.least_killed(), _wanted(question, floor)
+    killed, wanted = bench.journal.least_killed(), None if share is None else usable
     if ceiling < killed:
-        answer = Search(bench, floor=floor, ceiling=ceiling, wanted=wanted, reach=reach, known=known).run()
+        answer = Search(bench, ceiling, wanted=wanted, reach=reach, known=known).run()
     else:
         answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
     if question.prefer == "fastest":
-        report = Race(bench, answer, question.savers, question.under, share=question.share, reach=reach,
+        report = Race(bench, answer, question.savers, question.under, share=share, reach=reach,
                       multiple_of=question.multiple_of).report()  # fmt: skip
     else:
         report = report_of(bench, answer)
     return replace(report, notes=(*report.notes, *notes))
 
 
-def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known: Forecast | Lines | None) -> Answer:
+def _ceilings(share: int | None, most: int | None, length: int | None, floor: int) -> tuple[int, int]:
+    """(the most samples that may be run at once, how far the limit is looked for by forecast)."""
+    if length is not None and share is not None:
+        share = min(share, max(length, floor))
+    ceiling = share or length or 65536
+    if most is not None:
+        ceiling = min(ceiling, most)
+    return max(ceiling, floor), most or max(ceiling, length or 0, 4096)
+
+
+def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known: Forecaster | None) -> Answer:
     """The answer where `killed` samples killed their process: by bisection from what lived, since no forecast tells.
 
     A kill in here costs the process, and the next one goes on from what the journal has.
@@ -210,47 +266,13 @@ def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known
         return takes(killed - 1) <= lived or killed - 1 <= NOT_WORTH_A_KILL * lived
 
     while True:
-        ceiling = lived if near() else (lived + killed) // 2
-        while not near() and takes(ceiling) <= lived:  # up to one that would be taken
-            ceiling += 1
-        ceiling = max(ceiling, bench.floor)
-        answer = Search(bench, floor=bench.floor, ceiling=ceiling, wanted=wanted, known=known).run()
+        # Halfway, or the next that would be taken.
+        wide = range((lived + killed) // 2, killed)
+        ceiling = max(lived if near() else next(size for size in wide if takes(size) > lived), bench.floor)
+        answer = Search(bench, ceiling, wanted=wanted, known=known).run()
         if answer.limit is None or answer.limit < ceiling:
             return answer  # memory runs out before the kill
         lived, known = max(ceiling, lived), answer.forecast
         if near():
             is_next = lived + 1 == killed
             return replace(answer, limit=lived if is_next else None, proof="out of memory" if is_next else None)
-
-
-def _over_lengths(bench: Bench, question: Question, known: Lines | None) -> LengthAnswer | None:
-    """What fits at every length, where samples differ in length and a target says how many are wanted at once."""
-    if question.share is None or bench.ranks is not None:
-        return None
-    lengths = bench.source.lengths()
-    most = min(question.share, question.max_batch or question.share)
-    if len(lengths) < 3 or most < bench.floor:
-        return None
-    try:
-        return LengthSearch(bench, lengths, floor=bench.floor, most=most).run(known)
-    except ForecastFailed:  # an allocator that is not simulated
-        return None
-
-
-def _ceilings(question: Question, source: Source, floor: int) -> tuple[int, int]:
-    """(the most samples that may be run at once, how far the limit is looked for by forecast)."""
-    most, share = question.max_batch, question.share
-    if source.length is not None and share is not None:
-        share = min(share, max(source.length, floor))
-    ceiling = share if share is not None else source.length if source.length is not None else 65536
-    if most is not None:
-        ceiling = min(ceiling, most)
-    reach = most if most is not None else max(ceiling, source.length or 0, 4096)
-    return max(ceiling, floor), reach
-
-
-def _wanted(question: Question, floor: int) -> Callable[[int], int] | None:
-    share = question.share
-    if share is None:
-        return None
-    return lambda limit: usable_size(share, limit, minimum=floor, multiple_of=question.multiple_of)

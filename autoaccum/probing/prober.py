@@ -16,7 +16,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.plan import plan
 from autoaccum.planning.split import counts, even_split, shares
 from autoaccum.probing.answered import restored
-from autoaccum.probing.cache import Cache, training_key
+from autoaccum.probing.cache import training_key
 from autoaccum.probing.climb import NOT_BORNE, Tried, cannot_run, told
 from autoaccum.probing.isolate import InChild, Isolation, answer_of_children
 from autoaccum.probing.journal import Journal, journal_path
@@ -196,7 +196,11 @@ class Prober:
         try:
             here._once(replace(question, share=None, max_batch=most, prefer="fewest"))
             smallest = max(trial.peak_bytes or 0 for trial in trials if trial.fits)
-            probed = {} if self.ladder == "auto" else _probed(here._once(replace(question, prefer="fastest")))
+            probed: Mapping[str, Any] = {}
+            if self.ladder != "auto":
+                whole = here._once(replace(question, prefer="fastest"))
+                probed = {"limit": whole.limit or whole.micro_batch, "micro_batch": whole.micro_batch}
+                probed = whole.savers[0] if whole.savers else probed  # none where samples of mixed length are not timed
         except NothingFitsError:
             return Tried(rung, max((trial.peak_bytes or 0 for trial in trials), default=0) or None)
         except StateNotRestoredError:
@@ -210,8 +214,10 @@ class Prober:
         if isinstance(self.isolation, Isolation):
             return interruptible(self._in_child, self.isolation, question)
         parts = self.parts
-        beside = {"beside": [optimizer_name(optimizer) for optimizer in parts.beside]} if parts.beside else {}
-        key = training_key(parts, {**self._run_so(), **self.accumulation, **beside})
+        how: dict[str, Any] = {"ladder": parts.ladder, "compile": parts.compiled is not None, **self.accumulation}
+        if parts.beside:
+            how["beside"] = [optimizer_name(optimizer) for optimizer in parts.beside]
+        key = training_key(parts, how)
         cache = self.cache and not is_sharded(parts.model)  # whose ranks would go apart by what each has seen before
         # A child's teaches the next one, whatever becomes of the answer.
         journal = Journal(journal_path(key) if cache or self.isolation else None, key)
@@ -219,15 +225,12 @@ class Prober:
             self.isolation.keeps(journal)
         accumulator = _accumulator(parts, 1, **self.accumulation)
         accumulator.beside = parts.beside
-        with _PROBING, parts.running(alone=True), journal.probing(clears=self.isolation is None):
+        with _PROBING, parts.running(alone=True), journal.probing(closes=self.isolation is None):
             report = run_probe(
                 accumulator, parts.source, parts.device, question,
-                journal=journal, cache=Cache(key) if cache else None, listener=self.ran,
+                journal=journal, cache=key if cache else None, listener=self.ran,
             )  # fmt: skip
         return replace(report, ladder=parts.ladder or report.ladder)
-
-    def _run_so(self) -> dict[str, Any]:
-        return {"ladder": self.parts.ladder, "compile": self.parts.compiled is not None}
 
     def _in_child(self, isolation: Isolation, question: Question) -> ProbeReport:
         """A new child for each that is killed, until the journal has taught them enough."""
@@ -235,7 +238,8 @@ class Prober:
         asked = {
             "target_batch": question.share, "memory": question.memory, "max_batch": question.max_batch,
             "multiple_of": question.multiple_of, "prefer": question.prefer, "device": str(parts.device.torch_device),
-            "precision": parts.asked_precision, "cache": self.cache, **self._run_so(), **self.accumulation,
+            "precision": parts.asked_precision, "cache": self.cache, "compile": parts.compiled is not None,
+            **self.accumulation,
             # The child looks at this rung only, since it may be killed on any; or times what may be taken beside none.
             "ladder": parts.ladder or (None if question.savers else False),
         }  # fmt: skip
@@ -247,13 +251,6 @@ class Prober:
                 self.note(value)
 
         return restored(answer_of_children(isolation.work, (isolation.factory, asked), heard, self.ran))
-
-
-def _probed(report: ProbeReport) -> dict[str, Any]:
-    """The row of a probe by prefer="fastest", which times sizes; samples of mixed length are not timed."""
-    if report.savers:
-        return report.savers[0]
-    return {"limit": report.limit or report.micro_batch, "micro_batch": report.micro_batch}
 
 
 def _accumulator(parts: Assembly, size: int, **settings: Any) -> Accumulator:

@@ -12,8 +12,7 @@ from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
 
 if TYPE_CHECKING:
-    from autoaccum.memory.forecast import Forecast
-    from autoaccum.probing.cache import Lines
+    from autoaccum.probing.cache import Forecaster, Lines
 
 __all__ = ["ForecastBytes", "ProbeReport"]
 
@@ -87,7 +86,7 @@ class ProbeReport(Drawn):
     savers: tuple[dict[str, Any], ...] = ()
     gradient_sync: str | None = None
     timeline: dict[str, Any] | None = field(default=None, repr=False, compare=False)
-    forecaster: "Forecast | Lines | None" = field(default=None, repr=False, compare=False)
+    forecaster: "Forecaster | None" = field(default=None, repr=False, compare=False)
 
     _view = "probe_view"
 
@@ -150,7 +149,8 @@ class ProbeReport(Drawn):
         """Plain values, for JSON: the attributes, and `curve` and `timeline` for drawing."""
         apart = ("plan", "timeline", "forecaster")
         kept = {field.name: plain(getattr(self, field.name)) for field in fields(self) if field.name not in apart}
-        drawn = {"curve": self._curve(), "timeline": self._timeline()}
+        timeline: Callable[[int], dict[str, Any]] | None = getattr(self.forecaster, "timeline", None)
+        drawn = {"curve": self._curve(), "timeline": self.timeline if timeline is None else timeline(self.micro_batch)}
         return {**kept, "limit_reason": self.limit_reason, "out_of_memory_count": self.out_of_memory_count, **drawn}
 
     def _values(self) -> dict[str, Any]:
@@ -162,10 +162,6 @@ class ProbeReport(Drawn):
         top = max(self.micro_batch, self.limit or 0) * 5 // 4 + 2
         sizes = sorted({max(1, round(top * i / 48)) for i in range(49)} | {self.micro_batch})
         return [[size, self.forecaster.peak(size)] for size in sizes]
-
-    def _timeline(self) -> dict[str, Any] | None:
-        timeline: Callable[[int], dict[str, Any]] | None = getattr(self.forecaster, "timeline", None)
-        return timeline(self.micro_batch) if timeline is not None else self.timeline
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], forecaster: "Lines | None" = None) -> "ProbeReport":

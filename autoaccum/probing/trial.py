@@ -71,7 +71,7 @@ class Bench:
         floor: int,
         share: int | None,
         journal: Journal,
-        listener: Callable[[Trial], None] | None,
+        listener: Callable[[Trial], None],
     ) -> None:
         """Sets learning rates to 0; the caller's snapshot puts them back.
 
@@ -113,19 +113,10 @@ class Bench:
         """Bytes that a step has in use whatever its size: what the training holds, and the gradients."""
         return self.allowance.held() + self.gradients.bytes
 
-    def other(self) -> int:
-        """Bytes of this process on an accelerator that are no part of the training."""
-        return max(0, (self.device.allocated() or 0) - self.allowance.held())
-
-    def measured(self, size: int) -> int:
-        """The most that a step at `size` was measured to take, as the budget counts."""
-        return max((t.counted_bytes or 0 for t in self.trials if t.batch == size), default=0)
-
     @property
-    def notes(self) -> list[str]:
+    def notes(self) -> list[str | None]:
         """What there is to know beside the trials: what the budget does to the process, what was counted on top."""
-        notes = [heap_advice() if self.allowance.growth.counts else None, self.gradients.note]
-        return [note for note in notes if note is not None]
+        return [heap_advice() if self.allowance.growth.counts else None, self.gradients.note]
 
     def forecast(self, *, over_lengths: bool = False) -> Forecast | None:
         """From all traces so far, of the largest samples looked at or of chosen lengths; None where they do not fit."""
@@ -234,7 +225,7 @@ class Bench:
         """Optimizer state, handles and workspaces exist from here on."""
         before = None if self.allowance.given.hard else self.device.beside()
         self._window(batch)
-        if self.gradients.has_unused:
+        if self.gradients.unused:
             self._window(batch)  # theirs as well
         if self.allowance.suffers:  # a training keeps a copy of the buffers, to take a window again from where it began
             self._copies = [buffer.detach().clone() for buffer in self.accumulator.model.buffers()]
@@ -355,8 +346,7 @@ class Bench:
 
     def _note(self, trial: Trial) -> Trial:
         self.trials.append(trial)
-        if self._listener is not None:
-            self._listener(trial)
+        self._listener(trial)
         return trial
 
 
