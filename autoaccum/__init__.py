@@ -12,82 +12,57 @@ Everything is loaded on first use, so that `import autoaccum` and `autoaccum --h
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from autoaccum import errors
+from autoaccum import errors as errors
 
 if TYPE_CHECKING:
-    from autoaccum.api import fit, prepare, probe, verify
-    from autoaccum.checking.verify import VerifyReport
-    from autoaccum.integrations.trainers import attach
-    from autoaccum.loss.coupled import Coupled
-    from autoaccum.loss.mean import Mean
-    from autoaccum.model.chunked_loss import chunked_cross_entropy
-    from autoaccum.planning.plan import Plan, plan
-    from autoaccum.probing.outcome import Trial
-    from autoaccum.probing.report import ProbeReport
-    from autoaccum.searching.search import search
-    from autoaccum.searching.search_result import SearchResult
-    from autoaccum.training import events
-    from autoaccum.training.events import JsonlSink, StopTraining, TensorBoardSink
-    from autoaccum.training.loop import FitResult, TrainingLoop
-    from autoaccum.window.accumulate import Accumulator
-    from autoaccum.window.phase import Phase
-    from autoaccum.window.record import StepRecord
+    from autoaccum.api import fit as fit
+    from autoaccum.api import prepare as prepare
+    from autoaccum.api import probe as probe
+    from autoaccum.api import verify as verify
+    from autoaccum.checking.verify import VerifyReport as VerifyReport
+    from autoaccum.integrations.trainers import attach as attach
+    from autoaccum.loss.coupled import Coupled as Coupled
+    from autoaccum.loss.mean import Mean as Mean
+    from autoaccum.model.chunked_loss import chunked_cross_entropy as chunked_cross_entropy
+    from autoaccum.planning.plan import Plan as Plan
+    from autoaccum.planning.plan import plan as plan
+    from autoaccum.probing.outcome import Trial as Trial
+    from autoaccum.probing.report import ProbeReport as ProbeReport
+    from autoaccum.searching.search import search as search
+    from autoaccum.searching.search_result import SearchResult as SearchResult
+    from autoaccum.training import events as events
+    from autoaccum.training.events import JsonlSink as JsonlSink
+    from autoaccum.training.events import StopTraining as StopTraining
+    from autoaccum.training.events import TensorBoardSink as TensorBoardSink
+    from autoaccum.training.loop import FitResult as FitResult
+    from autoaccum.training.loop import TrainingLoop as TrainingLoop
+    from autoaccum.window.accumulate import Accumulator as Accumulator
+    from autoaccum.window.phase import Phase as Phase
+    from autoaccum.window.record import StepRecord as StepRecord
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Accumulator": "autoaccum.window.accumulate",
-    "Coupled": "autoaccum.loss.coupled",
-    "FitResult": "autoaccum.training.loop",
-    "JsonlSink": "autoaccum.training.events",
-    "Mean": "autoaccum.loss.mean",
-    "Phase": "autoaccum.window.phase",
-    "Plan": "autoaccum.planning.plan",
-    "ProbeReport": "autoaccum.probing.report",
-    "SearchResult": "autoaccum.searching.search_result",
-    "StepRecord": "autoaccum.window.record",
-    "StopTraining": "autoaccum.training.events",
-    "TensorBoardSink": "autoaccum.training.events",
-    "TrainingLoop": "autoaccum.training.loop",
-    "Trial": "autoaccum.probing.outcome",
-    "VerifyReport": "autoaccum.checking.verify",
-    "attach": "autoaccum.integrations.trainers",
-    "chunked_cross_entropy": "autoaccum.model.chunked_loss",
-    "fit": "autoaccum.api",
-    "plan": "autoaccum.planning.plan",
-    "prepare": "autoaccum.api",
-    "probe": "autoaccum.api",
-    "search": "autoaccum.searching.search",
-    "verify": "autoaccum.api",
+_HOMES = {
+    "api": ("fit", "prepare", "probe", "verify"),
+    "checking.verify": ("VerifyReport",),
+    "integrations.trainers": ("attach",),
+    "loss.coupled": ("Coupled",),
+    "loss.mean": ("Mean",),
+    "model.chunked_loss": ("chunked_cross_entropy",),
+    "planning.plan": ("Plan", "plan"),
+    "probing.outcome": ("Trial",),
+    "probing.report": ("ProbeReport",),
+    "searching.search": ("search",),
+    "searching.search_result": ("SearchResult",),
+    "training.events": ("JsonlSink", "StopTraining", "TensorBoardSink"),
+    "training.loop": ("FitResult", "TrainingLoop"),
+    "window.accumulate": ("Accumulator",),
+    "window.phase": ("Phase",),
+    "window.record": ("StepRecord",),
 }
+_HOME = {name: f"autoaccum.{module}" for module, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "Accumulator",
-    "Coupled",
-    "FitResult",
-    "JsonlSink",
-    "Mean",
-    "Phase",
-    "Plan",
-    "ProbeReport",
-    "SearchResult",
-    "StepRecord",
-    "StopTraining",
-    "TensorBoardSink",
-    "TrainingLoop",
-    "Trial",
-    "VerifyReport",
-    "attach",
-    "chunked_cross_entropy",
-    "errors",
-    "events",
-    "fit",
-    "plan",
-    "prepare",
-    "probe",
-    "search",
-    "verify",
-]
+__all__ = sorted([*_HOME, "errors", "events"])  # noqa: PLE0605 - for type checkers the names above are exported
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ __all__ = [
     "misfit",
     "one_of",
     "plain",
+    "refuse_any",
     "typed",
 ]
 
@@ -39,6 +40,13 @@ def check_switches(**switches: Any) -> None:
     """Refuses anything but True and False, whatever the name: a word would be taken for True."""
     for name, value in switches.items():
         one_of(name, value, (True, False))
+
+
+def refuse_any(reasons: Mapping[str, bool]) -> None:
+    """Refuses for the first of the reasons that holds."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise SetupError(reason)
 
 
 def check_call(name: str, function: Any, arguments: Sequence[str]) -> None:

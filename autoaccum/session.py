@@ -51,7 +51,7 @@ from autoaccum.units import check_memory
 from autoaccum.window.agreement import agree_on_copies
 from autoaccum.window.assembly import Assembly, assemble
 
-__all__ = ["Session", "display"]
+__all__ = ["Session", "check_settings", "display"]
 
 READ_AWAY = (
     "the data can be read only once, and the samples that this probe read are gone with it: give it an iterable of its "
@@ -92,7 +92,7 @@ class Session:
         if self._trains or self._given is not None:
             asked["target_batch"] = target_of(self._given, asked.target_batch)
         listeners = [*listed("sinks", asked.sinks), *listed("callbacks", asked.callbacks)]
-        _check(asked)
+        check_settings(asked)
         given = self._given
         # The plan's rate is scaled already; an optimizer that is there has its own.
         if given is not None and given.lr is not None and asked.lr is None:
@@ -321,10 +321,10 @@ def _gradient(parts: Assembly, most: int) -> VerifyReport:
         )  # fmt: skip
 
 
-def _check(asked: Settings) -> None:
+def check_settings(asked: Settings) -> None:
     """Refuses values that are plainly wrong, before anything is touched."""
     check_counts(**asked.some("max_batch", "micro_batch", "epochs", "max_steps", "multiple_of", "checkpoint_every",
-                              "regrow_after"), target_batch=asked.target_batch)  # fmt: skip
+                              "regrow_after", "lr_batch"), target_batch=asked.target_batch)  # fmt: skip
     if asked.max_batch is not None and (asked.micro_batch or 0) > asked.max_batch:
         raise PlanError(
             f"micro_batch={asked.micro_batch} is above max_batch={asked.max_batch}, above which no micro-batch may be: "
@@ -333,8 +333,9 @@ def _check(asked: Settings) -> None:
     one_of("check", asked.check, (True, False, "warn"))
     one_of("resume", asked.resume, ("auto", True, False))
     check_schedule(asked.schedule, asked.warmup_steps)
-    one_of("prefer", asked.prefer, SETTINGS["prefer"].choices)
-    one_of("ladder", asked.ladder, (None, False, "auto", *RUNGS))
+    for name in ("prefer", "on_nonfinite", "accumulate", "batch_norm", "lr_rule"):
+        one_of(name, asked[name], SETTINGS[name].choices)
+    one_of("ladder", asked.ladder, (None, False, *SETTINGS["ladder"].choices))
     check_switches(**asked.some("cache", "compile", "log_grad_norm"))
     check_memory(asked.memory)
     check_metrics(asked.metrics, asked.step, val_data=None if asked.loss is None else asked.val_data)

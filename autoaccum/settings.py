@@ -14,6 +14,7 @@ from autoaccum.errors import SetupError
 
 __all__ = [
     "FIT_ARGUMENTS",
+    "RUNGS",
     "SETTINGS",
     "Setting",
     "Settings",
@@ -38,9 +39,9 @@ class Setting:
         takers: the functions and commands that take it beside `fit` and `prepare`.
         decides: "memory" where it changes what a step takes or how much is looked for; "plan" where a plan fixes it.
         choices: its words.
-        metavar: how its value is called on the command line.
+        metavar: how its value is called on the command line; None: as others of its kind.
         ranks: "same" where all ranks must give the same value, "given" where all or none must give one, "own" where
-            each has its own or it is compared in another way.
+            each has its own or it is compared in another way; None: "own" of kind "python", else "same".
     """
 
     default: Any
@@ -50,83 +51,69 @@ class Setting:
     decides: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     metavar: str | None = None
-    ranks: str = "same"
+    ranks: str | None = None
 
 
-_PROBE, _ALL = ("probe",), ("probe", "verify")
+_PROBE, _ALL, _RUN = ("probe",), ("probe", "verify"), ("probe", "verify", "search")
+_PLANNED, _FOUND = ("probe", "plan"), ("probe", "search")
 _MEMORY, _PLAN, _BOTH = ("memory",), ("plan",), ("memory", "plan")
 _REDUCTIONS = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
-_LADDER = (
-    "auto", "chunked_loss", "bf16", "activation_memory_budget/0.5", "activation_memory_budget/0.2", "checkpointing/4",
-    "checkpointing/2", "selective_checkpointing", "checkpointing", "chunked_loss+checkpointing", "save_on_cpu",
-    "checkpointing+save_on_cpu", "optimizer_on_host", "step_in_backward",
-)  # fmt: skip
+_RULES = ("auto", "linear", "sqrt", "adam-sde", "none")
+_AGAIN = "of the repeated blocks runs once more in the backward pass, for the same gradients"
+_BUDGET = "of what the compiled model would keep for the backward pass is kept, and the rest is computed again"
+
+RUNGS = {
+    "chunked_loss": "a head's logits are computed with their loss, some rows at a time, and never held together",
+    "bf16": "autocast rounds most of the forward pass to bf16; slow where the device has none of its own",
+    "activation_memory_budget/0.5": f"half {_BUDGET}",
+    "activation_memory_budget/0.2": f"a fifth {_BUDGET}",
+    "checkpointing/4": f"each fourth {_AGAIN}",
+    "checkpointing/2": f"each second {_AGAIN}",
+    "selective_checkpointing": "the repeated blocks run once more in the backward pass, but for their matrix products",
+    "checkpointing": f"each {_AGAIN}",
+    "chunked_loss+checkpointing": f"logits are never held together, and each {_AGAIN}",
+    "save_on_cpu": "activations wait in the host's memory, and travel there and back in every micro-batch",
+    "checkpointing+save_on_cpu": f"each {_AGAIN}, and their inputs wait in the host's memory",
+    "optimizer_on_host": "the optimizer's state waits in the host's memory, and travels there and back in every step",
+    "step_in_backward": "each gradient is stepped with and freed as it comes, so that a window cannot run again",
+}
+"""The memory savers, and what each does and costs: by the order of that."""
 
 SETTINGS: dict[str, Setting] = {
-    "target_batch": Setting(None, "count", "Samples per optimizer step, over all ranks.", _PROBE, metavar="N"),
-    "loss": Setting(None, "python", "f(outputs, targets); None: the model returns its loss.", _ALL, ranks="own"),
+    "target_batch": Setting(None, "count", "Samples per optimizer step, over all ranks.", _PROBE),
+    "loss": Setting(None, "python", "f(outputs, targets); None: the model returns its loss.", _ALL),
     "step": Setting(
-        None,
-        "python",
-        "f(model, batch) -> Tensor, Mean or dict of Means, instead of loss; or Coupled.",
-        _ALL,
-        ranks="own",
+        None, "python", "f(model, batch) -> Tensor, Mean or dict of Means, instead of loss; or Coupled.", _ALL
     ),
-    "phases": Setting(None, "python", "A list of Phase, instead of step, loss and optimizer.", _PROBE, ranks="own"),
+    "phases": Setting(None, "python", "A list of Phase, instead of step, loss and optimizer.", _PROBE),
     "reduction": Setting("auto", "word", "What the loss is a mean over.", _ALL, (), _REDUCTIONS),
-    "optimizer": Setting(
-        "adamw", "text", 'One of torch\'s by name: "adamw", "sgd", ...', ("probe", "plan"), metavar="NAME", ranks="own"
-    ),
-    "lr": Setting(None, "number", "Learning rate; 1e-3 if not given.", ("probe", "plan"), metavar="LR", ranks="own"),
-    "lr_batch": Setting(
-        None, "count", "The batch that the learning rate was tuned at.", ("probe", "plan"), _PLAN, metavar="N"
-    ),
+    "optimizer": Setting("adamw", "text", 'One of torch\'s by name: "adamw", "sgd", ...', _PLANNED, ranks="own"),
+    "lr": Setting(None, "number", "Learning rate; 1e-3 if not given.", _PLANNED, metavar="LR", ranks="own"),
+    "lr_batch": Setting(None, "count", "The batch that the learning rate was tuned at.", _PLANNED, _PLAN),
     "lr_rule": Setting(
-        "auto",
-        "word",
-        "How the learning rate goes from lr-batch to target-batch.",
-        ("probe", "plan"),
-        _PLAN,
-        ("auto", "linear", "sqrt", "adam-sde", "none"),
+        "auto", "word", "How the learning rate goes from lr-batch to target-batch.", _PLANNED, _PLAN, _RULES
     ),
     "schedule": Setting("constant", "word", "Learning rate over the steps.", (), (), ("constant", "linear", "cosine")),
-    "warmup_steps": Setting(0, "steps", "Optimizer steps of warm-up.", metavar="N"),
-    "epochs": Setting(1, "count", "Passes over the data.", ("search",), metavar="N"),
-    "max_steps": Setting(None, "count", "Optimizer steps, over as many epochs as it takes.", ("search",), metavar="N"),
-    "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics.", ranks="own"),
-    "metrics": Setting(
-        None, "python", "{name: f(outputs, targets) -> Mean}, or objects with reset, update, compute.", ranks="own"
-    ),
+    "warmup_steps": Setting(0, "steps", "Optimizer steps of warm-up."),
+    "epochs": Setting(1, "count", "Passes over the data.", ("search",)),
+    "max_steps": Setting(None, "count", "Optimizer steps, over as many epochs as it takes.", ("search",)),
+    "val_data": Setting(None, "python", "Evaluated after each epoch, with metrics."),
+    "metrics": Setting(None, "python", "{name: f(outputs, targets) -> Mean}, or objects with reset, update, compute."),
     "shuffle": Setting(True, "flag", "Shuffle a Dataset or tensors; a DataLoader keeps its own order."),
-    "device": Setting(
-        None,
-        "text",
-        '"cpu", "cuda:1", ...; the best there is if not given.',
-        ("probe", "verify", "search"),
-        metavar="NAME",
-        ranks="own",
-    ),
+    "device": Setting(None, "text", '"cpu", "cuda:1", ...; the best there is if not given.', _RUN, ranks="own"),
     "memory": Setting(
-        None,
-        "bytes",
-        'A hard budget: "8GiB", bytes, or "80%" of the device.',
-        ("probe", "search"),
-        _MEMORY,
-        metavar="SIZE",
-        ranks="own",
+        None, "bytes", 'A hard budget: "8GiB", bytes, or "80%" of the device.', _FOUND, _MEMORY, ranks="own"
     ),
-    "precision": Setting(
-        "auto", "word", "Autocast.", ("probe", "verify", "search"), _MEMORY, ("auto", "fp32", "bf16", "fp16")
-    ),
+    "precision": Setting("auto", "word", "Autocast.", _RUN, _MEMORY, ("auto", "fp32", "bf16", "fp16")),
     "accumulate": Setting(
         "fp32", "word", "What bf16 and fp16 gradients are summed in.", _PROBE, _MEMORY, ("fp32", "native")
     ),
     "clip_norm": Setting(None, "number", "Clip the window's gradient to this norm.", _PROBE, _MEMORY, metavar="NORM"),
-    "log_grad_norm": Setting(False, "python", "Record the gradient's norm without clipping."),
+    "log_grad_norm": Setting(False, "python", "Record the gradient's norm without clipping.", ranks="same"),
     "batch_norm": Setting(
-        "pooled", "word", "BatchNorm's running statistics.", ("probe", "plan"), _BOTH, ("pooled", "momentum", "keep")
+        "pooled", "word", "BatchNorm's running statistics.", _PLANNED, _BOTH, ("pooled", "momentum", "keep")
     ),
-    "tail": Setting("step", "word", "What becomes of a short last window.", ("probe", "plan"), _PLAN, ("step", "drop")),
+    "tail": Setting("step", "word", "What becomes of a short last window.", _PLANNED, _PLAN, ("step", "drop")),
     "prefer": Setting(
         "fewest",
         "word",
@@ -136,22 +123,18 @@ SETTINGS: dict[str, Setting] = {
         ("fewest", "fastest"),
         ranks="own",
     ),
-    "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, metavar="N", ranks="given"),
-    "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", metavar="FILE", ranks="given"),
-    "multiple_of": Setting(
-        1, "count", "Prefer micro-batches that are multiples of N.", ("probe", "plan"), _BOTH, metavar="N"
-    ),
-    "worst_case": Setting(None, "python", "A batch, or f(n) -> batch, to probe with.", _ALL, ranks="own"),
-    "max_batch": Setting(
-        None, "count", "No micro-batch above this size.", ("probe", "search"), _BOTH, metavar="N", ranks="own"
-    ),
+    "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, ranks="given"),
+    "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", ranks="given"),
+    "multiple_of": Setting(1, "count", "Prefer micro-batches that are multiples of N.", _PLANNED, _BOTH),
+    "worst_case": Setting(None, "python", "A batch, or f(n) -> batch, to probe with.", _ALL),
+    "max_batch": Setting(None, "count", "No micro-batch above this size.", _FOUND, _BOTH, ranks="own"),
     "isolate": Setting(False, "flag", "Run trials in a child process, which a kill may take.", _PROBE, ranks="own"),
-    "cache": Setting(True, "flag", "Reuse answers of earlier probes.", ("probe", "search"), ranks="own"),
+    "cache": Setting(True, "flag", "Reuse answers of earlier probes.", _FOUND, ranks="own"),
     "check": Setting(
         True, "switch", "Check the accumulated gradient before training, or only warn.", ("search",), (), ("warn",)
     ),
-    "checkpoint": Setting(None, "folder", "Folder for checkpoints.", metavar="DIR", ranks="given"),
-    "checkpoint_every": Setting(None, "count", "Optimizer steps between checkpoints.", metavar="N"),
+    "checkpoint": Setting(None, "folder", "Folder for checkpoints.", ranks="given"),
+    "checkpoint_every": Setting(None, "count", "Optimizer steps between checkpoints."),
     "resume": Setting(
         "auto", "switch", "Go on from the last checkpoint: it must be there, or only if it is.", (), (), ("auto",)
     ),
@@ -162,9 +145,9 @@ SETTINGS: dict[str, Setting] = {
         "Where not even one sample fits: take the cheapest of these that does (auto), or this one.",
         _PROBE,
         _MEMORY,
-        _LADDER,
+        ("auto", *RUNGS),
     ),
-    "regrow_after": Setting(None, "count", "Windows after which to try larger micro-batches again.", metavar="N"),
+    "regrow_after": Setting(None, "count", "Windows after which to try larger micro-batches again."),
     "on_nonfinite": Setting(
         "raise",
         "word",
@@ -173,12 +156,12 @@ SETTINGS: dict[str, Setting] = {
         _MEMORY,
         ("raise", "skip"),
     ),
-    "seed": Setting(None, "seed", "Seed of all random numbers.", ("probe", "search"), metavar="N"),
-    "progress": Setting(None, "flag", "Tell on stderr what is going on.", ("probe", "search"), ranks="own"),
-    "sinks": Setting((), "python", "Functions of an event, told beside callbacks.", ranks="own"),
-    "callbacks": Setting((), "python", "Functions of an event.", _PROBE, ranks="own"),
-    "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE, ranks="own"),
-    "device_mesh": Setting(None, "python", "These ranks as a DeviceMesh, instead of group.", _PROBE, ranks="own"),
+    "seed": Setting(None, "seed", "Seed of all random numbers.", _FOUND),
+    "progress": Setting(None, "flag", "Tell on stderr what is going on.", _FOUND, ranks="own"),
+    "sinks": Setting((), "python", "Functions of an event, told beside callbacks."),
+    "callbacks": Setting((), "python", "Functions of an event.", _PROBE),
+    "group": Setting(None, "python", "The ranks that train together, a process group; None: all.", _PROBE),
+    "device_mesh": Setting(None, "python", "These ranks as a DeviceMesh, instead of group.", _PROBE),
 }
 """In the order of the public signatures."""
 
@@ -231,7 +214,8 @@ class Settings(dict[str, Any]):
 
 def alike(how: str) -> Iterator[str]:
     """The settings that the ranks must have alike: the "same" value, or all "given" or none."""
-    return (name for name, setting in SETTINGS.items() if setting.ranks == how)
+    usual = {name: "own" if setting.kind == "python" else "same" for name, setting in SETTINGS.items()}
+    return (name for name, setting in SETTINGS.items() if (setting.ranks or usual[name]) == how)
 
 
 def deciding(what: str) -> Iterator[str]:

@@ -25,24 +25,21 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         SetupError: not a number with one of the known units, or less than one byte.
     """
+    refused = f"{shown(text)} is not a memory size:"
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise SetupError(
-            f'{shown(text)} is not a memory size: give bytes as an int, or a text such as "8GiB" or "512MiB"'
-        )
+        raise SetupError(f'{refused} give bytes as an int, or a text such as "8GiB" or "512MiB"')
     if isinstance(text, int):
         size = text
     else:
         match = _PATTERN.fullmatch(text)
         factor = _UNITS.get(match.group(2).lower()) if match else None
         if match is None or factor is None:
-            raise SetupError(
-                f'{shown(text)} is not a memory size: write a number with KiB, MiB, GiB or TiB, such as "8GiB"'
-            )
+            raise SetupError(f'{refused} write a number with KiB, MiB, GiB or TiB, such as "8GiB"')
         size = int(min(float(match.group(1)), 2.0**63) * factor)
     if size >= 2**63:
-        raise SetupError(f"{shown(text)} is not a memory size: no machine has so much")
+        raise SetupError(f"{refused} no machine has so much")
     if size < 1:
-        raise SetupError(f'{shown(text)} is not a memory size: it must be at least one byte, such as "8GiB"')
+        raise SetupError(f'{refused} it must be at least one byte, such as "8GiB"')
     return size
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoaccum.model.optimizer_on_host import OptimizerOnHost
-from autoaccum.model.step_apart import why_not_apart
+from autoaccum.model.optimizer_on_host import OptimizerOnHost, why_not_apart
 from autoaccum.training.state import load_optimizer
 
 CPU = torch.device("cpu")

@@ -85,11 +85,13 @@ def _option(name: str) -> Callable[[Any], Any]:
     if setting.kind == "switch":
         return click.option(dashed, name, cls=Switch, word=setting.choices[0], help=setting.words)
     if setting.kind == "bytes":
-        return click.option(dashed, name, metavar=setting.metavar, callback=read_by(_memory), help=setting.words)
+        return click.option(dashed, name, metavar="SIZE", callback=read_by(_memory), help=setting.words)
     kind = click.Choice(setting.choices) if setting.kind == "word" else _KINDS[setting.kind]
-    return click.option(dashed, name, type=kind, metavar=setting.metavar, help=setting.words)
+    called = setting.metavar or _CALLED.get(setting.kind)
+    return click.option(dashed, name, type=kind, metavar=called, help=setting.words)
 
 
+_CALLED = {"count": "N", "steps": "N", "seed": "N", "text": "NAME", "file": "FILE", "folder": "DIR"}
 _KINDS: dict[str, Any] = {
     "count": COUNT,
     "steps": click.IntRange(min=0),

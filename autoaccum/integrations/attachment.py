@@ -6,8 +6,8 @@ asked for the loss of a piece; backward, weighting, the sum over ranks and the r
 Accumulator's; clipping and the step are the trainer's again.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import listed
 from autoaccum.data.base import Source
 from autoaccum.data.piece import Piece
@@ -25,7 +24,6 @@ from autoaccum.errors import CheckpointError, PlanError, SetupError
 from autoaccum.integrations.trainers import wanted
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
-from autoaccum.probing.report import ProbeReport
 from autoaccum.ranks import here
 from autoaccum.session import Session, display
 from autoaccum.settings import deciding
@@ -36,7 +34,7 @@ from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.record import StepRecord
 
-__all__ = ["Attachment", "Trained", "scale_rates"]
+__all__ = ["Attachment", "Trained"]
 
 SCHEMA = 1
 
@@ -78,10 +76,10 @@ class Attachment:
 
     Attributes:
         asked: the keywords of `attach`.
-        plan: how windows are cut; None before training begins.
-        probe, verify: the reports; None where nothing was probed or checked.
+        target_batch: samples of one optimizer step, over all ranks.
         shares: the plan by which windows are dealt to the ranks, the same for the whole training.
         kept: what a checkpoint of the trainer's had of ours, to go on from; None: probe anew.
+        pieces: of the last window.
     """
 
     def __init__(self, keywords: Mapping[str, Any]) -> None:
@@ -91,48 +89,37 @@ class Attachment:
             SetupError, PlanError: an unknown keyword or value, no target, or one that leaves a rank without samples.
         """
         self.asked = wanted(keywords)
+        self.target_batch: int = self.asked.target_batch
         if self.target_batch < here().size:
             raise SetupError(
                 f"target_batch={self.target_batch} is less than the {here().size} ranks, of which each needs a sample "
                 "in every step: raise it, or use fewer processes"
             )
-        self.probe: ProbeReport | None = None
-        self.verify: VerifyReport | None = None
         self.shares: Plan | None = None
         self.kept: Mapping[str, Any] | None = None
-        self.events = Events(
-            [*listed("callbacks", self.asked.callbacks), *display(self.asked.progress, here(), bar=False)]
-        )
+        self.pieces: list[Piece] = []
+        listeners = listed("callbacks", self.asked.callbacks)
+        self.events = Events([*listeners, *display(self.asked.progress, here(), bar=False)])
         self._stack = ExitStack()
         self._windows = 0
 
-    @property
-    def target_batch(self) -> int:
-        """Samples of one optimizer step, over all ranks."""
-        return int(self.asked.target_batch)
-
-    @property
-    def plan(self) -> Plan | None:
-        """How windows are cut now."""
-        return self._accumulator.plan if self.shares is not None else None
-
-    def begin(self, trained: Trained, *, total_steps: int | None, step: int) -> Plan:
+    def begin(self, trained: Trained, schedulers: Sequence[Any], *, total_steps: int | None, step: int) -> None:
         """Probes, plans, checks, and makes ready for `window`; by what a checkpoint kept, where there is one.
+
+        Of `schedulers` the rates are scaled once, where `lr_batch` says what they were tuned at.
 
         Raises:
             NothingFitsError, PlanError, LossError, SetupError, DataError: as `fit`.
         """
         asked = self.asked
-        kept = self._kept_plan()
-        session = Session(trained.model, trained.source, self._settings(trained, kept), what="attach",
-                          events=self.events)  # fmt: skip
+        settings = self._settings(trained, self._kept_plan())
+        session = Session(trained.model, trained.source, settings, what="attach", events=self.events)
         parts = session.parts
         parts.precision.reason = trained.runs_in
-        self._trained = trained
+        self._source = trained.source
         with trained.preserved():
             made = session.plan()
-            self.verify = session.check()
-        self.probe = session.report
+            session.check()
         budget = parts.device.budget(asked.memory)
         self._accumulator = Accumulator(
             parts.model, parts.optimizer, made, objective=parts.objective, precision="fp32",
@@ -153,7 +140,8 @@ class Attachment:
         self._stack.enter_context(parts.device.limit(budget))
         self.events.tell(TrainingStarted(made.to_dict(), total_steps, step, budget.bytes))
         parts.ranks.tally("the beginning of training")  # whoever failed on the way here is heard by all
-        return made
+        if made.lr_scale != 1 and step == 0:
+            _scale_rates(made.lr_scale, trained.optimizer, schedulers)
 
     def _settings(self, trained: Trained, kept: Plan | None) -> dict[str, Any]:
         """A session's, by what `attach` was asked for, what the trainer has, and a checkpoint's plan."""
@@ -194,19 +182,15 @@ class Attachment:
             NothingFitsError: memory ran out at the smallest micro-batch.
             LossError: the loss is not finite.
         """
-        pieces = self._cut(samples)
-        self.pieces = pieces
+        self.pieces = pieces = self._cut(samples) if samples else []
         window = Window(pieces, tuple(len(p.samples) for p in pieces), len(samples), len(samples), epoch, self._windows)
         record = self._safe.train(window)
         self._windows += 1
         return record
 
     def _cut(self, samples: Sequence[Any]) -> list[Piece]:
-        source, plan = self._trained.source, self._accumulator.plan
-        collate: Callable[[list[Any]], Any] = source._collated  # names what cannot be collated
-        if not samples:
-            return []
-        number, by_length = len(samples), None
+        plan, by_length, number = self._accumulator.plan, None, len(samples)
+        collate: Callable[[list[Any]], Any] = self._source._collated  # names what cannot be collated
         if self._by_length is not None and plan.length_rule is not None:
             by_length = self._by_length._replace(rule=plan.length_rule)
         # A tail of 7 in micro-batches of exactly 2 cannot be: one of them takes 3.
@@ -252,20 +236,8 @@ class Attachment:
         self.events.close()
         self.shares = None
 
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """Around the whole training: whatever ends it, nothing of ours stays on the model."""
-        try:
-            yield
-        except BaseException:
-            here().fail()  # the other ranks stop as well, instead of waiting for this one
-            raise
-        finally:
-            self.end()
 
-
-def scale_rates(factor: float, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
-    """The trainer's rates are its own; where `lr_batch` says what they were tuned at, they are scaled once."""
+def _scale_rates(factor: float, optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
     for group in optimizer.param_groups:
         for name in group.keys() & {"lr", "initial_lr"}:
             group[name] *= factor

@@ -1,21 +1,23 @@
 """A trainer's loader made to yield the samples of a window, not collated: what stands in for its parts."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from autoaccum.data.base import Source
-from autoaccum.data.mapped import MapSource
+from autoaccum.data.mapped import MapSource, rebuilt
 from autoaccum.data.piece import Piece
 from autoaccum.data.stream import SampleSource
 from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment
 from autoaccum.ranks import Ranks, here
 
-__all__ = ["Held", "Pieces", "Samples", "Shares", "refuse_dealt_streams", "source_of"]
+__all__ = ["Held", "Pieces", "Samples", "Shares", "loader_of_windows", "refuse_dealt_streams", "source_of"]
 
 
 class Samples:
@@ -26,13 +28,11 @@ class Samples:
         self.pieces: list[Piece] | None = None
 
     def __contains__(self, name: object) -> bool:
-        if self.pieces is None:
-            return False  # nothing is counted beforehand: what the loss divides by is ours to know
-        return all(name in piece.batch for piece in self.pieces)
+        # Before it ran nothing is counted: what the loss divides by is ours to know.
+        return self.pieces is not None and all(name in piece.batch for piece in self.pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        assert self.pieces is not None
-        flat = [piece.batch[name].flatten() for piece in self.pieces]
+        flat = [piece.batch[name].flatten() for piece in self.pieces or ()]
         return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.int64)
 
 
@@ -94,3 +94,86 @@ def source_of(loader: Any) -> Source:
     if isinstance(loader.dataset, IterableDataset):
         return SampleSource(loader.dataset, Pieces(loader.collate_fn), **common)
     return MapSource(loader.dataset, Pieces(loader.collate_fn), shuffle=False, **common)
+
+
+def loader_of_windows(loader: Any, attachment: Attachment, place: Callable[[], int]) -> Any:
+    """A Lightning Trainer's training loader with the target batch, whose samples are not collated.
+
+    Args:
+        loader: the user's.
+        attachment: says the target, and how windows are shared out.
+        place: windows of the epoch that were trained already, asked when the first of the others is fetched.
+
+    Raises:
+        SetupError: no DataLoader, one whose batching cannot be redone, or a stream on several ranks.
+    """
+    if not isinstance(loader, DataLoader):
+        raise SetupError(
+            f"the training loader is a {type(loader).__name__}: TargetBatch makes the batches of one DataLoader"
+        )
+    refuse_dealt_streams(loader.dataset)
+    kept = {"collate_fn": Held(loader.collate_fn), "generator": loader.generator}
+    if isinstance(loader.dataset, IterableDataset):
+        batching = {"batch_size": attachment.target_batch, "drop_last": loader.drop_last}
+        return rebuilt(loader, loader.dataset, **batching, **kept)
+    if loader.batch_size is None:
+        raise SetupError(
+            "the training loader's batches are given by its own batch_sampler, or are ready: give a DataLoader with "
+            "batch_size=, whose batching can be redone"
+        )
+    if here().size == 1:
+        batches: Any = BatchSampler(loader.sampler, attachment.target_batch, loader.drop_last)
+    else:
+        shuffles, seed = isinstance(loader.sampler, RandomSampler), int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        sampler: Any = DistributedSampler(loader.dataset, 1, 0, shuffle=shuffles, seed=seed)
+        batches = Shares(BatchSampler(sampler, attachment.target_batch, loader.drop_last), attachment)
+    return _Resumable(rebuilt(loader, loader.dataset, batch_sampler=batches, **kept), place)
+
+
+class _Resumable:
+    """A loader that goes on in mid-epoch from where a checkpoint was written, in the order that was drawn then.
+
+    Lightning saves and loads the state of whatever has `state_dict` and `load_state_dict`. As it is no DataLoader,
+    Lightning deals it to the ranks no second time.
+    """
+
+    def __init__(self, loader: DataLoader[Any], place: Callable[[], int]) -> None:
+        self._loader, self._place = loader, place
+        self._kept: dict[str, Any] = {}
+        self._began: list[Tensor] = []
+        drawn = (torch.default_generator, loader.generator, getattr(loader.sampler, "generator", None))
+        # Of several ranks Lightning saves only the first one's state.
+        self._generators = list(dict.fromkeys(each for each in drawn if each is not None)) if here().size == 1 else []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_loader"], name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        kept, self._kept = self._kept, {}
+        place = self._place() if kept else 0
+        self._set(kept.get("began" if place else "now", ()))
+        self._began = self._states()
+        windows = iter(self._loader)
+        for _ in islice(windows, place):
+            pass
+        if place:
+            self._set(kept["now"])
+        yield from windows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The random generators: when the epoch began, from which its order follows, and now."""
+        return {"began": self._began, "now": self._states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self._kept = dict(state_dict)
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _set(self, states: Sequence[Tensor]) -> None:
+        for generator, state in zip(self._generators, states):
+            generator.set_state(state)

@@ -14,10 +14,9 @@ Choices made here:
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult, _AutomaticOptimization
@@ -27,13 +26,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from autoaccum.checks import refuse_any
 from autoaccum.errors import SetupError
-from autoaccum.integrations.attachment import Attachment, Trained, scale_rates
-from autoaccum.integrations.heldback import Samples, source_of
-from autoaccum.integrations.lightning_loader import Windows
+from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.heldback import Samples, loader_of_windows, source_of
 from autoaccum.integrations.lightning_verify import verify
 from autoaccum.integrations.logged import Logged
 from autoaccum.integrations.trainers import refuse_late, wanted
+from autoaccum.model.forward import standing
 from autoaccum.ranks import here
 
 __all__ = ["TargetBatch", "attach", "verify"]
@@ -46,8 +46,7 @@ def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
         SetupError: it has one already, or is training.
     """
     refuse_late(any(isinstance(each, TargetBatch) for each in trainer.callbacks), trainer.training, "trainer.fit()")
-    made = dict(keywords)
-    trainer.callbacks.insert(0, TargetBatch(made.pop("target_batch"), **made))
+    trainer.callbacks.insert(0, TargetBatch(**keywords))
     return trainer
 
 
@@ -80,9 +79,9 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
         _refuse(trainer, pl_module)
         self.attachment = Attachment(self._keywords)
         trainer.accumulate_grad_batches = 1
-        loop = trainer.fit_loop
-        progress = loop.epoch_loop.batch_progress
-        loop._data_source = Windows(loop._data_source, self.attachment, place=lambda: progress.current.ready)
+        source, progress = trainer.fit_loop._data_source, trainer.fit_loop.epoch_loop.batch_progress
+        own, attachment = source.dataloader, self.attachment
+        source.dataloader = lambda: loader_of_windows(own(), attachment, lambda: progress.current.ready)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The first moment at which everything is there: the strategy set up, the state restored, the loader made."""
@@ -92,46 +91,39 @@ class TargetBatch(Callback):  # type: ignore[misc]  # no types where lightning i
         windowed = _Windowed(trainer, pl_module, attachment)
         windowed.load_state_dict(epoch_loop.automatic_optimization.state_dict())
         (loader,) = trainer.fit_loop._combined_loader.flattened
-        optimizer, plugin = trainer.optimizers[0], trainer.precision_plugin
-        made = attachment.begin(
+        attachment.begin(
             Trained(
                 model=pl_module,
-                optimizer=optimizer,
+                optimizer=trainer.optimizers[0],
                 step=windowed.loss,
                 source=source_of(loader),
                 device=trainer.strategy.root_device,
                 drops=bool(loader.batch_sampler.drop_last) if loader.batch_sampler is not None else loader.drop_last,
-                scaler=getattr(plugin, "scaler", None),
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
                 runs_in=f"{trainer.precision}: the trainer's own",
                 code=f"{type(pl_module).__module__}.{type(pl_module).__qualname__} {trainer.precision}",
                 preserved=windowed.preserved,
             ),
+            [config.scheduler for config in trainer.lr_scheduler_configs],
             total_steps=trainer.estimated_stepping_batches if trainer.max_epochs != -1 else None,
             step=trainer.global_step,
         )
         epoch_loop.automatic_optimization = windowed
-        if made.lr_scale != 1 and trainer.global_step == 0:
-            scale_rates(made.lr_scale, optimizer, [config.scheduler for config in trainer.lr_scheduler_configs])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing of ours stays on the module."""
-        self._end(trainer, pl_module)
+        if self.attachment is not None:
+            self.attachment.end()
+        vars(trainer.fit_loop._data_source).pop("dataloader", None)
+        epoch_loop = trainer.fit_loop.epoch_loop
+        if isinstance(epoch_loop.automatic_optimization, _Windowed):
+            epoch_loop.automatic_optimization = epoch_loop.automatic_optimization.leave()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Whatever ended the training, nothing of ours stays, and the other ranks stop as well."""
         if self.attachment is not None and self.attachment.shares is not None:
             here().fail()
-        self._end(trainer, pl_module)
-
-    def _end(self, trainer: Any, pl_module: Any) -> None:
-        if self.attachment is not None:
-            self.attachment.end()
-        loop = trainer.fit_loop
-        if isinstance(loop.epoch_loop.automatic_optimization, _Windowed):
-            loop.epoch_loop.automatic_optimization.leave()
-            loop.epoch_loop.automatic_optimization = loop.epoch_loop.automatic_optimization.own()
-        if isinstance(loop._data_source, Windows):
-            loop._data_source = loop._data_source.source
+        self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Into the trainer's checkpoints."""
@@ -151,32 +143,30 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
         self._module, self._attachment, self._logged = module, attachment, Logged()
         strategy = trainer.strategy
         self._hook, self._move = module._on_before_batch_transfer, strategy.batch_to_device
+        self._stands = ExitStack()
         # The window as a whole goes past them: they are asked for each piece.
-        vars(module)["_on_before_batch_transfer"] = _past_windows(self._hook)
-        vars(strategy)["batch_to_device"] = _past_windows(self._move)
+        self._stands.enter_context(standing(module, _on_before_batch_transfer=_past_windows(self._hook)))
+        self._stands.enter_context(standing(strategy, batch_to_device=_past_windows(self._move)))
 
-    def own(self) -> _AutomaticOptimization:
-        """The trainer's own loop, with the progress so far."""
+    def leave(self) -> _AutomaticOptimization:
+        """Takes away what stands before others' methods; the trainer's own loop, with the progress so far."""
+        self._stands.close()
         loop = _AutomaticOptimization(self.trainer)
         loop.load_state_dict(self.state_dict())
         return loop
-
-    def leave(self) -> None:
-        """Takes away what stands before the module's and the strategy's methods."""
-        del vars(self._module)["_on_before_batch_transfer"], vars(self.trainer.strategy)["batch_to_device"]
 
     def _make_closure(self, kwargs: OrderedDict[str, Any], optimizer: Any, batch_idx: int) -> Closure:
         zero = self._make_zero_grad_fn(batch_idx, optimizer)
 
         def step() -> ClosureResult:
+            trainer = self.trainer
             if zero is not None:
                 zero()
-            with self._gathering() as logged:
-                record = self._attachment.window(kwargs["batch"].samples, self.trainer.current_epoch)
-            loss = torch.tensor(record.loss, dtype=logged.dtype, device=self.trainer.strategy.root_device)
-            logged.apply(record.micro_batches, loss)
-            call._call_callback_hooks(self.trainer, "on_after_backward")
-            call._call_lightning_module_hook(self.trainer, "on_after_backward")
+            with self._gathering():
+                record = self._attachment.window(kwargs["batch"].samples, trainer.current_epoch)
+            loss = self._logged.apply(record.micro_batches, record.loss, trainer.strategy.root_device)
+            call._call_callback_hooks(trainer, "on_after_backward")
+            call._call_lightning_module_hook(trainer, "on_after_backward")
             return ClosureResult(loss)
 
         return Closure(step_fn=step)
@@ -185,18 +175,15 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
         """The loss of one batch as the module's training_step makes it; what it logs is gathered."""
         self._logged.begin()
         trainer = self.trainer
-        batch = trainer.precision_plugin.convert_input(batch)
-        batch = self._move(self._hook(batch, dataloader_idx=0), dataloader_idx=0)
+        batch = self._hook(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+        batch = self._move(batch, dataloader_idx=0)
         epoch_loop = trainer.fit_loop.epoch_loop
         kwargs = epoch_loop._build_kwargs(OrderedDict(), batch, max(epoch_loop.batch_idx, 0))
         results = epoch_loop._results
         results.batch, results.batch_size, results.dataloader_idx = batch, None, None
-        before, module._current_fx_name = module._current_fx_name, "training_step"
-        try:
-            with trainer.profiler.profile("[Strategy]training_step"), trainer.precision_plugin.train_step_context():
-                output = module.training_step(*kwargs.values())
-        finally:
-            module._current_fx_name = before
+        profiled, plugin = trainer.profiler.profile("[Strategy]training_step"), trainer.precision_plugin
+        with standing(module, _current_fx_name="training_step"), profiled, plugin.train_step_context():
+            output = module.training_step(*kwargs.values())
         ClosureResult.from_training_step_output(output)  # refuses what is no loss
         # As the module gave it: the result's own loss is divided by 1, which looks like a division of the user's.
         loss = output["loss"] if isinstance(output, Mapping) else output
@@ -208,16 +195,11 @@ class _Windowed(_AutomaticOptimization):  # type: ignore[misc]
         self._logged.piece(loss)
         return loss  # type: ignore[no-any-return]
 
-    @contextmanager
-    def _gathering(self) -> Iterator[Logged]:
+    def _gathering(self) -> AbstractContextManager[None]:
         """What is logged inside is gathered, and applied to nothing yet."""
         results = self.trainer.fit_loop.epoch_loop._results
         self._logged = Logged(results)
-        results.update_metrics = self._logged.note
-        try:
-            yield self._logged
-        finally:
-            del results.update_metrics
+        return standing(results, update_metrics=self._logged.note)
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -238,11 +220,7 @@ def _past_windows(move: Any) -> Any:
 
 
 def _refuse(trainer: Any, module: Any) -> None:
-    """Refuses, before anything runs, what cannot be served.
-
-    Raises:
-        SetupError: with the reason.
-    """
+    """Refuses, before anything runs, what cannot be served, with a SetupError."""
     reasons = {
         "manual optimization steps by itself: use autoaccum.Accumulator in it": not module.automatic_optimization,
         "training_step(dataloader_iter) fetches its own batches: take a batch instead": is_param_in_hook_signature(
@@ -258,6 +236,4 @@ def _refuse(trainer: Any, module: Any) -> None:
         reasons[f"{kind.__name__} changes what a batch is: leave it out"] = any(
             isinstance(callback, kind) for callback in trainer.callbacks
         )
-    for reason, holds in reasons.items():
-        if holds:
-            raise SetupError(f"TargetBatch cannot train this: {reason}")
+    refuse_any({f"TargetBatch cannot train this: {reason}": holds for reason, holds in reasons.items()})

@@ -8,7 +8,6 @@ module run as in any fit; its loggers, callbacks and checkpoints are left out.
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.errors import SetupError
-from autoaccum.integrations.examination import Subject, examine, looked_at
+from autoaccum.integrations.examination import Examination, looked_at
 from autoaccum.integrations.heldback import Held, source_of
+from autoaccum.model.forward import standing
 
 __all__ = ["verify"]
 
@@ -41,27 +41,24 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
     asked = trainer.accumulate_grad_batches
     source = source_of(DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn)))
     steps, samples = looked_at(source, asked, loader.batch_size)
-
-    return examine(
-        Subject(
-            name="Lightning Trainer",
-            setting="accumulate_grad_batches",
-            steps=steps,
-            asked=asked,
-            model=_Inside(module),
-            device=next(module.parameters()).device,
-            samples=samples,
-            collate=source._collated,
-            plain=lambda batch: _fit(trainer, module, 1, lambda _: batch, 1),
-            own=lambda count, turn: _fit(trainer, module, count, turn, steps),
-            preserved=lambda: _unattached(module),
-            blame="the mean of each micro-batch is added up undivided",
-            mend=(
-                "Trainer(callbacks=[autoaccum.integrations.lightning.TargetBatch("
-                f"{(loader.batch_size or 2) * asked})]) gives it the batch's own, whatever the micro-batch"
-            ),
-        )
-    )
+    return Examination(
+        name="Lightning Trainer",
+        setting="accumulate_grad_batches",
+        steps=steps,
+        asked=asked,
+        model=_Inside(module),
+        device=next(module.parameters()).device,
+        samples=samples,
+        collate=source._collated,
+        plain=lambda batch: _fit(trainer, module, 1, lambda _: batch, 1),
+        own=lambda count, turn: _fit(trainer, module, count, turn, steps),
+        preserved=lambda: standing(module, _trainer=module._trainer),
+        blame="the mean of each micro-batch is added up undivided",
+        mend=(
+            "Trainer(callbacks=[autoaccum.integrations.lightning.TargetBatch("
+            f"{(loader.batch_size or 2) * asked})]) gives it the batch's own, whatever the micro-batch"
+        ),
+    ).report()
 
 
 def _parts(trainer: Any, given: Any) -> tuple[Any, Any]:
@@ -96,14 +93,13 @@ def _fit(trainer: Any, module: Any, count: int, turn: Callable[[int], Any], accu
     def optimizer() -> Any:
         return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
 
-    vars(module)["configure_optimizers"] = optimizer
-    vars(module)["configure_gradient_clipping"] = lambda *given, **named: None
     chatty = logging.getLogger("lightning.pytorch")
     level = chatty.level
     try:
-        with warnings.catch_warnings():
+        chatty.setLevel(logging.ERROR)
+        own = {"configure_optimizers": optimizer, "configure_gradient_clipping": lambda *given, **named: None}
+        with warnings.catch_warnings(), standing(module, **own):
             warnings.simplefilter("ignore")
-            chatty.setLevel(logging.ERROR)
             again = Trainer(
                 accelerator=next(module.parameters()).device.type.replace("cuda", "gpu"), devices=1,
                 precision=trainer.precision, accumulate_grad_batches=accumulated, max_epochs=1, callbacks=[Turn()],
@@ -113,7 +109,6 @@ def _fit(trainer: Any, module: Any, count: int, turn: Callable[[int], Any], accu
             again.fit(module, _InTurn(count, turn))
     finally:
         chatty.setLevel(level)
-        del vars(module)["configure_optimizers"], vars(module)["configure_gradient_clipping"]
 
 
 class _Inside(nn.Module):
@@ -140,13 +135,3 @@ class _InTurn:
 
     def __iter__(self) -> Iterator[Any]:
         return map(self._turn, range(self._count))
-
-
-@contextmanager
-def _unattached(module: Any) -> Iterator[None]:
-    """The module belongs to the trainer that it belonged to before."""
-    before = module._trainer
-    try:
-        yield
-    finally:
-        module._trainer = before

@@ -13,14 +13,8 @@ class Logged:
 
     def __init__(self, results: Any = None) -> None:
         self._results = results
-        self._pieces: list[list[tuple[str, Any, int]]] = []
-        self._losses: list[Tensor] = []
+        self._pieces: list[tuple[Tensor, list[tuple[str, Any, int]]]] = []
         self._open: list[tuple[str, Any, int]] = []
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the losses."""
-        return self._losses[-1].dtype if self._losses else torch.get_default_dtype()
 
     def note(self, key: str, value: Any, batch_size: int) -> None:
         """A value that the module logged in the piece that runs."""
@@ -32,40 +26,42 @@ class Logged:
 
     def piece(self, loss: Tensor) -> None:
         """The piece's step has returned, with this loss."""
-        self._pieces.append(self._open)
-        self._losses.append(loss.detach())
+        self._pieces.append((loss.detach(), self._open))
         self._open = []
 
-    def apply(self, pieces: int, loss: Tensor) -> None:
+    def apply(self, pieces: int, loss: float, device: torch.device) -> Tensor:
         """Logs what the last `pieces` of them logged: earlier ones ran out of memory, and ran again.
 
         Args:
             pieces: of the window.
             loss: the window's, for what was logged as a piece's loss.
+            device: where the loss is returned, in the format of the pieces'.
         """
+        dtype = self._pieces[-1][0].dtype if self._pieces else torch.get_default_dtype()
+        whole = torch.tensor(loss, dtype=dtype, device=device)
         values: dict[str, list[tuple[Any, int, Tensor]]] = {}
-        for noted, own in zip(self._pieces[-pieces:], self._losses[-pieces:], strict=True) if pieces else ():
+        for own, noted in self._pieces[-pieces:] if pieces else ():
             for key, value, size in noted:
                 values.setdefault(key, []).append((value, size, own))
         for key, each in values.items():
             total = sum(size for _, size, _ in each)
-            self._results.update_metrics(key, self._one(key, each, total, loss), total)
+            last = each[-1][0]  # of a metric that gathers by itself, all there is
+            one = self._one(key, each, total, whole).to(last.dtype) if isinstance(last, Tensor) else last
+            self._results.update_metrics(key, one, total)
+        return whole
 
-    def _one(self, key: str, each: list[tuple[Any, int, Tensor]], total: int, loss: Tensor) -> Any:
-        last = each[-1][0]
-        if not isinstance(last, Tensor):
-            return last  # a metric that gathers by itself
+    def _one(self, key: str, each: list[tuple[Tensor, int, Tensor]], total: int, loss: Tensor) -> Tensor:
         meta = self._results[key].meta
         stacked = torch.stack([value.to(torch.float64) for value, _, _ in each])
         if meta.is_mean_reduction:
             losses = torch.stack([own.to(stacked) for _, _, own in each])
             # Where every target of a piece is ignored its mean is NaN, and the window's loss is not.
             if torch.allclose(stacked, losses, rtol=0, atol=0, equal_nan=True):
-                return loss.to(last.dtype)
+                return loss
             weights = torch.tensor([size for _, size, _ in each], dtype=torch.float64, device=stacked.device)
-            return ((stacked * weights).sum() / total).to(last.dtype)
+            return (stacked * weights).sum() / total
         if meta.is_sum_reduction:
-            return stacked.sum().to(last.dtype)
+            return stacked.sum()
         if meta.is_max_reduction:
-            return stacked.max().to(last.dtype)
-        return stacked.min().to(last.dtype) if meta.is_min_reduction else last
+            return stacked.max()
+        return stacked.min() if meta.is_min_reduction else stacked[-1]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from autoaccum.checking.verify import VerifyReport
-from autoaccum.checks import check_counts, check_switches, one_of
+from autoaccum.checks import refuse_any
 from autoaccum.errors import SetupError, shown
 from autoaccum.planning.given_plan import given_plan, target_of
 from autoaccum.planning.plan import Plan
-from autoaccum.settings import SETTINGS, Settings
+from autoaccum.session import check_settings
+from autoaccum.settings import Settings
 from autoaccum.training.events import Listener
-from autoaccum.units import check_memory
 
 __all__ = ["attach", "is_trainer", "refuse_late", "verify", "wanted"]
 
@@ -93,28 +93,33 @@ def verify(trainer: Any, rest: Any, keywords: Mapping[str, Any]) -> VerifyReport
 
 def is_trainer(value: Any) -> bool:
     """Whether `value` is a trainer that `attach` and `verify` know; nothing is imported to see it."""
-    return any(f"{base.__module__}.{base.__qualname__}" in _KNOWN for base in type(value).__mro__)
+    return _known(value) is not None
+
+
+def _known(value: Any) -> str | None:
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(value).__mro__)
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
 
 
 def _integration(trainer: Any, doing: str) -> Any:
     """The module that knows this trainer."""
-    for base in type(trainer).__mro__:
-        known = _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
-        if known is not None:
-            return importlib.import_module(f"autoaccum.integrations.{known}")
-    kind = type(trainer)
-    raise SetupError(
-        f"{doing}() got a {kind.__module__}.{kind.__qualname__}: it takes a Transformers Trainer or a Lightning Trainer"
-        "; with a loop of your own use autoaccum.Accumulator, and without a loop autoaccum.fit"
-    )
+    known, kind = _known(trainer), type(trainer)
+    if known is None:
+        raise SetupError(
+            f"{doing}() got a {kind.__module__}.{kind.__qualname__}: it takes a Transformers Trainer or a Lightning "
+            "Trainer; with a loop of your own use autoaccum.Accumulator, and without a loop autoaccum.fit"
+        )
+    return importlib.import_module(f"autoaccum.integrations.{known}")
 
 
 def refuse_late(attached: bool, training: bool, begins: str) -> None:
     """Refuses a trainer that is attached, or that trains already, as `begins` makes it do; with a SetupError."""
-    if attached:
-        raise SetupError("this trainer is attached already: attach() takes hold of a trainer once")
-    if training:
-        raise SetupError(f"training has begun: call attach(trainer, target_batch=...) before {begins}")
+    refuse_any(
+        {
+            "this trainer is attached already: attach() takes hold of a trainer once": attached,
+            f"training has begun: call attach(trainer, target_batch=...) before {begins}": training,
+        }
+    )
 
 
 def wanted(keywords: Mapping[str, Any]) -> Settings:
@@ -130,17 +135,11 @@ def wanted(keywords: Mapping[str, Any]) -> Settings:
             raise SetupError(f"attach() does not take {name!r}: it takes {', '.join(names)}; the rest is the trainer's")
     asked = Settings(keywords)
     given = None if asked.plan is None else given_plan(asked.plan, asked.target_batch)
-    check_counts(**asked.some("max_batch", "micro_batch", "regrow_after", "multiple_of", "lr_batch"))
-    check_memory(asked.memory)
-    check_switches(cache=asked.cache)
+    check_settings(asked)
     if not callable(asked.reduction) and asked.reduction not in ("auto", "sample_mean", "sum"):
         raise SetupError(
             f"reduction={shown(asked.reduction)} cannot be declared for a trainer's step: give 'auto', "
             "'sample_mean', 'sum' or f(batch) -> float"
         )
-    one_of("check", asked.check, (True, False, "warn"))
-    one_of("ladder", asked.ladder, (None, False, *SETTINGS["ladder"].choices))
-    for name in ("prefer", "on_nonfinite", "accumulate", "batch_norm", "lr_rule"):
-        one_of(name, asked[name], SETTINGS[name].choices)
     asked["target_batch"], asked["plan"] = target_of(given, asked.target_batch), given
     return asked

@@ -11,7 +11,8 @@ Choices made here:
   are summed once a window, so the model runs without its DistributedDataParallel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from autoaccum.checking.verify import VerifyReport
 from autoaccum.checks import plain
 from autoaccum.errors import CheckpointError
 from autoaccum.files import read_json, write_json
-from autoaccum.integrations.attachment import Attachment, Trained, scale_rates
-from autoaccum.integrations.heldback import Held, Samples, Shares, source_of
-from autoaccum.integrations.transformers_step import NAME, OwnStep, refuse
-from autoaccum.integrations.transformers_verify import verify
+from autoaccum.integrations.attachment import Attachment, Trained
+from autoaccum.integrations.examination import Examination, looked_at
+from autoaccum.integrations.heldback import Held, Pieces, Samples, Shares, source_of
+from autoaccum.integrations.transformers_step import NAME, OwnStep, refuse, refuse_own_batches
+from autoaccum.model.forward import standing
+from autoaccum.model.given_model import unwrapped
 from autoaccum.ranks import here
 
 __all__ = ["attach", "verify"]
@@ -44,6 +48,62 @@ def attach(trainer: Any, keywords: Mapping[str, Any]) -> Any:
     return trainer
 
 
+def verify(trainer: Any) -> VerifyReport:
+    """Whether the trainer's own accumulation, as it is configured, gives the whole batch's gradient.
+
+    Raises:
+        SetupError: a trainer that makes its own batches.
+    """
+    refuse_own_batches(trainer)
+    args, model, step = trainer.args, trainer.model, OwnStep(trainer)
+    with standing(trainer, data_collator=Held(trainer.data_collator)):
+        loader = trainer.get_train_dataloader()
+    asked = args.gradient_accumulation_steps
+    steps, samples = looked_at(source_of(loader), asked, args.per_device_train_batch_size)
+
+    def accumulating(number: int) -> AbstractContextManager[None]:
+        return standing(args, gradient_accumulation_steps=number)
+
+    def whole(batch: Any) -> None:
+        with accumulating(1), trainer.accelerator.autocast():  # 4.50 divides by it in training_step
+            loss = step.loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def own(count: int, turn: Callable[[int], Any]) -> None:
+        # What the trainer's loop does for one optimizer step.
+        drawn, items = trainer.get_batch_samples(map(turn, range(count)), count, args.device)
+        trainer.current_gradient_accumulation_steps = len(drawn)
+        with accumulating(steps), trainer.accelerator.autocast():
+            for place in range(len(drawn)):
+                trainer.training_step(model, turn(place), items)
+        scaler = trainer.accelerator.scaler
+        for parameter in model.parameters() if scaler is not None else ():
+            if parameter.grad is not None:
+                parameter.grad /= scaler.get_scale()
+
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return Examination(
+        name="Trainer",
+        setting="gradient_accumulation_steps",
+        steps=steps,
+        asked=asked,
+        model=model,
+        device=args.device,
+        samples=samples,
+        collate=Pieces(loader.collate_fn),
+        plain=whole,
+        own=own,
+        preserved=step.preserved,
+        blame=(
+            f"{type(inner).__name__} takes **kwargs and ignores num_items_in_batch"
+            if trainer.model_accepts_loss_kwargs and trainer.compute_loss_func is None
+            else "the mean of each micro-batch is added up undivided"
+        ),
+        mend=f"autoaccum.attach(trainer, target_batch={args.train_batch_size * asked}) "
+        "gives it the batch's own, whatever the micro-batch",
+    ).report()
+
+
 class _Attached:
     """What shadows a trainer's methods."""
 
@@ -54,13 +114,13 @@ class _Attached:
         self._trainer, self._step = trainer, OwnStep(trainer)
         self._train, self._loader = trainer.train, trainer.get_train_dataloader
         self._resumed: str | None = None
-        args = trainer.args
+        target, args = self.attachment.target_batch, trainer.args
         args.gradient_accumulation_steps = 1
-        args.per_device_train_batch_size = -(-self.attachment.target_batch // here().size)
-        trainer._train_batch_size = self.attachment.target_batch
+        args.per_device_train_batch_size = -(-target // here().size)
+        trainer._train_batch_size = target
         trainer.train, trainer.training_step = self.train, self.training_step
         trainer.get_train_dataloader = self.get_train_dataloader
-        trainer.get_total_train_batch_size = lambda args: self.attachment.target_batch
+        trainer.get_total_train_batch_size = lambda args: target
         attached = self
 
         class Begins(TrainerCallback):  # type: ignore[misc]  # transformers ships no types where it is not installed
@@ -79,69 +139,60 @@ class _Attached:
 
         found = get_last_checkpoint(self._trainer.args.output_dir) if resume_from_checkpoint is True else None
         self._resumed = found or (resume_from_checkpoint or None)
-        with self.attachment.training():
+        try:
             return self._train(resume_from_checkpoint, *rest, **named)
+        except BaseException:
+            here().fail()  # the other ranks stop as well, instead of waiting for this one
+            raise
+        finally:
+            self.attachment.end()
 
     def get_train_dataloader(self) -> Any:
         """The trainer's loader, whose batches are windows: samples, not collated."""
         trainer = self._trainer
-        collate, size = trainer.data_collator, trainer._train_batch_size
-        config = trainer.accelerator.dataloader_config
-        dispatch = config.dispatch_batches
-        trainer.data_collator, trainer._train_batch_size = Held(collate), self.attachment.target_batch
-        config.dispatch_batches = False  # one process would send the others tensors, and these are samples
-        try:
+        own = {"data_collator": Held(trainer.data_collator), "_train_batch_size": self.attachment.target_batch}
+        # Otherwise one process would send the others tensors, and these are samples.
+        with standing(trainer, **own), standing(trainer.accelerator.dataloader_config, dispatch_batches=False):
             loader = self._loader()
-        finally:
-            trainer.data_collator, trainer._train_batch_size = collate, size
-            config.dispatch_batches = dispatch
         if here().size > 1:
-            self._deal(loader)
+            # Every rank gets its part of each batch, where Accelerate would give it every so many whole ones. What
+            # hands on all batches as they are: one process, and no size that a batch must have.
+            shard = loader.batch_sampler
+            shard.num_processes, shard.process_index, shard.even_batches, shard.batch_size = 1, 0, False, None
+            shard.batch_sampler = Shares(shard.batch_sampler, self.attachment)
         return loader
-
-    def _deal(self, loader: Any) -> None:
-        """Gives every rank its part of each batch, where Accelerate would give it every so many whole ones."""
-        shard = loader.batch_sampler
-        # What hands on all batches as they are: one process, and no size that a batch must have.
-        shard.num_processes, shard.process_index, shard.even_batches, shard.batch_size = 1, 0, False, None
-        shard.batch_sampler = Shares(shard.batch_sampler, self.attachment)
 
     def begin(self, state: Any, loader: Any) -> None:
         """The first moment at which everything is there: wrapped, prepared, and loaded from a checkpoint."""
         trainer, attachment = self._trainer, self.attachment
-        if self._resumed is not None:
-            path = Path(self._resumed) / FILE
-            if path.is_file():
-                attachment.load_state_dict(_read(path), str(path))
-        model = _inner(trainer.model_wrapped)
-        scaler = trainer.accelerator.scaler
+        path = None if self._resumed is None else Path(self._resumed) / FILE
+        if path is not None and path.is_file():
+            attachment.load_state_dict(_read(path), str(path))
         precision = trainer.accelerator.mixed_precision  # part of the model's forward, and so of the cache's key
-        made = attachment.begin(
+        attachment.begin(
             Trained(
-                model=model,
+                model=_inner(trainer.model_wrapped),
                 optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
                 step=self._step.loss,
                 source=source_of(loader),
                 device=trainer.args.device,
                 drops=bool(trainer.args.dataloader_drop_last),
-                scaler=scaler,
+                scaler=trainer.accelerator.scaler,
                 runs_in=f"{precision if precision != 'no' else 'the model as it is'}: the trainer's own",
                 code=self._step.code,
                 preserved=self._step.preserved,
                 noted=self._step.noted,
             ),
+            [trainer.lr_scheduler],
             total_steps=state.max_steps,
             step=state.global_step,
         )
-        if made.lr_scale != 1 and state.global_step == 0:
-            scale_rates(made.lr_scale, trainer.optimizer, [trainer.lr_scheduler])
 
-    def training_step(self, model: Any, window: "Samples", num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, window: Samples, num_items_in_batch: Any = None) -> Tensor:
         """The window's loss; its gradient stands in `.grad`."""
-        attachment = self.attachment
-        record = attachment.window(window.samples)
+        record = self.attachment.window(window.samples)
         self._step.log(record.micro_batches)
-        window.pieces = attachment.pieces
+        window.pieces = self.attachment.pieces
         return torch.tensor(record.loss, device=self._trainer.args.device)
 
     def save(self, state: Any) -> None:
@@ -156,9 +207,7 @@ class _Attached:
 def _inner(model: Any) -> Any:
     """The model that one rank runs by itself, compiled where the trainer compiled it."""
     compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, DistributedDataParallel):
-        model = compiled
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return unwrapped(compiled if isinstance(compiled, DistributedDataParallel) else model)
 
 
 def _read(path: Path) -> Any:

@@ -8,13 +8,16 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
+from autoaccum.checks import refuse_any
 from autoaccum.errors import SetupError
 from autoaccum.integrations.heldback import refuse_dealt_streams
 from autoaccum.integrations.trainers import refuse_late
+from autoaccum.model.forward import standing
 from autoaccum.ranks import here
 
 __all__ = ["NAME", "OwnStep", "refuse", "refuse_own_batches"]
@@ -22,6 +25,9 @@ __all__ = ["NAME", "OwnStep", "refuse", "refuse_own_batches"]
 NAME = "_autoaccum"  # of what stands on a trainer that is attached
 
 _PLAIN = (int, float, bool, str, type(None))
+_OF_BATCHES = (
+    "get_train_dataloader", "_get_dataloader", "_prepare_inputs", "get_batch_samples", "_inner_training_loop"
+)  # fmt: skip
 # Keeps training_step from dividing the loss by its accumulation steps, which are 1: in the loss's graph that looks like
 # a division of the user's. Transformers 5.19 and later read the first, 4.50 the second.
 _UNDIVIDED = {"loss_is_scaled_for_ga": True, "model_accepts_loss_kwargs": True}
@@ -69,16 +75,14 @@ class OwnStep:
         """The loss of one batch as the trainer's own step makes it, before its backward."""
         trainer = self._trainer
         caught: list[Tensor] = []
-        accelerator = trainer.accelerator
         trainer.current_gradient_accumulation_steps = 1
         logged: list[Callable[[], None]] = []
         self._logged.append(logged)
-        log = trainer.log
-        waits = {"log": lambda *logs, **named: logged.append(partial(log, *logs, **named))}
-        own = {"backward": lambda loss, **_: caught.append(loss)}
+        log, own = trainer.log, {"backward": lambda loss, **_: caught.append(loss)}
         if here().size > 1:  # a rank may run more micro-batches than another, which nobody may wait for in a gather
             own |= dict.fromkeys(("gather", "gather_for_metrics"), lambda values, *_, **__: values)
-        with _standing(accelerator, own), _standing(trainer, {**_UNDIVIDED, **waits}):
+        waits = {"log": lambda *logs, **named: logged.append(partial(log, *logs, **named))}
+        with standing(trainer.accelerator, **own), standing(trainer, **_UNDIVIDED, **waits):
             self._step(model, dict(batch) if isinstance(batch, dict) else batch, None)
         if len(caught) != 1:
             raise SetupError(
@@ -86,14 +90,12 @@ class OwnStep:
                 "and attach() takes the loss from there: have it call the Trainer's own training_step, or "
                 "accelerator.backward(loss) once"
             )
-        (loss,) = caught
-        return loss
+        return caught[0]
 
     def log(self, calls: int) -> None:
         """Logs what the last so many calls did: earlier ones ran out of memory and ran again, or only read."""
-        for logged in self._logged[-calls:] if calls else ():
-            for each in logged:
-                each()
+        for each in chain(*self._logged[-calls:]) if calls else ():
+            each()
         self._logged.clear()
 
     def noted(self) -> Noted:
@@ -105,79 +107,44 @@ class OwnStep:
         """What the trainer's step notes on the trainer is as before afterwards, and what it logs goes nowhere."""
         kept = self.noted()
         try:
-            with _standing(self._trainer, {"log": lambda *logs, **named: None}):
+            with standing(self._trainer, log=lambda *logs, **named: None):
                 yield
         finally:
             self._logged.clear()
             kept.restore()
 
 
-@contextmanager
-def _standing(owner: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
-    """Attributes of an object for a while, in the place of its own or its class's."""
-    held = vars(owner)
-    before = {name: held[name] for name in attributes if name in held}
-    held.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del held[name]
-        held.update(before)
-
-
-# --- Trainers whose windows cannot be made ours, and why
-
-
 def refuse(trainer: Any) -> None:
-    """Refuses, before anything is touched, a trainer whose windows cannot be made ours.
-
-    Raises:
-        SetupError: with the reason, and what to do instead.
-    """
-    args = trainer.args
+    """Refuses, before anything is touched, a trainer whose windows cannot be made ours, with a SetupError."""
+    args, model = trainer.args, trainer.model
     refuse_late(NAME in vars(trainer), trainer.is_in_train, "trainer.train()")
     refuse_own_batches(trainer)
-    if args.auto_find_batch_size:
-        raise SetupError(
-            "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to False"
-        )
-    if args.n_gpu > 1:
-        raise SetupError(
+    layers = () if model is None else model.named_modules()
+    embeddings = {name: layer for name, layer in layers if isinstance(layer, (nn.Embedding, nn.EmbeddingBag))}
+    sparse = next((name for name, layer in embeddings.items() if layer.sparse), None)
+    strategy = getattr(args, "train_sampling_strategy", None)
+    shards = "shards what attach() has to add up: train without it, or with its own settings"
+    refuse_any(
+        {
+            "auto_find_batch_size=True shrinks the batch when memory runs out, and attach() keeps it: set it to "
+            "False": args.auto_find_batch_size,
             f"one process for {args.n_gpu} GPUs is DataParallel, which splits each batch by itself: start the script "
-            "with torchrun, one process for each GPU, or show it one with CUDA_VISIBLE_DEVICES"
-        )
-    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
-        raise SetupError(
-            'train_sampling_strategy="batch_rebalance" makes its own batches: leave it out; windows are cut by length'
-        )
-    for name, on in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
-        if on:
-            raise SetupError(f"{name} shards what attach() has to add up: train without it, or with its own settings")
-    for name, layer in () if trainer.model is None else trainer.model.named_modules():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
-            raise SetupError(
-                f"{name} has sparse gradients, and the Trainer takes the norm of all gradients, which torch cannot of "
-                "sparse ones: make it with sparse=False"
-            )
+            "with torchrun, one process for each GPU, or show it one with CUDA_VISIBLE_DEVICES": args.n_gpu > 1,
+            f'train_sampling_strategy="{strategy}" makes its own batches: leave it out; windows are cut by '
+            "length": strategy == "batch_rebalance",
+            f"DeepSpeed {shards}": trainer.is_deepspeed_enabled,
+            f"FSDP {shards}": trainer.is_fsdp_enabled,
+            f"{sparse} has sparse gradients, and the Trainer takes the norm of all gradients, which torch cannot of "
+            "sparse ones: make it with sparse=False": sparse is not None,
+        }
+    )
     refuse_dealt_streams(trainer.train_dataset)
 
 
 def refuse_own_batches(trainer: Any) -> None:
-    """Refuses a trainer that makes its own batches.
-
-    Raises:
-        SetupError: the class that does is named.
-    """
-    kind = type(trainer)
-    for method in (
-        "get_train_dataloader",
-        "_get_dataloader",
-        "_prepare_inputs",
-        "get_batch_samples",
-        "_inner_training_loop",
-    ):
-        where = next((base for base in kind.__mro__ if method in vars(base)), None)
+    """Refuses a trainer that makes its own batches, with a SetupError that names the class which does."""
+    for method in _OF_BATCHES:
+        where = next((base for base in type(trainer).__mro__ if method in vars(base)), None)
         if where is not None and not where.__module__.startswith("transformers."):
             raise SetupError(
                 f"{where.__name__} makes its own batches ({where.__module__} overrides {method}), and may count the "

@@ -23,12 +23,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autoaccum.batch_norm.norm_layer import has_running_statistics
-from autoaccum.model.forward import StandIn
+from autoaccum.model.forward import StandIn, standing
 
 __all__ = ["Checkpointed", "How", "all_blocks", "checkpointed", "why_not"]
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
-_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_SWITCH, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"  # Transformers'
+_SELECTED: Any = getattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts", None)  # since torch 2.5
+_KEPT = (
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)  # fmt: skip
 
 
 class How(NamedTuple):
@@ -53,29 +59,18 @@ class How(NamedTuple):
         """f(function, *arguments), which runs the function again in the backward pass."""
         if not self.selective:
             return functools.partial(checkpoint, use_reentrant=False)
-        contexts = functools.partial(_selected(), _kept_operators())
-        return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
-
-
-def _selected() -> Any:
-    return getattr(torch.utils.checkpoint, "create_selective_checkpoint_contexts", None)  # newer than the oldest torch
-
-
-def _kept_operators() -> list[Any]:
-    names = ("mm", "addmm", "bmm", "baddbmm", "convolution", "_scaled_dot_product_flash_attention",
-             "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-             "_scaled_dot_product_flash_attention_for_cpu")  # fmt: skip
-    return [getattr(torch.ops.aten, name).default for name in names if hasattr(torch.ops.aten, name)]
+        kept = [getattr(torch.ops.aten, name).default for name in _KEPT if hasattr(torch.ops.aten, name)]
+        return functools.partial(checkpoint, use_reentrant=False, context_fn=functools.partial(_SELECTED, kept))
 
 
 def why_not(model: nn.Module, how: How) -> str | None:
     """Why the model's blocks cannot be checkpointed so, in a few words; None where they can."""
     blocks, switched = _found(model)
-    if any(getattr(layer, _SWITCH[0], False) for part in switched for layer in part.modules()):
+    if any(getattr(layer, _SWITCH, False) for part in switched for layer in part.modules()):
         return "the model's own checkpointing is on already"
     if not blocks and not switched:
         return "no repeated blocks were found: a ModuleList or Sequential with two or more children of one class"
-    if how.selective and _selected() is None:
+    if how.selective and _SELECTED is None:
         return f"torch {torch.__version__} has no selective checkpointing"
     number = len(blocks) + sum(len(_layers(part)) for part in switched)
     if how.every > max(1, number):
@@ -129,14 +124,13 @@ class _Twice:
         self._before = list(kept.values())
         result = self._forward(*args, **kwargs)
         if known is None:
-            self._before = [each for each in self._before if not _holds(*each)]
-            _WRITTEN[self._module] = frozenset(key for key, each in kept.items() if not _holds(*each))
+            written = {
+                key: (held, name, before)
+                for key, (held, name, before) in kept.items()
+                if (now := held[name]) is None or not torch.equal(now, before)
+            }
+            self._before, _WRITTEN[self._module] = list(written.values()), frozenset(written)
         return result
-
-
-def _holds(held: dict[str, Any], name: str, before: Tensor) -> bool:
-    now = held[name]
-    return now is not None and torch.equal(now, before)
 
 
 _WRITTEN: WeakKeyDictionary[nn.Module, frozenset[tuple[str, str]]] = WeakKeyDictionary()
@@ -149,7 +143,12 @@ def checkpointed(model: nn.Module, how: How = How()) -> Iterator[None]:  # noqa:
     blocks, switched = _found(model)
     with ExitStack() as stack:
         for part in switched:
-            stack.enter_context(_switched_on(part, how))
+            layers = _layers(part)
+            left_out = set(layers) - set(layers[how.every - 1 :: how.every])
+            for each in part.modules():
+                if hasattr(each, _SWITCH) and each not in left_out:
+                    # Set here and not by the model's method, which also leaves hooks on its embeddings.
+                    stack.enter_context(standing(each, **{_SWITCH: True, _FUNCTION: how.run}))
         for block in blocks[how.every - 1 :: how.every]:
             stack.enter_context(Checkpointed(block, how))
         yield
@@ -157,72 +156,51 @@ def checkpointed(model: nn.Module, how: How = How()) -> Iterator[None]:  # noqa:
 
 def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated blocks by name, in the model's order, whatever switch the model has for checkpointing."""
-    blocks: dict[nn.Module, None] = {}
-    _search(model, blocks, None)
-    return {name: module for name, module in model.named_modules() if module in blocks}
+    found: dict[nn.Module, bool] = {}
+    _search(model, found, switches=False)
+    return {name: module for name, module in model.named_modules() if module in found}
 
 
 def _found(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """(repeated blocks, models with a switch), the outermost of each; each once, though it may be used twice."""
-    blocks: dict[nn.Module, None] = {}
-    switched: dict[nn.Module, None] = {}
-    _search(model, blocks, switched)
-    return list(blocks), list(switched)
+    found: dict[nn.Module, bool] = {}
+    _search(model, found)
+    return [each for each, switch in found.items() if not switch], [each for each, switch in found.items() if switch]
 
 
-def _search(module: nn.Module, blocks: dict[nn.Module, None], switched: dict[nn.Module, None] | None) -> None:
-    """Finds blocks, and models with a switch, into which it does not look; with `switched` None it does."""
-    if module in blocks or (switched is not None and module in switched):
+def _search(module: nn.Module, found: dict[nn.Module, bool], *, switches: bool = True) -> None:
+    """Finds blocks; and models with a switch, into which it does not look, with `switches`. Says which each is."""
+    if module in found:
         return
-    if switched is not None and _has_switch(module):
-        switched[module] = None
+    if switches and _has_switch(module):
+        found[module] = True
         return
     alike = Counter(map(type, module if isinstance(module, _CONTAINERS) else ()))
     for child in module.children():
         if alike[type(child)] > 1 and _is_block(child):
-            blocks[child] = None
+            found[child] = False
         else:
-            _search(child, blocks, switched)
+            _search(child, found, switches=switches)
 
 
 def _is_block(module: nn.Module) -> bool:
     """Whether running it again saves memory: no single layer, and no mere row of blocks that are found inside."""
     if not any(True for _ in module.children()) or isinstance(module, (nn.ModuleList, torch.jit.ScriptModule)):
         return False
-    inside: dict[nn.Module, None] = {}
+    inside: dict[nn.Module, bool] = {}
     if isinstance(module, nn.Sequential):
-        _search(module, inside, inside)
+        _search(module, inside)
     return not inside
 
 
-# --- Transformers' own switch
-
-
 def _has_switch(module: nn.Module) -> bool:
+    """Whether it is a model of Transformers that can checkpoint by itself."""
     supported = getattr(module, "supports_gradient_checkpointing", False)
-    return bool(supported) and any(hasattr(part, _SWITCH[0]) for part in module.modules())
+    return bool(supported) and any(hasattr(part, _SWITCH) for part in module.modules())
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model with a switch that have one each, as from Transformers 4.53 on."""
     named = "GradientCheckpointingLayer"
-    parts = (part for part in model.modules() if hasattr(part, _SWITCH[0]))
+    parts = (part for part in model.modules() if hasattr(part, _SWITCH))
     return [part for part in parts if any(kind.__name__ == named for kind in type(part).__mro__)]
-
-
-@contextmanager
-def _switched_on(model: nn.Module, how: How) -> Iterator[None]:
-    # Set here and not by the model's method, which also leaves hooks on its embeddings.
-    left_out = set(_layers(model)) - set(_layers(model)[how.every - 1 :: how.every])
-    parts = [vars(part) for part in model.modules() if hasattr(part, _SWITCH[0]) and part not in left_out]
-    kept = [(held, {name: held[name] for name in _SWITCH if name in held}) for held in parts]
-    on = dict(zip(_SWITCH, (True, how.run)))
-    for held in parts:
-        held.update(on)
-    try:
-        yield
-    finally:
-        for held, before in kept:
-            for name in _SWITCH:
-                del held[name]
-            held.update(before)

@@ -110,12 +110,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits, computed: the formats of the linear layer's outputs and of the loss.
         """
         kind = hidden.device.type
-        rows = chunk or _ROWS.get(kind, _ROWS_ELSEWHERE)
         with torch.autocast(kind, enabled=False):
-            of_labels = _Labels(labels, class_weights, ignored, smoothing, computed)
-            made = _Chunks(hidden, weight, bias, rows, logits, computed, ctx.needs_input_grad[:3])
-            total = made.run(of_labels)
-        divisor = of_labels.counted.sum()
+            made = _Chunks(hidden, weight, bias, chunk or _ROWS.get(kind, _ROWS_ELSEWHERE), logits, computed)
+            made.ask(labels, class_weights, ignored, smoothing)
+            total = made.run(ctx.needs_input_grad[:3])
+        divisor = made.counted.sum()
         ctx.gradients = made.gradients
         if reduction == "sum":
             ctx.divisor = 1.0
@@ -149,49 +148,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (*changed, *[None] * 8)
 
 
-class _Labels:
-    """What each row's label asks for.
+class _Chunks:
+    """The loss and its gradients, chunk by chunk.
 
     Attributes:
-        index, kept, counted: the label, 0 where it is ignored; whether it counts; its class weight, 0 where not.
-        order, most: the rows, those that count first (None: as they come); how many are run.
-        smoothing, weights: of the labels; of the classes, None where all weigh 1.
+        counted: what each row counts: its label's class weight, 0 where that is ignored.
     """
 
     def __init__(
-        self, labels: Tensor, weights: Tensor | None, ignored: int, smoothing: float, computed: torch.dtype
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, logits: torch.dtype, computed: torch.dtype
     ) -> None:
-        counts = labels != ignored
-        self.index = torch.where(counts, labels, 0)
-        self.counted = counts.to(computed) if weights is None else weights.to(computed)[self.index] * counts
-        self.most, self.order = len(labels), None
-        if labels.is_cpu:
-            self.most = int(counts.sum())
-            if self.most < len(labels):
-                self.order = torch.sort(counts, descending=True, stable=True).indices
-        self.kept, self.smoothing = counts, smoothing
-        self.weights = weights if weights is None else weights.to(computed)
-
-
-class _Chunks:
-    """The loss and its gradients, chunk by chunk."""
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, logits: torch.dtype,
-        computed: torch.dtype, needed: tuple[bool, ...],
-    ) -> None:  # fmt: skip
-        self._hidden, self._rows, self._computed = hidden, rows, computed
-        self._weight = weight.to(logits)
-        self._bias = None if bias is None else bias.to(logits)
+        self._given, self._rows, self._computed = (hidden, weight, bias), rows, computed
+        self._weight, self._bias = weight.to(logits), None if bias is None else bias.to(logits)
         self._logits = torch.empty(rows, len(weight), dtype=logits, device=hidden.device)
         self._losses = self._logits if logits == computed else torch.empty_like(self._logits, dtype=computed)
-        self._given = given = (hidden, weight, bias)
-        # Summed in 32 bits at least: in 16 the sum over many chunks would round each time.
-        self._sums = [
-            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, computed if number else each.dtype))
-            if asked and each is not None else None
-            for number, (each, asked) in enumerate(zip(given, needed))
-        ]  # fmt: skip
+        self._sums: list[Tensor | None] = []
+
+    def ask(self, labels: Tensor, weights: Tensor | None, ignored: int, smoothing: float) -> None:
+        """Takes what each row's label asks for; the class weights are None where all classes weigh 1."""
+        self._kept = counts = labels != ignored
+        self._index, self._smoothing = torch.where(counts, labels, 0), smoothing
+        self._class_weights = None if weights is None else weights.to(self._computed)
+        self.counted = counts.to(self._computed)
+        if self._class_weights is not None:
+            self.counted = self._class_weights[self._index] * counts
+        self._most, self._order = len(labels), None  # rows that are run, and those that count first, if not all do
+        if labels.is_cpu and (most := int(counts.sum())) < len(labels):
+            self._most, self._order = most, torch.sort(counts, descending=True, stable=True).indices
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -199,19 +182,24 @@ class _Chunks:
         pairs = zip(self._sums, self._given)
         return [None if sums is None or each is None else sums.to(each.dtype) for sums, each in pairs]
 
-    def run(self, labels: _Labels) -> Tensor:
-        """The sum of the losses, shape ()."""
-        total = torch.zeros((), dtype=self._computed, device=self._hidden.device)
-        for start in range(0, labels.most, self._rows):
-            stop = min(start + self._rows, len(labels.index))
-            rows = slice(start, stop) if labels.order is None else labels.order[start:stop]
-            total += self._chunk(rows, labels)
+    def run(self, needed: tuple[bool, ...]) -> Tensor:
+        """The sum of the losses, shape (); takes the gradients of those of hidden, weight and bias that are needed."""
+        # Summed in 32 bits at least: in 16 the sum over many chunks would round each time.
+        self._sums = [
+            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, self._computed if number else each.dtype))
+            if asked and each is not None else None
+            for number, (each, asked) in enumerate(zip(self._given, needed))
+        ]  # fmt: skip
+        total = torch.zeros((), dtype=self._computed, device=self._logits.device)
+        for start in range(0, self._most, self._rows):
+            stop = min(start + self._rows, len(self._index))
+            total += self._chunk(slice(start, stop) if self._order is None else self._order[start:stop])
         return total
 
-    def _chunk(self, rows: Any, labels: _Labels) -> Tensor:
+    def _chunk(self, rows: Any) -> Tensor:
         """The loss of some rows; adds their gradients to the sums."""
-        hidden = self._hidden[rows].to(self._logits.dtype)
-        index, counted = labels.index[rows].unsqueeze(1), labels.counted[rows].unsqueeze(1)
+        hidden = self._given[0][rows].to(self._logits.dtype)
+        index, counted = self._index[rows].unsqueeze(1), self.counted[rows].unsqueeze(1)
         logits, x = self._logits[: len(hidden)], self._losses[: len(hidden)]
         torch.mm(hidden, self._weight.t(), out=logits)
         if self._bias is not None:
@@ -221,11 +209,11 @@ class _Chunks:
         x -= x.amax(1, keepdim=True)
         label = x.gather(1, index)
         # A smoothed label is one part its own class, and for the rest all classes alike, each by its weight.
-        own, all_of_them = (1.0 - labels.smoothing) * counted, None
+        own, all_of_them = (1.0 - self._smoothing) * counted, None
         scale = own
-        if labels.smoothing:
-            each = labels.kept[rows].unsqueeze(1).to(x.dtype) * (labels.smoothing / x.shape[1])
-            weights = x.new_ones(x.shape[1]) if labels.weights is None else labels.weights
+        if self._smoothing:
+            each = self._kept[rows].unsqueeze(1).to(x.dtype) * (self._smoothing / x.shape[1])
+            weights = x.new_ones(x.shape[1]) if self._class_weights is None else self._class_weights
             scale, all_of_them = own + each * weights.sum(), (each, (x @ weights).unsqueeze(1), weights)
         x.exp_()
         sums = x.sum(1, keepdim=True)

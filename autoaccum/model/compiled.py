@@ -16,8 +16,9 @@ Choices made here:
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import nn
 
 from autoaccum.data import tree
 from autoaccum.memory.oom import Verdict, out_of_memory
-from autoaccum.model.forward import StandIn
+from autoaccum.model.forward import StandIn, standing
 
 __all__ = ["BACKEND", "BUDGETS", "Compiled", "compiled"]
 
@@ -71,14 +72,9 @@ class Compiled(StandIn):
         self._budget: float | None = None
         self._compiled: dict[float | None, Callable[..., Any]] = {}  # by budget
 
-    @contextmanager
-    def within(self, budget: float) -> Iterator[None]:
+    def within(self, budget: float) -> AbstractContextManager[None]:
         """Inside, what is compiled keeps this part of its activations."""
-        self._budget = budget
-        try:
-            yield
-        finally:
-            self._budget = None
+        return standing(self, _budget=budget)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         super().__exit__(kind, error, tb)
@@ -97,16 +93,15 @@ class Compiled(StandIn):
             return self.forward(*args, **kwargs)
         from torch._dynamo.exc import TorchDynamoException
 
-        before, started = _Counts(), time.perf_counter()
+        before, started = _counters(), time.perf_counter()
         try:
             outputs = self._forward()(*args, **kwargs)
+            self._count(before, size, time.perf_counter() - started)
+            return outputs
         except TorchDynamoException as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
             failure = error.with_traceback(None)
-        else:
-            self._count(before, size, time.perf_counter() - started)
-            return outputs
         # Without compilation; an error of the user's own, which ended the compilation, comes out as itself here.
         outputs = self.forward(*args, **kwargs)
         self.failed = _one_line(failure)
@@ -115,30 +110,28 @@ class Compiled(StandIn):
 
     def _forward(self) -> Callable[..., Any]:
         """The forward, which compiles when it is called."""
-        made = self._compiled.get(self._budget)
-        if made is None:
+        if self._budget not in self._compiled:
             # Inductor pads matrices to sizes that a GPU likes, and guards on the batch for it: a graph for each range.
             backend = self._backend
             options: dict[str, Any] | None = {"shape_padding": False} if backend == "inductor" else None
             if self._budget is not None:
                 backend, options = _within(backend, options, self._budget), None
-            made = self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)
-        return made
+            self._compiled[self._budget] = torch.compile(self.forward, backend=backend, options=options)
+        return self._compiled[self._budget]
 
-    def _count(self, before: "_Counts", size: int | None, seconds: float) -> None:
+    def _count(self, before: Mapping[str, Counter[Any]], size: int | None, seconds: float) -> None:
         """Tells of what was compiled in a call, and of what was not."""
-        now = _Counts()
-        more, breaks = now.graphs - before.graphs, [reason for reason in now.breaks if reason not in before.breaks]
-        without = bool(breaks) or now.refused > before.refused
-        if now.frames == before.frames or not (more or without):
+        now = _counters()
+        graphs, frames = (now["stats"] - before["stats"])["unique_graphs"], now["frames"] - before["frames"]
+        breaks = [reason for reason in now["graph_break"] if reason not in before["graph_break"]]
+        without = bool(breaks) or frames["total"] > frames["ok"]
+        if not frames["total"] or not (graphs or without):
             return
-        self.graphs += more
-        text = f"{more} graph{'s' * (more != 1)} at a batch of {size}, in {seconds:.1f} s; {self.graphs} in all"
+        self.graphs += graphs
+        text = f"{graphs} graph{'s' * (graphs != 1)} at a batch of {size}, in {seconds:.1f} s; {self.graphs} in all"
         if without:
-            reason = (
-                _one_line(breaks[0]) if breaks else "torch has compiled them as often as torch._dynamo.config lets it"
-            )
-            text += f"; parts of the model run without it: {reason}"
+            often = "torch has compiled them as often as torch._dynamo.config lets it"
+            text += f"; parts of the model run without it: {_one_line(breaks[0]) if breaks else often}"
         self._tell(f"torch.compile: {text}")
 
 
@@ -156,16 +149,11 @@ def _within(backend: Any, options: dict[str, Any] | None, budget: float) -> Call
     return compile_within
 
 
-class _Counts:
-    """torch's counters at one moment."""
+def _counters() -> dict[str, Counter[Any]]:
+    """torch's counters at this moment."""
+    from torch._dynamo.utils import counters
 
-    def __init__(self) -> None:
-        from torch._dynamo.utils import counters
-
-        self.graphs = counters["stats"]["unique_graphs"]
-        self.frames = counters["frames"]["total"]
-        self.refused = self.frames - counters["frames"]["ok"]
-        self.breaks = list(counters["graph_break"])
+    return {name: counters[name].copy() for name in ("stats", "frames", "graph_break")}
 
 
 def _marked(arguments: Any) -> int | None:

@@ -104,9 +104,9 @@ class Contents:
         if isinstance(value, nn.Module) and _is_shapeless(value):
             self._look_into(value.children(), package, 0)
             return
-        attributes = _Attributes(value)
-        self._put_back.append(attributes.restore)
-        self._look_into(attributes.saved.values(), package, depth)
+        attributes = dict(getattr(value, "__dict__", {}))
+        self._put_back.append(_attributes(value, attributes))
+        self._look_into(attributes.values(), package, depth)
         if isinstance(value, torch.jit.ScriptModule):  # whose registries are views, and no containers
             inside = [*value.parameters(recurse=False), *value.buffers(recurse=False), *value.children()]
             self._look_into(inside, package, depth)
@@ -141,47 +141,39 @@ def _is_walked(value: Any, package: str) -> bool:
 def _slots(kind: type) -> Iterator[str]:
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
-        yield from (names,) if isinstance(names, str) else names
-
-
-class _Attributes:
-    """An object's attributes and its class, which a lazy module changes."""
-
-    def __init__(self, owner: Any) -> None:
-        self._owner, self._class = owner, type(owner)
-        self.saved: dict[str, Any] = dict(getattr(owner, "__dict__", {}))
-        self._slots: dict[str, Any] = {}
-        if not isinstance(owner, (nn.Module, Tensor)):
-            slots = (name for name in _slots(self._class) if name not in ("__dict__", "__weakref__"))
-            self._slots = {name: getattr(owner, name, _ABSENT) for name in slots}
-        self._script = isinstance(owner, torch.jit.ScriptModule)
-        self._buffers = dict(owner._buffers.items()) if self._script else {}
-
-    def restore(self) -> None:
-        if type(self._owner) is not self._class:
-            self._owner.__class__ = self._class
-        _set_items(getattr(self._owner, "__dict__", {}), self.saved, dict)
-        for name, value in self._slots.items():
-            if getattr(self._owner, name, _ABSENT) is value:
-                continue
-            if value is _ABSENT:
-                object.__delattr__(self._owner, name)
-            else:
-                object.__setattr__(self._owner, name, value)
-        if self._script:
-            self._restore_views()
-
-    def _restore_views(self) -> None:
-        # TorchScript's registry is a view of the module in C++, which can be neither cleared nor added to, and is no
-        # iterable but for keys().
-        buffers = self._owner._buffers
-        for name in [name for name in buffers.keys() if name not in self._buffers]:  # noqa: SIM118
-            del buffers[name]
-        for name, buffer in self._buffers.items():
-            buffers[name] = buffer
+        names = (names,) if isinstance(names, str) else names
+        yield from (name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 # Each keeps something of an object, and returns what puts it back.
+
+
+def _attributes(owner: Any, saved: dict[str, Any]) -> Callable[[], None]:
+    """An object's attributes, of which `saved` are in a dict, and its class, which a lazy module changes."""
+    kind, script = type(owner), isinstance(owner, torch.jit.ScriptModule)
+    names = () if isinstance(owner, (nn.Module, Tensor)) else _slots(kind)
+    slots = {name: getattr(owner, name, _ABSENT) for name in names}
+    buffers = dict(owner._buffers.items()) if script else {}
+
+    def put_back() -> None:
+        if type(owner) is not kind:
+            owner.__class__ = kind
+        _set_items(getattr(owner, "__dict__", {}), saved, dict)
+        for name, value in slots.items():
+            if getattr(owner, name, _ABSENT) is not value:
+                if value is _ABSENT:
+                    object.__delattr__(owner, name)
+                else:
+                    object.__setattr__(owner, name, value)
+        if script:
+            # TorchScript's registry is a view of the module in C++, which can be neither cleared nor added to, and is
+            # no iterable but for keys().
+            for name in [name for name in owner._buffers.keys() if name not in buffers]:  # noqa: SIM118
+                del owner._buffers[name]
+            for name, buffer in buffers.items():
+                owner._buffers[name] = buffer
+
+    return put_back
 
 
 def _items(container: Any) -> Callable[[], None]:

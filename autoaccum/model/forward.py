@@ -1,17 +1,33 @@
-"""What stands in for a module's `forward` while a training runs, and leaves when it is over.
+"""What stands in for an object's attributes, such as a module's `forward`, for a while, and leaves when that is over.
 
-The stand-in is an attribute of the one module, so that its class, its `state_dict`, its hooks and its submodules' names
-stay as they are. A copy or a pickle of the module, such as an average of its weights, gets the plain forward: a
-stand-in would call the module that it was made for.
+It is an attribute of the one object, so that its class, its `state_dict`, its hooks and its submodules' names stay as
+they are. A copy or a pickle of a module, such as an average of its weights, gets the plain forward: a stand-in would
+call the module that it was made for.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
-__all__ = ["OwnStatistics", "StandIn"]
+__all__ = ["OwnStatistics", "StandIn", "standing"]
+
+
+@contextmanager
+def standing(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of one object inside, in the place of its own or its class's."""
+    held = vars(owner)
+    before = {name: held[name] for name in attributes if name in held}
+    held.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            held.pop(name, None)
+        held.update(before)
 
 
 class StandIn:
@@ -33,18 +49,13 @@ class StandIn:
         return self.forward(*args, **kwargs)
 
     def __enter__(self) -> "StandIn":
-        held = vars(self.module)
-        self._own = "forward" in held
         self.forward = self.module.forward
-        held["forward"] = self
+        self._stands = standing(self.module, forward=self)
+        self._stands.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        held = vars(self.module)
-        if self._own:
-            held["forward"] = self.forward
-        else:
-            held.pop("forward", None)
+        self._stands.__exit__(kind, error, tb)
 
     def __reduce__(self) -> tuple[Any, tuple[Any]]:
         return _itself, (self.forward,)

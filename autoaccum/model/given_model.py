@@ -27,11 +27,7 @@ __all__ = [
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside DistributedDataParallel: gradients are summed once a window here, not in each backward.
-
-    Raises:
-        SetupError: a DataParallel model, which splits each batch over GPUs by itself.
-    """
+    """The module inside DistributedDataParallel: gradients are summed once a window here, not in each backward."""
     if isinstance(model, DataParallel):
         raise SetupError(
             "the model is wrapped in DataParallel, which splits every micro-batch over the GPUs of one process: "
@@ -51,11 +47,7 @@ def device_of(model: Any, ranks: Ranks) -> torch.device | None:
 
 
 def check_gradients_are_on() -> None:
-    """Refuses to go on where gradients are switched off.
-
-    Raises:
-        SetupError: they are.
-    """
+    """Refuses to go on where gradients are switched off, with a SetupError."""
     if not torch.is_grad_enabled():
         raise SetupError(
             "gradients are switched off here, by torch.no_grad(), torch.inference_mode() or "
@@ -96,9 +88,9 @@ def follow(optimizer: Optimizer) -> None:
 class TrainingMode:
     """Puts a model into training mode and back.
 
-    Modules that stand in evaluation mode inside a model that is in training mode were put there by their owner, to
-    freeze their statistics, and stay so. A model that is in evaluation mode as a whole, as pretrained ones come, is
-    trained as a whole.
+    Modules in evaluation mode inside a model in training mode were put there by their owner, to freeze their
+    statistics, and stay so. A model that is in evaluation mode as a whole, as pretrained ones come, is trained as a
+    whole.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -15,30 +15,10 @@ from autoaccum.model.checkpointing import How, checkpointed, why_not
 from autoaccum.model.compiled import BUDGETS, Compiled
 from autoaccum.model.host_saving import SavedOnHost
 from autoaccum.model.lazy_logits import LEAST_CLASSES, chunked, heads
-from autoaccum.model.optimizer_on_host import OptimizerOnHost
-from autoaccum.model.step_apart import why_not_apart
+from autoaccum.model.optimizer_on_host import OptimizerOnHost, why_not_apart
+from autoaccum.settings import RUNGS
 
 __all__ = ["BY_NAME", "CHANGES", "RUNGS", "installed", "obstacle"]
-
-_AGAIN = "of the repeated blocks runs once more in the backward pass, for the same gradients"
-_BUDGET = "of what the compiled model would keep for the backward pass is kept, and the rest is computed again"
-
-RUNGS = {
-    "chunked_loss": "a head's logits are computed with their loss, some rows at a time, and never held together",
-    "bf16": "autocast rounds most of the forward pass to bf16; slow where the device has none of its own",
-    "activation_memory_budget/0.5": f"half {_BUDGET}",
-    "activation_memory_budget/0.2": f"a fifth {_BUDGET}",
-    "checkpointing/4": f"each fourth {_AGAIN}",
-    "checkpointing/2": f"each second {_AGAIN}",
-    "selective_checkpointing": "the repeated blocks run once more in the backward pass, but for their matrix products",
-    "checkpointing": f"each {_AGAIN}",
-    "chunked_loss+checkpointing": f"logits are never held together, and each {_AGAIN}",
-    "save_on_cpu": "activations wait in the host's memory, and travel there and back in every micro-batch",
-    "checkpointing+save_on_cpu": f"each {_AGAIN}, and their inputs wait in the host's memory",
-    "optimizer_on_host": "the optimizer's state waits in the host's memory, and travels there and back in every step",
-    "step_in_backward": "each gradient is stepped with and freed as it comes, so that a window cannot run again",
-}
-"""What each does and costs, in words."""
 
 CHANGES = frozenset({"bf16"})
 """Rungs under which the result is not the plain step's."""
@@ -68,12 +48,12 @@ def obstacle(
         return None if precision == "auto" else f'precision="{precision}" was asked for'
     if rung in BY_NAME:
         return why_not_apart(optimizers)
-    if rung in BUDGETS:
-        return "the model is not compiled: give compile=True" if compiled is None else None
+    if rung in BUDGETS and compiled is None:
+        return "the model is not compiled: give compile=True"
     if "chunked_loss" in savers and not heads(model):
         return f"no head was found: a linear layer over {LEAST_CLASSES:,} classes or more"
-    hows = [How.named(saver) for saver in savers if "checkpointing" in saver]
-    return next((why for how in hows if (why := why_not(model, how)) is not None), None)
+    blocks = next((saver for saver in savers if "checkpointing" in saver), None)
+    return None if blocks is None else why_not(model, How.named(blocks))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ What cannot be trained by accumulating gradients is refused here, with the reaso
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,12 +60,6 @@ def build_optimizer(
                 f"lr={shown(lr)} was given beside an Optimizer instance, whose own rates count: give only one"
             )
         made = optimizer
-    elif isinstance(optimizer, (list, tuple, dict)):
-        raise SetupError(
-            f"optimizer= is a {type(optimizer).__name__} of {len(optimizer)}, as configure_optimizers returns it, and "
-            "one optimizer is trained with: pass that itself, its schedule as schedule=f(optimizer), and several with "
-            "what each steps as phases=[Phase(...)]"
-        )
     else:
         made = _make(optimizer, trained_parameters(model, loss), DEFAULT_LR if lr is None else lr)
     check_optimizer(made, model, loss)
@@ -73,9 +67,13 @@ def build_optimizer(
 
 
 def _make(optimizer: str | Callable[..., Optimizer], parameters: list[nn.Parameter], lr: float) -> Optimizer:
-    factory: Any = optimizer
-    if isinstance(optimizer, str):
-        factory = _NAMED.get(optimizer.lower())
+    if isinstance(optimizer, (list, tuple, dict)):
+        raise SetupError(
+            f"optimizer= is a {type(optimizer).__name__} of {len(optimizer)}, as configure_optimizers returns it, and "
+            "one optimizer is trained with: pass that itself, its schedule as schedule=f(optimizer), and several with "
+            "what each steps as phases=[Phase(...)]"
+        )
+    factory: Any = _NAMED.get(optimizer.lower()) if isinstance(optimizer, str) else optimizer
     if not callable(factory) or isinstance(factory, nn.Module):
         raise SetupError(
             f"optimizer={shown(optimizer)}: give an Optimizer, a factory f(params, lr=lr), or the name of one in "
@@ -102,11 +100,7 @@ def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]
 
 
 def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
-    """Refuses gradients that would enter a window's sum.
-
-    Raises:
-        SetupError: one stands there.
-    """
+    """Refuses gradients that would enter a window's sum, with a SetupError."""
     if any(parameter.grad is not None for parameter in parameters):
         raise SetupError(
             "a gradient stands before the window's first backward, and would enter its sum: "
@@ -170,9 +164,8 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) ->
     if not isinstance(getattr(optimizer, "param_groups", None), list) or not hasattr(optimizer, "step"):
         raise SetupError(f"optimizer={shown(optimizer)} is no optimizer: give one, such as AdamW(model.parameters())")
     _refuse_closure(type(optimizer))
-    known = {
-        id(parameter) for module in (model, loss) if isinstance(module, nn.Module) for parameter in module.parameters()
-    }
+    modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
+    known = {id(parameter) for module in modules for parameter in module.parameters()}
     held = optimizer_parameters(optimizer)
     foreign = sum(id(parameter) not in known for parameter in held)
     if foreign:
@@ -191,7 +184,7 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Any = None) ->
 _TAKES_SPARSE = ("SGD", "Adagrad", "SparseAdam")
 
 
-def _refuse_layout(optimizer: Optimizer, held: set[int], sparse: Mapping[int, str], dense: Iterable[str] = ()) -> None:
+def _refuse_layout(optimizer: Optimizer, held: set[int], sparse: Mapping[int, str], dense: Sequence[str] = ()) -> None:
     """Refuses one of torch's optimizers, whose parameters have the ids `held`, beside gradients that it cannot step.
 
     `sparse` names parameters whose gradients are sparse, by id; `dense` names such whose gradients are not.
@@ -203,10 +196,9 @@ def _refuse_layout(optimizer: Optimizer, held: set[int], sparse: Mapping[int, st
             f"{kind} does not step sparse gradients, and those of {', '.join(names[:4])} are sparse: make the "
             'embedding with sparse=False, or choose optimizer="sgd" or "adagrad", which step both'
         )
-    odd = list(dense)
-    if kind == "SparseAdam" and odd:
+    if kind == "SparseAdam" and dense:
         raise SetupError(
-            f"SparseAdam steps sparse gradients only, and those of {', '.join(odd[:4])} are not: choose "
+            f"SparseAdam steps sparse gradients only, and those of {', '.join(dense[:4])} are not: choose "
             'optimizer="adamw" without sparse embeddings, or "sgd" or "adagrad", which step both'
         )
 
@@ -262,9 +254,7 @@ class FirstBackward:
 
 def _refuse_closure(kind: Any) -> None:
     step = getattr(kind, "step", None)
-    if step is None:
-        return
-    closure = inspect.signature(step).parameters.get("closure")
+    closure = None if step is None else inspect.signature(step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise SetupError(
             f"{kind.__name__} needs a closure that evaluates the whole batch several times a step, which accumulation "
@@ -273,11 +263,7 @@ def _refuse_closure(kind: Any) -> None:
 
 
 def check_schedule(scheduler: Any) -> None:
-    """Refuses a schedule that wants a loss.
-
-    Raises:
-        SetupError: ReduceLROnPlateau.
-    """
+    """Refuses a schedule that wants a loss, ReduceLROnPlateau, with a SetupError."""
     if isinstance(scheduler, ReduceLROnPlateau):
         raise SetupError(
             "ReduceLROnPlateau wants a loss at each step, and a schedule here takes one step a window: call its "
@@ -286,11 +272,7 @@ def check_schedule(scheduler: Any) -> None:
 
 
 def check_ranks(rank: int, world_size: int, ranks: Ranks) -> None:
-    """Refuses a plan that is for another rank, or for another number of them.
-
-    Raises:
-        SetupError: both are named.
-    """
+    """Refuses a plan that is for another rank, or for another number of them, with a SetupError."""
     if (rank, world_size) != (ranks.rank, ranks.size):
         raise SetupError(
             f"the plan is for rank {rank} of {world_size}, and this is rank {ranks.rank} of {ranks.size}: call "

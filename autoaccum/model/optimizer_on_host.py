@@ -5,16 +5,39 @@ optimizer's own, on the device: the result is the same. All of the state travels
 """
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoaccum.model.step_apart import step_apart
+from autoaccum.model.forward import standing
 
-__all__ = ["OptimizerOnHost"]
+__all__ = ["OptimizerOnHost", "step_apart", "why_not_apart"]
+
+
+def why_not_apart(optimizers: Sequence[Optimizer]) -> str | None:
+    """Why optimizers cannot step some parameters before others to the same result; None where they can."""
+    for optimizer in optimizers:
+        kind = type(optimizer)
+        if not kind.__module__.startswith("torch.optim."):
+            return f"{kind.__name__} is none of torch's own optimizers, which step each parameter by itself"
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return f"{kind.__name__} has hooks on its step, which would run for each parameter"
+    return None
+
+
+def step_apart(
+    step: Callable[[], Any], optimizer: Optimizer, group: dict[str, Any], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Calls the optimizer's `step` while it knows of no more than `parameters`, of one of its groups."""
+    groups, held = optimizer.param_groups, group["params"]
+    optimizer.param_groups, group["params"] = [group], list(parameters)
+    try:
+        step()
+    finally:
+        optimizer.param_groups, group["params"] = groups, held
 
 
 class OptimizerOnHost:
@@ -31,20 +54,16 @@ class OptimizerOnHost:
         self._before: list[tuple[Tensor, str]] = []
 
     def __enter__(self) -> "OptimizerOnHost":
-        optimizer: Any = self._optimizer
-        held = vars(optimizer)
+        optimizer = self._optimizer
         self._step, self._load = optimizer.step, optimizer.load_state_dict
-        self._own: dict[str, Any] = {name: held[name] for name in ("step", "load_state_dict") if name in held}
-        held["step"] = types.MethodType(lambda _, closure=None: self.step(), optimizer)  # a schedule wants a method
-        held["load_state_dict"] = self.load
+        step = types.MethodType(lambda _, closure=None: self.step(), optimizer)  # a schedule wants a method
+        self._stands = standing(optimizer, step=step, load_state_dict=self.load)
+        self._stands.__enter__()
         self._before = [key for parameter in list(optimizer.state) for key in self._send(parameter)]
         return self
 
-    def __exit__(self, *error: object) -> None:
-        held: dict[str, Any] = vars(self._optimizer)
-        for name in ("step", "load_state_dict"):
-            del held[name]
-        held.update(self._own)
+    def __exit__(self, *error: Any) -> None:
+        self._stands.__exit__(*error)
         for parameter, name in self._before:
             self._fetch(parameter, name)
         self._hosts.clear()
@@ -77,9 +96,7 @@ class OptimizerOnHost:
         most = max((parameter.nbytes for group in groups for parameter in group["params"]), default=0)
         for group in groups:
             portion: list[nn.Parameter] = []
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
+            for parameter in (each for each in group["params"] if each.grad is not None):
                 if portion and sum(each.nbytes for each in portion) + parameter.nbytes > most:
                     yield group, portion
                     portion = []

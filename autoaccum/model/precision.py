@@ -1,10 +1,11 @@
-"""The number formats of a window: autocast, the fp16 loss scaler, fp32 sums of 16-bit gradients, one clip.
+"""The formats of a window: autocast, the fp16 loss scaler, fp32 sums of 16-bit gradients, sparse ones, one clip.
 
 Known: bf16 needs no scaler; fp16 gradients underflow without one; a window is one update, so that the scale stays
 constant inside it and gradients are unscaled and clipped once, at its end (changing the scale in mid-window leaves a
 gradient that is off by 0.8, clipping each micro-batch by 1.0).
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,10 @@ from autoaccum.checks import one_of
 from autoaccum.errors import SetupError, shown
 from autoaccum.model.shards import is_sharded, local
 
-__all__ = ["Precision", "SideBuffers", "clip_by_norm", "global_norm", "prepared_by", "scaled_step"]
+__all__ = [
+    "Precision", "SideBuffers", "SparseGradients", "clip_by_norm", "global_norm", "prepared_by", "scaled_step",
+    "untouched_rows",
+]  # fmt: skip
 
 _HALF = (torch.float16, torch.bfloat16)
 _NOTHING = nullcontext()
@@ -39,28 +43,23 @@ class Precision:
             SetupError: an unknown name, or fp16 for parameters that are 16-bit themselves.
         """
         one_of("precision", precision, ("auto", "fp32", "bf16", "fp16"))
-        self.name, self.reason = _decide(precision, device)
-        if is_sharded(model):
-            self.name, self.reason = _of_policy(precision)
-        own = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()} - {"float32"}
+        self.name, self.reason = _of_policy(precision) if is_sharded(model) else _decide(precision, device)
+        formats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        own = " and ".join(sorted(str(each).removeprefix("torch.") for each in formats - {torch.float32}))
         if precision == "auto" and self.name == "fp32" and own:
-            self.reason = f"fp32: no autocast, so that the model computes in its own {' and '.join(sorted(own))}"
-        half = {p.dtype for p in model.parameters()} & set(_HALF)
-        if self.name == "fp16" and half:
+            self.reason = f"fp32: no autocast, so that the model computes in its own {own}"
+        if self.name == "fp16" and not formats.isdisjoint(_HALF):
             raise SetupError(
                 'precision="fp16" scales the loss, and gradients of 16-bit parameters cannot be unscaled: '
                 'keep the parameters in fp32 (model.float()), or train in their own dtype with precision="fp32"'
             )
-        self._device_type = device.type
-        self._dtype = _AUTOCAST.get(self.name)
+        self._device_type, self._dtype = device.type, _AUTOCAST.get(self.name)
         made = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
         self.scaler: torch.amp.GradScaler = made if scaler is None else scaler
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass runs inside this."""
-        if self._dtype is None:
-            return _NOTHING
-        return torch.autocast(self._device_type, dtype=self._dtype)
+        return _NOTHING if self._dtype is None else torch.autocast(self._device_type, dtype=self._dtype)
 
     def forget_casts(self) -> None:
         """Lets the weights' 16-bit copies go: where the caller's autocast is still on, it would keep them all."""
@@ -69,9 +68,7 @@ class Precision:
 
     def outside(self) -> AbstractContextManager[Any]:
         """The backward pass runs inside this: autocast off, as torch asks."""
-        if self._dtype is None:
-            return _NOTHING
-        return torch.autocast(self._device_type, enabled=False)
+        return _NOTHING if self._dtype is None else torch.autocast(self._device_type, enabled=False)
 
 
 def _decide(precision: str, device: torch.device) -> tuple[str, str]:
@@ -112,14 +109,10 @@ class SideBuffers:
     def collect(self) -> None:
         """Adds the gradients of one micro-batch to the sums and empties them."""
         for parameter in self._half:
-            if parameter.grad is None:
-                continue
-            total = self._sums.get(id(parameter))
-            if total is None:
-                self._sums[id(parameter)] = parameter.grad.float()
-            else:
-                total.add_(parameter.grad)
-            parameter.grad = None
+            if parameter.grad is not None:
+                total = self._sums.get(id(parameter))
+                self._sums[id(parameter)] = parameter.grad.float() if total is None else total.add_(parameter.grad)
+                parameter.grad = None
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """The window's gradient of `parameter` so far, wherever it stands."""
@@ -153,12 +146,47 @@ class SideBuffers:
         self._sums.clear()
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm over all `gradients` together, a scalar on the first one's device.
+class SparseGradients:
+    """The parameters with sparse gradients: known from layers that say so, and from what a backward pass leaves.
 
-    Raises:
-        SetupError: a gradient is sparse.
+    PyTorch adds a sparse gradient to another by putting the rows of both one after the other, so that a window of k
+    micro-batches would hold k times the rows of one. Merged after each they are never more than the embedding has.
     """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        said = (module.weight for module in model.modules() if getattr(module, "sparse", False) is True)
+        self._parameters = {id(weight): weight for weight in said if isinstance(weight, nn.Parameter)}
+        self._others = [parameter for parameter in parameters if id(parameter) not in self._parameters]
+
+    def merge(self) -> None:
+        """After a backward pass: no row stands twice in a sparse gradient."""
+        # Once: looking at every parameter in every micro-batch would cost more than all else here.
+        self._parameters |= {id(p): p for p in self._others if p.grad is not None and p.grad.is_sparse}
+        self._others = []
+        for parameter in self._parameters.values():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
+
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) in self._parameters
+
+
+def untouched_rows(parameter: nn.Parameter, rows: int, dtype: torch.dtype, dimensions: int = 1) -> Tensor:
+    """A sparse gradient of zeros in the last `rows` rows, as earlier micro-batches would have left one.
+
+    Args:
+        parameter: whose.
+        rows: 0 gives one in which nothing is stored.
+        dtype: of the gradient.
+        dimensions: how many of the parameter's dimensions are indexed; 1 where there are rows.
+    """
+    at = torch.arange(parameter.shape[0] - rows, parameter.shape[0], device=parameter.device).expand(dimensions, rows)
+    values = torch.zeros(rows, *parameter.shape[dimensions:], dtype=dtype, device=parameter.device)
+    return torch.sparse_coo_tensor(at, values, parameter.shape, is_coalesced=True, check_invariants=False)
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm over all `gradients` together, a scalar on the first one's device; a SetupError for a sparse one."""
     if any(gradient.is_sparse for gradient in gradients):
         raise SetupError(
             "the norm of sparse gradients cannot be taken: make the embedding with sparse=False, or leave clip_norm "
@@ -178,11 +206,7 @@ def clip_by_norm(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
 
 
 def prepared_by(accelerator: Any, optimizer: Any) -> Any:
-    """The optimizer inside what Hugging Face's Accelerator has prepared.
-
-    Raises:
-        SetupError: it is none, or accumulates by itself.
-    """
+    """The optimizer inside what Hugging Face's Accelerator has prepared, unless that accumulates by itself."""
     if not hasattr(accelerator, "gradient_accumulation_steps"):
         raise SetupError(f"accelerator={shown(accelerator)}: give the accelerate.Accelerator that prepared these")
     if accelerator.gradient_accumulation_steps != 1:

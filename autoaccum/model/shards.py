@@ -192,14 +192,9 @@ def _against(model: nn.Module) -> Iterator[str]:
 
 
 def refuse_for_shards(model: Any, **given: tuple[bool, str]) -> None:
-    """Refuses what a sharded model cannot be trained with.
+    """Refuses, with a SetupError, what a sharded model cannot be trained with.
 
-    Args:
-        model: looked at.
-        given: by the name of a setting, whether it was asked for, and what to do instead.
-
-    Raises:
-        SetupError: it was.
+    `given`: by the name of a setting, whether it was asked for, and what to do instead.
     """
     for name, (asked, advice) in given.items():
         if asked and is_sharded(model):
@@ -207,11 +202,7 @@ def refuse_for_shards(model: Any, **given: tuple[bool, str]) -> None:
 
 
 def refuse_beside_shards(model: Any, isolation: Any, prefer: str, ladder: str | bool | None) -> None:
-    """Refuses what the probe of a sharded model cannot be asked.
-
-    Raises:
-        SetupError: it was.
-    """
+    """Refuses what the probe of a sharded model cannot be asked, with a SetupError."""
     refuse_for_shards(
         model,
         isolate=(isolation is not None, "the ranks meet in each trial, and a child process is none of them"),
@@ -224,11 +215,7 @@ def refuse_beside_shards(model: Any, isolation: Any, prefer: str, ladder: str | 
 
 
 def put_on(device: torch.device, module: nn.Module) -> None:
-    """Puts a module on a device, unless it is sharded, and where its mesh is.
-
-    Raises:
-        SetupError: it is sharded, and on a device of another kind.
-    """
+    """Puts a module on a device; a SetupError where it is sharded, and on a device of another kind."""
     if not is_sharded(module):
         module.to(device)
         return

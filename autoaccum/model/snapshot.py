@@ -9,7 +9,7 @@ import ctypes
 import tempfile
 from collections.abc import Iterable
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,9 @@ class _StorageBytes:
     """The bytes of all storages under some tensors, each storage once."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._file: IO[bytes] | None = None
-        self._on_host: list[tuple[torch.UntypedStorage, int]] = []  # in a temporary file, in this order
-        self._copied: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+        self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")  # noqa: SIM115 (held open until close)
+        # Each storage with its size, and its copy on the host; None: the bytes are in the file, in this order.
+        self._kept: list[tuple[torch.UntypedStorage, int, torch.UntypedStorage | None]] = []
         self._whole: list[tuple[Tensor, Tensor]] = []  # tensors without a plain storage: sparse and other kinds
         seen: set[int] = set()
         for tensor in map(local, tensors):
@@ -99,48 +99,38 @@ class _StorageBytes:
                 self._whole.append((tensor, tensor.detach().clone()))
                 continue
             storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen or storage.nbytes() == 0:
+            size = storage.nbytes()
+            if storage.data_ptr() in seen or size == 0:
                 continue
             seen.add(storage.data_ptr())
             if storage.device.type == "cpu":
-                self._write(storage)
+                self._file.write(_memory(storage, size))
+                self._kept.append((storage, size, None))
             else:
-                self._copied.append((storage, storage.cpu()))  # type: ignore[no-untyped-call]
-
-    def _write(self, storage: torch.UntypedStorage) -> None:
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")  # noqa: SIM115 (held open until close)
-        self._file.write(_memory(storage, storage.nbytes()))
-        self._on_host.append((storage, storage.nbytes()))
+                self._kept.append((storage, size, storage.cpu()))  # type: ignore[no-untyped-call]
 
     def restore(self) -> None:
-        lost: list[str] = []
-        place = 0
-        for storage, size in self._on_host:
-            assert self._file is not None
-            self._file.seek(place)
-            place += size
+        resized, place = None, 0
+        for storage, size, copy in self._kept:
             if storage.nbytes() != size:
-                lost.append(f"a tensor of {size} bytes was resized to {storage.nbytes()} during a trial")
-            elif self._file.readinto(_memory(storage, size)) != size:  # type: ignore[attr-defined]
-                lost.append("the snapshot's temporary file was cut short")
-        for storage, saved in self._copied:
-            if storage.nbytes() == saved.nbytes():
-                storage.copy_(saved, non_blocking=False)
+                resized = resized or f"a tensor of {size} bytes was resized to {storage.nbytes()} during a trial"
+            elif copy is not None:
+                storage.copy_(copy, non_blocking=False)
             else:
-                lost.append(f"a device tensor of {saved.nbytes()} bytes was resized during a trial")
+                self._file.seek(place)
+                self._file.readinto(_memory(storage, size))
+            place += size if copy is None else 0
         with torch.no_grad():
             for tensor, clone in self._whole:
                 tensor.copy_(clone)
-        if lost:
+        if resized is not None:
             raise StateNotRestoredError(
-                f"{lost[0]} and cannot be put back: make the model and the optimizer anew before training"
+                f"{resized} and cannot be put back: make the model and the optimizer anew before training"
             )
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._copied.clear()
+        self._file.close()
+        self._kept.clear()
         self._whole.clear()
 
 

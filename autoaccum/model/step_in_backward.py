@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError
-from autoaccum.model.step_apart import step_apart
+from autoaccum.model.optimizer_on_host import step_apart
 
 __all__ = ["StepInBackward"]
 
@@ -31,11 +31,7 @@ class StepInBackward:
 
     @contextmanager
     def on(self, begins: Callable[[], None]) -> Iterator[None]:
-        """A backward pass inside steps what it gives a gradient to; `begins` is called before each step.
-
-        Raises:
-            SetupError: a parameter's gradient came in two parts.
-        """
+        """A backward pass inside steps what it gives a gradient to; `begins` is called before each step."""
         optimizer, step = self._optimizer, self._optimizer.step
         of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         self.stepped = set()

@@ -5,8 +5,8 @@ import math
 import torch
 from torch.nn import Parameter
 
+from autoaccum.model.precision import untouched_rows
 from autoaccum.model.shards import local
-from autoaccum.model.sparse_gradients import untouched_rows
 from autoaccum.units import format_bytes
 from autoaccum.window.accumulate import Accumulator
 

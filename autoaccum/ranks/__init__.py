@@ -14,10 +14,9 @@ Choices:
   cost one message.
 """
 
-from autoaccum.ranks.alone import Flight, Ranks
 from autoaccum.ranks.joining import ends_all, here, join, leave, ranks_given, sharing
-from autoaccum.ranks.lost import LostRankError
-from autoaccum.ranks.places import bytes_of, digest, told, was_told
+from autoaccum.ranks.places import LostRankError, bytes_of, digest, told, was_told
+from autoaccum.ranks.together import Flight, Ranks
 
 __all__ = [
     "Flight", "LostRankError", "Ranks", "bytes_of", "digest", "ends_all", "here", "join", "leave", "ranks_given",

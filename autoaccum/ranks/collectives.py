@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autoaccum.ranks.lost import answering
+from autoaccum.ranks.places import answering
 
 __all__ = ["Collectives"]
 

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from autoaccum.errors import SetupError, shown
-from autoaccum.ranks.alone import Ranks
-from autoaccum.ranks.together import rank_of
+from autoaccum.ranks.together import Ranks
 
 if dist.is_available():
     # It takes the group of the moment as its functions' default. Later, as a part of torch that an optimizer needs,
@@ -36,15 +35,12 @@ def join() -> None:
     if not asked or not dist.is_available() or dist.is_initialized():
         return
     atexit.register(leave)
-    if not torch.cuda.is_available():
-        _init("gloo")
-        return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local < torch.cuda.device_count():
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if local < gpus:
         # Otherwise all ranks of a host would meet on its first GPU, where NCCL waits forever.
         torch.cuda.set_device(local)
     # A model may be trained on the CPU of a machine with GPUs, and small messages need not wait for a GPU.
-    _init("cpu:gloo,cuda:nccl")
+    _init("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
 
 def _init(backend: str) -> None:
@@ -147,7 +143,7 @@ def here(device: torch.device | None = None, group: Any = None) -> Ranks:
             "ranks that it was made of, and on no others"
         )
     group = dist.group.WORLD if group is None else group
-    return rank_of(group, _meeting_place(dist.get_backend_config(group), device))
+    return Ranks(group, _meeting_place(dist.get_backend_config(group), device))
 
 
 def _meeting_place(backends: str, device: torch.device | None) -> torch.device:

@@ -1,10 +1,11 @@
-"""One rank of a process group of PyTorch's."""
+"""This process among others, or alone: what the rest of the package calls. Alone it answers for itself."""
 
 import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autoaccum.errors import AutoaccumError, SetupError
-from autoaccum.ranks.alone import Flight, Ranks
-from autoaccum.ranks.lost import PROCESSES, LostRankError, answering, this_process
-from autoaccum.ranks.places import by_rank, bytes_of, digest, listed, short, told, was_told
+from autoaccum.ranks.places import (
+    PROCESSES,
+    LostRankError,
+    answering,
+    by_rank,
+    bytes_of,
+    digest,
+    listed,
+    short,
+    this_process,
+    told,
+    was_told,
+)
 from autoaccum.units import MIB
 
-__all__ = ["BUCKET_BYTES", "LARGE_BYTES", "rank_of"]
+__all__ = ["BUCKET_BYTES", "LARGE_BYTES", "Flight", "Ranks"]
 
 # As large as DistributedDataParallel's: large enough that latency does not count, small beside any model.
 BUCKET_BYTES = 25 * MIB
@@ -32,22 +43,50 @@ _PLACE_BYTES = 64  # of the text that says where a rank is
 _NAMED = 5  # differences, in an error
 
 
-def rank_of(group: Any, device: torch.device) -> Ranks:
-    """This process as a rank of `group`; `device` is where the group's backend wants its tensors."""
-    return _Rank(group, device)
+@dataclass
+class Flight:
+    """Collectives whose memory is there already.
+
+    Attributes:
+        starts: begin one each, without waiting; in the same order on every rank.
+        lands: what is done with the answers, once all are there.
+    """
+
+    starts: list[Callable[[], Any]] = field(default_factory=list)
+    lands: list[Callable[[], None]] = field(default_factory=list)
 
 
-class _Rank(Ranks):
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.group, self._device = group, device
-        self._first = dist.get_process_group_ranks(group)[0]
-        # Reserved now, so that a vote on memory needs none.
-        self._packet = torch.zeros(3 * self.size + _SLOTS, dtype=torch.float64, device=device)
+class Ranks:
+    """One rank of a process group of PyTorch's; without one a single process, whose sums are its own numbers.
+
+    In every method `what` says in a few words where the caller is, such as "step 4"; where the ranks' differ, all of
+    them raise a SetupError that names them.
+
+    Attributes:
+        rank: this process's number, from 0.
+        size: how many processes there are.
+        group: their process group of torch.distributed; None where nothing is exchanged.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
+        """Takes the place that this process has in `group`, whose backend wants its tensors on `device`."""
+        if group is not None:
+            self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            self.group, self._device = group, device or torch.device("cpu")
+            # Reserved now, so that a vote on memory needs none.
+            self._packet = torch.zeros(3 * self.size + _SLOTS, dtype=torch.float64, device=device)
 
     def fail(self) -> None:
+        """Lets the other ranks stop in their next exchange; to be called where an error is handled.
+
+        Nothing where they know of that error already, or where it came from one of them.
+        """
         error = sys.exc_info()[1]
-        if was_told(error):
+        if self.group is None or was_told(error):
             return
         if error is not None:
             told(error)
@@ -57,6 +96,18 @@ class _Rank(Ranks):
     def meet(
         self, what: str, values: Sequence[float] = (), own: float = 0, *, failed: bool = False
     ) -> tuple[list[float], list[float]]:
+        """(the sums of each of `values` over all ranks, every rank's `own`), in float64.
+
+        Every rank gives equally many values. A rank that cannot go on calls it with `failed=True` and then raises its
+        own error; all others raise here.
+
+        Raises:
+            AutoaccumError: other ranks said `failed=True`; it names them.
+            LostRankError: another process ended, or no longer answers.
+            SetupError: the ranks are at different places; or more than 256 values.
+        """
+        if self.group is None:
+            return [float(value) for value in values], [float(own)]
         if len(values) > _SLOTS:
             raise SetupError(f"{len(values)} numbers to add up over the ranks: at most {_SLOTS}, so use fewer terms")
         size, rank = self.size, self.rank
@@ -77,20 +128,22 @@ class _Rank(Ranks):
             raise told(SetupError(self._apart(what)))
         return answer[: len(values)], owns
 
-    def _stops(self, dead: list[int]) -> str:
-        they = "they" if len(dead) > 1 else "it"
-        cause = f"the cause is in the error that {they} raised"
-        return f"{listed(dead)} of {self.size} failed, so rank {self.rank} stops as well: {cause}"
+    def tally(self, what: str, values: Sequence[float] = ()) -> list[float]:
+        """The sums of each of `values` over all ranks. Raises as `meet` does."""
+        return self.meet(what, values)[0]
 
-    def _apart(self, what: str) -> str:
-        """All ranks know that they are apart, so all of them say where they are."""
-        own = _bytes_in(what.encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES)).to(self._device)
-        flight, room = self.ready_rows(own, [_PLACE_BYTES] * self.size)
-        self.run(flight)
-        texts = [bytes_of(row).decode(errors="replace").strip() for row in room]
-        return f"{by_rank(texts, 'is in', 'are in')}: call it on every rank, in the same order"
+    def any(self, what: str, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Raises as `meet` does."""
+        return bool(self.meet(what, [float(flag)])[0][0])
+
+    def gather(self, what: str, value: int) -> list[int]:
+        """Every rank's `value` (below 2**53), in the order of ranks. Raises as `meet` does."""
+        return [int(each) for each in self.meet(what, own=value)[1]]
 
     def collect(self, what: str, message: bytes) -> list[bytes]:
+        """Every rank's message, of whatever length, in the order of ranks. Raises as `meet` does."""
+        if self.group is None:
+            return [message]
         sizes = self.gather(what, len(message))
         own = torch.zeros(max(1, *sizes), dtype=torch.uint8)
         own[: len(message)] = _bytes_in(message)
@@ -100,19 +153,25 @@ class _Rank(Ranks):
         return [bytes_of(row[:size]) for row, size in zip(room, sizes, strict=True)]
 
     def broadcast(self, what: str, tensor: Tensor) -> Tensor:
+        """Overwrites `tensor` with rank 0's, which has the same shape and dtype, and returns it. Raises as `meet`."""
+        if self.group is None:
+            return tensor
         # No backend is sure to know bools, and none takes a tensor with gaps.
         message = (tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor).detach().contiguous()
         if self._device.type != "cpu":
             message = message.to(self._device)
         self.meet(what)
         with self._answering():
-            dist.broadcast(message, src=self._first, group=self.group)
+            dist.broadcast(message, src=dist.get_global_rank(self.group, 0), group=self.group)
         if message.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
                 tensor.copy_(message)
         return tensor
 
     def send(self, what: str, message: bytes) -> bytes:
+        """Rank 0's message, of whatever length; what the others give is not looked at. Raises as `meet` does."""
+        if self.group is None:
+            return message
         size = self.gather(what, len(message))[0]
         parts = []
         for start in range(0, size, BUCKET_BYTES):
@@ -124,9 +183,14 @@ class _Rank(Ranks):
 
     @torch.no_grad()
     def ready(self, tensors: Sequence[Tensor]) -> Flight:
+        """What overwrites dense `tensors` with their sums over all ranks, once `run` is called with it.
+
+        All memory is allocated here. All ranks give tensors of the same sizes and dtypes in the same order, and meet
+        before they run it.
+        """
         flight = Flight()
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
+        for tensor in tensors if self.group is not None else ():
             if tensor.numel() * tensor.element_size() < LARGE_BYTES:
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
             elif tensor.is_contiguous():
@@ -147,6 +211,11 @@ class _Rank(Ranks):
 
     @torch.no_grad()
     def run(self, flight: Flight) -> None:
+        """Starts all of the flight's collectives, then waits for all of them.
+
+        Raises:
+            LostRankError: another process ended, or no longer answers.
+        """
         with self._answering():
             for work in [start() for start in flight.starts]:
                 work.wait()
@@ -154,6 +223,11 @@ class _Rank(Ranks):
             land()
 
     def sum(self, what: str, tensors: Sequence[Tensor]) -> None:
+        """Overwrites every one of dense `tensors` with its sum over all ranks.
+
+        Raises:
+            SetupError: the ranks' differ in number, size or dtype. And as `meet`.
+        """
         flight = self.ready(tensors)
         described = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
         _, sizes = self.meet(what, own=digest(described))
@@ -163,6 +237,9 @@ class _Rank(Ranks):
         self.run(flight)
 
     def ready_rows(self, tensor: Tensor, counts: Sequence[int]) -> tuple[Flight, list[Tensor]]:
+        """What gathers every rank's `tensor`, of `counts[rank]` rows each, and where they will stand."""
+        if self.group is None:
+            return Flight(), [tensor]
         rows = tensor.new_zeros((max(counts), *tensor.shape[1:]))
         rows[: len(tensor)] = tensor
         room = [torch.empty_like(rows) for _ in counts]
@@ -171,7 +248,16 @@ class _Rank(Ranks):
         return Flight([start]), [part[:count] for part, count in zip(room, counts, strict=True)]
 
     def agree(self, what: str, facts: Mapping[str, Any], advice: str) -> None:
-        self._introduce(what)
+        """Compares what all ranks must have alike: plain values by name. `advice` ends the error's message.
+
+        Raises:
+            SetupError: they differ; all that differs is named, with each rank's value, on all ranks. And as `meet`.
+        """
+        if self.group is None:
+            return
+        if self.group not in PROCESSES:  # which process each is, once a group, for when one no longer answers
+            processes = self.collect(what, json.dumps(this_process()).encode())
+            PROCESSES[self.group] = [json.loads(message) for message in processes]
         own = json.dumps(facts, default=str)
         _, digests = self.meet(what, own=digest(own))
         if len(set(digests)) == 1:
@@ -184,12 +270,18 @@ class _Rank(Ranks):
         more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
         raise told(SetupError(f"the ranks differ in what they must have alike. {'; '.join(said)}{more}. {advice}"))
 
-    def _introduce(self, what: str) -> None:
-        """Tells all ranks which process each is, once a group, for when one of them no longer answers."""
-        if self.group not in PROCESSES:
-            PROCESSES[self.group] = [
-                json.loads(each) for each in self.collect(what, json.dumps(this_process()).encode())
-            ]
+    def _stops(self, dead: list[int]) -> str:
+        they = "they" if len(dead) > 1 else "it"
+        cause = f"the cause is in the error that {they} raised"
+        return f"{listed(dead)} of {self.size} failed, so rank {self.rank} stops as well: {cause}"
+
+    def _apart(self, what: str) -> str:
+        """All ranks know that they are apart, so all of them say where they are."""
+        own = _bytes_in(what.encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES)).to(self._device)
+        flight, room = self.ready_rows(own, [_PLACE_BYTES] * self.size)
+        self.run(flight)
+        texts = [bytes_of(row).decode(errors="replace").strip() for row in room]
+        return f"{by_rank(texts, 'is in', 'are in')}: call it on every rank, in the same order"
 
     def _answering(self) -> AbstractContextManager[None]:
         return answering(self.group, self.rank, self.size)

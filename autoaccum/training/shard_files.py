@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from autoaccum.errors import CheckpointError
 from autoaccum.ranks import Ranks, bytes_of, digest, told
-from autoaccum.ranks.lost import answering
+from autoaccum.ranks.places import answering
 
 __all__ = ["check_alike", "with_shards", "without_shards", "write_shards"]
 

@@ -19,9 +19,8 @@ from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
 from autoaccum.model.optimizer import FirstBackward, optimizer_parameters
-from autoaccum.model.precision import Precision, SideBuffers
+from autoaccum.model.precision import Precision, SideBuffers, SparseGradients
 from autoaccum.model.shards import is_sharded, refuse_for_shards
-from autoaccum.model.sparse_gradients import SparseGradients
 from autoaccum.model.step_in_backward import StepInBackward
 from autoaccum.ranks import Ranks
 from autoaccum.window.ahead import Ahead

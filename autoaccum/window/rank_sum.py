@@ -16,8 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from autoaccum.model.precision import SideBuffers
-from autoaccum.model.sparse_gradients import untouched_rows
+from autoaccum.model.precision import SideBuffers, untouched_rows
 from autoaccum.ranks import Flight, Ranks, digest
 from autoaccum.window.sharded import ShardedPasses
 
