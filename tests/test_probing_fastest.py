@@ -130,11 +130,20 @@ def test_one_slow_moment_is_timed_again_before_savers_are_looked_at(monkeypatch,
         return (10.0 if slow else 1.0) / -(-32 // size), 0.0  # but for such moments any split takes the same time
 
     largest = autoaccum.probe(**deep(prefer="fewest")).micro_batch
-    monkeypatch.setattr(fastest, "MOST_WINDOWS", 1000.0)
+    monkeypatch.setattr(fastest, "FIRST", 1000.0)
     monkeypatch.setattr(fastest, "MOST_ROUNDS", 1)
     monkeypatch.setattr(Bench, "time", timed)
     savers = {row["saver"] for row in autoaccum.probe(**deep()).savers}
     assert ("checkpointing" in savers) == (slow_moments > 1)
+
+
+def test_where_windows_are_short_nothing_that_takes_longer_than_three_of_them_is_looked_at(monkeypatch):
+    monkeypatch.setattr(fastest, "WORTH_IT", -math.inf)
+    monkeypatch.setattr(Bench, "time", lambda bench, size, micro_batches=1, peak=None: (1e-9, 0.0))
+    rows = {row["saver"]: row for row in autoaccum.probe(**deep()).savers}
+    assert rows["checkpointing"]["limit"] is None
+    assert "longer than the 3 windows" in rows["checkpointing"]["obstacle"]
+    assert rows[None]["limit"] is not None
 
 
 class Once(nn.Module):
@@ -152,6 +161,7 @@ class Once(nn.Module):
 
 def test_a_saver_that_the_models_code_does_not_bear_is_left_out_with_its_error(monkeypatch):
     monkeypatch.setattr(fastest, "WORTH_IT", -math.inf)
+    monkeypatch.setattr(fastest, "IN_ALL", math.inf)
     given = asked(memory="400KiB", loss=nn.CrossEntropyLoss())
     given["model"] = nn.Sequential(nn.Embedding(50, WIDE), *(Once() for _ in range(4)), nn.Flatten(), nn.LazyLinear(5))
     given["data"] = torch.randint(50, (64, PLACES)), torch.randint(5, (64,))

@@ -3,8 +3,8 @@
 Sizes of the step as it is are timed in turn: a micro-batch, and apart from it the window's end, which every micro-batch
 shares. Two sizes show what a micro-batch costs whatever its samples, and so the most that fewer of them can save. Only
 where that is worth it are the other savers' peaks forecast, from two small traces each, and the pairs of saver and size
-that make fewer micro-batches than all cheaper ones timed too. Timing takes about two windows each time, or a quarter of
-a second where these are short.
+that make fewer micro-batches than all cheaper ones timed too. All of it costs about three windows: where these are so
+short that the traces alone would take longer, nothing that computes twice is looked at.
 """
 
 import math
@@ -25,7 +25,8 @@ from autoaccum.probing.trial import Bench
 
 __all__ = ["Pair", "Race", "chosen", "pairs"]
 
-MOST_WINDOWS, LEAST_SECONDS = 2.0, 0.25
+FIRST, IN_ALL = 2.0, 3.0  # windows that timing may take at first, and the whole choice
+LOOK = 4  # traces of the step as it is, which a look at another saver costs: two of its own, a run, and its timing
 NOISE = 0.02  # relative: within it the first of the pairs is as good
 WORTH_IT = 0.04  # of a window: below it no saver that computes anything twice can gain by fewer micro-batches
 HOPELESS = 1.3  # times the best trial's time: a saver that takes more is not timed
@@ -137,6 +138,7 @@ class Race:
     def report(self) -> ProbeReport:
         """Of the pair that makes a window soonest, of those that were worth timing."""
         bench, answer = self._benches[None], self._answers[None]
+        self._began = time.perf_counter()
         for repeats in (False, True):  # savers that compute nothing twice may gain at any size, the others by size
             if repeats and not (self._share > answer.micro_batch and self._may_gain()):
                 break
@@ -145,8 +147,10 @@ class Race:
                     self._look(saver)
             known = {(pair.saver, pair.size) for pair in self._made}
             wanted = pairs(self._share, self._limits(), floor=bench.floor, multiple_of=self._multiple_of)
-            self._made += [pair for pair in wanted if (pair.saver, pair.size) not in known]
-            self._time()
+            more = [pair for pair in wanted if (pair.saver, pair.size) not in known]
+            self._made += more
+            if more:
+                self._time()
             bench.device.expect(bench.allowance.given, None)  # whatever runs next is measured, with nothing kept
         best = chosen(self._made)
         answer = self._answers[best.saver]
@@ -165,13 +169,21 @@ class Race:
             self._once(pair)
         return (to_gain(self._made) or 0.0) >= WORTH_IT
 
+    def _takes_too_long(self) -> bool:
+        """Whether a look at one more saver would make the choice take longer than it may."""
+        traces = [trial.seconds for trial in self._benches[None].trials if trial.kind == "trace" and trial.seconds]
+        left = IN_ALL * chosen(self._made).window - (time.perf_counter() - self._began)
+        return bool(traces) and LOOK * min(traces) > left
+
     def _look(self, saver: str) -> None:
         """What fits under a saver, by two small traces; else why that cannot be told."""
         plain = self._benches[None]
         bench = self._benches[saver] = plain.alike()
         first = max(2, bench.floor, self._answers[None].micro_batch // 32)
         why = "there are too few samples for two traces"
-        if 2 * first <= self._reach:
+        if self._made and self._takes_too_long():
+            why = f"a look at it would take longer than the {IN_ALL:g} windows that a choice may cost"
+        elif 2 * first <= self._reach:
             try:
                 with self._under(saver):
                     fits = all(bench.run(size, "trace").fits for size in (first, 2 * first))
@@ -236,7 +248,7 @@ class Race:
             window = min(timed, default=window)
             running = [pair for pair in running if not pair.seconds or pair.window <= window * (1 + CLOSE)]
             for pair in running:
-                if (turn or timed) and spent + window / pair.count > max(LEAST_SECONDS, MOST_WINDOWS * window):
+                if (turn or timed) and spent + window / pair.count > FIRST * window:
                     return
                 spent += self._once(pair)
                 timed.append(pair.window)
