@@ -62,7 +62,7 @@ gpu:
 # PyTorch's CUDA build over stand-ins of the CUDA libraries that compute nothing: its allocator is real, values are not.
 rig-test:
 	@test -n "$(RIG)" -a -x "$(RIG)/python" || { echo "skipped: RIG=DIR names no stand-in (DIR/python)"; exit 1; }
-	@echo "left out, since nothing is computed: test_ladder, test_nccl, test_batch_norm, a device's assert"
+	@echo "left out, since nothing is computed: test_ladder, test_nccl, test_batch_norm, test_own_loop, a device's assert"
 	$(RIG)/python -m pytest tests/gpu/test_ahead.py tests/gpu/test_allocator.py tests/gpu/test_device.py \
 	    tests/gpu/test_savers.py tests/gpu/test_waits.py -q \
 	    --deselect tests/gpu/test_device.py::test_a_device_side_assert_is_seen_to_poison_the_context

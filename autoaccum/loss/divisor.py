@@ -12,14 +12,14 @@ from autoaccum.loss.counts import Count, samples
 from autoaccum.loss.graph import Term, read, weigh
 from autoaccum.loss.mean import Mean, Sum
 
-__all__ = ["DECLARE", "TINY", "TRUSTED", "Divisor", "near"]
+__all__ = ["DECLARE", "TINY", "TRUSTED", "WAITS", "Divisor", "near"]
 
 TINY = 1e-3  # of the largest count: a floor that only keeps a quotient finite
 TRUSTED = 24  # micro-batches in which rules gave what was read, before they are asked instead
 DECLARE = (
     "return autoaccum.Mean(numerator, denominator) from step=, or declare reduction=f(batch), the number of what counts"
 )
-_WAITS = 4  # micro-batches in which a divisor that lies on a device is waited for
+WAITS = 4  # micro-batches in which a divisor that lies on a device is waited for
 _WORDS = {
     "NllLoss": "the total weight of its targets",
     "NllLoss2D": "the total weight of its targets",
@@ -154,7 +154,7 @@ class Divisor:
         divisor, factor = terms[0].divisor, terms[0].factor
         if isinstance(divisor, Tensor) or isinstance(factor, Tensor):
             self._waited += 1
-            if self._waited > _WAITS:
+            if self._waited > WAITS:
                 return
         own = abs(float(divisor) / (float(factor) or 1.0))
         if not own or not math.isfinite(own):

@@ -19,7 +19,7 @@ from autoaccum.data import tree
 from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import alike, children
 from autoaccum.errors import LossError, SetupError
-from autoaccum.loss.divisor import near
+from autoaccum.loss.divisor import WAITS, near
 from autoaccum.loss.graph import Term
 from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
@@ -73,6 +73,7 @@ class Divisors:
     def __init__(self, ranks: int, weighed_by: str, remedy: str) -> None:
         self._ranks, self._weighed_by, self._remedy = ranks, weighed_by, remedy
         self._first: dict[int, tuple[float, float]] = {}  # by term: a divisor, and what counts in its micro-batch
+        self._waited = 0  # for divisors that lie on a device
 
     def open(self) -> None:
         """A window begins."""
@@ -85,7 +86,9 @@ class Divisors:
         """
         for place, term in enumerate(terms if count else ()):
             if isinstance(term.divisor, Tensor) and term.divisor.device.type != "cpu":
-                continue  # would be waited for
+                self._waited += 1
+                if self._waited > WAITS:
+                    continue
             own = 0.0 if term.divisor is None else abs(float(term.divisor))
             first, counted = self._first.setdefault(place, (own, count))
             if not near(own, first) and not near(own * counted, first * count):

@@ -30,7 +30,7 @@ PARTS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
     ("loop", 30, ("-m", "tests.gpu.models", "loop")),
     ("allocator settings", 30, ("-m", "tests.gpu.models", "settings")),
     ("ladder, BatchNorm, NCCL", 60, (*TEST, "tests/gpu/test_ladder.py", "tests/gpu/test_batch_norm.py",
-                                     "tests/gpu/test_nccl.py")),
+                                     "tests/gpu/test_nccl.py", "tests/gpu/test_own_loop.py")),
     ("snapshots", 20, ("-m", "tests.gpu.models", "snapshots")),
 )  # fmt: skip
 
