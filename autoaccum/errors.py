@@ -112,11 +112,6 @@ _SHOWN = 80  # characters of a value that a message repeats
 class _Beginning(reprlib.Repr):
     """The beginning of a value's repr, however large, deep or broken the value is."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxlong = self.maxother = _SHOWN
-        self.maxlevel = 3
-
     def repr_int(self, x: int, level: int) -> str:
         """Python refuses to write out an integer of more than some 4300 digits."""
         if abs(x) < 10**40:
@@ -125,6 +120,8 @@ class _Beginning(reprlib.Repr):
 
 
 _BEGINNING = _Beginning()
+_BEGINNING.maxstring = _BEGINNING.maxlong = _BEGINNING.maxother = _SHOWN
+_BEGINNING.maxlevel = 3
 
 
 def shown(value: Any) -> str:

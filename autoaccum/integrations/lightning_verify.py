@@ -7,7 +7,7 @@ module run as in any fit; its loggers, callbacks and checkpoints are left out.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
         setting="accumulate_grad_batches",
         steps=steps,
         asked=asked,
-        model=_Inside(module),
+        model=_inside(module),
         device=next(module.parameters()).device,
         samples=samples,
         collate=source._collated,
@@ -106,32 +106,14 @@ def _fit(trainer: Any, module: Any, count: int, turn: Callable[[int], Any], accu
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
-            again.fit(module, _InTurn(count, turn))
+            again.fit(module, DataLoader(range(count), batch_size=None, collate_fn=turn))  # type: ignore[arg-type]
     finally:
         chatty.setLevel(level)
 
 
-class _Inside(nn.Module):
+def _inside(module: nn.Module) -> nn.Module:
     """What a module holds, without what Lightning keeps on it while it fits, which nobody may put back meanwhile."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        for name, child in module.named_children():
-            self.add_module(name, child)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
-
-
-class _InTurn:
-    """A loader of batches that are made in turn; Lightning takes a list for several loaders."""
-
-    def __init__(self, count: int, turn: Callable[[int], Any]) -> None:
-        self._count, self._turn = count, turn
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Any]:
-        return map(self._turn, range(self._count))
+    inside = nn.Module()
+    for held in ("_modules", "_parameters", "_buffers"):
+        vars(inside)[held] = getattr(module, held)
+    return inside

@@ -167,11 +167,17 @@ class _Attached:
         trainer, attachment = self._trainer, self.attachment
         path = None if self._resumed is None else Path(self._resumed) / FILE
         if path is not None and path.is_file():
-            attachment.load_state_dict(_read(path), str(path))
+            try:
+                kept = read_json(path)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path} cannot be read ({error}): delete it to probe anew") from error
+            attachment.load_state_dict(kept, str(path))
+        wrapped = trainer.model_wrapped
+        compiled = getattr(wrapped, "_orig_mod", None)  # which is trained as it is, where it stands alone
         precision = trainer.accelerator.mixed_precision  # part of the model's forward, and so of the cache's key
         attachment.begin(
             Trained(
-                model=_inner(trainer.model_wrapped),
+                model=unwrapped(compiled if isinstance(compiled, DistributedDataParallel) else wrapped),
                 optimizer=getattr(trainer.optimizer, "optimizer", trainer.optimizer),
                 step=self._step.loss,
                 source=source_of(loader),
@@ -202,16 +208,3 @@ class _Attached:
         folder = Path(self._trainer._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if folder.is_dir() and self.attachment.shares is not None:
             write_json(folder / FILE, plain(self.attachment.state_dict()))
-
-
-def _inner(model: Any) -> Any:
-    """The model that one rank runs by itself, compiled where the trainer compiled it."""
-    compiled = getattr(model, "_orig_mod", None)
-    return unwrapped(compiled if isinstance(compiled, DistributedDataParallel) else model)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): delete it to probe anew") from error

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from autoaccum.errors import SetupError
@@ -57,10 +57,7 @@ def check_gradients_are_on() -> None:
 
 def is_lazy(model: Any) -> bool:
     """Whether parameters or buffers wait for a first forward to take their shapes."""
-    if not isinstance(model, nn.Module):
-        return False
-    tensors = (*model.parameters(), *model.buffers())
-    return any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors)
+    return isinstance(model, nn.Module) and any(map(parameter.is_lazy, (*model.parameters(), *model.buffers())))
 
 
 def layer_class(module: nn.Module) -> type:
@@ -78,11 +75,9 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 def follow(optimizer: Optimizer) -> None:
     """Moves the state of an optimizer that was used before the model moved to where the parameters are now."""
-    for parameter, state in optimizer.state.items():
-        for value in state.values():
-            if isinstance(value, torch.Tensor) and value.dim() and value.device != parameter.device:
-                optimizer.load_state_dict(optimizer.state_dict())
-                return
+    held = ((owner, value) for owner, state in optimizer.state.items() for value in state.values())
+    if any(isinstance(value, torch.Tensor) and value.dim() and value.device != owner.device for owner, value in held):
+        optimizer.load_state_dict(optimizer.state_dict())
 
 
 class TrainingMode:

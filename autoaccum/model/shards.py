@@ -67,12 +67,13 @@ class Shards:
             state._lazy_init()
         states = [module._get_fsdp_state() for module in modules]
         self.groups: list[Any] = list(dict.fromkeys(group for each in states for group in each._fsdp_param_groups))
+        self._held = [parameter for group in self.groups for parameter in group.fsdp_params]
         self.reset()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The sharded ones, which the optimizer holds."""
-        return [parameter.sharded_param for group in self.groups for parameter in group.fsdp_params]
+        return [parameter.sharded_param for parameter in self._held]
 
     def reset(self) -> None:
         """To where a pass begins: nothing gathered, nothing left over from a pass that was broken off."""
@@ -81,11 +82,10 @@ class Shards:
 
     def drop_whole(self) -> None:
         """Lets go of gradients that no rank has summed yet."""
-        for group in self.groups:
-            for parameter in group.fsdp_params:
-                parameter.unsharded_accumulated_grad = None
-                if hasattr(parameter, "_unsharded_param"):
-                    parameter._unsharded_param.grad = None
+        for parameter in self._held:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):
+                parameter._unsharded_param.grad = None
 
     def gather_once(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """(the sharded parameter, the one that forward passes use) of each; these exist once they were gathered.
@@ -95,8 +95,7 @@ class Shards:
         for module in self._modules:
             module.unshard()
             module.reshard()
-        every = [parameter for group in self.groups for parameter in group.fsdp_params]
-        return [(parameter.sharded_param, parameter._unsharded_param) for parameter in every]
+        return [(parameter.sharded_param, parameter._unsharded_param) for parameter in self._held]
 
     def replicas(self) -> int:
         """How many ranks hold the same shard: 1, but on a mesh of two dimensions (HSDP)."""

@@ -65,7 +65,7 @@ class Collectives:
         Raises:
             LostRankError: another process ended, or no longer answers.
         """
-        with answering(group, dist.get_rank(group), dist.get_world_size(group)):
+        with answering(group):
             if not (self.apart and output.device.type == "cpu"):
                 return function(output, input, group=group, **how)
             sent, got = self._copy("sent", input), self._copy("got", output)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import psutil
+import torch.distributed as dist
 from torch import Tensor
 
 from autoaccum.errors import AutoaccumError
@@ -101,14 +102,15 @@ def this_process() -> Process:
 
 
 @contextmanager
-def answering(group: Any, rank: int, size: int) -> Iterator[None]:
+def answering(group: Any) -> Iterator[None]:
     """Around a group's collectives: says in our words, as a LostRankError, that another process is gone."""
     try:
         yield
     except RuntimeError as error:
         if not _LOST.search(str(error)):
             raise
-        others = [other for other in range(size) if other != rank]
+        size = dist.get_world_size(group)
+        others = [other for other in range(size) if other != dist.get_rank(group)]
         gone = others if len(others) == 1 else _gone(PROCESSES.get(group, []))
         which = listed(gone) if gone else f"one of the other {len(others)} ranks"
         answers = "no longer answer" if len(gone) > 1 else "no longer answers"

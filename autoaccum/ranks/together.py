@@ -4,9 +4,9 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -117,13 +117,15 @@ class Ranks:
             numbers[_SLOTS + place * size + rank] = float(number)
         packet = self._packet
         packet.copy_(torch.tensor(numbers, dtype=torch.float64))
-        with self._answering():
+        with answering(self.group):
             dist.all_reduce(packet, group=self.group)
         answer: list[float] = packet.tolist()
         owns, places, flags = (answer[_SLOTS + at * size : _SLOTS + (at + 1) * size] for at in range(3))
         if any(flags):
             if not failed:
-                raise told(AutoaccumError(self._stops([at for at, flag in enumerate(flags) if flag])))
+                dead = listed([at for at, flag in enumerate(flags) if flag])
+                stops = f"{dead} of {size} failed, so rank {rank} stops as well: the cause is in the error raised there"
+                raise told(AutoaccumError(stops))
         elif len(set(places)) > 1:
             raise told(SetupError(self._apart(what)))
         return answer[: len(values)], owns
@@ -161,7 +163,7 @@ class Ranks:
         if self._device.type != "cpu":
             message = message.to(self._device)
         self.meet(what)
-        with self._answering():
+        with answering(self.group):
             dist.broadcast(message, src=dist.get_global_rank(self.group, 0), group=self.group)
         if message.data_ptr() != tensor.data_ptr():
             with torch.no_grad():
@@ -216,7 +218,7 @@ class Ranks:
         Raises:
             LostRankError: another process ended, or no longer answers.
         """
-        with self._answering():
+        with answering(self.group):
             for work in [start() for start in flight.starts]:
                 work.wait()
         for land in flight.lands:
@@ -270,11 +272,6 @@ class Ranks:
         more = f"; and {len(different) - _NAMED} more" if len(different) > _NAMED else ""
         raise told(SetupError(f"the ranks differ in what they must have alike. {'; '.join(said)}{more}. {advice}"))
 
-    def _stops(self, dead: list[int]) -> str:
-        they = "they" if len(dead) > 1 else "it"
-        cause = f"the cause is in the error that {they} raised"
-        return f"{listed(dead)} of {self.size} failed, so rank {self.rank} stops as well: {cause}"
-
     def _apart(self, what: str) -> str:
         """All ranks know that they are apart, so all of them say where they are."""
         own = _bytes_in(what.encode()[:_PLACE_BYTES].ljust(_PLACE_BYTES)).to(self._device)
@@ -283,26 +280,16 @@ class Ranks:
         texts = [bytes_of(row).decode(errors="replace").strip() for row in room]
         return f"{by_rank(texts, 'is in', 'are in')}: call it on every rank, in the same order"
 
-    def _answering(self) -> AbstractContextManager[None]:
-        return answering(self.group, self.rank, self.size)
-
 
 def _bytes_in(message: bytes) -> Tensor:
     return torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in order, as many together as fit in a bucket, but at least one."""
-    buckets: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if not buckets or size > room:
-            buckets.append([])
-            room = BUCKET_BYTES
-        buckets[-1].append(tensor)
-        room -= size
-    return buckets
+    """Tensors in order, those together that begin within the size of one bucket."""
+    begins = accumulate((tensor.numel() * tensor.element_size() for tensor in tensors), initial=0)
+    parts = groupby(zip(tensors, begins), key=lambda each: each[1] // BUCKET_BYTES)
+    return [[tensor for tensor, _ in part] for _, part in parts]
 
 
 def _unpack(flat: Tensor, bucket: Sequence[Tensor]) -> None:

@@ -100,7 +100,7 @@ def write_shards(shards: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> No
             )
         )
     try:
-        with answering(ranks.group, ranks.rank, ranks.size):
+        with answering(ranks.group):
             save(dict(shards), storage_writer=Writer(folder, sync_files=False), process_group=ranks.group)
     except CheckpointException as error:
         raise told(CheckpointError(_causes(error))) from error
