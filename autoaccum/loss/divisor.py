@@ -69,10 +69,10 @@ class Divisor:
 
     def foretold(self, batch: Any) -> float | None:
         """The denominator of a batch, before the model runs; None for a count without rules, or whose rules differ."""
-        if not self.rules and self.kind != "count":
-            return samples(batch)
-        amounts = [rule.of(batch) for rule in self.rules]
-        return amounts[0] if amounts and all(near(amount, amounts[0]) for amount in amounts) else None
+        if not self.rules:
+            return None if self.kind == "count" else samples(batch)
+        amount = self.rules[0].of(batch)
+        return None if any(not near(rule.of(batch), amount) for rule in self.rules[1:]) else amount
 
     def whole(self, total: float) -> float:
         """What the loss of all samples is divided by, of the sum of its parts' counts."""

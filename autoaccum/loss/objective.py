@@ -31,8 +31,6 @@ from autoaccum.model.snapshot import Snapshot
 
 __all__ = ["Objective"]
 
-_NOTHING = contextlib.nullcontext()
-
 
 class Objective:
     """What is minimised.
@@ -247,7 +245,7 @@ class Objective:
         if denominators is None and not reads:
             denominators = reading.count(counted)
         values = Values() if reads and several else None
-        with values or _NOTHING:
+        with values or contextlib.nullcontext():
             result, outputs, targets = self._run(self.model, batch, graph=reads)
         if self.step is None:
             returned = {"loss": result}
@@ -275,16 +273,19 @@ class Objective:
     def _run(self, model: nn.Module, batch: Any, *, graph: bool = False) -> tuple[Any, Any, Any]:
         """(loss, outputs, targets). `graph`: the loss gets one although gradients are off."""
         off = graph and not torch.is_grad_enabled()
-        with torch.enable_grad() if off and self.loss is None else _NOTHING:
-            if self.step is not None:
-                return self.step(model, plain(batch)), None, None
-            call = arrange(batch, apart=self.loss is not None)
-            outputs = self._outputs(model, call)
+        if off and self.loss is None:
+            with torch.enable_grad():
+                return self._run(model, batch)
+        if self.step is not None:
+            return self.step(model, plain(batch)), None, None
+        call = arrange(batch, apart=self.loss is not None)
+        outputs = self._outputs(model, call)
         if self.loss is None:
             return returned_loss(outputs), outputs, call.targets
-        with torch.enable_grad() if off else _NOTHING:
-            loss = self._compared(tree.map_tensors(_leaf, outputs) if off else outputs, call.targets)
-        return loss, outputs, call.targets
+        if off:
+            with torch.enable_grad():
+                return self._compared(tree.map_tensors(_leaf, outputs), call.targets), outputs, call.targets
+        return self._compared(outputs, call.targets), outputs, call.targets
 
     def _outputs(self, model: nn.Module, call: Call) -> Any:
         """What the model returns for this call; what it raises is explained where it can be."""
