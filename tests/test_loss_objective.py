@@ -393,6 +393,17 @@ def test_a_denominator_on_a_device_stays_there_and_carries_no_graph():
     assert share_of(mean, 9.0).requires_grad
 
 
+def test_torchs_own_rule_is_held_against_the_graph_in_the_first_micro_batches(monkeypatch):
+    model = nn.Linear(D, C)
+    objective = Objective(model, loss=nn.CrossEntropyLoss(ignore_index=0))
+    batches = [(torch.randn(4, D), torch.tensor(targets)) for targets in ([1, 2, 3, 4], [1, 0, 0, 2])]
+    for batch in batches:
+        objective.terms(batch)
+    monkeypatch.setattr("autoaccum.loss.reduction.tokens", lambda targets, ignored: float(targets.numel()))
+    with pytest.raises(LossError, match="its graph says that it divides by"):
+        objective.terms(batches[1])
+
+
 def test_a_mean_over_nothing_known_only_to_the_device_adds_nothing():
     mean = Mean.of(torch.tensor(float("nan"), requires_grad=True), 0)
     mean.denominator = torch.tensor(0)  # as on a device, where it is not read

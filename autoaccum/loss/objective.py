@@ -61,8 +61,7 @@ class Objective:
         self.model, self.loss, self.step = model, loss, step
         if isinstance(step, Coupled) and isinstance(step.loss, nn.Module):
             self.loss = step.loss  # trained and moved with the model
-        # What torch's own losses divide by the tests have compared, once and for all.
-        self.compares = self.coupled is None and not (reduction == "auto" and self._given.kind)
+        self.compares = self.coupled is None
         self._asked = False  # some samples were, to find out what the loss divides by
         self._classes_checked = False  # whether labels are classes of the model's: looked at once
         self._source = "the step" if step is not None else "the model" if loss is None else f"loss={name_of(loss)}"

@@ -147,7 +147,10 @@ class GivenLoss:
         if how == "sum":
             return Divisor("constant")
         kind = "constant" if how == "auto" and self.reduction == "sum" else "count"
-        return Divisor(kind, [self.count(how, _OVER_BY_NAME.get(how, self._over))], TRUSTED)
+        made = Divisor(kind, [self.count(how, _OVER_BY_NAME.get(how, self._over))], TRUSTED)
+        if how == "auto":
+            made.compared = TRUSTED  # micro-batches show it of torch's own losses, whose rules are known
+        return made
 
     def count(self, how: str, over: str = "classes", cut: str = "") -> Count:
         """Of a mean over "samples", "elements" of the targets, their "rows" or "classes", without what is shifted away.
