@@ -220,7 +220,7 @@ def test_a_search_gets_optunas_own_sampler_and_pruner_by_their_names(library):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--space", "lr"], "'lr' says no values for a parameter: write NAME=LOW:HIGH"),
+        (["--space", "lr"], "'lr' is neither a range nor choices: write NAME=LOW:HIGH"),
         (["--space", "lr=2:1"], "empty range: 2 is not below 1"),
         (["--space", "lr=1,2", "--space", "lr=3"], "is given twice"),
         (["--space", "target_batch=32,64", "--target-batch", "8"], "say the same: leave one out"),

@@ -148,13 +148,13 @@ def test_auto_takes_linear_for_sgd_sqrt_for_adam_and_leaves_the_others_and_says_
     assert rule == "none"
     assert "no established rule for Adafactor" in why
     made = decide(256, 64, optimizer=Adafactor, lr=0.01)
-    assert (made.lr, made.factor, made.rule, made.overrides) == (0.01, 1, "none", {})
-    assert made.reasons["lr"] == "0.01, not scaled: auto knows no established rule for Adafactor"
+    assert (made["lr"], made["lr_scale"], made["lr_rule"], made["optimizer_overrides"]) == (0.01, 1, "none", {})
+    assert made["reasons"]["lr"] == "0.01, not scaled: auto knows no established rule for Adafactor"
 
 
 def test_a_rule_that_is_asked_for_is_applied_to_any_optimizer():
-    assert decide(256, 64, rule="linear", optimizer=Adafactor, lr=0.01).lr == pytest.approx(0.04)
-    assert decide(256, 64, rule="none", optimizer="sgd", lr=0.01).lr == 0.01
+    assert decide(256, 64, rule="linear", optimizer=Adafactor, lr=0.01)["lr"] == pytest.approx(0.04)
+    assert decide(256, 64, rule="none", optimizer="sgd", lr=0.01)["lr"] == 0.01
 
 
 @pytest.mark.parametrize("rule", ["cubic", "", None, "AUTO"])
@@ -168,20 +168,20 @@ def test_an_unknown_rule_is_refused_with_the_known_ones(rule):
 
 def test_the_reason_shows_the_whole_sum():
     made = decide(256, 64, optimizer="sgd", lr=0.001)
-    assert made.reasons["lr"] == "0.004 = 0.001 × 4 (linear, Goyal 2017: κ = 256/64)"
-    assert made.lr == 0.004
+    assert made["reasons"]["lr"] == "0.004 = 0.001 × 4 (linear, Goyal 2017: κ = 256/64)"
+    assert made["lr"] == 0.004
 
 
 def test_without_an_lr_batch_nothing_is_scaled_and_the_reason_says_so():
     made = decide(256, None, optimizer="sgd", lr=0.001, rule="linear")
-    assert (made.lr, made.factor, made.rule) == (0.001, 1, "none")
-    assert made.reasons["lr"] == "0.001, not scaled: no lr_batch says at which batch it was tuned"
+    assert (made["lr"], made["lr_scale"], made["lr_rule"]) == (0.001, 1, "none")
+    assert made["reasons"]["lr"] == "0.001, not scaled: no lr_batch says at which batch it was tuned"
 
 
 def test_a_linear_scale_above_8_advises_a_warm_up_with_its_length():
-    assert "warmup_steps" not in decide(512, 64, optimizer="sgd").reasons
-    assert "warmup_steps" not in decide(1024, 64, optimizer="adamw").reasons
-    line = decide(1024, 64, optimizer="sgd", samples=10_000).reasons["warmup_steps"]
+    assert "warmup_steps" not in decide(512, 64, optimizer="sgd")["reasons"]
+    assert "warmup_steps" not in decide(1024, 64, optimizer="adamw")["reasons"]
+    line = decide(1024, 64, optimizer="sgd", samples=10_000)["reasons"]["warmup_steps"]
     assert "κ = 16 is above 8" in line
     assert "the first 5 epochs, here 50 steps" in line
 
@@ -189,36 +189,36 @@ def test_a_linear_scale_above_8_advises_a_warm_up_with_its_length():
 def test_an_instance_gives_its_own_rates_betas_and_eps():
     optimizer = torch.optim.AdamW(parameters(), lr=3e-4, betas=(0.95, 0.99), eps=1e-6)
     made = decide(256, 64, rule="adam-sde", optimizer=optimizer)
-    assert made.lr == pytest.approx(6e-4)
-    assert made.overrides["betas"] == pytest.approx((0.8, 0.96))
-    assert made.overrides["eps"] == pytest.approx(5e-7)
-    assert made.reasons["eps"].startswith("5e-07 = 1e-06 / √κ")
-    assert made.reasons["betas"].startswith("0.8 = 1 − κ(1 − 0.95); 0.96 = 1 − κ(1 − 0.99)")
+    assert made["lr"] == pytest.approx(6e-4)
+    assert made["optimizer_overrides"]["betas"] == pytest.approx((0.8, 0.96))
+    assert made["optimizer_overrides"]["eps"] == pytest.approx(5e-7)
+    assert made["reasons"]["eps"].startswith("5e-07 = 1e-06 / √κ")
+    assert made["reasons"]["betas"].startswith("0.8 = 1 − κ(1 − 0.95); 0.96 = 1 − κ(1 − 0.99)")
 
 
 def test_betas_out_of_the_formulas_range_are_explained():
-    assert "0.0147809 = 0.9^κ, as 1 − κ(1 − 0.9) ≤ 0" in decide(2560, 64, rule="adam-sde").reasons["betas"]
+    assert "0.0147809 = 0.9^κ, as 1 − κ(1 − 0.9) ≤ 0" in decide(2560, 64, rule="adam-sde")["reasons"]["betas"]
 
 
 def test_betas_come_from_a_partial_or_from_the_call_before_the_defaults():
     partial = functools.partial(torch.optim.AdamW, betas=(0.8, 0.9))
-    assert decide(8, 8, rule="adam-sde", optimizer=partial).overrides["betas"] == pytest.approx((0.8, 0.9))
+    assert decide(8, 8, rule="adam-sde", optimizer=partial)["optimizer_overrides"]["betas"] == pytest.approx((0.8, 0.9))
     given_in_call = decide(8, 8, rule="adam-sde", optimizer=partial, betas=(0.5, 0.6), eps=1e-3)
-    assert given_in_call.overrides["betas"] == pytest.approx((0.5, 0.6))
-    assert given_in_call.overrides["eps"] == 1e-3
+    assert given_in_call["optimizer_overrides"]["betas"] == pytest.approx((0.5, 0.6))
+    assert given_in_call["optimizer_overrides"]["eps"] == 1e-3
 
 
 def test_a_rate_as_tuned_is_read_behind_a_schedule_that_is_attached_already():
     optimizer = torch.optim.SGD(parameters(), lr=0.5)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 10))  # its first rate is 0
-    assert decide(128, 64, optimizer=optimizer).lr == 1
+    assert decide(128, 64, optimizer=optimizer)["lr"] == 1
 
 
 def test_groups_of_several_rates_have_no_single_one_and_the_reason_says_so():
     optimizer = torch.optim.SGD([{"params": parameters(), "lr": 0.1}, {"params": parameters(), "lr": 0.2}], lr=0.3)
     made = decide(128, 64, optimizer=optimizer)
-    assert made.lr is None
-    assert made.reasons["lr"].startswith("each parameter group's own × 2 (linear")
+    assert made["lr"] is None
+    assert made["reasons"]["lr"].startswith("each parameter group's own × 2 (linear")
 
 
 @pytest.mark.parametrize("lr", [0, -1e-3, math.nan, math.inf, "0.1", True])

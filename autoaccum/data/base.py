@@ -67,6 +67,7 @@ class Source(ABC):
     varies: str | None = None
     mixed: str | None = None
     _pool: Pool | None = None  # of samples for trials, where the data gives single ones
+    _generator: torch.Generator | None = None  # a DataLoader's own
     _collated: Callable[[list[Any]], Any]  # samples -> a batch
 
     def __init__(self, *, seed: int | None, ranks: Ranks, worst_case: Any) -> None:
@@ -95,7 +96,14 @@ class Source(ABC):
             with self._untouched():
                 return self.marked(self._collated([tree.copied(alike[place % len(alike)]) for place in range(size)]))
         if self._worst_case is None:
-            return _filled(self.marked(interruptible(self._trial, size)), size)
+            batch = self.marked(interruptible(self._trial, size))
+            if batch is None:
+                raise DataError(
+                    f"the collate function dropped all {size} samples of a trial: repair the data, or leave out what "
+                    "cannot be read with a Subset"
+                )
+            # Some may have been dropped.
+            return tree.repeat(batch, size) if 0 < tree.batch_size(batch) < size else batch
         if not callable(self._worst_case):
             return tree.repeat(self._worst_case, size)
         batch = interruptible(self._worst_case, size)
@@ -107,9 +115,7 @@ class Source(ABC):
         return batch
 
     def marked(self, batch: Any) -> Any:
-        """A batch of this data whose lists that could be mistaken say by their type what they hold, else a
-        DataError.
-        """
+        """A batch of this data in which lists that could be mistaken are marked, or a DataError; see `ListReader`."""
         return self._lists.read(batch, self._trial)
 
     def lengths(self) -> tuple[int, ...]:
@@ -187,7 +193,13 @@ class Source(ABC):
             samples, self.varies = self._pool.choose(size)
             batch = self._collated(samples)
             if size > 1 and batch is not None and tree.batch_size(batch) == 1:
-                _check_row(batch, self._collated(tree.copied(samples[:1])), size)
+                largest = self._collated(tree.copied(samples[:1]))
+                if tree.nbytes(batch) > tree.nbytes(largest) > 0:  # else all but one were dropped
+                    raise DataError(
+                        f"the collate function joined {size} samples to one row, and a batch is cut and counted by its "
+                        "rows: pad samples to one row each (windows are cut by length, so that little is padded); a "
+                        "Transformers Trainer with autoaccum.attach() cuts samples before they are joined"
+                    )
             return batch
 
     def _samples_measured(self) -> list[tuple[int, Any]]:
@@ -204,10 +216,6 @@ class Source(ABC):
 
     # --- an epoch's base ---
 
-    def _base_generator(self) -> torch.Generator | None:
-        """What a base is drawn from; None: it follows from the seed."""
-        return torch.default_generator if self._seed is None else None
-
     def _held(self) -> dict[str, Any]:
         """All that reading draws from, but the global generators."""
         return held(self._replayed) | held(self._continued, states=True)
@@ -223,7 +231,8 @@ class Source(ABC):
 
     def _begin(self, epoch: int, again: bool) -> int:
         """The epoch's base; `again` where its windows up to some were read before."""
-        source = self._base_generator()
+        # What the base is drawn from; None: it follows from the seed.
+        source = self._generator or (torch.default_generator if self._seed is None else None)
         drawn_from = held(self._replayed) | ({} if source is None else {"base": source})
         if again and epoch == self._epoch:
             for name in drawn_from.keys() & self._starts.keys():
@@ -234,23 +243,3 @@ class Source(ABC):
         if self.ranks.size > 1:
             base = int(self.ranks.broadcast(f"epoch {epoch}'s beginning", torch.tensor(base, dtype=torch.int64)))
         return base
-
-
-def _check_row(batch: Any, largest: Any, size: int) -> None:
-    """Refuses one row that holds more than the `largest` of its samples: they were joined, and not dropped."""
-    if tree.nbytes(batch) > tree.nbytes(largest) > 0:
-        raise DataError(
-            f"the collate function joined {size} samples to one row, and a batch is cut and counted by its rows: pad "
-            "samples to one row each (windows are cut by length, so that little is padded); a Transformers Trainer "
-            "with autoaccum.attach() cuts samples before they are joined"
-        )
-
-
-def _filled(batch: Any, size: int) -> Any:
-    """The batch with `size` samples again, where a collate function dropped some."""
-    if batch is None:
-        raise DataError(
-            f"the collate function dropped all {size} samples of a trial: repair the data, or leave out what cannot be "
-            "read with a Subset"
-        )
-    return tree.repeat(batch, size) if 0 < tree.batch_size(batch) < size else batch

@@ -39,9 +39,9 @@ class IndexedSource(Source):
 
     def __init__(self, length: int | None, loader: DataLoader[Any] | None, *, shuffle: bool, **common: Any) -> None:
         super().__init__(**common)
-        self._loader, self._shuffle = loader, shuffle
+        self._shuffle, self._generator = shuffle, getattr(loader, "generator", None)
         self._sampler = undistributed(loader.sampler) if loader is not None else None
-        self._replayed = {"generator": getattr(loader, "generator", None), "sampler": self._sampler}
+        self._replayed = {"generator": self._generator, "sampler": self._sampler}
         self._rows = length
         self.length = length if self._sampler is None else length_of(self._sampler)
         if loader is not None:
@@ -86,10 +86,6 @@ class IndexedSource(Source):
                 sampler.set_epoch(epoch)
             make = partial(sampled, sampler, base, follow_global=self._seed is None)
             return (make() if self.ranks.size == 1 else shared_order(make, self.length, self.ranks)), base
-
-    def _base_generator(self) -> torch.Generator | None:
-        own = self._loader.generator if self._loader is not None else None
-        return own if own is not None else super()._base_generator()
 
 
 class TensorSource(IndexedSource):

@@ -180,25 +180,21 @@ def shared_order(make: Callable[[], Reader], length: int | None, ranks: Ranks) -
     indices = torch.empty(0, dtype=torch.int64)
     if ranks.rank == 0:
         try:
-            indices = _whole(make(), length)
-        except BaseException:
+            order = make()
+            found = order.take(min(order.look(length)[0], length))
+            indices = torch.tensor(list(map(operator.index, found)), dtype=torch.int64)
+        except BaseException as error:
             ranks.fail()
-            raise
+            if not isinstance(error, TypeError):
+                raise
+            raise DataError(
+                f"the sampler gives indices such as {found[0]!r}: on several ranks they must be integers, so let the "
+                "dataset translate them"
+            ) from error
     (count,) = ranks.tally("the order of an epoch", [indices.numel()])
     if ranks.rank != 0:
         indices = torch.empty(int(count), dtype=torch.int64)
     return Known(ranks.broadcast("the order of an epoch", indices))
-
-
-def _whole(order: Reader, length: int) -> Tensor:
-    indices = order.take(min(order.look(length)[0], length))
-    try:
-        return torch.tensor(list(map(operator.index, indices)), dtype=torch.int64)
-    except TypeError as error:
-        raise DataError(
-            f"the sampler gives indices such as {indices[0]!r}: on several ranks they must be integers, so let the "
-            "dataset translate them"
-        ) from error
 
 
 def undistributed(sampler: Any) -> Any:

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from autoaccum.data import tree
-from autoaccum.data.piece import Piece
-from autoaccum.data.structure import AsSamples, alike, children, is_list, marked, rebuild, steps
+from autoaccum.data.structure import AsSamples, Piece, alike, children, is_list, marked, rebuild, steps
 from autoaccum.errors import DataError
 
 __all__ = ["ListReader"]

@@ -108,9 +108,10 @@ def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, 
     """How samples are measured, and how long each is, where a batch's size follows from them; else perhaps why not."""
     nothing: tuple[None, list[int], None] = (None, [], None)
     try:
-        alone = [_shapes(collate([tree.copied(sample)])) for sample in samples]
+        batches = [collate([tree.copied(sample)]) for sample in samples]
     except DataError:
         return nothing  # reading on will say what is wrong
+    alone = [[(path, tuple(tensor.shape)) for path, tensor in tree.tensors(batch)] for batch in batches]
     if len({tuple((path, len(shape)) for path, shape in each) for each in alone}) != 1:
         return nothing
     # By (tensor, dimension): its size in each sample, where that varies.
@@ -132,10 +133,6 @@ def find_ruler(samples: Sequence[Any], collate: Collate) -> tuple[Ruler | None, 
     if len(set(lengths)) < _FEWEST_LENGTHS or not ruler.dimension or not _pads(samples, lengths, collate, ruler):
         return nothing
     return ruler, lengths, None
-
-
-def _shapes(batch: Any) -> list[tuple[str, tuple[int, ...]]]:
-    return [(path, tuple(tensor.shape)) for path, tensor in tree.tensors(batch)]
 
 
 def _follows(sizes: Sequence[int], lengths: Sequence[int]) -> bool:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from autoaccum.data.piece import Piece
 from autoaccum.errors import DataError
 
 __all__ = [
     "AsSamples",
     "Marked",
+    "Piece",
     "alike",
     "children",
     "disagreement",
@@ -61,6 +61,32 @@ class Marked(list[Any]):
     def _make(self, items: Iterable[Any]) -> "Marked":
         """Another one that holds other items, as named tuples have it."""
         return Marked(items, self.kind, samples=self.samples)
+
+
+@dataclasses.dataclass(init=False, eq=False)
+class Piece:
+    """A micro-batch that knows the samples in it, as the dataset gave them, beside what the collate function made of
+    them.
+
+    A trainer's collator may put two rows into the batch for each sample, or all samples into one row: such a batch
+    cannot be cut along its rows. A piece is cut along its samples, and what is cut is collated again. As a dataclass of
+    one field it is walked like any batch.
+    """
+
+    batch: Any
+
+    def __init__(self, samples: Sequence[Any], collate: Callable[[list[Any]], Any]) -> None:
+        """Collates."""
+        self.samples, self._collate = list(samples), collate
+        self.batch = collate(list(self.samples))
+
+    def take(self, places: Sequence[int]) -> "Piece":
+        """The samples at `places`, in that order, collated anew."""
+        return Piece([self.samples[place] for place in places], self._collate)
+
+    def joined(self, others: "Sequence[Piece]") -> "Piece":
+        """These samples and those of `others`, collated as one batch."""
+        return Piece([sample for piece in (self, *others) for sample in piece.samples], self._collate)
 
 
 def kind_of(node: Any) -> type:

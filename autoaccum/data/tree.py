@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoaccum.data.piece import Piece
 from autoaccum.data.structure import (
     AsSamples,
     Marked,
+    Piece,
     alike,
     children,
     disagreement,

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from autoaccum.checks import listed
 from autoaccum.data.base import Source
-from autoaccum.data.piece import Piece
 from autoaccum.data.sample_lengths import cut
+from autoaccum.data.structure import Piece
 from autoaccum.data.windows import Window
 from autoaccum.errors import CheckpointError, PlanError, SetupError
 from autoaccum.integrations.trainers import wanted

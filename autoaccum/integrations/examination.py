@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from autoaccum.checking.diagnosis import Cause
 from autoaccum.checking.verify import VerifyReport
 from autoaccum.data.base import Source
-from autoaccum.data.piece import Piece
+from autoaccum.data.structure import Piece
 from autoaccum.loss.asking import rounding
 from autoaccum.loss.call import targets_in
 from autoaccum.loss.counts import holds_indices

@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from autoaccum.data.base import Source
 from autoaccum.data.mapped import MapSource, rebuilt
-from autoaccum.data.piece import Piece
 from autoaccum.data.stream import SampleSource
+from autoaccum.data.structure import Piece
 from autoaccum.errors import SetupError
 from autoaccum.integrations.attachment import Attachment
 from autoaccum.ranks import Ranks, here

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoaccum.data.piece import Piece
 from autoaccum.data.ready import TARGET_KEYS
-from autoaccum.data.structure import plain
+from autoaccum.data.structure import Piece, plain
 from autoaccum.errors import DataError, LossError, shown
 
 __all__ = ["STEP", "TARGET_KEYS", "Call", "arrange", "name_of", "returned_loss", "scalar", "targets_in"]

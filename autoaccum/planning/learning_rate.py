@@ -19,14 +19,13 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from autoaccum.checks import one_of
 from autoaccum.errors import PlanError, shown
 
 __all__ = [
     "RULES",
-    "Decision",
     "choose_rule",
     "decide",
     "family",
@@ -141,16 +140,6 @@ def choose_rule(rule: str, optimizer: object) -> tuple[str, str]:
 # --- the rule applied ------------------------------------------------------------------------------------------------
 
 
-class Decision(NamedTuple):
-    """The LR settings of a plan: `lr` is scaled already, `reasons` has a line for each value decided."""
-
-    lr: float | None
-    factor: float
-    rule: str
-    overrides: dict[str, float | tuple[float, ...]]
-    reasons: dict[str, str]
-
-
 def decide(
     target_batch: int,
     lr_batch: int | None,
@@ -161,16 +150,11 @@ def decide(
     betas: Sequence[float] | None = None,
     eps: float | None = None,
     samples: int | None = None,
-) -> Decision:
+) -> dict[str, Any]:
     """The LR for `target_batch`, where `lr` (or the optimizer's own) was tuned at `lr_batch`; without one it is left.
 
-    Args:
-        target_batch, lr_batch: samples a step, and those at which the LR was tuned.
-        rule: one of RULES.
-        optimizer: as for `family`; one that has parameter groups gives its own lr, betas and eps where none are given.
-        lr: as tuned.
-        betas, eps: Adam's, for "adam-sde"; PyTorch's defaults stand in for an optimizer of Adam's family.
-        samples: of an epoch, for the length of the warm-up advised.
+    As a plan has it: its `lr` (scaled), `lr_scale`, `lr_rule` and `optimizer_overrides`, and `reasons` for each. The
+    arguments are those of `plan.plan`.
 
     Raises:
         PlanError: a rule that is not one, or not for this optimizer; an LR, betas or eps out of range.
@@ -202,7 +186,8 @@ def decide(
         )
     reasons = {"lr": _lr_line(lr, len(own), rule, factor, source), "lr_rule": why, **others}
     # An optimizer's own rate may be 0, until a loop that warms up by hand raises it.
-    return Decision(_rate(lr * factor) if lr else lr, factor, rule, overrides, reasons)
+    lr = _rate(lr * factor) if lr else lr
+    return {"lr": lr, "lr_scale": factor, "lr_rule": rule, "optimizer_overrides": overrides, "reasons": reasons}
 
 
 def group_settings(

@@ -195,11 +195,7 @@ def plan(
             micro_batch=0,
             accumulation_steps=0,
             micro_batches=(),
-            lr=rates.lr,
-            lr_scale=rates.factor,
-            lr_rule=rates.rule,
             lr_batch=lr_batch,
-            optimizer_overrides=rates.overrides,
             bn_momentum=None,
             layer_momentum=bn_momentum if layers != 0 else None,
             batch_norm=batch_norm,
@@ -209,8 +205,8 @@ def plan(
             multiple_of=split.whole("multiple_of", multiple_of, 1),
             tail=tail,
             samples=samples,
-            reasons={**rates.reasons, **given},
             by_length=check_room(by_length),
+            **{**rates, "reasons": {**rates["reasons"], **given}},
         )
     )
     return dataclasses.replace(arranged, reasons={**arranged.reasons, **given})

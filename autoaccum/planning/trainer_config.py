@@ -6,7 +6,6 @@ evenly there is none: the nearest target that they can is written, and said.
 """
 
 import textwrap
-from typing import NamedTuple
 
 from autoaccum.checks import one_of
 from autoaccum.errors import PlanError
@@ -18,18 +17,6 @@ __all__ = ["TRAINERS", "as_config"]
 
 _WIDTH = 78  # columns of a comment
 _TRIED = 100_000  # numbers of micro-batches that are tried for an equal split; beyond, one sample at a time
-
-
-class _Equal(NamedTuple):
-    """What such a trainer is told: `steps` micro-batches of `size` samples on each of `ranks`."""
-
-    size: int
-    steps: int
-    ranks: int
-
-    @property
-    def total(self) -> int:
-        return self.size * self.steps * self.ranks
 
 
 # What was measured of each trainer's own accumulation: tests/conformance.
@@ -82,14 +69,14 @@ def as_config(plan: PlanFields, name: str) -> str:
     """The plan in the words of the trainer called `name`: comments on what it means there, then the lines to put."""
     one_of("the trainer", name, tuple(TRAINERS), PlanError)
     template, kind, differs = TRAINERS[name]
-    equal, rate = _equal(plan), "" if plan.lr is None else number(plan.lr)
+    (size, steps), rate = _equal(plan), "" if plan.lr is None else number(plan.lr)
     lost = {
         "a replay in smaller pieces after running out of memory": True,
         "windows cut by length": bool(plan.by_length),
         "BatchNorm's pooled statistics": plan.batch_norm == "pooled" and plan.batch_norm_layers != 0,
     }
     not_there = f"not to be had there: {', '.join(what for what, is_so in lost.items() if is_so)}"
-    notes = [_split_note(plan, equal), not_there, f"there {differs}"]
+    notes = [_split_note(plan, size, steps), not_there, f"there {differs}"]
     if rate and "{lr}" not in template:
         notes.append(f"the optimizer's learning rate: {rate}")
     if plan.optimizer_overrides:
@@ -101,12 +88,12 @@ def as_config(plan: PlanFields, name: str) -> str:
     ]
     if not rate:
         template = "\n".join(line for line in template.replace("\n\n[optimizer]", "").split("\n") if "{lr}" not in line)
-    size, steps, total = equal.size, equal.steps, equal.total
+    total = size * steps * plan.world_size
     return "\n".join([*comments, template.format(kind=kind, size=size, steps=steps, total=total, lr=rate)])
 
 
-def _equal(plan: PlanFields) -> _Equal:
-    """The fewest equal micro-batches on equal ranks that hold the plan's window and fit on every rank.
+def _equal(plan: PlanFields) -> tuple[int, int]:
+    """(size, number) of the fewest equal micro-batches on equal ranks that hold the plan's window and fit on every one.
 
     Where the ranks cannot share it evenly: the nearest window that they can, in the fewest micro-batches.
     """
@@ -115,27 +102,26 @@ def _equal(plan: PlanFields) -> _Equal:
         return _nearest(plan)
     fewest = -(-share // min(plan.limits))
     steps = next((k for k in range(fewest, min(share, fewest + _TRIED) + 1) if share % k == 0), share)
-    return _Equal(share // steps, steps, plan.world_size)
+    return share // steps, steps
 
 
-def _nearest(plan: PlanFields) -> _Equal:
-    """The window nearest to the plan's in the fewest micro-batches of one size, whatever it holds."""
+def _nearest(plan: PlanFields) -> tuple[int, int]:
+    """(size, number) of the fewest micro-batches of one size, whose window is the nearest to the plan's."""
     limit, window = min(plan.limits), plan.usual_window
     steps = -(-window // (limit * plan.world_size))
-    size = min(max(round(window / (steps * plan.world_size)), 1), limit)
-    return _Equal(size, steps, plan.world_size)
+    return min(max(round(window / (steps * plan.world_size)), 1), limit), steps
 
 
-def _split_note(plan: PlanFields, equal: _Equal) -> str:
-    ranks = f" on each of {equal.ranks} processes" if equal.ranks > 1 else ""
-    told = f"{equal.total} samples a step: {equal.steps} × {equal.size}{ranks}"
-    if equal.total != plan.usual_window:
-        return f"{told}; {plan.usual_window} cannot be expressed, since {equal.ranks} processes share evenly there"
-    if set(plan.micro_batches) == {equal.size} and len(plan.micro_batches) == equal.steps:
+def _split_note(plan: PlanFields, size: int, steps: int) -> str:
+    ranks, total = plan.world_size, size * steps * plan.world_size
+    told = f"{total} samples a step: {steps} × {size}{f' on each of {ranks} processes' if ranks > 1 else ''}"
+    if total != plan.usual_window:
+        return f"{told}; {plan.usual_window} cannot be expressed, since {ranks} processes share evenly there"
+    if plan.micro_batches == (size,) * steps:
         return f"{told}, exactly as planned"
     planned = f"the plan's {len(plan.micro_batches)} micro-batches of {format_sizes(plan.micro_batches)}"
     text = f"{told}; {planned} cannot be expressed, since all are of one size there"
-    nearest = _nearest(plan)
-    if equal.steps > 2 * nearest.steps:
-        text += f", and a target of {nearest.total} would take {nearest.steps} × {nearest.size}"
+    size, fewer = _nearest(plan)
+    if steps > 2 * fewer:
+        text += f", and a target of {size * fewer * ranks} would take {fewer} × {size}"
     return text

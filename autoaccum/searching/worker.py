@@ -82,7 +82,11 @@ class Worker:
                         self._run(trial)
                     else:
                         end(study, trial, "FAIL", outcome="void")
-                self._clean()
+                # Of those that ended only the best one's weights stay, whatever a kill left behind.
+                best = best_trial(study)
+                for other in study.get_trials(deepcopy=False):
+                    if other.state.is_finished() and (best is None or other.number != best.number):
+                        weights_of(self._job.folder, other).unlink(missing_ok=True)
                 return True
         finally:
             self._lock.release()
@@ -130,13 +134,6 @@ class Worker:
             with whole_file(weights_of(job.folder, trial)) as file:
                 torch.save(tree.move(model.state_dict(), "cpu", non_blocking=False), file)
         return value
-
-    def _clean(self) -> None:
-        """Removes the weights of all trials that have ended but the best one's, whatever a kill left behind too."""
-        best = best_trial(self._study)
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.state.is_finished() and (best is None or trial.number != best.number):
-                weights_of(self._job.folder, trial).unlink(missing_ok=True)
 
     @uninterrupted
     def _began(self, trial: Any, facts: dict[str, Any]) -> None:
