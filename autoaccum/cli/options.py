@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from autoaccum.errors import MissingExtraError, SetupError
+from autoaccum.errors import MissingExtraError, PlanError, SetupError
 from autoaccum.settings import SETTINGS, taken_by
 from autoaccum.units import check_memory
 
@@ -28,7 +28,7 @@ def read_by(read: Callable[[Any], Any]) -> Callable[..., Any]:
     def callback(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         try:
             return None if value in (None, ()) else read(value)
-        except SetupError as error:
+        except (PlanError, SetupError) as error:
             raise click.BadParameter(str(error), ctx, param) from None
         except MissingExtraError as error:  # no mistake in what was written
             raise click.ClickException(str(error)) from None
