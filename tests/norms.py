@@ -1,8 +1,12 @@
 """Windows over normalisation layers, in float64: what the tests of pooled statistics share."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+
+from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 
 SIZES = (5, 4, 4)  # ragged: 13 is prime
 
@@ -22,6 +26,11 @@ def batch(*shape, samples=13, seed=1):
     data = torch.randn(samples, *shape, generator=generator)
     slope = torch.linspace(-2, 3, samples).view(-1, *(1 for _ in shape))
     return data * (1 + slope.abs()) + 4 * slope
+
+
+def pooled(model, mode="pooled", k=1):
+    """A model's pooled statistics, whose hooks leave it at the end."""
+    return contextlib.closing(PooledStatistics(model, mode, k))
 
 
 def train_window(statistics, model, samples, sizes=SIZES):

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from autoaccum.batch_norm.pooled_statistics import PooledStatistics
-from tests.norms import SIZES, assert_same, batch, float64, state, train_window  # noqa: F401, a fixture
+from tests.norms import SIZES, assert_same, batch, float64, pooled, state, train_window  # noqa: F401, a fixture
 from tests.versions import since
 
 
@@ -41,7 +40,7 @@ class Checkpointed(nn.Module):
 def test_a_recomputed_forward_counts_once(reentrant, momentum, twice, mode):
     models = [Checkpointed(kind, twice=twice, momentum=momentum) for kind in (None, reentrant)]
     for model in models:
-        with PooledStatistics(model, mode, 3) as statistics:
+        with pooled(model, mode, 3) as statistics:
             for seed in range(2):
                 train_window(statistics, model, batch(3, seed=seed))
     assert_same(models[1], state(models[0]), 1e-12)
@@ -52,7 +51,7 @@ def test_a_recomputed_forward_with_another_dropout_mask_is_not_what_counts(reent
     """The recomputation writes other statistics into the buffers; those of the forward must be committed."""
     plain, recomputed = Checkpointed(None, dropout=0.5), Checkpointed(reentrant, dropout=0.5)
     samples = batch(3)
-    with PooledStatistics(plain) as ours, PooledStatistics(recomputed) as theirs:
+    with pooled(plain) as ours, pooled(recomputed) as theirs:
         for model, statistics in ((plain, ours), (recomputed, theirs)):
             statistics.begin()
             for seed, micro in enumerate(samples.split(SIZES)):
@@ -65,7 +64,7 @@ def test_a_recomputed_forward_with_another_dropout_mask_is_not_what_counts(reent
 def test_copies_of_the_model_do_not_feed_its_statistics():
     model, whole = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
     whole(batch(3))
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
@@ -107,7 +106,7 @@ def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
     def pooled():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for _ in range(2):  # a graph serves the next owner of the same model
-            with PooledStatistics(model) as statistics:
+            with pooled(model) as statistics:
                 for seed in range(2):
                     whole(batch(3, seed=seed))
                     train_window(statistics, compiled, batch(3, seed=seed))
@@ -127,7 +126,7 @@ def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     whole(batch(3))
     compiled = torch.compile(layer, backend="aot_eager")
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         for micro in batch(3).split(SIZES):
             checkpoint(compiled, micro.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
@@ -142,6 +141,6 @@ def test_a_layer_used_twice_in_a_compiled_graph_counts_twice():
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     whole(torch.cat([batch(3), 2 * batch(3)]))
     compiled = torch.compile(lambda data: layer(data) + layer(2 * data), backend="aot_eager", fullgraph=True)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         train_window(statistics, compiled, batch(3))
     assert_same(layer, state(whole), 1e-12)

@@ -11,7 +11,7 @@ from torch import nn
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics, needs_two
 from autoaccum.errors import PlanError, SetupError
-from tests.norms import SIZES, assert_same, batch, float64, state, train_window  # noqa: F401, a fixture
+from tests.norms import SIZES, assert_same, batch, float64, pooled, state, train_window  # noqa: F401, a fixture
 
 LAYERS = {
     "BatchNorm1d on rows": (lambda **kind: nn.BatchNorm1d(3, **kind), (3,)),
@@ -30,7 +30,7 @@ LAYERS = {
 def test_a_window_leaves_what_one_update_with_the_whole_batch_leaves(kind, momentum):
     make, shape = LAYERS[kind]
     whole, layer = make(momentum=momentum), make(momentum=momentum)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         for seed, sizes in enumerate((SIZES, (2, 2, 2, 7), (13,), SIZES)):
             samples = batch(*shape, seed=seed)
             whole(samples)
@@ -45,7 +45,7 @@ def test_elements_count_not_samples_where_lengths_differ():
     elements = torch.cat([part.transpose(0, 1).reshape(3, -1) for part in (short, long)], dim=1)
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     whole(elements.T)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         layer(short), layer(long)
         statistics.commit()
@@ -57,7 +57,7 @@ def test_instances_count_not_elements_where_torch_averages_over_instances():
     short, long, lone = batch(3, 4, samples=6), batch(3, 9, samples=2, seed=2), batch(3, 5, samples=1, seed=3)[0]
     instances = [*short, *long, lone]
     layer = nn.InstanceNorm1d(3, momentum=0.25, track_running_stats=True)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         layer(short), layer(long), layer(lone)
         statistics.commit()
@@ -70,7 +70,7 @@ def test_instances_count_not_elements_where_torch_averages_over_instances():
 def test_variance_does_not_cancel_in_float32_under_a_mean_a_thousand_times_larger():
     samples = (torch.randn(64, 3) + 4000.0).float()
     layer = nn.BatchNorm1d(3, momentum=1.0, dtype=torch.float32)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         train_window(statistics, layer, samples, [8] * 8)
     torch.testing.assert_close(layer.running_var.double(), samples.double().var(0), rtol=1e-3, atol=0)
 
@@ -89,7 +89,7 @@ def test_layers_with_momenta_of_their_own_and_a_momentum_changed_between_windows
             return sum(layer(data) for layer in self.layers)
 
     whole, model = Parallel(), Parallel()
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         for seed, momentum in enumerate((0.1, 0.7, None, 0.2)):
             whole.layers[0].momentum = model.layers[0].momentum = momentum
             whole(batch(3, seed=seed))
@@ -102,7 +102,7 @@ def test_a_layer_used_twice_counts_twice_and_is_updated_once():
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     left, right = batch(3), batch(3, samples=8, seed=2)
     whole(torch.cat([left, right]))
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         for a, b in zip(left.split(SIZES), right.split((3, 3, 2))):
             layer(a), layer(b)
@@ -125,7 +125,7 @@ def test_a_layer_used_twice_among_layers_used_once():
     once(samples)
     twice(torch.cat([samples, 2 * samples]))
     never = state(model.never)
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         train_window(statistics, model, samples)
     assert_same(model.once, state(once), 1e-12)
     assert_same(model.twice, state(twice), 1e-12)
@@ -140,7 +140,7 @@ def test_low_precision_buffers_are_pooled_in_float32(dtype):
     """256 micro-batches pooled in the buffers' own type would stop moving; here the error is that of one rounding."""
     samples = (torch.randn(1024, 3) + 3).to(dtype)
     layer = nn.BatchNorm1d(3, momentum=1.0, dtype=dtype)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         train_window(statistics, layer, samples, [4] * 256)
     assert layer.running_mean.dtype == layer.running_var.dtype == dtype
     exact, half = samples.double(), 0.6 * torch.finfo(dtype).eps  # half a unit in the last place, and a little
@@ -154,7 +154,7 @@ def test_layers_of_several_types_in_one_model():
     model.forward = lambda data: sum(layer(data.to(layer.weight.dtype)).double() for layer in model)
     whole = nn.BatchNorm1d(3)
     whole(batch(3))
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         train_window(statistics, model, batch(3))
     assert_same(wide, state(whole), 1e-12)
     assert_same(narrow.double(), state(whole), 1e-6)
@@ -163,7 +163,7 @@ def test_layers_of_several_types_in_one_model():
 
 def test_buffers_replaced_between_windows_are_found():
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3, dtype=torch.float32)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         for seed in range(3):
             layer.double()
             layer.load_state_dict(state(layer), assign=True)
@@ -181,7 +181,7 @@ def test_layers_in_eval_mode_and_without_running_statistics_are_left_alone():
     frozen.eval()
     frozen.running_mean.fill_(-0.0)
     before, bits = state(frozen), frozen.running_mean.view(torch.int64).clone()
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         assert [name for name, _ in statistics.layers] == ["0", "1"]
         for _ in range(2):
             train_window(statistics, model, batch(3))
@@ -194,7 +194,7 @@ def test_the_mode_is_asked_at_each_call():
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     first, second, third = batch(3).split(SIZES)
     whole(torch.cat([first, third]))
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         layer(first)
         layer.eval()
@@ -209,7 +209,7 @@ def test_evaluation_inside_a_window_normalises_with_the_running_statistics():
     layer = nn.BatchNorm1d(3)
     samples = batch(3)
     expected = copy.deepcopy(layer).eval()(samples)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         statistics.begin()
         loss = layer(samples.clone().requires_grad_()).square().sum()
         layer.eval()
@@ -223,14 +223,14 @@ def test_a_layer_whose_tracking_is_switched_off_is_left_alone():
     layer = nn.BatchNorm1d(3)
     layer.track_running_stats = False
     before = state(layer)
-    with PooledStatistics(layer) as statistics:
+    with pooled(layer) as statistics:
         train_window(statistics, layer, batch(3))
     assert_same(layer, before)
 
 
 def test_mode_keep_touches_nothing():
     plain, model = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(3))
-    with PooledStatistics(model, "keep") as statistics:
+    with pooled(model, "keep") as statistics:
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         train_window(statistics, model, batch(3))
         for micro in batch(3).split(SIZES):
@@ -248,7 +248,7 @@ def test_mode_keep_touches_nothing():
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.0, 1.0])
 def test_mode_momentum_updates_each_micro_batch_by_the_small_momentum(momentum):
     plain, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=momentum)
-    with PooledStatistics(layer, "momentum", k=7) as statistics:
+    with pooled(layer, "momentum", k=7) as statistics:
         for k, sizes in ((3, SIZES), (1, (13,)), (2, (7, 6))):
             plain.momentum = 1 - (1 - momentum) ** (1 / k)
             statistics.begin(k)
@@ -265,7 +265,7 @@ def test_mode_momentum_averages_windows_where_momentum_is_none():
     """The cumulative average of windows of k: every window weighs the same, whatever its k."""
     layer = nn.BatchNorm1d(3, momentum=None)
     means = []
-    with PooledStatistics(layer, "momentum") as statistics:
+    with pooled(layer, "momentum") as statistics:
         for seed, sizes in enumerate((SIZES, (7, 6), SIZES)):
             statistics.begin(len(sizes))
             for micro in batch(3, seed=seed).split(sizes):
@@ -289,7 +289,7 @@ def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(
         )
 
     undisturbed, model = make(), make()
-    with PooledStatistics(undisturbed, mode, 3) as ours, PooledStatistics(model, mode, 3) as statistics:
+    with pooled(undisturbed, mode, 3) as ours, pooled(model, mode, 3) as statistics:
         for statistics_, model_ in ((ours, undisturbed), (statistics, model)):
             train_window(statistics_, model_, batch(3, seed=7))
         before = state(model)
@@ -317,7 +317,7 @@ def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(
 def test_begin_drops_a_window_that_was_left_open():
     model, undisturbed = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     undisturbed(batch(3))
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         statistics.begin()
         model(100 * batch(3))
         train_window(statistics, model, batch(3))
@@ -343,14 +343,14 @@ def test_a_window_that_another_owner_left_open_is_dropped():
 
 def test_a_momentum_that_has_no_small_one_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=1.5))
-    with PooledStatistics(model, "momentum", 4) as statistics, pytest.raises(PlanError):
+    with pooled(model, "momentum", 4) as statistics, pytest.raises(PlanError):
         statistics.begin()
     assert [layer.momentum for layer in model] == [0.1, 1.5]
 
 
 def test_a_lazy_layer_is_refused_until_it_has_its_shape():
     model = nn.LazyBatchNorm1d()
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         with pytest.raises(SetupError, match="has no shape yet: run one batch"):
             statistics.begin()
         model(batch(3))
@@ -374,7 +374,7 @@ def test_close_in_mid_window_discards_and_leaves_no_hook():
 def test_between_windows_the_model_is_its_own():
     """A forward in training mode outside a window updates as torch does, momentum and all."""
     plain, model = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    with PooledStatistics(model):
+    with pooled(model):
         plain(batch(3)), model(batch(3))
         assert_same(model, state(plain))
 
@@ -382,7 +382,7 @@ def test_between_windows_the_model_is_its_own():
 def test_a_forward_that_bypasses_the_hooks_is_an_error_not_a_loss():
     model = nn.Sequential(nn.BatchNorm1d(3))
     before = state(model)
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         statistics.begin()
         model[0].forward(batch(3))
         with pytest.raises(SetupError, match=r"'0' ran in this window, but not through its hooks"):
@@ -400,7 +400,7 @@ def test_an_unknown_mode_and_a_commit_without_a_window_are_refused():
 
 def test_a_model_without_such_layers_costs_nothing():
     model = nn.Linear(3, 3)
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         train_window(statistics, model, batch(3))
         assert statistics.layers == []
         assert not model._forward_hooks

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from tests.norms import pooled
 from tests.ranks_started import started
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is built without torch.distributed")
@@ -69,13 +69,13 @@ def work(rank, folder):
 
     for name, sizes in (("unequal", UNEQUAL), ("idle", IDLE)):
         model = Parallel()
-        with PooledStatistics(model) as statistics:
+        with pooled(model) as statistics:
             for seed in range(2):
                 window(statistics, model, data(rank, sizes[rank], seed))
         found[name] = model.state_dict()
 
     model = nn.Sequential(Gathering(3, momentum=0.4).double())
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         found["talks"] = statistics.synchronised
         window(statistics, model, data(rank, SYNCHRONISED[rank]))
     found["synchronised"] = model.state_dict()
@@ -83,7 +83,7 @@ def work(rank, folder):
     model = DistributedDataParallel(
         Parallel(), find_unused_parameters=True
     )  # broadcasts rank 0's buffers before each forward
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         statistics.begin()
         for micro in data(rank, SYNCHRONISED[rank]):
             model(micro).sum().backward()
@@ -91,7 +91,7 @@ def work(rank, folder):
     found["ddp"] = model.module.state_dict()
 
     model = Parallel()
-    with PooledStatistics(model, "momentum", k=len(UNEQUAL[rank])) as statistics:
+    with pooled(model, "momentum", k=len(UNEQUAL[rank])) as statistics:
         window(statistics, model, data(rank, UNEQUAL[rank]))
     found["momentum"] = model.state_dict()
 

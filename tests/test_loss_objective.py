@@ -74,7 +74,7 @@ def accumulated(objective, batch, sizes=SIZES):
     """As a window does."""
     objective.model.zero_grad()
     micros = tree.split(batch, sizes)
-    sums = WindowSums(micros, objective, objective.prepare(micros), Ranks())
+    sums = WindowSums(micros, objective, objective.prepare(micros), Ranks(), "a window")
     for micro in micros:
         terms = objective.terms(micro, sums.own, micro)
         parts = sums.enter(terms)

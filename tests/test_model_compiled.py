@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.batch_norm.pooled_statistics import PooledStatistics
 from autoaccum.errors import SetupError
 from autoaccum.model import compiled as compiled_module
 from autoaccum.model.compiled import Compiled
 from autoaccum.model.memory_savers import installed
+from tests.norms import pooled
 from tests.versions import since
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="torch.compile is tried on Linux and macOS")
@@ -124,7 +124,7 @@ def test_pooled_statistics_are_the_eager_ones_and_their_momentum_compiles_nothin
     states = []
     for model in (plain, changed):
         wrapped = Compiled(model, told.append) if model is changed else None
-        with PooledStatistics(model) as statistics:
+        with pooled(model) as statistics:
             for window in range(3):
                 statistics.begin()
                 for piece in (slice(0, 20), slice(20, 37), slice(37, 50 - window)):

@@ -61,11 +61,6 @@ class NormLayer:
         """Whether torch counts this layer's batches; it does not for InstanceNorm, which has the counter."""
         return not self.per_instance and self.buffers[2] is not None
 
-    @property
-    def effective_momentum(self) -> float | None:
-        """The layer's momentum as torch uses it: None where torch cannot average is 0."""
-        return self.momentum if self.momentum is not None or self.counts_batches else 0.0
-
     def prepare(self, mode: str, k: int) -> None:
         """Reads the layer's own momentum, and finds the one for a window of `k` micro-batches."""
         self.momentum = self.module.momentum

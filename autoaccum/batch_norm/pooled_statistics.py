@@ -7,19 +7,18 @@ and the pool is committed once, with the layer's own momentum.
 
 Choices:
 
-- Momentum is 1 only between `begin` and `commit` or `discard`. Outside windows a layer shows its own momentum and its
-  own statistics, so that evaluation, checkpoints, exports, copies and a schedule of the momentum see nothing of this;
-  a compiled model then has a graph for training and one for evaluation, which it has anyway.
+- Momentum is 1 only between `begin` and `commit` or `discard`: evaluation, checkpoints, exports, copies and a schedule
+  of the momentum see nothing of this, and a compiled model has no more graphs than it has anyway.
 - The hooks stay from the first `begin` to `close`: torch.compile does not guard hooks, and might not see later ones.
-- All layers are pooled together once a micro-batch, when the model's forward ends; sooner only if a layer is called a
-  second time. A layer that is used twice counts twice, and is still updated once.
-- Which layers count is decided at each call: one in eval mode then, or without running statistics, is left alone.
+- All layers are pooled together when the model's forward ends, sooner only if a layer is called a second time. One that
+  is used twice counts twice, and is still updated once; one in eval mode or without running statistics is left alone.
 - Over ranks the pools are summed, SyncBatchNorm's among them: each rank brings its own elements, so none counts twice.
 - Buffers in bfloat16 or half are pooled in float32; what a call left in them was rounded to their type by torch.
 - Mode "momentum" lets each micro-batch update with 1 − (1 − m)^(1/k), and counts one batch a window; with momentum None
   the average is kept over windows of k. Over ranks the buffers are averaged. Mode "keep" touches nothing.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,15 +42,6 @@ _WHAT = "BatchNorm's statistics"
 class PooledStatistics:
     """The running statistics of a model's normalisation layers, updated once a window.
 
-    ```python
-    with PooledStatistics(model) as statistics:
-        for window in windows:
-            statistics.begin()
-            for micro in window:
-                loss(model(micro)).backward()
-            statistics.commit()
-    ```
-
     Attributes:
         layers: name and module of each BatchNorm, SyncBatchNorm and InstanceNorm layer with running statistics.
         k: micro-batches in a window, for mode "momentum".
@@ -69,12 +59,11 @@ class PooledStatistics:
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)
         ]
-        self._layers: list[NormLayer] = []
         self._end_windows()
         hooked = [] if mode == "keep" else self.layers
         self._layers = [NormLayer(self, name, module) for name, module in hooked]
         self._groups: list[tuple[Pool, list[NormLayer]]] = []
-        self._pooled_buffers: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._pooled_buffers: list[Tensor | None] = []
         self._model = model
         self._hooks: list[Any] = []
 
@@ -91,9 +80,6 @@ class PooledStatistics:
         """
         self._end_windows()
         self.k = self.k if k is None else k
-        if not self._layers:
-            self.is_open = True
-            return
         self._attach()
         self._regroup()
         for pool, _ in self._groups:
@@ -104,11 +90,9 @@ class PooledStatistics:
         for layer in self._layers:
             layer.open()
         if self.mode == "momentum":  # with a cumulative average, call i after w windows of k gets 1 / (k·w + i)
-            for pool, layers in self._groups:
-                averaging = [
-                    place for place, layer in enumerate(layers) if layer.momentum is None and layer.counts_batches
-                ]
-                pool.scale_batches(self.k, averaging)
+            for layer in self._layers:
+                if layer.momentum is None and layer.counts_batches:
+                    layer.module.num_batches_tracked.data.mul_(self.k)
 
     def commit(self, ranks: Ranks | None = None) -> None:
         """Closes the window: one update of each layer that was called, on this rank or another of `ranks`.
@@ -118,12 +102,11 @@ class PooledStatistics:
         """
         if not self.is_open:
             raise SetupError("there are no statistics to commit: call begin() before the window's first micro-batch")
-        if self._layers:
-            self.collect()
-            ranks = ranks if ranks is not None else here()
-            totals = [self._totals(pool, layers, ranks) for pool, layers in self._groups]
-            for (pool, layers), own in zip(self._groups, totals):
-                self._commit(pool, layers, own, ranks)
+        self.collect()
+        ranks = ranks if ranks is not None else here()
+        totals = [self._totals(pool, layers, ranks) for pool, layers in self._groups]
+        for (pool, layers), own in zip(self._groups, totals):
+            self._commit(pool, layers, own, ranks)
         self._end()
 
     def discard(self) -> None:
@@ -131,6 +114,7 @@ class PooledStatistics:
         if self.is_open:
             for pool, _ in self._groups:
                 pool.put_back()
+                pool.put_back_batches()
             self._end()
 
     def close(self) -> None:
@@ -139,12 +123,6 @@ class PooledStatistics:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-    def __enter__(self) -> "PooledStatistics":
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.close()
 
     # For the layers' hooks.
 
@@ -155,30 +133,27 @@ class PooledStatistics:
         self.pending = False
         for pool, layers in self._groups:
             calls = {place: layer.call for place, layer in enumerate(layers) if layer.call is not None}
-            if self.mode == "pooled" and calls:
-                pool.add(calls)
+            if calls:
+                pool.add(calls, counts_only=self.mode == "momentum")
             for place in calls:
-                if self.mode == "momentum":
-                    pool.elements[place] += calls[place][0]
                 layers[place].call = None
 
     def put_back(self, layer: NormLayer) -> None:
         """Gives one layer the running statistics that it had at `begin`, for a call in eval mode."""
         for pool, layers in self._groups:
             if layer in layers:
-                pool.put_back_one(layers.index(layer))
+                pool.put_back(layers.index(layer))
         layer.dirty = False
 
     # Parts.
 
     def _attach(self) -> None:
         """Puts the hooks on, unless they are: before the model is first compiled, which would not see them later."""
-        if self._hooks or not self._layers:
-            return
-        for layer in self._layers:
-            self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
-            self._hooks.append(layer.module.register_forward_hook(layer.after))
-        self._hooks.append(self._model.register_forward_hook(self._layers[0].after_model))
+        if self._layers and not self._hooks:
+            for layer in self._layers:
+                self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
+                self._hooks.append(layer.module.register_forward_hook(layer.after))
+            self._hooks.append(self._model.register_forward_hook(self._layers[0].after_model))
 
     def _end_windows(self) -> None:
         self.discard()
@@ -191,13 +166,12 @@ class PooledStatistics:
         Raises:
             SetupError: a lazy layer has no buffers yet.
         """
-        buffers = [layer.buffers for layer in self._layers]
-        if len(buffers) == len(self._pooled_buffers) and all(
-            new is old for now, then in zip(buffers, self._pooled_buffers) for new, old in zip(now, then)
-        ):
+        buffers = [buffer for layer in self._layers for buffer in layer.buffers]
+        if len(buffers) == len(self._pooled_buffers) and all(map(operator.is_, buffers, self._pooled_buffers)):
             return
         alike: dict[tuple[torch.device, torch.dtype], list[NormLayer]] = {}
-        for layer, (mean, _, _) in zip(self._layers, buffers):
+        for layer in self._layers:
+            mean = layer.buffers[0]
             if is_lazy(mean):
                 raise SetupError(
                     f"layer {layer.name!r} has no shape yet: run one batch through the model before training, so that "
@@ -211,7 +185,7 @@ class PooledStatistics:
         """For each layer, the elements of the window over all ranks, checked to be all there are."""
         silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
         # Asks the device, so only where there is something odd: in training mode, and not called.
-        ran = silent.intersection(pool.counted()) if silent else set()
+        ran = silent.intersection(pool.counted()) if silent else ()
         elements, unseen = pool.elements, [int(place in ran) for place in range(len(layers))]
         if ranks.size > 1:
             sums = torch.tensor([elements, unseen], device=pool.means[0].device)
@@ -228,16 +202,17 @@ class PooledStatistics:
         return elements
 
     def _commit(self, pool: Pool, layers: list[NormLayer], totals: list[int], ranks: Ranks) -> None:
-        if self.mode == "momentum":
-            if ranks.size > 1:
-                pool.average(ranks, totals)
-        else:
-            if ranks.size > 1:
-                ranks.sum(_WHAT, pool.weigh(totals))
-                ranks.sum(_WHAT, [pool.spread()])
+        if ranks.size > 1 and self.mode == "momentum":
+            ranks.sum(_WHAT, [buffers := pool.weighed_buffers(totals)])
+            pool.write(buffers, totals)
+        elif ranks.size > 1:
+            ranks.sum(_WHAT, pool.weigh(totals))
+            ranks.sum(_WHAT, [pool.spread()])
+        if self.mode != "momentum":
             pool.update(
                 totals,
-                momenta=[layer.effective_momentum for layer in layers],
+                # None, where torch cannot average, is 0.
+                momenta=[each.momentum if each.counts_batches else each.momentum or 0.0 for each in layers],
                 instances=[layer.per_instance for layer in layers],
                 corrections=[1.0 / sharers(layer.module) for layer in layers],
             )
@@ -251,23 +226,17 @@ class PooledStatistics:
 
 def needs_two(error: BaseException) -> bool:
     """Whether `error` is a BatchNorm layer's refusal of one value per channel: a micro-batch of 2 may pass then."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if "Expected more than 1 value per channel" in str(seen):
-            return True
-        seen = seen.__cause__
-    return False
+    return "Expected more than 1 value per channel" in str(error) or (
+        error.__cause__ is not None and needs_two(error.__cause__)
+    )
 
 
 def expect_equal_counts(model: nn.Module, made: Plan) -> None:
     """Where SyncBatchNorm meets the other ranks in each micro-batch: that all have as many, in every window."""
     if not any(sharers(module) > 1 for module in model.modules()):
         return
-    sizes = {
-        made.target_batch,
-        *(() if made.samples is None else (size for size, _ in made.windows.runs(made.samples))),
-    }
-    for size in sorted(sizes, reverse=True):
+    runs = () if made.samples is None else made.windows.runs(made.samples)
+    for size in sorted({made.target_batch, *(size for size, _ in runs)}, reverse=True):
         found = counts(size, made.limits, minimum=made.minimum)
         if len(set(found)) > 1:
             raise PlanError(unequal(f"a window of {size} samples", found))

@@ -28,8 +28,6 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from autoaccum.ranks import Ranks
-
 __all__ = ["Pool"]
 
 _KEPT_FACTORS = 64
@@ -63,14 +61,9 @@ class Pool:
         self._sums.zero_()
         self.elements = [0] * len(self.sizes)
 
-    def put_back(self) -> None:
-        """Gives the buffers what they held at `begin`, bit for bit."""
-        self._write(self._start, range(len(self.sizes)))
-        self.put_back_batches()
-
-    def put_back_one(self, place: int) -> None:
-        """Puts one layer's mean and variance back to what they were at `begin`."""
-        self._write(self._start, (place,))
+    def put_back(self, *places: int) -> None:
+        """Gives some layers' buffers of mean and variance what they held at `begin`, bit for bit; none named: all."""
+        self._write(self._start, places or range(len(self.sizes)))
 
     def put_back_batches(self, plus_one: Container[int] = ()) -> None:
         """Puts `num_batches_tracked` back to what it was at `begin`, with one batch more for some layers."""
@@ -81,12 +74,6 @@ class Pool:
             if any(more) and not all(more):
                 torch._foreach_add_([count.data for place, count in self.batches.items() if place in plus_one], 1)
 
-    def scale_batches(self, factor: int, places: Container[int]) -> None:
-        """Multiplies the batches that some layers have counted, until they are put back."""
-        for place, count in self.batches.items():
-            if place in places:
-                count.data.mul_(factor)
-
     def counted(self) -> list[int]:
         """The layers whose `num_batches_tracked` has moved since `begin`. Waits for the device."""
         if not self.batches:
@@ -96,28 +83,24 @@ class Pool:
 
     # In a window.
 
-    def add(self, calls: Mapping[int, tuple[int, Tensor, Tensor]]) -> None:
-        """Enters one call for each of some layers: place -> (elements, mean, unbiased variance)."""
-        every = len(calls) == len(self.sizes)
-        if every:
-            means = [calls[place][1] for place in range(len(calls))]
-            variances = [calls[place][2] for place in range(len(calls))]
-        else:  # a layer that was not called weighs 0, with its own sums for data
+    def add(self, calls: Mapping[int, tuple[int, Tensor, Tensor]], *, counts_only: bool = False) -> None:
+        """Enters one call for each of some layers: place -> (elements, mean, unbiased variance); or its elements."""
+        means, variances = [*self.means], [*self.variances]
+        if len(calls) < len(self.sizes):  # a layer that was not called weighs 0, with its own sums for data
             means, variances = self._parts(self._mean), self._parts(self._within)
-            for place, (_, mean, variance) in calls.items():
-                means[place], variances[place] = mean, variance
-        weights = [0.0] * len(self.sizes)
-        for place, (elements, _, _) in calls.items():
+        weights, called = [0.0] * len(self.sizes), [0.0] * len(self.sizes)
+        for place, (elements, mean, variance) in calls.items():
             self.elements[place] += elements
-            weights[place] = elements / (self.elements[place] or 1)
-        weight = self._factor(weights)
-        called = 1.0 if every else self._factor([float(place in calls) for place in range(len(self.sizes))])
-        new = self._flat(means, variances)
+            weights[place], called[place] = elements / (self.elements[place] or 1), 1.0
+            means[place], variances[place] = mean, variance
+        if counts_only:
+            return
+        weight, new = self._factor(weights), self._flat(means, variances)
         mean, variance = new.unbind()
         away = mean - self._mean
         self._between.addcmul_(away * weight, away).mul_(1.0 - weight)
         self._moments.lerp_(new, weight)
-        _add(self._unit, variance, called)
+        _add(self._unit, variance, self._factor(called))
 
     # At a window's end.
 
@@ -157,14 +140,16 @@ class Pool:
         self._within.mul_(self._factor(whole))
         _add(self._within, self._between, self._factor(between))
         _add(self._within, self._unit, self._factor(unit))
-        self._write(torch.lerp(self._start, self._moments, self._momentum(momenta)), _where(totals))
+        self.write(torch.lerp(self._start, self._moments, self._momentum(momenta)), totals)
         self._write(self._start, [place for place, total in enumerate(totals) if not total])
 
-    def average(self, ranks: Ranks, totals: Sequence[int]) -> None:
-        """Averages the buffers themselves over the ranks, by the elements that each of them saw."""
-        buffers = self._flat(self.means, self.variances) * self._shares(totals)
-        ranks.sum("BatchNorm's statistics", [buffers])
-        self._write(buffers, _where(totals))
+    def weighed_buffers(self, totals: Sequence[int]) -> Tensor:
+        """The buffers themselves, weighed by this rank's share of all ranks' elements; to be summed over ranks."""
+        return self._flat(self.means, self.variances) * self._shares(totals)
+
+    def write(self, flat: Tensor, totals: Sequence[int]) -> None:
+        """Writes [mean, variance] to the buffers of the layers that have elements."""
+        self._write(flat, [place for place, total in enumerate(totals) if total])
 
     # Parts.
 
@@ -217,10 +202,6 @@ def _add(into: Tensor, other: Tensor, factor: float | Tensor) -> None:
         into.addcmul_(other, factor)
     else:
         into.add_(other, alpha=factor)
-
-
-def _where(totals: Sequence[int]) -> list[int]:
-    return [place for place, total in enumerate(totals) if total]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
 _WHERE = "verify"  # ranks of a sharded model that exchange something
 _SAMPLED_ELEMENTS = 2**14  # of each parameter, for the cause
 
-Gradient = list[Tensor | None]  # a parameter each; nothing at all where no target counts
+Gradient = list[Tensor]  # of each parameter; one dimension, dense, real, 32 bits or more; zeros where there is none
 
 
 class Difference(NamedTuple):
@@ -69,8 +70,8 @@ class PartFailed(Exception):
         self.raised = raised
 
 
-class Bench(ExitStack):
-    """A model held still while windows are run on it; a context.
+class Bench:
+    """A model held still while windows are run on it.
 
     Attributes:
         samples: of the whole batch.
@@ -82,6 +83,7 @@ class Bench(ExitStack):
 
     def __init__(
         self,
+        stack: ExitStack,
         model: nn.Module,
         objective: Objective,
         batch: Any,
@@ -90,46 +92,36 @@ class Bench(ExitStack):
         optimizer: Optimizer | None,
         precision: str,
     ) -> None:
-        """Changes nothing until it is entered; `samples` are chosen from `batch`, on the host."""
-        super().__init__()
-        self.objective, self.samples, self.precision = objective, samples, precision
-        self._model, self._batch, self._device = model, batch, device
-        self._modules = objective.modules
-        self._parameters = list(dict.fromkeys(trained_parameters(model, objective.loss)))
-        trained = len(self._parameters)
-        if optimizer is not None:
-            stepped = {id(parameter) for parameter in optimizer_parameters(optimizer)}
-            self._parameters = [p for p in self._parameters if id(p) in stepped] or self._parameters
-        self.partial = len(self._parameters) < trained
-
-    def __enter__(self) -> "Bench":
-        with ExitStack() as stack:
-            self._taken = _Taken(self._parameters)
-            # All ranks of a sharded model run the same windows of the same samples, and see the same of them.
-            self._ranks = here(self._device) if is_sharded(self._model) else Ranks()
-            size = self._ranks.size
-            snapshot = interruptible(Snapshot, self._model, self._taken, *self.objective.owners, device=self._device)
-            stack.enter_context(snapshot).set_gradients_aside()
-            self.fixed = stack.enter_context(Determinism(*self._modules, samples=self.samples, device=self._device))
-            self._accumulator = Accumulator(
-                self._model,
-                self._taken,
-                plan(self.samples, self.samples * size, world_size=size, rank=self._ranks.rank, batch_norm="keep"),
-                objective=self.objective,
-                precision=self.precision,
-                on_nonfinite="skip",
-                device=self._device,
-                ranks=self._ranks,
-            )
-            stack.callback(self._accumulator.close)
-            stack.callback(setattr, self.objective, "compares", self.objective.compares)
-            self.objective.compares = False
-            self._accumulator.noise_scale.why_not = "nothing is trained"
-            self.precision = self._accumulator.precision.name
-            self.objective.settle([self._batch], self.samples, self.fixed.begin)
-            self._batch = _arranged(self.objective, self._batch, self.samples)
-            self.push(stack.pop_all())
-        return self
+        """Holds the model still until `stack` is closed; `samples` are chosen from `batch`, on the host."""
+        self.objective, self.samples, self._device, self._modules = objective, samples, device, objective.modules
+        trained = list(dict.fromkeys(trained_parameters(model, objective.loss)))
+        stepped = set(trained if optimizer is None else optimizer_parameters(optimizer))
+        self._parameters = [parameter for parameter in trained if parameter in stepped] or trained
+        self.partial = len(self._parameters) < len(trained)
+        self._taken = _Taken(self._parameters)
+        # All ranks of a sharded model run the same windows of the same samples, and see the same of them.
+        self._ranks = here(device) if is_sharded(model) else Ranks()
+        size = self._ranks.size
+        snapshot = interruptible(Snapshot, model, self._taken, *objective.owners, device=device)
+        stack.enter_context(snapshot).set_gradients_aside()
+        self.fixed = stack.enter_context(Determinism(*self._modules, samples=samples, device=device))
+        self._accumulator = Accumulator(
+            model,
+            self._taken,
+            plan(samples, samples * size, world_size=size, rank=self._ranks.rank, batch_norm="keep"),
+            objective=objective,
+            precision=precision,
+            on_nonfinite="skip",
+            device=device,
+            ranks=self._ranks,
+        )
+        stack.callback(self._accumulator.close)
+        stack.callback(setattr, objective, "compares", objective.compares)
+        objective.compares = False
+        self._accumulator.noise_scale.why_not = "nothing is trained"
+        self.precision = self._accumulator.precision.name
+        objective.settle([batch], samples, self.fixed.begin)
+        self._batch = _arranged(objective, batch, samples)
 
     def batch(self, rows: Sequence[int]) -> Any:
         """The samples at these places, on the host."""
@@ -144,16 +136,11 @@ class Bench(ExitStack):
         """
         accumulator = self._accumulator
         batches = [self.batch(rows) for rows in pieces]
+        accumulator.at_once = len(pieces) == 1
         for _ in range(_FP16_ATTEMPTS):
             self._taken.gradient = None
             order = cycle(pieces)  # a pass that reads, and a loss that compares samples, run them all once more
-
-            def begin(phase: str, order: Iterator[Sequence[int]] = order) -> None:
-                if phase == "batch":
-                    self.fixed.begin(next(order), seed=seed)
-
-            accumulator.on_phase = begin
-            accumulator.at_once = len(pieces) == 1
+            accumulator.on_phase = partial(self._begin, order, seed)
             accumulator.open(batches)
             try:
                 accumulator.run(batches)
@@ -163,14 +150,23 @@ class Bench(ExitStack):
             record = accumulator.finish()
             found = self._taken.gradient
             if found is not None:
-                finite = all(math.isfinite(float(flat.norm())) for flat in self._flat(found))
+                finite = all(math.isfinite(float(flat.norm())) for flat in found)
                 return found if not self._ranks.any(_WHERE, not finite) else "the gradient is not finite"
             if not math.isfinite(record.loss):
                 return f"the loss is {record.loss}"
             if not accumulator.precision.scaler.is_enabled():
                 norm = record.grad_norm
-                return [] if norm is None or math.isfinite(norm) else "the gradient is not finite"
+                return self.nothing if norm is None or math.isfinite(norm) else "the gradient is not finite"
         return "its fp16 gradients overflow at every loss scale"
+
+    def _begin(self, order: Iterator[Sequence[int]], seed: int | None, phase: str) -> None:
+        if phase == "batch":
+            self.fixed.begin(next(order), seed=seed)
+
+    @property
+    def nothing(self) -> Gradient:
+        """Zeros, as where no target counts."""
+        return [_flat(parameter, None) for parameter in self._parameters]
 
     def part(self, pieces: Sequence[Sequence[int]]) -> Gradient:
         """`window`, after the whole batch could be run.
@@ -202,9 +198,9 @@ class Bench(ExitStack):
             self.window(pieces)
             plain.append(time.perf_counter() - began)
             began = time.perf_counter()
-            for rows, batch in zip(pieces, batches, strict=True):
-                self.fixed.begin(rows)
-                with torch.no_grad(), self._accumulator.precision.autocast():
+            with torch.no_grad(), self._accumulator.precision.autocast():
+                for rows, batch in zip(pieces, batches, strict=True):
+                    self.fixed.begin(rows)
                     self.objective.forward(batch)
             if self._device.type != "cpu":
                 torch.get_device_module(self._device).synchronize(self._device)
@@ -214,7 +210,7 @@ class Bench(ExitStack):
     def difference(self, gradient: Gradient, reference: Gradient) -> Difference:
         """Compares, a parameter at a time, where `gradient` lies."""
         rows = []
-        for own, other in zip(self._flat(gradient), self._flat(reference), strict=True):
+        for own, other in zip(gradient, reference, strict=True):
             expected = other.to(own.device)
             product = float((own * expected).sum())  # in pairs, which torch.dot does not
             rows.append((float((own - expected).norm()) ** 2, product, float(expected.norm()) ** 2))
@@ -233,22 +229,11 @@ class Bench(ExitStack):
 
     def sampled(self, gradient: Gradient) -> Tensor:
         """A vector on the host, in double precision: of each parameter evenly spaced elements, at most 16384."""
-        flats = self._flat(gradient)
-        own = torch.cat([flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double() for flat in flats])
+        own = torch.cat([flat[:: -(-flat.numel() // _SAMPLED_ELEMENTS) or 1].cpu().double() for flat in gradient])
         if self._ranks.size == 1:
             return own
         messages = self._ranks.collect(_WHERE, bytes_of(own))
         return torch.frombuffer(bytearray(b"".join(messages)), dtype=torch.float64)
-
-    def _flat(self, gradient: Gradient) -> Iterator[Tensor]:
-        """Each parameter's: one dimension, dense, real, 32 bits or more; zeros where there is no gradient."""
-        for parameter, found in zip(self._parameters, gradient or [None] * len(self._parameters), strict=True):
-            flat = torch.zeros_like(local(parameter)) if found is None else found.detach()
-            if flat.layout is not torch.strided:
-                flat = flat.to_dense()
-            if flat.is_complex():
-                flat = torch.view_as_real(flat)
-            yield flat.reshape(-1) if flat.dtype == torch.float64 else flat.reshape(-1).float()
 
     @property
     def rounding(self) -> float:
@@ -265,8 +250,16 @@ class _Taken(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Changes no parameter."""
-        gradients = [parameter.grad for parameter in optimizer_parameters(self)]
-        self.gradient = [None if gradient is None else local(gradient) for gradient in gradients]
+        self.gradient = [_flat(parameter, parameter.grad) for parameter in optimizer_parameters(self)]
+
+
+def _flat(parameter: nn.Parameter, gradient: Tensor | None) -> Tensor:
+    """What this rank has of a parameter's gradient, as an element of Gradient."""
+    flat = torch.zeros_like(local(parameter)) if gradient is None else local(gradient)
+    flat = flat.detach().to_dense()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    return flat.reshape(-1) if flat.dtype == torch.float64 else flat.reshape(-1).float()
 
 
 def _arranged(objective: Objective, batch: Any, samples: int) -> Any:

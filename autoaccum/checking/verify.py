@@ -11,6 +11,7 @@ doubted; doubted is what the parts' losses are weighted with.
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -118,7 +119,8 @@ def verify_gradient(
             "tensors, and tuples, dicts or dataclasses of them, can be cut"
         )
     name = precision.name if isinstance(precision, Precision) else precision or "auto"
-    with Bench(model, objective, batch, samples, torch.device(device), optimizer, name) as bench:
+    with ExitStack() as stack:
+        bench = Bench(stack, model, objective, batch, samples, torch.device(device), optimizer, name)
         return _Examination(bench, tuple(sizes) if sizes is not None else ragged(samples)).report()
 
 
@@ -140,9 +142,7 @@ class _Examination:
         found, reading = self._report(), self._bench.objective.reading
         alike = found.verifiable or not self._shown  # by chance
         if found.ok and reading.is_no_mean and alike and not self._bench.partial:
-            diagnosis = no_mean(reading.unseen or "")
-            text = f"{self._split}: these need not differ, and the loss does over others.\nLikely cause: "
-            return VerifyReport(False, True, None, None, diagnosis.cause, None, text + diagnosis.text)
+            return self._refused("these need not differ, and the loss does over others", no_mean(reading.unseen or ""))
         return found
 
     def _report(self) -> VerifyReport:
@@ -154,7 +154,7 @@ class _Examination:
                 f"not verifiable: {first} over {bench.samples} samples, before any training: see that the data and the "
                 "loss hold no NaN"
             )
-        self._reference = [None if gradient is None else gradient.detach().cpu() for gradient in first]
+        self._reference = [gradient.cpu() for gradient in first]
         del first
         self._allow(bench.rounding / _NOISE_FACTOR)
         repeated = self._compare(bench.window([self._whole]))
@@ -171,9 +171,7 @@ class _Examination:
             split = self._compare(bench.part(self._pieces))
             return self._passed(split) if split.error <= self._tolerance else self._doubted(split)
         except PartFailed as failure:
-            diagnosis = self._of_failure(failure)
-            text = f"{self._split}: only the first can be run.\nLikely cause: {diagnosis.text}"
-            return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
+            return self._refused("only the first can be run", self._of_failure(failure))
 
     def _compare(self, gradient: Gradient | str) -> Difference:
         if isinstance(gradient, str):
@@ -195,7 +193,7 @@ class _Examination:
                 if failure.raised:
                     raise
                 self._unfit = failure
-                found.append(self._bench.sampled([]))
+                found.append(self._bench.sampled(self._bench.nothing))
         return found
 
     def _doubted(self, split: Difference) -> VerifyReport:
@@ -213,7 +211,16 @@ class _Examination:
         if suspected and not self._compare(bench.window([self._whole], seed=1)).error <= self._tolerance:
             return self._random(order)
         if order > _HOPELESS:
-            return self._failed(split, _of_order(order))
+            return self._failed(
+                split,
+                Diagnosis(
+                    Cause.COUPLED,
+                    "a batch-coupled loss: the same samples in another order give another gradient (by "
+                    f"{order:.2g}), so the model or the loss mixes neighbouring samples; accumulating cannot be right."
+                    "\nSee that dimension 0 is the samples everywhere (an RNN needs batch_first=True), or use a "
+                    "micro-batch as large as the target batch",
+                ),
+            )
         self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
         if split.error <= self._tolerance:
             return self._passed(split)
@@ -285,22 +292,17 @@ class _Examination:
         )
         return VerifyReport(False, True, split.error, split.ratio, diagnosis.cause, split.worst, text)
 
+    def _refused(self, what: str, diagnosis: Diagnosis) -> VerifyReport:
+        text = f"{self._split}: {what}.\nLikely cause: {diagnosis.text}"
+        return VerifyReport(False, True, None, None, diagnosis.cause, None, text)
+
     def _random(self, noise: float) -> VerifyReport:
-        text = (
+        return _unverifiable(
             f"not verifiable: the same {self._bench.samples} samples give gradients that differ by {noise:.2g} of "
-            "their norm, through randomness that cannot be switched off; torch's own functions could be fixed"
+            "their norm, through randomness that cannot be switched off; torch's own functions could be fixed",
+            Cause.RANDOM,
         )
-        return VerifyReport(True, False, None, None, Cause.RANDOM, None, text)
 
 
-def _of_order(order: float) -> Diagnosis:
-    return Diagnosis(
-        Cause.COUPLED,
-        f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so the model "
-        "or the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 is the samples "
-        "everywhere (an RNN needs batch_first=True), or use a micro-batch as large as the target batch",
-    )
-
-
-def _unverifiable(text: str) -> VerifyReport:
-    return VerifyReport(True, False, None, None, None, None, text)
+def _unverifiable(text: str, cause: str | None = None) -> VerifyReport:
+    return VerifyReport(True, False, None, None, cause, None, text)

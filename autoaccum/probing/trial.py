@@ -36,7 +36,8 @@ from autoaccum.probing.gradients import WindowGradients
 from autoaccum.probing.journal import Journal
 from autoaccum.probing.outcome import FITS, KILLED, OUT_OF_MEMORY, OVER_BUDGET, RanOutElsewhere, Trial
 from autoaccum.ranks import Ranks
-from autoaccum.window.accumulate import Accumulator, ignore
+from autoaccum.window.accumulate import Accumulator
+from autoaccum.window.passes import ignore
 
 __all__ = ["Bench", "hold_still"]
 

@@ -167,7 +167,7 @@ class Evaluator:
                     for batch in batches:
                         forward(batch)
                 else:
-                    sharded.run(batches, passes, forward, self._forward_of_nothing, ())
+                    sharded.run(batches, passes, forward, self._forward_of_nothing)
             except Exception as error:
                 if out_of_memory(error) is not Verdict.SURELY:
                     raise

@@ -15,14 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autoaccum.batch_norm.pooled_statistics import PooledStatistics, unequal
-from autoaccum.checks import check_kind, check_switches, one_of
+from autoaccum.batch_norm.pooled_statistics import unequal
 from autoaccum.data import tree
-from autoaccum.data.per_sample import ListReader
 from autoaccum.data.structure import plain
 from autoaccum.errors import CheckpointError, LossError, SetupError
 from autoaccum.interrupts import uninterrupted
@@ -30,41 +27,17 @@ from autoaccum.loss.call import scalar
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import read
 from autoaccum.loss.mean import Mean
-from autoaccum.loss.objective import Objective
-from autoaccum.memory.device import open_device
-from autoaccum.model.optimizer import (
-    check_model,
-    check_no_gradient,
-    check_optimizer,
-    check_ranks,
-    check_schedule,
-)
-from autoaccum.model.precision import Precision, clip_by_norm, prepared_by, scaled_step
+from autoaccum.model.optimizer import check_no_gradient
+from autoaccum.model.precision import clip_by_norm, scaled_step
 from autoaccum.model.shards import local
-from autoaccum.planning.plan import Plan
-from autoaccum.ranks import Ranks, here
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.own_loop import (
-    Divisors,
-    Untouched,
-    WindowSizes,
-    micro_batches,
-    tell_of,
-    without_synchronisation,
-)
-from autoaccum.window.passes import ignore
-from autoaccum.window.rank_sum import RankSum
+from autoaccum.window.own_loop import micro_batches, without_synchronisation
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses, norm_over_ranks
 from autoaccum.window.two_passes import TwoPasses
 from autoaccum.window.window_sums import WindowSums
 
-__all__ = ["Accumulator", "ignore"]
-
-_NO_MEAN_OVER_SAMPLES = (
-    "it is no mean over samples: pass backward(loss, denominator), what its mean divides by, or several such terms as "
-    "one; to weigh micro-batches by their samples all the same, pass these"
-)
+__all__ = ["Accumulator"]
 
 
 class Accumulator(TwoPasses):
@@ -80,84 +53,7 @@ class Accumulator(TwoPasses):
     Leaving the inner loop divides, clips, steps, zeroes, commits BatchNorm's statistics and advances the scheduler.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        plan: Plan,
-        *,
-        objective: Objective | None = None,
-        scheduler: Any = None,
-        precision: str = "auto",
-        accumulate: str = "fp32",
-        clip_norm: float | None = None,
-        log_grad_norm: bool = False,
-        batch_norm: str | None = None,
-        on_nonfinite: str = "raise",
-        device: torch.device | str | None = None,
-        ranks: Ranks | None = None,
-        steps: bool = True,
-        group: Any = None,
-        accelerator: Any = None,
-    ) -> None:
-        """Prepares buffers; nothing is trained, and the model is untouched until the first window.
-
-        Args:
-            model: what is trained, on `device` already.
-            optimizer: stepped once a window.
-            plan: its sizes cut the batches given to `window`.
-            objective: where given, denominators come from the batches; else `backward` is told them.
-            scheduler: stepped once for each optimizer step.
-            precision, accumulate, clip_norm, log_grad_norm, batch_norm, on_nonfinite: as in `fit`.
-            device: where micro-batches go; None: where the model's first parameter is.
-            ranks: this process among others; None: that of `group`.
-            group: the ranks that train together, a process group; None: the default one, where there is one.
-            accelerator: Hugging Face's, which prepared model, optimizer and scheduler: its scaler and autocast serve.
-            steps: False: a window ends with its gradient in `.grad`, scaled as the scaler says; the step is another's.
-
-        Raises:
-            SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
-        """
-        check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
-        check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
-        check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
-        check_switches(log_grad_norm=log_grad_norm, steps=steps)
-        if accelerator is not None:  # its own autocast runs the forward: ours would be a second one
-            optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
-        self._is_told = objective is None  # what losses divide by, by a loop of the user's own
-        objective = objective if objective is not None else Objective.told(model)
-        loss = objective.loss
-        check_model(model, loss=loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
-        check_optimizer(optimizer, model, loss)
-        one_of("accumulate", accumulate, ("fp32", "native"))
-        one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
-        check_schedule(scheduler)
-        if self._is_told:
-            tell_of(plan, optimizer)
-        self._memory = open_device(device if device is not None else next(model.parameters()).device)
-        device, batch_norm = self._memory.torch_device, batch_norm or plan.batch_norm
-        ranks = ranks if ranks is not None else here(device, group)
-        check_ranks(plan.rank, plan.world_size, ranks)
-        super().__init__(
-            model, optimizer, objective, Precision(precision, device, model, getattr(accelerator, "scaler", None)),
-            device, ranks, sums_wide=accumulate == "fp32",
-            statistics=PooledStatistics(model, batch_norm, plan.accumulation_steps),
-            clip_norm=None if clip_norm is None else float(clip_norm), log_grad_norm=log_grad_norm,
-        )  # fmt: skip
-        self.plan, self.scheduler, self._steps, self._on_nonfinite = plan, scheduler, steps, on_nonfinite
-        if plan.by_length:
-            self.noise_scale.why_not = "micro-batches are sorted by length, and thus no random draws"
-        self.last: StepRecord | None = None
-        self.epoch = self.skipped_windows = 0
-        self.beside: Sequence[Optimizer] = ()  # of other phases, whose state stands in memory too
-        self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
-        self._lists = ListReader()
-        self._untouched, self._sizes = Untouched(optimizer), WindowSizes(plan)
-        self._divisors = Divisors(self.ranks.size, "samples run", _NO_MEAN_OVER_SAMPLES)
-        # What ranks must have alike; compared at the first window, and empty from then on.
-        self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
-                          "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
-        self._ended: tuple[float, float] | None = None  # the open window's loss and correction, once the ranks voted
+    _ended: tuple[float, float] | None = None  # the open window's loss and correction, once the ranks voted
 
     def window(self, batches: Any) -> Iterator[Any]:
         """Yields the micro-batches of one window, on the device; the step follows the last one.
@@ -173,26 +69,25 @@ class Accumulator(TwoPasses):
             LossError: `backward` was not called once for a micro-batch, or the loss is not finite.
             SetupError: the optimizer was stepped, or a gradient changed, in between.
         """
-        pieces = micro_batches(batches, self.plan, self._lists)
+        pieces = micro_batches(batches, self.plan, self._own_loop.lists)
         sums = self.open(pieces)
-        self._sizes.see(sums.total_samples)
-        self._divisors.open()
         finished = False
         try:
-            with self._untouched.inside(lambda: self.stepping):
-                idle = max(sums.micro_batches) - len(pieces) if self.sharded is not None else 0
-                for number in range(idle):  # as many passes as on any other rank
-                    assert self.sharded is not None
-                    self.sharded.begin_pass(last=number == idle - 1 and not pieces)
-                    with self.precision.autocast(), self.sharded.counting_nothing(self._resting):
-                        yield plain(tree.move(self.sharded.sample, self.device))
+            self._own_loop.opens(sums.total_samples)
+            with self._own_loop.inside(lambda: self.stepping):
+                if self.sharded is not None:  # as many passes as on any other rank
+                    idle = max(sums.micro_batches) - len(pieces)
+                    for number in range(idle):
+                        self.sharded.begin_pass(last=number == idle - 1 and not pieces)
+                        with self.precision.autocast(), self.sharded.counting_nothing():
+                            yield plain(tree.move(self.sharded.sample, self.device))
                 for number, piece in enumerate(pieces):
                     if self.sharded is not None:
                         self.sharded.begin_pass(last=number == len(pieces) - 1)
                     before = sums.done
                     with self.precision.autocast(), without_synchronisation(self.model):
                         yield plain(self._ahead.take(piece))
-                    self._untouched.check()
+                    self._own_loop.check()
                     if sums.done != before + 1:
                         raise LossError(
                             f"backward was called {sums.done - before} times for one micro-batch: "
@@ -218,25 +113,23 @@ class Accumulator(TwoPasses):
         Raises:
             LossError: not a scalar, or without a graph; or its graph divides by another count than the samples.
         """
-        self._running()
-        self._untouched.check()
+        sums = self._running()
+        self._own_loop.check()
         if self.sharded is not None and self.sharded.collectives.muted:
             self._backward_of_nothing({"loss": loss if isinstance(loss, Mean) else Mean.of(loss, 1.0)})
             return
         if not isinstance(loss, Mean):
             loss = scalar(loss, "the micro-batch")
-            loss = self._counted(loss) if denominator is None else Mean.of(loss, denominator)
+            terms = read(loss) if denominator is None else []
+            if len(terms) == 1 and terms[0].name.startswith("NllLoss"):
+                loss = Divisor().mean(terms[0], loss, None, rehearses=False)
+            else:
+                if denominator is None:
+                    denominator = sums.samples[sums.done]
+                    self._own_loop.divisors.check(terms, denominator)
+                loss = Mean.of(loss, denominator)
         self._add({"loss": loss})
-        self._untouched.note()
-
-    def _counted(self, loss: Tensor) -> Mean:
-        """A mean whose denominator was not told."""
-        terms, sums = read(loss), self._running()
-        if len(terms) == 1 and terms[0].name.startswith("NllLoss"):
-            return Divisor().mean(terms[0], loss, None, rehearses=False)
-        size = sums.samples[sums.done]
-        self._divisors.check(terms, size)
-        return Mean.of(loss, size)
+        self._own_loop.note()
 
     # --- a window in parts, for the training loop, which may have to run one again
 
@@ -276,7 +169,7 @@ class Accumulator(TwoPasses):
         sharded.late = self.plan.gradient_sync == "window"
         sharded.begin(self.place)
         if not self._is_told:
-            sharded.compare(self._empty_pass, self._resting, "the first pass")
+            sharded.compare(self._empty_pass)
 
     def vote(self, flags: Sequence[float] = ()) -> list[float]:
         """All ranks meet at the window's end, also those that failed in it; the sums of `flags` over the ranks.
@@ -319,10 +212,9 @@ class Accumulator(TwoPasses):
         lr = float(self.optimizer.param_groups[0]["lr"])  # of this step: the scheduler moves it on
         norm, skipped = None, self._why_not(sums, loss, correction)
         if skipped is None:
-            norm, skipped = self._update(correction)
+            norm, skipped = self._update(sums, correction)
         self.step += skipped is None
         self.skipped_windows += skipped is not None
-        self.noise_scale.close()  # where nothing was stepped it still watches
         if self._statistics.is_open:  # what is not finite has dropped them
             self._statistics.commit(self.ranks)
         if self._steps or skipped is not None:  # else whoever steps takes the gradient first
@@ -353,47 +245,45 @@ class Accumulator(TwoPasses):
             return ignored if sums.total_samples else "the window has no samples"
         return None if math.isfinite(loss) else self._nonfinite(f"the loss of step {self.step + 1} is {loss}")
 
-    def _update(self, correction: float) -> tuple[float | None, str | None]:
+    def _update(self, sums: WindowSums, correction: float) -> tuple[float | None, str | None]:
         """The one step, of gradients × `correction` (for late denominators): (gradient norm, why it was skipped)."""
         scaler = self.precision.scaler
         self.on_phase("optimizer")
         self.rank_sum.run()  # from here on each rank has the whole window's gradient
         if scaler.is_enabled() and self._steps:
             scaler.unscale_(self.optimizer)
-        gradients = [gradient for _, gradient in self._gradients()]
+        held = self._gradients()
+        gradients = [gradient for _, gradient in held]
         if correction != 1.0:
             for gradient in gradients:
                 gradient.mul_(correction)
-        norm, asked = None, self._clip_norm is not None or self._log_grad_norm
+        asked = self._clip_norm is not None or self._log_grad_norm
         # A finite loss may have gradients that are not (a root of 0): to leave that window out, they are looked at.
-        looks = self._on_nonfinite == "skip" and not any(gradient.is_sparse for gradient in gradients)
-        looks, told = asked or looks, gradients
-        if (self.sharded is not None and (looks or self.noise_scale.watches)) or (gradients and looks):
-            measured = norm_over_ranks(self._gradients(), self.sharded, self.ranks, f"the norm of step {self.step + 1}")
-            told = gradients if self.sharded is None else [measured]
-        self.noise_scale.finish(told, self._running().total_samples, correction)
-        if looks and told:
+        looks = asked or (self._on_nonfinite == "skip" and not any(gradient.is_sparse for gradient in gradients))
+        norm = found = None
+        if (gradients and looks) or (self.sharded is not None and (looks or self.noise_scale.watches)):
+            norm = norm_over_ranks(held, self.sharded, self.ranks, f"the norm of step {self.step + 1}")
+        whole = gradients if norm is None or self.sharded is None else [norm]
+        self.noise_scale.finish(whole, sums.total_samples, correction)
+        if norm is not None and looks:
             if self._clip_norm is not None:
-                clip_by_norm(gradients, measured, self._clip_norm)
-            found = float(measured)
-            norm = found if asked else None
+                clip_by_norm(gradients, norm, self._clip_norm)
+            found = float(norm)
             if not math.isfinite(found) and not scaler.is_enabled():  # a scaler sees to that itself
                 skipped = self._nonfinite(f"the gradient norm of step {self.step + 1} is {found}")
                 if skipped is not None:
                     return found, skipped
         self.side.give_back()  # cast once, from the fp32 in which they were summed, into `.grad`
-        if not self._steps:
-            return norm, None
-        self.stepping = True
-        overflowed = scaled_step(scaler, self.optimizer)
-        if overflowed is None and self.scheduler is not None:
-            self.scheduler.step()
-        return norm, overflowed
+        overflowed = None
+        if self._steps:
+            self.stepping = True
+            overflowed = scaled_step(scaler, self.optimizer)
+            if overflowed is None and self.scheduler is not None:
+                self.scheduler.step()
+        return found if asked else None, overflowed
 
     def _nonfinite(self, what: str) -> str | None:
-        """Why nothing is stepped, where such windows are left out, else a LossError; None in a rehearsal, which
-        steps.
-        """
+        """Why nothing is stepped, where such windows are left out; None in a rehearsal, which steps; or a LossError."""
         if self._on_nonfinite == "skip":
             if self.rehearses:
                 for _, gradient in self._gradients():
@@ -411,13 +301,13 @@ class Accumulator(TwoPasses):
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
         self._zero()
-        self._ahead.close()
-        self.noise_scale.close()
         self._statistics.discard()
-        self.rank_sum.drop()
         self._close()  # `stepping` stays: where a step broke off, weights may be half updated, and somebody asks
 
     def _close(self) -> None:
+        self._ahead.close()
+        self.noise_scale.close()
+        self.rank_sum.drop()
         self._sums = self._ended = None
         if self.sharded is not None:
             self.sharded.end()

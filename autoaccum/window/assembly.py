@@ -5,7 +5,7 @@ Probing, checking and training share one Assembly; where several optimizers take
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -184,7 +184,6 @@ def assemble(
     check_seed(asked.seed)
     one_of("shuffle", asked.shuffle, (True, False))
     phases = check_phases(asked)
-    first = phases[0] if phases else None
     model = unwrapped(model)
     refuse_for_shards(
         model,
@@ -194,28 +193,34 @@ def assemble(
     wanted = asked.device if asked.device is not None else device_of(model, ranks)
     device = open_device(wanted)
     source = open_source(data, shuffle=asked.shuffle, seed=asked.seed, worst_case=asked.worst_case, ranks=ranks)
-    step, reduction = (asked.step, asked.reduction) if first is None else (first.step, first.reduction)
-    objective = Objective(model, loss=asked.loss, step=step, reduction=reduction)
+    owners: Sequence[Any] = phases or (asked,)  # of each turn's step, optimizer and learning rate
+    objectives = [Objective(model, loss=asked.loss, step=own.step, reduction=own.reduction) for own in owners]
+    objective = objectives[0]
     loss, norms, lazy = objective.loss, asked.some("clip_norm", "log_grad_norm"), is_lazy(model)
     if not lazy:
         check_model(model, loss=loss, **norms)
         if isinstance(asked.optimizer, Optimizer):
             build_optimizer(asked.optimizer, model, lr=asked.lr, loss=loss)
-    precision = Precision(asked.precision, device.torch_device, model)
+    precisions = [Precision(asked.precision, device.torch_device, model) for _ in objectives]
     run = compiled(model, note) if asked.compile else None
     # Nothing of the model was changed so far.
     if not stays:
         for module in objective.modules:
             put_on(device.torch_device, module)
     if lazy:
-        _materialise(objective, source, open_device("cpu") if stays else device, precision)
+        _materialise(objective, source, open_device("cpu") if stays else device, precisions[0])
         check_model(model, loss=loss, **norms)
-    made = _optimizer(asked, first, model, loss)
-    parts = Assembly(model, source, device, ranks, objective, made, precision, _lr_given(asked, first),
-                     asked_precision=asked.precision, compiled=run, phase=first, steps=what != "attach")  # fmt: skip
-    parts.later = [_later(parts, asked, phase) for phase in phases[1:]]
-    for turn in parts.turns:
-        turn.beside = [other.optimizer for other in parts.turns if other is not turn]
+    turns = [
+        Assembly(
+            model, source, device, ranks, objective, _optimizer(asked, own, model, objective.loss), precision,
+            lr_given=asked.lr is not None or own.lr is not None or isinstance(own.optimizer, Optimizer),
+            asked_precision=asked.precision, compiled=run, phase=own if phases else None, steps=what != "attach",
+        )
+        for own, objective, precision in zip(owners, objectives, precisions)
+    ]  # fmt: skip
+    for turn in turns:
+        turn.beside = [other.optimizer for other in turns if other is not turn]
+    parts, *parts.later = turns
     _agree(parts, asked, what)
     if what == "prepare" and not stays:
         parts.settle()
@@ -253,28 +258,13 @@ def _agree(parts: Assembly, asked: Settings, what: str) -> None:
     parts.ranks.agree(what, facts, GIVE_ALIKE)
 
 
-def _optimizer(asked: Settings, phase: Phase | None, model: nn.Module, loss: Any) -> Optimizer:
-    if phase is not None:
-        made = phase.build_optimizer(model, loss, asked.lr)
+def _optimizer(asked: Settings, own: Any, model: nn.Module, loss: Any) -> Optimizer:
+    if isinstance(own, Phase):
+        made = own.build_optimizer(model, loss, asked.lr)
     else:
         made = build_optimizer(asked.optimizer, model, lr=asked.lr, loss=loss)
     follow(made)
     return made
-
-
-def _lr_given(asked: Settings, phase: Phase | None) -> bool:
-    own: Any = phase or asked
-    return asked.lr is not None or own.lr is not None or isinstance(own.optimizer, Optimizer)
-
-
-def _later(first: Assembly, asked: Settings, phase: Phase) -> Assembly:
-    """Of a later phase, which shares model and data with the first."""
-    objective = Objective(first.model, step=phase.step, reduction=phase.reduction)
-    return replace(
-        first, objective=objective, optimizer=_optimizer(asked, phase, first.model, objective.loss), phase=phase,
-        lr_given=_lr_given(asked, phase),
-        precision=Precision(first.asked_precision, first.device.torch_device, first.model),
-    )  # fmt: skip
 
 
 def _materialise(objective: Objective, source: Source, device: Device, precision: Precision) -> None:

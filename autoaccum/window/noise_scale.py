@@ -15,7 +15,8 @@ of a micro-batch act on each other: BatchNorm, batch-coupled losses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,26 +39,24 @@ SMOOTHING = 0.9
 class NoiseScale:
     """Measures every tenth window, after the first two hundred every fiftieth, and smooths.
 
-    `why_not` says why nothing is measured; None where it is. `over_ranks` is `so_far` of all ranks together, once they
-    have voted.
+    Attributes:
+        why_not: why nothing is measured; None where it is.
+        over_ranks: `so_far` of all ranks together, once they have voted.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         """Decides whether the model can be measured; registers nothing yet."""
         coupled = [name for name, module in model.named_modules() if issubclass(layer_class(module), _BatchNorm)]
-        self.why_not = (
-            f"BatchNorm ({coupled[0]}) makes the samples of a micro-batch act on each other" if coupled else None
-        )
+        why = f"BatchNorm ({coupled[0]}) makes the samples of a micro-batch act on each other" if coupled else None
+        self.why_not: str | None = why
         self._parameters = list(parameters)
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
         self.over_ranks: Sequence[float] | None = None
-        # Measured, and on its way; with shares, the ranks' spread if known, micro-batches, samples, the correction.
-        self._pending: tuple[Figures, Sequence[float], float | None, float, int, float] | None = None
+        self._pending: Callable[[], None] | None = None  # takes in what was measured, and is on its way
         self._windows = 0
-        self._weight = 0.0
-        self._noise = self._signal = 0.0
+        self._weight = self._noise = self._signal = 0.0
 
     @property
     def value(self) -> float | None:
@@ -72,8 +71,8 @@ class NoiseScale:
         return bool(self._handles)
 
     def open(self, micro_batches: int, watched: Sequence[Tensor] | None = None) -> None:
-        """A window begins; of those with at least two micro-batches (on all ranks) the first is measured, and every so
-        many.
+        """A window begins; of those with two micro-batches or more, on all ranks, the first and every so many are
+        measured.
 
         `watched`: what backward passes give gradients to, where that is not the parameters: a sharded model's whole
         ones.
@@ -101,34 +100,36 @@ class NoiseScale:
         """[Σ (n_j/N) |g_j|², how many] of this rank's micro-batches in the open window; waits for them."""
         if not self._micro:
             return [0.0, 0.0]
-        squares = Figures(torch.stack([square for _, square in self._micro])).read()
-        return [_spread(squares, [share for share, _ in self._micro]), float(len(squares))]
+        shares, squares = zip(*self._micro)
+        return [_spread(Figures(torch.stack(squares)).read(), shares), float(len(shares))]
 
     def finish(self, gradients: Sequence[Tensor], samples: int, correction: float = 1.0) -> None:
-        """The window of so many samples ended, with these gradients over all ranks, before clipping; or their norm
-        alone.
+        """The window of so many samples ended, with these gradients over all ranks before clipping, or their norm.
 
         `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        spread, count = self.over_ranks or (None, len(self._micro))
+        count = len(self._micro) if self.over_ranks is None else self.over_ranks[1]
         if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
-            whole = torch.stack(norms).square().sum()
-            squares, shares = [square for _, square in self._micro], [share for share, _ in self._micro]
-            figures = Figures(torch.stack([whole, *(squares if spread is None else [])]))
-            self._pending = figures, shares, spread, count, samples, correction
-            if _at_hand(whole):
+            shares, squares = [share for share, _ in self._micro], [square for _, square in self._micro]
+            figures = Figures(torch.stack([torch.stack(norms).square().sum(), *squares]))
+            self._pending = partial(self._take_in, figures, shares, self.over_ranks, samples, correction)
+            if _at_hand(norms[0]):
                 self._settle()
         self.close()
 
     def _settle(self) -> None:
         """Takes in what the last window measured: on a device it is there a window later, when nobody waits for it."""
-        if self._pending is None:
-            return
-        (figures, shares, spread, count, samples, correction), self._pending = self._pending, None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending()
+
+    def _take_in(
+        self, figures: Figures, shares: Sequence[float], over_ranks: Sequence[float] | None, samples: int, factor: float
+    ) -> None:
         whole, *squares = figures.read()
-        spread = _spread(squares, shares) if spread is None else spread
-        noise = samples * (spread * correction**2 - whole) / (count - 1)
+        spread, count = over_ranks or (_spread(squares, shares), len(shares))
+        noise = samples * (spread * factor**2 - whole) / (count - 1)
         if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
             # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
             self._weight = SMOOTHING * self._weight + 1.0
@@ -174,14 +175,13 @@ def advice(scale: float, plan: Plan, optimizer: Optimizer) -> str:
     """One sentence on the measured scale beside the target batch; far below it, what k = 1 would train with."""
     target = plan.target_batch
     measured = f"the gradient noise scale is about {scale:.0f} samples, the target batch {target}"
-    if target > 4 * scale and plan.accumulation_steps == 1:
-        return f"{measured}: far above it; a smaller target would train about as well, and faster"
     if target > 4 * scale:
-        alone = one_micro_batch(plan.micro_batch * plan.world_size, target, optimizer)
-        return (
-            f"{measured}: far above it; fewer accumulation steps would train about as well, and faster. Without "
-            f"accumulation, {plan.accumulation_steps} steps for each of now: {alone}"
-        )
+        fewer, alone = "a smaller target", ""
+        if plan.accumulation_steps > 1:
+            fewer = "fewer accumulation steps"
+            rate = one_micro_batch(plan.micro_batch * plan.world_size, target, optimizer)
+            alone = f". Without accumulation, {plan.accumulation_steps} steps for each of now: {rate}"
+        return f"{measured}: far above it; {fewer} would train about as well, and faster{alone}"
     if target < scale / 4:
         return f"{measured}: far below it; a larger target would pay, with its learning rate scaled"
     return f"{measured}: of the same order, as it should be"

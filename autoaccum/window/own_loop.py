@@ -25,32 +25,42 @@ from autoaccum.planning.learning_rate import number
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import even_split
 
-__all__ = ["Divisors", "Untouched", "WindowSizes", "micro_batches", "tell_of", "without_synchronisation"]
+__all__ = ["Divisors", "OwnLoop", "micro_batches", "without_synchronisation"]
 
 _OURS = "the accumulator divides, clips, steps and zeroes when the loop over accumulator.window(...) ends"
+_NO_MEAN_OVER_SAMPLES = (
+    "it is no mean over samples: pass backward(loss, denominator), what its mean divides by, or several such terms as "
+    "one; to weigh micro-batches by their samples all the same, pass these"
+)
 
 
-def tell_of(plan: Plan, optimizer: Optimizer) -> None:
-    """Warns of what a plan asks for that is left to whoever keeps their own loop: its rate, and its memory saver."""
-    rates = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups if "lr" in group}
-    left = []
-    if plan.lr and plan.lr_scale != 1 and not any(math.isclose(plan.lr, rate, rel_tol=1e-6) for rate in rates):
-        own = ", ".join(map(number, sorted(rates)))
-        left.append(f"its learning rate is {number(plan.lr)}, and the optimizer's {own}: set that in its groups")
-    if plan.ladder is not None:
-        left.append(f"its micro-batches fit under ladder={plan.ladder!r}: have the model run so, or train with fit")
-    if left:
-        warnings.warn(f"a plan changes nothing in a loop of your own: {'; '.join(left)}", stacklevel=3)
+class OwnLoop:
+    """Watches one: the size of its windows; and its optimizer, and one gradient that it will step with, in them.
 
+    Attributes:
+        lists: reads what lists in its batches hold.
+        divisors: holds what its losses divide by against its samples.
+    """
 
-class WindowSizes:
-    """Warns, once, of windows that are not the plan's target: one short one may end an epoch, two in a row do not."""
+    def __init__(self, plan: Plan, optimizer: Optimizer, *, warns: bool) -> None:
+        """Registers nothing yet; `warns` of what the plan asks for that is left to the loop: rate and memory saver."""
+        self._optimizer, self._wanted = optimizer, {plan.target_batch, plan.usual_window}
+        self._others, self._told = 0, False  # windows in a row that are not the target
+        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
+        self.lists, self.divisors = ListReader(), Divisors(plan.world_size, "samples run", _NO_MEAN_OVER_SAMPLES)
+        rates = {float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups if "lr" in group}
+        left = []
+        if plan.lr and plan.lr_scale != 1 and not any(math.isclose(plan.lr, rate, rel_tol=1e-6) for rate in rates):
+            own = ", ".join(map(number, sorted(rates)))
+            left.append(f"its learning rate is {number(plan.lr)}, and the optimizer's {own}: set that in its groups")
+        if plan.ladder is not None:
+            left.append(f"its micro-batches fit under ladder={plan.ladder!r}: have the model run so, or train with fit")
+        if left and warns:
+            warnings.warn(f"a plan changes nothing in a loop of your own: {'; '.join(left)}", stacklevel=3)
 
-    def __init__(self, plan: Plan) -> None:
-        self._wanted, self._others, self._told = {plan.target_batch, plan.usual_window}, 0, False
-
-    def see(self, samples: int) -> None:
-        """The next window has so many, over all ranks."""
+    def opens(self, samples: int) -> None:
+        """A window of so many over all ranks begins: one short one may end an epoch, two in a row are warned of."""
+        self.divisors.open()
         target = max(self._wanted)
         self._others = 0 if samples in self._wanted else self._others + 1 + (samples > target)
         if self._others > 1 and not self._told:
@@ -59,6 +69,40 @@ class WindowSizes:
                 f"windows hold {samples} samples, and the plan's target is {target}: give window() batches of that",
                 stacklevel=3,
             )
+
+    @contextmanager
+    def inside(self, steps: Callable[[], bool]) -> Iterator[None]:
+        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there.
+
+        `steps`: whether the accumulator itself does, as in the backward pass under `step_in_backward`.
+        """
+
+        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if not steps():
+                raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")
+
+        handle = self._optimizer.register_step_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._seen = None
+
+    def note(self) -> None:
+        """A backward pass of the accumulator's has ended."""
+        own = (parameter for group in self._optimizer.param_groups for parameter in group["params"])  # not all of them
+        first = next((parameter for parameter in own if parameter.grad is not None), None)
+        self._seen = None if first is None or first.grad is None else (first, first.grad, first.grad._version)
+
+    def check(self) -> None:
+        """A SetupError where the gradient is not what that pass left."""
+        if self._seen is not None:
+            parameter, gradient, version = self._seen
+            if parameter.grad is not gradient or gradient._version != version:
+                raise SetupError(
+                    "the gradients were changed between two backward passes of a window: leave out "
+                    f"optimizer.zero_grad() and clipping in it, since {_OURS}"
+                )
 
 
 class Divisors:
@@ -106,13 +150,11 @@ def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
         plan: its limit cuts the batch; a SetupError where a micro-batch is larger.
         lists: reads what lists in them hold, alike for all windows.
     """
-    if isinstance(batches, list) and not batches:
-        return []  # this rank has no samples of the window
     limit = plan.limits[plan.rank]
     # A DataLoader gives lists as well, of the parts of one batch: these differ, as micro-batches do not.
-    if isinstance(batches, list) and batches and children(batches[0]) is not None and alike(batches):
+    if isinstance(batches, list) and (not batches or (children(batches[0]) is not None and alike(batches))):
         pieces = [lists.read(batch) for batch in batches]
-        largest = max(map(tree.batch_size, pieces))
+        largest = max(map(tree.batch_size, pieces), default=0)
         if largest > limit:
             raise SetupError(
                 f"window() was given a list of {len(batches)} micro-batches, the largest of {largest} samples, and "
@@ -133,46 +175,3 @@ def without_synchronisation(model: nn.Module) -> Iterator[None]:
     model.require_forward_param_sync = False
     with model.no_sync():
         yield
-
-
-class Untouched:
-    """Watches an optimizer, and one gradient that it will step with, while a window is open."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        """Registers nothing yet."""
-        self._optimizer = optimizer
-        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
-
-    @contextmanager
-    def inside(self, steps: Callable[[], bool]) -> Iterator[None]:
-        """The window's micro-batches run inside; a SetupError where the optimizer is stepped there.
-
-        `steps`: whether the accumulator itself does, as in the backward pass under `step_in_backward`.
-        """
-
-        def refuse(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if not steps():
-                raise SetupError(f"optimizer.step() was called inside a window: leave it out, since {_OURS}")
-
-        handle = self._optimizer.register_step_pre_hook(refuse)
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._seen = None
-
-    def note(self) -> None:
-        """A backward pass of the accumulator's has ended."""
-        own = (parameter for group in self._optimizer.param_groups for parameter in group["params"])  # not all of them
-        first = next((parameter for parameter in own if parameter.grad is not None), None)
-        self._seen = None if first is None or first.grad is None else (first, first.grad, first.grad._version)
-
-    def check(self) -> None:
-        """A SetupError where the gradient is not what that pass left."""
-        if self._seen is not None:
-            parameter, gradient, version = self._seen
-            if parameter.grad is not gradient or gradient._version != version:
-                raise SetupError(
-                    "the gradients were changed between two backward passes of a window: leave out "
-                    f"optimizer.zero_grad() and clipping in it, since {_OURS}"
-                )

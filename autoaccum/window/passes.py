@@ -1,6 +1,6 @@
-"""Forward and backward of a window's micro-batches, each with its part of the window's loss.
+"""What an Accumulator is made of, and forward and backward of a window's micro-batches.
 
-What an Accumulator does while its window is open; what opens and ends a window is in accumulate.py.
+What opens and ends a window is in accumulate.py; a loss that compares samples has two passes, in two_passes.py.
 """
 
 import math
@@ -13,18 +13,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from autoaccum.checks import check_kind, check_switches, one_of
 from autoaccum.data import tree
 from autoaccum.errors import SetupError
 from autoaccum.interrupts import check_interrupt, interruptible, uninterrupted
 from autoaccum.loss.mean import Mean, Several
 from autoaccum.loss.objective import Objective
-from autoaccum.model.optimizer import FirstBackward, optimizer_parameters
-from autoaccum.model.precision import Precision, SideBuffers, SparseGradients
+from autoaccum.memory.device import open_device
+from autoaccum.model.optimizer import (
+    FirstBackward,
+    check_model,
+    check_optimizer,
+    check_ranks,
+    check_schedule,
+    optimizer_parameters,
+)
+from autoaccum.model.precision import Precision, SideBuffers, SparseGradients, prepared_by
 from autoaccum.model.shards import is_sharded, refuse_for_shards
 from autoaccum.model.step_in_backward import StepInBackward
-from autoaccum.ranks import Ranks
+from autoaccum.planning.plan import Plan
+from autoaccum.ranks import Ranks, here
 from autoaccum.window.ahead import Ahead
 from autoaccum.window.noise_scale import NoiseScale
+from autoaccum.window.own_loop import OwnLoop
+from autoaccum.window.rank_sum import RankSum
+from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses
 from autoaccum.window.window_sums import Parts, WindowSums
 
@@ -32,62 +45,116 @@ __all__ = ["Passes", "backward", "call", "ignore", "run_engine"]
 
 
 class Passes:
-    """What an Accumulator does between a window's opening and its end.
+    """An Accumulator's parts, and what it does between a window's opening and its end.
 
     Attributes:
+        plan: how windows are cut; replaced where memory asks for it.
         parameters: all that a window gives gradients to: the model's and the optimizer's, each once.
         side: the open window's gradient of each of them so far, in the format that it is summed in.
         sparse: holds those whose gradients are sparse, as far as their layer says or one was seen.
         sharded: runs the passes of a model whose ranks meet in each of them; None for others.
+        beside: the optimizers of other phases, whose state stands in memory too.
         on_phase: told the name of each phase as it begins, for a trace of its memory.
         rehearses: set where only the memory of a step matters: no window is left out for its loss.
         in_backward: steps the optimizer in the backward pass of a window of one micro-batch; None: at windows' ends.
         stepping: a step has begun whose window has not ended: weights may be half updated.
+        last: the record of the last window; None before the first.
     """
 
+    beside: Sequence[Optimizer] = ()
     rehearses = False
     in_backward: StepInBackward | None = None
     stepping = False
+    last: StepRecord | None = None
+    step = epoch = skipped_windows = 0
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        objective: Objective,
-        precision: Precision,
-        device: torch.device,
-        ranks: Ranks,
+        plan: Plan,
         *,
-        sums_wide: bool,
-        statistics: PooledStatistics,
-        clip_norm: float | None,
-        log_grad_norm: bool,
+        objective: Objective | None = None,
+        scheduler: Any = None,
+        precision: str = "auto",
+        accumulate: str = "fp32",
+        clip_norm: float | None = None,
+        log_grad_norm: bool = False,
+        batch_norm: str | None = None,
+        on_nonfinite: str = "raise",
+        device: torch.device | str | None = None,
+        ranks: Ranks | None = None,
+        steps: bool = True,
+        group: Any = None,
+        accelerator: Any = None,
     ) -> None:
-        """Puts the parts together; `sums_wide`: 16-bit gradients are summed in fp32."""
-        self.model, self.optimizer, self.objective, self.precision = model, optimizer, objective, precision
-        self.device, self.ranks = device, ranks
-        self._clip_norm, self._log_grad_norm = clip_norm, log_grad_norm
-        self.step = 0
-        self.on_phase: Callable[[str], None] = ignore
-        self.sharded = ShardedPasses(model, ranks, device) if is_sharded(model) else None
-        # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
-        self._call: Callable[..., Any] = interruptible if self.sharded is None else call
-        self.parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
-        self.side = SideBuffers(self.parameters if sums_wide else [])
-        self.sparse = SparseGradients(model, self.parameters)
-        self._statistics = statistics
-        self._resting = [layer for _, layer in statistics.layers]
-        self._ahead = Ahead(device)
-        self._on_host = device.type == "cpu"  # where batches lie already: walking them would be all the cost
-        self._looked_at_backward = False
-        self._sums: WindowSums | None = None  # of the open window
-        self.noise_scale = NoiseScale(model, self.parameters)
-        if precision.scaler.is_enabled():
-            self.noise_scale.why_not = "gradients are scaled before they can be compared"
+        """Prepares buffers; nothing is trained, and the model is untouched until the first window.
+
+        Args:
+            model: what is trained, on `device` already.
+            optimizer: stepped once a window.
+            plan: its sizes cut the batches given to `window`.
+            objective: where given, denominators come from the batches; else `backward` is told them.
+            scheduler: stepped once for each optimizer step.
+            precision, accumulate, clip_norm, log_grad_norm, batch_norm, on_nonfinite: as in `fit`.
+            device: where micro-batches go; None: where the model's first parameter is.
+            ranks: this process among others; None: that of `group`.
+            group: the ranks that train together, a process group; None: the default one, where there is one.
+            accelerator: Hugging Face's, which prepared model, optimizer and scheduler: its scaler and autocast serve.
+            steps: False: a window ends with its gradient in `.grad`, scaled as the scaler says; the step is another's.
+
+        Raises:
+            SetupError: the model or the optimizer cannot be trained so, or a setting is unknown.
+        """
+        check_kind("plan", plan, Plan, "a Plan, as autoaccum.plan(limit, target_batch) makes it")
+        check_kind("ranks", ranks, (Ranks, type(None)), "None: the default process group is found by itself")
+        check_kind("objective", objective, (Objective, type(None)), "None, and tell backward() its denominators")
+        check_switches(log_grad_norm=log_grad_norm, steps=steps)
+        if accelerator is not None:  # its own autocast runs the forward: ours would be a second one
+            optimizer, precision = prepared_by(accelerator, optimizer), "fp32"
+        self._is_told = objective is None  # what losses divide by, by a loop of the user's own
+        self.objective = objective if objective is not None else Objective.told(model)
+        check_model(model, loss=self.objective.loss, clip_norm=clip_norm, log_grad_norm=log_grad_norm)
+        check_optimizer(optimizer, model, self.objective.loss)
+        one_of("accumulate", accumulate, ("fp32", "native"))
+        one_of("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        check_schedule(scheduler)
+        self._own_loop = OwnLoop(plan, optimizer, warns=self._is_told)
+        self._memory = open_device(device if device is not None else next(model.parameters()).device)
+        self.device = self._memory.torch_device
+        self.ranks = ranks if ranks is not None else here(self.device, group)
+        check_ranks(plan.rank, plan.world_size, self.ranks)
         why = "a loss that compares samples takes a whole model on each rank"
         refuse_for_shards(model, coupled=(self.compares, why))
-        if self.compares:
-            self.noise_scale.why_not = "the loss compares samples, so that micro-batches have no gradients of their own"
+        self.model, self.optimizer, self.plan, self.scheduler = model, optimizer, plan, scheduler
+        self._clip_norm = None if clip_norm is None else float(clip_norm)
+        self._log_grad_norm, self._steps, self._on_nonfinite = log_grad_norm, steps, on_nonfinite
+        self.precision = Precision(precision, self.device, model, getattr(accelerator, "scaler", None))
+        self.parameters = list(dict.fromkeys([*model.parameters(), *optimizer_parameters(optimizer)]))
+        self.side = SideBuffers(self.parameters if accumulate == "fp32" else [])
+        self.sparse = SparseGradients(model, self.parameters)
+        batch_norm = batch_norm or plan.batch_norm
+        self._statistics = PooledStatistics(model, batch_norm, plan.accumulation_steps)
+        self.sharded = ShardedPasses(model, self.ranks, self.device) if is_sharded(model) else None
+        self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
+        self.noise_scale = NoiseScale(model, self.parameters)
+        for why, is_so in (
+            ("gradients are scaled before they can be compared", self.precision.scaler.is_enabled()),
+            ("the loss compares samples, so that micro-batches have no gradients of their own", self.compares),
+            ("micro-batches are sorted by length, and thus no random draws", plan.by_length),
+        ):
+            if is_so:
+                self.noise_scale.why_not = why
+        self.on_phase: Callable[[str], None] = ignore
+        # Broken off inside a pass of a sharded model, a rank would leave the others waiting there.
+        self._call: Callable[..., Any] = interruptible if self.sharded is None else call
+        self._ahead = Ahead(self.device)
+        self._on_host = self.device.type == "cpu"  # where batches lie already: walking them would be all the cost
+        self._looked_at_backward = False
+        self._sums: WindowSums | None = None  # of the open window
+        # What ranks must have alike; compared at the first window, and empty from then on.
+        self._settings = {"precision": self.precision.name, "accumulate": accumulate, "clip_norm": clip_norm,
+                          "batch_norm": batch_norm, "on_nonfinite": on_nonfinite}  # fmt: skip
 
     def step_inside(self, inside: StepInBackward | None) -> None:
         """From here on `inside`, where there is one, steps windows of one micro-batch in their backward pass.
@@ -106,10 +173,8 @@ class Passes:
     @uninterrupted
     def run(self, batches: Iterable[Any]) -> None:
         """Forward and backward of each micro-batch in turn, as the objective says."""
-        sums = self._running()
         if self.sharded is not None:
-            passes = max(sums.micro_batches)
-            self.sharded.run(list(batches), passes, self._one, self._empty_pass, self._resting)
+            self.sharded.run(list(batches), max(self._running().micro_batches), self._one, self._empty_pass)
             return
         for batch in batches:
             check_interrupt()
@@ -134,8 +199,8 @@ class Passes:
         self._backward_of_nothing(terms)
 
     def _backward_of_nothing(self, terms: Mapping[str, Mean]) -> None:
+        """Gradients of zeros, by the factor 0, so that the collectives of the backward pass are run all the same."""
         self.precision.forget_casts()
-        # The factor 0 makes gradients of zeros, so that the collectives of the backward pass are run all the same.
         losses = [terms.loss] if isinstance(terms, Several) else [term.part(1.0)[0] for term in terms.values()]
         with self.precision.outside():
             backward(losses, [0.0] * len(losses))
@@ -156,8 +221,8 @@ class Passes:
             self.on_phase("backward")
             self.precision.forget_casts()
             inside = self.in_backward if sums.micro_batches == (1,) else None
-            looked = self._looked_at_backward or self.sharded is not None or inside is not None
-            first = None if looked else FirstBackward(self.model, self.optimizer)
+            looks = not (self._looked_at_backward or self.sharded is not None or inside is not None)
+            first = FirstBackward(self.model, self.optimizer) if looks else None
             with self.precision.outside():
                 if inside is None:
                     self._call(self._backward, parts)
@@ -178,12 +243,13 @@ class Passes:
         """Where the window takes a step, it is taken here; Ctrl-C waits. Else `finish` says what becomes of it."""
         sums = self._running()
         loss, correction = sums.close(*sums.so_far)
-        if self.rehearses or (correction and math.isfinite(loss)):
-            with inside.on(self._begin_step):
-                self._backward([(tensor, factor * (correction or 1.0)) for tensor, factor in parts])
 
-    def _begin_step(self) -> None:
-        self.stepping = True
+        def begins() -> None:
+            self.stepping = True
+
+        if self.rehearses or (correction and math.isfinite(loss)):
+            with inside.on(begins):
+                self._backward([(tensor, factor * (correction or 1.0)) for tensor, factor in parts])
 
     def _backward(self, parts: Parts) -> None:
         """Each term's factor is where its backward pass begins: a multiplication less in the graph."""
@@ -210,8 +276,7 @@ def ignore(phase: str) -> None:
 
 
 def backward(losses: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Adds the gradient of Σ loss · factor to the parameters', and uses up the graphs of the losses, of one element
-    each.
+    """Adds the gradient of Σ loss · factor to the parameters', of losses of one element; uses up their graphs.
 
     The factors are where each backward pass begins, which needs no operation in the graph.
     """

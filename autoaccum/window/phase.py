@@ -85,14 +85,13 @@ class Phase:
     def build_optimizer(self, model: nn.Module, loss: Any, default_lr: float | None) -> Optimizer:
         """This phase's optimizer; a SetupError where it cannot be made, or holds another phase's parameters or none."""
         given = self.optimizer
-        own = {id(parameter) for parameter in self.parameters}
         if isinstance(given, Optimizer):
             made = build_optimizer(given, model, lr=self.lr, loss=loss)
         else:
             rate = self.lr if self.lr is not None else default_lr
-            made = build_optimizer(given, _Only(self.parameters), lr=rate)
+            made = build_optimizer(given, nn.ParameterList(self.parameters), lr=rate)
             build_optimizer(made, model, lr=None, loss=loss)  # refuses parameters that are not the model's
-        foreign = sum(id(parameter) not in own for parameter in optimizer_parameters(made))
+        foreign = len({*optimizer_parameters(made)} - {*self.parameters})
         if foreign:
             raise SetupError(
                 f"the optimizer of phase {self.name!r} holds {foreign} parameters that the phase does not name: make "
@@ -103,8 +102,8 @@ class Phase:
     @contextmanager
     def alone(self, model: nn.Module) -> Iterator[None]:
         """Everything else in `model` is frozen inside."""
-        own = {id(parameter) for parameter in self.parameters}
-        frozen = [each for each in model.parameters() if each.requires_grad and id(each) not in own]
+        own = {*self.parameters}
+        frozen = [each for each in model.parameters() if each.requires_grad and each not in own]
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -112,14 +111,6 @@ class Phase:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-
-
-class _Only(nn.Module):
-    """A module of nothing but these parameters, for what asks a module for them."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        super().__init__()
-        self.held = nn.ParameterList(parameters)
 
 
 _OF_EACH = ("loss", "step", "optimizer", "reduction", "schedule", "warmup_steps", "clip_norm")
@@ -140,13 +131,12 @@ def check_phases(asked: Settings) -> Sequence[Phase]:
             "which they run"
         )
     for name in _OF_EACH:
-        given, usual = asked[name], SETTINGS[name].default
-        if given is not usual and given != usual:
+        if asked[name] != SETTINGS[name].default:
             raise SetupError(f"{name} is given beside phases, each of which has its own: leave {name} away")
-    owners: dict[int, Phase] = {}
+    owners: dict[nn.Parameter, Phase] = {}
     for phase in phases:
         for parameter in phase.parameters:
-            other = owners.setdefault(id(parameter), phase)
+            other = owners.setdefault(parameter, phase)
             if other is not phase:
                 raise SetupError(
                     f"phases {other.name!r} and {phase.name!r} share a parameter of shape {tuple(parameter.shape)}: "

@@ -10,8 +10,7 @@ Choices:
 """
 
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +42,10 @@ class RankSum:
     def ready(self) -> None:
         """Allocates what the sum needs where all ranks have such gradients as this one; nothing after it may fail."""
         if self._sharded is not None:
-            self._unused = [p for p in self._parameters if self._is_summed(p) and not self._has(p)]
+            self._unused = [each for each in self._parameters if self._is_unused(each)]
         if self._ranks.size == 1:
             return
-        gradients = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
+        gradients = self._gradients()
         kinds = [_kind(gradient) for gradient in gradients]
         sparse = max(kinds, default=0) > 0
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
@@ -59,9 +58,12 @@ class RankSum:
     def _is_summed(self, parameter: nn.Parameter) -> bool:
         return self._sharded is not None and self._sharded.holds(parameter)
 
-    def _has(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank has a gradient; of what is sharded FSDP has zeros where a pass gave none."""
-        return self._sharded is None or not self._sharded.holds(parameter) or self._sharded.used(parameter)
+    def _is_unused(self, parameter: nn.Parameter) -> bool:
+        """Whether no pass gave a sharded parameter a gradient on this rank, of which FSDP has zeros then."""
+        return self._sharded is not None and self._sharded.holds(parameter) and not self._sharded.used(parameter)
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [None if self._is_unused(each) else self._side.gradient(each) for each in self._parameters]
 
     def vote(self, what: str, values: Sequence[float]) -> list[float]:
         """The sums of `values` over all ranks, which compare their layouts as well."""
@@ -72,8 +74,7 @@ class RankSum:
     def level(self, what: str) -> None:
         """Brings all ranks' gradients to one layout, and allocates what their sum needs: then they vote once more."""
         self._flight = Flight()
-        held = [self._side.gradient(parameter) if self._has(parameter) else None for parameter in self._parameters]
-        own = [(_kind(each), each._nnz() if each is not None and each.is_sparse else 0) for each in held]
+        own = [(_kind(g), g._nnz() if g is not None and g.is_sparse else 0) for g in self._gradients()]
         # As text: each rank has rows of its own number, and a collective's sizes must be known on all of them first.
         answers = self._ranks.collect(f"{what}, over which gradients there are", json.dumps(own).encode())
         self._allocate(list(zip(*map(json.loads, answers), strict=True)))
@@ -109,8 +110,14 @@ class RankSum:
     def _gather(self, parameter: nn.Parameter, own: Tensor, rows: Sequence[int]) -> None:
         places, indices = self._ranks.ready_rows(own.indices().T.contiguous(), rows)
         entries, values = self._ranks.ready_rows(own.values(), rows)
+
+        def land() -> None:
+            both = torch.cat(indices).T, torch.cat(values)
+            made = torch.sparse_coo_tensor(*both, tuple(own.shape), check_invariants=False)
+            self._side.put(parameter, made.coalesce())
+
         self._flight.starts += [*places.starts, *entries.starts]
-        self._flight.lands.append(partial(_add_rows, partial(self._side.put, parameter), own.shape, indices, values))
+        self._flight.lands.append(land)
 
     def run(self) -> None:
         """Communicates. Every parameter that any rank has a gradient for then has the sum."""
@@ -129,10 +136,3 @@ def _kind(gradient: Tensor | None) -> int:
     if gradient is None:
         return -1
     return gradient.sparse_dim() if gradient.is_sparse else 0
-
-
-def _add_rows(
-    put: Callable[[Tensor], None], shape: Sequence[int], indices: Sequence[Tensor], values: Sequence[Tensor]
-) -> None:
-    rows, entries = torch.cat(list(indices)), torch.cat(list(values))
-    put(torch.sparse_coo_tensor(rows.T, entries, tuple(shape), check_invariants=False).coalesce())

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.model.precision import global_norm
@@ -50,6 +51,7 @@ class ShardedPasses:
 
     Attributes:
         collectives: what they issue.
+        resting: its normalisation layers, which learn nothing from a pass that counts nothing.
         sample: what passes that count nothing run on, on the host; None until a window had one.
         replicas: how many ranks hold the same shard.
         late: gradients are summed over the ranks in a window's last pass only.
@@ -69,8 +71,9 @@ class ShardedPasses:
                     "of them, of one dimension or two (replicate, shard)"
                 )
         self.collectives = Collectives()
+        self.resting = [module for module in model.modules() if has_running_statistics(module)]
         self.sample: Any = None
-        self.compared = self.late = False
+        self._compared = self.late = False
         self._parameters = {id(parameter): parameter for parameter in self._shards.parameters}
         self._used: set[int] = set()
         self._whole: dict[int, Tensor] = {}
@@ -113,11 +116,10 @@ class ShardedPasses:
         self._used.clear()
         if not self._hooks:
             self._ranks.tally(what)  # whoever has failed is heard here, and not waited for in a gathering
-            pairs = self._shards.gather_once()
-            for shard, whole in pairs:
+            for shard, whole in self._shards.gather_once():
                 self._whole[id(shard)] = whole
-                hook: Any = whole.register_post_accumulate_grad_hook if whole.requires_grad else None
-                if hook is not None:
+                if whole.requires_grad:
+                    hook: Any = whole.register_post_accumulate_grad_hook
                     self._hooks.append(hook(partial(self._note, id(shard))))
         ours = {**_UNDIVIDED, "_all_gather_comm": self.collectives.gather,
                 "_reduce_scatter_comm": self.collectives.scatter}  # fmt: skip
@@ -145,15 +147,15 @@ class ShardedPasses:
         self._hooks = []
         self.collectives.close()
 
-    def compare(self, empty_pass: Callable[[Any], None], resting: Sequence[nn.Module], what: str) -> None:
+    def compare(self, empty_pass: Callable[[Any], None]) -> None:
         """Once: compares over the ranks what a pass issues, by one that talks to nobody. All ranks call this."""
-        if self.compared or self._ranks.size == 1:
+        if self._compared or self._ranks.size == 1:
             return
-        self.compared, collectives = True, self.collectives
+        self._compared, collectives = True, self.collectives
         collectives.alone, collectives.sequence = True, []
         try:
             self._all_reduce(False)
-            with self.counting_nothing(resting):
+            with self.counting_nothing():
                 empty_pass(self.sample)
         finally:
             collectives.alone = False
@@ -161,15 +163,11 @@ class ShardedPasses:
             self._all_reduce(True)
         sequence = collectives.sequence
         facts = {"the number of collectives in a pass": len(sequence), "their order and sizes": digest(sequence)}
-        self._ranks.agree(what, facts, "Build and shard the model alike on every rank: all must run the same modules")
+        advice = "Build and shard the model alike on every rank: all must run the same modules"
+        self._ranks.agree("the first pass", facts, advice)
 
     def run(
-        self,
-        batches: Sequence[Any],
-        passes: int,
-        train: Callable[[Any], None],
-        empty_pass: Callable[[Any], None],
-        resting: Sequence[nn.Module],
+        self, batches: Sequence[Any], passes: int, train: Callable[[Any], None], empty_pass: Callable[[Any], None]
     ) -> None:
         """Runs passes that count nothing, so that with this rank's micro-batches there are `passes`, and then these.
 
@@ -178,26 +176,23 @@ class ShardedPasses:
         Args:
             batches, passes: this rank's, and the most micro-batches on any rank.
             train: the forward and backward of one.
-            empty_pass: the same of the short sample, into no sum of the window's.
-            resting: layers that learn nothing from that.
+            empty_pass: that of the short sample, into no sum of the window's.
         """
         failed: Exception | None = None
         idle = passes - len(batches)
         for number in range(passes):
             self.begin_pass(last=number == passes - 1)
-            if failed is None and number >= idle:
+            trains = failed is None and number >= idle
+            if trains:
                 try:
                     train(batches[number - idle])
+                    continue
                 except LostRankError:
                     raise
                 except Exception as error:
                     failed = error
-                else:
-                    continue
                 _forget(failed)
-                self._finish(empty_pass, resting, again=True)
-            else:
-                self._finish(empty_pass, resting, again=False)
+            self._finish(empty_pass, again=trains)
         if failed is not None:
             raise failed
 
@@ -207,7 +202,7 @@ class ShardedPasses:
         for group in self._shards.groups:
             group.reduce_grads = last or not self.late
 
-    def _finish(self, empty_pass: Callable[[Any], None], resting: Sequence[nn.Module], *, again: bool) -> None:
+    def _finish(self, empty_pass: Callable[[Any], None], *, again: bool) -> None:
         """Finishes a pass with the short sample, whatever this rank has issued of it already."""
         for left in reversed(range(_ATTEMPTS)):
             if again:
@@ -216,8 +211,9 @@ class ShardedPasses:
                 self.collectives.place = 0
                 self._all_reduce(not self.collectives.done)
             try:
-                with self.counting_nothing(resting):
+                with self.counting_nothing():
                     empty_pass(self.sample)
+                return
             except LostRankError:
                 raise
             except Exception as error:
@@ -226,9 +222,7 @@ class ShardedPasses:
                     why = f"{type(error).__name__}: {error}"
                     raise told(AutoaccumError(f"this rank {text} a single sample: {why}")) from error
                 _forget(error)
-                again = True
-            else:
-                return
+            again = True
 
     def _all_reduce(self, does: bool) -> None:
         """On a mesh of two dimensions: whether sums go on over the replicas. Not of what is swallowed."""
@@ -238,14 +232,14 @@ class ShardedPasses:
                 group._partial_reduce_output = None
 
     @contextmanager
-    def counting_nothing(self, resting: Sequence[nn.Module]) -> Iterator[None]:
+    def counting_nothing(self) -> Iterator[None]:
         """A forward and a backward pass inside leave nothing: no gradient, statistic or random number.
 
-        The normalisation layers `resting` are in evaluation mode meanwhile: a single sample has no statistics.
+        Normalisation layers are in evaluation mode meanwhile: a single sample has no statistics.
         """
         random = RandomState(self._device, quick=True)
-        training = [module for module in resting if module.training]
-        own = {id(buffer) for module in resting for buffer in module.buffers()}
+        training = [module for module in self.resting if module.training]
+        own = {id(buffer) for module in self.resting for buffer in module.buffers()}
         kept = [(b, b.detach().clone()) for b in self._model.buffers() if id(b) not in own]
         self.collectives.muted = True
         for module in training:

@@ -6,9 +6,13 @@ gradient through: the gradient is the whole window's, at the memory of a micro-b
 
 Both passes are the same forwards in the same order. Buffers and random generators return to where the first began, so
 that dropout, power iterations and BatchNorm's statistics do the second time what they did the first, and count once.
+
+Over ranks all representations are gathered between the passes. A rank that failed in its first pass says so before, and
+memory for the others' rows is allocated before the ranks meet: nobody waits for rows that do not come.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +26,7 @@ from autoaccum.loss.call import scalar
 from autoaccum.loss.coupled import Coupled, Representations
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.random_state import RandomState
-from autoaccum.window.gathered import gathered
+from autoaccum.ranks import Flight, Ranks
 from autoaccum.window.passes import Passes
 from autoaccum.window.window_start import WindowStart
 
@@ -78,7 +82,9 @@ class TwoPasses(Passes):
             if self.ranks.size == 1:
                 raise
             failure = error  # told to the others first, who would wait for this rank's representations
-        if not gathered(self.ranks, f"step {self.step + 1}", kept, failure):
+        if self.ranks.size > 1 and not _gather(self.ranks, f"step {self.step + 1}", kept, failure):
+            return
+        if not kept.filled:
             return
         loss = self._loss(kept)
         after = RandomState(self.device)
@@ -167,15 +173,81 @@ class TwoPasses(Passes):
 
 def _compare(path: str, again: Tensor, first: Tensor) -> None:
     """Refuses, with a LossError, an `encode` that gives something else the second time."""
-    same = again.shape == first.shape
-    if same and first.is_floating_point():
-        norm = torch.linalg.vector_norm(first.float())
-        same = not bool(torch.linalg.vector_norm(again.float() - first.float()) > _SAME * norm)
-    elif same:
-        same = torch.equal(again, first)
+    same = again.shape == first.shape and not again.is_floating_point() and torch.equal(again, first)
+    if again.shape == first.shape and first.is_floating_point():
+        norm = torch.linalg.vector_norm
+        same = not bool(norm(again.float() - first.float()) > _SAME * norm(first.float()))
     if not same:
         raise LossError(
             f"encode gave another {path or 'output'} when it ran a second time on the same micro-batch with the same "
             "random numbers, so the loss's gradient does not belong to it: encode must depend on nothing that it "
             "changes itself (counters, queues, generators of its own); update such things in a callback, or in the loss"
         )
+
+
+def _gather(ranks: Ranks, what: str, own: Representations, failure: Exception | None) -> bool:
+    """Gathers every rank's representations and batch; all ranks call it, those without samples too.
+
+    Args:
+        ranks, what: this process among others, and which window it is.
+        own: this rank's, which are those of all ranks afterwards, in the ranks' order.
+        failure: what this rank's first pass raised, which is raised here.
+
+    Returns:
+        Whether the window goes on: no other rank failed.
+
+    Raises:
+        LossError: the batch has parts that are no tensors.
+    """
+    parts = own.rows() | {f"batch {path}": tensor for path, tensor in tree.tensors(own.batch)}
+    said = {"samples": own.filled, "failed": failure is not None,
+            "parts": [[str(part.dtype).removeprefix("torch."), part.shape[1:], part.device.type]
+                      for part in parts.values()]}  # fmt: skip
+    everyone = [json.loads(each) for each in ranks.collect(f"{what}: representations", json.dumps(said).encode())]
+    if any(each["failed"] for each in everyone):
+        if failure is not None:
+            raise failure
+        return False
+    counts = [each["samples"] for each in everyone]
+    first = next(rank for rank, count in enumerate(counts) if count)
+    flight, rooms = Flight(), []
+    refused: Exception | None = None
+    try:
+        mine = list(parts.values())
+        if not own.filled:  # no rows of each part that another rank has
+            mine = [
+                torch.empty((0, *shape), dtype=getattr(torch, dtype), device=device)
+                for dtype, shape, device in everyone[first]["parts"]
+            ]
+        for tensor in mine:
+            part, room = ranks.ready_rows(tensor.detach().contiguous(), counts)
+            flight.starts += part.starts
+            flight.lands += part.lands
+            rooms.append(room)
+    except Exception as error:
+        refused = error
+    if ranks.any(f"{what}: room for representations", refused is not None):
+        if refused is not None:
+            raise refused
+        return False
+    ranks.run(flight)
+    if own.filled:
+        whole = dict(zip(parts, map(torch.cat, rooms), strict=True))
+        own.replace({path: whole.pop(path) for path in own.rows()})
+        own.batch = _joined(own.batch, iter(whole.values()), own.filled)
+        own.samples, own.first_row, own.leads = sum(counts), sum(counts[: ranks.rank]), ranks.rank == first
+    return True
+
+
+def _joined(batch: Any, whole: Iterator[Tensor], samples: int) -> Any:
+    """The batch, of so many samples here, with everybody's rows in the tensors' places."""
+    if batch is None:
+        return None
+    joined = tree.map_tensors(lambda _: next(whole), batch)
+    found = {tensor.size(0) for _, tensor in tree.tensors(joined) if tensor.dim()}
+    if not found or tree.batch_size(joined) not in found:
+        raise LossError(
+            f"the batch of {samples} samples has parts that are no tensors, and a loss over several ranks is given all "
+            "of it: have encode return what the loss needs, and let the loss take the representations alone"
+        )
+    return joined

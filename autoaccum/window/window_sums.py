@@ -67,24 +67,24 @@ class WindowSums:
         objective: Objective,
         denominators: list[dict[str, float]] | None,
         ranks: Ranks,
-        what: str = "a window",
+        what: str,
     ) -> None:
         """Sums over the micro-batches, on the host, and once over the ranks; `what` names the window in that exchange.
 
         The objective has `denominators` for these batches, names the terms, the same on every rank, and says what their
         sums come to.
         """
-        self.started, reading = time.perf_counter(), objective.reading
-        self.samples = samples = [tree.batch_size(batch) for batch in batches]
-        self.denominators = denominators
+        self.started, self.done, reading = time.perf_counter(), 0, objective.reading
+        self.samples = [tree.batch_size(batch) for batch in batches]
+        self.denominators, self._whole = denominators, reading.whole
+        own = float(sum(self.samples))
         # What is only known afterwards is divided by what it is expected to be: a good guess leaves nothing to correct,
         # and the whole batch's own rounding.
-        guessed = reading.expected(batches) if denominators is None else 0.0
-        self.done, self._whole = 0, reading.whole
-        own = [float(sum(samples)), guessed or float(sum(samples))]
-        if denominators is not None:
-            own += [math.fsum(micro[name] for micro in denominators) for name in objective.names]
-        sums, counts = ranks.meet(what, [*own, *reading.floors], own=len(samples))
+        if denominators is None:
+            sums = [own, reading.expected(batches) or own]
+        else:
+            sums = [own, own, *(math.fsum(micro[name] for micro in denominators) for name in objective.names)]
+        sums, counts = ranks.meet(what, [*sums, *reading.floors], own=len(batches))
         total, self._expected, *sums = reading.agree_on_floors(sums)
         self.total_samples, self.micro_batches = int(total), tuple(map(int, counts))
         self.totals = None
@@ -107,11 +107,6 @@ class WindowSums:
         """
         own = self.own
         return own is None or any(own.values()) or any(map(self._whole, own, own.values()))
-
-    @property
-    def empty(self) -> bool:
-        """No target counts in the whole window, on any rank."""
-        return self.totals is not None and not any(self.totals.values())
 
     def enter(self, terms: Mapping[str, Mean]) -> Parts:
         """The next micro-batch's part of the window's loss, to which it is added; none where nothing in it counts.
@@ -161,10 +156,8 @@ class WindowSums:
     @property
     def so_far(self) -> tuple[float, float]:
         """(this rank's part of the window's loss, denominators known only afterwards). Waits for their fetching."""
-        loss, late = (
-            each.read()[0] if isinstance(each, Figures) else float(each)
-            for each in self._fetched or (self._loss, self._late)
-        )
+        both = self._fetched or (self._loss, self._late)
+        loss, late = (each.read()[0] if isinstance(each, Figures) else float(each) for each in both)
         return loss, late
 
     def close(self, loss: float, late: float) -> tuple[float, float]:
@@ -173,7 +166,7 @@ class WindowSums:
         Of `so_far` of all ranks added up.
         """
         if self.totals is not None:
-            return loss, 0.0 if self.empty else 1.0
+            return loss, float(any(self.totals.values()))
         whole = self._whole("loss", late)
         correction = self._expected / whole if whole else 0.0
         return loss * correction, correction

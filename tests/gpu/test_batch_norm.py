@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from tests.norms import pooled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +40,7 @@ def work(rank, folder):
     torch.cuda.set_device(0)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(layers())
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         assert statistics.synchronised
         statistics.begin()
         for micro in data(rank, SIZES[rank]):
@@ -75,7 +75,7 @@ def test_sync_batch_norm_over_two_ranks_is_one_update_with_the_whole_batch(tmp_p
 def test_cudnn_and_native_kernels_leave_the_statistics_that_are_pooled(autocast, memory_format):
     whole, model = layers().to(memory_format=memory_format), layers().to(memory_format=memory_format)
     micros = [micro.to(memory_format=memory_format) for micro in data(1)]
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), PooledStatistics(model) as statistics:
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast), pooled(model) as statistics:
         whole(torch.cat(micros))
         statistics.begin()
         for micro in micros:
@@ -89,7 +89,7 @@ def test_a_compiled_model_is_pooled_with_and_without_cuda_graphs(mode):
     torch.compiler.reset()
     whole, model = layers(), layers()
     compiled = torch.compile(model, mode=mode)
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         for seed in range(4):  # the later windows replay what the first ones recorded
             micros = data(seed, (6, 6))
             whole(torch.cat(micros))
@@ -104,7 +104,7 @@ def test_a_compiled_model_is_pooled_with_and_without_cuda_graphs(mode):
 def test_a_window_waits_for_the_device_not_once():
     model = layers()
     micros = data(0)
-    with PooledStatistics(model) as statistics:
+    with pooled(model) as statistics:
         for warm in (False, True):  # the first makes the factors
             statistics.begin()
             for micro in micros:
