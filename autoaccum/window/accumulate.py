@@ -176,16 +176,13 @@ class Accumulator(TwoPasses):
 
         Where `rank_sum.uneven` is true afterwards, they `level` it and vote again before they `finish`.
         """
-        sums = [0.0, 0.0] if self._sums is None else list(self._sums.so_far)
-        if self.ranks.size > 1:
-            sums += self.noise_scale.so_far()
-        reading = self.objective.reading
-        voted = self.rank_sum.vote(self.place, [*sums, *flags, *reading.floors])
+        reading, sums = self.objective.reading, (0.0, 0.0) if self._sums is None else self._sums.so_far
+        noise = self.noise_scale.so_far() if self.ranks.size > 1 else []
+        voted = self.rank_sum.vote(self.place, [*sums, *noise, *flags, *reading.floors])
         loss, late, *answers = reading.agree_on_floors(voted)
-        if self.ranks.size > 1:
-            self.noise_scale.over_ranks = answers.pop(0), answers.pop(0)
+        self.noise_scale.over_ranks = answers[: len(noise)]
         self._ended = None if self._sums is None else self._sums.close(loss, late)
-        return answers
+        return answers[len(noise) :]
 
     @property
     def place(self) -> str:

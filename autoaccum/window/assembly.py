@@ -101,14 +101,14 @@ class Assembly:
         if rung in BY_NAME and not self.steps:
             return "the trainer it is attached to steps the optimizer itself"
         if rung == "step_in_backward":
-            needs = {
-                "gradients are summed over ranks before the step": self.ranks.size > 1,
-                "several optimizers take turns": self.phase is not None,
-                "a loss that compares samples has two passes": self.objective.coupled is not None,
-                "a loss scale is undone at the window's end": self.precision.scaler.is_enabled(),
-            }
-            if any(needs.values()):
-                return next(why for why, is_so in needs.items() if is_so)
+            for why, is_so in (
+                ("gradients are summed over ranks before the step", self.ranks.size > 1),
+                ("several optimizers take turns", self.phase is not None),
+                ("a loss that compares samples has two passes", self.objective.coupled is not None),
+                ("a loss scale is undone at the window's end", self.precision.scaler.is_enabled()),
+            ):
+                if is_so:
+                    return why
         return obstacle(
             rung, self.model, self.device.torch_device, self.asked_precision,
             optimizers=[self.optimizer, *self.beside], compiled=self.compiled,
@@ -153,9 +153,7 @@ class Assembly:
     def under(self, rung: str | None) -> AbstractContextManager[Any]:
         """The model runs under a rung inside."""
         optimizers = [self.optimizer, *self.beside]
-        return installed(
-            rung, self.model, self.device.torch_device, optimizers=optimizers, compiled=self.compiled
-        )  # fmt: skip
+        return installed(rung, self.model, self.device.torch_device, optimizers=optimizers, compiled=self.compiled)
 
 
 def assemble(

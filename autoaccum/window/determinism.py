@@ -40,12 +40,7 @@ __all__ = ["Determinism", "settle_loss"]
 class Determinism(ExitStack):
     """A context in which a model gives each sample the same, in whatever micro-batch it comes.
 
-    ```python
-    with Determinism(model, samples=8, device=device) as fixed:
-        fixed.begin(range(8))       # before the whole batch, which comes first
-        ...
-        fixed.begin(range(5))       # before a micro-batch with the first five of its samples
-    ```
+    `begin` is called before each micro-batch; before the whole batch, which comes first, with all of its samples.
 
     Attributes:
         noise: what was seen of random draws, and of the formats that were computed in, forward and backward.
@@ -55,11 +50,7 @@ class Determinism(ExitStack):
     def __init__(self, model: nn.Module, *others: nn.Module, samples: int, device: torch.device) -> None:
         """Changes nothing until it is entered; `others` are modules beside the model, as a loss may be."""
         super().__init__()
-        self._model = model
-        self._roots = (model, *others)
-        self._modules = list(dict.fromkeys(module for root in self._roots for module in root.modules()))
-        self._device = device
-        self._functions = _Functions()
+        self._roots, self._device = (model, *others), device
         self.noise = SampleNoise(samples)
         self.normalises = False
 
@@ -73,7 +64,7 @@ class Determinism(ExitStack):
                 # Modes make compiled code skip itself, which fullgraph=True takes for an error.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self.noise)
-            stack.enter_context(self._functions)
+            stack.enter_context(_Functions())
             self.push(stack.pop_all())
         return self
 
@@ -93,17 +84,17 @@ class Determinism(ExitStack):
 
     def _switch(self, stack: ExitStack) -> None:
         """Training mode, but for what normalises over the batch; no dropout between the layers of an RNN."""
-        for module in self._modules:
+        modules = list(dict.fromkeys(module for root in self._roots for module in root.modules()))
+        for module in modules:
             stack.callback(setattr, module, "training", module.training)
-        self._model.train()  # as training will: models may keep parts of theirs in evaluation mode
-        for module in self._modules:
-            kind = layer_class(module)
+        self._roots[0].train()  # as training will: models may keep parts of theirs in evaluation mode
+        for module in modules:
+            kind, scripted = layer_class(module), isinstance(module, torch.jit.ScriptModule)
             if issubclass(kind, _BatchNorm):
                 self.normalises = self.normalises or module.training
+            if issubclass(kind, _BatchNorm) or (scripted and issubclass(kind, _RANDOM_LAYERS)):
                 module.training = False
-            if issubclass(kind, _RANDOM_LAYERS) and isinstance(module, torch.jit.ScriptModule):
-                module.training = False
-            if isinstance(module, nn.RNNBase) and not isinstance(module, torch.jit.ScriptModule):
+            elif isinstance(module, nn.RNNBase) and not scripted:
                 stack.callback(setattr, module, "dropout", module.dropout)
                 module.dropout = 0.0
 
@@ -132,10 +123,9 @@ class _Functions(TorchFunctionMode):
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func in (Tensor.backward, torch.autograd.backward) and len(args) == 1:
-            begin = kwargs.get("grad_tensors")
             if all(value is None or value is False for name, value in kwargs.items() if name != "grad_tensors"):
                 with self:  # activation checkpointing runs forwards in there, which must see this mode too
-                    return _backward(args[0], begin)
+                    return _backward(args[0], kwargs.get("grad_tensors"))
         if func is functional.batch_norm:
             args, kwargs = (), _by_running_statistics(*args, **kwargs)
         elif func in _ARGUMENTS:

@@ -41,7 +41,7 @@ class NoiseScale:
 
     Attributes:
         why_not: why nothing is measured; None where it is.
-        over_ranks: `so_far` of all ranks together, once they have voted.
+        over_ranks: `so_far` of all ranks together, once several have voted; else nothing.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -53,7 +53,7 @@ class NoiseScale:
         self._handles: list[Any] = []
         self._norms: list[Tensor] = []  # of the micro-batch that runs, one a parameter
         self._micro: list[tuple[float, Tensor]] = []  # (share of the window, squared norm of its part of the gradient)
-        self.over_ranks: Sequence[float] | None = None
+        self.over_ranks: Sequence[float] = ()
         self._pending: Callable[[], None] | None = None  # takes in what was measured, and is on its way
         self._windows = 0
         self._weight = self._noise = self._signal = 0.0
@@ -71,20 +71,17 @@ class NoiseScale:
         return bool(self._handles)
 
     def open(self, micro_batches: int, watched: Sequence[Tensor] | None = None) -> None:
-        """A window begins; of those with two micro-batches or more, on all ranks, the first and every so many are
-        measured.
+        """A window of so many on all ranks begins; of those of two or more the first and every so many are measured.
 
-        `watched`: what backward passes give gradients to, where that is not the parameters: a sharded model's whole
-        ones.
+        `watched`: what backward passes give gradients to where that is not the parameters, but a sharded model's whole.
         """
         self.close()
         self._settle()
-        if self.why_not is not None or micro_batches < 2:
-            return
-        self._windows += 1
-        if self._windows % (EVERY if self._windows <= EARLY else LATER_EVERY) == 1:
-            tensors = self._parameters if watched is None else watched
-            self._handles = [each.register_hook(self._see) for each in tensors if each.requires_grad]  # type: ignore[no-untyped-call]
+        if self.why_not is None and micro_batches > 1:
+            self._windows += 1
+            if self._windows % (EVERY if self._windows <= EARLY else LATER_EVERY) == 1:
+                tensors: Sequence[Any] = self._parameters if watched is None else watched
+                self._handles = [each.register_hook(self._see) for each in tensors if each.requires_grad]
 
     def _see(self, gradient: Tensor) -> None:
         if not gradient.is_sparse:
@@ -109,8 +106,7 @@ class NoiseScale:
         `correction` is what they have been multiplied by since the micro-batches' were seen.
         """
         norms = [_norm(gradient) for gradient in gradients if not gradient.is_sparse] if self._handles else []
-        count = len(self._micro) if self.over_ranks is None else self.over_ranks[1]
-        if norms and count > 1:  # none are left where a hook of the user's own takes them as they come
+        if norms:  # none are left where a hook of the user's own takes them as they come
             shares, squares = [share for share, _ in self._micro], [square for _, square in self._micro]
             figures = Figures(torch.stack([torch.stack(norms).square().sum(), *squares]))
             self._pending = partial(self._take_in, figures, shares, self.over_ranks, samples, correction)
@@ -125,10 +121,12 @@ class NoiseScale:
             pending()
 
     def _take_in(
-        self, figures: Figures, shares: Sequence[float], over_ranks: Sequence[float] | None, samples: int, factor: float
+        self, figures: Figures, shares: Sequence[float], over_ranks: Sequence[float], samples: int, factor: float
     ) -> None:
         whole, *squares = figures.read()
         spread, count = over_ranks or (_spread(squares, shares), len(shares))
+        if count < 2:
+            return
         noise = samples * (spread * factor**2 - whole) / (count - 1)
         if math.isfinite(noise):  # else the window is left out, and would stay in the averages for good
             # Both are weighted alike, so that the start-up bias of the averages cancels in their ratio.
@@ -140,7 +138,7 @@ class NoiseScale:
         """Takes the hooks off; what was seen of an unfinished window is forgotten."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._micro, self._norms, self.over_ranks = [], [], [], None
+        self._handles, self._micro, self._norms, self.over_ranks = [], [], [], ()
 
     def state_dict(self) -> dict[str, float]:
         """The averages and the count of windows, for checkpoints."""

@@ -67,16 +67,12 @@ class Phase:
         given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
         self.parameters = list(given) if isinstance(given, Iterable) else [given]
         self.name = name or getattr(step, "__name__", type(step).__name__)
-        strangers = [each for each in self.parameters if not isinstance(each, nn.Parameter)]
-        if strangers:
+        strangers = [type(each).__name__ for each in self.parameters if not isinstance(each, nn.Parameter)]
+        if strangers or not self.parameters:
+            what = f"got a {strangers[0]} among its parameters" if strangers else "names no parameters"
             raise SetupError(
-                f"phase {self.name!r} got a {type(strangers[0]).__name__} among its parameters: pass a module, or its "
-                "parameters()"
-            )
-        if not self.parameters:
-            raise SetupError(
-                f"phase {self.name!r} names no parameters: pass module.parameters(); an iterator that was read before "
-                "is empty"
+                f"phase {self.name!r} {what}: pass a module, or its parameters(); an iterator that was read before is "
+                "empty"
             )
         self.step, self.every, self.reduction = step, every, reduction
         self.lr, self.schedule, self.warmup_steps, self.clip_norm = lr, schedule, warmup_steps, clip_norm

@@ -18,7 +18,7 @@ class WindowStart:
         self, modules: Sequence[nn.Module], device: torch.device, noted: Callable[[], Any] | None = None
     ) -> None:
         """Looks the modules up; `mark` keeps. `noted`: what else notes something, and goes back with `restore()`."""
-        self._device, self._noted = device, noted
+        self._device, self._noted = device, noted if noted is not None else lambda: None
         # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
         layers = [layer for module in modules for layer in module.modules()]
         self._owners = [layer._buffers for layer in layers]
@@ -40,7 +40,7 @@ class WindowStart:
             with torch.no_grad():
                 torch._foreach_copy_(self._saved, buffers)
         self._random = RandomState(self._device, quick=True) if random is None else random
-        self._notes = None if self._noted is None else self._noted()
+        self._notes = self._noted()
 
     def restore(self) -> None:
         """Puts the state of `mark` back."""
