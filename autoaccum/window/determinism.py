@@ -123,9 +123,10 @@ class _Functions(TorchFunctionMode):
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func in (Tensor.backward, torch.autograd.backward) and len(args) == 1:
+            begin = kwargs.get("grad_tensors")
             if all(value is None or value is False for name, value in kwargs.items() if name != "grad_tensors"):
                 with self:  # activation checkpointing runs forwards in there, which must see this mode too
-                    return _backward(args[0], kwargs.get("grad_tensors"))
+                    return _backward(args[0], begin)
         if func is functional.batch_norm:
             args, kwargs = (), _by_running_statistics(*args, **kwargs)
         elif func in _ARGUMENTS:
