@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoaccum.planning.plan import plan
-from autoaccum.window import noise_scale as noise_scale_module
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import NoiseScale, advice
 from autoaccum.window.window_sums import Figures
@@ -140,7 +139,7 @@ def test_the_sentence_compares_with_the_target():
 def test_on_a_device_what_a_window_measured_is_taken_in_as_the_next_one_opens(monkeypatch):
     """The figures of the window are on their way: nobody waits for them."""
     scale = NoiseScale(nn.Linear(2, 1), list(nn.Linear(2, 1).parameters()))
-    monkeypatch.setattr(noise_scale_module, "_at_hand", lambda values: False)
+    monkeypatch.setattr(Figures, "at_hand", property(lambda self: False, lambda self, value: None), raising=False)
     read = []
     monkeypatch.setattr(Figures, "read", lambda self: read.append(1) or self._values.tolist())
     scale.open(2)

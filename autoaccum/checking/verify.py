@@ -211,16 +211,13 @@ class _Examination:
         if suspected and not self._compare(bench.window([self._whole], seed=1)).error <= self._tolerance:
             return self._random(order)
         if order > _HOPELESS:
-            return self._failed(
-                split,
-                Diagnosis(
-                    Cause.COUPLED,
-                    "a batch-coupled loss: the same samples in another order give another gradient (by "
-                    f"{order:.2g}), so the model or the loss mixes neighbouring samples; accumulating cannot be right."
-                    "\nSee that dimension 0 is the samples everywhere (an RNN needs batch_first=True), or use a "
-                    "micro-batch as large as the target batch",
-                ),
+            text = (
+                f"a batch-coupled loss: the same samples in another order give another gradient (by {order:.2g}), so "
+                "the model or the loss mixes neighbouring samples; accumulating cannot be right.\nSee that dimension 0 "
+                "is the samples everywhere (an RNN needs batch_first=True), or use a micro-batch as large as the "
+                "target batch"
             )
+            return self._failed(split, Diagnosis(Cause.COUPLED, text))
         self._allow(max(order, bench.rounding * cancelled / _NOISE_FACTOR))
         if split.error <= self._tolerance:
             return self._passed(split)
@@ -240,12 +237,12 @@ class _Examination:
         if objective.coupled is not None:  # then it is the model that mixes samples
             return diagnosis
         how = 'reduction="coupled"' if objective.loss is not None else "step=autoaccum.Coupled(encode, loss)"
-        return Diagnosis(
-            diagnosis.cause,
+        text = (
             f"{diagnosis.text}.\nOr pass {how}: the loss is then computed over the whole window, exactly, and each "
             f"micro-batch runs forward twice: {self._bench.price_of_a_forward(self._pieces):.1f} × the time of a plain "
-            "window here",
+            "window here"
         )
+        return diagnosis._replace(text=text)
 
     def _of_failure(self, failure: PartFailed) -> Diagnosis:
         """Of a part that could not be run, or has no finite loss."""

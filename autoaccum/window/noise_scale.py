@@ -110,7 +110,7 @@ class NoiseScale:
             shares, squares = [share for share, _ in self._micro], [square for _, square in self._micro]
             figures = Figures(torch.stack([torch.stack(norms).square().sum(), *squares]))
             self._pending = partial(self._take_in, figures, shares, self.over_ranks, samples, correction)
-            if _at_hand(norms[0]):
+            if figures.at_hand:
                 self._settle()
         self.close()
 
@@ -155,11 +155,6 @@ class NoiseScale:
 def _spread(squares: Sequence[float], shares: Sequence[float]) -> float:
     """Each hook saw (n_j/N) g_j: its square is divided by the share once, for Σ (n_j/N) |g_j|²."""
     return sum(square / share for square, share in zip(squares, shares, strict=True))
-
-
-def _at_hand(value: Tensor) -> bool:
-    """Whether nobody has to wait for a value."""
-    return value.device.type == "cpu"
 
 
 def _norm(gradient: Tensor) -> Tensor:

@@ -29,12 +29,13 @@ class Figures:
     """Numbers on their way from a device to the host, which nobody has to wait for yet.
 
     A copy to pinned memory is queued behind what makes the numbers. Reading them waits until that has run, and not for
-    what was queued since: of a loss that is fetched before its backward pass, the forward pass.
+    what was queued since: of a loss that is fetched before its backward pass, the forward pass. `at_hand`: they are on
+    the host already.
     """
 
     def __init__(self, values: Tensor) -> None:
         """Begins to fetch them; other devices than CUDA's are waited for when they are read."""
-        self._values, self._event = values.detach(), None
+        self._values, self._event, self.at_hand = values.detach(), None, values.device.type == "cpu"
         if values.device.type == "cuda":
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             self._values.copy_(values.detach(), non_blocking=True)
