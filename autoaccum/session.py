@@ -316,7 +316,7 @@ def _gradient(parts: Assembly, most: int) -> VerifyReport:
     size = min(_CHECKED, most, parts.source.length or most)
     with parts.running(compiled=False, alone=True):  # what holds the model still sees each operator: compiles nothing
         return verify_gradient(
-            parts.model, parts.objective, looked_at(parts.source, size), device=parts.device.torch_device,
+            parts.objective, looked_at(parts.source, size), device=parts.device.torch_device,
             precision=parts.precision.name, most=size,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics
+from autoaccum.ranks import Ranks
 
 SIZES = (5, 4, 4)  # ragged: 13 is prime
 
@@ -28,16 +29,17 @@ def batch(*shape, samples=13, seed=1):
     return data * (1 + slope.abs()) + 4 * slope
 
 
-def pooled(model, mode="pooled", k=1):
+def pooled(model, mode="pooled"):
     """A model's pooled statistics, whose hooks leave it at the end."""
-    return contextlib.closing(PooledStatistics(model, mode, k))
+    return contextlib.closing(PooledStatistics(model, mode))
 
 
 def train_window(statistics, model, samples, sizes=SIZES):
-    statistics.begin()
-    for micro in samples.split(sizes):
+    micros = samples.split(sizes)
+    statistics.begin(len(micros))
+    for micro in micros:
         model(micro.clone().requires_grad_()).sum().backward()
-    statistics.commit()
+    statistics.commit(Ranks())
 
 
 def state(module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from autoaccum.ranks import Ranks
 from tests.norms import SIZES, assert_same, batch, float64, pooled, state, train_window  # noqa: F401, a fixture
 from tests.versions import since
 
@@ -40,7 +41,7 @@ class Checkpointed(nn.Module):
 def test_a_recomputed_forward_counts_once(reentrant, momentum, twice, mode):
     models = [Checkpointed(kind, twice=twice, momentum=momentum) for kind in (None, reentrant)]
     for model in models:
-        with pooled(model, mode, 3) as statistics:
+        with pooled(model, mode) as statistics:
             for seed in range(2):
                 train_window(statistics, model, batch(3, seed=seed))
     assert_same(models[1], state(models[0]), 1e-12)
@@ -53,11 +54,11 @@ def test_a_recomputed_forward_with_another_dropout_mask_is_not_what_counts(reent
     samples = batch(3)
     with pooled(plain) as ours, pooled(recomputed) as theirs:
         for model, statistics in ((plain, ours), (recomputed, theirs)):
-            statistics.begin()
+            statistics.begin(1)
             for seed, micro in enumerate(samples.split(SIZES)):
                 torch.manual_seed(seed)
                 model(micro.clone().requires_grad_()).sum().backward()
-            statistics.commit()
+            statistics.commit(Ranks())
     assert_same(recomputed.first, state(plain.first), 1e-12)
 
 
@@ -69,12 +70,12 @@ def test_copies_of_the_model_do_not_feed_its_statistics():
         torch.save(model, file)
         file.seek(0)
         copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)]
-        statistics.begin()
+        statistics.begin(1)
         for micro in batch(3).split(SIZES):
             model(micro)
             for other in copies:
                 other(100 * micro)
-        statistics.commit()
+        statistics.commit(Ranks())
     assert_same(model, state(whole), 1e-12)
 
 
@@ -127,10 +128,10 @@ def test_a_compiled_part_that_is_recomputed_counts_once(reentrant):
     whole(batch(3))
     compiled = torch.compile(layer, backend="aot_eager")
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         for micro in batch(3).split(SIZES):
             checkpoint(compiled, micro.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
-        statistics.commit()
+        statistics.commit(Ranks())
     assert_same(layer, state(whole), 1e-12)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from autoaccum.batch_norm.pooled_statistics import PooledStatistics, needs_two
 from autoaccum.errors import PlanError, SetupError
+from autoaccum.ranks import Ranks
 from tests.norms import SIZES, assert_same, batch, float64, pooled, state, train_window  # noqa: F401, a fixture
 
 LAYERS = {
@@ -46,9 +47,9 @@ def test_elements_count_not_samples_where_lengths_differ():
     whole, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     whole(elements.T)
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         layer(short), layer(long)
-        statistics.commit()
+        statistics.commit(Ranks())
     assert_same(layer, state(whole), 1e-12)
 
 
@@ -58,9 +59,9 @@ def test_instances_count_not_elements_where_torch_averages_over_instances():
     instances = [*short, *long, lone]
     layer = nn.InstanceNorm1d(3, momentum=0.25, track_running_stats=True)
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         layer(short), layer(long), layer(lone)
-        statistics.commit()
+        statistics.commit(Ranks())
     means = torch.stack([instance.mean(1) for instance in instances]).mean(0)
     variances = torch.stack([instance.var(1) for instance in instances]).mean(0)
     torch.testing.assert_close(layer.running_mean, 0.25 * means, rtol=1e-12, atol=1e-12)
@@ -103,10 +104,10 @@ def test_a_layer_used_twice_counts_twice_and_is_updated_once():
     left, right = batch(3), batch(3, samples=8, seed=2)
     whole(torch.cat([left, right]))
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         for a, b in zip(left.split(SIZES), right.split((3, 3, 2))):
             layer(a), layer(b)
-        statistics.commit()
+        statistics.commit(Ranks())
     assert_same(layer, state(whole), 1e-12)
     assert layer.num_batches_tracked == 1
 
@@ -195,13 +196,13 @@ def test_the_mode_is_asked_at_each_call():
     first, second, third = batch(3).split(SIZES)
     whole(torch.cat([first, third]))
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         layer(first)
         layer.eval()
         layer(second)
         layer.train()
         layer(third)
-        statistics.commit()
+        statistics.commit(Ranks())
     assert_same(layer, state(whole), 1e-12)
 
 
@@ -210,13 +211,13 @@ def test_evaluation_inside_a_window_normalises_with_the_running_statistics():
     samples = batch(3)
     expected = copy.deepcopy(layer).eval()(samples)
     with pooled(layer) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         loss = layer(samples.clone().requires_grad_()).square().sum()
         layer.eval()
         assert torch.equal(layer(samples), expected)
         layer.train()
         loss.backward()  # the buffers were written in between, unseen by autograd
-        statistics.commit()
+        statistics.commit(Ranks())
 
 
 def test_a_layer_whose_tracking_is_switched_off_is_left_alone():
@@ -236,7 +237,7 @@ def test_mode_keep_touches_nothing():
         for micro in batch(3).split(SIZES):
             plain(micro)
         assert_same(model, state(plain))
-        statistics.begin()
+        statistics.begin(1)
         model(batch(3)), plain(batch(3))
         statistics.discard()
     assert_same(model, state(plain))
@@ -248,14 +249,13 @@ def test_mode_keep_touches_nothing():
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.0, 1.0])
 def test_mode_momentum_updates_each_micro_batch_by_the_small_momentum(momentum):
     plain, layer = nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=momentum)
-    with pooled(layer, "momentum", k=7) as statistics:
+    with pooled(layer, "momentum") as statistics:
         for k, sizes in ((3, SIZES), (1, (13,)), (2, (7, 6))):
             plain.momentum = 1 - (1 - momentum) ** (1 / k)
             statistics.begin(k)
             for micro in batch(3).split(sizes):
                 layer(micro), plain(micro)
-            statistics.commit()
-            assert statistics.k == k
+            statistics.commit(Ranks())
     plain.num_batches_tracked.fill_(3)
     assert_same(layer, state(plain), 1e-12)
     assert layer.momentum == momentum
@@ -270,7 +270,7 @@ def test_mode_momentum_averages_windows_where_momentum_is_none():
             statistics.begin(len(sizes))
             for micro in batch(3, seed=seed).split(sizes):
                 layer(micro)
-            statistics.commit()
+            statistics.commit(Ranks())
             means.append(torch.stack([micro.mean(0) for micro in batch(3, seed=seed).split(sizes)]).mean(0))
     torch.testing.assert_close(layer.running_mean, torch.stack(means).mean(0), rtol=1e-12, atol=1e-12)
     assert layer.num_batches_tracked == 3
@@ -289,7 +289,7 @@ def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(
         )
 
     undisturbed, model = make(), make()
-    with pooled(undisturbed, mode, 3) as ours, pooled(model, mode, 3) as statistics:
+    with pooled(undisturbed, mode) as ours, pooled(model, mode) as statistics:
         for statistics_, model_ in ((ours, undisturbed), (statistics, model)):
             train_window(statistics_, model_, batch(3, seed=7))
         before = state(model)
@@ -297,7 +297,7 @@ def test_discard_puts_everything_back_bit_for_bit_and_the_replay_is_undisturbed(
         def die(module, inputs):
             raise MemoryError
 
-        statistics.begin()
+        statistics.begin(1)
         model(batch(3))
         bomb = model[1].register_forward_pre_hook(die)
         with pytest.raises(MemoryError):
@@ -318,7 +318,7 @@ def test_begin_drops_a_window_that_was_left_open():
     model, undisturbed = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     undisturbed(batch(3))
     with pooled(model) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         model(100 * batch(3))
         train_window(statistics, model, batch(3))
     assert_same(model, state(undisturbed), 1e-12)
@@ -328,23 +328,23 @@ def test_a_window_that_another_owner_left_open_is_dropped():
     """As after an interrupted cell in a notebook: momentum 1 and a micro-batch's statistics are not the layer's own."""
     model, undisturbed = nn.BatchNorm1d(3, momentum=0.3), nn.BatchNorm1d(3, momentum=0.3)
     undisturbed(batch(3))
-    abandoned = PooledStatistics(model)
-    abandoned.begin()
+    abandoned = PooledStatistics(model, "pooled")
+    abandoned.begin(1)
     model(100 * batch(3))
-    statistics = PooledStatistics(model)
+    statistics = PooledStatistics(model, "pooled")
     assert model.momentum == 0.3
-    abandoned.begin()
+    abandoned.begin(1)
     model(100 * batch(3))
     train_window(statistics, model, batch(3))
     assert_same(model, state(undisturbed), 1e-12)
     with pytest.raises(SetupError, match="call begin"):
-        abandoned.commit()
+        abandoned.commit(Ranks())
 
 
 def test_a_momentum_that_has_no_small_one_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=1.5))
-    with pooled(model, "momentum", 4) as statistics, pytest.raises(PlanError):
-        statistics.begin()
+    with pooled(model, "momentum") as statistics, pytest.raises(PlanError):
+        statistics.begin(4)
     assert [layer.momentum for layer in model] == [0.1, 1.5]
 
 
@@ -352,17 +352,17 @@ def test_a_lazy_layer_is_refused_until_it_has_its_shape():
     model = nn.LazyBatchNorm1d()
     with pooled(model) as statistics:
         with pytest.raises(SetupError, match="has no shape yet: run one batch"):
-            statistics.begin()
+            statistics.begin(1)
         model(batch(3))
-        statistics.begin()
+        statistics.begin(1)
         statistics.discard()
 
 
 def test_close_in_mid_window_discards_and_leaves_no_hook():
     model = nn.Sequential(nn.BatchNorm1d(3, momentum=0.3))
     before = state(model)
-    statistics = PooledStatistics(model)
-    statistics.begin()
+    statistics = PooledStatistics(model, "pooled")
+    statistics.begin(1)
     model(batch(3))
     statistics.close()
     assert_same(model, before)
@@ -383,10 +383,10 @@ def test_a_forward_that_bypasses_the_hooks_is_an_error_not_a_loss():
     model = nn.Sequential(nn.BatchNorm1d(3))
     before = state(model)
     with pooled(model) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         model[0].forward(batch(3))
         with pytest.raises(SetupError, match=r"'0' ran in this window, but not through its hooks"):
-            statistics.commit()
+            statistics.commit(Ranks())
         statistics.discard()
     assert_same(model, before)
 
@@ -395,7 +395,7 @@ def test_an_unknown_mode_and_a_commit_without_a_window_are_refused():
     with pytest.raises(SetupError, match="'frozen' is not known"):
         PooledStatistics(nn.BatchNorm1d(3), "frozen")
     with pytest.raises(SetupError, match="call begin"):
-        PooledStatistics(nn.BatchNorm1d(3)).commit()
+        PooledStatistics(nn.BatchNorm1d(3), "pooled").commit(Ranks())
 
 
 def test_a_model_without_such_layers_costs_nothing():

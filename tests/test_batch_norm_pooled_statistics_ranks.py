@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from autoaccum.ranks import here
 from tests.norms import pooled
 from tests.ranks_started import started
 
@@ -56,10 +57,10 @@ def data(rank, sizes, seed=0):
 
 
 def window(statistics, model, batches):
-    statistics.begin()
+    statistics.begin(len(batches))
     for at, micro in enumerate(batches):
         model(micro, seldom=at == 0 and len(batches) == 1) if isinstance(model, Parallel) else model(micro)
-    statistics.commit()
+    statistics.commit(here())
 
 
 def work(rank, folder):
@@ -84,14 +85,14 @@ def work(rank, folder):
         Parallel(), find_unused_parameters=True
     )  # broadcasts rank 0's buffers before each forward
     with pooled(model) as statistics:
-        statistics.begin()
+        statistics.begin(1)
         for micro in data(rank, SYNCHRONISED[rank]):
             model(micro).sum().backward()
-        statistics.commit()
+        statistics.commit(here())
     found["ddp"] = model.module.state_dict()
 
     model = Parallel()
-    with pooled(model, "momentum", k=len(UNEQUAL[rank])) as statistics:
+    with pooled(model, "momentum") as statistics:
         window(statistics, model, data(rank, UNEQUAL[rank]))
     found["momentum"] = model.state_dict()
 

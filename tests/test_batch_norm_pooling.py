@@ -3,7 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from autoaccum.batch_norm.norm_layer import NormLayer
 from autoaccum.batch_norm.pooling import Pool
 
 CHANNELS = (2, 3)
@@ -16,26 +18,28 @@ def data(seed, elements, channels):
 
 
 def pool_of():
-    buffers = [torch.zeros(channels, dtype=torch.float64) for channels in CHANNELS for _ in range(2)]
-    pool = Pool(buffers[::2], buffers[1::2], [torch.tensor(4), None])
+    modules = [nn.BatchNorm1d(channels, dtype=torch.float64) for channels in CHANNELS]
+    for module, count in zip(modules, (torch.tensor(4), None), strict=True):
+        module.running_var.zero_()
+        module.num_batches_tracked = count
+    pool = Pool([NormLayer(None, "", module) for module in modules])
     pool.begin()
     return pool
 
 
 def enter(pool, parts):
     """Enters calls (layer, elements [n, channels]), several layers at a time where they come in turn."""
-    calls = {}
     for place, part in parts:
-        if place in calls:
-            pool.add(calls)
-            calls = {}
-        calls[place] = (len(part), part.mean(0), part.var(0))
-    if calls:
-        pool.add(calls)
+        if pool.layers[place].call is not None:
+            pool.collect(counts_only=False)
+        pool.layers[place].call = (len(part), part.mean(0), part.var(0))
+    pool.collect(counts_only=False)
 
 
 def update(pool, totals, momenta=(1.0, 1.0)):
-    pool.update(totals, momenta, [False, False], [1.0, 1.0])
+    for layer, momentum in zip(pool.layers, momenta, strict=True):
+        layer.momentum = momentum
+    pool.update(totals)
 
 
 def assert_statistics(pool, wholes):
@@ -86,7 +90,7 @@ def test_pools_of_several_ranks_add_up_to_the_whole(shares, seed):
 
 def test_a_layer_without_calls_is_put_back_and_keeps_its_count():
     pool = pool_of()
-    pool.add({1: (4, torch.ones(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64))})
+    enter(pool, [(1, torch.tensor([[0.0] * 3, [2.0] * 3, [1.0] * 3], dtype=torch.float64))])
     pool.means[0].fill_(7)
     update(pool, pool.elements)
     pool.put_back_batches({1})

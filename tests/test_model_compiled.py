@@ -19,6 +19,7 @@ from autoaccum.errors import SetupError
 from autoaccum.model import compiled as compiled_module
 from autoaccum.model.compiled import Compiled
 from autoaccum.model.memory_savers import installed
+from autoaccum.ranks import Ranks
 from tests.norms import pooled
 from tests.versions import since
 
@@ -126,14 +127,14 @@ def test_pooled_statistics_are_the_eager_ones_and_their_momentum_compiles_nothin
         wrapped = Compiled(model, told.append) if model is changed else None
         with pooled(model) as statistics:
             for window in range(3):
-                statistics.begin()
+                statistics.begin(1)
                 for piece in (slice(0, 20), slice(20, 37), slice(37, 50 - window)):
                     if wrapped is None:
                         F.cross_entropy(model(x[piece]), y[piece]).backward()
                     else:
                         with wrapped:
                             F.cross_entropy(model(x[piece]), y[piece]).backward()
-                statistics.commit()
+                statistics.commit(Ranks())
                 assert model.norm.momentum == 0.1
         states.append(model.norm.state_dict())
     assert len(told) == 1

@@ -32,7 +32,7 @@ from autoaccum.errors import PlanError, SetupError, shown
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.plan import Plan
 from autoaccum.planning.split import counts
-from autoaccum.ranks import Ranks, here
+from autoaccum.ranks import Ranks
 
 __all__ = ["PooledStatistics", "expect_equal_counts", "needs_two", "unequal"]
 
@@ -44,25 +44,24 @@ class PooledStatistics:
 
     Attributes:
         layers: name and module of each BatchNorm, SyncBatchNorm and InstanceNorm layer with running statistics.
-        k: micro-batches in a window, for mode "momentum".
         is_open: whether a window is.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "pooled", k: int = 1) -> None:
+    def __init__(self, model: nn.Module, mode: str) -> None:
         """Looks the layers up; the model is untouched until `begin`.
 
         Of a model that is compiled best before its first compiled call. `mode`: "pooled", "momentum" or "keep".
         """
         if mode not in MODES:
             raise SetupError(f"batch_norm={shown(mode)} is not known: give one of {', '.join(map(repr, MODES))}")
-        self.mode, self.k, self.is_open, self.pending = mode, k, False, False
+        self.mode, self.is_open, self.pending = mode, False, False
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)
         ]
         self._end_windows()
         hooked = [] if mode == "keep" else self.layers
         self._layers = [NormLayer(self, name, module) for name, module in hooked]
-        self._groups: list[tuple[Pool, list[NormLayer]]] = []
+        self._pools: list[Pool] = []
         self._pooled_buffers: list[Tensor | None] = []
         self._model = model
         self._hooks: list[Any] = []
@@ -72,47 +71,45 @@ class PooledStatistics:
         """Whether a layer talks to other ranks in its forward (SyncBatchNorm): then all ranks need the same k."""
         return any(sharers(module) > 1 for _, module in self.layers)
 
-    def begin(self, k: int | None = None) -> None:
-        """Opens a window of `k` micro-batches, as the following ones; None: as before.
+    def begin(self, k: int) -> None:
+        """Opens a window of `k` micro-batches.
 
         One that is still open over a layer, of this owner or another, is discarded first. A PlanError in mode
         "momentum" where a layer's own momentum is not between 0 and 1.
         """
         self._end_windows()
-        self.k = self.k if k is None else k
         self._attach()
         self._regroup()
-        for pool, _ in self._groups:
+        for pool in self._pools:
             pool.begin()
         for layer in self._layers:
-            layer.prepare(self.mode, self.k)
+            layer.prepare(self.mode, k)
         self.is_open = True
         for layer in self._layers:
             layer.open()
         if self.mode == "momentum":  # with a cumulative average, call i after w windows of k gets 1 / (k·w + i)
             for layer in self._layers:
                 if layer.momentum is None and layer.counts_batches:
-                    layer.module.num_batches_tracked.data.mul_(self.k)
+                    layer.module.num_batches_tracked.data.mul_(k)
 
-    def commit(self, ranks: Ranks | None = None) -> None:
-        """Closes the window: one update of each layer that was called, on this rank or another of `ranks`.
+    def commit(self, ranks: Ranks) -> None:
+        """Closes the window: one update of each layer that was called, on this rank or another of `ranks`, which all
+        must call this.
 
-        All ranks must call this; None: those of the default process group, where there is one. A SetupError where no
-        window is open, or a layer's calls cannot be pooled: the window can be discarded then.
+        A SetupError where no window is open, or a layer's calls cannot be pooled: the window can be discarded then.
         """
         if not self.is_open:
             raise SetupError("there are no statistics to commit: call begin() before the window's first micro-batch")
         self.collect()
-        ranks = ranks if ranks is not None else here()
-        totals = [self._totals(pool, layers, ranks) for pool, layers in self._groups]
-        for (pool, layers), own in zip(self._groups, totals):
-            self._commit(pool, layers, own, ranks)
+        totals = [_totals(pool, ranks) for pool in self._pools]
+        for pool, own in zip(self._pools, totals):
+            self._commit(pool, own, ranks)
         self._end()
 
     def discard(self) -> None:
         """Puts back, bit for bit, what the buffers held at `begin`, and each momentum. Does nothing between windows."""
         if self.is_open:
-            for pool, _ in self._groups:
+            for pool in self._pools:
                 pool.put_back()
                 pool.put_back_batches()
             self._end()
@@ -128,21 +125,16 @@ class PooledStatistics:
 
     def collect(self) -> None:
         """Pools the calls whose statistics still rest in the layers' buffers."""
-        if not self.pending:
-            return
-        self.pending = False
-        for pool, layers in self._groups:
-            calls = {place: layer.call for place, layer in enumerate(layers) if layer.call is not None}
-            if calls:
-                pool.add(calls, counts_only=self.mode == "momentum")
-            for place in calls:
-                layers[place].call = None
+        if self.pending:
+            self.pending = False
+            for pool in self._pools:
+                pool.collect(counts_only=self.mode == "momentum")
 
     def put_back(self, layer: NormLayer) -> None:
         """Gives one layer the running statistics that it had at `begin`, for a call in eval mode."""
-        for pool, layers in self._groups:
-            if layer in layers:
-                pool.put_back(layers.index(layer))
+        for pool in self._pools:
+            if layer in pool.layers:
+                pool.put_back(pool.layers.index(layer))
         layer.dirty = False
 
     # Parts.
@@ -178,30 +170,10 @@ class PooledStatistics:
                     "its lazy layers find theirs"
                 )
             alike.setdefault((mean.device, wide(mean.dtype)), []).append(layer)
-        self._groups = [(Pool(*zip(*(layer.buffers for layer in layers))), layers) for layers in alike.values()]
+        self._pools = [Pool(layers) for layers in alike.values()]
         self._pooled_buffers = buffers
 
-    def _totals(self, pool: Pool, layers: list[NormLayer], ranks: Ranks) -> list[int]:
-        """For each layer, the elements of the window over all ranks, checked to be all there are."""
-        silent = {place for place, layer in enumerate(layers) if not pool.elements[place] and layer.module.training}
-        # Asks the device, so only where there is something odd: in training mode, and not called.
-        ran = silent.intersection(pool.counted()) if silent else ()
-        elements, unseen = pool.elements, [int(place in ran) for place in range(len(layers))]
-        if ranks.size > 1:
-            sums = torch.tensor([elements, unseen], device=pool.means[0].device)
-            ranks.sum(_WHAT, [sums])
-            elements, unseen = sums.tolist()
-        for layer, odd in zip(layers, unseen):
-            if odd:
-                raise SetupError(
-                    f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
-                    "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
-                    "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
-                    'choose batch_norm="keep"'
-                )
-        return elements
-
-    def _commit(self, pool: Pool, layers: list[NormLayer], totals: list[int], ranks: Ranks) -> None:
+    def _commit(self, pool: Pool, totals: list[int], ranks: Ranks) -> None:
         if ranks.size > 1 and self.mode == "momentum":
             ranks.sum(_WHAT, [buffers := pool.weighed_buffers(totals)])
             pool.write(buffers, totals)
@@ -209,19 +181,35 @@ class PooledStatistics:
             ranks.sum(_WHAT, pool.weigh(totals))
             ranks.sum(_WHAT, [pool.spread()])
         if self.mode != "momentum":
-            pool.update(
-                totals,
-                # None, where torch cannot average, is 0.
-                momenta=[each.momentum if each.counts_batches else each.momentum or 0.0 for each in layers],
-                instances=[layer.per_instance for layer in layers],
-                corrections=[1.0 / sharers(layer.module) for layer in layers],
-            )
-        pool.put_back_batches({place for place, layer in enumerate(layers) if totals[place] and layer.counts_batches})
+            pool.update(totals)
+        counting = (place for place, layer in enumerate(pool.layers) if totals[place] and layer.counts_batches)
+        pool.put_back_batches({*counting})
 
     def _end(self) -> None:
         for layer in self._layers:
             layer.end()
         self.is_open = self.pending = False
+
+
+def _totals(pool: Pool, ranks: Ranks) -> list[int]:
+    """For each layer, the elements of the window over all ranks, checked to be all there are."""
+    silent = {place for place, layer in enumerate(pool.layers) if not pool.elements[place] and layer.module.training}
+    # Asks the device, so only where there is something odd: in training mode, and not called.
+    ran = silent.intersection(pool.counted()) if silent else ()
+    elements, unseen = pool.elements, [int(place in ran) for place in range(len(pool.layers))]
+    if ranks.size > 1:
+        sums = torch.tensor([elements, unseen], device=pool.means[0].device)
+        ranks.sum(_WHAT, [sums])
+        elements, unseen = sums.tolist()
+    for layer, odd in zip(pool.layers, unseen):
+        if odd:
+            raise SetupError(
+                f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
+                "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
+                "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
+                'choose batch_norm="keep"'
+            )
+    return elements
 
 
 def needs_two(error: BaseException) -> bool:

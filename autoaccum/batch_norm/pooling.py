@@ -28,6 +28,8 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from autoaccum.batch_norm.norm_layer import NormLayer, sharers
+
 __all__ = ["Pool"]
 
 _KEPT_FACTORS = 64
@@ -39,10 +41,12 @@ class Pool:
     Layers are named by their place, 0 to n − 1. Tensors are [..., total channels], each layer's channels in turn.
     """
 
-    def __init__(self, means: Sequence[Tensor], variances: Sequence[Tensor], batches: Sequence[Tensor | None]) -> None:
-        """Takes the layers' running buffers: each [channels], and `num_batches_tracked` where there is one."""
-        self.means, self.variances = list(means), list(variances)
-        self.batches = {place: count for place, count in enumerate(batches) if count is not None}
+    def __init__(self, layers: Sequence[NormLayer]) -> None:
+        """Takes the layers' running buffers, each [channels], and `num_batches_tracked` where there is one."""
+        self.layers = layers
+        buffers = [layer.buffers for layer in layers]
+        self.means, self.variances = [mean for mean, _, _ in buffers], [variance for _, variance, _ in buffers]
+        self.batches = {place: count for place, (_, _, count) in enumerate(buffers) if count is not None}
         self.sizes = [buffer.numel() for buffer in self.means]
         self.elements = [0] * len(self.sizes)
         first = self.means[0]
@@ -83,18 +87,24 @@ class Pool:
 
     # In a window.
 
-    def add(self, calls: Mapping[int, tuple[int, Tensor, Tensor]], *, counts_only: bool = False) -> None:
-        """Enters one call for each of some layers: place -> (elements, mean, unbiased variance); or its elements."""
+    def collect(self, *, counts_only: bool) -> None:
+        """Enters the calls that rest in the layers; or their elements only."""
+        calls = {place: layer.call for place, layer in enumerate(self.layers) if layer.call is not None}
+        for place in calls:
+            self.layers[place].call = None
+            self.elements[place] += calls[place][0]
+        if calls and not counts_only:
+            self._add(calls)
+
+    def _add(self, calls: Mapping[int, tuple[int, Tensor, Tensor]]) -> None:
+        """Enters one call for each of some layers, already counted: place -> (elements, mean, unbiased variance)."""
         means, variances = [*self.means], [*self.variances]
         if len(calls) < len(self.sizes):  # a layer that was not called weighs 0, with its own sums for data
             means, variances = self._parts(self._mean), self._parts(self._within)
         weights, called = [0.0] * len(self.sizes), [0.0] * len(self.sizes)
         for place, (elements, mean, variance) in calls.items():
-            self.elements[place] += elements
             weights[place], called[place] = elements / (self.elements[place] or 1), 1.0
             means[place], variances[place] = mean, variance
-        if counts_only:
-            return
         weight, new = self._factor(weights), self._flat(means, variances)
         mean, variance = new.unbind()
         away = mean - self._mean
@@ -116,31 +126,21 @@ class Pool:
         self._between += (self._own_mean - self._mean).square_() * self._share
         return self._between
 
-    def update(
-        self,
-        totals: Sequence[int],
-        momenta: Sequence[float | None],
-        instances: Sequence[bool],
-        corrections: Sequence[float],
-    ) -> None:
+    def update(self, totals: Sequence[int]) -> None:
         """running ← (1 − m)·running + m·pooled, from what the buffers held at `begin`. Ends the window's sums.
 
-        Args:
-            totals: each layer's elements over the window and all ranks; a layer with 0 is put back.
-            momenta: each layer's own. None is the average so far: 1 / (batches counted at `begin` + 1).
-            instances: whether a layer's statistics are averages over instances.
-            corrections: what a call's "− 1" is on one rank (1/g where g ranks share a call's statistics).
+        `totals`: each layer's elements over the window and all ranks; a layer with 0 is put back.
         """
         whole, between, unit = [], [], []
-        for total, average, correction in zip(totals, instances, corrections, strict=True):
-            divisor = max(total - 1, 1)
+        for total, layer in zip(totals, self.layers, strict=True):
+            divisor, average = max(total - 1, 1), layer.per_instance
             whole.append(1.0 if average else total / divisor)
             between.append(0.0 if average else total / divisor)
-            unit.append(0.0 if average else -correction / divisor)
+            unit.append(0.0 if average else -(1.0 / sharers(layer.module)) / divisor)
         self._within.mul_(self._factor(whole))
         _add(self._within, self._between, self._factor(between))
         _add(self._within, self._unit, self._factor(unit))
-        self.write(torch.lerp(self._start, self._moments, self._momentum(momenta)), totals)
+        self.write(torch.lerp(self._start, self._moments, self._momentum()), totals)
         self._write(self._start, [place for place, total in enumerate(totals) if not total])
 
     def weighed_buffers(self, totals: Sequence[int]) -> Tensor:
@@ -156,14 +156,15 @@ class Pool:
     def _shares(self, totals: Sequence[int]) -> float | Tensor:
         return self._factor([own / (total or 1) for own, total in zip(self.elements, totals, strict=True)])
 
-    def _momentum(self, momenta: Sequence[float | None]) -> float | Tensor:
-        factor = self._factor([0.0 if momentum is None else momentum for momentum in momenta])
-        if None not in momenta:
+    def _momentum(self) -> float | Tensor:
+        """Each layer's own. None is the average so far, 1 / (batches counted at `begin` + 1); 0 where none are."""
+        factor = self._factor([layer.momentum or 0.0 for layer in self.layers])
+        if all(layer.momentum is not None for layer in self.layers):
             return factor
         expanded = torch.zeros_like(self._mean) + factor
         parts = self._parts(expanded)
         for place, start in zip(self.batches, self._start_batches.unbind(), strict=True):
-            if momenta[place] is None:
+            if self.layers[place].momentum is None and self.layers[place].counts_batches:
                 parts[place].copy_((start + 1).to(expanded.dtype).reciprocal())
         return expanded
 

@@ -78,26 +78,15 @@ class Bench:
         objective: whose weighting is looked at.
         precision: "fp32", "bf16" or "fp16".
         fixed: what holds the model still.
-        partial: gradients are looked at of some of the trained parameters only, which need not see all of the loss.
     """
 
     def __init__(
-        self,
-        stack: ExitStack,
-        model: nn.Module,
-        objective: Objective,
-        batch: Any,
-        samples: int,
-        device: torch.device,
-        optimizer: Optimizer | None,
-        precision: str,
+        self, stack: ExitStack, objective: Objective, batch: Any, samples: int, device: torch.device, precision: str
     ) -> None:
         """Holds the model still until `stack` is closed; `samples` are chosen from `batch`, on the host."""
         self.objective, self.samples, self._device, self._modules = objective, samples, device, objective.modules
-        trained = list(dict.fromkeys(trained_parameters(model, objective.loss)))
-        stepped = set(trained if optimizer is None else optimizer_parameters(optimizer))
-        self._parameters = [parameter for parameter in trained if parameter in stepped] or trained
-        self.partial = len(self._parameters) < len(trained)
+        model = objective.model
+        self._parameters = list(dict.fromkeys(trained_parameters(model, objective.loss)))
         self._taken = _Taken(self._parameters)
         # All ranks of a sharded model run the same windows of the same samples, and see the same of them.
         self._ranks = here(device) if is_sharded(model) else Ranks()

@@ -10,31 +10,24 @@ doubted; doubted is what the parts' losses are weighted with.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
 from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose, no_mean
 from autoaccum.data import tree
 from autoaccum.data.structure import AsSamples
 from autoaccum.display.shown import Drawn
-from autoaccum.errors import DataError
 from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.asking import Rows, ragged
 from autoaccum.loss.objective import Objective
-from autoaccum.model.precision import Precision
 
-__all__ = ["VERIFIED_SAMPLES", "VerifyReport", "verify_gradient"]
-
-VERIFIED_SAMPLES = 8
+__all__ = ["VerifyReport", "verify_gradient"]
 
 _NOISE_FACTOR = 10  # by which the error may exceed what two runs of the whole batch differ by
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
@@ -74,40 +67,28 @@ class VerifyReport(Drawn):
 
 @uninterrupted
 def verify_gradient(
-    model: nn.Module,
-    objective: Objective,
-    batch: Any,
-    *,
-    device: torch.device | str,
-    optimizer: Optimizer | None = None,
-    precision: Precision | str | None = None,
-    sizes: Sequence[int] | None = None,
-    most: int = VERIFIED_SAMPLES,
+    objective: Objective, batch: Any, *, device: torch.device, precision: str, most: int
 ) -> VerifyReport:
     """Compares the gradient of a batch at once with the same accumulated over ragged micro-batches; about four steps.
 
-    Model, optimizer and random generators are left bit for bit as they were; no step is taken.
+    Model and random generators are left bit for bit as they were; no step is taken. The model, on `device`, is run in
+    training mode, but without dropout, and with BatchNorm by its running statistics.
 
     Args:
-        model: on `device`; run in training mode, but without dropout, and with BatchNorm by its running statistics.
         objective: the loss as declared, whose weighting is examined.
         batch: on the host; some of its samples are used, chosen so that their denominators differ.
         device: where the model is.
-        optimizer: where given, only what it trains is compared.
-        precision: as in `fit`; None: "auto".
-        sizes: of the micro-batches, which sum to the samples used; None: two ragged ones.
-        most: samples that may be used where no `sizes` are given. They run at once.
+        precision: as in `fit`.
+        most: samples that may be used. They run at once.
 
     Raises:
         LossError: the loss of the whole batch is not a scalar with a graph.
-        DataError: the batch has fewer samples than `sizes` asks for, or does not fit the calls.
+        DataError: the batch does not fit the calls.
         SetupError: the model cannot be trained.
     """
     available = tree.batch_size(batch)
-    samples = sum(sizes) if sizes is not None else min(available, most)
-    if samples > available:
-        raise DataError(f"sizes={tuple(sizes or ())} asks for {samples} samples, and the batch has {available}")
-    if samples < 2 or (sizes is not None and len(sizes) < 2):
+    samples = min(available, most)
+    if samples < 2:
         return _unverifiable(
             f"not verifiable: {samples} sample{'s' * (samples != 1)} in one micro-batch cannot be split, so there is "
             "nothing to compare with; see that the loss is a mean over samples, or declare its reduction"
@@ -118,20 +99,19 @@ def verify_gradient(
             "so there is nothing to compare with: see that the loss is a mean over samples, or declare its reduction; "
             "tensors, and tuples, dicts or dataclasses of them, can be cut"
         )
-    name = precision.name if isinstance(precision, Precision) else precision or "auto"
     with ExitStack() as stack:
-        bench = Bench(stack, model, objective, batch, samples, torch.device(device), optimizer, name)
-        return _Examination(bench, tuple(sizes) if sizes is not None else ragged(samples)).report()
+        return _Examination(Bench(stack, objective, batch, samples, device, precision)).report()
 
 
 class _Examination:
     """The runs in turn, and what is said of them."""
 
-    def __init__(self, bench: Bench, sizes: tuple[int, ...]) -> None:
+    def __init__(self, bench: Bench) -> None:
         self._bench = bench
+        first, second = ragged(bench.samples)
         self._whole: Rows = tuple(range(bench.samples))
-        self._pieces = [self._whole[stop - size : stop] for stop, size in zip(accumulate(sizes), sizes)]
-        self._split = f"{bench.samples} samples at once and accumulated as {' + '.join(map(str, sizes))}"
+        self._pieces = [self._whole[:first], self._whole[first:]]
+        self._split = f"{bench.samples} samples at once and accumulated as {first} + {second}"
         self._tolerance = 0.0
         self._reference: Gradient = []
         self._unfit: PartFailed | None = None  # a part whose loss is not finite
@@ -141,7 +121,7 @@ class _Examination:
         """Says what the windows show, unless the loss's values over other samples showed that it is no mean."""
         found, reading = self._report(), self._bench.objective.reading
         alike = found.verifiable or not self._shown  # by chance
-        if found.ok and reading.is_no_mean and alike and not self._bench.partial:
+        if found.ok and reading.is_no_mean and alike:
             return self._refused("these need not differ, and the loss does over others", no_mean(reading.unseen or ""))
         return found
 

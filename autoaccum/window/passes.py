@@ -134,7 +134,7 @@ class Passes:
         self.side = SideBuffers(self.parameters if accumulate == "fp32" else [])
         self.sparse = SparseGradients(model, self.parameters)
         batch_norm = batch_norm or plan.batch_norm
-        self._statistics = PooledStatistics(model, batch_norm, plan.accumulation_steps)
+        self._statistics = PooledStatistics(model, batch_norm)
         self.sharded = ShardedPasses(model, self.ranks, self.device) if is_sharded(model) else None
         self.rank_sum = RankSum(self.ranks, self.parameters, self.side, self.sharded)
         self.noise_scale = NoiseScale(model, self.parameters)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from autoaccum.ranks import here
 from tests.norms import pooled
 
 pytestmark = [
@@ -42,10 +43,10 @@ def work(rank, folder):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(layers())
     with pooled(model) as statistics:
         assert statistics.synchronised
-        statistics.begin()
+        statistics.begin(1)
         for micro in data(rank, SIZES[rank]):
             model(micro.requires_grad_()).sum().backward()
-        statistics.commit()
+        statistics.commit(here())
     torch.save({name: value.cpu() for name, value in model.state_dict().items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -77,10 +78,10 @@ def test_cudnn_and_native_kernels_leave_the_statistics_that_are_pooled(autocast,
     micros = [micro.to(memory_format=memory_format) for micro in data(1)]
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast), pooled(model) as statistics:
         whole(torch.cat(micros))
-        statistics.begin()
+        statistics.begin(1)
         for micro in micros:
             model(micro).sum().backward()
-        statistics.commit()
+        statistics.commit(here())
     assert_first_layer(model, whole)
 
 
@@ -93,11 +94,11 @@ def test_a_compiled_model_is_pooled_with_and_without_cuda_graphs(mode):
         for seed in range(4):  # the later windows replay what the first ones recorded
             micros = data(seed, (6, 6))
             whole(torch.cat(micros))
-            statistics.begin()
+            statistics.begin(1)
             for micro in micros:
                 torch.compiler.cudagraph_mark_step_begin()
                 compiled(micro).sum().backward()
-            statistics.commit()
+            statistics.commit(here())
             assert_first_layer(model, whole)
 
 
@@ -106,14 +107,14 @@ def test_a_window_waits_for_the_device_not_once():
     micros = data(0)
     with pooled(model) as statistics:
         for warm in (False, True):  # the first makes the factors
-            statistics.begin()
+            statistics.begin(1)
             for micro in micros:
                 model(micro)
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error" if warm else "default")
             try:
-                statistics.commit()
-                statistics.begin()
+                statistics.commit(here())
+                statistics.begin(1)
                 model(micros[0])
             finally:
                 torch.cuda.set_sync_debug_mode("default")
