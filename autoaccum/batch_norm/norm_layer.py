@@ -30,22 +30,21 @@ class NormLayer:
 
     Its methods are hooks, so a model that is pickled or deep-copied takes it along. A copy of it is an empty one, whose
     hooks do nothing: an averaged copy of a model must not feed this model's statistics.
+
+    Attributes:
+        owner: the PooledStatistics that it belongs to.
+        call: elements, mean and variance of a call that is not pooled yet.
+        momentum: the layer's own, while a window has set another.
+        dirty: the buffers hold a micro-batch's statistics, not running ones.
     """
 
-    owner: Any  # the PooledStatistics that it belongs to
-    module: Any
-    call: tuple[int, Tensor, Tensor] | None  # elements, mean and variance of a call that is not pooled yet
-    momentum: float | None  # the layer's own, while a window has set another
-    dirty: bool  # the buffers hold a micro-batch's statistics, not running ones
-
-    def __init__(self, owner: Any = None, name: str = "", module: nn.Module | None = None) -> None:
-        self.name, self.module = name, module
-        self.call, self.momentum, self.dirty = None, None, False
+    def __init__(self, owner: Any = None, name: str = "", module: Any = None) -> None:
+        self.owner, self.name, self.module = owner, name, module
+        self.call: tuple[int, Tensor, Tensor] | None = None
+        self.momentum: float | None = None
         self._small: float | None = None  # what a micro-batch updates with
-        if module is not None:
-            self.owner = owner
-            self.per_instance = isinstance(module, _InstanceNorm)
-            self._key = _KEYS.setdefault(module, next(_COUNTER))
+        self.dirty, self.per_instance = False, isinstance(module, _InstanceNorm)
+        self._key = -1 if module is None else _KEYS.setdefault(module, next(_COUNTER))
 
     def __reduce__(self) -> tuple[type["NormLayer"], tuple[()]]:
         return (NormLayer, ())

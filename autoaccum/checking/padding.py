@@ -32,18 +32,16 @@ def padding_error(
         device: where the model is.
         precision: what it computes in.
     """
-    with Snapshot(objective.model, device=device, parameters=False):
+    sums = []
+    with Snapshot(objective.model, device=device, parameters=False), torch.no_grad():
         objective.model.eval()
-        short, long, both = (_numerator(objective, batch, device, precision) for batch in (*alone, together))
+        for batch in (*alone, together):
+            known = objective.denominators(batch)
+            with precision.autocast():
+                terms = objective.terms(tree.move(batch, device), known)
+            sums.append(sum(float(term.numerator) for term in terms.values()))
+    short, long, both = sums
     error = abs(both - short - long) / abs(short) if short else 0.0
     exact = precision.name == "fp32" and all(p.dtype.itemsize > 2 for p in objective.model.parameters())
     rounding = (_ROUNDING if exact else _ROUNDING_16_BITS) * (1.0 + abs(long / short) if short else 1.0)
     return error if error > rounding else None
-
-
-@torch.no_grad()
-def _numerator(objective: Objective, batch: Any, device: torch.device, precision: Precision) -> float:
-    known = objective.denominators(batch)
-    with precision.autocast():
-        terms = objective.terms(tree.move(batch, device), known)
-    return sum(float(term.numerator) for term in terms.values())
