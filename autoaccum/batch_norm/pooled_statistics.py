@@ -78,8 +78,9 @@ class PooledStatistics:
         "momentum" where a layer's own momentum is not between 0 and 1.
         """
         self._end_windows()
-        self._attach()
-        self._regroup()
+        if self._layers:
+            self._attach()
+            self._regroup()
         for pool in self._pools:
             pool.begin()
         for layer in self._layers:
@@ -141,7 +142,7 @@ class PooledStatistics:
 
     def _attach(self) -> None:
         """Puts the hooks on, unless they are: before the model is first compiled, which would not see them later."""
-        if self._layers and not self._hooks:
+        if not self._hooks:
             for layer in self._layers:
                 self._hooks.append(layer.module.register_forward_pre_hook(layer.before))
                 self._hooks.append(layer.module.register_forward_hook(layer.after))
