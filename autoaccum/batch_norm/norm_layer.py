@@ -32,7 +32,7 @@ class NormLayer:
     hooks do nothing: an averaged copy of a model must not feed this model's statistics.
 
     Attributes:
-        owner: the PooledStatistics that it belongs to.
+        owner, pool: the PooledStatistics that it belongs to, and the Pool in it.
         call: elements, mean and variance of a call that is not pooled yet.
         momentum: the layer's own, while a window has set another.
         dirty: the buffers hold a micro-batch's statistics, not running ones.
@@ -40,6 +40,7 @@ class NormLayer:
 
     def __init__(self, owner: Any = None, name: str = "", module: Any = None) -> None:
         self.owner, self.name, self.module = owner, name, module
+        self.pool: Any = None
         self.call: tuple[int, Tensor, Tensor] | None = None
         self.momentum: float | None = None
         self._small: float | None = None  # what a micro-batch updates with
@@ -86,8 +87,9 @@ class NormLayer:
             self.owner.collect()
         if self.owner.mode == "momentum":
             self._repeat_nothing()
-        elif self.dirty and not module.training:
-            self.owner.put_back(self)  # evaluation inside a window normalises with the running statistics
+        elif self.dirty and not module.training:  # evaluation inside a window has the running statistics of its start
+            self.pool.put_back(self.pool.layers.index(self))
+            self.dirty = False
 
     def after(self, module: Any, args: Any, output: Any) -> None:
         """Notes a call in training mode."""
@@ -109,7 +111,7 @@ class NormLayer:
         """Enters one call; `mean` and `variance` must hold until the owner collects."""
         self.dirty = True
         if not _recomputing():
-            self.call, self.owner.pending = (elements, mean, variance), True
+            self.call = elements, mean, variance
 
     def _elements(self, batch: Tensor, channels: int) -> int:
         """What one call counts: elements per channel; instances, where statistics are averaged over these."""

@@ -54,7 +54,7 @@ class PooledStatistics:
         """
         if mode not in MODES:
             raise SetupError(f"batch_norm={shown(mode)} is not known: give one of {', '.join(map(repr, MODES))}")
-        self.mode, self.is_open, self.pending = mode, False, False
+        self.mode, self.is_open = mode, False
         self.layers: list[tuple[str, nn.Module]] = [
             (name, module) for name, module in model.named_modules() if has_running_statistics(module)
         ]
@@ -126,17 +126,8 @@ class PooledStatistics:
 
     def collect(self) -> None:
         """Pools the calls whose statistics still rest in the layers' buffers."""
-        if self.pending:
-            self.pending = False
-            for pool in self._pools:
-                pool.collect(counts_only=self.mode == "momentum")
-
-    def put_back(self, layer: NormLayer) -> None:
-        """Gives one layer the running statistics that it had at `begin`, for a call in eval mode."""
         for pool in self._pools:
-            if layer in pool.layers:
-                pool.put_back(pool.layers.index(layer))
-        layer.dirty = False
+            pool.collect(counts_only=self.mode == "momentum")
 
     # Parts.
 
@@ -189,7 +180,7 @@ class PooledStatistics:
     def _end(self) -> None:
         for layer in self._layers:
             layer.end()
-        self.is_open = self.pending = False
+        self.is_open = False
 
 
 def _totals(pool: Pool, ranks: Ranks) -> list[int]:

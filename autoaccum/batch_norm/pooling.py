@@ -44,6 +44,8 @@ class Pool:
     def __init__(self, layers: Sequence[NormLayer]) -> None:
         """Takes the layers' running buffers, each [channels], and `num_batches_tracked` where there is one."""
         self.layers = layers
+        for layer in layers:
+            layer.pool = self
         buffers = [layer.buffers for layer in layers]
         self.means, self.variances = [mean for mean, _, _ in buffers], [variance for _, variance, _ in buffers]
         self.batches = {place: count for place, (_, _, count) in enumerate(buffers) if count is not None}

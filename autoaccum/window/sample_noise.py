@@ -61,11 +61,12 @@ class SampleNoise(TorchDispatchMode):
         """What an operator draws, with the rows of the samples that run in the place of its own."""
         devices = [arg.device for arg in args if isinstance(arg, Tensor)]
         device = devices[0] if devices else torch.device(kwargs.get("device") or "cpu")
-        own, module = kwargs.get("generator"), torch.get_device_module(device)
+        own: Any = kwargs.get("generator")
         if own is not None or device.type == "cpu":
             source = own if own is not None else torch.default_generator
             get, put = source.get_state, source.set_state
         else:
+            module = torch.get_device_module(device)
             get, put = partial(module.get_rng_state, device), partial(module.set_rng_state, device=device)
         state, count = get(), len(self.rows)
         if own is not None:
