@@ -243,11 +243,6 @@ READ = {
         {"step": lambda m, b: {"main": mean(m(b[0]), b[1]), "size": m(b[0]).pow(2).mean()}},
     ),
     "a step's Means": lambda: (mlp(), pairs(), {"step": two_means}),
-    "a part has no targets": lambda: (
-        mlp(),
-        (torch.randn(8, 6), torch.tensor([1, *[-100] * 6, 2])),
-        {"loss": mean, "sizes": (1, 6, 1)},
-    ),
 }
 
 FAULTS = {
