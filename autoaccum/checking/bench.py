@@ -32,7 +32,7 @@ from autoaccum.ranks import Ranks, bytes_of, here
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.determinism import Determinism
 
-__all__ = ["Bench", "Difference", "Gradient", "PartFailed"]
+__all__ = ["Bench", "Difference", "Gradient", "PartFailed", "PartRaised"]
 
 _LEAST_ROUNDING = 1e-8  # of a gradient in float64
 _FP16_ATTEMPTS = 24  # the loss scale starts at 65536, and is halved each time
@@ -59,15 +59,11 @@ class Difference(NamedTuple):
 
 
 class PartFailed(Exception):
-    """A micro-batch could not be run where the whole batch could.
+    """The loss of a micro-batch is not a finite number where the whole batch's is."""
 
-    Attributes:
-        raised: the model or the loss raised; else the loss is not a finite number.
-    """
 
-    def __init__(self, what: str, *, raised: bool) -> None:
-        super().__init__(what)
-        self.raised = raised
+class PartRaised(PartFailed):
+    """The model or the loss raised at a micro-batch where it could run the whole batch."""
 
 
 class Bench:
@@ -161,7 +157,7 @@ class Bench:
         """`window`, after the whole batch could be run.
 
         Raises:
-            PartFailed: the model or the loss raised, or the loss is not finite.
+            PartRaised, PartFailed: the model or the loss raised, or the loss is not finite.
         """
         sizes = " + ".join(str(len(piece)) for piece in pieces)
         try:
@@ -169,9 +165,9 @@ class Bench:
         except RAISED as error:
             if out_of_memory(error) is not Verdict.NO:
                 raise
-            raise PartFailed(f"{type(error).__name__} at {sizes}: {error}", raised=True) from error
+            raise PartRaised(f"{type(error).__name__} at {sizes}: {error}") from error
         if isinstance(found, str):
-            raise PartFailed(f"{found} at {sizes}", raised=False)
+            raise PartFailed(f"{found} at {sizes}")
         return found
 
     def read(self) -> Reading | None:

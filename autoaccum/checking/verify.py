@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed
+from autoaccum.checking.bench import Bench, Difference, Gradient, PartFailed, PartRaised
 from autoaccum.checking.diagnosis import Cause, Diagnosis, declaration, diagnose, no_mean
 from autoaccum.data import tree
 from autoaccum.data.structure import AsSamples
@@ -169,9 +169,9 @@ class _Examination:
         for piece in self._pieces:
             try:
                 found.append(self._bench.sampled(self._bench.part([piece])))
+            except PartRaised:
+                raise
             except PartFailed as failure:
-                if failure.raised:
-                    raise
                 self._unfit = failure
                 found.append(self._bench.sampled(self._bench.nothing))
         return found
@@ -226,7 +226,7 @@ class _Examination:
 
     def _of_failure(self, failure: PartFailed) -> Diagnosis:
         """Of a part that could not be run, or has no finite loss."""
-        if failure.raised:
+        if isinstance(failure, PartRaised):
             return Diagnosis(
                 Cause.SIZE_BOUND,
                 "the model or the loss reads the batch size (a fixed view or expand), or needs certain samples "

@@ -27,8 +27,8 @@ from autoaccum.data import tree
 from autoaccum.errors import AutoaccumError, SetupError
 from autoaccum.model.precision import global_norm
 from autoaccum.model.shards import Shards
-from autoaccum.random_state import RandomState
 from autoaccum.ranks import LostRankError, Ranks, digest, told
+from autoaccum.window.window_start import WindowStart
 
 __all__ = ["ShardedPasses", "norm_over_ranks"]
 
@@ -51,7 +51,6 @@ class ShardedPasses:
 
     Attributes:
         collectives: what they issue.
-        resting: its normalisation layers, which learn nothing from a pass that counts nothing.
         sample: what passes that count nothing run on, on the host; None until a window had one.
         replicas: how many ranks hold the same shard.
         late: gradients are summed over the ranks in a window's last pass only.
@@ -61,7 +60,7 @@ class ShardedPasses:
         """Looks at the model, which stays as it is; a SetupError where it is sharded over other ranks than train."""
         from autoaccum.ranks.collectives import Collectives  # imports torch.distributed
 
-        self._model, self._ranks, self._device = model, ranks, device
+        self._ranks = ranks
         self._shards = Shards(model)
         for group in self._shards.groups:
             over = group.mesh_info.shard_mesh_size * getattr(group.mesh_info, "replicate_mesh_size", 1)
@@ -71,7 +70,8 @@ class ShardedPasses:
                     "of them, of one dimension or two (replicate, shard)"
                 )
         self.collectives = Collectives()
-        self.resting = [module for module in model.modules() if has_running_statistics(module)]
+        self._resting = {module for module in model.modules() if has_running_statistics(module)}
+        self._start = WindowStart([model], device, without=self._resting)
         self.sample: Any = None
         self._compared = self.late = False
         self._parameters = {id(parameter): parameter for parameter in self._shards.parameters}
@@ -237,10 +237,8 @@ class ShardedPasses:
 
         Normalisation layers are in evaluation mode meanwhile: a single sample has no statistics.
         """
-        random = RandomState(self._device, quick=True)
-        training = [module for module in self.resting if module.training]
-        own = {id(buffer) for module in self.resting for buffer in module.buffers()}
-        kept = [(b, b.detach().clone()) for b in self._model.buffers() if id(b) not in own]
+        self._start.mark()
+        training = [module for module in self._resting if module.training]
         self.collectives.muted = True
         for module in training:
             module.training = False
@@ -252,10 +250,7 @@ class ShardedPasses:
                 self._shards.drop_whole()
             for module in training:
                 module.training = True
-            with torch.no_grad():
-                for buffer, value in kept:
-                    buffer.copy_(value)
-            random.restore()
+            self._start.restore()
 
 
 def norm_over_ranks(

@@ -1,6 +1,6 @@
 """The moment at which a window begins, so that it can be run again as if it had not begun."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,19 @@ class WindowStart:
     """The buffers and random generators as they are when a window begins."""
 
     def __init__(
-        self, modules: Sequence[nn.Module], device: torch.device, noted: Callable[[], Any] | None = None
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        noted: Callable[[], Any] | None = None,
+        without: Collection[nn.Module] = (),
     ) -> None:
-        """Looks the modules up; `mark` keeps. `noted`: what else notes something, and goes back with `restore()`."""
+        """Looks the modules up; `mark` keeps. `noted`: what else notes something, and goes back with `restore()`.
+
+        `without`: layers in them whose buffers are not kept.
+        """
         self._device, self._noted = device, noted if noted is not None else lambda: None
         # The dicts themselves, of layers without buffers too: a first forward may add one, and the walk takes long.
-        layers = [layer for module in modules for layer in module.modules()]
+        layers = [layer for module in modules for layer in module.modules() if layer not in without]
         self._owners = [layer._buffers for layer in layers]
         # TorchScript's are views of the layer in C++, in which no other object can be put.
         self._rebound = [layer._buffers for layer in layers if not isinstance(layer, torch.jit.ScriptModule)]
