@@ -43,10 +43,10 @@ from autoaccum.settings import SETTINGS, Settings, deciding, taken_by
 from autoaccum.training.evaluate import Evaluator, check_metrics
 from autoaccum.training.events import Event, Events, Listener, Noted, TrialRan
 from autoaccum.training.loop import TrainingLoop
-from autoaccum.training.make_ready import for_phase, ready_to_train
-from autoaccum.training.parts import kept_answers
 from autoaccum.training.run_folder import open_run
 from autoaccum.training.schedule import check_schedule
+from autoaccum.training.state import kept_answers
+from autoaccum.training.turns import for_phase, ready_to_train
 from autoaccum.units import check_memory
 from autoaccum.window.agreement import agree_on_copies
 from autoaccum.window.assembly import Assembly, assemble
@@ -278,22 +278,19 @@ class Session:
         total = total_steps(made, parts.source.length, asked.epochs, asked.max_steps)
         accumulators = [
             ready_to_train(
-                turn, made if turn is parts else for_phase(turn, made, asked.lr_rule), total, asked, self.events,
-                **asked.some("accumulate", "log_grad_norm", "on_nonfinite"),
+                turn, made if turn is parts else for_phase(turn, made, asked.lr_rule), total, asked, self.events
             )
             for turn in parts.turns
-        ]  # fmt: skip
+        ]
         evaluator = Evaluator(
             parts.objective, parts.device, accumulators[0].precision, parts.ranks, max(made.micro_batch, 1),
-            parts.validation, asked.metrics or {},
+            parts.validation, asked.metrics or {}, accumulators[0].sharded,
         )  # fmt: skip
         loop = TrainingLoop(
-            accumulators[0], parts.source, parts.device, total_steps=total,
-            budget=parts.device.budget(asked.memory), events=self.events,
-            evaluator=evaluator, probe=self.report, verify=verdict, folder=self._folder,
+            [(turn.phase, each) for turn, each in zip(parts.turns, accumulators)], parts.source, parts.device,
+            evaluator, asked, total_steps=total, budget=parts.device.budget(asked.memory), events=self.events,
+            probe=self.report, verify=verdict, folder=self._folder,
             running=replace(parts, phase=None).running,  # each turn freezes the others' parameters itself
-            phases=[(turn.phase, each) for turn, each in zip(parts.turns, accumulators)],
-            **asked.some("epochs", "max_steps", "regrow_after", "seed", "shuffle"),
         )  # fmt: skip
         if self._kept is not None:
             with parts.under(parts.ladder):  # an optimizer whose state is on the host has no room for it elsewhere

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import autoaccum
-from autoaccum.cli.endings import exit_code, one_line
+from autoaccum.cli.command import exit_code, one_line
 from autoaccum.cli.target import Target
 from autoaccum.errors import SetupError
 
@@ -144,19 +144,6 @@ def test_a_missing_file_names_the_one_that_was_probably_meant(train):
 
     assert str(train / "trian.py") in message
     assert "did you mean 'train.py'?" in message
-
-
-def test_a_file_of_a_package_that_imports_relative_to_it_is_told_how_to_be_named(tmp_path, monkeypatch):
-    folder = tmp_path / "relating" / "inner"
-    folder.mkdir(parents=True)
-    for path in (folder.parent / "__init__.py", folder / "__init__.py"):
-        path.write_text("")
-    (folder / "sizes.py").write_text("N = 2")
-    (folder / "jobs.py").write_text("from ..inner.sizes import N\ndef build():\n    return {'model': N, 'data': []}")
-    with pytest.raises(SetupError, match=r"write it as a module, relating\.inner\.jobs:build, from above"):
-        Target.parse(f"{folder / 'jobs.py'}:build").load()
-    monkeypatch.chdir(tmp_path)
-    assert Target.parse("relating.inner.jobs:build")() == {"model": 2, "data": []}
 
 
 def test_a_missing_module_is_told_from_one_that_fails_to_import_another(train):

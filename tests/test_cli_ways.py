@@ -7,7 +7,6 @@ import textwrap
 import time
 from pathlib import Path
 
-import click
 import psutil
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from autoaccum.cli.main import cli
 from autoaccum.cli.ways import what_fits
-from autoaccum.errors import AutoaccumError
+from autoaccum.errors import AutoaccumError, SetupError
 from tests.ranks_started import started
 from tests.shards_work import grouped
 from tests.warm import Command
@@ -156,7 +155,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(click.UsageError, match="4 ranks on a machine with 1 GPUs"):
+    with pytest.raises(SetupError, match="4 ranks on a machine with 1 GPUs"):
         what_fits(lambda: build(device="cuda"), "none")
 
 

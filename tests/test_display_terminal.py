@@ -9,7 +9,7 @@ from rich.console import Console
 
 from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import on_curve, open_console
-from autoaccum.display.progress import TrainingProgress, trial_line
+from autoaccum.display.narrator import TrainingProgress, trial_line
 from autoaccum.display.terminal import (
     devices_view,
     fit_view,

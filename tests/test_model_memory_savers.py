@@ -307,7 +307,7 @@ def test_what_cannot_help_says_why(rung, model, precision, text):
 
 
 def test_the_command_line_has_the_same_rungs():
-    from autoaccum.cli.fit_command import fit
+    from autoaccum.cli.main import fit
 
     (option,) = [parameter for parameter in fit.params if parameter.name == "ladder"]
     assert list(option.type.choices) == ["auto", *RUNGS]

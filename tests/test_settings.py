@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum.cli.fit_command import fit
-from autoaccum.cli.main import verify
+from autoaccum.cli.main import fit, search, verify
 from autoaccum.cli.probe_command import probe
-from autoaccum.cli.search_command import search
 from autoaccum.settings import SETTINGS, deciding, reference, taken_by
 
 # What a probe's and a check's own signatures say otherwise: a probe without a target looks for the largest that fits.

@@ -15,7 +15,7 @@ from autoaccum.errors import DataError, NothingFitsError
 from autoaccum.planning.length_rule import scaled
 from autoaccum.planning.plan import Plan, plan
 from autoaccum.training.events import TrainingWarning
-from autoaccum.training.fit_result import length_summary
+from autoaccum.training.fit_result import LengthSummary
 from autoaccum.training.smaller import cut_in_half
 from tests.ranks_started import started
 from tests.texts import Reader, loader, pad, sentences
@@ -101,7 +101,7 @@ def test_what_is_summed_up_is_what_the_windows_said():
     assert sum(found.micro_batches.values()) == len(result.history) == 6
     assert 0 < found.padding < found.padding_unsorted < 1
     assert found.tokens_per_second > 0
-    assert length_summary(record for record in result.history if record.tokens is None) is None
+    assert LengthSummary.of(record for record in result.history if record.tokens is None) is None
 
 
 def test_a_training_without_lengths_says_nothing_of_them():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import autoaccum
 from autoaccum.errors import AutoaccumError, DataError, LossError, NothingFitsError, PlanError, SetupError
 from autoaccum.training.events import StopTraining, TrainingWarning
-from autoaccum.training.history import History
+from autoaccum.training.fit_result import History
 from autoaccum.window.record import StepRecord
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))

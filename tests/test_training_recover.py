@@ -265,7 +265,7 @@ def test_gradients_that_wait_whole_for_a_windows_end_go_before_any_size_is_halve
     assert [smaller.micro_batches, limit] == [made.micro_batches, 8]
     assert "ran out in step 3" in smaller.reasons["gradient_sync"]
     assert replays.shrink(smaller, 8, True, Ranks(), step=3)[1] == 4
-    assert replays.grow(smaller) == made
+    assert replays.grow() == made
 
 
 def test_a_floor_that_cannot_be_met_moves_the_limit_up():
@@ -591,7 +591,7 @@ def test_where_the_allocator_retries_window_after_window_micro_batches_become_so
     notes = []
     loop = prepared(body(), epochs=4, callbacks=[notes.append])
     for turn in loop._turns.all:
-        turn.safe._device = Straining(loop._device, loop, above=7)
+        turn._device = Straining(loop._device, loop, above=7)
     sizes = []
     for record in loop:
         sizes.append((record.micro_batches, loop.plan.limits))
@@ -622,7 +622,7 @@ def test_blocks_that_malloc_kept_go_before_any_size_is_halved():
     loop = prepared(model := Tight(body(), {1: 4, 2: 4}), callbacks=[heard.append])
     device = Keeping(loop._device)
     for turn in loop._turns.all:
-        turn.safe._device = device
+        turn._device = device
 
     class Roomier(dict):
         def get(self, window, default):

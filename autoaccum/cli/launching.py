@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from autoaccum.cli.stopping import Ended
+from autoaccum.cli.command import Ended
 from autoaccum.errors import ProbeError
 
 __all__ = ["on_ranks"]
@@ -31,18 +31,14 @@ def on_ranks(number: int, work: Callable[..., Any], *arguments: Any) -> list[Any
         min_nodes=1, max_nodes=1, nproc_per_node=number, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=0, monitor_interval=0.1, start_method="spawn",
     )  # fmt: skip
-    ended: signal.Signals | None = None
     try:
         with _quiet_and_put_back():
             answers: dict[int, Any] = elastic_launch(config, _rank)(work, *arguments)
             return [answers[rank] for rank in range(number)]
     except SignalException as error:
-        ended = error.sigval
+        raise KeyboardInterrupt if error.sigval == signal.SIGINT else Ended(error.sigval) from None
     except ChildFailedError as error:
         raise ProbeError(_lost({rank: failure.exitcode for rank, failure in error.failures.items()})) from error
-    if ended == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise Ended(ended)
 
 
 def _rank(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,10 +1,11 @@
 """The command line's options: fit's keywords under the same names, each described once for all commands.
 
-Every default is None, which means "not given": what was not given is not passed on, so that the dict of TARGET, and
-below it the library's own defaults, hold.
+Every default is None, which means "not given": a command gets what was given alone (command.py), so that the dict of
+TARGET, and below it the library's own defaults, hold.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,12 +15,11 @@ from autoaccum.errors import MissingExtraError, PlanError, SetupError
 from autoaccum.settings import SETTINGS, taken_by
 from autoaccum.units import check_memory
 
-__all__ = ["COUNT", "Switch", "given", "new_file", "new_picture", "read_by", "takes", "takes_all", "target_argument"]
+__all__ = ["COUNT", "Switch", "new_file", "read_by", "takes", "takes_all", "target_argument"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 COUNT = click.IntRange(min=1)
-_NEW = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 def read_by(read: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -42,18 +42,16 @@ def _memory(value: str) -> str:
     return value
 
 
-def _in_a_folder(value: Path) -> Path:
-    """A file that is written when the work is done has to be known to have a folder before it begins."""
+def _in_a_folder(value: Path, *, picture: bool = False) -> Path:
+    """A file that is written when the work is done has to be known to have a folder before it begins; and a picture to
+    be of a kind that can be drawn.
+    """
     if not value.parent.is_dir():
         raise SetupError(f"{str(value)!r}: there is no folder {str(value.parent)!r}; make it first")
-    return value
+    if picture:
+        from autoaccum.display.plots import picture_format
 
-
-def _picture(value: Path) -> Path:
-    """A file in a folder, and of a kind that can be drawn."""
-    from autoaccum.display.plots import picture_format
-
-    picture_format(_in_a_folder(value))
+        picture_format(value)
     return value
 
 
@@ -119,19 +117,11 @@ def takes(*names: str) -> Callable[[Function], Function]:
     return decorate
 
 
-def new_file(name: str, text: str) -> Callable[[Function], Function]:
+def new_file(name: str, text: str, *, picture: bool = False) -> Callable[[Function], Function]:
     """An option for a file that the command writes at its end."""
-    return click.option(f"--{name}", type=_NEW, metavar="FILE", callback=read_by(_in_a_folder), help=text)
-
-
-def new_picture(text: str) -> Callable[[Function], Function]:
-    """`--plot`, for a picture that the command draws at its end."""
-    return click.option("--plot", type=_NEW, metavar="FILE", callback=read_by(_picture), help=text)
-
-
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that stood on the command line."""
-    return {name: value for name, value in options.items() if value is not None}
+    read = read_by(functools.partial(_in_a_folder, picture=picture))
+    kind = click.Path(dir_okay=False, writable=True, path_type=Path)
+    return click.option(f"--{name}", type=kind, metavar="FILE", callback=read, help=text)
 
 
 target_argument = click.argument("target", metavar="TARGET")

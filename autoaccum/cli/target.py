@@ -1,4 +1,5 @@
-"""TARGET: the user's function that returns a dict of fit's arguments, found by "file.py:name" or "module:name".
+"""TARGET: the user's function that returns a dict of fit's arguments, found by "file.py:name" or "module:name"; and the
+call of the library that is made of it and the options.
 
 A `Target` holds names and plain values only. It can be pickled, and a spawned child that gets one loads the user's code
 again by itself: that is how trials run in a process of their own, and how a search runs its workers.
@@ -20,10 +21,11 @@ from types import ModuleType
 from typing import Any
 
 from autoaccum.checks import misfit
+from autoaccum.cli.command import first_rank
 from autoaccum.errors import SetupError, shown
 from autoaccum.settings import check_arguments
 
-__all__ = ["Target"]
+__all__ = ["Target", "arguments_of", "call", "need_target_batch"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,15 @@ class Target:
         """The dict that the user's function returns for these arguments, with the overrides in it, and checked."""
         found = self._find()
         if not _is_trained_by_another(found):
-            function = self._callable(found)
-            self._check_call(function, args, keywords)
+            function = self.load()
+            if error := misfit(function, *args, **keywords):
+                names = ", ".join([*map(repr, args), *keywords])
+                wanted = f"the arguments {names}" if names else "no arguments"
+                is_ = f"{function.__name__}{inspect.signature(function)}"
+                raise SetupError(
+                    f"{shown(self.text)} is called with {wanted}, but is {is_}: {error}; give the parameters defaults, "
+                    "or write a function around it"
+                ) from error
             found = function(*args, **keywords)
         if _is_trained_by_another(found):
             trainer, *rest = found if isinstance(found, tuple) else (found,)
@@ -92,7 +101,13 @@ class Target:
 
     def load(self) -> Callable[..., Any]:
         """Import the module and find the function; a SetupError where that cannot be done."""
-        return self._callable(self._find())
+        found = self._find()
+        if not callable(found):
+            raise SetupError(
+                f"{shown(self.text)} is {shown(found)}, which cannot be called: name a function that returns a dict of "
+                "fit's arguments"
+            )
+        return found  # type: ignore[no-any-return]  # callable, as was just seen
 
     def _find(self) -> Any:
         """What has the name: a function, or a trainer."""
@@ -106,36 +121,11 @@ class Target:
             found = getattr(found, part)
         return found
 
-    def _callable(self, found: Any) -> Callable[..., Any]:
-        if not callable(found):
-            raise SetupError(
-                f"{shown(self.text)} is {shown(found)}, which cannot be called: name a function that returns a dict of "
-                "fit's arguments"
-            )
-        return found  # type: ignore[no-any-return]  # callable, as was just seen
-
-    def _check_call(self, function: Callable[..., Any], args: Sequence[Any], keywords: Mapping[str, Any]) -> None:
-        error = misfit(function, *args, **keywords)
-        if error is not None:
-            wanted = f"the arguments {', '.join([*map(repr, args), *keywords])}" if args or keywords else "no arguments"
-            raise SetupError(
-                f"{shown(self.text)} is called with {wanted}, but is {function.__name__}{inspect.signature(function)}: "
-                f"{error}; give the parameters defaults, or write a function around it"
-            ) from error
-
     def _module(self) -> ModuleType:
         if self.folder not in sys.path:
             sys.path.insert(0, self.folder)
         if self.file is not None:
-            try:
-                return _module_of_file(Path(self.file))
-            except ImportError as error:
-                if "no known parent package" not in str(error):
-                    raise
-                raise SetupError(
-                    f"{shown(self.text)} has a relative import, which a file by its path has no package for ({error}): "
-                    f"write it as a module, {_in_package(Path(self.file))}:{self.name}, from above that package"
-                ) from error
+            return _module_of_file(Path(self.file))
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
@@ -178,14 +168,6 @@ def _module_of_file(path: Path) -> ModuleType:
     return module
 
 
-def _in_package(path: Path) -> str:
-    """The module that a file is in the packages that it lies in; at least in that of its folder."""
-    names, folder = [path.parent.name, path.stem], path.parent.parent
-    while (folder / "__init__.py").is_file():
-        names, folder = [folder.name, *names], folder.parent
-    return ".".join(names)
-
-
 def _is_trained_by_another(found: Any) -> bool:
     """Whether this is a trainer that `autoaccum verify` knows, alone or first in a tuple with its module and data."""
     from autoaccum.integrations.trainers import is_trainer
@@ -196,3 +178,45 @@ def _is_trained_by_another(found: Any) -> bool:
 def _nearest(name: str, names: Sequence[str], otherwise: str) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]!r}?" if close else otherwise
+
+
+# --- the library's functions, called with what TARGET returns ---
+
+
+def arguments_of(function: Callable[..., Any], target: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that TARGET returns, with the given options in it, for a call of `function`.
+
+    Where --plan is a search's result, what its best trial was trained with stands in the place of TARGET's own. Trials
+    in a child get TARGET itself, since the child has to build a model of its own. Progress is told unless someone says
+    otherwise: it goes to stderr, and is lines where there is no terminal.
+    """
+    for name in options:
+        if name not in inspect.signature(function).parameters:
+            raise SetupError(f"--{name.replace('_', '-')}: {function.__name__} takes no {name!r}; leave it out")
+    factory = Target.parse(target, options)
+    best = None
+    if "plan" in options:
+        from autoaccum.searching.search_result import best_arguments
+
+        rest = {name: value for name, value in options.items() if name != "plan"}
+        best = best_arguments(options["plan"], Target.parse(target, rest))
+    arguments = factory() if best is None else {**best, **rest}
+    if arguments.get("isolate") is True:
+        arguments["isolate"] = factory
+    return {"progress": first_rank(), **arguments}
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """`function(model, data, ...)` with those of fit's arguments that it takes: probe has no use for epochs."""
+    known = inspect.signature(function).parameters
+    rest = {name: value for name, value in arguments.items() if name in known}
+    return function(rest.pop("model"), rest.pop("data", None), **rest)
+
+
+def need_target_batch(target: str, arguments: Mapping[str, Any], what: str) -> None:
+    """Refuses a call for which neither the command line nor TARGET says how large a batch is wanted."""
+    if arguments.get("target_batch") is None:
+        raise SetupError(
+            f'{what} needs a target batch: give --target-batch N, or put "target_batch" into the dict that {target} '
+            "returns"
+        )

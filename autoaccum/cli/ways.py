@@ -8,10 +8,8 @@ import gc
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import click
 
 if TYPE_CHECKING:
     from autoaccum.probing.report import ProbeReport
@@ -27,47 +25,16 @@ SHARD = {
 """The ways that each word of --shard looks at, in this order."""
 
 
-@dataclass
-class _Look:
-    """What one rank found out of a way.
-
-    Attributes:
-        way: its name.
-        report: where it fits, or is forecast to.
-        peak_bytes: of the smallest micro-batch here: forecast, or measured where even that does not fit.
-        why_not: in words, what stands against it.
-        code: what the program ends with for that.
-        error: what was raised for another reason than that nothing fits so.
-        blocks: those that were sharded.
-    """
-
-    way: str
-    report: "ProbeReport | None" = None
-    peak_bytes: int | None = None
-    why_not: str | None = None
-    code: int = 0
-    error: Exception | None = None
-    blocks: list[str] = field(default_factory=list)
-
-    def facts(self) -> dict[str, Any]:
-        """For the other ranks."""
-        report = self.report
-        return {"limit": None if report is None else report.limit or report.micro_batch, "why_not": self.why_not,
-                "peak_bytes": self.peak_bytes, "floor": 1 if report is None else report.floor,
-                "code": self.code, "failed": self.error is not None}  # fmt: skip
-
-
 def what_fits(build: Callable[[], dict[str, Any]], shard: str) -> "tuple[ProbeReport, list[dict[str, Any]]]":
     """(the report of the first way that fits on all ranks, a row for each way); all ranks call this.
 
     Args:
-        build: makes a probe's arguments, "model" and "data" among them, anew.
+        build: makes fit's arguments anew, of which a probe takes its own.
         shard: a key of SHARD.
 
     Raises:
         NothingFitsError: nothing fits in any way.
-        SetupError: no way can be gone, and why.
-        click.UsageError: there are more ranks than devices.
+        SetupError: no way can be gone, and why; or there are more ranks than devices.
     """
     from autoaccum.errors import AutoaccumError, NothingFitsError, SetupError
     from autoaccum.ranks import here, join, told
@@ -76,41 +43,46 @@ def what_fits(build: Callable[[], dict[str, Any]], shard: str) -> "tuple[ProbeRe
     ranks = here()
     taken: ProbeReport | None = None
     rows: list[dict[str, Any]] = []
-    worst = 0
     for way in SHARD[shard]:
-        look = _looked(way, build, ranks, runs=taken is None)
-        everyone = [json.loads(each) for each in ranks.collect("what fits how", json.dumps(look.facts()).encode())]
-        if look.error is not None:
-            raise look.error
+        report, error, facts = _looked(way, build, ranks, runs=taken is None)
+        everyone = [json.loads(each) for each in ranks.collect("what fits how", json.dumps(facts).encode())]
+        if error is not None:
+            raise error
         failed = [rank for rank, each in enumerate(everyone) if each["failed"]]
         if failed:
             raise told(AutoaccumError(f"rank {failed[0]} failed, so rank {ranks.rank} stops as well"))
         against = max(everyone, key=lambda each: each["code"])  # a rank that only heard of it has none
-        worst = max(worst, against["code"])
         fits = all(each["why_not"] is None for each in everyone)
         # The limits of all ranks, and what the smallest micro-batch takes on each.
         rows.append({
             "way": way, "fits": fits, "taken": fits and taken is None,
             "limits": [each["limit"] for each in everyone] if fits else None, "smallest": everyone[0]["floor"],
-            "peak_bytes": [each["peak_bytes"] for each in everyone], "blocks": look.blocks,
-            "why_not": None if fits else against["why_not"],
+            "peak_bytes": [each["peak_bytes"] for each in everyone], "blocks": facts["blocks"],
+            "why_not": None if fits else against["why_not"], "code": against["code"],
         })  # fmt: skip
-        if rows[-1]["taken"]:
-            taken = _explained(look)
+        taken = report if rows[-1]["taken"] else taken
+    codes, why_not = [row.pop("code") for row in rows], [row["why_not"] for row in rows]
     if taken is not None:
         return taken, rows
-    against = [row["why_not"] for row in rows]
-    said = against[0] if len(set(against)) == 1 else "; ".join(f"{row['way']}: {row['why_not']}" for row in rows)
-    raise (NothingFitsError if worst == NothingFitsError.exit_code else SetupError)(said)
+    said = why_not[0] if len(set(why_not)) == 1 else "; ".join(f"{row['way']}: {row['why_not']}" for row in rows)
+    raise (NothingFitsError if max(codes) == NothingFitsError.exit_code else SetupError)(said)
 
 
-def _looked(way: str, build: Callable[[], dict[str, Any]], ranks: "Ranks", *, runs: bool) -> _Look:
-    """Probes one way; whatever is raised is kept, for all ranks to hear of it."""
+def _looked(
+    way: str, build: Callable[[], dict[str, Any]], ranks: "Ranks", *, runs: bool
+) -> "tuple[ProbeReport | None, Exception | None, dict[str, Any]]":
+    """What this rank finds out of a way: (where it fits so, or is forecast to, the report; what was raised for another
+    reason than that nothing fits; what the other ranks hear of it).
+    """
     from autoaccum.errors import AutoaccumError, NothingFitsError, PlanError, SetupError
     from autoaccum.memory.oom import Verdict, out_of_memory
     from autoaccum.ranks import LostRankError, ends_all, was_told
 
-    look, peaks = _Look(way), dict[int, int]()
+    peaks: dict[int, int] = {}  # by size, as measured: what the smallest takes where nothing fits
+    facts: dict[str, Any] = {"peak_bytes": None, "blocks": [], "limit": None, "floor": 1}
+    report: ProbeReport | None = None
+    failed: Exception | None = None
+    why_not, code = None, 0
 
     def heard(event: Any) -> None:
         if event.name == "trial" and event.trial["peak_bytes"]:
@@ -118,95 +90,98 @@ def _looked(way: str, build: Callable[[], dict[str, Any]], ranks: "Ranks", *, ru
 
     try:
         with ends_all():
-            _probed(look, build(), ranks, heard, runs=runs)
+            report = _probed(way, facts, build(), ranks, heard, runs=runs)
             ranks.tally(f"the end of {way}")
     except LostRankError:
         raise
     except (NothingFitsError, PlanError, SetupError) as error:
-        look.why_not, look.code = str(error), error.exit_code
+        why_not, code = str(error), error.exit_code
     except AutoaccumError as error:
-        look.error = None if was_told(error) else error
-        look.why_not = str(error)
+        failed, why_not = (None if was_told(error) else error), str(error)
     except Exception as error:
         if out_of_memory(error) is Verdict.SURELY:
-            look.why_not, look.code = f"the model alone ran out of memory: {error}", NothingFitsError.exit_code
+            why_not, code = f"the model alone ran out of memory: {error}", NothingFitsError.exit_code
         else:
-            look.error = error
-    if look.why_not is not None:
-        look.report = None
-    look.peak_bytes = look.peak_bytes or peaks.get(min(peaks, default=0))
+            failed = error
+    if report is not None and why_not is None:
+        facts |= {"limit": report.limit or report.micro_batch, "floor": report.floor}
+    facts["peak_bytes"] = facts["peak_bytes"] or peaks.get(min(peaks, default=0))
     gc.collect()  # the model of this way, before the next
-    return look
+    return report, failed, {**facts, "why_not": why_not, "code": code, "failed": failed is not None}
 
 
 def _probed(
-    look: _Look, arguments: dict[str, Any], ranks: "Ranks", heard: Callable[[Any], None], *, runs: bool
-) -> None:
-    from autoaccum.memory.device import open_device
+    way: str, facts: dict[str, Any], arguments: dict[str, Any], ranks: "Ranks", heard: Callable[[Any], None], *,
+    runs: bool,
+) -> "ProbeReport":  # fmt: skip
+    """The probe of one way; `facts` get the blocks that were sharded and what the smallest micro-batch takes."""
     from autoaccum.model.given_model import device_of, unwrapped
     from autoaccum.session import Session
+    from autoaccum.settings import taken_by
     from autoaccum.training.events import Noted
 
-    model, data = unwrapped(arguments.pop("model")), arguments.pop("data")
+    model, data = unwrapped(arguments["model"]), arguments["data"]
+    arguments = {name: arguments[name] for name in taken_by("probe") if name in arguments}
     device = arguments.get("device") or device_of(model, ranks)
     _expect_devices(device, ranks)
-    sharded, _, saver = look.way.partition(" with ")
+    sharded, _, saver = way.partition(" with ")
     ladder = arguments.get("ladder")
-    arguments |= {"isolate": False, "ladder": saver or (False if ladder is None else ladder)}
-    arguments["callbacks"] = [*(arguments.get("callbacks") or ()), heard]
-    for listener in arguments["callbacks"]:
-        listener(Noted(f"the model {look.way}"))
-    _shard(look, model, arguments, open_device(device).torch_device, ranks, shards=sharded == "sharded")
+    listeners = [*(arguments.get("callbacks") or ()), heard]
+    arguments |= {
+        "isolate": False, "ladder": saver or (False if ladder is None else ladder), "callbacks": listeners
+    }  # fmt: skip
+    for listener in listeners:
+        listener(Noted(f"the model {way}"))
+    blocks = facts["blocks"] = _sharded(model, arguments, device, ranks, shards=sharded == "sharded")
     session = Session(model, data, arguments, what="probe")
-    look.report = report = session.probe(runs=runs)
+    report = session.probe(runs=runs)
     if report.forecaster is not None:  # else sizes were searched for by running them: the smallest that ran will do
-        look.peak_bytes = int(report.forecast(report.floor))
+        facts["peak_bytes"] = int(report.forecast(report.floor))
     if arguments.get("target_batch") is not None and runs:
-        look.report = replace(report, plan=session.plan())
+        report = replace(report, plan=session.plan())
+    if not blocks:
+        return report
+    names = blocks[0] if len(blocks) == 1 else f"{blocks[0]} to {blocks[-1]}"
+    note = (
+        f"fully_shard was called on each of {len(blocks)} repeated blocks ({names}), and then on the whole model; "
+        "do so in your training before fit, prepare or an optimizer gets the model"
+    )
+    return replace(report, notes=(*report.notes, note))
 
 
-def _shard(look: _Look, model: Any, arguments: Mapping[str, Any], device: Any, ranks: "Ranks", *, shards: bool) -> None:
-    """Shards the model where the way says so and TARGET has not."""
+def _sharded(model: Any, arguments: Mapping[str, Any], device: Any, ranks: "Ranks", *, shards: bool) -> list[str]:
+    """Shards the model where the way says so and TARGET has not; the blocks that were sharded."""
     from torch.optim import Optimizer
 
     from autoaccum.errors import SetupError
+    from autoaccum.memory.device import open_device
     from autoaccum.model.shards import is_sharded, shard
 
     if is_sharded(model):
         if not shards:
             raise SetupError("TARGET returns a sharded model already")
-    elif shards:
-        if isinstance(arguments.get("optimizer"), Optimizer):
-            raise SetupError(
-                "TARGET's optimizer holds the parameters of the model as it was before it is sharded: return a class "
-                'or a factory f(params, lr=lr), or a name such as "adamw"'
-            )
-        look.blocks = shard(model, device, ranks.size)
+        return []
+    if not shards:
+        return []
+    if isinstance(arguments.get("optimizer"), Optimizer):
+        raise SetupError(
+            "TARGET's optimizer holds the parameters of the model as it was before it is sharded: return a class "
+            'or a factory f(params, lr=lr), or a name such as "adamw"'
+        )
+    return shard(model, open_device(device).torch_device, ranks.size)
 
 
 def _expect_devices(device: Any, ranks: "Ranks") -> None:
     """One for each rank of this machine."""
     import torch
 
+    from autoaccum.errors import SetupError
+
     if (device is not None and torch.device(device).type == "cpu") or not torch.cuda.is_available():
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     if here > torch.cuda.device_count():
-        raise click.UsageError(
+        raise SetupError(
             f"{here} ranks on a machine with {torch.cuda.device_count()} GPUs: give --nproc at most that, or --device "
             "cpu to look at it in host memory"
         )
-
-
-def _explained(look: _Look) -> "ProbeReport":
-    """The report, with how the model was sharded."""
-    report = look.report
-    assert report is not None
-    if not look.blocks:
-        return report
-    names = look.blocks[0] if len(look.blocks) == 1 else f"{look.blocks[0]} to {look.blocks[-1]}"
-    note = (
-        f"fully_shard was called on each of {len(look.blocks)} repeated blocks ({names}), and then on the whole model; "
-        "do so in your training before fit, prepare or an optimizer gets the model"
-    )
-    return replace(report, notes=(*report.notes, note))

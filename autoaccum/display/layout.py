@@ -1,16 +1,17 @@
 """What the views and the progress lines share: the console, the three columns, how numbers are written."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 __all__ = [
     "Row",
+    "apart",
     "columns",
     "facts",
     "indented",
@@ -20,6 +21,7 @@ __all__ = [
     "on_curve",
     "open_console",
     "outcome_style",
+    "said",
 ]
 
 _NARROWEST = 40  # columns: with fewer, values would be cut off
@@ -113,9 +115,20 @@ def columns(cells: Mapping[str, Sequence[str | Text]], *words: str) -> Renderabl
     return indented(table)
 
 
+def apart(*views: RenderableType | None) -> RenderableType:
+    """Views one below another with a blank line between; None is left out."""
+    blocks = [block for view in views if view is not None for block in (Text(), view)]
+    return Group(*blocks[1:])
+
+
 def of_budget(peak: int, budget: int | None) -> str:
     """ ", 81% of the budget", where there is one."""
     return f", {peak / budget:.0%} of the budget" if budget else ""
+
+
+def said(value: Any, form: Callable[[Any], str]) -> str:
+    """`form(value)`; nothing where the value is not known."""
+    return "" if value is None else form(value)
 
 
 def number(value: object, digits: int = 6) -> str:

@@ -132,12 +132,10 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     scale, chosen, trials = frame.scale, report["micro_batch"], on_curve(report.get("trials") or ())
     if frame.curve:
         panel.plot(*_columns(frame.curve, scale), color=_CURVE, linewidth=2, label="forecast")
-    fitted = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("outcome", "fits") == "fits"]
-    others = [(trial["batch"], trial["peak_bytes"]) for trial in trials if trial.get("outcome", "fits") != "fits"]
-    for pairs, marker, label in ((fitted, "o", "measured"), (others, "X", "did not fit")):
-        if known := [pair for pair in pairs if pair[1]]:
-            batches, peaks = _columns(known, scale)
-            panel.plot(batches, peaks, marker, markersize=6, mfc="white", mec=_INK, label=label, zorder=3)
+    for fits, marker, label in ((True, "o", "measured"), (False, "X", "did not fit")):
+        some = [trial for trial in trials if (trial.get("outcome", "fits") == "fits") is fits and trial["peak_bytes"]]
+        if known := [(trial["batch"], trial["peak_bytes"]) for trial in some]:
+            panel.plot(*_columns(known, scale), marker, ms=6, mfc="white", mec=_INK, label=label, zorder=3)
     if frame.budget is not None:
         label = f"budget {format_bytes(frame.budget)}"
         panel.axhline(frame.budget / scale, color=_BUDGET, linestyle="--", linewidth=1.4, label=label)
@@ -145,11 +143,9 @@ def _peaks(panel: "Axes", report: Mapping[str, Any], frame: _Frame) -> None:
     panel.set_ylim(0, 1.06 * frame.top / scale)
     panel.set_xlim(left=0)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.set_xlabel("batch size")
-    panel.set_ylabel(f"memory ({frame.unit})")
     budget = report.get("budget_bytes")
     above = f" (budget {format_bytes(budget)}, far above)" if budget and frame.budget is None else ""
-    _dress(panel, f"Peak memory by batch size{above}", legend=2)
+    _dress(panel, f"Peak memory by batch size{above}", "batch size", f"memory ({frame.unit})", legend=2)
 
 
 def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
@@ -159,9 +155,7 @@ def _speeds(panel: "Axes", savers: Sequence[Mapping[str, Any]]) -> None:
         panel.plot(sizes, rates, "o-", color=_LINES[number % len(_LINES)], label=row["saver"] or "as it is")
     panel.set_ylim(bottom=0)
     panel.set_xlim(left=0)
-    panel.set_xlabel("micro-batch")
-    panel.set_ylabel("samples a second")
-    _dress(panel, "Throughput by memory saver", legend=2)
+    _dress(panel, "Throughput by memory saver", "micro-batch", "samples a second", legend=2)
 
 
 def _history(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -175,9 +169,8 @@ def _history(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[st
     panel.step([number for number, _ in done], so_far, where="post", color=_CHOSEN, lw=2, label="best so far")
     if min(row["value"] for row in rows) > 0:  # one that went astray would press the others flat
         panel.set_yscale("log")
-    panel.set_xlabel("trial")
-    panel.set_ylabel(metric)
-    _dress(panel, f"Best {metric} {result['best_value']:.4g}, trial {result['best_number']}", legend=3)
+    title = f"Best {metric} {result['best_value']:.4g}, trial {result['best_number']}"
+    _dress(panel, title, "trial", metric, legend=3)
 
 
 def _importance(panel: "Axes", shares: Mapping[str, float]) -> None:
@@ -186,8 +179,7 @@ def _importance(panel: "Axes", shares: Mapping[str, float]) -> None:
     bars = panel.barh([name.replace("_", " ") for name in names], [shares[name] for name in names], color=_CURVE)
     panel.bar_label(bars, fmt="{:.0%}", padding=3, fontsize=9)
     panel.set_xlim(0, 1.18 * max(shares.values()))
-    panel.set_xlabel("share of the difference")
-    _dress(panel, "What mattered")
+    _dress(panel, "What mattered", "share of the difference")
 
 
 def _landscape(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -210,9 +202,8 @@ def _landscape(panel: "Axes", result: Mapping[str, Any], rows: Sequence[Mapping[
     panel.set_yscale("log")
     sizes = sorted({row["target_batch"] for row in rows})
     panel.set_xticks(sizes, labels=list(map(str, sizes)))
-    panel.set_xlabel("target batch")
-    panel.set_ylabel("learning rate, before scaling")
-    _dress(panel, f"{result['metric'].replace('_', ' ').capitalize()} by batch and learning rate", legend=3)
+    title = f"{result['metric'].replace('_', ' ').capitalize()} by batch and learning rate"
+    _dress(panel, title, "target batch", "learning rate, before scaling", legend=3)
     panel.figure.colorbar(drawn, ax=panel, extend="both")
 
 
@@ -227,25 +218,22 @@ def _moments(panel: "Axes", report: Mapping[str, Any], timeline: Mapping[str, An
     if frame.budget is not None:
         panel.axhline(frame.budget / frame.scale, color=_BUDGET, linestyle="--", linewidth=1.4)
     panel.set_xlim(0, max(len(rows[0]) - 1, 1))
-    _name_phases(panel, timeline.get("phases") or (), len(rows[0]))
-    panel.set_xlabel("time, one window", labelpad=16)  # below the names of the phases
-    _dress(panel, f"One window at micro-batch {report['micro_batch']}", legend=3)
-
-
-def _name_phases(panel: "Axes", phases: Sequence[tuple[str, int]], moments: int) -> None:
-    """A mark on the axis where each phase of the window begins, and its name below where there is room for it."""
+    # A mark on the axis where each phase begins, and its name below where there is room for it.
+    phases, moments = timeline.get("phases") or (), len(rows[0])
     panel.set_xticks([start for _, start in phases], labels=[])
     panel.set_xticks([], minor=True)
     ends = [*(start for _, start in phases[1:]), moments - 1][: len(phases)]
     for (name, start), end in zip(phases, ends, strict=True):
         if (end - start) / moments > 0.016 * len(name):
-            middle = (start + end) / 2
-            panel.annotate(name.replace("_", " "), (middle, 0), (0, -5), xycoords=("data", "axes fraction"),
+            panel.annotate(name.replace("_", " "), ((start + end) / 2, 0), (0, -5), xycoords=("data", "axes fraction"),
                            textcoords="offset points", ha="center", va="top", fontsize=8, color=_INK)  # fmt: skip
+    _dress(panel, f"One window at micro-batch {report['micro_batch']}", "time, one window", legend=3)
+    panel.xaxis.labelpad = 16  # below the names of the phases
 
 
-def _dress(panel: "Axes", title: str, *, legend: int = 0) -> None:
-    """A title, a quiet frame, and a legend of so many columns, if any."""
+def _dress(panel: "Axes", title: str, x: str, y: str = "", *, legend: int = 0) -> None:
+    """A title, the axes' names, a quiet frame, and a legend of so many columns, if any."""
+    panel.set(xlabel=x, ylabel=y)
     panel.set_title(title, fontsize=11, loc="left", color=_INK)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", color="#DDDDDD", linewidth=0.6)

@@ -8,7 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from autoaccum.display.layout import columns, number
+from autoaccum.display.layout import columns, number, said
 from autoaccum.units import format_bytes
 
 __all__ = ["TrialLines", "table_of"]
@@ -92,7 +92,7 @@ def table_of(rows: Sequence[Mapping[str, Any]], *, best: int | None = None) -> R
     cells: dict[str, Sequence[str | Text]] = {
         "trial": [Text(str(row["number"]), style="bold" if row["number"] == best else "") for row in rows],
         **{name.replace("_", " "): [number(row["params"].get(name, ""), 4) for row in rows] for name in names},
-        "value": ["" if row["value"] is None else number(row["value"], 5) for row in rows],
+        "value": [said(row["value"], lambda value: number(value, 5)) for row in rows],
         "state": [Text(row["state"], style=_STYLES.get(row["state"], "")) for row in rows],
         "k × micro": list(map(_sizes, rows)),
         "memory": list(map(_memory, rows)),
@@ -106,8 +106,8 @@ def _sizes(row: Mapping[str, Any]) -> str:
 
 
 def _memory(row: Mapping[str, Any]) -> str:
-    return "" if row["memory_bytes"] is None else format_bytes(row["memory_bytes"])
+    return said(row["memory_bytes"], format_bytes)
 
 
 def _time(row: Mapping[str, Any]) -> str:
-    return "" if row["seconds"] is None else f"{row['seconds']:.1f} s"
+    return said(row["seconds"], "{:.1f} s".format)

@@ -19,6 +19,7 @@ from rich.text import Text
 from autoaccum.display.chart import MemoryChart
 from autoaccum.display.layout import (
     Row,
+    apart,
     columns,
     facts,
     indented,
@@ -27,6 +28,7 @@ from autoaccum.display.layout import (
     of_budget,
     on_curve,
     outcome_style,
+    said,
 )
 from autoaccum.display.search_table import table_of
 from autoaccum.units import format_bytes
@@ -102,39 +104,35 @@ def report_view(report: Mapping[str, Any]) -> RenderableType:
     if report.get("ladder"):
         rows.append(("saver", str(report["ladder"]), "the model runs under it"))
     rows += [("note", "", str(note)) for note in report.get("notes") or ()]
-    blocks: list[RenderableType] = [title, facts(rows)]
-    if trials:
-        blocks += [Text(), _trials(trials, report.get("out_of_memory_count") or 0)]
-    if len(report.get("savers") or ()) > 1:
-        blocks += [Text(), savers_view(report["savers"], report.get("ladder"))]
-    if report.get("parts"):
-        blocks += [Text(), _parts(report["parts"], micro)]
-    if len(curve) > 1:
-        measured = [(trial["batch"], trial["peak_bytes"]) for trial in on_curve(trials) if trial.get("peak_bytes")]
-        blocks += [Text(), MemoryChart(curve, measured=measured, budget=budget, chosen=micro)]
-    return Group(*blocks)
+    measured = [(trial["batch"], trial["peak_bytes"]) for trial in on_curve(trials) if trial.get("peak_bytes")]
+    savers, parts = report.get("savers") or (), report.get("parts")
+    return apart(
+        Group(title, facts(rows)),
+        _trials(trials, report.get("out_of_memory_count") or 0) if trials else None,
+        savers_view(savers, report.get("ladder")) if len(savers) > 1 else None,
+        _parts(parts, micro) if parts else None,
+        MemoryChart(curve, measured=measured, budget=budget, chosen=micro) if len(curve) > 1 else None,
+    )
 
 
 def probe_view(values: Mapping[str, Any]) -> RenderableType:
     """A ProbeReport's `to_dict()` with its plan's keys beside, and what would fit elsewhere where that was asked."""
-    views = [report_view(values)]
-    if values.get("target_batch"):
-        views += [Text(), plan_view(values)]
-    if values.get("elsewhere"):
-        views += [Text(), elsewhere_view(values["elsewhere"])]
-    if values.get("ways"):
-        views += [Text(), _ways(values["ways"])]
-    return Group(*views)
+    return apart(
+        report_view(values),
+        plan_view(values) if values.get("target_batch") else None,
+        elsewhere_view(values["elsewhere"]) if values.get("elsewhere") else None,
+        _ways(values["ways"]) if values.get("ways") else None,
+    )
 
 
 def _ways(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """A row for each way in which a model may lie on several ranks; what differs on them as "least to most"."""
-    said = ["was run, and is the answer above" if row["taken"] else row["why_not"] or "forecast only" for row in rows]
+    ends = ["was run, and is the answer above" if row["taken"] else row["why_not"] or "forecast only" for row in rows]
     cells: dict[str, Sequence[str | Text]] = {
         "way": [Text(row["way"], style="bold green" if row["taken"] else "") for row in rows],
         "smallest step": [_span([peak for peak in row["peak_bytes"] if peak], format_bytes) for row in rows],
         "fits": [_span(row["limits"] or [], str) for row in rows],
-        "": [Text(_FIRST_CLAUSE.split(text)[0]) for text in said],
+        "": [Text(_FIRST_CLAUSE.split(text)[0]) for text in ends],
     }
     return Group(Text("What fits how", style="bold"), columns(cells, "way", ""))
 
@@ -148,10 +146,6 @@ def config_view(values: Mapping[str, Any]) -> RenderableType:
     return Text(values["config"], no_wrap=True, overflow="ignore")
 
 
-def _formed(form: str, value: object) -> str | None:
-    return None if value is None else form.format(value)
-
-
 def verify_view(report: Mapping[str, Any]) -> RenderableType:
     """A VerifyReport's `to_dict()`."""
     if not report.get("verifiable", True):
@@ -159,8 +153,8 @@ def verify_view(report: Mapping[str, Any]) -> RenderableType:
     else:
         verdict = ("passed", "bold green") if report["ok"] else ("failed", "bold red")
     rows = [
-        ("relative error", _formed("{:.2g}", report.get("relative_error")), "of the accumulated gradient"),
-        ("ratio", _formed("{:.6g}", report.get("ratio")), "accumulated gradient to whole-batch gradient"),
+        ("relative error", said(report.get("relative_error"), "{:.2g}".format) or None, "of the accumulated gradient"),
+        ("ratio", said(report.get("ratio"), "{:.6g}".format) or None, "accumulated gradient to whole-batch gradient"),
         ("cause", report.get("cause"), ""),
         ("worst parameter", report.get("worst_parameter"), ""),
     ]
@@ -206,7 +200,15 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
         samples = sum(record.get("samples") or 0 for record in history)
         if seconds:
             rows.append(("samples/s", f"{samples / seconds:,.1f}", f"{samples:,} samples in {seconds:,.1f} s of steps"))
-        rows += _length_rows(result.get("lengths"))
+        if lengths := result.get("lengths"):
+            counts = [int(count) for count in lengths["micro_batches"]]
+            unsorted, windows = lengths["padding_unsorted"], sum(lengths["micro_batches"].values())
+            tokens, speed = lengths["tokens"], lengths["tokens_per_second"]
+            rows += [
+                ("tokens/s", f"{speed:,.0f}", f"{tokens:,} tokens, padding not counted"),
+                ("padding", f"{lengths['padding']:.1%}", f"{unsorted:.1%} in micro-batches of one size"),
+                ("micro-batches", f"{min(counts)} to {max(counts)}", f"a window, over {windows} windows"),
+            ]
         peak = max(record.get("peak_bytes") or 0 for record in history)
         if peak:
             budget = (result.get("probe") or {}).get("budget_bytes")
@@ -222,18 +224,6 @@ def fit_view(result: Mapping[str, Any]) -> RenderableType:
         plan = result["plan"]
         title.append(f" of {_samples(plan)} samples = {_sizes(plan)}")
     return Group(title, facts(rows))
-
-
-def _length_rows(lengths: Mapping[str, Any] | None) -> list[Row]:
-    if not lengths:
-        return []
-    counts = [int(count) for count in lengths["micro_batches"]]
-    windows = sum(lengths["micro_batches"].values())
-    return [
-        ("tokens/s", f"{lengths['tokens_per_second']:,.0f}", f"{lengths['tokens']:,} tokens, padding not counted"),
-        ("padding", f"{lengths['padding']:.1%}", f"{lengths['padding_unsorted']:.1%} in micro-batches of one size"),
-        ("micro-batches", f"{min(counts)} to {max(counts)}", f"a window, over {windows} windows"),
-    ]
 
 
 def search_view(result: Mapping[str, Any]) -> RenderableType:
@@ -252,23 +242,20 @@ def search_view(result: Mapping[str, Any]) -> RenderableType:
     ]
     for name, key in (("weights", "weights"), ("look at it", "dashboard")):
         rows.append((name, "" if result.get(key) else None, str(result.get(key))))
-    blocks: list[RenderableType] = [title, facts(rows)]
-    ranked = sorted((t for t in trials if t["state"] == "complete"), key=lambda t: sign * t["value"])[:5]
-    if ranked:
-        states = Counter(trial["state"] for trial in trials)
-        blocks += [Text(), Text.assemble(("Trials  ", "bold"), ", ".join(f"{n} {word}" for word, n in states.items()))]
-        blocks.append(table_of(ranked, best=best))
-    if result.get("best_plan"):
-        blocks += [Text(), plan_view(result["best_plan"])]
-    return Group(*blocks)
+    table = None
+    if ranked := sorted((t for t in trials if t["state"] == "complete"), key=lambda t: sign * t["value"])[:5]:
+        states = ", ".join(f"{n} {word}" for word, n in Counter(trial["state"] for trial in trials).items())
+        table = Group(Text.assemble(("Trials  ", "bold"), states), table_of(ranked, best=best))
+    plan = result.get("best_plan")
+    return apart(Group(title, facts(rows)), table, plan_view(plan) if plan else None)
 
 
 def _trials(trials: Sequence[Mapping[str, Any]], out_of_memory: int) -> RenderableType:
     outcomes = [str(each.get("outcome", "")) for each in trials]
     cells: dict[str, Sequence[str | Text]] = {
         "batch": [str(each["batch"]) + (f" × {each['length']}" if each.get("length") else "") for each in trials],
-        "peak": ["" if each.get("peak_bytes") is None else format_bytes(each["peak_bytes"]) for each in trials],
-        "time": [_formed("{:.2f} s", each.get("seconds")) or "" for each in trials],
+        "peak": [said(each.get("peak_bytes"), format_bytes) for each in trials],
+        "time": [said(each.get("seconds"), "{:.2f} s".format) for each in trials],
         "kind": [str(each.get("kind", "")) for each in trials],
         "outcome": [Text(outcome, style=outcome_style(outcome)) for outcome in outcomes],
     }
@@ -283,14 +270,13 @@ def savers_view(rows: Sequence[Mapping[str, Any]], taken: str | None = None) -> 
     rates = [", ".join(f"{rate:,.1f} at {size}" for size, rate in row.get("throughput") or ()) for row in ran]
     ends = ["taken" if row["saver"] == taken and rate else row.get("obstacle") for rate, row in zip(rates, ran)]
     results = ["" if row["same_result"] else "another result" for row in ran]
-    peaks, seconds = ([row.get(name) for row in ran] for name in ("peak_bytes", "window_seconds"))
     cells: dict[str, Sequence[str | Text]] = {
         "saver": [Text(row["saver"] or "none", style="bold green" if row["saver"] == taken else "") for row in ran],
         "fits": [str(row["limit"] or "") for row in ran],
         "batch": [str(row.get("micro_batch", "")) for row in ran],
-        "peak": ["" if peak is None else format_bytes(peak) for peak in peaks],
-        "window": ["" if each is None else f"{each:.2f} s" for each in seconds],
-        "samples/s" if any(rates) else "": ["; ".join(filter(None, said)) for said in zip(rates, ends, results)],
+        "peak": [said(row.get("peak_bytes"), format_bytes) for row in ran],
+        "window": [said(row.get("window_seconds"), "{:.2f} s".format) for row in ran],
+        "samples/s" if any(rates) else "": ["; ".join(filter(None, each)) for each in zip(rates, ends, results)],
     }
     shown = {name: values for name, values in cells.items() if any(values)}
     same = "" if any(results) else ", each with the plain step's result"

@@ -1,11 +1,10 @@
 """Which samples made a loss that is not finite: asked when the training ends of it, so it may take a few forwards."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
 
 from autoaccum.batch_norm.norm_layer import has_running_statistics
 from autoaccum.data import tree
@@ -25,7 +24,10 @@ def culprits(batches: Sequence[Any], accumulator: Accumulator) -> list[int]:
     """
     found: list[int] = []
     start = 0
-    with torch.no_grad(), accumulator.precision.autocast(), _apart(accumulator.model):
+    with ExitStack() as stack, torch.no_grad(), accumulator.precision.autocast():
+        for layer in accumulator.model.modules():
+            if has_running_statistics(layer) and layer.training:
+                stack.callback(layer.eval().train)
         for batch in batches:
             size = tree.batch_size(batch)
             if not _finite(batch, accumulator):
@@ -36,18 +38,6 @@ def culprits(batches: Sequence[Any], accumulator: Accumulator) -> list[int]:
                 found += [start + place for place, finite in enumerate(singles) if not finite]
             start += size
     return found
-
-
-@contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
-    layers = [layer for layer in model.modules() if has_running_statistics(layer) and layer.training]
-    for layer in layers:
-        layer.eval()
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.train()
 
 
 def _finite(batch: Any, accumulator: Accumulator) -> bool:

@@ -22,10 +22,9 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,8 +52,7 @@ _ASIDE = re.compile(r"earlier-([0-9]{1,9})")
 _CODE = re.compile(r"Unsupported (global|class)|not an allowed global|unrecognized function", re.IGNORECASE)
 
 
-@dataclass(frozen=True, order=True)
-class Entry:
+class Entry(NamedTuple):
     """One checkpoint in the folder, by where in the training it is."""
 
     step: int
@@ -91,13 +89,13 @@ class Checkpoints:
         self._finishing: tuple[Entry, Future[None]] | None = None
         told = f"checkpoint={shown(str(self.folder))}"
         try:
-            is_file = not stat.S_ISDIR(os.stat(self.folder).st_mode)
+            is_folder = stat.S_ISDIR(os.stat(self.folder).st_mode)
         except (FileNotFoundError, PermissionError, NotADirectoryError):
-            is_file = False  # told where it is made
+            return  # told where it is made
         except (OSError, ValueError) as error:  # too long, or with a null byte
             why = getattr(error, "strerror", None) or error
             raise CheckpointError(f"{told} is no folder: {why}; give another one, which need not be there") from error
-        if is_file:
+        if not is_folder:
             raise CheckpointError(f"{told} is a file: give a folder, which need not be there")
 
     def path(self, entry: Entry) -> Path:
@@ -128,16 +126,27 @@ class Checkpoints:
                 say(f"{path} was being written or cleared away when the training ended, and is left out")
         entries = self.entries()
         for entry in reversed(entries):
+            path = self.path(entry)
             try:
                 damage = self._damage(entry)
-                state = None if damage else self.read(entry)
+                if damage is None:
+                    state = self._read(path)
             except OSError as error:
-                raise CheckpointError(f"{self.path(entry)} cannot be read: {error}; repair that, then go on") from error
-            if state is not None:
-                self.last = self.path(entry)
-                return entry, state
-            then = "the training starts anew" if entry == entries[0] else "the one before it is looked at"
-            say(f"the checkpoint {self.path(entry)} is damaged ({damage}), and {then}")
+                raise CheckpointError(f"{path} cannot be read: {error}; repair that, then go on") from error
+            except _DAMAGED as error:  # though it is as it was written
+                raise CheckpointError(
+                    f"{path} cannot be read by torch {torch.__version__}: {error}; go on with the version that wrote "
+                    "it, or delete it to go on from the one before"
+                ) from error
+            if damage is not None:
+                then = "the training starts anew" if entry == entries[0] else "the one before it is looked at"
+                say(f"the checkpoint {path} is damaged ({damage}), and {then}")
+                continue
+            if not isinstance(state, Mapping):
+                is_ = f"{path} holds a {type(state).__name__} and no training"
+                raise CheckpointError(f"{is_}: it is not of this program")
+            self.last = path
+            return entry, dict(state)
         return None
 
     def _partial(self) -> list[Path]:
@@ -154,9 +163,9 @@ class Checkpoints:
         """What a checkpoint's about.json says, each value checked; a ValueError where it was not written here."""
         try:
             about: Any = read_json(self.path(entry) / ABOUT)
-            place = {name: typed(about[name], int) for name in asdict(entry)}
+            place = {name: typed(about[name], int) for name in entry._asdict()}
             typed(about["files"], dict[str, tuple[int, str]]), typed(about.get("loss", 0.0), float)
-            holds = place == asdict(entry) and STATE in about["files"]
+            holds = place == entry._asdict() and STATE in about["files"]
         except (LookupError, TypeError, AttributeError, OverflowError, FileNotFoundError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if not holds:
@@ -181,24 +190,10 @@ class Checkpoints:
                 return f"its {name} has {what}"
         return None
 
-    def read(self, entry: Entry) -> dict[str, Any]:
-        """What a checkpoint holds that was found whole; a CheckpointError where it cannot be read."""
-        path = self.path(entry)
-        try:
-            state = self._read(path)
-        except _DAMAGED as error:
-            raise CheckpointError(
-                f"{path} cannot be read by torch {torch.__version__}: {error}; go on with the version that wrote it, "
-                "or delete it to go on from the one before"
-            ) from error
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"{path} holds a {type(state).__name__} and no training: it is not of this program")
-        return state
-
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, path: Path) -> Any:
         """A checkpoint's values; code in it is never run, and is a CheckpointError."""
         try:
-            state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            return torch.load(path / STATE, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
             code = _CODE.search(str(error))
             if code is None:
@@ -208,7 +203,6 @@ class Checkpoints:
                 f"{path} has code in it, and nothing of it was run. {line.split('. Please')[0]}. It is not of this "
                 "program: delete it to go on from the checkpoint before, or resume=False to start anew"
             ) from None
-        return state
 
     # --- writing ---
 
@@ -224,7 +218,9 @@ class Checkpoints:
         for entry in self.entries():
             behind = resumed is not None and entry > resumed  # damaged: this training will come to it again
             if behind or not (self.path(entry) / ABOUT).exists():
-                _mark_damaged(self.path(entry))
+                damaged = self.path(entry).with_name(f"{entry.name}.damaged")
+                _delete(damaged)  # over a folder nothing is renamed
+                self.path(entry).rename(damaged)
         theirs = [entry.name for entry in reversed(self.entries())] + [path.name for path in self._older()]
         if resumed is not None or not theirs:
             return None
@@ -297,7 +293,7 @@ class Checkpoints:
                     os.fsync(file.fileno())
             saved = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             versions = {"schema": SCHEMA, "torch": torch.__version__}
-            values = {**versions, **asdict(entry), **about, "saved": saved, "files": _digests(temporary)}
+            values = {**versions, **entry._asdict(), **about, "saved": saved, "files": _digests(temporary)}
             write_json(temporary / ABOUT, values, private=True)  # last: it vouches for what is on the disk by now
             with contextlib.suppress(FileNotFoundError):
                 path.rename(replaced)  # of the same moment in the run before: over a folder nothing is renamed
@@ -352,10 +348,3 @@ def _delete(path: Path) -> None:
     """A file or folder, as far as it is there and the system lets it go."""
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _mark_damaged(path: Path) -> None:
-    """Gives what cannot be used another name, in the place of an earlier one of that name."""
-    damaged = path.with_name(f"{path.name}.damaged")
-    _delete(damaged)  # over a folder nothing is renamed
-    path.rename(damaged)

@@ -27,6 +27,7 @@ from autoaccum.memory.budget import Device
 from autoaccum.memory.oom import Verdict, out_of_memory
 from autoaccum.model.precision import Precision
 from autoaccum.planning.plan import plan
+from autoaccum.planning.split import even_split
 from autoaccum.random_state import RandomState
 from autoaccum.ranks import Ranks
 from autoaccum.window.passes import call
@@ -34,7 +35,12 @@ from autoaccum.window.sharded import ShardedPasses
 
 __all__ = ["Evaluator"]
 
-Metric = Callable[[Any, Any], Mean]
+_NO_MEAN = (
+    "the metric {!r} returned {}: return autoaccum.Mean(numerator, denominator), such as "
+    "Mean((outputs.argmax(-1) == targets).sum(), len(targets)), or Mean(2 * tp, 2 * tp + fp + fn) for an F1; what is "
+    "no such ratio (an average over classes, an AUC) is an object with reset(), update(outputs, targets) and "
+    "compute(), as torchmetrics are"
+)
 _OVER_ALL = ("reset", "update", "compute")  # the methods of a metric over all outputs; torchmetrics has them
 
 
@@ -55,9 +61,9 @@ class Evaluator:
     precision: Precision
     ranks: Ranks
     micro_batch: int
-    source: Source | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    sharded: ShardedPasses | None = None
+    source: Source | None
+    metrics: Mapping[str, Any]
+    sharded: ShardedPasses | None
     _with_graph: bool | None = field(default=None, init=False)  # None: not known yet
 
     @uninterrupted
@@ -113,7 +119,11 @@ class Evaluator:
                 if source.drop_last
                 else f"{called} gives no samples, so there is nothing to evaluate: give it some, or leave it out"
             )
-        self._expect_all(samples, source, called)
+        if self.ranks.size > 1 and source.length is not None and samples != source.length:
+            raise DataError(
+                f"{called} has {source.length} samples, and the {self.ranks.size} ranks saw {samples} of it in all: "
+                "give every rank the whole of it, in one order, since each takes its own part of that"
+            )
         pairs = [sums.get(name, [0.0, 0.0]) for name in names]
         totals = self.ranks.tally("evaluate", [float(value) for pair in pairs for value in pair])
         means = {
@@ -137,14 +147,6 @@ class Evaluator:
             metric.to(self.device.torch_device)
         metric.reset()
 
-    def _expect_all(self, samples: int, source: Source, called: str) -> None:
-        """That the ranks together saw each sample once, else a DataError."""
-        if self.ranks.size > 1 and source.length is not None and samples != source.length:
-            raise DataError(
-                f"{called} has {source.length} samples, and the {self.ranks.size} ranks saw {samples} of it in all: "
-                "give every rank the whole of it, in one order, since each takes its own part of that"
-            )
-
     def _windows(self, source: Source) -> Iterator[Window]:
         # All ranks cut alike, by the sizes of all: a window that is cut otherwise on another rank loses samples.
         sizes = self.ranks.gather("evaluate", self.micro_batch)
@@ -154,20 +156,20 @@ class Evaluator:
     def _results(self, batches: list[Any]) -> list[dict[str, Mean]]:
         """The means of a window's batches; where memory runs out on a rank, it cuts what it has left in half."""
         sharded, results = self.sharded, list[dict[str, Mean]]()
-
-        def forward(batch: Any) -> None:
-            results.append(self._forward(batch) if sharded is None else self._without_trace(batch))
-
         while True:
-            batches = [piece for batch in batches for piece in _cut(batch, self.micro_batch)]
+            batches = [
+                piece for batch in batches
+                for piece in tree.split(batch, even_split(tree.batch_size(batch), self.micro_batch))
+            ]  # fmt: skip
             done, ran_out = len(results), False
-            passes = len(batches) if sharded is None else max(self.ranks.gather("evaluate", len(batches)))
             try:
                 if sharded is None:
                     for batch in batches:
-                        forward(batch)
+                        results.append(self._forward(batch))
                 else:
-                    sharded.run(batches, passes, forward, self._forward_of_nothing)
+                    passes = max(self.ranks.gather("evaluate", len(batches)))
+                    take = lambda batch: results.append(self._without_trace(batch))  # noqa: E731
+                    sharded.run(batches, passes, take, self._forward_of_nothing)
             except Exception as error:
                 if out_of_memory(error) is not Verdict.SURELY:
                     raise
@@ -212,30 +214,24 @@ class Evaluator:
             means = {_term(name): type(term)(term.numerator.detach(), term.denominator) for name, term in terms.items()}
             if self._with_graph and self.metrics:
                 outputs = tree.map_tensors(Tensor.detach, outputs)
-            for name, metric in self.metrics.items():
+            # Those over all outputs last, and never a second time: after an error nobody knows what they have counted
+            # already. Want of memory is such an error too.
+            for name, metric in sorted(self.metrics.items(), key=lambda item: _sees_all(item[1])):
                 if not _sees_all(metric):
-                    means[name] = _checked(name, metric(outputs, targets))
-            # Last, and never a second time: after an error nobody knows what it has counted already.
-            for name, metric in self.metrics.items():
-                if _sees_all(metric):
-                    _updated(name, metric, outputs, targets)
+                    means[name] = metric(outputs, targets)
+                    if not isinstance(means[name], Mean):
+                        raise DataError(_NO_MEAN.format(name, type(means[name]).__name__))
+                    continue
+                try:
+                    metric.update(outputs, targets)
+                except Exception as error:
+                    what = f"raised {type(error).__name__} in update(outputs, targets)"
+                    raise DataError(f"the metric {name!r} {what}") from error
         return means
-
-
-def _cut(batch: Any, most: int) -> list[Any]:
-    size = tree.batch_size(batch)
-    return tree.split(batch, [most] * (size // most) + ([size % most] if size % most else []))
 
 
 def _sees_all(metric: Any) -> bool:
     return all(callable(getattr(metric, method, None)) for method in _OVER_ALL)
-
-
-def _updated(name: str, metric: Any, outputs: Any, targets: Any) -> None:
-    try:
-        metric.update(outputs, targets)
-    except Exception as error:  # want of memory too: run again in smaller pieces, it would count some outputs twice
-        raise DataError(f"the metric {name!r} raised {type(error).__name__} in update(outputs, targets)") from error
 
 
 def _computed(name: str, metric: Any) -> float:
@@ -281,17 +277,6 @@ def check_metrics(metrics: Any, step: Any, *, val_data: Any = None) -> None:
                 f"metrics[{name!r}]={shown(metric)}: give a function f(outputs, targets) -> autoaccum.Mean, or an "
                 "object with reset(), update(outputs, targets) and compute() for what is no mean over samples"
             )
-
-
-def _checked(name: str, value: Any) -> Mean:
-    if not isinstance(value, Mean):
-        raise DataError(
-            f"the metric {name!r} returned {type(value).__name__}: return autoaccum.Mean(numerator, denominator), such "
-            "as Mean((outputs.argmax(-1) == targets).sum(), len(targets)), or Mean(2 * tp, 2 * tp + fp + fn) for an "
-            "F1; what is no such ratio (an average over classes, an AUC) is an object with reset(), update(outputs, "
-            "targets) and compute(), as torchmetrics are"
-        )
-    return value
 
 
 def _term(name: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar, Protocol
 
+from autoaccum.errors import MissingExtraError
 from autoaccum.files import open_own, plain_json
 from autoaccum.interrupts import interruptible
 from autoaccum.window.record import StepRecord
@@ -48,7 +49,10 @@ class StopTraining(Exception):
 class Event:
     """Something that happened; `name` says what."""
 
-    name: ClassVar[str] = "event"
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        cls.name = name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the name under "event"."""
@@ -56,18 +60,16 @@ class Event:
 
 
 @dataclass(frozen=True)
-class TrialRan(Event):
+class TrialRan(Event, name="trial"):
     """A trial of the probe ended."""
 
-    name: ClassVar[str] = "trial"
     trial: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TrainingStarted(Event):
+class TrainingStarted(Event, name="start"):
     """The first window is about to run; `total_steps` is None for a stream without a length."""
 
-    name: ClassVar[str] = "start"
     plan: dict[str, Any]
     total_steps: int | None
     resumed_at: int
@@ -75,10 +77,9 @@ class TrainingStarted(Event):
 
 
 @dataclass(frozen=True)
-class StepTaken(Event):
+class StepTaken(Event, name="step"):
     """A window ended in an optimizer step."""
 
-    name: ClassVar[str] = "step"
     record: StepRecord
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,19 +88,17 @@ class StepTaken(Event):
 
 
 @dataclass(frozen=True)
-class WindowSkipped(Event):
+class WindowSkipped(Event, name="skip"):
     """A window ended without a step."""
 
-    name: ClassVar[str] = "skip"
     step: int
     text: str
 
 
 @dataclass(frozen=True)
-class WindowReplayed(Event):
+class WindowReplayed(Event, name="replay"):
     """A window ran out of memory and runs again: the same samples in more micro-batches, or with less kept aside."""
 
-    name: ClassVar[str] = "replay"
     step: int
     micro_batch: int
     accumulation_steps: int
@@ -107,37 +106,33 @@ class WindowReplayed(Event):
 
 
 @dataclass(frozen=True)
-class EpochEnded(Event):
+class EpochEnded(Event, name="epoch"):
     """An epoch ended; `evaluation` holds the validation metrics where there is validation data."""
 
-    name: ClassVar[str] = "epoch"
     epoch: int
     step: int
     evaluation: dict[str, float] | None
 
 
 @dataclass(frozen=True)
-class CheckpointSaved(Event):
+class CheckpointSaved(Event, name="checkpoint"):
     """A checkpoint is on disk."""
 
-    name: ClassVar[str] = "checkpoint"
     step: int
     path: str
 
 
 @dataclass(frozen=True)
-class Noted(Event):
+class Noted(Event, name="note"):
     """Something a person should know, in one line."""
 
-    name: ClassVar[str] = "note"
     text: str
 
 
 @dataclass(frozen=True)
-class TrainingEnded(Event):
+class TrainingEnded(Event, name="end"):
     """The last window ran."""
 
-    name: ClassVar[str] = "end"
     steps: int
     seconds: float
 
@@ -280,8 +275,6 @@ class TensorBoardSink:
         Raises:
             MissingExtraError: tensorboard is not installed.
         """
-        from autoaccum.errors import MissingExtraError
-
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:

@@ -61,24 +61,19 @@ class FolderLock:
         try:
             self._take(wait=False)
         except BlockingIOError:
-            pid, host = self._written()
-            if (pid, host) == (os.getpid(), socket.gethostname()):
-                return "a loop of this same process"
-            return f"process {pid} on {host}" if pid else "another process"
+            try:  # as the last holder wrote them
+                pid, host = read_json(self._path)
+                pid, host = int(pid), str(host)
+            except (OSError, ValueError, TypeError):  # not there, or just being written
+                return "another process"
+            here = (pid, host) == (os.getpid(), socket.gethostname())
+            return "a loop of this same process" if here else f"process {pid} on {host}"
         return None
 
     @property
     def held(self) -> bool:
         """Whether this object has the lock."""
         return self._file is not None
-
-    def _written(self) -> tuple[int, str]:
-        """(process id, host) as the last holder wrote them."""
-        try:
-            pid, host = read_json(self._path)
-            return int(pid), str(host)
-        except (OSError, ValueError, TypeError):  # not there, or just being written
-            return 0, ""
 
     def _take(self, *, wait: bool) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from autoaccum.planning.plan import Plan
 from autoaccum.probing.report import ProbeReport
 from autoaccum.random_state import RandomState, seed_everything
 from autoaccum.ranks import LostRankError
+from autoaccum.settings import Settings
 from autoaccum.training.checkpoint import Entry
 from autoaccum.training.evaluate import Evaluator
 from autoaccum.training.events import (
@@ -47,14 +48,12 @@ from autoaccum.training.events import (
     TrainingStarted,
     WindowSkipped,
 )
-from autoaccum.training.fit_result import FitResult, LengthSummary, length_summary
-from autoaccum.training.history import History
-from autoaccum.training.parts import Boundary, TrainingParts
+from autoaccum.training.fit_result import FitResult, History, LengthSummary
 from autoaccum.training.recover import OptimizerOutOfMemoryError, SafeWindow
 from autoaccum.training.run_folder import RunFolder
 from autoaccum.training.smaller import plan_for
-from autoaccum.training.state import loading
-from autoaccum.training.turns import Turn, Turns
+from autoaccum.training.state import Boundary, TrainingParts, loading
+from autoaccum.training.turns import Turns
 from autoaccum.window.accumulate import Accumulator
 from autoaccum.window.noise_scale import advice
 from autoaccum.window.phase import Phase
@@ -86,66 +85,50 @@ class TrainingLoop:
 
     def __init__(
         self,
-        accumulator: Accumulator,
+        turns: Sequence[tuple[Phase | None, Accumulator]],
         source: Source,
         device: Device,
+        evaluator: Evaluator,
+        asked: Settings,
         *,
-        epochs: int = 1,
-        max_steps: int | None = None,
-        total_steps: int | None = None,
-        budget: Budget | None = None,
-        events: Events | None = None,
-        evaluator: Evaluator | None = None,
-        probe: ProbeReport | None = None,
-        verify: VerifyReport | None = None,
-        regrow_after: int | None = None,
-        seed: int | None = None,
-        shuffle: bool = True,
-        folder: RunFolder | None = None,
-        running: Callable[[], AbstractContextManager[None]] = nullcontext,
-        phases: Sequence[tuple[Phase | None, Accumulator]] = (),
+        total_steps: int | None,
+        budget: Budget,
+        events: Events,
+        probe: ProbeReport | None,
+        verify: VerifyReport | None,
+        folder: RunFolder | None,
+        running: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Wires the parts; trains nothing. The model is trained inside `running()`, compiled for instance.
 
-        Of several `phases` the first one's accumulator is `accumulator`, and its plan, optimizer and loss stand for the
-        training's.
+        Of several phases the first one's plan, optimizer and loss stand for the training's.
         """
+        _, accumulator = turns[0]
         self.model, self.optimizer = accumulator.model, accumulator.optimizer
         self.scheduler = accumulator.scheduler
-        self.probe, self.verify, self.folder = probe, verify, folder
+        self.probe, self.verify, self.folder, self.events = probe, verify, folder, events
         self.history = History()
         self.evaluations: list[dict[str, float]] = []
         self.epoch, self.total_steps = 0, total_steps
         self._accumulator, self._source, self._device, self._budget = accumulator, source, device, budget
-        self._epochs, self._max_steps, self._seed, self._running = epochs, max_steps, seed, running
-        self.events = events if events is not None else Events()
-        self._evaluator = evaluator
-        if evaluator is not None:
-            evaluator.sharded = accumulator.sharded
+        self._evaluator, self._asked, self._running = evaluator, asked, running
         self._mode = TrainingMode(accumulator.model)
         self._waited = 0.0  # seconds, for the samples of the window that runs
-        self._parts = TrainingParts(accumulator, source, device, evaluator, {"seed": seed, "shuffle": shuffle})
-        self._turns = Turns([self._turn(phase, each, regrow_after) for phase, each in phases or [(None, accumulator)]])
+        self._parts = TrainingParts(accumulator, source, device, evaluator, asked.some("seed", "shuffle"))
+        modules = list(self._parts.modules.values())
+        verified = None if probe is None or device.reserved() is None else probe.micro_batch
+        self._turns = Turns([
+            SafeWindow(each, modules, device, events, asked.regrow_after, verified, phase=phase)
+            for phase, each in turns
+        ])  # fmt: skip
         self._window_index = self._epoch_began_at = 0
         self._evaluation_due = False
         self._stopped: str | None = None  # why a rank asked for the end, or that another one did
         self._boundary: Boundary | None = None  # the moment before what is being fetched, trained or evaluated
         self._left: Window | None = None  # fetched, and not trained yet
         self._random: RandomState | None = None  # before it, where that is known
-        self._iteration: weakref.ref[_Iteration] | None = None  # who breaks off lets it go, and it must end then
+        self._iteration: Callable[[], _Iteration | None] = lambda: None  # weak: who breaks off lets it go, and it ends
         self._at_work = False  # a record is being made: what iterates is not merely left
-
-    def _turn(self, phase: Phase | None, accumulator: Accumulator, regrow_after: int | None) -> Turn:
-        safe = SafeWindow(
-            accumulator,
-            list(self._parts.modules.values()),
-            self._device,
-            self.events,
-            regrow_after,
-            wants_checkpoint=(lambda: False) if self.folder is None else self.folder.overdue,
-            verified=None if self.probe is None or self._device.reserved() is None else self.probe.micro_batch,
-        )
-        return Turn(phase, accumulator, safe)
 
     @property
     def plan(self) -> Plan:
@@ -175,8 +158,8 @@ class TrainingLoop:
         try:
             self._begin()
             self._mode.on()
-            with self._running(), self._device.limit(self._budget) if self._budget is not None else nullcontext():
-                if self._budget is not None and self.probe is not None:
+            with self._running(), self._device.limit(self._budget):
+                if self.probe is not None:
                     self._device.expect(self._budget, self.probe.expected(self.plan))
                 yield from self._rest()
             self._save()
@@ -223,7 +206,7 @@ class TrainingLoop:
         )  # fmt: skip
 
     def _lengths(self) -> LengthSummary | None:
-        return length_summary(self.history) if self.plan.by_length else None
+        return LengthSummary.of(self.history) if self.plan.by_length else None
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """The loss and the metrics over `data`, or over the validation data; the model is not trained.
@@ -231,11 +214,8 @@ class TrainingLoop:
         Raises:
             DataError: there is neither.
         """
-        evaluator = self._evaluator
-        if evaluator is None:
-            raise DataError("evaluate() has no data: pass some, or give val_data to prepare() or fit()")
         ranks = self._accumulator.ranks
-        return evaluator.evaluate(None if data is None else open_source(data, shuffle=False, ranks=ranks))
+        return self._evaluator.evaluate(None if data is None else open_source(data, shuffle=False, ranks=ranks))
 
     # --- windows ---
 
@@ -243,66 +223,72 @@ class TrainingLoop:
         self._check_whole()
         self._stopped = self.events.stop = None
         if self._boundary is not None and self._left is None:
-            self._boundary.restore()
-        elif self._seed is not None and not self.history and self._left is None:
-            rank = self._accumulator.ranks.rank
-            seed_everything(mix(self._seed, rank) if rank else self._seed)  # no two ranks drop out alike
+            self._parts.restore(self._boundary)
+        elif self._asked.seed is not None and not self.history and self._left is None:
+            rank, seed = self._accumulator.ranks.rank, self._asked.seed
+            seed_everything(mix(seed, rank) if rank else seed)  # no two ranks drop out alike
         if self.folder is not None:
             self.state_dict()  # what cannot be saved is refused now, and not when an hour's work is to be saved
             self.folder.begin(self.plan, self.probe, self._device)
-        budget = self._budget.bytes if self._budget is not None else None
-        self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, budget))
+        self.events.tell(TrainingStarted(self.plan.to_dict(), self.total_steps, self.step, self._budget.bytes))
 
     def _rest(self) -> Iterator[StepRecord]:
         while self._stopped is None:
             if self._evaluation_due:
                 self._evaluate_now()
-            if self._done():
+            most = self._asked.max_steps
+            if self.step >= most if most is not None else self.epoch >= self._asked.epochs:
                 return
             self._hear_wishes()
-            if self._stopped is not None:
-                return
-            yield from self._rest_of_epoch()
+            if self._stopped is None:
+                yield from self._rest_of_epoch()
 
-    def _hear_wishes(self) -> None:
-        """Stops where a listener on any rank has asked for the end, at the same window on all of them."""
-        if self._accumulator.ranks.any("a wish to stop", self.events.stop is not None):
+    def _hear_wishes(self) -> bool:
+        """Stops where a listener on any rank has asked for the end, at the same window on all of them.
+
+        Whether it is time for a checkpoint is returned: by the first rank's clock, for all.
+        """
+        overdue = self.folder is not None and self.folder.writes and self.folder.overdue()
+        stops, overdue_there = self._accumulator.ranks.tally("a wish to stop", [self.events.stop is not None, overdue])
+        if stops:
             self._stopped = self.events.stop or "another rank was asked to stop"
-
-    def _done(self) -> bool:
-        if self._max_steps is not None:
-            return self.step >= self._max_steps
-        return self.epoch >= self._epochs
+        return bool(overdue_there)
 
     def _rest_of_epoch(self) -> Iterator[StepRecord]:
+        most = self._asked.max_steps
         for window in self._windows():
             self._left = window
             self._mode.keep()  # between two windows a person may have looked at the model's answers
             for done in self._turns.train(window, self._random):
-                record = done.after(self._waited, window.padding)
+                record, self._waited = done.after(self._waited, window.padding), 0.0
                 self.history.append(record)
-                if self._turns.inside:  # a further phase trains on the same samples
-                    self._waited = 0.0
-                    self._tell_record(record)
-                    yield record
-                    continue
-                self._left = self._boundary = None
-                window.batches.clear()  # the next window is read while its reader still holds this one
-                self._window_index += 1
-                self._tell_record(record)
-                self._hear_wishes()
-                if self.folder is not None:
-                    self.folder.poll()
-                    if self._turns.overdue or self.folder.due(self.step):
-                        self._save()
-                check_interrupt()  # one that came in the step: the step is whole, and in the history
+                last = not self._turns.inside  # else a further phase trains on the same samples
+                if last:
+                    self._left = self._boundary = None
+                    window.batches.clear()  # the next window is read while its reader still holds this one
+                    self._window_index += 1
+                skipped = None if record.skipped is None else WindowSkipped(record.step, record.skipped)
+                self.events.tell(skipped or StepTaken(record))
+                if last:
+                    overdue = self._hear_wishes()
+                    if self.folder is not None:
+                        self.folder.poll()
+                        if overdue or self.folder.due(self.step):
+                            self._save()
+                    check_interrupt()  # one that came in the step: the step is whole, and in the history
                 yield record
             if self._stopped is not None:
                 return
-            if self._max_steps is not None and self.step >= self._max_steps:
+            if most is not None and self.step >= most:
                 self._evaluation_due = True
                 return
-        self._check_epoch()
+        if self._window_index == 0:
+            raise DataError(
+                f"epoch {self.epoch} gave no window of {self.plan.target_batch} samples: the data ended before one was "
+                'full and tail="drop" leaves short ones out; lower target_batch or use tail="step"'
+            )
+        if self.step == self._epoch_began_at and most is not None:
+            raise LossError(f"no window of epoch {self.epoch} took a step, so max_steps={most} is never reached")
         self.epoch += 1
         self._window_index, self._epoch_began_at, self._evaluation_due = 0, self.step, True
 
@@ -312,7 +298,8 @@ class TrainingLoop:
             yield self._left
         rest, first = windows(self._source, lambda: self.plan, self.epoch, start=self._window_index), True
         while True:
-            boundary = self._mark_boundary()
+            # What is broken off from here is drawn anew, and a checkpoint of this moment can be saved.
+            boundary = self._boundary = self._parts.boundary(quick=True)
             began = time.perf_counter()
             check_interrupt()
             window = interruptible(next, rest, None)
@@ -324,32 +311,10 @@ class TrainingLoop:
             first = False
             yield window
 
-    def _mark_boundary(self) -> Boundary:
-        """Keeps this moment: what is broken off is drawn anew from here, and a checkpoint of it can be saved."""
-        self._boundary = self._parts.boundary(quick=True)
-        return self._boundary
-
-    def _check_epoch(self) -> None:
-        if self._window_index == 0:
-            raise DataError(
-                f"epoch {self.epoch} gave no window of {self.plan.target_batch} samples: the data ended before one was "
-                'full and tail="drop" leaves short ones out; lower target_batch or use tail="step"'
-            )
-        if self.step == self._epoch_began_at and self._max_steps is not None:
-            raise LossError(
-                f"no window of epoch {self.epoch} took a step, so max_steps={self._max_steps} is never reached"
-            )
-
-    def _tell_record(self, record: StepRecord) -> None:
-        if record.skipped is None:
-            self.events.tell(StepTaken(record))
-        else:
-            self.events.tell(WindowSkipped(record.step, record.skipped))
-
     def _evaluate_now(self) -> None:
         results = None
-        if self._evaluator is not None and self._evaluator.source is not None:
-            self._mark_boundary()
+        if self._evaluator.source is not None:
+            self._boundary = self._parts.boundary(quick=True)
             results = self._evaluator.evaluate()
             self.evaluations.append({"epoch": self.epoch, "step": self.step, **results})
         self._boundary, self._evaluation_due = None, False
@@ -461,21 +426,17 @@ class _Iteration:
                 f"another iteration over the loop has gone on from where this one stood, and is at step {loop.step}: "
                 "a loop trains each window once, so keep to one iterator, or prepare() a loop for each"
             )
-        current = None if loop._iteration is None else loop._iteration()
+        current = loop._iteration()
         if current is not self:
             loop._iteration = weakref.ref(self)
-            if current is not None:
-                current._give_way()
+            if current is not None:  # ended later, it would take the model out of training mode under this one
+                current._replaced = inspect.getgeneratorstate(current._records) != inspect.GEN_CLOSED
+                current.close()
         loop._at_work = True
         try:
             return next(self._records)
         finally:
             loop._at_work = False
-
-    def _give_way(self) -> None:
-        """Ends where it was left: ended later, it would take the model out of training mode under the next one."""
-        self._replaced = inspect.getgeneratorstate(self._records) != inspect.GEN_CLOSED
-        self._records.close()
 
     @uninterrupted
     def close(self) -> None:

@@ -53,7 +53,7 @@ PATIENCE_SECONDS = 600.0
 
 
 class RunFolder:
-    """Where one training is saved."""
+    """Where one training is saved; this rank `writes` there."""
 
     def __init__(self, folder: str | os.PathLike[str], every: int | None, ranks: Ranks, events: Events) -> None:
         """Nothing is read or written yet; a CheckpointError where the path is a file.
@@ -63,9 +63,10 @@ class RunFolder:
         self.checkpoints = Checkpoints(folder)
         self.folder, self.every = self.checkpoints.folder, every
         self._ranks, self._events = ranks, events
+        self.writes = ranks.rank == 0
         self._resumed: Entry | None = None
         self._cut = 0
-        self._saved: Entry | None = None
+        self._saved = Entry(0, 0, 0)  # the last one that was begun
         self._tried = self._failed = 0
         self._why = ""
         self._saved_at = time.monotonic()
@@ -73,12 +74,7 @@ class RunFolder:
         self._metrics: JsonlSink | None = None
         self._lock = FolderLock(self.folder, "run")
         self._seen: set[Entry] | None = None  # the checkpoints there when this training was there last; None: never
-        self._to_begin: Callable[[], None] | None = None  # until the folder is ready
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank does."""
-        return self._ranks.rank == 0
+        self._begun: tuple[Plan, ProbeReport | None, Device]  # with what this training last began
 
     @property
     def unsaved(self) -> str | None:
@@ -124,7 +120,7 @@ class RunFolder:
         except BaseException:
             self._ranks.fail()
             raise
-        mine = [0, 0, 0, 0] if found is None else [1, found[0].step, found[0].epoch, found[0].window]
+        mine = [0, 0, 0, 0] if found is None else [1, *found[0]]
         there, *place = map(int, self._ranks.tally("resuming", mine))
         if not there:
             return None
@@ -148,15 +144,14 @@ class RunFolder:
         """
         if not self.writes:
             return
-        if self._metrics is None:
-            self._to_begin = lambda: self._make_ready(plan, probe, device)
+        self._begun = plan, probe, device
         try:
             self._enter()
         except Failure as error:
             then = "The training goes on, and nothing of it is saved there until that is mended"
             self._lost("the record of the run", error, then)
 
-    def _enter(self) -> None:
+    def _enter(self) -> JsonlSink:
         """Takes the folder, unless another training has it or had it meanwhile, and readies it where that is to be
         done.
         """
@@ -173,10 +168,11 @@ class RunFolder:
                 f"another training has saved to {str(self.folder)!r} since this one was there: give this one a folder "
                 "of its own, or prepare it anew to go on from what is there now"
             )
-        if self._to_begin is not None:
-            self._to_begin()
+        return self._make_ready(*self._begun) if self._metrics is None else self._metrics
 
-    def _make_ready(self, plan: Plan, probe: ProbeReport | None, device: Device) -> None:
+    def _make_ready(self, plan: Plan, probe: ProbeReport | None, device: Device) -> JsonlSink:
+        import autoaccum
+
         aside = self.checkpoints.begin(self._resumed)
         metrics = JsonlSink(self.folder / "metrics.jsonl", follow=False)
         metrics.cut(self._cut)
@@ -185,9 +181,20 @@ class RunFolder:
         report = self.folder / "report.json"
         if self._resumed is None or not report.exists():  # a resumed run knows less of the probe than the first one
             write_json(report, None if probe is None else probe.to_dict())
-        self._record_start(device)
+        path, runs = self.folder / "environment.json", []
+        if self._resumed is not None:
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # gone or damaged: begun anew
+                runs = list(read_json(path)["runs"])
+        start = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "resumed_at": 0 if self._resumed is None else self._resumed.step,
+            "autoaccum": autoaccum.__version__, "torch": torch.__version__, "cuda": torch.version.cuda,
+            "python": platform.python_version(), "platform": platform.platform(),
+            "device": device.name, "device_bytes": device.total(), "ranks": self._ranks.size, "command": sys.argv,
+        }  # fmt: skip
+        write_json(path, {"runs": [*runs, start]}, private=True)  # a command may have a password in it
         self._record_plan(plan)
-        self._metrics, self._to_begin = metrics, None
+        self._metrics = metrics
         self._events.add(metrics)
         text = f"the run's record is in {self.folder}"
         if self._resumed is not None:
@@ -196,10 +203,11 @@ class RunFolder:
                 f"learning rate it had: micro-batches of {plan.micro_batch}"
             )
         self._events.note(text)
+        return metrics
 
     def due(self, step: int) -> bool:
         """Whether so many steps have passed since the last checkpoint; the same on all ranks."""
-        return self.every is not None and step - (self._saved.step if self._saved is not None else 0) >= self.every
+        return self.every is not None and step - self._saved.step >= self.every
 
     def overdue(self) -> bool:
         """Whether so much time has passed that it is time for another; this rank's opinion."""
@@ -231,8 +239,7 @@ class RunFolder:
         state, shards = without_shards(state_dict())
         folder = self._write_shards(entry, shards) if shards else None
         if self.writes:
-            self._enter()
-            position = self._metrics.position() if self._metrics is not None else 0
+            position = self._enter().position()
             about = {} if loss is None or not math.isfinite(loss) else {"loss": loss}
             self.checkpoints.write(entry, {**state, "metrics": position}, about, folder)
             self._record_plan(plan)
@@ -266,22 +273,6 @@ class RunFolder:
         if plan != self._plan:
             write_json(self.folder / "plan.json", plan.to_dict(), checksum=True)
             self._plan = plan
-
-    def _record_start(self, device: Device) -> None:
-        from autoaccum import __version__
-
-        path, runs = self.folder / "environment.json", []
-        if self._resumed is not None:
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # gone or damaged: begun anew
-                runs = list(read_json(path)["runs"])
-        start = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "resumed_at": 0 if self._resumed is None else self._resumed.step,
-            "autoaccum": __version__, "torch": torch.__version__, "cuda": torch.version.cuda,
-            "python": platform.python_version(), "platform": platform.platform(),
-            "device": device.name, "device_bytes": device.total(), "ranks": self._ranks.size, "command": sys.argv,
-        }  # fmt: skip
-        write_json(path, {"runs": [*runs, start]}, private=True)  # a command may have a password in it
 
     def poll(self, *, wait: bool = False) -> None:
         """Tells of the checkpoint that was finished beside the training, if one was."""

@@ -38,8 +38,14 @@ def build_schedule(
     """
     check_schedule(schedule, warmup_steps)
     if callable(schedule):
-        made = _users_own(schedule, optimizer, tell)
-        _check_length(made, total_steps)
+        before = _rates(optimizer)
+        made = schedule(optimizer)
+        _check_own(made, before, optimizer, tell)
+        if isinstance(made, OneCycleLR) and total_steps is not None and made.total_steps < total_steps:
+            raise SetupError(
+                f"OneCycleLR has total_steps={made.total_steps}, and the training takes {total_steps} optimizer steps: "
+                f"give total_steps={total_steps}, and count optimizer steps, not micro-batches"
+            )
         if total_steps is None and any(isinstance(part, OneCycleLR) for part in _parts(made)):
             tell("OneCycleLR raises once its total_steps are taken, and how many this stream gives is not known: give "
                  "max_steps, so that it ends in time")  # fmt: skip
@@ -76,22 +82,20 @@ def schedule_name(scheduler: Any) -> str | None:
     return f"{type(scheduler).__name__}({inner})" if inner else type(scheduler).__name__
 
 
-def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell: Callable[[str], None]) -> Any:
-    """What the user's function makes, once it is known to be a schedule of this optimizer that counts from its rates.
+def _check_own(
+    made: Any, before: list[dict[str, float | None]], optimizer: Optimizer, tell: Callable[[str], None]
+) -> None:
+    """Whether what the user's function made is a schedule of this optimizer that counts from its rates.
 
-    A schedule counts from the rates that stood when it was made. One that was made before the plan scaled them would
-    take them back after the first step.
+    A schedule counts from the rates that stood when it was made. One that was made before the plan scaled them, which
+    are `before`, would take them back after the first step.
     """
-    before = _rates(optimizer)
-    peaks = [rates["lr"] if rates["initial_lr"] is None else rates["initial_lr"] for rates in before]
-    made = schedule(optimizer)
     if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
         raise SetupError(
             f"schedule= gave {shown(made)}, which is no schedule: return something with step(), state_dict() and "
             "load_state_dict(), such as torch.optim.lr_scheduler.LambdaLR(optimizer, ...)"
         )
-    parts = list(_parts(made))
-    for part in parts:
+    for part in _parts(made):
         other = getattr(part, "optimizer", optimizer)
         if isinstance(other, Optimizer) and other is not optimizer:
             raise SetupError(
@@ -99,9 +103,13 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
                 "that are trained with would never change: build it on the optimizer that the function is given, "
                 f"schedule=lambda optimizer: {type(part).__name__}(optimizer, ...)"
             )
-    for part in parts:
+    peaks = [rates["lr"] if rates["initial_lr"] is None else rates["initial_lr"] for rates in before]
+    for part in _parts(made):
         found = _differing(getattr(part, "base_lrs", ()), peaks)
-        if found is None or _climbs_to(part, peaks):
+        # A cycle has a lowest and a highest rate of its own: the highest may be these.
+        one_cycle = isinstance(part, OneCycleLR)
+        highest = [group["max_lr"] for group in optimizer.param_groups] if one_cycle else getattr(part, "max_lrs", None)
+        if found is None or (highest is not None and _differing(highest, peaks) is None):
             continue
         own, peak = found
         # What builds a schedule writes the rates it counts from; but a CyclicLR does not, beside an older schedule's.
@@ -116,17 +124,7 @@ def _users_own(schedule: Callable[[Optimizer], Any], optimizer: Optimizer, tell:
             f"the schedule sets its own rates, a {type(part).__name__} that counts from {number(own)}, and the plan's "
             f"rate of {number(peak)} is not used: give the schedule rates that suit the target batch"
         )
-        break
-    return made
-
-
-def _check_length(scheduler: Any, total_steps: int | None) -> None:
-    """Refuses a OneCycleLR that ends before the training does, where it would raise."""
-    if isinstance(scheduler, OneCycleLR) and total_steps is not None and scheduler.total_steps < total_steps:
-        raise SetupError(
-            f"OneCycleLR has total_steps={scheduler.total_steps}, and the training takes {total_steps} optimizer "
-            f"steps: give total_steps={total_steps}, and count optimizer steps, not micro-batches"
-        )
+        return
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
@@ -134,13 +132,6 @@ def _parts(scheduler: Any) -> Iterator[Any]:
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
         yield from _parts(inner)
-
-
-def _climbs_to(scheduler: Any, peaks: list[float | None]) -> bool:
-    """Whether it is a cycle with a lowest and a highest rate of its own, the highest of which are these."""
-    if isinstance(scheduler, OneCycleLR):
-        return _differing([group["max_lr"] for group in scheduler.optimizer.param_groups], peaks) is None
-    return isinstance(scheduler, CyclicLR) and _differing(scheduler.max_lrs, peaks) is None
 
 
 def _rates(optimizer: Optimizer) -> list[dict[str, float | None]]:

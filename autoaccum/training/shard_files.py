@@ -154,10 +154,9 @@ def _read(targets: dict[str, Tensor], folder: Path) -> None:
             load(targets, storage_reader=Reader(folder), no_dist=True)
     except CheckpointError:
         raise
-    except CheckpointException as error:
-        raise CheckpointError(f"{folder} cannot be read by torch {torch.__version__}: {_causes(error)}") from error
-    except Exception as error:  # whatever a pickle that is none makes of itself
-        raise CheckpointError(f"{folder} cannot be read by torch {torch.__version__}: {error}") from error
+    except (CheckpointException, Exception) as error:  # whatever a pickle that is none makes of itself
+        why = _causes(error) if isinstance(error, CheckpointException) else error
+        raise CheckpointError(f"{folder} cannot be read by torch {torch.__version__}: {why}") from error
 
 
 class _Index(pickle.Unpickler):

@@ -6,6 +6,7 @@ limits, because the share of every rank in a window follows from them.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from autoaccum.checks import typed
@@ -102,12 +103,11 @@ class Replays:
             f"the allocator emptied its cache in each of the last {PERSISTENT} windows, which is slow: micro-batches "
             f"of at most {max(limits)} from step {step} on; the batch stays {plan.target_batch}"
         )
-        try:
-            return dataclasses.replace(plan, limits=tuple(limits)).with_limit(max(limits), text)
-        except PlanError:
-            return plan
+        with suppress(PlanError):
+            return _limited(plan, limits, text)
+        return plan
 
-    def grow(self, plan: Plan) -> Plan | None:
+    def grow(self) -> Plan | None:
         """Counts a window that ran; after enough of them, the plan from before, which is tried under the same guard."""
         self.undisturbed += 1
         if self._regrow_after is None or self.undisturbed < self._regrow_after:
@@ -130,11 +130,10 @@ class Replays:
 
 def with_floor(plan: Plan) -> Plan:
     """The plan without micro-batches of 1, which a BatchNorm layer that sees one value a sample refuses."""
-    limits = tuple(max(limit, 2) for limit in plan.limits)
+    limits = [max(limit, 2) for limit in plan.limits]
     try:
-        return dataclasses.replace(plan, minimum=2, limits=limits).with_limit(
-            max(limits), f"{max(limits)}: a BatchNorm layer takes no micro-batch of 1"
-        )
+        text = f"{max(limits)}: a BatchNorm layer takes no micro-batch of 1"
+        return _limited(plan, limits, text, minimum=2)
     except PlanError as error:
         raise NothingFitsError(f"memory ran out, and a BatchNorm layer takes no micro-batch of 1: {error}") from None
 
@@ -149,13 +148,17 @@ def _feasible(plan: Plan, limits: Sequence[int], tops: Sequence[int], text: str)
     """The plan with new limits; with a floor above 1 some cannot be met, and the next ones up are taken."""
     refusal: PlanError | None = None
     for more in range(max(top - limit for top, limit in zip(tops, limits, strict=True)) or 1):
-        new = tuple(min(limit + more, max(top - 1, limit)) for limit, top in zip(limits, tops, strict=True))
+        new = [min(limit + more, max(top - 1, limit)) for limit, top in zip(limits, tops, strict=True)]
         try:
-            # A limit that is the roomiest already changes nothing but the sizes that follow from all of them.
-            return dataclasses.replace(plan, limits=new).with_limit(max(new), text)
+            return _limited(plan, new, text)
         except PlanError as error:
             refusal = error
     raise NothingFitsError(f"memory ran out, and no smaller micro-batches make the same batch: {refusal}")
+
+
+def _limited(plan: Plan, limits: Sequence[int], text: str, **changes: Any) -> Plan:
+    # A limit that is the roomiest already changes nothing but the sizes that follow from all of them.
+    return dataclasses.replace(plan, limits=tuple(limits), **changes).with_limit(max(limits), text)
 
 
 def cut_in_half(batches: Sequence[Any], minimum: int) -> list[Any]:
