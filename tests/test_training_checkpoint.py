@@ -622,7 +622,6 @@ def test_a_failed_save_leaves_the_one_before_as_it_was(tmp_path, monkeypatch):
     store.write(Entry(2, 0, 2), {"value": 2}, {})
     with pytest.raises(OSError, match="Input/output"):
         store.settle()
-    store.close()
     monkeypatch.undo()
     assert names(tmp_path) == ["step-00000001-epoch-0-window-1"]
     assert not list(tmp_path.glob(".*.tmp"))
@@ -666,7 +665,6 @@ def test_a_checkpoint_has_its_name_when_all_of_it_is_on_the_disk_and_the_renamin
     store, entry = Checkpoints(tmp_path / "run"), Entry(1, 0, 1)
     store.write(entry, {"value": 1}, {})
     store.settle()
-    store.close()
     assert done == [
         ("fsync", "state"), ("fsync", "about"), ("name", ABOUT), ("fsync", entry.name), ("name", entry.name),
         ("fsync", "run"),
@@ -683,7 +681,6 @@ def test_a_checkpoint_of_the_same_moment_is_there_until_the_new_one_is(tmp_path,
     store.write(Entry(1, 0, 1), {"value": 3}, {})
     with pytest.raises(OSError, match="Input/output"):
         store.settle()
-    store.close()
     assert store.newest(pytest.fail) == (Entry(1, 0, 1), {"value": 2})
     assert [path.name for path in tmp_path.iterdir()] == [Entry(1, 0, 1).name]
 
@@ -696,7 +693,6 @@ def test_a_checkpoint_half_cleared_away_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (path / ABOUT).unlink())
     store.write(Entry(2, 0, 2), {"value": 2}, {})
     store.settle()
-    store.close()
     monkeypatch.undo()
     assert store.entries() == [Entry(2, 0, 2)]
     Checkpoints(tmp_path).begin(Entry(2, 0, 2))
@@ -707,7 +703,6 @@ def test_what_a_file_server_puts_beside_a_checkpoints_files_is_no_damage(tmp_pat
     store = Checkpoints(tmp_path)
     store.write(Entry(1, 0, 1), {"value": 1}, {})
     store.settle()
-    store.close()
     (store.path(Entry(1, 0, 1)) / "@eaDir").mkdir()
     assert store.newest(pytest.fail) == (Entry(1, 0, 1), {"value": 1})
 

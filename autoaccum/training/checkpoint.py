@@ -85,7 +85,6 @@ class Checkpoints:
         self.folder = Path(folder)
         self.last: Path | None = None
         self._keep = keep
-        self._worker: ThreadPoolExecutor | None = None
         self._finishing: tuple[Entry, Future[None]] | None = None
         told = f"checkpoint={shown(str(self.folder))}"
         try:
@@ -261,9 +260,9 @@ class Checkpoints:
         except Failure:
             _delete(temporary)
             raise
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="autoaccum-checkpoint")
-        self._finishing = entry, self._worker.submit(self._finish, entry, temporary, dict(about))
+        worker = ThreadPoolExecutor(1, thread_name_prefix="autoaccum-checkpoint")
+        self._finishing = entry, worker.submit(self._finish, entry, temporary, dict(about))
+        worker.shutdown(wait=False)  # once that is done
 
     def settle(self, *, wait: bool = True) -> Entry | None:
         """The checkpoint that was finished since this was last asked; None where none was.
@@ -277,12 +276,6 @@ class Checkpoints:
         future.result()
         self.last = self.path(entry)
         return entry
-
-    def close(self) -> None:
-        """Waits for what is being finished, and lets the thread go."""
-        if self._worker is not None:
-            self._worker.shutdown()
-            self._worker = None
 
     def _finish(self, entry: Entry, temporary: Path, about: dict[str, Any]) -> None:
         path = self.path(entry)

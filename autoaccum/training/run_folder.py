@@ -287,7 +287,6 @@ class RunFolder:
     def close(self) -> None:
         """Waits for what is being saved, and lets others into the folder."""
         self.poll(wait=True)
-        self.checkpoints.close()
         if self._lock.held:
             self._seen = set(self.checkpoints.entries())
             self._lock.release()

@@ -128,7 +128,7 @@ def with_shards(
         # ("modules", its name, "state", a name), or ("turns", "each", 0, "optimizer", "state", a number, ...).
         made = own[path[1]][path[3]] if path[0] == "modules" else _cut_as(of_number[path[5]], value)
         targets[_key(path)] = made
-        return targets[_key(path)]
+        return made
 
     whole: dict[str, Any] = _mapped(dict(state), put)
     if targets:

@@ -72,12 +72,8 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         entries = [plain(item, f"{where}[{place}]") for place, item in enumerate(value)]
         return tuple(entries) if isinstance(value, tuple) else entries
-    if type(value) not in _AS_THEY_ARE:
-        return _single(value, where)
-    return value
-
-
-def _single(value: Any, where: str) -> Any:
+    if type(value) in _AS_THEY_ARE:
+        return value
     if isinstance(value, Tensor):
         return value.detach()
     if type(value).__module__ == "numpy":
