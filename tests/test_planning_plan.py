@@ -119,18 +119,18 @@ def test_reasons_are_single_lines(made):
 @pytest.mark.parametrize(
     ("samples", "more", "text"),
     [
-        (1000, {"tail": "drop"}, "3 windows of 256; a tail of 232 samples, short of a window, is dropped"),
+        (1000, {"tail": "drop"}, "3 windows of 256; a tail of 232, short of a window, is dropped"),
         (
             513,
             {"minimum": 2},
-            "1 window of 256 and one of 257; the last sample, too few for a micro-batch (minimum=2),",
+            "1 window of 256 and one of 257; a tail of 1, too few for a micro-batch (minimum=2),",
         ),
         (100, {}, "100 samples an epoch are one window of 100, short of the target"),
         (512, {}, "512 samples an epoch are 2 windows of 256"),
         (
             257,
             {"minimum": 2, "limit": 2},
-            "1 window of 256; the last sample, too few for a micro-batch (minimum=2), is",
+            "1 window of 256; a tail of 1, too few for a micro-batch (minimum=2), is",
         ),
     ],
 )

@@ -233,15 +233,10 @@ def rebuilt(loader: DataLoader[Any], dataset: Any, **batching: Any) -> DataLoade
     """A DataLoader that works as the user's does (workers, pinning, timeout) and batches as `batching` says."""
     accelerator = getattr(torch, "accelerator", None)  # since torch 2.6
     pins = torch.cuda.is_available() or (accelerator is not None and accelerator.is_available())
-    settings: dict[str, Any] = {
-        "num_workers": loader.num_workers,
-        "pin_memory": loader.pin_memory and pins,  # without an accelerator torch would only warn, once an epoch
-        "timeout": loader.timeout,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "prefetch_factor": loader.prefetch_factor,
-        "persistent_workers": loader.persistent_workers,
-    }
+    kept = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor",
+            "persistent_workers")  # fmt: skip
+    settings = {name: getattr(loader, name) for name in kept}
+    settings["pin_memory"] = loader.pin_memory and pins  # without an accelerator torch would only warn, once an epoch
     if loader.pin_memory_device:  # deprecated where torch no longer needs it: passed on only where it was given
         settings["pin_memory_device"] = loader.pin_memory_device
     with warnings.catch_warnings():

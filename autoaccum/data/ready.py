@@ -23,9 +23,9 @@ from autoaccum.data.base import Read
 from autoaccum.data.cuts import Cutter
 from autoaccum.data.fetch import Fetcher
 from autoaccum.data.mapped import rebuilt, samples_from
-from autoaccum.data.orders import Reader, length_of, possible_indices, undistributed
+from autoaccum.data.orders import Reader, length_of, undistributed
 from autoaccum.data.stream import StreamSource, reads_once
-from autoaccum.data.trial_samples import KEPT_BYTES, Pool, largest_first, spread
+from autoaccum.data.trial_samples import KEPT_BYTES, Pool, largest_first
 from autoaccum.errors import DataError, shown
 
 __all__ = ["TARGET_KEYS", "BatchSource", "iterates_by_itself"]
@@ -56,8 +56,7 @@ class BatchSource(StreamSource):
             self._replayed = {"loader": loader}
         self._loader, self._fetcher = loader, Fetcher(dataset, loader.collate_fn)
         inner = getattr(loader.batch_sampler, "sampler", None)
-        self._samplers = [each for each in (loader.sampler, loader.batch_sampler, inner) if each is not None]
-        self._told_epochs = [loader, dataset, *self._samplers]
+        self._told_epochs = [loader, dataset, loader.sampler, loader.batch_sampler, inner]
         of_samples = loader.batch_sampler is not None and not streams and not iterates_by_itself(loader)
         to_look_at = samples_from(self._fetcher, inner or loader.sampler, length_of(dataset) if of_samples else None)
         self._pool = Pool(to_look_at) if of_samples else None
@@ -138,9 +137,7 @@ class BatchSource(StreamSource):
         elif isinstance(dataset, IterableDataset) and not (iterates_by_itself(loader) or reads_once(dataset)):
             found = map(loader.collate_fn, dataset)
         elif not (isinstance(dataset, IterableDataset) or iterates_by_itself(loader)):
-            indices = possible_indices(loader.sampler, length_of(dataset))
-            places = spread(len(indices))
-            found = (loader.collate_fn(self._fetcher.samples([indices[place]])[0]) for place in places)
+            found = map(loader.collate_fn, samples_from(self._fetcher, loader.sampler, length_of(dataset))(0))
         return (batch for batch in found if batch is not None)  # a collate function may have had nothing left
 
 
@@ -154,15 +151,15 @@ def _of_one_process(loader: DataLoader[Any]) -> DataLoader[Any]:
     batches: Any = loader.batch_sampler
     if iterates_by_itself(loader):
         return loader
-    outer, inner = undistributed(loader.sampler), undistributed(getattr(batches, "sampler", None))
-    same = {"collate_fn": loader.collate_fn, "generator": loader.generator}
-    if batches is None and outer is not loader.sampler:
-        return rebuilt(loader, loader.dataset, batch_size=None, sampler=outer, **same)
-    if batches is not None and inner is not getattr(batches, "sampler", None):
-        batches = copy.copy(batches)
-        batches.sampler = inner
-        return rebuilt(loader, loader.dataset, batch_sampler=batches, **same)
-    return loader
+    dealt = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    alone = undistributed(dealt)
+    if alone is dealt:
+        return loader
+    batching: dict[str, Any] = {"batch_size": None, "sampler": alone}
+    if batches is not None:
+        batching = {"batch_sampler": copy.copy(batches)}
+        batching["batch_sampler"].sampler = alone
+    return rebuilt(loader, loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **batching)
 
 
 def _checked_size(batch: Any) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from autoaccum.checks import one_of, plain
 from autoaccum.display.shown import Drawn
 from autoaccum.errors import PlanError, shown
-from autoaccum.planning import learning_rate, split
+from autoaccum.planning import learning_rate, split, trainer_config
 from autoaccum.planning.bn_momentum import MODES
 from autoaccum.planning.bn_momentum import bn_momentum as bn_momentum_for
 from autoaccum.planning.length_rule import Room, check_room, scaled
@@ -92,9 +92,7 @@ class Plan(PlanFields, Drawn):
         Raises:
             PlanError: a trainer that is not known.
         """
-        from autoaccum.planning.trainer_config import as_config
-
-        return as_config(self, name)
+        return trainer_config.as_config(self, name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON: whole, or not at all where something fails half-way.

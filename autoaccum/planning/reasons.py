@@ -127,16 +127,12 @@ def tail_line(plan: PlanFields) -> str:
     text = f"{plan.tail}: {length} samples an epoch are {' and '.join(windows)}"
     unfit = f"too few for a micro-batch (minimum={plan.minimum})"
     if odd and odd[0] > target:
-        text += f"; {_last(odd[0] - target)}, {unfit}, joins the window before it"
+        text += f"; a tail of {odd[0] - target}, {unfit}, joins the window before it"
     elif odd and full:
         text += ", which has its own denominator"
     if dropped := length - full * target - sum(odd):
-        text += f"; {_last(dropped)}, {'short of a window' if plan.tail == 'drop' else unfit}, is dropped"
+        text += f"; a tail of {dropped}, {'short of a window' if plan.tail == 'drop' else unfit}, is dropped"
     return text
-
-
-def _last(samples: int) -> str:
-    return "the last sample" if samples == 1 else f"a tail of {samples} samples"
 
 
 def batch_norm_lines(plan: PlanFields, sizes: tuple[int, ...]) -> dict[str, str]:
