@@ -192,9 +192,7 @@ class Session:
                 self.events.note(f"{name}={shown(value)} is set aside: {skips}")
         self._settle()
         settles = self._what != "probe" or not self._in_child or (parts.device.type == "cpu" and not self._reads_away)
-        made = planned(
-            parts, report, asked.micro_batch, asked.target_batch, asked.some(*_PLANNING), settles=settles
-        )  # fmt: skip
+        made = planned(parts, report, asked.micro_batch, asked.target_batch, asked.some(*_PLANNING), settles=settles)
         if report is None or self._found_by is None:
             return made
         why = f"{made.micro_batch}: at most {report.micro_batch} samples fit at once, by {self._found_by}"
@@ -240,7 +238,14 @@ class Session:
     def _checked(self, parts: Assembly) -> VerifyReport:
         made = self._plan
         accumulates = made is not None and (made.accumulation_steps > 1 or made.world_size > 1)
-        report = _gradient(parts, _CHECKED if made is None else max(made.limits))
+        most = _CHECKED if made is None else max(made.limits)
+        size = min(_CHECKED, most, parts.source.length or most)
+        # What holds the model still sees each operator: compiles nothing.
+        with parts.running(compiled=False, alone=True):
+            report = verify_gradient(
+                parts.objective, looked_at(parts.source, size), device=parts.device.torch_device,
+                precision=parts.precision.name, most=size,
+            )  # fmt: skip
         failed = made is not None and parts.ranks.any("the gradient check", not report.ok and accumulates)
         if failed and self.settings.check != "warn":
             other = "the accumulated gradient is not the large batch's on another rank"
@@ -306,16 +311,6 @@ class Session:
         """Once a child has probed, with the device's memory to itself, the model that is trained goes there."""
         if self._in_child and self._trains:
             self.parts.settle()
-
-
-def _gradient(parts: Assembly, most: int) -> VerifyReport:
-    """The gradient check on a few of the user's own samples, at most `most` at once."""
-    size = min(_CHECKED, most, parts.source.length or most)
-    with parts.running(compiled=False, alone=True):  # what holds the model still sees each operator: compiles nothing
-        return verify_gradient(
-            parts.objective, looked_at(parts.source, size), device=parts.device.torch_device,
-            precision=parts.precision.name, most=size,
-        )  # fmt: skip
 
 
 def check_settings(asked: Settings) -> None:

@@ -13,7 +13,7 @@ Choices made here:
 - torch's own `linear_cross_entropy` keeps what it divides by to itself, so it cannot be summed over a window.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """
         kind = hidden.device.type
         with torch.autocast(kind, enabled=False):
-            made = _Chunks(hidden, weight, bias, chunk or _ROWS.get(kind, _ROWS_ELSEWHERE), logits, computed)
-            made.ask(labels, class_weights, ignored, smoothing)
-            total = made.run(ctx.needs_input_grad[:3])
+            made = _Chunks(
+                hidden, weight, bias, labels, class_weights, ignored, smoothing,
+                chunk or _ROWS.get(kind, _ROWS_ELSEWHERE), logits, computed, ctx.needs_input_grad[:3],
+            )  # fmt: skip
+            total = made.run()
         divisor = made.counted.sum()
         ctx.gradients = made.gradients
         if reduction == "sum":
@@ -156,25 +158,27 @@ class _Chunks:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int, logits: torch.dtype, computed: torch.dtype
-    ) -> None:
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, class_weights: Tensor | None,
+        ignored: int, smoothing: float, rows: int, logits: torch.dtype, computed: torch.dtype, needed: Sequence[bool],
+    ) -> None:  # fmt: skip
         self._given, self._rows, self._computed = (hidden, weight, bias), rows, computed
         self._weight, self._bias = weight.to(logits), None if bias is None else bias.to(logits)
         self._logits = torch.empty(rows, len(weight), dtype=logits, device=hidden.device)
         self._losses = self._logits if logits == computed else torch.empty_like(self._logits, dtype=computed)
-        self._sums: list[Tensor | None] = []
-
-    def ask(self, labels: Tensor, weights: Tensor | None, ignored: int, smoothing: float) -> None:
-        """Takes what each row's label asks for; the class weights are None where all classes weigh 1."""
         self._kept = counts = labels != ignored
         self._index, self._smoothing = torch.where(counts, labels, 0), smoothing
-        self._class_weights = None if weights is None else weights.to(self._computed)
-        self.counted = counts.to(self._computed)
-        if self._class_weights is not None:
-            self.counted = self._class_weights[self._index] * counts
+        self._class_weights = None if class_weights is None else class_weights.to(computed)
+        own = self._class_weights
+        self.counted = counts.to(computed) if own is None else own[self._index] * counts
         self._most, self._order = len(labels), None  # rows that are run, and those that count first, if not all do
         if labels.is_cpu and (most := int(counts.sum())) < len(labels):
             self._most, self._order = most, torch.sort(counts, descending=True, stable=True).indices
+        # Summed in 32 bits at least: in 16 the sum over many chunks would round each time.
+        self._sums = [
+            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, computed if number else each.dtype))
+            if asked and each is not None else None
+            for number, (each, asked) in enumerate(zip(self._given, needed))
+        ]  # fmt: skip
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -182,14 +186,8 @@ class _Chunks:
         pairs = zip(self._sums, self._given)
         return [None if sums is None or each is None else sums.to(each.dtype) for sums, each in pairs]
 
-    def run(self, needed: tuple[bool, ...]) -> Tensor:
-        """The sum of the losses, shape (); takes the gradients of those of hidden, weight and bias that are needed."""
-        # Summed in 32 bits at least: in 16 the sum over many chunks would round each time.
-        self._sums = [
-            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, self._computed if number else each.dtype))
-            if asked and each is not None else None
-            for number, (each, asked) in enumerate(zip(self._given, needed))
-        ]  # fmt: skip
+    def run(self) -> Tensor:
+        """The sum of the losses, shape ()."""
         total = torch.zeros((), dtype=self._computed, device=self._logits.device)
         for start in range(0, self._most, self._rows):
             stop = min(start + self._rows, len(self._index))

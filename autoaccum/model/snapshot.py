@@ -45,7 +45,11 @@ class Snapshot:
         cudnn = torch.backends.cudnn
         self._flags = cudnn.benchmark, cudnn.deterministic, torch.is_grad_enabled(), torch.get_default_dtype()
         gradients = [gradient for _, gradient in self._gradients if gradient is not None]
-        self._bytes = _StorageBytes([*tensors, *gradients])
+        self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")  # noqa: SIM115 (held open until close)
+        # Each storage with its size, and its copy on the host; None: the bytes are in the file, in this order.
+        self._kept: list[tuple[torch.UntypedStorage, int, torch.UntypedStorage | None]] = []
+        self._whole: list[tuple[Tensor, Tensor]] = []  # tensors without a plain storage: sparse and other kinds
+        self._copy([*tensors, *gradients])
 
     def __enter__(self) -> "Snapshot":
         return self
@@ -78,21 +82,16 @@ class Snapshot:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(default_dtype)
         self._random.restore()
-        self._bytes.restore()
+        self._restore_bytes()
 
     def close(self) -> None:
         """Frees the copy."""
-        self._bytes.close()
+        self._file.close()
+        self._kept.clear()
+        self._whole.clear()
 
-
-class _StorageBytes:
-    """The bytes of all storages under some tensors, each storage once."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._file = tempfile.TemporaryFile(prefix="autoaccum-snapshot-")  # noqa: SIM115 (held open until close)
-        # Each storage with its size, and its copy on the host; None: the bytes are in the file, in this order.
-        self._kept: list[tuple[torch.UntypedStorage, int, torch.UntypedStorage | None]] = []
-        self._whole: list[tuple[Tensor, Tensor]] = []  # tensors without a plain storage: sparse and other kinds
+    def _copy(self, tensors: Iterable[Tensor]) -> None:
+        """Copies the bytes of all storages under some tensors, each storage once."""
         seen: set[int] = set()
         for tensor in map(local, tensors):
             if tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -109,7 +108,7 @@ class _StorageBytes:
             else:
                 self._kept.append((storage, size, storage.cpu()))  # type: ignore[no-untyped-call]
 
-    def restore(self) -> None:
+    def _restore_bytes(self) -> None:
         resized, place = None, 0
         for storage, size, copy in self._kept:
             if storage.nbytes() != size:
@@ -127,11 +126,6 @@ class _StorageBytes:
             raise StateNotRestoredError(
                 f"{resized} and cannot be put back: make the model and the optimizer anew before training"
             )
-
-    def close(self) -> None:
-        self._file.close()
-        self._kept.clear()
-        self._whole.clear()
 
 
 def _memory(storage: torch.UntypedStorage, size: int) -> memoryview:
