@@ -97,11 +97,6 @@ class Block:
     next: Block | None = None
 
     @property
-    def split(self) -> bool:
-        """Whether it is only a part of its segment."""
-        return self.previous is not None or self.next is not None
-
-    @property
     def room(self) -> int:
         """The size this free block could grow to without moving."""
         return self.size + (self.next.size if self.next is not None and not self.next.mapped else 0)
@@ -198,7 +193,7 @@ class CachingAllocator:
             for *_, block in list(pool.cached):
                 if block.expandable:
                     self._unmap(block)
-                elif not block.split:
+                elif block.previous is None and block.next is None:
                     self._give_back(block)
 
     def _release_unsplit(self, pool: _Pool, size: int) -> bool:

@@ -17,11 +17,10 @@ Choices:
   a stand: there the budget is no more than without `memory=`.
 """
 
-import contextlib
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,9 +72,6 @@ class Device(ABC):
         """The backend: "cpu", "cuda", "xpu", "mps", and so on."""
         return self.torch_device.type
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.torch_device)!r})"
-
     @abstractmethod
     def total(self) -> int:
         """All of the device's memory, or what the limit that binds allows."""
@@ -114,9 +110,11 @@ class Device(ABC):
         reason = f"{format_bytes(free)} free on {self.name}{plus(own)}"
         return max(0, free + own - kept), reason + (f", less {format_bytes(kept)} of headroom" if kept else "")
 
-    def limit(self, budget: Budget) -> AbstractContextManager[None]:
-        """Holds PyTorch's allocator to a hard budget, and puts the limit from before back; elsewhere does nothing."""
-        return contextlib.nullcontext()
+    @contextmanager
+    def limit(self, budget: Budget) -> Iterator[None]:
+        """Holds PyTorch's allocator to a hard budget where the backend can, and puts the limit from before back."""
+        self.expect(budget, None)
+        yield
 
     def expect(self, budget: Budget, peak: int | None) -> None:  # noqa: B027 - other allocators keep freed blocks anyway
         """Prepares for steps of `peak` bytes; None: of any size up to the budget."""

@@ -1,9 +1,7 @@
 """The devices that are here: the host, and each accelerator that PyTorch knows, opened by name."""
 
-import contextlib
 import os
 import platform
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +59,8 @@ class CpuDevice(Device):
         size += held
         return Budget(size, f"{format_bytes(size)}: {reason}{plus(held)}", False, "data segment" if exact else "host")
 
-    def limit(self, budget: Budget) -> AbstractContextManager[None]:
-        """Nothing holds PyTorch to a budget here; where the process itself is limited, malloc gives blocks back."""
-        self.expect(budget, None)
-        return contextlib.nullcontext()
-
     def expect(self, budget: Budget, peak: int | None) -> None:
-        """Where the process itself is limited, malloc keeps freed blocks if there is room for their holes."""
+        """Where the process itself is limited, malloc keeps freed blocks where their holes have room, else none."""
         if budget.kind == "data segment":
             kept, self.keeps = self.keeps, peak is not None and peak * _HOLES <= budget.bytes
             if not (self.keeps and kept):  # what is there already stays

@@ -171,7 +171,7 @@ class Forecast:
         before = self._residents @ point
         for name, value in zip(self._resident_names, before):
             held[names.index(name)] += value
-        held[names.index("temporary")] += levels + before.sum() - held.sum(0)  # what coarse cells hold inside
+        held[names.index("temporary")] = levels + before.sum() - held.sum(0)
         count = min(len(levels), moments)
         cuts = [len(levels) * at // count for at in range(count + 1)]
         kept = [start + int(levels[start:stop].argmax()) for start, stop in pairwise(cuts)]

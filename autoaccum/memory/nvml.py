@@ -5,6 +5,7 @@ never by an index. The library can be missing (no driver, ROCm, WSL without it) 
 right, vGPU): then the answer is why, and PyTorch's own figures serve.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -83,7 +84,10 @@ def _processes(nvml: Any, handle: Any) -> Iterator[GpuProcess]:
             found[process.pid] = process.usedGpuMemory if found.get(process.pid) is None else found[process.pid]
     visible = pids_are_ours()
     for pid, used in sorted(found.items(), key=lambda item: -(item[1] or 0)):
-        yield GpuProcess(pid, _process_name(pid) if visible else None, used)
+        name = None
+        with contextlib.suppress(psutil.Error):
+            name = psutil.Process(pid).name() if visible else None
+        yield GpuProcess(pid, name, used)
 
 
 def pids_are_ours() -> bool:
@@ -92,10 +96,3 @@ def pids_are_ours() -> bool:
         return os.readlink("/proc/self/ns/pid") == _FIRST_NAMESPACE
     except OSError:
         return True  # no Linux, no namespaces
-
-
-def _process_name(pid: int) -> str | None:
-    try:
-        return psutil.Process(pid).name()
-    except psutil.Error:
-        return None

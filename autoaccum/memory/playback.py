@@ -97,9 +97,9 @@ def tabulate(columns: Sequence[Column], cells: Sequence[Cell]) -> Table:
             if not alike:
                 column.origins(found, repeat(first + 1))
             for event, row in zip(found, count(first) if alike else repeat(first + 1)):
-                if event.block >= 0:
-                    change = changes.setdefault((column.parts[event.block], row), [0] * len(columns))
-                    change[number] += event.bytes
+                part = "temporary" if event.block < 0 else column.parts[event.block]
+                if part != "temporary":  # which is all the rest
+                    changes.setdefault((part, row), [0] * len(columns))[number] += event.bytes
         deltas += rows
         phases += [owner.trace.groups[at].phase] * len(rows)
     return Table(phases, list(changes), matrix(deltas, len(columns)), matrix(list(changes.values()), len(columns)))

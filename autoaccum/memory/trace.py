@@ -17,7 +17,7 @@ Choices:
 - Events of one operator call that follow each other are one group: the innermost operator, since kernels
   may allocate more often at larger sizes, while what a group leaves behind and holds at most follows them.
 - On CUDA the profiler tells the operator, but the size of the block that was handed out; the allocator's
-  own history tells what was requested. The two are joined by address and order (history.py).
+  own history tells what was requested. The two are joined by address and order (cuda_history.py).
 - Freed, but allocated before the recording: on the CPU torch reports such frees only for memory that an
   earlier recording happened to see, so they say nothing and are left out. On CUDA the history reports all of
   them: they count.
@@ -35,7 +35,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -162,11 +162,10 @@ class Trace:
         return found
 
 
-@dataclass
 class Recording:
     """Handed out by `record`; `trace` is there once the block is left, also when the body raised."""
 
-    trace: Trace = field(init=False, repr=False)
+    trace: Trace
 
     def mark(self, name: str) -> None:
         """A new phase begins: "batch" (its move to the device), "forward", "optimizer", "zero_grad", or any name."""
@@ -235,8 +234,8 @@ class _Builder:
         self._blocks = 0
 
     def take(self, raw: RawEvent, earlier: bool) -> None:
-        known = self._live.pop(raw.address, None)
-        if raw.bytes < 0 and known is None and not earlier:
+        block, size = self._live.pop(raw.address, (-1, -raw.bytes))  # or older than the recording
+        if raw.bytes < 0 and block < 0 and not earlier:
             return
         self._reach(raw.time_ns)
         if raw.call >= 0 and not self._whole and raw.backward != (self._phases[-1].name == "backward"):
@@ -244,14 +243,12 @@ class _Builder:
         if self._open != (raw.call, len(self._phases)):
             self._open = (raw.call, len(self._phases))
             self._groups.append(Group(raw.operator, len(self._phases) - 1, raw.innermost))
-        if known is not None:
-            self._add(-known[1], known[0], raw.stream)
+        if block >= 0 or raw.bytes < 0:
+            self._events.append(Event(-size, block, len(self._groups) - 1, raw.stream))
         if raw.bytes > 0:
             self._live[raw.address] = (self._blocks, raw.bytes)
-            self._add(raw.bytes, self._blocks, raw.stream)
+            self._events.append(Event(raw.bytes, self._blocks, len(self._groups) - 1, raw.stream))
             self._blocks += 1
-        elif known is None:
-            self._add(raw.bytes, -1, raw.stream)
 
     def trace(self, **extra: Any) -> Trace:
         self._reach(2**63)
@@ -264,9 +261,6 @@ class _Builder:
             _, name = self._marks.pop()
             self._phases.append(Phase(name, len(self._groups)))
             self._whole = name in _WHOLE
-
-    def _add(self, size: int, block: int, stream: int) -> None:
-        self._events.append(Event(size, block, len(self._groups) - 1, stream))
 
 
 def _start() -> None:

@@ -32,12 +32,16 @@ class Allowance:
         given: the budget, before what the process itself was found to need.
         growth: of the process, measured around each step.
         held: tells the bytes that the training holds between two steps.
+        caches: an allocator keeps what is freed, so that what it reserves is counted.
+        suffers: on the CPU a budget in PyTorch's bytes is only counted; everything else runs out of memory.
     """
 
     def __init__(self, given: Budget, device: Device, growth: ProcessGrowth, held: Callable[[], int]) -> None:
         """`growth` was made when the budget was read, so that what happened since counts."""
         self.given, self.growth, self.held = given, growth, held
-        self._device, self._held_at_start = device, held()
+        self.caches = device.reserved() is not None
+        self.suffers = device.type != "cpu" or given.kind != "torch"
+        self._held_at_start = held()
         self._needs = 0  # beyond PyTorch's count, in the last step
         self._passing = 0  # of that, what it needed above what rests
         self._rest = 0  # beyond PyTorch's count, between steps
@@ -62,25 +66,10 @@ class Allowance:
         )
 
     @property
-    def caches(self) -> bool:
-        """Whether an allocator keeps what is freed, so that what it reserves is counted."""
-        return self._device.reserved() is not None
-
-    @property
-    def suffers(self) -> bool:
-        """On the CPU a budget in PyTorch's bytes is counted; everything else runs out of memory."""
-        return self._device.type != "cpu" or self.given.kind != "torch"
-
-    @property
     def room(self) -> float:
         """What a forecast may come to: an allocator that retries at every window is slow, so it leaves some free."""
         # None of a hard budget: what was run there without a retry runs in training without one.
         return self.bytes * (1.0 - (SPARE if self.caches and not self.given.hard else 0.0))
-
-    @property
-    def shared(self) -> bool:
-        """Whether others may take of it: what is free, of a device or of a host."""
-        return not self.given.hard and self.given.kind != "data segment"
 
     def kept(self, peak: int) -> bool:
         """Whether the last step, which took `peak` bytes by PyTorch's count, left it whole."""

@@ -226,14 +226,12 @@ class Journal:
         for line in lines:
             try:
                 entry = json.loads(line)
+                if not isinstance(entry, dict) or entry.get("key") == self.key:
+                    _check(entry)
+                    entries.append(entry)
             except (ValueError, RecursionError):
                 cut += 1
-                continue
-            if isinstance(entry, dict) and entry.get("key") != self.key:
-                continue
-            if _is_sound(entry):
-                entries.append(entry)
-            else:
+            except (KeyError, TypeError, OverflowError):
                 wrong += 1
         if wrong or cut > 1:  # a kill can cut one line short
             many = "1 line" if cut + wrong == 1 else f"{cut + wrong} lines"
@@ -241,12 +239,9 @@ class Journal:
         return entries
 
 
-def _is_sound(entry: Any) -> bool:
-    """Whether a line is what this module writes: another program may have written to the file, or a disk lost it."""
-    try:
-        Owner.of(entry)
-        kind = typed(entry["kind"] if entry["event"] == "start" else entry["event"], str)
-        counts = typed((entry["size"], entry.get("length", 1)), tuple[int, ...])
-    except (KeyError, TypeError, OverflowError):
-        return False
-    return entry["event"] in ("start", "end") and bool(kind) and min(counts) > 0
+def _check(entry: Any) -> None:
+    """A KeyError, TypeError or OverflowError where a line is not what this module writes: others may write there."""
+    Owner.of(entry)
+    typed(entry[{"start": "kind", "end": "outcome"}[entry["event"]]], str)
+    if min(typed((entry["size"], entry.get("length", 1)), tuple[int, ...])) < 1:
+        raise TypeError("a count is 1 or more")

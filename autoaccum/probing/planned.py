@@ -73,9 +73,8 @@ def planned(
         )
     if parts.ranks.size > 1:
         expect_equal_counts(parts.model, made)
-    made = replace(_explained(made, report), ladder=rung)
-    sync = reasons.get("gradient_sync")
-    return made if sync is None else replace(made, gradient_sync=sync.partition(":")[0])
+    sync = made.gradient_sync if report is None or report.gradient_sync is None else report.gradient_sync.split(":")[0]
+    return replace(made, ladder=rung, gradient_sync=sync, reasons={**made.reasons, **_explained(made, report)})
 
 
 def _floor(parts: Assembly) -> int:
@@ -113,21 +112,14 @@ def _reasons(parts: Assembly, report: ProbeReport | None) -> dict[str, str]:
     return reasons
 
 
-def _explained(made: Plan, report: ProbeReport | None) -> Plan:
-    """The plan with the probe's own words on the micro-batch: what was run is below what would fit."""
-    if report is None:
-        return made
+def _explained(made: Plan, report: ProbeReport | None) -> dict[str, str]:
+    """The probe's own words on the micro-batch, since what was run is below what would fit."""
+    if report is None or made.by_length:  # whose reasons speak of lengths already
+        return {}
     count, sizes = made.accumulation_steps, format_sizes(made.micro_batches)
     most = f"{report.limit} samples fit at once" if report.limit is not None else f"{report.micro_batch} samples fit"
     why = "measured to be the fastest" if report.throughput else f"the fewest that fit, since at most {most}"
-    several = f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}"
-    if made.by_length:
-        return made  # its own words speak of lengths
-    return replace(
-        made,
-        reasons={
-            **made.reasons,
-            "micro_batch": f"{made.micro_batch}: was run, and fits in the budget",
-            "accumulation_steps": f"{several}: {why}",
-        },
-    )
+    return {
+        "micro_batch": f"{made.micro_batch}: was run, and fits in the budget",
+        "accumulation_steps": f"{count} micro-batch{'es' if count > 1 else ''} of {sizes}: {why}",
+    }

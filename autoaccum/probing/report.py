@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoaccum.checks import check_counts, plain
 from autoaccum.display.shown import Drawn
+from autoaccum.errors import ProbeError
 from autoaccum.planning.plan import Plan
 from autoaccum.probing.outcome import KILLED, OUT_OF_MEMORY, OVER_BUDGET, Trial
 from autoaccum.units import format_bytes
@@ -127,8 +128,6 @@ class ProbeReport(Drawn):
             ProbeError: the probe had to measure instead: it has no forecast.
             PlanError: a number that is no count.
         """
-        from autoaccum.errors import ProbeError
-
         check_counts(batch=batch or None, length=length)
         if self.forecaster is None:
             raise ProbeError(

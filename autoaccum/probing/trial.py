@@ -60,6 +60,7 @@ class Bench:
         elsewhere: the last trial was left because memory ran out on another rank.
         ranks: those of a sharded model, which meet in each trial; None where nobody does.
         late: a sharded model's gradients are summed in the last pass of a step.
+        traces_all: on the CPU every step is; elsewhere only small ones, and the allocator tells the others' peaks.
     """
 
     def __init__(
@@ -86,6 +87,9 @@ class Bench:
         self._stateless = not any(accumulator.optimizer.state.values())
         self._reserved: dict[Shape, int] = {}  # by the traced steps
         self._first: Trace | None = None  # a training's first window, where an allocator caches
+        self.traces_all = device.type == "cpu"
+        # As many as show what a window of several takes; one where a training has no windows of several.
+        self._micro_batches = 2 if accumulator.in_backward is None else 1
         self.elsewhere = self.late = False
         self.ranks: Ranks | None = None if accumulator.sharded is None else accumulator.ranks
         self.trials: list[Trial] = []
@@ -103,11 +107,6 @@ class Bench:
         made._reserved, made._first = {}, None
         made.gradients = WindowGradients(self.accumulator, self._share)
         return made
-
-    @property
-    def traces_all(self) -> bool:
-        """On the CPU every step is traced; elsewhere only the small ones, and the allocator tells the others' peaks."""
-        return self.device.type == "cpu"
 
     @property
     def fixed(self) -> int:
@@ -259,11 +258,6 @@ class Bench:
             recording.mark("backward")
             self._run(pieces, recording.mark)
         return recording.trace, held
-
-    @property
-    def _micro_batches(self) -> int:
-        """As many as show what a window of several takes; one where a training has no windows of several."""
-        return 2 if self.accumulator.in_backward is None else 1
 
     def _window(self, batch: Any, micro_batches: int = 1, phase: Callable[[str], None] = ignore) -> None:
         self._run(self._opened(batch, micro_batches), phase)
