@@ -58,6 +58,7 @@ _PROBE, _ALL, _RUN = ("probe",), ("probe", "verify"), ("probe", "verify", "searc
 _PLANNED, _FOUND = ("probe", "plan"), ("probe", "search")
 _MEMORY, _PLAN, _BOTH = ("memory",), ("plan",), ("memory", "plan")
 _REDUCTIONS = ("auto", "coupled", "sample_mean", "token_mean", "weighted_mean", "element_mean", "sum")
+_PREFERRED = ("fewest", "fastest")
 _RULES = ("auto", "linear", "sqrt", "adam-sde", "none")
 _AGAIN = "of the repeated blocks runs once more in the backward pass, for the same gradients"
 _BUDGET = "of what the compiled model would keep for the backward pass is kept, and the rest is computed again"
@@ -115,13 +116,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "tail": Setting("step", "word", "What becomes of a short last window.", _PLANNED, _PLAN, ("step", "drop")),
     "prefer": Setting(
-        "fewest",
-        "word",
-        "Fewest micro-batches, or the fastest as measured.",
-        _PROBE,
-        _BOTH,
-        ("fewest", "fastest"),
-        ranks="own",
+        "fewest", "word", "Fewest micro-batches, or the fastest as measured.", _PROBE, _BOTH, _PREFERRED, ranks="own"
     ),
     "micro_batch": Setting(None, "count", "Use this size: no probe.", (), _PLAN, ranks="given"),
     "plan": Setting(None, "file", "A saved plan: neither probe nor arithmetic.", ranks="given"),
