@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoaccum import Accumulator, plan
-from autoaccum.errors import SetupError
+from autoaccum.errors import LossError, SetupError
 
 LEFT_IN = {
     "zeroed before": ("zero_grad", None),
@@ -88,3 +88,30 @@ def test_windows_that_are_not_the_plans_target_are_told_of(sizes, told):
     found = [str(each.message) for each in heard]
     expected = f"windows hold {sizes[-1]} samples, and the plan's target is 16: give window() batches of that"
     assert found == [expected] * told
+
+
+def beside_a_sum(outputs, target, reduction):
+    """As the loss of a variational autoencoder."""
+    return F.mse_loss(outputs, target, reduction=reduction) - 0.5 * torch.sum(1 - outputs.square())
+
+
+@pytest.mark.parametrize("function", [F.mse_loss, F.smooth_l1_loss, F.cross_entropy, beside_a_sum])
+def test_a_sum_of_torchs_is_added_up_as_over_the_whole_batch(function):
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3).double()
+    x = torch.randn(8, 6, dtype=torch.float64)
+    y = torch.randint(3, (8,)) if function is F.cross_entropy else torch.randn(8, 3, dtype=torch.float64)
+    whole = torch.autograd.grad(function(model(x), y, reduction="sum"), model.weight)[0]
+    before = model.weight.detach().clone()
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=1.0), plan(3, 8))
+    for inputs, target in accumulator.window((x, y)):
+        accumulator.backward(function(model(inputs), target, reduction="sum"))
+    torch.testing.assert_close(before - model.weight, whole, rtol=1e-12, atol=1e-12)
+
+
+def test_a_sum_beside_another_term_is_refused():
+    model = nn.Linear(6, 3)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), plan(3, 8))
+    with pytest.raises(LossError, match="adds up"):
+        for inputs, target in accumulator.window((torch.randn(8, 6), torch.randint(3, (8,)))):
+            accumulator.backward(F.cross_entropy(model(inputs), target, reduction="sum") + model.weight.square().mean())

@@ -76,6 +76,12 @@ class Term:
         name = str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
         return "NllLoss" if name == "ChunkedCrossEntropy" else name
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether one of torch's own losses with reduction="sum" ends it, and nothing scales that."""
+        scaled = self.divided or not isinstance(self.factor, float) or self.factor != 1.0
+        return not scaled and getattr(self.node, "_saved_reduction", 0) == 2
+
 
 def read(loss: Tensor, way: str = "plain") -> list[Term]:
     """The terms of a scalar loss, one element with its graph; in the order in which the graph has them."""

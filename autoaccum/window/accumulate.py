@@ -26,12 +26,12 @@ from autoaccum.interrupts import uninterrupted
 from autoaccum.loss.call import scalar
 from autoaccum.loss.divisor import Divisor
 from autoaccum.loss.graph import read
-from autoaccum.loss.mean import Mean
+from autoaccum.loss.mean import Mean, Sum
 from autoaccum.model.optimizer import check_no_gradient
 from autoaccum.model.precision import clip_by_norm, scaled_step
 from autoaccum.model.shards import local
 from autoaccum.window.agreement import agree_on_windows
-from autoaccum.window.own_loop import micro_batches, without_synchronisation
+from autoaccum.window.own_loop import adds_up, micro_batches, without_synchronisation
 from autoaccum.window.record import StepRecord
 from autoaccum.window.sharded import ShardedPasses, norm_over_ranks
 from autoaccum.window.two_passes import TwoPasses
@@ -108,7 +108,8 @@ class Accumulator(TwoPasses):
         Args:
             loss: its mean loss, a scalar with a graph; or a Mean.
             denominator: what that mean was divided by (tokens, a sum of weights). None: the targets that count, or
-                their weights, of one of torch's negative log likelihoods; else the micro-batch's samples.
+                their weights, of one of torch's negative log likelihoods; nothing, of one of torch's losses with
+                reduction="sum", which is added up; else the micro-batch's samples.
 
         Raises:
             LossError: not a scalar, or without a graph; or its graph divides by another count than the samples.
@@ -121,7 +122,9 @@ class Accumulator(TwoPasses):
         if not isinstance(loss, Mean):
             loss = scalar(loss, "the micro-batch")
             terms = read(loss) if denominator is None else []
-            if len(terms) == 1 and terms[0].name.startswith("NllLoss"):
+            if adds_up(terms):
+                loss = Sum(loss, sums.samples[sums.done])
+            elif len(terms) == 1 and terms[0].name.startswith("NllLoss"):
                 loss = Divisor().mean(terms[0], loss, None, rehearses=False)
             else:
                 if denominator is None:

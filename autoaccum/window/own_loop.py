@@ -126,9 +126,11 @@ class Divisors:
 
     def check(self, terms: Sequence[Term], count: float) -> None:
         """A LossError where the terms of a micro-batch in which so much counts divide neither by a constant, nor in
-        proportion to that.
+        proportion to that, or add up.
         """
         for place, term in enumerate(terms if count else ()):
+            if term.is_sum:
+                raise LossError(f'a term with reduction="sum" adds up, so that {self._remedy}')
             if isinstance(term.divisor, Tensor) and term.divisor.device.type != "cpu":
                 self._waited += 1
                 if self._waited > WAITS:
@@ -140,6 +142,12 @@ class Divisors:
                     f"the loss divides by {own:g} where {count:g} {self._weighed_by}, and by {first:g} where "
                     f"{counted:g} do, so that {self._remedy}"
                 )
+
+
+def adds_up(terms: Sequence[Term]) -> bool:
+    """Whether a loss is a sum over its samples: one of torch's says so, and no term beside it is divided."""
+    sums = all(term.is_sum or (term.name == "Sum" and not term.divided) for term in terms)
+    return sums and any(term.is_sum for term in terms)
 
 
 def micro_batches(batches: Any, plan: Plan, lists: ListReader) -> list[Any]:
