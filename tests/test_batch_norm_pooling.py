@@ -1,5 +1,8 @@
 """Pooling: parts of any sizes, in any split over layers and ranks, give the statistics of the whole."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +10,7 @@ from torch import nn
 
 from autoaccum.batch_norm.norm_layer import NormLayer
 from autoaccum.batch_norm.pooling import Pool
+from autoaccum.ranks import Ranks
 
 CHANNELS = (2, 3)
 
@@ -36,10 +40,10 @@ def enter(pool, parts):
     pool.collect(counts_only=False)
 
 
-def update(pool, totals, momenta=(1.0, 1.0)):
+def update(pool, totals, momenta=(1.0, 1.0), ranks=None):
     for layer, momentum in zip(pool.layers, momenta, strict=True):
         layer.momentum = momentum
-    pool.update(totals)
+    pool.commit(totals, ranks or Ranks(), averages=False)
 
 
 def assert_statistics(pool, wholes):
@@ -67,7 +71,7 @@ def test_calls_in_any_order_and_of_any_sizes_pool_to_the_whole(calls, seed):
 @settings(max_examples=15, deadline=None)
 @given(shares=st.lists(CALLS, min_size=2, max_size=4), seed=st.integers(0, 10**6))
 def test_pools_of_several_ranks_add_up_to_the_whole(shares, seed):
-    """The two sums over ranks, done here by hand; a rank may have seen only one of the layers."""
+    """A rank may have seen only one of the layers."""
     shares[0] = [(0, 2), (1, 3), *shares[0]]
     pools, everything = [], []
     for rank, calls in enumerate(shares):
@@ -76,13 +80,24 @@ def test_pools_of_several_ranks_add_up_to_the_whole(shares, seed):
         enter(pools[-1], parts)
         everything += parts
     totals = [sum(pool.elements[place] for pool in pools) for place in range(2)]
-    for step in (lambda pool: pool.weigh(totals), lambda pool: [pool.spread()]):
-        for same in zip(*(step(pool) for pool in pools), strict=True):
-            total = sum(part.clone() for part in same)
-            for part in same:
-                part.copy_(total)
+    brought, barrier = {}, threading.Barrier(len(pools))
+
+    class Rank(Ranks):
+        """One of several threads, which add up tensors where all have come."""
+
+        def __init__(self, pool):
+            self.size, self.pool = len(pools), pool
+
+        def sum(self, what, tensors):
+            brought[id(self.pool)] = [tensor.clone() for tensor in tensors]
+            barrier.wait()
+            for place, tensor in enumerate(tensors):
+                tensor.copy_(sum(each[place] for each in brought.values()))
+            barrier.wait()
+
+    with ThreadPoolExecutor(len(pools)) as threads:
+        list(threads.map(lambda pool: update(pool, totals, ranks=Rank(pool)), pools))
     for pool in pools:
-        update(pool, totals)
         assert_statistics(
             pool, [torch.cat([part for place, part in everything if place == wanted]) for wanted in range(2)]
         )
@@ -93,7 +108,6 @@ def test_a_layer_without_calls_is_put_back_and_keeps_its_count():
     enter(pool, [(1, torch.tensor([[0.0] * 3, [2.0] * 3, [1.0] * 3], dtype=torch.float64))])
     pool.means[0].fill_(7)
     update(pool, pool.elements)
-    pool.put_back_batches({1})
     assert pool.means[0].tolist() == [0, 0]
     assert pool.means[1].tolist() == [1, 1, 1]
     assert pool.batches[0] == 4

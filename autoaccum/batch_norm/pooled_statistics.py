@@ -36,8 +36,6 @@ from autoaccum.ranks import Ranks
 
 __all__ = ["PooledStatistics", "expect_equal_counts", "needs_two", "unequal"]
 
-_WHAT = "BatchNorm's statistics"
-
 
 class PooledStatistics:
     """The running statistics of a model's normalisation layers, updated once a window.
@@ -102,9 +100,9 @@ class PooledStatistics:
         if not self.is_open:
             raise SetupError("there are no statistics to commit: call begin() before the window's first micro-batch")
         self.collect()
-        totals = [_totals(pool, ranks) for pool in self._pools]
+        totals = [pool.totals(ranks) for pool in self._pools]
         for pool, own in zip(self._pools, totals):
-            self._commit(pool, own, ranks)
+            pool.commit(own, ranks, averages=self.mode == "momentum")
         self._end()
 
     def discard(self) -> None:
@@ -165,43 +163,10 @@ class PooledStatistics:
         self._pools = [Pool(layers) for layers in alike.values()]
         self._pooled_buffers = buffers
 
-    def _commit(self, pool: Pool, totals: list[int], ranks: Ranks) -> None:
-        if ranks.size > 1 and self.mode == "momentum":
-            ranks.sum(_WHAT, [buffers := pool.weighed_buffers(totals)])
-            pool.write(buffers, totals)
-        elif ranks.size > 1:
-            ranks.sum(_WHAT, pool.weigh(totals))
-            ranks.sum(_WHAT, [pool.spread()])
-        if self.mode != "momentum":
-            pool.update(totals)
-        counting = (place for place, layer in enumerate(pool.layers) if totals[place] and layer.counts_batches)
-        pool.put_back_batches({*counting})
-
     def _end(self) -> None:
         for layer in self._layers:
             layer.end()
         self.is_open = False
-
-
-def _totals(pool: Pool, ranks: Ranks) -> list[int]:
-    """For each layer, the elements of the window over all ranks, checked to be all there are."""
-    silent = {place for place, layer in enumerate(pool.layers) if not pool.elements[place] and layer.module.training}
-    # Asks the device, so only where there is something odd: in training mode, and not called.
-    ran = silent.intersection(pool.counted()) if silent else ()
-    elements, unseen = pool.elements, [int(place in ran) for place in range(len(pool.layers))]
-    if ranks.size > 1:
-        sums = torch.tensor([elements, unseen], device=pool.means[0].device)
-        ranks.sum(_WHAT, [sums])
-        elements, unseen = sums.tolist()
-    for layer, odd in zip(pool.layers, unseen):
-        if odd:
-            raise SetupError(
-                f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
-                "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
-                "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
-                'choose batch_norm="keep"'
-            )
-    return elements
 
 
 def needs_two(error: BaseException) -> bool:

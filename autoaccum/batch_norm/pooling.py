@@ -29,10 +29,13 @@ import torch
 from torch import Tensor
 
 from autoaccum.batch_norm.norm_layer import NormLayer, sharers
+from autoaccum.errors import SetupError
+from autoaccum.ranks import Ranks
 
 __all__ = ["Pool"]
 
 _KEPT_FACTORS = 64
+_WHAT = "BatchNorm's statistics"
 
 
 class Pool:
@@ -80,13 +83,6 @@ class Pool:
             if any(more) and not all(more):
                 torch._foreach_add_([count.data for place, count in self.batches.items() if place in plus_one], 1)
 
-    def counted(self) -> list[int]:
-        """The layers whose `num_batches_tracked` has moved since `begin`. Waits for the device."""
-        if not self.batches:
-            return []
-        moved = (torch.stack(list(self.batches.values())) != self._start_batches).tolist()
-        return [place for place, odd in zip(self.batches, moved, strict=True) if odd]
-
     # In a window.
 
     def collect(self, *, counts_only: bool) -> None:
@@ -116,23 +112,58 @@ class Pool:
 
     # At a window's end.
 
-    def weigh(self, totals: Sequence[int]) -> list[Tensor]:
-        """Weighs this rank's sums by its share of all ranks' elements; what is returned is to be summed over ranks."""
-        self._own_mean = self._mean.clone()
-        self._share = self._shares(totals)
-        self._sums[:3] *= self._share
-        return [self._mean, self._within, self._unit]
+    def totals(self, ranks: Ranks) -> list[int]:
+        """For each layer, the elements of the window over all ranks, checked to be all there are."""
+        silent = {place for place in self.batches if not self.elements[place] and self.layers[place].module.training}
+        unseen = [0] * len(self.layers)
+        if silent:  # in training mode, and not called: only then the device is asked which have counted a batch
+            moved = (torch.stack(list(self.batches.values())) != self._start_batches).tolist()
+            for place, odd in zip(self.batches, moved, strict=True):
+                unseen[place] = int(odd and place in silent)
+        elements = self.elements
+        if ranks.size > 1:
+            sums = torch.tensor([elements, unseen], device=self.means[0].device)
+            ranks.sum(_WHAT, [sums])
+            elements, unseen = sums.tolist()
+        for layer, odd in zip(self.layers, unseen):
+            if odd:
+                raise SetupError(
+                    f"layer {layer.name!r} ran in this window, but not through its hooks, so its statistics cannot be "
+                    "pooled: the model was compiled before they were registered, or runs as copies (DataParallel). "
+                    "Call torch.compiler.reset() after the training is prepared, use DistributedDataParallel, or "
+                    'choose batch_norm="keep"'
+                )
+        return elements
 
-    def spread(self) -> Tensor:
-        """Second, with the mean of all ranks: the squares about it, to be summed over ranks."""
-        self._between += (self._own_mean - self._mean).square_() * self._share
-        return self._between
+    def commit(self, totals: Sequence[int], ranks: Ranks, *, averages: bool) -> None:
+        """running ← (1 − m)·running + m·pooled, from what the buffers held at `begin`; all of `ranks` call this.
 
-    def update(self, totals: Sequence[int]) -> None:
-        """running ← (1 − m)·running + m·pooled, from what the buffers held at `begin`. Ends the window's sums.
-
-        `totals`: each layer's elements over the window and all ranks; a layer with 0 is put back.
+        Args:
+            totals: each layer's elements over the window and all ranks; a layer with 0 is put back.
+            ranks: whose sums, or buffers, become one.
+            averages: each micro-batch has updated the buffers, which are averaged by the elements that a rank saw.
         """
+        seen = [place for place, total in enumerate(totals) if total]
+        if ranks.size > 1:
+            share = self._factor([own / (total or 1) for own, total in zip(self.elements, totals, strict=True)])
+            if averages:
+                buffers = self._flat(self.means, self.variances) * share
+                ranks.sum(_WHAT, [buffers])
+                self._write(buffers, seen)
+            else:
+                own_mean = self._mean.clone()
+                self._sums[:3] *= share
+                ranks.sum(_WHAT, [self._mean, self._within, self._unit])
+                self._between += (own_mean - self._mean).square_() * share
+                ranks.sum(_WHAT, [self._between])
+        if not averages:
+            self._add_up(totals)
+            self._write(torch.lerp(self._start, self._moments, self._momentum()), seen)
+            self._write(self._start, [place for place, total in enumerate(totals) if not total])
+        self.put_back_batches({place for place in seen if self.layers[place].counts_batches})
+
+    def _add_up(self, totals: Sequence[int]) -> None:
+        """Makes `within` the variance of the window."""
         whole, between, unit = [], [], []
         for total, layer in zip(totals, self.layers, strict=True):
             divisor, average = max(total - 1, 1), layer.per_instance
@@ -142,21 +173,8 @@ class Pool:
         self._within.mul_(self._factor(whole))
         _add(self._within, self._between, self._factor(between))
         _add(self._within, self._unit, self._factor(unit))
-        self.write(torch.lerp(self._start, self._moments, self._momentum()), totals)
-        self._write(self._start, [place for place, total in enumerate(totals) if not total])
-
-    def weighed_buffers(self, totals: Sequence[int]) -> Tensor:
-        """The buffers themselves, weighed by this rank's share of all ranks' elements; to be summed over ranks."""
-        return self._flat(self.means, self.variances) * self._shares(totals)
-
-    def write(self, flat: Tensor, totals: Sequence[int]) -> None:
-        """Writes [mean, variance] to the buffers of the layers that have elements."""
-        self._write(flat, [place for place, total in enumerate(totals) if total])
 
     # Parts.
-
-    def _shares(self, totals: Sequence[int]) -> float | Tensor:
-        return self._factor([own / (total or 1) for own, total in zip(self.elements, totals, strict=True)])
 
     def _momentum(self) -> float | Tensor:
         """Each layer's own. None is the average so far, 1 / (batches counted at `begin` + 1); 0 where none are."""

@@ -57,33 +57,29 @@ def diagnose(objective: Objective, found: Reading | None, parts: Sequence[Any], 
     by, declare = declaration(found)
     late = objective.denominators(parts[0]) is None
     if by == "nothing":
-        own = "return autoaccum.Mean(numerator, denominator) whose denominator does not grow with the batch"
-        remedy = f"Return a plain tensor from the step and {declare}, or {own}" if late else _begun(declare)
-        return Diagnosis(
-            Cause.TOO_SMALL,
-            "k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n"
-            + remedy,
-        )
+        if late:
+            declare = (
+                "Return a plain tensor from the step and declare reduction='sum', or return "
+                "autoaccum.Mean(numerator, denominator) whose denominator does not grow with the batch"
+            )
+        text = "k times too small (1/k): the loss is a sum over its samples, and is divided as if it were a mean.\n"
+        return Diagnosis(Cause.TOO_SMALL, text + declare)
     if not added_up and (late or _weighed_right(objective, found, parts)):
         return no_mean(f"it is a mean over {by}, and weighed by that, its parts' gradients do not give the whole's")
     cause, does = Cause.UNEVEN, "weighted by something else, which gives a mean of means"
     if added_up:
         cause, does = Cause.TOO_LARGE, "added up undivided"
-    return Diagnosis(cause, f"{cause}: the loss is a mean over {by}, and is {does}.\n{_begun(declare)}")
-
-
-def _begun(sentence: str) -> str:
-    return sentence[0].upper() + sentence[1:]
+    return Diagnosis(cause, f"{cause}: the loss is a mean over {by}, and is {does}.\n{declare}")
 
 
 def declaration(found: Reading | None) -> tuple[str, str]:
-    """(what the loss is a mean over; what to do about it), in words; ("nothing", …) of a sum."""
+    """(what the loss is a mean over; a sentence on what to do about it); ("nothing", …) of a sum."""
     divisor = next(iter(found.divisors.values())) if found is not None and len(found.divisors) == 1 else None
     if divisor is not None and divisor.kind != "count":
-        return "nothing", "declare reduction='sum'"
+        return "nothing", "Declare reduction='sum'"
     if divisor is None or not divisor.rules:
-        return "what nothing in the batch counts", DECLARE
-    return divisor.rules[0].name, f"declare {divisor.rules[0].declare}"
+        return "what nothing in the batch counts", DECLARE[0].upper() + DECLARE[1:]
+    return divisor.rules[0].name, f"Declare {divisor.rules[0].declare}"
 
 
 def no_mean(why: str) -> Diagnosis:

@@ -236,7 +236,7 @@ class _Examination:
         return Diagnosis(
             Cause.NOT_FINITE,
             "a part without targets, whose mean divides 0 by 0, or a loss that needs certain samples together: "
-            f"{failure}.\n{declare[0].upper()}{declare[1:]}, which gives 0 there",
+            f"{failure}.\n{declare}, which gives 0 there",
         )
 
     def _passed(self, split: Difference) -> VerifyReport:
