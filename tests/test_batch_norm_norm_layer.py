@@ -104,7 +104,7 @@ def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
 
     whole, model = make(), make()
 
-    def pooled():
+    def in_windows():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         for _ in range(2):  # a graph serves the next owner of the same model
             with pooled(model) as statistics:
@@ -116,7 +116,7 @@ def test_a_compiled_model_has_no_graph_break_and_no_graph_more():
                     model.train()
             assert_same(model[0], state(whole[0]), 1e-12)
 
-    assert graphs_of(pooled) == graphs_of(alone)
+    assert graphs_of(in_windows) == graphs_of(alone)
 
 
 @pytest.mark.slow

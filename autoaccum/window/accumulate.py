@@ -301,13 +301,13 @@ class Accumulator(TwoPasses):
     def discard(self) -> None:
         """Drops the window's gradients and statistics, as if it had not been opened."""
         self._zero()
+        self._ahead.close()
         self._statistics.discard()
+        self.rank_sum.drop()
         self._close()  # `stepping` stays: where a step broke off, weights may be half updated, and somebody asks
 
     def _close(self) -> None:
-        self._ahead.close()
         self.noise_scale.close()
-        self.rank_sum.drop()
         self._sums = self._ended = None
         if self.sharded is not None:
             self.sharded.end()
