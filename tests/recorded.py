@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.device import open_device
-from autoaccum.memory.trace import Group, Kept, Phase, Trace, record
+from autoaccum.memory.trace import Event, Events, Group, Kept, Phase, Trace, record
 
 __all__ = ["HERE", "as_json", "from_json"]
 

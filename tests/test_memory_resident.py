@@ -65,8 +65,8 @@ def test_sparse_gradients_count_by_their_values_and_indices():
 def test_only_the_asked_device_counts():
     held = [torch.zeros(5), torch.zeros(7, device="meta")]
     assert resident_bytes(held) == 20
-    assert resident_bytes(held, device=torch.device("cpu")) == 20
-    assert resident_bytes(held, device=torch.device("cuda")) == 0
+    model = nn.Linear(4, 3)
+    assert [sum(resident_parts(model, device=torch.device(kind)).values()) for kind in ("cpu", "cuda")] == [60, 0]
 
 
 def test_parts_add_up_and_share_nothing():

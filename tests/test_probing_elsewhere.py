@@ -1,6 +1,7 @@
 """What would fit on another card."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -16,13 +17,14 @@ def report(a, b):
 
 
 def test_the_limit_is_the_largest_whose_forecast_is_within_the_cards_memory_less_a_context():
-    found = elsewhere(report(GIB, GIB // 4), "RTX 4090", on_cpu=True)
+    found = elsewhere(report(GIB, GIB // 4), "RTX 4090")
     assert found["memory_bytes"] == 24564 * MIB
     assert 23 * GIB - CONTEXT_BYTES < found["budget_bytes"] < 24207 * MIB - CONTEXT_BYTES  # what CUDA has of it
     assert found["limit"] == 87  # 1 + 87/4 = 22.75 GiB
     assert "CPU kernels" in found["note"]
-    assert "CPU kernels" not in elsewhere(report(GIB, GIB // 4), "RTX 4090", on_cpu=False)["note"]
-    assert elsewhere(report(30 * GIB, 1), "RTX 4090", on_cpu=True)["limit"] == 0
+    on_a_gpu = replace(report(GIB, GIB // 4), device_type="cuda")
+    assert "CPU kernels" not in elsewhere(on_a_gpu, "RTX 4090")["note"]
+    assert elsewhere(report(30 * GIB, 1), "RTX 4090")["limit"] == 0
 
 
 @pytest.mark.parametrize(
@@ -44,13 +46,13 @@ def test_names_are_forgiving(said, name):
 @pytest.mark.parametrize("name", CARDS)
 def test_every_card_is_found_by_its_own_name_and_has_less_than_was_sold(name):
     assert known_card(name) == name
-    found = elsewhere(report(1, GIB), name, on_cpu=False)
+    found = elsewhere(report(1, GIB), name)
     assert found["memory_bytes"] == CARDS[name]
     assert 0.85 * CARDS[name] < found["budget_bytes"] < 0.97 * CARDS[name]
 
 
 def test_a_memory_is_as_good_as_a_card():
-    assert elsewhere(report(GIB, GIB // 4), "10 GiB", on_cpu=False)["limit"] == 32  # of 9.2 GiB
+    assert elsewhere(report(GIB, GIB // 4), "10 GiB")["limit"] == 32  # of 9.2 GiB
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_memory_is_as_good_as_a_card():
 )  # fmt: skip
 def test_an_unknown_card_names_the_nearest(said, near):
     with pytest.raises(SetupError, match=rf"{said}.*did you mean {re.escape(near)}"):
-        elsewhere(report(1, 1), said, on_cpu=False)
+        elsewhere(report(1, 1), said)
 
 
 def test_nothing_like_a_card_names_them_all():

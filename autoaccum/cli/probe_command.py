@@ -142,8 +142,7 @@ def _written(asked: Asked, report: "ProbeReport", **more: Any) -> Found:
     if asked["cards"]:
         from autoaccum.probing.elsewhere import elsewhere
 
-        on_cpu = report.device_type == "cpu"
-        values["elsewhere"] = [elsewhere(report, card, on_cpu=on_cpu) for card in asked["cards"]]
+        values["elsewhere"] = [elsewhere(report, card) for card in asked["cards"]]
     return values, done
 
 

@@ -24,10 +24,9 @@ from typing import NamedTuple
 import torch
 
 from autoaccum.memory.alignment import Cell
-from autoaccum.memory.allocation_events import Event
 from autoaccum.memory.allocator import Block, CachingAllocator
 from autoaccum.memory.fitting import Size, volume
-from autoaccum.memory.trace import Trace
+from autoaccum.memory.trace import Event, Trace
 
 __all__ = ["Column", "Playback", "Table", "matrix", "tabulate"]
 

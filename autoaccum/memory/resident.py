@@ -16,18 +16,15 @@ from torch import Tensor, nn
 __all__ = ["dense_parts", "lies_on", "resident_bytes", "resident_parts"]
 
 
-def resident_bytes(*objects: Any, device: torch.device | None = None) -> int:
-    """Bytes of the distinct storages that `objects` hold: modules (with gradients), optimizers, batches, tensors.
-
-    With a `device` only what lies there counts (any index where it has none).
-    """
-    return _count(_all(objects), device, set())
+def resident_bytes(*objects: Any) -> int:
+    """Bytes of the distinct storages that `objects` hold: modules (with gradients), optimizers, batches, tensors."""
+    return _count(_all(objects), None, set())
 
 
 def resident_parts(
     model: nn.Module, optimizers: Any = (), batch: Any = None, *, device: torch.device | None = None
 ) -> dict[str, int]:
-    """Resident bytes by part; a storage that several parts share counts in the first of them.
+    """Resident bytes by part, on a device (any index where it has none); a shared storage counts in the first part.
 
     Parts: "parameters", "buffers", "gradients", "optimizer_state", "batch".
     """

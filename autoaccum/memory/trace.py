@@ -33,7 +33,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -44,14 +45,13 @@ from torch._C._autograd import _disable_profiler, _enable_profiler, _prepare_pro
 from torch.autograd.profiler import profile, record_function
 
 from autoaccum.errors import ProbeError
-from autoaccum.memory.allocation_events import Event, Events
 from autoaccum.memory.allocator import Segment, Setup
 from autoaccum.memory.budget import Device
 from autoaccum.memory.cuda_history import NO_OPERATOR, RawEvent, history
 from autoaccum.memory.resident import lies_on
 from autoaccum.memory.watch import small_stacks
 
-__all__ = ["Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
+__all__ = ["Event", "Events", "Group", "Kept", "Phase", "Recording", "Trace", "assemble", "record"]
 
 _MARK = "autoaccum: "
 _WHOLE = frozenset({"batch", "backward", "optimizer", "zero_grad"})  # marks whose phase has no backward of its own
@@ -68,6 +68,39 @@ _FACTORIES = frozenset(
         *("contiguous", "copy_", "to", "_to_copy"),
     )
 )
+
+
+class Event(NamedTuple):
+    """One allocation (bytes > 0) or free (bytes < 0). `block` numbers the allocations of the trace from 0;
+    a free has its allocation's number, or -1 where that was before the recording."""
+
+    bytes: int
+    block: int
+    group: int
+    stream: int = 0
+
+
+class Events:
+    """Events in time order, in columns of machine numbers: a limit on the process counts what the records take."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._columns = tuple(array("q") for _ in Event._fields)
+        for event in events:
+            self.append(event)
+
+    def append(self, event: Event) -> None:
+        """Adds an event at the end."""
+        for column, value in zip(self._columns, event):
+            column.append(value)
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(Event, *self._columns)
+
+    def __getitem__(self, span: slice) -> list[Event]:
+        return list(map(Event, *(column[span] for column in self._columns)))
 
 
 class Group(NamedTuple):

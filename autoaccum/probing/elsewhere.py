@@ -55,7 +55,7 @@ _KNOWN = {
 CARDS = {name: size for name, (_, _, size) in _KNOWN.items()}
 
 
-def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> dict[str, Any]:
+def elsewhere(report: ProbeReport, card: str) -> dict[str, Any]:
     """What would fit on `card`, by the report's forecast, as plain values.
 
     `budget_bytes` is its memory less what a driver keeps and a context takes, `limit` the largest micro-batch whose
@@ -65,14 +65,13 @@ def elsewhere(report: ProbeReport, card: str, *, on_cpu: bool) -> dict[str, Any]
         report: of a probe that made a forecast, else a ProbeError.
         card: its name, as people or nvidia-smi write it, or its memory, such as "24GiB"; a SetupError names the
             nearest.
-        on_cpu: whether the forecast is of CPU kernels.
     """
     name = known_card(card)
     memory = CARDS[name] if name in CARDS else parse_bytes(name)
     budget = max(0, memory - int(memory * DRIVERS_SHARE) - CONTEXT_BYTES)
     limit = largest(lambda size: report.forecast(size) <= budget, 2**30)
     note = "forecast, not run there: the allocator of a card reserves up to a tenth more than is asked for"
-    if on_cpu:
+    if report.device_type == "cpu":
         note += "; it is of CPU kernels, whose workspaces and attention differ from a GPU's: probe again on the card"
     return {"card": name, "memory_bytes": memory, "budget_bytes": budget, "limit": limit, "note": note}
 
