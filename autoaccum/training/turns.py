@@ -102,26 +102,15 @@ class Turns:
         Iterating again after an error or a break goes on with the phase that was not trained yet. `inside` is false
         from the last record on.
         """
-        self._skip()
-        while True:
-            turn = self.all[self._at]
+        due = [turn for turn in self.all if turn.phase is None or self.windows % turn.phase.every == 0]
+        for turn in due[self._at :]:
             with nullcontext() if turn.phase is None else turn.phase.alone(turn.accumulator.model):
                 record, random = turn.train(window, random), None
             self._resize(turn.accumulator.plan)
             self._at += 1
-            self._skip()
-            if self._at == len(self.all):
+            if self._at == len(due):
                 self._at, self.windows = 0, self.windows + 1
             yield record if turn.phase is None else replace(record, phase=turn.phase.name)
-            if not self._at:
-                return
-
-    def _skip(self) -> None:
-        """To the next phase that is due."""
-        for turn in self.all[self._at :]:
-            if turn.phase is None or self.windows % turn.phase.every == 0:
-                return
-            self._at += 1
 
     def _resize(self, like: Plan) -> None:
         """Cuts all phases' windows as the one that has just run, which may have run out of memory."""
