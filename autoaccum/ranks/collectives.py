@@ -39,7 +39,7 @@ class Collectives:
         self.muted = self.apart = self.alone = False
         self.sequence: list[str] = []
         self.caught_up: Callable[[], None] = lambda: None
-        self.gather, self.scatter = _Gather(self), _Scatter(self)
+        self.gather, self.scatter = _Allocating(self._gather), _Allocating(self._scatter)
         self._copies: dict[tuple[str, torch.dtype], Tensor] = {}
         self._lane: ThreadPoolExecutor | None = None
 
@@ -59,12 +59,25 @@ class Collectives:
             self.caught_up()
         return not swallowed
 
-    def issue(self, function: Any, output: Tensor, input: Tensor, group: Any, **how: Any) -> Any:
-        """Calls a collective of torch.distributed.
+    def _gather(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        """Gathers the shards of a group of parameters."""
+        if self.takes_turn("gather", output_tensor):
+            return self._issue(_GATHER, output_tensor, input_tensor, group, async_op=async_op)
+        for part in output_tensor.view(-1, input_tensor.numel()):  # plausible numbers, whatever the model asks of them
+            part.copy_(input_tensor)
+        return None
 
-        Raises:
-            LostRankError: another process ended, or no longer answers.
-        """
+    def _scatter(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        """Sums the gradients of a group of parameters, and gives each rank its shard."""
+        if self.muted:
+            input_tensor.zero_()
+        if self.takes_turn("scatter", input_tensor):
+            return self._issue(_SCATTER, output_tensor, input_tensor, group, op=op, async_op=async_op)
+        output_tensor.zero_()
+        return None
+
+    def _issue(self, function: Any, output: Tensor, input: Tensor, group: Any, **how: Any) -> Any:
+        """Calls a collective of torch.distributed; a LostRankError where another process no longer answers."""
         with answering(group):
             if not (self.apart and output.device.type == "cpu"):
                 return function(output, input, group=group, **how)
@@ -91,34 +104,15 @@ class Collectives:
 
 
 class _Allocating:
-    def __init__(self, collectives: Collectives) -> None:
-        self._collectives = collectives
+    """A collective as FSDP takes one: it makes room, and is called."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Room for a collective's tensor."""
         return torch.empty(*size, dtype=dtype, device=device)
 
-
-class _Gather(_Allocating):
-    """Gathers the shards of a group of parameters."""
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
-        own = self._collectives
-        if own.takes_turn("gather", output_tensor):
-            return own.issue(_GATHER, output_tensor, input_tensor, group, async_op=async_op)
-        for part in output_tensor.view(-1, input_tensor.numel()):  # plausible numbers, whatever the model asks of them
-            part.copy_(input_tensor)
-        return None
-
-
-class _Scatter(_Allocating):
-    """Sums the gradients of a group of parameters, and gives each rank its shard."""
-
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
-        own = self._collectives
-        if own.muted:
-            input_tensor.zero_()
-        if own.takes_turn("scatter", input_tensor):
-            return own.issue(_SCATTER, output_tensor, input_tensor, group, op=op, async_op=async_op)
-        output_tensor.zero_()
-        return None
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Issues it, where its turn has come."""
+        return self._call(*args, **named)
