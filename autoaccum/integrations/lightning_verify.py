@@ -34,10 +34,13 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
     Raises:
         SetupError: no module, no DataLoader, or manual optimization.
     """
-    module, data = _parts(trainer, given)
+    module, *data = given if isinstance(given, tuple) else (given,)
+    module = module if module is not None else trainer.lightning_module
+    if module is None:
+        raise SetupError("a Lightning Trainer knows its module in fit() only: call verify(trainer, module)")
     if not module.automatic_optimization:
         raise SetupError("manual optimization accumulates by the module's own code: verify(module, data, step=...)")
-    loader = _loader(module, data)
+    loader = _loader(module, data[0] if data else None)
     asked = trainer.accumulate_grad_batches
     source = source_of(DataLoader(loader.dataset, collate_fn=Held(loader.collate_fn)))
     steps, samples = looked_at(source, asked, loader.batch_size)
@@ -59,14 +62,6 @@ def verify(trainer: Any, given: Any = None) -> VerifyReport:
             f"{(loader.batch_size or 2) * asked})]) gives it the batch's own, whatever the micro-batch"
         ),
     ).report()
-
-
-def _parts(trainer: Any, given: Any) -> tuple[Any, Any]:
-    module, *rest = given if isinstance(given, tuple) else (given,)
-    module = module if module is not None else trainer.lightning_module
-    if module is None:
-        raise SetupError("a Lightning Trainer knows its module in fit() only: call verify(trainer, module)")
-    return module, rest[0] if rest else None
 
 
 def _loader(module: Any, data: Any) -> DataLoader[Any]:
