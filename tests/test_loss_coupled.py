@@ -306,6 +306,13 @@ def test_verify_says_what_an_undeclared_one_would_cost():
     assert autoaccum.verify(model, (X, KINDS), loss=loss, reduction="coupled", device="cpu").ok
 
 
+def test_a_plain_loss_is_told_that_its_second_forward_is_for_nothing():
+    model = nn.Linear(8, 5).double()
+    report = autoaccum.verify(model, (X, KINDS), loss=F.cross_entropy, reduction="coupled", device="cpu")
+    assert report.ok
+    assert "for nothing" in report.text
+
+
 def bad(case):
     def joined(model, batch):
         return model(batch[0], batch[1])[0].mean(0)

@@ -247,6 +247,15 @@ class _Examination:
         )
         if bench.fixed.normalises:
             text += "\nBatchNorm used its running statistics here; in training it normalises each micro-batch by itself"
+        if bench.objective.coupled is not None:
+            # A window of one micro-batch is the plain one.
+            plain = torch.stack([own * len(p) / bench.samples for own, p in zip(self._alone, self._pieces)]).sum(0)
+            whole = bench.sampled(self._reference)
+            if float((plain - whole).norm()) <= self._tolerance * float(whole.norm()):
+                text += (
+                    "\nthe loss compares no samples: it is a mean over them, so that the second forward is for "
+                    'nothing: take the declaration away (reduction="sample_mean")'
+                )
         unseen = bench.objective.reading.unseen
         if unseen is not None:
             text += f"\nwhat the loss divides by was not seen, and these samples need not show it: {unseen}"
