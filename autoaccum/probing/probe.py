@@ -25,7 +25,7 @@ from autoaccum.model.snapshot import Snapshot
 from autoaccum.planning.split import usable_size
 from autoaccum.probing.allowance import Allowance
 from autoaccum.probing.answered import nothing_fits, report_of
-from autoaccum.probing.cache import Lines, keep_lines, read_lines
+from autoaccum.probing.cache import Forecaster, Lines, keep_lines, read_lines
 from autoaccum.probing.fastest import Race
 from autoaccum.probing.find_size import Answer, Search
 from autoaccum.probing.journal import Journal
@@ -44,6 +44,8 @@ __all__ = ["Question", "run_probe", "smallest_micro_batch"]
 # Memory that others may take and give back is read again at the end; by so much it moves on any machine.
 UNSTEADY = 0.05
 MOST_LOOKS = 3
+# A kill costs a process: a size that lives is not improved on by less than this.
+NOT_WORTH_A_KILL = 1.04
 
 
 @dataclass(frozen=True)
@@ -229,13 +231,12 @@ def _of_the_largest(bench: Bench, question: Question, known: Lines | None) -> Pr
         return usable_size(share or 0, limit, minimum=bench.floor, multiple_of=question.multiple_of)
 
     notes: tuple[str, ...] = ()
-    killed = bench.journal.least_killed()
-    if ceiling >= killed:  # which no forecast tells: half of that, or what lived
-        ceiling = reach = max(killed // 2, bench.journal.lived(killed), bench.floor)
+    killed, wanted = bench.journal.least_killed(), None if share is None else usable
+    if ceiling < killed:
+        answer = Search(bench, ceiling, wanted=wanted, reach=reach, known=known).run()
+    else:
+        answer = _below(killed, bench, wanted, known)
         notes = (f"a step at {killed} samples killed its process more than once: no size from there on was run again",)
-    answer = Search(bench, ceiling, wanted=None if share is None else usable, reach=reach, known=known).run()
-    if notes and answer.proof == "cap":
-        answer = replace(answer, limit=None, proof=None)
     if question.prefer == "fastest":
         report = Race(bench, answer, question.savers, question.under, share=share, reach=reach,
                       multiple_of=question.multiple_of).report()  # fmt: skip
@@ -252,3 +253,27 @@ def _ceilings(share: int | None, most: int | None, length: int | None, floor: in
     if most is not None:
         ceiling = min(ceiling, most)
     return max(ceiling, floor), most or max(ceiling, length or 0, 4096)
+
+
+def _below(killed: int, bench: Bench, wanted: Callable[[int], int] | None, known: Forecaster | None) -> Answer:
+    """The answer where `killed` samples killed their process: by bisection from what lived, since no forecast tells.
+
+    A kill in here costs the process, and the next one goes on from what the journal has.
+    """
+    takes = wanted or (lambda limit: limit)
+    lived = bench.journal.lived(killed)
+
+    def near() -> bool:
+        return takes(killed - 1) <= lived or killed - 1 <= NOT_WORTH_A_KILL * lived
+
+    while True:
+        # Halfway, or the next that would be taken.
+        wide = range((lived + killed) // 2, killed)
+        ceiling = max(lived if near() else next(size for size in wide if takes(size) > lived), bench.floor)
+        answer = Search(bench, ceiling, wanted=wanted, known=known).run()
+        if answer.limit is None or answer.limit < ceiling:
+            return answer  # memory runs out before the kill
+        lived, known = max(ceiling, lived), answer.forecast
+        if near():
+            is_next = lived + 1 == killed
+            return replace(answer, limit=lived if is_next else None, proof="out of memory" if is_next else None)
