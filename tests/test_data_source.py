@@ -22,11 +22,13 @@ from torch.utils.data import (
 
 from autoaccum.data import tree
 from autoaccum.data.draws import Lane, mix, preserved
+from autoaccum.data.orders import permutation, shared_order
 from autoaccum.data.source import Source, open_source
 from autoaccum.data.trial_samples import spread
 from autoaccum.data.windows import windows
 from autoaccum.errors import CheckpointError, DataError
 from autoaccum.planning.plan import plan
+from autoaccum.ranks import Ranks
 
 
 class Squares(Dataset):
@@ -543,3 +545,15 @@ def test_a_hugging_face_dataset_gives_tensors():
 def test_data_without_samples_is_said_to_have_none(data, kind):
     with pytest.raises(DataError, match=f"^the data is empty: no samples are in its {kind}, and training needs"):
         open_source(data)
+
+
+def test_a_samplers_own_type_error_is_not_one_of_its_indices_on_several_ranks():
+    def broken():
+        raise TypeError("len() of an int")
+
+    with pytest.raises(TypeError, match=r"len\(\) of an int"):
+        shared_order(broken, 4, Ranks())
+    order = permutation(4, 0)
+    order.take = lambda count: ["a", "b", "c", "d"]
+    with pytest.raises(DataError, match="indices such as 'a': on several ranks they must be integers"):
+        shared_order(lambda: order, 4, Ranks())

@@ -181,20 +181,24 @@ def shared_order(make: Callable[[], Reader], length: int | None, ranks: Ranks) -
     if ranks.rank == 0:
         try:
             order = make()
-            found = order.take(min(order.look(length)[0], length))
-            indices = torch.tensor(list(map(operator.index, found)), dtype=torch.int64)
-        except BaseException as error:
+            indices = _as_integers(order.take(min(order.look(length)[0], length)))
+        except BaseException:
             ranks.fail()
-            if not isinstance(error, TypeError):
-                raise
-            raise DataError(
-                f"the sampler gives indices such as {found[0]!r}: on several ranks they must be integers, so let the "
-                "dataset translate them"
-            ) from error
+            raise
     (count,) = ranks.tally("the order of an epoch", [indices.numel()])
     if ranks.rank != 0:
         indices = torch.empty(int(count), dtype=torch.int64)
     return Known(ranks.broadcast("the order of an epoch", indices))
+
+
+def _as_integers(indices: Sequence[Any]) -> Tensor:
+    try:
+        return torch.tensor(list(map(operator.index, indices)), dtype=torch.int64)
+    except TypeError as error:
+        raise DataError(
+            f"the sampler gives indices such as {indices[0]!r}: on several ranks they must be integers, so let the "
+            "dataset translate them"
+        ) from error
 
 
 def undistributed(sampler: Any) -> Any:
