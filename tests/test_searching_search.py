@@ -58,6 +58,16 @@ def test_without_a_space_rate_and_batch_are_searched_and_the_rate_is_scaled_to_t
     assert result.best_plan.target_batch == result.best_params["target_batch"]
 
 
+def test_without_a_budget_a_trial_trains_for_the_setups_epochs_though_they_drop_a_tail(tmp_path):
+    # 90 samples an epoch are two windows of 40; the ten that each drops are not made up for in a third epoch.
+    result = search(tmp_path, lambda: arguments(epochs=2, tail="drop"), space={"target_batch": [40]}, n_trials=1)
+    result.save(tmp_path / "best.json")
+
+    saved = json.loads((tmp_path / "best.json").read_text())["fit"]
+    assert (saved["epochs"], "max_steps" in saved) == (2, False)
+    assert result.trials[0]["reports"][-1][0] == 2 * 80
+
+
 def test_parameters_go_to_the_setup_where_it_takes_them_and_to_fit_otherwise(tmp_path):
     space = {"width": [3], "weight_decay": [0.5], "warmup_steps": [2], "target_batch": [16]}
     seen = []
@@ -469,6 +479,8 @@ def result_file(tmp_path_factory):
         (lambda: {**plain(), "lern_rate": 1}, {}, "unknown key 'lern_rate'"),
         (lambda: {**plain(), "max_steps": 5}, {}, "give budget= in samples"),
         (lambda needed: plain(), {}, "missing a required argument: 'needed'; give it a default"),
+        (lambda: {**(found := plain()), "optimizer": torch.optim.SGD(found["model"].parameters(), lr=0.1)}, {},
+         "return its class or a factory"),
         ("train.py", {}, "give a function that returns a dict"),
     ],
 )  # fmt: skip

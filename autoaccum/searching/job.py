@@ -50,6 +50,7 @@ class Job:
         recipe, space: what is called, and what is drawn.
         metric, direction: the evaluation's name that is searched on, or "train_loss"; "minimize" or "maximize".
         amount, unit: what a whole trial takes, in "samples" or "ms".
+        given: whether the budget was given, instead of following from the setup's epochs.
         ceiling: the largest target batch, up to which the probe looks.
         lr_batch: the batch that learning rates are for, where the setup does not say.
         n_trials, storage, study_name, sampler, pruner: as `search` got them; the storage where it was left out too.
@@ -65,6 +66,7 @@ class Job:
     direction: str
     amount: int
     unit: str
+    given: bool
     ceiling: int
     lr_batch: int | None
     n_trials: int
@@ -104,7 +106,15 @@ def read_budget(budget: Any) -> tuple[int, str]:
 
 
 def default_space(arguments: Mapping[str, Any], targets: tuple[int, ...]) -> Space:
-    """The learning rate, over its logarithm around the one given, and the target batch."""
+    """The learning rate, over its logarithm around the one given, and the target batch.
+
+    A SetupError where an optimizer was made already.
+    """
+    if isinstance(arguments.get("optimizer"), Optimizer):
+        raise SetupError(
+            "the setup returns an Optimizer instance, whose learning rate cannot be searched: return its class or a "
+            'factory under "optimizer", or give a space without "lr"'
+        )
     rate = float(arguments.get("lr") or DEFAULT_LR)
     return read_space({"lr": (rate / _AROUND, rate * _AROUND, "log"), "target_batch": list(targets)})
 
@@ -159,6 +169,7 @@ def settle(
         "metric": metric if arguments.get("val_data") is not None else TRAIN_LOSS,
         "amount": amount,
         "unit": unit,
+        "given": budget is not None or arguments.get("max_steps") is not None,
         "ceiling": ceiling,
         "lr_batch": None if says_rate or isinstance(arguments.get("optimizer"), Optimizer) else own or targets[0],
     }

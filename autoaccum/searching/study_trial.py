@@ -78,7 +78,7 @@ class Trainer:
         made, memory = self._planned(session, key)
         if self._job.unit == "ms":
             asked["epochs"], asked["max_steps"] = 10**9, None
-        else:
+        elif self._job.given:
             asked["max_steps"] = steps_for(made, self._job.amount, session.parts.source.length)
         again = {name: asked[name] for name in FIT if asked[name] != SETTINGS[name].default}
         if "max_steps" in again:
