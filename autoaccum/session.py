@@ -325,8 +325,9 @@ def check_settings(asked: Settings) -> None:
     one_of("check", asked.check, (True, False, "warn"))
     one_of("resume", asked.resume, ("auto", True, False))
     check_schedule(asked.schedule, asked.warmup_steps)
-    for name in ("prefer", "on_nonfinite", "accumulate", "batch_norm", "lr_rule"):
-        one_of(name, asked[name], SETTINGS[name].choices)
+    for name, error in (("prefer", SetupError), ("on_nonfinite", SetupError), ("accumulate", SetupError),
+                        ("batch_norm", PlanError), ("lr_rule", PlanError)):  # fmt: skip
+        one_of(name, asked[name], SETTINGS[name].choices, error)
     one_of("ladder", asked.ladder, (None, False, *SETTINGS["ladder"].choices))
     check_switches(**asked.some("cache", "compile", "log_grad_norm"))
     check_memory(asked.memory)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import autoaccum
-from autoaccum.errors import AutoaccumError, MissingExtraError, NothingFitsError, PlanError, SetupError
+from autoaccum.errors import MissingExtraError, NothingFitsError, PlanError, SetupError
 from autoaccum.planning.plan import Plan
 from autoaccum.searching.recipe import Recipe
 from autoaccum.searching.samplers import make_pruner
@@ -487,7 +487,7 @@ def result_file(tmp_path_factory):
 def test_what_cannot_be_searched_is_refused_before_anything_is_trained(tmp_path, setup, keywords, said):
     if "wdith" in str(keywords):
         setup = wide
-    with pytest.raises(AutoaccumError, match=said):
+    with pytest.raises(SetupError, match=said):
         search(tmp_path, setup, **keywords)
 
 

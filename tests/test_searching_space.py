@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoaccum.errors import PlanError, SetupError
+from autoaccum.errors import SetupError
 from autoaccum.planning.plan import plan
 from autoaccum.searching.job import check_targets, read_budget, steps_for
 from autoaccum.searching.space import read_space, space_of_texts
@@ -139,7 +139,7 @@ def test_a_text_that_says_no_space_is_refused_with_the_way_to_write_it(texts, sa
 
 @pytest.mark.parametrize("targets", [(), (0,), (True,), ("64",), None, -3])
 def test_target_batches_are_whole_numbers_above_0(targets):
-    with pytest.raises(PlanError, match="target_batch"):
+    with pytest.raises(SetupError, match="target_batch"):
         check_targets(targets)
 
 

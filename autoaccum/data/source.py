@@ -116,6 +116,8 @@ def _is_tensors(data: Any) -> bool:
     if not isinstance(data, (Tensor, tuple, Mapping)):
         return False
     kind = type(data).__name__
+    if isinstance(data, (tuple, Mapping)) and not data:
+        raise DataError(f"the data is an empty {kind}: give one of equally long tensors")
     for path, leaf in leaves(data):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0:
             what = f"a tensor without dimensions ({shown(leaf)})" if isinstance(leaf, Tensor) else type(leaf).__name__

@@ -19,10 +19,9 @@ from autoaccum.data.source import Source, open_source
 from autoaccum.errors import AutoaccumError, SetupError, shown
 from autoaccum.model.optimizer import DEFAULT_LR
 from autoaccum.planning.plan import Plan
-from autoaccum.planning.split import whole
 from autoaccum.searching.extra import hushed, optuna
 from autoaccum.searching.recipe import Recipe
-from autoaccum.searching.space import Space, read_space
+from autoaccum.searching.space import Space, read_space, samples_in
 
 __all__ = [
     "ERRORS_BELIEVED",
@@ -88,9 +87,11 @@ class Job:
 
 
 def check_targets(targets: Any) -> tuple[int, ...]:
-    """The target batches to choose from, each once; a PlanError where one is not a whole number above 0."""
-    found = targets if isinstance(targets, Sequence) and targets else (targets,)
-    return tuple(dict.fromkeys(whole("target_batch", each, 1) for each in found))
+    """The target batches to choose from, each once; a SetupError where one is not a whole number above 0."""
+    found = targets if isinstance(targets, Sequence) and not isinstance(targets, str) else (targets,)
+    if not found:
+        raise SetupError(f"target_batch={shown(targets)}: give whole numbers above 0, such as (64, 128, 256)")
+    return tuple(dict.fromkeys(samples_in("target_batch", each) for each in found))
 
 
 def read_budget(budget: Any) -> tuple[int, str]:

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 from autoaccum.checks import check_kind, check_seed, check_switches, one_of
 from autoaccum.errors import SetupError, shown
-from autoaccum.planning.split import whole
 from autoaccum.ranks import here, join
 from autoaccum.searching.extra import hushed
 from autoaccum.searching.job import Job, check_targets, default_space, sample_arguments, settle
@@ -91,7 +90,8 @@ def search(
         AutoaccumError: no trial came to its end, or workers died one after another.
         KeyboardInterrupt: after running trials were marked; the same call goes on.
     """
-    n_trials = whole("n_trials", n_trials, 1)
+    if type(n_trials) is not int or n_trials < 1:
+        raise SetupError(f"n_trials={shown(n_trials)}: give a whole number above 0, such as 30")
     check_seed(seed)
     check_kind("study_name", study_name, (str, type(None)), 'a text, such as "digits", or leave it out')
     one_of("direction", direction, ("minimize", "maximize"))

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoaccum.checks import check_kind
-from autoaccum.errors import SetupError, shown
+from autoaccum.errors import PlanError, SetupError, shown
 from autoaccum.planning.split import whole
 from autoaccum.searching.extra import optuna
 
-__all__ = ["Space", "read_space", "space_of_texts"]
+__all__ = ["Space", "read_space", "samples_in", "space_of_texts"]
 
 WRITTEN = "write NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=CHOICE,CHOICE,..., such as lr=1e-4:1e-1:log"
 EXAMPLE = 'write (low, high), (low, high, "log") or a list of choices, such as {"lr": (1e-4, 1e-1, "log")}'
@@ -88,10 +88,7 @@ def _holds(part: Any, value: Any) -> bool:
 
 
 def read_space(space: Any) -> Space:
-    """The space that the user wrote; a SetupError names the parameter that is neither a range nor choices, and why.
-
-    A PlanError where a number of samples is not a whole one above 0.
-    """
+    """The space that the user wrote; a SetupError names the parameter that is neither a range nor choices, and why."""
     if callable(space):
         return Space({}, space)
     if not isinstance(space, Mapping) or not space:
@@ -99,8 +96,16 @@ def read_space(space: Any) -> Space:
     parts = {name: _part(name, value) for name, value in space.items()}
     for name in COUNTS & parts.keys():
         for value in _ends(parts[name]):
-            whole(f"space's {name}", value, 1)
+            samples_in(f"space's {name}", value)
     return Space(parts)
+
+
+def samples_in(name: str, value: Any) -> int:
+    """A number of samples; a SetupError where it is not a whole one above 0."""
+    try:
+        return whole(name, value, 1)
+    except PlanError as error:
+        raise SetupError(str(error)) from None
 
 
 def _part(name: Any, value: Any) -> Any:
