@@ -146,6 +146,18 @@ def test_a_missing_file_names_the_one_that_was_probably_meant(train):
     assert "did you mean 'train.py'?" in message
 
 
+def test_a_file_of_a_package_that_imports_relative_to_it_is_told_how_to_be_named(tmp_path, monkeypatch):
+    folder = tmp_path / "relating"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "sizes.py").write_text("N = 2")
+    (folder / "jobs.py").write_text("from .sizes import N\ndef build():\n    return {'model': N, 'data': []}")
+    with pytest.raises(SetupError, match=r"write it as a module from above its package, such as relating\.jobs:build"):
+        Target.parse(f"{folder / 'jobs.py'}:build").load()
+    monkeypatch.chdir(tmp_path)
+    assert Target.parse("relating.jobs:build")() == {"model": 2, "data": []}
+
+
 def test_a_missing_module_is_told_from_one_that_fails_to_import_another(train):
     (train / "imports.py").write_text("import no_such_package_anywhere\n")
 

@@ -125,7 +125,16 @@ class Target:
         if self.folder not in sys.path:
             sys.path.insert(0, self.folder)
         if self.file is not None:
-            return _module_of_file(Path(self.file))
+            path = Path(self.file)
+            try:
+                return _module_of_file(path)
+            except ImportError as error:
+                if "no known parent package" not in str(error):
+                    raise
+                raise SetupError(
+                    f"{shown(self.text)} has a relative import, which a file by its path has no package for ({error}): "
+                    f"write it as a module from above its package, such as {path.parent.name}.{path.stem}:{self.name}"
+                ) from error
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
         try:
