@@ -101,7 +101,7 @@ def trained_parameters(model: nn.Module, loss: Any = None) -> list[nn.Parameter]
 
 def check_no_gradient(parameters: Iterable[nn.Parameter]) -> None:
     """Refuses gradients that would enter a window's sum, with a SetupError."""
-    if any(parameter.grad is not None for parameter in parameters):
+    if [parameter for parameter in parameters if parameter.grad is not None]:
         raise SetupError(
             "a gradient stands before the window's first backward, and would enter its sum: "
             "call optimizer.zero_grad(set_to_none=True) before the window"

@@ -218,9 +218,10 @@ class Ranks:
         Raises:
             LostRankError: another process ended, or no longer answers.
         """
-        with answering(self.group):
-            for work in [start() for start in flight.starts]:
-                work.wait()
+        if flight.starts:
+            with answering(self.group):
+                for work in [start() for start in flight.starts]:
+                    work.wait()
         for land in flight.lands:
             land()
 

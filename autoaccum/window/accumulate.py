@@ -378,5 +378,6 @@ class Accumulator(TwoPasses):
 
     def _gradients(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter's gradient of the window, what lies on this rank."""
-        found = ((parameter, self.side.gradient(parameter)) for parameter in self.parameters)
-        return [(parameter, local(gradient)) for parameter, gradient in found if gradient is not None]
+        gradient = self.side.gradient
+        found = [(parameter, own) for parameter in self.parameters if (own := gradient(parameter)) is not None]
+        return found if self.sharded is None else [(parameter, local(own)) for parameter, own in found]
