@@ -184,6 +184,14 @@ def test_the_probes_and_the_checks_reports_are_kept(tmp_path):
     assert again.plan == first.plan
 
 
+def test_without_a_number_of_steps_a_checkpoint_comes_whenever_so_much_time_has_passed(tmp_path, monkeypatch):
+    monkeypatch.setattr("autoaccum.training.run_folder.PATIENCE_SECONDS", 0.0)
+    heard = []
+    loop = prepared(tmp_path, checkpoint_every=None, epochs=1, callbacks=[heard.append])
+    loop.run()
+    assert {event.step for event in heard if event.name == "checkpoint"} == {record.step for record in loop.history}
+
+
 def test_a_training_that_came_to_its_end_is_not_trained_further(tmp_path):
     want = finished(tmp_path)
     steps = []
