@@ -70,6 +70,7 @@ DRAWS = {
     "several in a row": lambda x: torch.rand(len(x)) + torch.rand(()) + torch.randn(len(x)),
     "after one for all": lambda x: torch.rand(8) @ torch.rand(8, 4) + torch.rand(len(x), 4),
     "native dropout": lambda x: torch.native_dropout(x, 0.5, True)[0],
+    "native dropout in evaluation": lambda x: torch.native_dropout(x, 0.5, False)[0],
 }
 
 
@@ -90,6 +91,13 @@ def test_noise_belongs_to_its_sample_in_any_split(samples, features, data):
     model = Draw(lambda x: torch.randn(x.shape) + torch.rand(len(x), 1))
     whole, (part,), _ = still(model, torch.zeros(samples, features), [rows])
     assert torch.equal(part, whole[rows])
+
+
+def test_a_dropout_does_not_hide_that_samples_act_on_each_other():
+    model = Draw(lambda x: torch.native_dropout(x - x.mean(0), 0.5, True)[0])
+    whole, (part,), _ = still(model, torch.randn(8, 4), [[0, 1, 2]])
+    assert torch.equal(part != 0, whole[:3] != 0)
+    assert not torch.allclose(part, whole[:3])
 
 
 def test_what_is_drawn_for_all_samples_is_the_same_in_each_part():

@@ -75,7 +75,8 @@ class SampleNoise(TorchDispatchMode):
         numbers = tuple(arg for arg in args if isinstance(arg, (int, float)))
         key = str(device), id(own), digest(state), func, numbers
         made = func(*args, **kwargs)
-        results = made if isinstance(made, tuple) else (made,)
+        # Of a dropout only the mask is drawn: its values must show where samples act on each other.
+        results = made[1:] if isinstance(made, tuple) else (made,)
         if key not in self._drawn:
             self.unexplained = self.unexplained or count < self._samples
             if count == self._samples:
@@ -96,6 +97,8 @@ class SampleNoise(TorchDispatchMode):
             for result, each in zip(results, whole, strict=True):
                 chosen = each.movedim(dim, 0).reshape(self._samples, -1).index_select(0, rows)
                 result.copy_(chosen.reshape(moved).movedim(0, dim))
+            if isinstance(made, tuple) and args[2] is not False and 0 < args[1] < 1:
+                made[0].copy_(args[0] * made[1] * (1 / (1 - args[1])))
         return made
 
 
