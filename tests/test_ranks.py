@@ -246,3 +246,16 @@ def test_buckets_hold_up_to_their_size_and_at_least_one_gradient():
     assert [[g.numel() for g in bucket] for bucket in buckets] == [[0, *sizes]]
     large = [torch.zeros(together.BUCKET_BYTES // 4, dtype=torch.float32), torch.zeros(1), torch.zeros(1)]
     assert [len(bucket) for bucket in together._buckets(large)] == [1, 2]
+
+
+def test_ranks_meet_by_gloo_where_the_driver_is_too_old_for_the_gpus_it_counts(monkeypatch):
+    began = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", began.append)
+    monkeypatch.setattr(joining, "_init", began.append)
+    monkeypatch.setattr(joining.atexit, "register", lambda function: None)
+    joining.join()
+    assert began == ["gloo"]

@@ -35,7 +35,9 @@ def join() -> None:
     if not asked or not dist.is_available() or dist.is_initialized():
         return
     atexit.register(leave)
-    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    # A driver that is too old for this PyTorch still counts its GPUs.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if local < gpus:
         # Otherwise all ranks of a host would meet on its first GPU, where NCCL waits forever.
         torch.cuda.set_device(local)
