@@ -17,7 +17,7 @@ from autoaccum.checking.padding import padding_error
 from autoaccum.checking.verify import VerifyReport, verify_gradient
 from autoaccum.checks import check_counts, check_switches, listed, one_of
 from autoaccum.data.trial_samples import looked_at
-from autoaccum.errors import LossError, PlanError, SetupError, shown
+from autoaccum.errors import AutoaccumError, LossError, PlanError, SetupError, shown
 from autoaccum.model.given_model import unwrapped
 from autoaccum.model.memory_savers import RUNGS
 from autoaccum.planning.given_plan import (
@@ -313,8 +313,8 @@ class Session:
             self.parts.settle()
 
 
-def check_settings(asked: Settings) -> None:
-    """Refuses values that are plainly wrong, before anything is touched."""
+def check_settings(asked: Settings, of_plan: type[AutoaccumError] = PlanError) -> None:
+    """Refuses values that are plainly wrong, before anything is touched; words of a plan's with an error `of_plan`."""
     check_counts(**asked.some("max_batch", "micro_batch", "epochs", "max_steps", "multiple_of", "checkpoint_every",
                               "regrow_after", "lr_batch"), target_batch=asked.target_batch)  # fmt: skip
     if asked.max_batch is not None and (asked.micro_batch or 0) > asked.max_batch:
@@ -325,9 +325,10 @@ def check_settings(asked: Settings) -> None:
     one_of("check", asked.check, (True, False, "warn"))
     one_of("resume", asked.resume, ("auto", True, False))
     check_schedule(asked.schedule, asked.warmup_steps)
-    for name, error in (("prefer", SetupError), ("on_nonfinite", SetupError), ("accumulate", SetupError),
-                        ("batch_norm", PlanError), ("lr_rule", PlanError)):  # fmt: skip
-        one_of(name, asked[name], SETTINGS[name].choices, error)
+    for name in ("prefer", "on_nonfinite", "accumulate"):
+        one_of(name, asked[name], SETTINGS[name].choices)
+    for name in ("batch_norm", "lr_rule"):
+        one_of(name, asked[name], SETTINGS[name].choices, of_plan)
     one_of("ladder", asked.ladder, (None, False, *SETTINGS["ladder"].choices))
     check_switches(**asked.some("cache", "compile", "log_grad_norm"))
     check_memory(asked.memory)

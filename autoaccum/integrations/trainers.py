@@ -135,7 +135,7 @@ def wanted(keywords: Mapping[str, Any]) -> Settings:
             raise SetupError(f"attach() does not take {name!r}: it takes {', '.join(names)}; the rest is the trainer's")
     asked = Settings(keywords)
     given = None if asked.plan is None else given_plan(asked.plan, asked.target_batch)
-    check_settings(asked)
+    check_settings(asked, SetupError)
     if not callable(asked.reduction) and asked.reduction not in ("auto", "sample_mean", "sum"):
         raise SetupError(
             f"reduction={shown(asked.reduction)} cannot be declared for a trainer's step: give 'auto', "
