@@ -282,6 +282,23 @@ def test_verify_says_what_lightnings_own_accumulation_does():
     assert "configure_optimizers" not in vars(module)
 
 
+class Drawing(pl.LightningModule):
+    """Draws noise for every sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 1)
+
+    def training_step(self, batch, batch_idx):
+        return (self.net(batch[0] + torch.randn_like(batch[0])) - batch[0][:, :1]).square().mean()
+
+
+def test_verify_gives_a_modules_samples_the_same_noise_in_every_micro_batch():
+    loader = DataLoader(TensorDataset(X.float(), X.float()), 4)
+    report = autoaccum.verify(own(4, precision="32-true"), (Drawing(), loader))
+    assert report.cause == "k times too small"  # in the last window of an epoch alone
+
+
 def test_verify_sees_what_becomes_of_an_epochs_last_window():
     report = autoaccum.verify(own(4), (Plain(), DataLoader(TensorDataset(X, Y), 8)))
     assert not report.ok

@@ -7,7 +7,7 @@ module run as in any fit; its loggers, callbacks and checkpoints are left out.
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def _fit(trainer: Any, module: Any, count: int, turn: Callable[[int], Any], accu
                 limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False,
             )  # fmt: skip
-            again.fit(module, DataLoader(range(count), batch_size=None, collate_fn=turn))  # type: ignore[arg-type]
+            again.fit(module, _InTurn(count, turn))
     finally:
         chatty.setLevel(level)
 
@@ -112,3 +112,16 @@ def _inside(module: nn.Module) -> nn.Module:
     for held in ("_modules", "_parameters", "_buffers"):
         vars(inside)[held] = getattr(module, held)
     return inside
+
+
+class _InTurn:
+    """A loader of batches that are made in turn; unlike a DataLoader it draws nothing from the module's generator."""
+
+    def __init__(self, count: int, turn: Callable[[int], Any]) -> None:
+        self._count, self._turn = count, turn
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._turn, range(self._count))
