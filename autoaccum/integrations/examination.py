@@ -30,6 +30,7 @@ __all__ = ["Examination", "looked_at"]
 _MOST_STEPS, _MOST_SAMPLES = 16, 4  # micro-batches that a check runs, and samples of one
 
 _HOPELESS = 0.05  # above this much noise there is nothing to compare
+_AT_ONCE = 2**20  # elements of each gradient that are held in double precision
 
 
 def looked_at(source: Source, asked: int, batch: int | None) -> tuple[int, Sequence[Any]]:
@@ -170,7 +171,11 @@ class _Comparison:
         alone = torch.stack([self._alone(group) for group in groups])
         added = alone.sum(0)
         # Whether no weights of the micro-batches' gradients give the whole batch's.
-        gram, right = (alone @ alone.T).cpu().double(), (alone @ reference).cpu().double()
+        gram, right = torch.zeros(k, k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+        for own_part, part in zip(torch.split(alone, _AT_ONCE, 1), torch.split(reference, _AT_ONCE)):
+            # In double precision, or gradients that are nearly parallel would seem to be coupled.
+            rows = own_part.cpu().double()
+            gram, right = gram + rows @ rows.T, right + rows @ part.cpu().double()
         weights = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution.flatten().to(alone)
         if _error(weights @ alone, reference) > max(near, 1e-3):
             return Cause.COUPLED, (
@@ -213,7 +218,8 @@ class _Comparison:
         found = [torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense() for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        return torch.cat([each.flatten() if each.dtype == torch.float64 else each.flatten().float() for each in found])
+        flat = [each.flatten() if each.dtype == torch.float64 else each.flatten().float() for each in found]
+        return torch.cat([each.to(flat[0].device) for each in flat])  # a model may lie on several
 
 
 def _error(gradient: Tensor, reference: Tensor) -> float:
