@@ -46,7 +46,7 @@ class Divisor:
         offset: what is added to the count.
         floor: what it never falls below.
         scaled: whether the term's factor changes with the samples, and belongs to the divisor.
-        compared: micro-batches, still, in which what is declared is held against the graph.
+        compared: micro-batches of a training, still, in which what is declared is held against the graph.
         hides_floor: whether a divisor may be a floor rather than a count: somebody divided beside the reduction, and
             none was 0 yet.
     """
@@ -150,9 +150,6 @@ class Divisor:
         One may be a multiple of the other (elements and samples), the same each time. A LossError for anything else,
         which says `how` it is known: it would weigh micro-batches otherwise than the loss does.
         """
-        if not self.compared:
-            return
-        self.compared -= 1
         terms = read(loss) if denominator and loss.requires_grad and not loss.is_meta else ()
         if len(terms) != 1 or terms[0].divisor is None:
             return

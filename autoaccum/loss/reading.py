@@ -202,7 +202,8 @@ class Reading:
                 "with a denominator of 0 where nothing counts"
             )
         loss = scalar(value, source, graph=graph and denominator > 0)
-        if checks and self.source == "declared" and not self.gives_sums:
+        if checks and self.source == "declared" and not self.gives_sums and divisor.compared:
+            divisor.compared -= not self.rehearses  # the samples of trials are few and alike
             divisor.compare(loss, float(denominator > 0) if adds_up else denominator, self.how)
         if adds_up:
             return Sum(loss, denominator)
